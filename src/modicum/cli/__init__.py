@@ -1,0 +1,73 @@
+"""Room cli: one file per verb, found by its place; importing this room imports no torch.
+
+A verb is `cli/VERB.py`: its docstring's first line is its help, its function of the same name its
+command (a Typer function). `modicum --help` reads the first lines only; a verb is imported when typed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from modicum.core.errors import ModicumError, unknown
+
+HERE = Path(__file__).parent
+ORDER = ("run", "plan", "curate", "predict", "pretrain", "adapt", "compress", "index", "search", "ask", "serve",
+         "chat", "eval", "bench", "ls", "show", "new", "check", "doctor")
+
+
+def verbs() -> list[str]:
+    found = [p.stem for p in HERE.glob("*.py") if not p.stem.startswith("_")]
+    return sorted(found, key=lambda v: (ORDER.index(v) if v in ORDER else len(ORDER), v))
+
+
+class Verbs(TyperGroup):
+    """Loads a verb's module only when that verb is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return verbs()
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in verbs():
+            raise unknown("verb", name, verbs(), "Type: modicum --help")
+        if not ctx.resilient_parsing and (len(sys.argv) < 2 or name not in sys.argv):
+            return click.Command(name, help=_help(name))
+        module = importlib.import_module(f"modicum.cli.{name}")
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command(name=name)(getattr(module, name))
+        command = typer.main.get_command(app)
+        command.name = name
+        command.help = command.help or _help(name)
+        return command
+
+
+def _help(name: str) -> str:
+    return (ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))) or "").split("\n")[0]
+
+
+app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]})
+
+
+@app.callback()
+def root() -> None:
+    """Language models on a modest budget: curate, pretrain, adapt, compress, ground, serve, evaluate."""
+
+
+def main() -> None:
+    try:
+        app()
+    except ModicumError as error:
+        print(f"modicum: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\nmodicum: stopped; finished work is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,1 @@
+"""Room core: what every other room stands on. Imports the standard library, pydantic and yaml only."""

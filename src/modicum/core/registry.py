@@ -1,0 +1,175 @@
+"""Methods found by their place.
+
+A *port* is a package `modicum.ROOM.PORTS` whose docstring starts with `port NAME: summary`, whose
+`__init__` defines exactly one subclass of `Method` (the port's base class), and which names its
+`BASELINE`. A *method* is any other file in that package not beginning with an underscore; its
+docstring starts with `KEY: summary`. Listing reads those first lines as text and imports nothing;
+a method is imported when it is loaded. Files beginning with an underscore (`_conformance.py`) belong
+to the port. Another distribution adds methods through the entry-point group `modicum.methods`, with
+entry names `PORT/KEY` and the module as value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+from modicum.core.errors import UserError, unknown
+
+ROOT = Path(__file__).resolve().parents[1]
+_FIRST_LINE = re.compile(r'^\s*[rR]?"""(?:(port) )?([A-Za-z0-9][\w.+-]*): (.*?)\.?(?:""")?\s*$')
+_BASELINE = re.compile(r'^BASELINE\s*=\s*"([^"]+)"', re.MULTILINE)
+
+
+class Method:
+    """Base of every port's base class: what all methods of all ports have.
+
+    `Config` is the module-level dataclass of the method's file, found by the registry;
+    `supports` names what the method can be combined with (each port lists the words it reads).
+    """
+
+    supports: ClassVar[frozenset[str]] = frozenset()
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    port: str
+    key: str
+    summary: str
+    module: str
+    path: Path | None   # None for a plug-in that is not imported yet
+
+    @property
+    def card(self) -> str:
+        """The whole module docstring, read without importing."""
+        if self.path is None:
+            return load(self.port, self.key).module.__doc__ or ""
+        import ast
+        return ast.get_docstring(ast.parse(self.path.read_text(encoding="utf-8"))) or ""
+
+
+@dataclass(frozen=True)
+class PortInfo:
+    name: str
+    summary: str
+    package: str
+    path: Path
+    baseline: str
+
+    @property
+    def room(self) -> str:
+        return self.package.split(".")[1]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An imported method: its class, its `Config` and its module."""
+
+    info: MethodInfo
+    cls: type
+    config: type
+    module: ModuleType
+
+
+def _first_line(path: Path) -> tuple[bool, str, str] | None:
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.strip() and not line.startswith("#"):
+                match = _FIRST_LINE.match(line)
+                return (bool(match[1]), match[2], match[3]) if match else None
+    return None
+
+
+@functools.cache
+def ports() -> dict[str, PortInfo]:
+    """Every port by name, sorted; nothing is imported."""
+    found = {}
+    for path in sorted(ROOT.glob("*/*/__init__.py")):
+        head = _first_line(path)
+        if head and head[0]:
+            baseline = _BASELINE.search(path.read_text(encoding="utf-8"))
+            if not baseline:
+                raise UserError(f"port {head[1]!r} in {path} names no baseline; add BASELINE = \"KEY\"")
+            package = f"modicum.{path.parent.parent.name}.{path.parent.name}"
+            found[head[1]] = PortInfo(head[1], head[2], package, path.parent, baseline[1])
+    return dict(sorted(found.items()))
+
+
+def port(name: str) -> PortInfo:
+    if name not in ports():
+        raise unknown("port", name, ports(), "Type: modicum ls")
+    return ports()[name]
+
+
+@functools.cache
+def methods(port_name: str) -> dict[str, MethodInfo]:
+    """Every method of a port by key: the baseline first, then by name; nothing is imported."""
+    place = port(port_name)
+    found = {}
+    for path in place.path.glob("*.py"):
+        if path.name.startswith("_"):
+            continue
+        head = _first_line(path)
+        if head is None or head[0]:
+            raise UserError(f"{path}: the first line must read \"\"\"KEY: what it does; got something else")
+        found[head[1]] = MethodInfo(port_name, head[1], head[2], f"{place.package}.{path.stem}", path)
+    for entry in importlib.metadata.entry_points(group="modicum.methods"):
+        entry_port, _, key = entry.name.partition("/")
+        if entry_port != port_name or not key:
+            continue
+        if key in found:
+            raise UserError(f"method {entry.name!r} of {entry.value} is already taken by {found[key].module}; "
+                            "rename one of them")
+        found[key] = MethodInfo(port_name, key, f"plug-in {entry.value}", entry.value, None)
+    return dict(sorted(found.items(), key=lambda item: (item[0] != place.baseline, item[0])))
+
+
+def base_class(port_name: str) -> type:
+    """The one subclass of `Method` that the port's package defines."""
+    module = importlib.import_module(port(port_name).package)
+    bases = [v for v in vars(module).values()
+             if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module.__name__]
+    if len(bases) != 1:
+        raise UserError(f"port {port_name!r} must define one subclass of Method in {module.__name__}, "
+                        f"found {[b.__name__ for b in bases]}")
+    return bases[0]
+
+
+@functools.cache
+def load(port_name: str, key: str) -> Loaded:
+    """Import one method. Raises `UserError` with a near miss for an unknown key."""
+    known = methods(port_name)
+    if key not in known:
+        raise unknown(f"{port_name} method", key, known, f"Type: modicum ls {port_name}")
+    info = known[key]
+    module = importlib.import_module(info.module)
+    base = base_class(port_name)
+    classes = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, base)
+               and v.__module__ == module.__name__ and not v.__name__.startswith("_")]
+    config = getattr(module, "Config", None)
+    if len(classes) != 1 or not dataclasses.is_dataclass(config) or not isinstance(config, type):
+        raise UserError(f"{info.module}: a method file holds one dataclass Config and one public subclass of "
+                        f"{base.__name__}; found {[c.__name__ for c in classes]} and Config={config!r}")
+    return Loaded(info, classes[0], config, module)
+
+
+def load_all(port_name: str) -> dict[str, Loaded]:
+    return {key: load(port_name, key) for key in methods(port_name)}
+
+
+def build(port_name: str, choice: Any, *runtime: Any, **more: Any) -> Any:
+    """Make a method from `choice` (key, `key:knob=value,...`, mapping or `Choice`).
+
+    `runtime` is what the port says its methods are constructed from, after their config.
+    """
+    from modicum.core.choice import Choice
+    picked = Choice.parse(port_name, choice)
+    return load(port_name, picked.method).cls(picked.config(), *runtime, **more)
