@@ -1,0 +1,148 @@
+"""port scheduler: which sequences run in the next step, and how many tokens of each.
+
+A method writes one pure function, `plan(state) -> Plan`. The base class keeps the books (who waits, who
+runs, how far each has come), for the engine and for a simulator alike: neither tensors nor clocks of
+its own come in here. One turn of either is
+
+    plan = scheduler.plan(scheduler.state(free_blocks, now))
+    scheduler.commit(plan)                  # preempted jobs wait again, admitted ones run
+    scheduler.advance(id, computed, new)    # for each id of plan.run, after its tokens were computed
+    scheduler.remove(id)                    # finished, aborted or failed
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modicum.core.errors import ModicumError
+from modicum.core.registry import Method
+
+BASELINE = "fcfs"
+
+
+@dataclass(slots=True)
+class Job:
+    """What a scheduler knows of one sequence. All lengths in tokens.
+
+    length: tokens known so far, prompt and generated. computed: those whose keys and values are cached;
+    length - computed == 1 means the sequence is decoding. capacity: tokens its blocks have room for.
+    own: blocks that come free if it is preempted (an estimate; shared ones may be among them).
+    hit: tokens of a waiting job that the prefix cache holds now; revived: blocks of these that count
+    as free until they are taken.
+    """
+
+    id: int
+    arrival: float
+    prompt: int
+    length: int
+    computed: int = 0
+    capacity: int = 0
+    own: int = 0
+    hit: int = 0
+    revived: int = 0
+    preempted: int = 0
+
+    @property
+    def left(self) -> int:
+        """Known tokens that are still to be computed."""
+        return self.length - self.computed
+
+    def blocks(self, n_tokens: int, block_size: int) -> int:
+        """Free blocks used up by computing `n_tokens` more."""
+        return max(0, -(-(self.computed + n_tokens - self.capacity) // block_size))
+
+    def blocks_to_start(self, n_tokens: int, block_size: int) -> int:
+        """Free blocks used up by admitting this waiting job with its hit and `n_tokens` after it."""
+        return self.revived + -(-(self.hit + n_tokens) // block_size) - self.hit // block_size
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a plan may depend on. `waiting` (by arrival) and `running` (by admission) are read, never written."""
+
+    waiting: Sequence[Job]
+    running: Sequence[Job]
+    free_blocks: int
+    n_blocks: int
+    block_size: int
+    token_limit: int      # tokens one step should not exceed
+    sequence_limit: int   # sequences that may run at once
+    now: float            # seconds, on the clock of the arrivals
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: `run` holds (id, tokens to compute) in order of precedence, ids from `waiting` are admitted.
+
+    `preempt` gives its blocks back, waits again (by arrival) and is computed anew later.
+    """
+
+    run: tuple[tuple[int, int], ...] = ()
+    preempt: tuple[int, ...] = ()
+
+
+class Scheduler(Method):
+    """Base of the methods, constructed as `cls(config, block_size, n_blocks, token_limit, sequence_limit)`.
+
+    `supports`: "chunked-prefill" (a prompt may be computed over several steps), "prefix-cache".
+    What every method must keep: the oldest job makes progress, so nobody starves; one sequence that fits
+    the cache alone is never refused; never more blocks than are free, never more sequences than allowed.
+    """
+
+    def __init__(self, config: Any, block_size: int, n_blocks: int, token_limit: int, sequence_limit: int):
+        self.config = config
+        self.block_size, self.n_blocks = block_size, n_blocks
+        self.token_limit, self.sequence_limit = token_limit, sequence_limit
+        self.waiting: list[Job] = []
+        self.running: list[Job] = []
+        self.jobs: dict[int, Job] = {}
+
+    def plan(self, state: State) -> Plan:
+        """The next step. Pure: depends on `state` and the config alone and changes neither."""
+        raise NotImplementedError
+
+    def state(self, free_blocks: int, now: float) -> State:
+        return State(self.waiting, self.running, free_blocks, self.n_blocks, self.block_size,
+                     self.token_limit, self.sequence_limit, now)
+
+    def add(self, job: Job) -> None:
+        self.jobs[job.id] = job
+        insort(self.waiting, job, key=lambda j: (j.arrival, j.id))
+
+    def commit(self, plan: Plan) -> None:
+        """Make the plan so: preempted jobs wait and start over, admitted ones run from their hit on."""
+        for id in plan.preempt:
+            job = self.jobs[id]
+            self.running.remove(job)
+            job.computed = job.capacity = job.own = job.hit = job.revived = 0
+            job.preempted += 1
+            insort(self.waiting, job, key=lambda j: (j.arrival, j.id))
+        running = {job.id for job in self.running}
+        admitted = {id for id, _ in plan.run} - running
+        if admitted:
+            self.waiting = [job for job in self.waiting if job.id not in admitted]
+            for id, _ in plan.run:
+                if id in admitted:
+                    job = self.jobs[id]
+                    job.computed = job.capacity = job.hit
+                    self.running.append(job)
+
+    def advance(self, id: int, computed: int, new: int) -> None:
+        """`computed` more tokens are cached, `new` more are known."""
+        job = self.jobs[id]
+        job.computed += computed
+        job.length += new
+        if job.computed > job.length:
+            raise ModicumError(f"sequence {id} has {job.computed} cached tokens of {job.length} known ones")
+
+    def remove(self, id: int) -> None:
+        """Forget a job, wherever it stands; unknown ids are ignored."""
+        job = self.jobs.pop(id, None)
+        if job is not None:
+            (self.running if job in self.running else self.waiting).remove(job)
+
+    def pending(self) -> int:
+        return len(self.waiting) + len(self.running)

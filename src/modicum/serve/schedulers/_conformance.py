@@ -1,0 +1,142 @@
+"""What must hold for any scheduler: pure plans, no block or token spent twice, nobody starves."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass, field
+
+from modicum.core import registry
+from modicum.serve.schedulers import Job, Plan, Scheduler
+
+
+@dataclass
+class World:
+    """A cache of blocks and a clock of steps around a scheduler; the smallest discrete-event simulator."""
+
+    scheduler: Scheduler
+    free: int
+    held: dict[int, int] = field(default_factory=dict)          # blocks by job
+    outputs: dict[int, int] = field(default_factory=dict)       # tokens still to generate
+    finished: list[int] = field(default_factory=list)
+    steps: int = 0
+
+    def arrive(self, job: Job, output: int) -> None:
+        self.outputs[job.id] = output
+        self.scheduler.add(job)
+
+    def step(self) -> Plan:
+        s = self.scheduler
+        state = s.state(self.free, float(self.steps))
+        before = copy.deepcopy((list(state.waiting), list(state.running)))
+        plan = s.plan(state)
+        assert s.plan(s.state(self.free, float(self.steps))) == plan, "the same state gave two plans"
+        assert before == (list(s.waiting), list(s.running)), "plan() changed its state"
+        self._check(plan)
+        for id in plan.preempt:
+            self.free += self.held.pop(id, 0)
+        s.commit(plan)
+        for id, n in plan.run:
+            job = s.jobs[id]
+            need = -(-(job.computed + n) // s.block_size) - self.held.get(id, 0)
+            self.free -= max(0, need)
+            self.held[id] = self.held.get(id, 0) + max(0, need)
+            job.capacity = self.held[id] * s.block_size
+            job.own = self.held[id]
+            assert self.free >= 0, f"the plan used {-self.free} blocks more than were free"
+            sampled = int(job.computed + n == job.length)
+            s.advance(id, n, sampled)
+            self.outputs[id] -= sampled
+            if self.outputs[id] == 0:
+                s.remove(id)
+                self.free += self.held.pop(id)
+                self.finished.append(id)
+        self.steps += 1
+        return plan
+
+    def _check(self, plan: Plan) -> None:
+        s = self.scheduler
+        ids = [id for id, _ in plan.run]
+        assert len(set(ids)) == len(ids), f"a sequence is planned twice: {ids}"
+        assert not set(ids) & set(plan.preempt), "a sequence is both run and preempted"
+        running = {job.id for job in s.running}
+        assert set(plan.preempt) <= running, "only running sequences can be preempted"
+        alive = len(running) - len(plan.preempt) + len(set(ids) - running)
+        assert alive <= s.sequence_limit, f"{alive} sequences run, {s.sequence_limit} are allowed"
+        for id, n in plan.run:
+            job = s.jobs[id]
+            left = job.left if id in running else job.length - job.hit
+            assert 1 <= n <= left, f"{n} tokens planned of {left} left"
+        total = sum(n for _, n in plan.run)
+        assert total <= s.token_limit or len(plan.run) == 1, f"{total} tokens planned, {s.token_limit} allowed"
+
+
+def build(key: str, *, block_size: int = 4, n_blocks: int = 12, token_limit: int = 16,
+          sequence_limit: int = 5) -> World:
+    loaded = registry.load("scheduler", key)
+    config = getattr(loaded.module, "TOY", None) or loaded.config()
+    return World(loaded.cls(config, block_size, n_blocks, token_limit, sequence_limit), n_blocks)
+
+
+def run_trace(world: World, trace: list[tuple[int, int, int]]) -> World:
+    """`trace` holds (arrival step, prompt tokens, output tokens); runs until everything is done."""
+    limit = 40 + sum(4 * (prompt + output) for _, prompt, output in trace) + max(t for t, _, _ in trace)
+    todo = sorted(enumerate(trace), key=lambda item: (item[1][0], item[0]))
+    while todo or world.scheduler.pending():
+        while todo and todo[0][1][0] <= world.steps:
+            id, (arrival, prompt, output) = todo.pop(0)
+            world.arrive(Job(id, float(arrival), prompt, prompt), output)
+        world.step()
+        assert world.steps < limit, (f"after {world.steps} steps {sorted(world.scheduler.jobs)} are not done: "
+                                     "a job starves or the scheduler stands still")
+    assert world.free == world.scheduler.n_blocks, "blocks are missing at the end"
+    return world
+
+
+def check_everything_finishes(key: str) -> None:
+    """Random arrivals, prompts and outputs, with a cache too small for all: each job is served."""
+    for seed in range(12):
+        rng = random.Random(seed)
+        world = build(key)
+        longest = world.scheduler.n_blocks * world.scheduler.block_size
+        trace = []
+        for _ in range(rng.randint(1, 24)):
+            prompt = rng.randint(1, longest - 1)
+            trace.append((rng.randint(0, 60), prompt, rng.randint(1, longest - prompt)))
+        done = run_trace(world, trace).finished
+        assert sorted(done) == list(range(len(trace))), f"seed {seed}: finished {done} of {len(trace)}"
+
+
+def check_nobody_starves(key: str) -> None:
+    """A long job among an endless stream of short ones is done in bounded time."""
+    world = build(key)
+    world.arrive(Job(0, 0.0, 30, 30), 10)
+    id = 1
+    while 0 not in world.finished:
+        world.arrive(Job(id, float(world.steps), 3, 3), 2)
+        id += 1
+        world.step()
+        assert world.steps < 400, "a long job waits for ever behind short ones"
+
+
+def check_abort(key: str) -> None:
+    """Jobs removed at any time leave no trace."""
+    rng = random.Random(0)
+    world = build(key)
+    for id in range(40):
+        world.arrive(Job(id, float(id), rng.randint(1, 20), 0), rng.randint(1, 8))
+        world.scheduler.jobs[id].length = world.scheduler.jobs[id].prompt
+        world.step()
+        if world.scheduler.jobs and rng.random() < 0.5:
+            gone = rng.choice(sorted(world.scheduler.jobs))
+            world.scheduler.remove(gone)
+            world.free += world.held.pop(gone, 0)
+    while world.scheduler.pending():
+        world.step()
+        assert world.steps < 2000, "the scheduler stands still"
+    assert world.free == world.scheduler.n_blocks
+
+
+def check_idle(key: str) -> None:
+    """Nothing to do gives an empty plan."""
+    assert build(key).step() == Plan(), "an idle scheduler planned something"
