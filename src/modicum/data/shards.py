@@ -1,0 +1,248 @@
+"""Token shards: documents as token ids in memory-mapped files, by domain.
+
+    FOLDER/manifest.json     counts, checksums, tokenizer; written last: a folder without it is unfinished
+    FOLDER/DOMAIN/00000.bin  token ids, little-endian uint16 (or uint32), documents one after another
+    FOLDER/DOMAIN/00000.idx  int64 [documents + 1, 2]: where each document starts, in tokens and in bytes
+
+A stored document is `start t1 ... tn eos`, where start is the tokenizer's bos or else its eos: every
+token of the text, the first included, is then predicted from something, and so is the end. A document
+of N stored tokens gives N - 1 predictions.
+"""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from modicum.core.errors import CorruptError, UserError
+from modicum.core.files import atomic_file, fingerprint, read_json, sha256, write_json
+from modicum.data.document import Document
+from modicum.data.tokenizer import Tokenizer
+
+BATCH_BYTES = 1 << 20   # text encoded at once
+
+
+class Documents(Protocol):
+    """What a stream reads: token shards, or documents in memory."""
+
+    @property
+    def domains(self) -> list[str]: ...
+    def documents(self, domain: str) -> int:
+        """Number of documents."""
+    def lengths(self, domain: str) -> np.ndarray:
+        """int64 [documents]: stored tokens of each."""
+    def tokens(self, domain: str, i: int) -> np.ndarray:
+        """Stored token ids of document i, a view."""
+    def loss_start(self, domain: str, i: int) -> int:
+        """How many leading tokens of document i are given rather than learnt (1 = only the start token)."""
+    @property
+    def fingerprint(self) -> str: ...
+
+
+def folder_of(domain: str) -> str:
+    """A safe folder name for a domain; different domains have different names."""
+    name = urllib.parse.quote(domain, safe="")
+    return name.replace(".", "%2E", 1) if name.startswith(".") else name
+
+
+def write_part(folder: str | Path, part: int, documents: Iterable[Document],
+               tokenizer: Tokenizer) -> dict[str, Any]:
+    """Encode one part of a corpus: one .bin and .idx per domain. Gives the manifest's entries by domain.
+
+    Memory is that of the part's tokens; a part is what one Parquet file of documents holds.
+    """
+    kind = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    chunks: dict[str, list[np.ndarray]] = defaultdict(list)
+    index: dict[str, list[tuple[int, int]]] = defaultdict(lambda: [(0, 0)])
+    for batch in _batches(documents):
+        encoded = tokenizer.encode_batch([d.text for d in batch], specials=False)
+        for document, ids in zip(batch, encoded, strict=True):
+            tokens = np.empty(len(ids) + 2, kind)
+            tokens[0], tokens[1:-1], tokens[-1] = tokenizer.start_id, ids, tokenizer.eos_id
+            chunks[document.domain].append(tokens)
+            rows = index[document.domain]
+            rows.append((rows[-1][0] + len(tokens), rows[-1][1] + document.nbytes))
+    entries = {}
+    for domain in sorted(chunks):
+        place = Path(folder) / folder_of(domain)
+        with atomic_file(place / f"{part:05d}.bin") as file:
+            for tokens in chunks[domain]:
+                file.write(tokens.data)
+        rows = index[domain]
+        with atomic_file(place / f"{part:05d}.idx") as file:
+            file.write(np.array(rows, "<i8").tobytes())
+        entries[domain] = {"file": f"{folder_of(domain)}/{part:05d}", "documents": len(rows) - 1,
+                           "tokens": rows[-1][0], "bytes": rows[-1][1],
+                           "sha256": sha256(place / f"{part:05d}.bin"),
+                           "index_sha256": sha256(place / f"{part:05d}.idx")}
+    return entries
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def write_manifest(folder: str | Path, parts: Iterable[Mapping[str, Any]],
+                   tokenizer: Tokenizer) -> dict[str, Any]:
+    """Join the parts' entries (in order) into manifest.json, which makes the folder whole."""
+    domains: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for name, entry in part.items():
+            total = domains.setdefault(name, {"documents": 0, "tokens": 0, "bytes": 0, "shards": []})
+            for count in ("documents", "tokens", "bytes"):
+                total[count] += entry[count]
+            total["shards"].append(dict(entry))
+    manifest = {"version": 1, "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+                "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
+                "start_id": tokenizer.start_id, "eos_id": tokenizer.eos_id,
+                "domains": dict(sorted(domains.items()))}
+    write_json(Path(folder) / "manifest.json", manifest)
+    return manifest
+
+
+def write_shards(folder: str | Path, documents: Iterable[Document], tokenizer: Tokenizer) -> TokenShards:
+    """All of `documents` as one part: for corpora that fit in memory."""
+    write_manifest(folder, [write_part(folder, 0, documents, tokenizer)], tokenizer)
+    return TokenShards(folder)
+
+
+class TokenShards:
+    """Reads a folder of shards. Opening checks lengths (cheap); `verify` checks every checksum."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            raise UserError(f"{folder} has no manifest.json: not token shards, or unfinished; "
+                            "type: modicum curate SOURCE --out FOLDER, then give FOLDER/tokens/train")
+        try:
+            self.manifest = read_json(path)
+            self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+            self._shards = {d: [_Shard(self.folder / s["file"], s, self.dtype) for s in entry["shards"]]
+                            for d, entry in self.manifest["domains"].items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptError(f"{path} is damaged ({type(error).__name__}: {error}); curate again") from None
+        self._first = {d: np.cumsum([0] + [s.documents for s in parts]) for d, parts in self._shards.items()}
+
+    @property
+    def domains(self) -> list[str]:
+        return sorted(self._shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the content: two folders with equal tokens in equal order have equal fingerprints."""
+        content = {d: [s["sha256"] for s in e["shards"]] for d, e in self.manifest["domains"].items()}
+        return fingerprint([self.manifest["tokenizer"], content])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.manifest["vocab_size"])
+
+    def documents(self, domain: str) -> int:
+        return int(self._first[domain][-1])
+
+    def total(self, what: str = "tokens", domain: str | None = None) -> int:
+        """Stored "tokens", text "bytes" or "documents", of one domain or all."""
+        names = self.domains if domain is None else [domain]
+        return sum(int(self.manifest["domains"][d][what]) for d in names)
+
+    def lengths(self, domain: str) -> np.ndarray:
+        parts = [np.diff(s.index[:, 0]) for s in self._shards[domain]]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def tokens(self, domain: str, i: int) -> np.ndarray:
+        shard, row = self._find(domain, i)
+        return shard.tokens[shard.index[row, 0]:shard.index[row + 1, 0]]
+
+    def text_bytes(self, domain: str, i: int) -> int:
+        """UTF-8 bytes of document i's text."""
+        shard, row = self._find(domain, i)
+        return int(shard.index[row + 1, 1] - shard.index[row, 1])
+
+    def loss_start(self, domain: str, i: int) -> int:
+        return 1
+
+    def _find(self, domain: str, i: int) -> tuple[_Shard, int]:
+        first = self._first[domain]
+        if not 0 <= i < first[-1]:
+            raise IndexError(f"document {i} of domain {domain!r}, which has {first[-1]}")
+        k = int(np.searchsorted(first, i, side="right")) - 1
+        return self._shards[domain][k], i - int(first[k])
+
+    def verify(self) -> None:
+        """Recompute every checksum. Raises CorruptError naming the first file that differs."""
+        for shards in self._shards.values():
+            for shard in shards:
+                for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256")):
+                    path = shard.stem.with_name(shard.stem.name + suffix)
+                    if sha256(path) != shard.entry[key]:
+                        raise CorruptError(f"{path} does not match its checksum; curate again")
+
+
+class _Shard:
+    def __init__(self, stem: Path, entry: Mapping[str, Any], dtype: np.dtype):
+        self.stem, self.entry, self.documents = stem, entry, int(entry["documents"])
+        self.index = _mapped(stem.with_name(stem.name + ".idx"), np.dtype("<i8"), 2 * (self.documents + 1))
+        self.index = self.index.reshape(-1, 2)
+        self.tokens = _mapped(stem.with_name(stem.name + ".bin"), dtype, int(entry["tokens"]))
+        if self.index[0, 0] != 0 or self.index[-1, 0] != entry["tokens"]:
+            raise CorruptError(f"{stem}.idx does not agree with the manifest; curate again")
+
+
+def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    size = path.stat().st_size if path.is_file() else -1
+    if size != count * dtype.itemsize:
+        state = "missing" if size < 0 else f"{size} bytes"
+        raise CorruptError(f"{path} should have {count * dtype.itemsize} bytes and is {state}; curate again")
+    return np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
+
+
+class MemoryDocuments:
+    """Documents in memory behind the same protocol: tests, and question/answer pairs.
+
+    examples: {domain: [(tokens, loss_start), ...]}, where the first `loss_start` tokens of an example
+    (its start token and its question, say) are given and carry no loss.
+    """
+
+    def __init__(self, examples: Mapping[str, Iterable[tuple[Iterable[int], int]]]):
+        self._tokens: dict[str, list[np.ndarray]] = {}
+        self._starts: dict[str, list[int]] = {}
+        for domain, rows in examples.items():
+            pairs = [(np.fromiter(tokens, np.int64), int(start)) for tokens, start in rows]
+            self._tokens[domain] = [tokens for tokens, _ in pairs]
+            self._starts[domain] = [start for _, start in pairs]
+
+    @property
+    def domains(self) -> list[str]:
+        return sorted(self._tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint({d: [(t.tolist(), s) for t, s in zip(rows, self._starts[d], strict=True)]
+                            for d, rows in self._tokens.items()})
+
+    def documents(self, domain: str) -> int:
+        return len(self._tokens[domain])
+
+    def lengths(self, domain: str) -> np.ndarray:
+        return np.array([len(t) for t in self._tokens[domain]], np.int64)
+
+    def tokens(self, domain: str, i: int) -> np.ndarray:
+        return self._tokens[domain][i]
+
+    def loss_start(self, domain: str, i: int) -> int:
+        return self._starts[domain][i]

@@ -1,0 +1,231 @@
+"""The order in which documents are trained on, and the batches made of them.
+
+    per domain and epoch    a seeded permutation of its documents
+    between domains         always the domain furthest behind its share of the mixture
+    within a row            the packing
+
+The state is what was consumed, not who consumed it: next_batch gives the global batch and each process
+takes its rows, so a run goes on in the same order on any number of processes. A new mixture changes
+which domain comes next and nothing within a domain, so nothing is lost or repeated.
+
+Shapes: B sequences, T = sequence_length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from modicum.core import registry
+from modicum.core.errors import UserError
+from modicum.data.packings import Packing, Piece
+from modicum.data.shards import Documents
+
+NO_LOSS = -100
+
+
+class EndOfData(UserError):
+    """A stream with a number of epochs has given everything it has."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens_BT int64; targets_BT int64, NO_LOSS where nothing is learnt; positions_BT int64.
+
+    documents_BT int64: attention stays among equal numbers, -1 is padding. None where attention may
+    cross documents (plain causal attention is then right and faster; padding stands last in its row).
+    """
+
+    tokens_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    documents_BT: torch.Tensor | None
+    positions_BT: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.tokens_BT.shape[0]
+
+    @property
+    def n_targets(self) -> int:
+        return int((self.targets_BT != NO_LOSS).sum())
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        documents_BT = None if self.documents_BT is None else change(self.documents_BT)
+        return Batch(change(self.tokens_BT), change(self.targets_BT), documents_BT, change(self.positions_BT))
+
+    def rows(self, rank: int, world: int) -> Batch:
+        """Rows rank, rank + world, ...: one process's part."""
+        return self._map(lambda x: x[rank::world])
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """Rows start ... stop-1: one micro-batch."""
+        return self._map(lambda x: x[start:stop])
+
+    def to(self, device: Any, non_blocking: bool = False) -> Batch:
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+
+@dataclass
+class _Domain:
+    """One domain's place: `drawn` documents of epoch `epoch`; `served` predictions put into batches."""
+
+    name: str
+    documents: int
+    lengths: np.ndarray
+    epoch: int = 0
+    drawn: int = 0
+    served: int = 0
+    credit: float = 0.0
+    order: np.ndarray | None = None
+
+
+class Stream:
+    """Deterministic batches of `sequence_length` tokens from shards.
+
+    mixture, packing: choices (`"fixed:weights={prose: 3}"`). epochs: None to go on for ever.
+    total: predictions the run will make, for mixtures that change over the run.
+    """
+
+    def __init__(self, shards: Documents, mixture: Any = "natural", packing: Any = "concat", *,
+                 sequence_length: int, seed: int = 0, epochs: int | None = None, total: float | None = None,
+                 shuffle: bool = True):
+        if sequence_length < 1:
+            raise UserError(f"sequence_length={sequence_length} must be at least 1")
+        self.shards, self.sequence_length, self.seed = shards, sequence_length, seed
+        self.epochs, self.total, self.shuffle = epochs, total, shuffle
+        self.domains = {}
+        for name in shards.domains:
+            lengths = shards.lengths(name) - 1
+            if len(lengths) and int(lengths.sum()) > 0:
+                self.domains[name] = _Domain(name, len(lengths), lengths)
+        if not self.domains:
+            raise UserError("the data has no tokens to train on; curate more text, or with fewer steps")
+        self.sizes = {name: int(d.lengths.sum()) for name, d in self.domains.items()}
+        self.mixture = registry.build("mixture", mixture, self.sizes)
+        self.packing: Packing = registry.build("packing", packing)
+        self.pending: list[Piece] = []
+
+    @property
+    def epoch_tokens(self) -> int:
+        """Predictions in one pass over everything."""
+        return sum(self.sizes.values())
+
+    @property
+    def done(self) -> int:
+        """Predictions put into batches so far."""
+        return sum(d.served for d in self.domains.values())
+
+    def _order(self, domain: _Domain) -> np.ndarray:
+        """Permutation of the domain's documents in its present epoch, the same on every machine."""
+        if domain.order is None:
+            numbers = np.arange(domain.documents, dtype=np.uint64)
+            if self.shuffle:
+                name = f"{self.seed}/{domain.epoch}/{domain.name}".encode()
+                key = np.frombuffer(hashlib.blake2b(name, digest_size=8).digest(), "<u8")
+                numbers = np.argsort(_mix(numbers ^ key), kind="stable").astype(np.uint64)
+            domain.order = numbers.astype(np.uint32) if domain.documents < 1 << 32 else numbers
+        return domain.order
+
+    def _draw(self) -> Piece | None:
+        """The next whole document: of the domain with the most credit."""
+        while True:
+            weights = self.mixture.weights(sum(d.served for d in self.domains.values()), self.total)
+            open_ = [d for d in self.domains.values()
+                     if weights.get(d.name, 0) > 0 and (self.epochs is None or d.epoch < self.epochs)]
+            if not open_:
+                return None
+            chosen = max(open_, key=lambda d: d.credit)
+            i = int(self._order(chosen)[chosen.drawn])
+            chosen.drawn += 1
+            if chosen.drawn == chosen.documents:
+                chosen.epoch, chosen.drawn, chosen.order = chosen.epoch + 1, 0, None
+            length = int(chosen.lengths[i])
+            if length < 1:
+                continue
+            whole = sum(weights[d.name] for d in open_)
+            for d in open_:
+                d.credit += length * weights[d.name] / whole
+            chosen.credit -= length
+            return Piece(chosen.name, i, 0, length)
+
+    def next_batch(self, n: int) -> Batch:
+        """The next `n` sequences of the global order; fewer at the end, then EndOfData."""
+        T = self.sequence_length
+        tokens, targets = np.zeros((n, T), np.int64), np.full((n, T), NO_LOSS, np.int64)
+        documents, positions = np.full((n, T), -1, np.int64), np.zeros((n, T), np.int64)
+        ramp = np.arange(T)
+        count = 0
+        while count < n:
+            row = self.packing.row(self._draw, self.pending, T)
+            if not row:
+                break
+            at = 0
+            for k, piece in enumerate(row):
+                stored = self.shards.tokens(piece.domain, piece.document)
+                stop, end = piece.start + piece.length, at + piece.length
+                tokens[count, at:end] = stored[piece.start:stop]
+                targets[count, at:end] = stored[piece.start + 1:stop + 1]
+                given = self.shards.loss_start(piece.domain, piece.document) - 1 - piece.start
+                if given > 0:
+                    targets[count, at:min(at + given, end)] = NO_LOSS
+                documents[count, at:end] = k
+                positions[count, at:end] = ramp[:piece.length]
+                self.domains[piece.domain].served += piece.length
+                at = end
+            count += 1
+        if count == 0:
+            raise EndOfData(f"the data ended after {self.done} tokens ({self.epochs} epochs of "
+                            f"{self.epoch_tokens}); ask for more epochs, or for fewer tokens")
+        masks = self.packing.masks_documents
+        if not masks:
+            positions[:] = ramp
+        made = [torch.from_numpy(x[:count]) for x in (tokens, targets, documents, positions)]
+        return Batch(made[0], made[1], made[2] if masks else None, made[3])
+
+    def batches(self, n: int) -> Iterator[Batch]:
+        """Batches until the data ends (never, if epochs is None)."""
+        while True:
+            try:
+                batch = self.next_batch(n)
+            except EndOfData:
+                return
+            yield batch
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able place: per domain its epoch, documents drawn in it and tokens consumed in all, and the
+        pieces of drawn documents that are not consumed yet ([domain, document, start, length])."""
+        domains = {d.name: {"epoch": d.epoch, "documents": d.drawn, "tokens": d.served, "credit": d.credit,
+                            "of": [d.documents, self.sizes[d.name]]} for d in self.domains.values()}
+        return {"version": 1, "seed": self.seed, "shuffle": self.shuffle, "domains": domains,
+                "pending": [list(p) for p in self.pending]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, whose seed holds. Mixture, packing and sequence length may have changed.
+
+        Raises UserError if the data has: a domain may be new, but none gone or of another size.
+        """
+        for name, saved in state["domains"].items():
+            domain = self.domains.get(name)
+            if domain is None or [domain.documents, self.sizes[name]] != list(saved["of"]):
+                had = "{} documents, {} tokens".format(*saved["of"])
+                have = "is gone" if domain is None else f"has {domain.documents}, {self.sizes[name]}"
+                raise UserError(f"cannot go on: domain {name!r} had {had} and now {have}; "
+                                "give the same data, or start a new run folder")
+        self.seed, self.shuffle = state["seed"], state["shuffle"]
+        for name, saved in state["domains"].items():
+            domain = self.domains[name]
+            domain.epoch, domain.drawn = saved["epoch"], saved["documents"]
+            domain.served, domain.credit, domain.order = saved["tokens"], saved["credit"], None
+        self.pending = [Piece(*p) for p in state["pending"]]
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele et al. 2014): a fixed, fast shuffle key for each number."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
