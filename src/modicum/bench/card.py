@@ -1,0 +1,212 @@
+"""What a method's file says about itself, read as text: card, knobs, claim, paper. Imports nothing heavy.
+
+A method may state the figure its paper claims in a module constant, shown beside what is measured here:
+
+    CLAIM = {"figure": "same perplexity at 0.5x state bytes", "where": "Table 2", "scale": "1B, 13Btok"}
+
+or as one string.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from modicum.core.errors import UserError
+from modicum.core.registry import MethodInfo, PortInfo
+
+CLAIM_FIELDS = ("figure", "where", "scale")
+_ARXIV = re.compile(r"arXiv:\s*(\d{4}\.\d{4,5})", re.IGNORECASE)
+_AUTHORS = re.compile(r"([A-Z][\w'’-]+(?:,? (?:et al\.?|(?:and|&) [A-Z][\w'’-]+))?),? \(?((?:19|20)\d\d)\)?")
+
+
+@dataclass(frozen=True)
+class Knob:
+    name: str
+    type: str
+    default: str  # as written; "" when the knob must be given
+    note: str  # comment after the field
+
+
+@dataclass(frozen=True)
+class Card:
+    """The text of one method's file."""
+
+    info: MethodInfo
+    path: Path
+    text: str  # the whole module docstring
+    summary: str
+    knobs: tuple[Knob, ...]
+    supports: tuple[str, ...]
+    claim: dict[str, str]
+    paper: tuple[str, str] | None  # (short name, link)
+
+
+def read_card(info: MethodInfo) -> Card:
+    """Parse the file of a method. Raises `UserError` naming what is wrong with it."""
+    path = source(info)
+    text = path.read_text(encoding="utf-8")
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: {error.msg}; the file of {info.port}/{info.key} is not Python"
+        ) from None
+    doc = ast.get_docstring(tree) or ""
+    head = doc.split("\n\n")[0].partition(": ")[2].replace("\n", " ").strip()
+    config = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config"), None)
+    return Card(
+        info,
+        path,
+        doc,
+        head.rstrip(".") or info.summary,
+        _knobs(config, text.splitlines()),
+        _supports(tree),
+        _claim(tree, path),
+        paper(doc),
+    )
+
+
+def source(info: MethodInfo) -> Path:
+    """The file of a method; a plug-in's is located without importing it."""
+    if info.path is not None:
+        return info.path
+    try:
+        spec = importlib.util.find_spec(info.module)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"the plug-in {info.module} of {info.port}/{info.key} is not there; install its package again"
+        )
+    return Path(spec.origin)
+
+
+def _knobs(config: ast.ClassDef | None, lines: list[str]) -> tuple[Knob, ...]:
+    knobs = []
+    for node in config.body if config else []:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        default = ast.unparse(node.value) if node.value else ""
+        tail = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset or 0 :]
+        note = [tail.partition("#")[2].strip()] if "#" in tail else []
+        line = node.end_lineno or node.lineno  # comments may go on below the field, indented further
+        while note and line < len(lines) and re.match(r"\s{12,}#", lines[line]):
+            note.append(lines[line].partition("#")[2].strip())
+            line += 1
+        factory = re.search(r"default_factory=(\w+)|default=(.+?)[,)]", default)
+        if default.startswith("field(") and factory:
+            default = factory[2] or {"list": "[]", "dict": "{}", "tuple": "()"}.get(
+                factory[1], factory[1] + "()"
+            )
+        knobs.append(Knob(node.target.id, ast.unparse(node.annotation), default, " ".join(note)))
+    return tuple(knobs)
+
+
+def _supports(tree: ast.Module) -> tuple[str, ...]:
+    for node in ast.walk(tree):
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        )
+        if any(isinstance(t, ast.Name) and t.id == "supports" for t in targets) and node.value is not None:  # type: ignore[attr-defined]
+            return tuple(
+                sorted(
+                    n.value
+                    for n in ast.walk(node.value)  # type: ignore[attr-defined]
+                    if isinstance(n, ast.Constant) and isinstance(n.value, str)
+                )
+            )
+    return ()
+
+
+def _claim(tree: ast.Module, path: Path) -> dict[str, str]:
+    for node in tree.body:
+        names = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        )
+        if not any(isinstance(t, ast.Name) and t.id == "CLAIM" for t in names):
+            continue
+        try:
+            value = ast.literal_eval(node.value)  # type: ignore[attr-defined]
+        except ValueError:
+            raise UserError(
+                f"{path}: CLAIM must be written out, as a string or a mapping of {CLAIM_FIELDS}"
+            ) from None
+        if isinstance(value, str):
+            return {"figure": value}
+        if isinstance(value, dict) and set(value) <= set(CLAIM_FIELDS) and "figure" in value:
+            return {k: str(value[k]) for k in CLAIM_FIELDS if k in value}
+        raise UserError(
+            f"{path}: CLAIM={value!r}; write a string, or a mapping with 'figure' and "
+            "optionally 'where' and 'scale'"
+        )
+    return {}
+
+
+def claim_text(claim: dict[str, str]) -> str:
+    more = [claim[k] for k in ("where", "scale") if claim.get(k)]
+    return claim.get("figure", "") + (f" ({'; '.join(more)})" if more else "")
+
+
+def paper(doc: str) -> tuple[str, str] | None:
+    """(name, link) of the first arXiv paper a card cites, or (name, "") of the first author-and-year."""
+    doc = " ".join(doc.split())
+    arxiv = _ARXIV.search(doc)
+    before = doc[: arxiv.start()] if arxiv else doc
+    names = list(_AUTHORS.finditer(before))
+    if arxiv:
+        # the citation of a link stands right before it
+        near = [m for m in names if arxiv.start() - m.end() < 200]
+        name = f"{near[-1][1].replace(',', '')} {near[-1][2]}" if near else f"arXiv:{arxiv[1]}"
+        return name, f"https://arxiv.org/abs/{arxiv[1]}"
+    return (f"{names[0][1].replace(',', '')} {names[0][2]}", "") if names else None
+
+
+def port_text(info: PortInfo) -> str:
+    """A port's module docstring and the docstring of its base class, with the signatures it asks for."""
+    tree = ast.parse((info.path / "__init__.py").read_text(encoding="utf-8"))
+    parts = [ast.get_docstring(tree) or ""]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and any("Method" in ast.unparse(b) for b in node.bases):
+            parts.append(signature(node))
+    return "\n\n".join(parts)
+
+
+def signature(node: ast.ClassDef) -> str:
+    """A class as its interface: docstring, annotated attributes, and methods without their bodies."""
+    lines = [f"class {node.name}({', '.join(ast.unparse(b) for b in node.bases)}):"]
+    lines += _docstring(node, 1)
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign):
+            lines.append("    " + ast.unparse(item))
+        elif isinstance(item, ast.FunctionDef) and (not item.name.startswith("_") or item.name == "__init__"):
+            lines += [""] + ["    @" + ast.unparse(d) for d in item.decorator_list]
+            returns = f" -> {ast.unparse(item.returns)}" if item.returns else ""
+            lines.append(
+                f"    def {item.name}({ast.unparse(item.args)}){returns}:"
+                + ("" if ast.get_docstring(item) else " ...")
+            )
+            lines += _docstring(item, 2)
+    return "\n".join(lines)
+
+
+def _docstring(node: ast.ClassDef | ast.FunctionDef, depth: int) -> list[str]:
+    doc = ast.get_docstring(node)
+    if not doc:
+        return []
+    indent = "    " * depth
+    lines = [indent + line if line else "" for line in doc.splitlines()]
+    lines[0] = indent + '"""' + lines[0].strip()
+    lines[-1] += '"""' if len(doc.splitlines()) == 1 else "\n" + indent + '"""'
+    return lines

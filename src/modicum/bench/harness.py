@@ -1,0 +1,275 @@
+"""Measuring a port's methods beside its baseline, at equal budget, over several seeds, in one run.
+
+A port's bench, `bench/ports/PORT.py`, holds
+
+    AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("state_bytes", "lower", "bytes"))
+    LIMITS = {"tokens", "seconds"}       limits of a Budget that `measure` keeps
+    class Scale                          keyword-only dataclass: how large a measurement is
+    QUICK = Scale(...)                   seconds instead of minutes
+    def measure(choice, seed, settings) -> Measurement
+
+`measure` runs one method once. All of its randomness comes from `seed`, so that two methods at one seed
+see the same data in the same order from the same start; differences are then taken pair by pair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gc
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from modicum.bench import record as records
+from modicum.bench.card import read_card
+from modicum.bench.record import Record
+from modicum.budget import Budget, Cost, Meter
+from modicum.core import registry
+from modicum.core.choice import Choice, make_config
+from modicum.core.errors import UserError, unknown
+from modicum.core.events import Progress
+from modicum.core.files import fingerprint
+
+log = logging.getLogger(__name__)
+PLACE = Path(__file__).parent / "ports"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A metric (or seconds, peak_bytes, flops), which way is better, and its unit."""
+
+    metric: str
+    better: str = "lower"
+    unit: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    quality: Axis
+    cost: Axis
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the person asked for. `data` and `model` are paths or names; None is the bench's own small one."""
+
+    scale: Any
+    budget: Budget = field(default_factory=Budget)
+    data: str | None = None
+    model: str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one run of one method gave.
+
+    metrics holds the axes' metrics and any other number worth keeping. `cost` may leave seconds and
+    peak_bytes at zero: the harness then puts in what its own meter saw around the whole call.
+    `model` holds name, shape, parameters and checksum; `data` name, bytes and checksum.
+    """
+
+    metrics: dict[str, float]
+    cost: Cost = field(default_factory=Cost)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A loaded bench file."""
+
+    port: str
+    axes: Axes
+    scale: type
+    quick: Any
+    limits: frozenset[str]
+    measure: Callable[[Choice, int, Settings], Measurement]
+    module: ModuleType
+
+
+def benches() -> dict[str, Path]:
+    """Port names that have a bench, found by their files; nothing is imported."""
+    return {p.stem.replace("_", "-"): p for p in sorted(PLACE.glob("*.py")) if not p.name.startswith("_")}
+
+
+def load(port: str) -> Bench:
+    """Import a port's bench. Raises `UserError` for an unknown port or one without a bench."""
+    registry.port(port)
+    if port not in benches():
+        raise unknown("bench", port, benches(), f"Write src/modicum/bench/ports/{port.replace('-', '_')}.py")
+    module = importlib.import_module(f"modicum.bench.ports.{port.replace('-', '_')}")
+    missing = [n for n in ("AXES", "Scale", "QUICK", "measure") if not hasattr(module, n)]
+    if missing:
+        raise UserError(f"{module.__file__} lacks {', '.join(missing)}; see modicum.bench.harness")
+    return Bench(
+        port,
+        module.AXES,
+        module.Scale,
+        module.QUICK,
+        frozenset(getattr(module, "LIMITS", ())),
+        module.measure,
+        module,
+    )
+
+
+def make_scale(bench: Bench, quick: bool, changes: dict[str, Any]) -> Any:
+    """The bench's default scale, or its quick one, with `changes` type-checked on top."""
+    start = asdict(bench.quick if quick else bench.scale())
+    return make_config(bench.scale, start | changes, f"bench {bench.port}")
+
+
+def check_budget(bench: Bench, budget: Budget) -> dict[str, float]:
+    """The limits that are set. Raises `UserError` for one that the bench does not keep."""
+    limits = {k: v for k, v in asdict(budget).items() if v is not None}
+    for name in limits:
+        if name not in bench.limits:
+            allowed = ", ".join(sorted(bench.limits)) or "none: its budget is its scale, see --scale"
+            raise UserError(
+                f"bench {bench.port} cannot hold methods to a limit of {name}. Allowed: {allowed}"
+            )
+    return limits
+
+
+def pick(port: str, given: list[str]) -> list[Choice]:
+    """Choices to measure: the baseline first, then those given, or every method of the port."""
+    baseline = registry.port(port).baseline
+    choices = (
+        [Choice.parse(port, g) for g in given] if given else [Choice(port, k) for k in registry.methods(port)]
+    )
+    for choice in choices:
+        choice.config()  # a wrong knob is refused before anything is measured
+    if Choice(port, baseline) not in choices:
+        choices.insert(0, Choice(port, baseline))
+    unique = {str(c): c for c in choices}
+    return sorted(unique.values(), key=lambda c: str(c) != baseline)
+
+
+@dataclass
+class Outcome:
+    """Records of this run, new and resumed, and what failed."""
+
+    run: str
+    records: list[Record]
+    failures: dict[str, str]
+    measured: int = 0
+    skipped: int = 0
+    interrupted: bool = False
+
+
+def run(
+    bench: Bench,
+    choices: list[Choice],
+    seeds: list[int],
+    settings: Settings,
+    path: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Measure every choice at every seed and append each record to `path` as it is made.
+
+    All methods run at one seed before the next seed begins, so that an interrupted bench still holds
+    complete pairs. With `resume`, records of the same run (port, scale, budget, inputs, commit,
+    machine) are taken from `path` instead of measured. A method that fails is reported and the others
+    go on; Ctrl-C ends the run and keeps what is done.
+    """
+    machine = records.machine()
+    limits = check_budget(bench, settings.budget)
+    identity = fingerprint(
+        [
+            bench.port,
+            asdict(settings.scale),
+            limits,
+            settings.data,
+            settings.model,
+            settings.device,
+            records.commit(),
+            machine,
+        ]
+    )
+    baseline = registry.port(bench.port).baseline
+    known = {(r.choice, r.seed): r for r in records.read(path) if r.run == identity} if resume else {}
+    outcome = Outcome(identity, [], {})
+    todo = [(seed, choice) for seed in seeds for choice in choices]
+    claims = {c.method: read_card(registry.methods(bench.port)[c.method]).claim for c in choices}
+    for seed, choice in todo:
+        label = str(choice)
+        if label in outcome.failures:
+            continue
+        if (label, seed) in known:
+            outcome.records.append(known[label, seed])
+            outcome.skipped += 1
+            if progress:
+                progress.resume_at(progress.done + 1)
+            continue
+        if progress:
+            progress.update(0, method=label, seed=seed)
+        try:
+            made = _measure(bench, choice, seed, settings)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+            break
+        except Exception as error:
+            if label == baseline:
+                raise
+            log.debug("%s failed", label, exc_info=True)
+            outcome.failures[label] = f"{type(error).__name__}: {error}"
+            continue
+        entry = Record(
+            port=bench.port,
+            method=choice.method,
+            choice=label,
+            knobs={k: v for k, v in choice.resolved().items() if k != "method"},
+            baseline=baseline,
+            seed=seed,
+            run=identity,
+            scale=asdict(settings.scale),
+            budget=limits,
+            model=made.model,
+            data=made.data,
+            metrics={k: float(v) for k, v in made.metrics.items()},
+            seconds=made.cost.seconds,
+            peak_bytes=made.cost.peak_bytes,
+            flops=made.cost.flops,
+            axes=asdict(bench.axes),
+            machine=machine,
+            versions=records.versions(),
+            commit=records.commit(),
+            claim=claims[choice.method],
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        _check_axes(entry)
+        records.append(path, entry)
+        outcome.records.append(entry)
+        outcome.measured += 1
+        if progress:
+            progress.update(1, **{bench.axes.quality.metric: entry.value(bench.axes.quality.metric)})
+    return outcome
+
+
+def _measure(bench: Bench, choice: Choice, seed: int, settings: Settings) -> Measurement:
+    gc.collect()
+    with Meter() as meter:
+        made = bench.measure(choice, seed, settings)
+    cost = dataclasses.replace(
+        made.cost,
+        seconds=made.cost.seconds or meter.seconds,
+        peak_bytes=made.cost.peak_bytes or meter.peak_bytes,
+    )
+    return dataclasses.replace(made, cost=cost)
+
+
+def _check_axes(entry: Record) -> None:
+    for axis in entry.axes.values():
+        try:
+            entry.value(axis["metric"])
+        except KeyError:
+            raise UserError(
+                f"bench {entry.port} promises {axis['metric']!r} and measured only {', '.join(entry.metrics)}"
+            ) from None

@@ -1,0 +1,112 @@
+"""The pages of docs/ports: one per port, from its protocol, its methods' cards and its evidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from modicum.bench import plots, record, stats
+from modicum.bench.card import Card, claim_text, port_text, read_card
+from modicum.bench.figures import (
+    cell,
+    change_text,
+    main_run,
+    measured_text,
+    rows_of,
+    sentence,
+    setting_text,
+    words,
+)
+from modicum.bench.stats import Row, spread_text
+from modicum.core import registry
+from modicum.core.registry import PortInfo
+
+NOTE = "<!-- Written by `modicum catalogue --write`; edit the methods' files, not this. -->"
+SOURCE = registry.ROOT.parents[1]
+
+
+def own_methods(port: str) -> dict[str, Card]:
+    """Cards of the methods that ship with modicum, the baseline first; plug-ins are left out."""
+    return {k: read_card(i) for k, i in registry.methods(port).items() if i.path is not None}
+
+
+def port_files(info: PortInfo, place: Path, evidence: Path) -> dict[Path, str]:
+    """A port's page, and its plot if there is evidence."""
+    cards = own_methods(info.name)
+    lines = [NOTE, "", f"# Port {info.name}", "",
+             f"{sentence(info.summary)} Room [{info.room}](../{info.room}.md); baseline `{info.baseline}`.",
+             "",
+             "```sh", f"modicum ls {info.name}", f"modicum show {info.name} {info.baseline}",
+             f"modicum bench {info.name}", f"modicum check {info.name}", f"modicum new {info.name} my-method",
+             "```", "", "## What it asks of a method", "", "```python", port_text(info).strip(), "```", "",
+             "## Measured", ""]
+    measured, picture = _measured(info, evidence)
+    lines += [*measured, "## Methods", ""]
+    for key, card in cards.items():
+        lines += [f"### {key}" + (" (baseline)" if key == info.baseline else ""), "", *_card(card)]
+    files = {place / f"{info.name}.md": "\n".join(lines).rstrip() + "\n"}
+    if picture:
+        files[place / "plots" / f"{info.name}.svg"] = picture
+    return files
+
+
+def _measured(info: PortInfo, evidence: Path) -> tuple[list[str], str]:
+    """Lines of the section, and the plot's SVG ("" without evidence)."""
+    found = record.read(evidence / f"{info.name}.jsonl")
+    run = main_run(found, info)
+    if not run:
+        return [f"Nothing yet; type `modicum bench {info.name}`.", ""], ""
+    rows, axes = stats.compare(run), run[-1].axes
+    lines = [f"![quality against cost](plots/{info.name}.svg)", "", setting_text(run), "",
+             *_table(rows, axes), ""]
+    for choice, (row, members) in rows_of(found).items():
+        if members[-1].run != run[-1].run:
+            lines += [f"`{choice}`, in another run: {measured_text(row, members[-1].axes)}. "
+                      f"{setting_text(members)}", ""]
+    return lines, plots.svg(info.name, rows, axes)
+
+
+def _table(rows: list[Row], axes: dict[str, Any]) -> list[str]:
+    quality, cost = axes["quality"], axes["cost"]
+    shown = (quality["metric"], cost["metric"], "peak_bytes", "flops")
+    names = [n for n in rows[0].metrics if n not in shown]
+    heads = ["method", words(quality["metric"]), "change [95%]", words(cost["metric"]), "cost ratio",
+             *(words(n) for n in names), "claim"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for row in rows:
+        ratio = f"×{row.cost_ratio:.3g}" if row.cost_ratio is not None else "—"
+        more = [spread_text(row.metrics[n], "bytes" if n.endswith("_bytes") else "")
+                if n in row.metrics else "—" for n in names]
+        lines.append("| " + " | ".join([
+            f"**{row.choice}**" if row.is_baseline else row.choice, spread_text(row.quality, quality["unit"]),
+            change_text(row) or "—", spread_text(row.cost, cost["unit"]), ratio, *more,
+            cell(claim_text(row.claim)) or "—"]) + " |")
+    return lines
+
+
+def _card(card: Card) -> list[str]:
+    body = card.text.partition("\n\n")[2].rstrip()
+    file = card.path.relative_to(SOURCE).as_posix() if card.path.is_relative_to(SOURCE) else card.path.name
+    lines = [sentence(card.summary), "", *([body, ""] if body else [])]
+    if card.knobs:
+        lines += ["| knob | type | default | |", "| --- | --- | --- | --- |"]
+        for knob in card.knobs:
+            default = f"`{cell(knob.default)}`" if knob.default else "required"
+            lines.append(f"| `{knob.name}` | `{cell(knob.type)}` | {default} | {cell(knob.note)} |")
+        lines.append("")
+    if card.supports:
+        lines += ["Supports " + ", ".join(f"`{s}`" for s in card.supports) + ".", ""]
+    if card.claim:
+        lines += [f"Claim: {claim_text(card.claim)}.", ""]
+    return [*lines, f"[`{file}`](../../{file})", ""]
+
+
+def index() -> str:
+    """docs/ports/README.md."""
+    lines = [NOTE, "", "# Ports", "",
+             "A port is a protocol, a conformance suite and a bench; a method is one file behind it.", "",
+             "| port | room | what it is | baseline | methods |", "| --- | --- | --- | --- | --- |"]
+    for info in registry.ports().values():
+        lines.append(f"| [{info.name}]({info.name}.md) | [{info.room}](../{info.room}.md) | "
+                     f"{cell(info.summary)} | {info.baseline} | {', '.join(own_methods(info.name))} |")
+    return "\n".join(lines) + "\n"

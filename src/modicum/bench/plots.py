@@ -1,0 +1,178 @@
+"""Quality against cost: an interactive page for a bench, and a small SVG for the port's page of the docs.
+
+Both draw one point per method (mean over seeds, bars of one standard deviation), the baseline as a
+diamond, and the methods that no other beats on both axes joined by a line (the Pareto front).
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from pathlib import Path
+from typing import Any
+
+from modicum.bench.stats import Row, number, quantity, spread_text
+from modicum.core.files import write_text
+
+COLOURS = (
+    "#2563eb",
+    "#d97706",
+    "#059669",
+    "#7c3aed",
+    "#db2777",
+    "#0891b2",
+    "#65a30d",
+    "#b91c1c",
+    "#475569",
+    "#92400e",
+)
+
+
+def front(rows: list[Row], axes: dict[str, Any]) -> list[Row]:
+    """Rows that no other row beats on one axis without losing on the other, by rising cost."""
+    sign = {name: 1 if axis["better"] == "lower" else -1 for name, axis in axes.items()}
+    best, kept = math.inf, []
+    for row in sorted(rows, key=lambda r: (sign["cost"] * r.cost.mean, sign["quality"] * r.quality.mean)):
+        if sign["quality"] * row.quality.mean < best:
+            best = sign["quality"] * row.quality.mean
+            kept.append(row)
+    return kept
+
+
+def axis_title(axis: dict[str, str]) -> str:
+    unit = f" ({axis['unit']})" if axis["unit"] else ""
+    return f"{axis['metric'].replace('_', ' ')}{unit}, {axis['better']} is better"
+
+
+def figure(port: str, rows: list[Row], axes: dict[str, Any]) -> Any:
+    """The plotly figure of a comparison."""
+    import plotly.graph_objects as go
+
+    drawing = go.Figure()
+    line = front(rows, axes)
+    if len(line) > 1:
+        drawing.add_trace(
+            go.Scatter(
+                x=[r.cost.mean for r in line],
+                y=[r.quality.mean for r in line],
+                mode="lines",
+                name="Pareto front",
+                line={"color": "#94a3b8", "dash": "dot"},
+                hoverinfo="skip",
+            )
+        )
+    for i, row in enumerate(rows):
+        note = "<br>".join(f"{html.escape(k)}: {spread_text(v, '')}" for k, v in row.metrics.items())
+        drawing.add_trace(
+            go.Scatter(
+                x=[row.cost.mean],
+                y=[row.quality.mean],
+                name=row.choice + (" (baseline)" if row.is_baseline else ""),
+                mode="markers+text",
+                text=[row.choice],
+                textposition="top center",
+                cliponaxis=False,
+                error_y={"array": [row.quality.std or 0], "thickness": 1},
+                error_x={"array": [row.cost.std or 0], "thickness": 1},
+                marker={
+                    "size": 14,
+                    "symbol": "diamond" if row.is_baseline else "circle",
+                    "color": COLOURS[i % len(COLOURS)],
+                },
+                hovertemplate=f"<b>{html.escape(row.choice)}</b><br>{note}<extra></extra>",
+            )
+        )
+    drawing.update_layout(
+        title={
+            "text": f"{port}: quality against cost, mean and spread over seeds"
+        },
+        xaxis_title=axis_title(axes["cost"]),
+        yaxis_title=axis_title(axes["quality"]),
+        template="plotly_white",
+        font={"size": 14},
+        legend={"orientation": "h", "y": -0.2},
+        margin={"l": 70, "r": 30, "t": 70, "b": 60},
+    )
+    return drawing
+
+
+def write_page(path: Path, port: str, rows: list[Row], axes: dict[str, Any]) -> None:
+    """A self-contained page: it opens without network."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = figure(port, rows, axes).to_html(
+        include_plotlyjs=True, full_html=True, config={"responsive": True, "displaylogo": False}
+    )
+    write_text(
+        path,
+        page.replace(
+            "<head>",
+            '<head><meta name="viewport" content="width=device-width">'
+            f"<title>modicum bench {html.escape(port)}</title>",
+            1,
+        ),
+    )
+
+
+def svg(port: str, rows: list[Row], axes: dict[str, Any], width: int = 640, height: int = 360) -> str:
+    """The same picture without a script, the same bytes for the same rows."""
+    left, right, top, bottom = 80, 24, 28, 52
+    xs, ys = _range([r.cost for r in rows]), _range([r.quality for r in rows])
+
+    def x(value: float) -> float:
+        return left + (value - xs[0]) / (xs[1] - xs[0]) * (width - left - right)
+
+    def y(value: float) -> float:
+        return height - bottom - (value - ys[0]) / (ys[1] - ys[0]) * (height - top - bottom)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="12" role="img" aria-label="{html.escape(port)}: quality against cost">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for i in range(5):
+        xv, yv = xs[0] + (xs[1] - xs[0]) * i / 4, ys[0] + (ys[1] - ys[0]) * i / 4
+        parts.append(
+            f'<line x1="{left}" x2="{width - right}" y1="{y(yv):.1f}" y2="{y(yv):.1f}" stroke="#e2e8f0"/>'
+            f'<text x="{left - 6}" y="{y(yv) + 4:.1f}" text-anchor="end" fill="#475569">{number(yv)}</text>'
+            f'<text x="{x(xv):.1f}" y="{height - bottom + 18}" text-anchor="middle" fill="#475569">'
+            f"{_tick(xv, axes['cost'])}</text>"
+        )
+    line = front(rows, axes)
+    if len(line) > 1:
+        points = " ".join(f"{x(r.cost.mean):.1f},{y(r.quality.mean):.1f}" for r in line)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="#94a3b8" stroke-dasharray="3 4"/>')
+    for i, row in enumerate(rows):
+        colour, cx, cy = COLOURS[i % len(COLOURS)], x(row.cost.mean), y(row.quality.mean)
+        if row.quality.std:
+            parts.append(
+                f'<line x1="{cx:.1f}" x2="{cx:.1f}" y1="{y(row.quality.mean - row.quality.std):.1f}" '
+                f'y2="{y(row.quality.mean + row.quality.std):.1f}" stroke="{colour}"/>'
+            )
+        shape = (
+            f'<rect x="{cx - 5:.1f}" y="{cy - 5:.1f}" width="10" height="10" '
+            f'transform="rotate(45 {cx:.1f} {cy:.1f})"'
+            if row.is_baseline
+            else f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5"'
+        )
+        anchor, shift = ("end", -9) if cx > width - 150 else ("start", 9)
+        parts.append(
+            f'{shape} fill="{colour}"/><text x="{cx + shift:.1f}" y="{cy - 7:.1f}" text-anchor="{anchor}" '
+            f'fill="{colour}">{html.escape(row.choice)}</text>'
+        )
+    parts.append(
+        f'<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle" fill="#0f172a">'
+        f"{html.escape(axis_title(axes['cost']))}</text>"
+        f'<text x="8" y="16" fill="#0f172a">{html.escape(axis_title(axes["quality"]))}</text></svg>'
+    )
+    return "\n".join(parts) + "\n"
+
+
+def _range(spreads: list[Any]) -> tuple[float, float]:
+    low = min(s.mean - (s.std or 0) for s in spreads)
+    high = max(s.mean + (s.std or 0) for s in spreads)
+    room = (high - low) * 0.12 or abs(high) * 0.1 or 1.0
+    return low - room, high + room
+
+
+def _tick(value: float, axis: dict[str, str]) -> str:
+    return quantity(max(value, 0.0), "bytes") if axis["unit"] == "bytes" else number(value)

@@ -1,0 +1,171 @@
+"""Comparing methods over seeds: mean, spread, and paired differences with a confidence interval.
+
+Methods are compared seed by seed (same seed, same data order, same start), which removes what the seeds
+share. With n paired differences d, the interval is Student's: mean(d) +- t(n-1, 97.5%) * std(d) / sqrt(n).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from modicum.bench.record import Record
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (None with one value) of n values."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(
+            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+        )
+
+    def __str__(self) -> str:
+        return number(self.mean) + (f" ± {number(self.std)}" if self.std is not None else "")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired difference method minus baseline; low and high bound its mean at 95% (None with one pair)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def clear(self) -> bool:
+        """The interval leaves out zero."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of a comparison."""
+
+    method: str
+    choice: str
+    is_baseline: bool
+    quality: Spread
+    cost: Spread
+    seconds: Spread
+    quality_ratio: float | None  # mean over the baseline's mean
+    cost_ratio: float | None
+    difference: Difference | None  # of the quality metric
+    better: bool | None  # clearly better (True), clearly worse (False), not told apart (None)
+    metrics: dict[str, Spread]
+    seeds: list[int]
+    claim: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def paired(method: dict[int, float], baseline: dict[int, float]) -> Difference | None:
+    """Difference over the seeds both have; None if they share none."""
+    seeds = sorted(method.keys() & baseline.keys())
+    differences = [method[s] - baseline[s] for s in seeds]
+    if not differences:
+        return None
+    mean, n = statistics.fmean(differences), len(differences)
+    if n == 1:
+        return Difference(mean, None, None, 1)
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
+    return Difference(mean, mean - half, mean + half, n)
+
+
+def latest_run(records: list[Record], method: str) -> str | None:
+    """The newest run that measured `method` together with its baseline (default knobs or not)."""
+    for record in reversed(records):
+        if record.method == method and any(r.run == record.run and r.method == r.baseline for r in records):
+            return record.run
+    return None
+
+
+def compare(records: list[Record]) -> list[Row]:
+    """Rows for records of one run, the baseline first, then in order of measurement."""
+    if not records:
+        return []
+    axes, baseline = records[-1].axes, records[-1].baseline
+    quality, cost, better = axes["quality"]["metric"], axes["cost"]["metric"], axes["quality"]["better"]
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.choice, []).append(record)
+    base = groups.get(baseline) or next((g for g in groups.values() if g[0].method == baseline), None)
+    rows = []
+    for choice, group in groups.items():
+        is_baseline = group is base
+        difference = None
+        if base and not is_baseline:
+            difference = paired(
+                {r.seed: r.value(quality) for r in group}, {r.seed: r.value(quality) for r in base}
+            )
+        names = [n for n in group[0].metrics if all(n in r.metrics for r in group)]
+        spread = {
+            n: Spread.of([r.value(n) for r in group]) for n in (*names, "seconds", "peak_bytes", "flops")
+        }
+        rows.append(
+            Row(
+                group[0].method,
+                choice,
+                is_baseline,
+                spread[quality],
+                spread[cost],
+                spread["seconds"],
+                _ratio(spread[quality], base, quality),
+                _ratio(spread[cost], base, cost),
+                difference,
+                ((difference.mean < 0) == (better == "lower")) if difference and difference.clear else None,
+                spread,
+                sorted(r.seed for r in group),
+                group[-1].claim,
+            )
+        )
+    return sorted(rows, key=lambda row: not row.is_baseline)
+
+
+def _ratio(spread: Spread, base: list[Record] | None, name: str) -> float | None:
+    if not base:
+        return None
+    mean = statistics.fmean(r.value(name) for r in base)
+    return spread.mean / mean if mean else None
+
+
+def number(value: float) -> str:
+    """Four significant digits, with k/M/G for large counts."""
+    if not math.isfinite(value):
+        return str(value)
+    for limit, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            scaled = value / (1e3 if suffix == "k" else limit)
+            return f"{scaled:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """A value in its unit: bytes as KiB/MiB, seconds as s, shares as given."""
+    if value is None:
+        return "—"
+    if unit == "bytes":
+        from modicum.budget.units import bytes_text
+
+        return bytes_text(value)
+    return f"{number(value)} {unit}".rstrip()
+
+
+def spread_text(spread: Spread, unit: str) -> str:
+    """`2.310 ± 0.012 bits/byte`; the spread is left out with one seed."""
+    if unit == "bytes":
+        return quantity(spread.mean, unit)
+    more = f" ± {spread.std:.2g}" if spread.std is not None else ""
+    return f"{number(spread.mean)}{more} {unit}".rstrip()

@@ -1,0 +1,138 @@
+"""Measure a port's methods beside its baseline, at equal budget, over several seeds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def bench(
+    port: Annotated[str, typer.Argument(help="A port, e.g. optimizer.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[METHOD]...", help="Methods, KEY or KEY:knob=value,...; all of the port if left out."
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, e.g. 0,1,2 or 0-4.")] = "0,1,2",
+    budget: Annotated[str | None, typer.Option(help="Limit of each measurement, e.g. 60s or 2Mtok.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Seconds instead of minutes: shows that it works, says little.")
+    ] = False,
+    scale: Annotated[str, typer.Option(help="Change the bench's size, e.g. tokens=200000,layers=4.")] = "",
+    data: Annotated[
+        str | None, typer.Option(help="A folder or file to measure on, instead of the Python installation.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model folder or hub id, instead of a small one made here.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    evidence: Annotated[Path | None, typer.Option(help="Folder of the records [default: evidence/].")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip what this run already recorded at this commit.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Page to draw [default: runs/bench/PORT.html].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Measure a port's methods beside its baseline, at equal budget, over several seeds."""
+    from modicum.bench import harness, plots, record, stats
+    from modicum.budget import Budget
+    from modicum.core.choice import Choice
+    from modicum.core.errors import ModicumError
+    from modicum.core.events import Progress
+
+    numbers = parse_seeds(seeds)
+    loaded = harness.load(port)
+    choices = harness.pick(port, method or [])
+    changes = Choice.parse(port, f"{choices[0].method}:{scale}").knobs if scale else {}
+    settings = harness.Settings(
+        scale=harness.make_scale(loaded, quick, changes),
+        budget=Budget.parse(budget),
+        data=data,
+        model=model,
+        device=device,
+    )
+    path = record.folder(evidence) / f"{port}.jsonl"
+    with Progress(f"bench {port}", len(numbers) * len(choices), "runs") as progress:
+        outcome = harness.run(loaded, choices, numbers, settings, path, resume=resume, progress=progress)
+    rows = stats.compare(outcome.records)
+    drawn = plot or Path("runs") / "bench" / f"{port}.html"
+    if rows:
+        plots.write_page(drawn, port, rows, outcome.records[-1].axes)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "port": port,
+                    "run": outcome.run,
+                    "axes": outcome.records[-1].axes if rows else {},
+                    "rows": [r.as_dict() for r in rows],
+                    "failures": outcome.failures,
+                    "records": str(path),
+                    "measured": outcome.measured,
+                    "skipped": outcome.skipped,
+                    "plot": str(drawn),
+                },
+                indent=2,
+            )
+        )
+    elif rows:
+        show_rows(rows, outcome.records[-1].axes)
+        print(
+            f"{outcome.measured} measured, {outcome.skipped} taken from earlier; records {path}; plot {drawn}"
+        )
+    for label, reason in outcome.failures.items():
+        print(f"{port}/{label} failed: {reason}", file=sys.stderr)
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    if outcome.failures:
+        raise ModicumError(
+            f"{len(outcome.failures)} of {len(choices)} methods could not be measured; see above"
+        )
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0,1,2` or `0-4`. Raises `UserError` for anything else."""
+    from modicum.core.errors import UserError
+
+    found: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise UserError(f"--seeds {text!r}: {part!r} is not a seed; write 0,1,2 or 0-4")
+        found += range(int(low), int(high or low) + 1)
+    if not found:
+        raise UserError(f"--seeds {text!r} names no seed; write 0,1,2 or 0-4")
+    return list(dict.fromkeys(found))
+
+
+def show_rows(rows: list, axes: dict) -> None:
+    """The comparison as a table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from modicum.bench.card import claim_text
+    from modicum.bench.figures import change_text
+    from modicum.bench.stats import spread_text
+
+    quality, cost = axes["quality"], axes["cost"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    with_claims = any(row.claim for row in rows)
+    heads = ["method", f"{quality['metric']} ({quality['better']} better)", "change [95%]", cost["metric"],
+             "×", "seconds", "seeds", *(["claim"] if with_claims else [])]
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("method", "claim") else "right", overflow="fold")
+    for row in rows:
+        style = {True: "green", False: "red", None: ""}[row.better]
+        change = Text(change_text(row) or ("baseline" if row.is_baseline else "—"), style=style)
+        ratio = f"{row.cost_ratio:.3g}" if row.cost_ratio is not None else "—"
+        table.add_row(row.choice, spread_text(row.quality, quality["unit"]), change,
+                      spread_text(row.cost, cost["unit"]), ratio, f"{row.seconds.mean:.3g}",
+                      str(len(row.seeds)), *([claim_text(row.claim)] if with_claims else []))
+    console = Console()
+    (console if console.width >= 100 else Console(width=120)).print(table)

@@ -1,0 +1,130 @@
+"""Say what this machine and this installation can do."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """Say what this machine and installation can do: cores, memory, GPU, versions, extras, ceilings."""
+    found = examine()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    from modicum.budget.units import bytes_text
+
+    machine, lines = found["machine"], []
+    lines.append(("cpu", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads in use"))
+    lines.append(
+        ("memory", f"{bytes_text(machine['memory_bytes'])}, {bytes_text(found['memory_free_bytes'])} free")
+    )
+    lines.append(("disk here", f"{bytes_text(found['disk_free_bytes'])} free"))
+    lines.append(("gpu", ", ".join(machine["gpus"]) or "none: everything runs on the CPU"))
+    lines.append(("bfloat16", found["bfloat16"]))
+    lines.append(("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())))
+    for device, rates in found["ceilings"].items():
+        text = ", ".join(
+            (
+                f"copy {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s",
+                f"float32 {rates['matmul_float32_flop_per_s'] / 1e9:.0f} GFLOP/s",
+                f"bfloat16 {rates['matmul_bfloat16_flop_per_s'] / 1e9:.0f} GFLOP/s",
+            )
+        )
+        lines.append((f"{device} reaches", text))
+    for extra, missing in found["extras"].items():
+        lines.append(
+            (
+                f"extra {extra}",
+                "installed"
+                if not missing
+                else f"missing {', '.join(missing)}; to add it: pip install 'modicum[{extra}]'",
+            )
+        )
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        print(f"{name:<{width}}  {text}")
+    for problem in found["problems"]:
+        print(f"\nproblem: {problem}")
+
+
+def examine() -> dict:
+    """Everything `doctor` prints, as plain values."""
+    import shutil
+
+    import psutil
+    import torch
+
+    from modicum.bench import ceilings, record
+
+    machine = record.machine()
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rates = {d: ceilings.measure(d) for d in devices}
+    memory, disk = psutil.virtual_memory().available, shutil.disk_usage(".").free
+    problems = []
+    if memory < 4 * 2**30:
+        problems.append(
+            "less than 4 GiB of memory are free, which the quickstart may need; close something"
+        )
+    if disk < 5 * 2**30:
+        problems.append(
+            "less than 5 GiB of disk are free here, where runs are written; start from another disk"
+        )
+    return {
+        "machine": machine,
+        "memory_free_bytes": memory,
+        "disk_free_bytes": disk,
+        "bfloat16": bfloat16(rates["cpu"]),
+        "versions": record.versions(),
+        "extras": extras(),
+        "ceilings": rates,
+        "problems": problems,
+    }
+
+
+def bfloat16(cpu: dict[str, float]) -> str:
+    """Whether bfloat16 is worth using, from flags and from what was measured."""
+    import torch
+
+    flags: list[str] = []
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line.split(":")[1].split() for line in file if line.startswith("flags")), [])
+    except OSError:
+        pass
+    native = [f for f in ("amx_bf16", "avx512_bf16", "bf16") if f in flags]
+    share = cpu["matmul_bfloat16_flop_per_s"] / cpu["matmul_float32_flop_per_s"]
+    gpu = f"; gpu {'yes' if torch.cuda.is_bf16_supported() else 'no'}" if torch.cuda.is_available() else ""
+    kind = "yes, " + "/".join(native) if native else "without instructions of its own"
+    return f"cpu {kind} ({share:.2g}x float32){gpu}"
+
+
+def extras() -> dict[str, list[str]]:
+    """Optional extras of this distribution, each with its packages that are not installed."""
+    import importlib.metadata
+    import re
+
+    found: dict[str, list[str]] = {}
+    try:
+        metadata = importlib.metadata.metadata("modicum")
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    needs = metadata.get_all("Requires-Dist") or []
+    for extra in metadata.get_all("Provides-Extra") or []:
+        missing = []
+        for need in needs:
+            name = re.match(r"[\w.-]+", need)
+            if (
+                not re.search(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]", need)
+                or not name
+                or name[0] == "modicum"
+            ):
+                continue
+            try:
+                importlib.metadata.version(name[0])
+            except importlib.metadata.PackageNotFoundError:
+                missing.append(name[0])
+        found[extra] = missing
+    return found

@@ -1,0 +1,89 @@
+"""Show a port's protocol, or one method's card, knobs and figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def show(
+    port: Annotated[str, typer.Argument(help="A port, e.g. optimizer; PORT/KEY works too.")],
+    key: Annotated[str | None, typer.Argument(help="A method of it.")] = None,
+    evidence: Annotated[Path | None, typer.Option(help="Folder of the records [default: evidence/].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show a port's protocol, or one method's card, knobs and figures. Imports no torch."""
+    from modicum.bench import card as cards
+    from modicum.bench import figures, record
+    from modicum.core import registry
+    from modicum.core.errors import unknown
+
+    if key is None and "/" in port:
+        port, _, key = port.partition("/")
+    info = registry.port(port)
+    measured = figures.rows_of(record.read(record.folder(evidence) / f"{port}.jsonl"))
+    if key is None:
+        text = cards.port_text(info)
+        if as_json:
+            print(
+                json.dumps(
+                    {
+                        "port": port,
+                        "room": info.room,
+                        "baseline": info.baseline,
+                        "path": str(info.path),
+                        "protocol": text,
+                        "methods": list(registry.methods(port)),
+                    },
+                    indent=2,
+                )
+            )
+            return
+        print(
+            f"{text}\n\nbaseline  {info.baseline}\n"
+            f"methods   {', '.join(registry.methods(port))}\nplace     {info.path}"
+        )
+        return
+    known = registry.methods(port)
+    if key not in known:
+        raise unknown(f"{port} method", key, known, f"Type: modicum ls {port}")
+    card = cards.read_card(known[key])
+    found = {c: (row, run) for c, (row, run) in measured.items() if row.method == key}
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "port": port,
+                    "method": key,
+                    "card": card.text,
+                    "path": str(card.path),
+                    "knobs": [vars(k) for k in card.knobs],
+                    "supports": card.supports,
+                    "claim": card.claim,
+                    "measured": {c: row.as_dict() for c, (row, _) in found.items()},
+                },
+                indent=2,
+            )
+        )
+        return
+    print(f"{card.text}\n")
+    width = max((len(k.name) for k in card.knobs), default=0)
+    for knob in card.knobs:
+        print(
+            f"  {knob.name:<{width}}  {knob.type}{' = ' + knob.default if knob.default else '  (required)'}"
+            + (f"    {knob.note}" if knob.note else "")
+        )
+    print(("" if not card.knobs else "\n") + f"supports  {', '.join(card.supports) or '—'}")
+    if card.claim:
+        print(f"claim     {cards.claim_text(card.claim)}")
+    for choice, (row, run) in found.items():
+        print(
+            f"measured  {choice}: {figures.measured_text(row, run[-1].axes)}\n"
+            f"          {figures.setting_text(run)}"
+        )
+    if not found:
+        print(f"measured  nothing yet; type: modicum bench {port} {key}")
+    print(f"file      {card.path}")
