@@ -1,0 +1,285 @@
+"""Put linear forms into a module, take them out, merge them, describe and restore them.
+
+    attach(model, {"layers.*.attention.*": "lora:rank=8"})      # adapters: the rest is frozen
+    attach(model, {"layers.*": "int4:group=64"})                # every linear below `layers`
+    merge(model)                                                # back to plain layers, updates merged in
+    detach(model)                                               # back to plain layers, adapters dropped
+
+Any `nn.Module` will do; what counts as a linear layer is `nn.Linear`, the `Conv1D` of transformers' GPT-2,
+and a form that is already there; embeddings are taken by `attach_embedding` alone. Patterns are globs over
+full module names (`*` also matches dots). How forms are stored is in `model.form_state`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modicum.core import registry
+from modicum.core.choice import Choice
+from modicum.core.errors import UserError
+from modicum.model.forms import LinearForm, LinearShape
+
+
+class FormEmbedding(nn.Module):
+    """A token embedding whose table a form holds: tokens (...) to (..., D)."""
+
+    def __init__(self, form: LinearForm):
+        super().__init__()
+        self.form = form
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.form.rows(tokens)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, recognised without importing transformers: a linear that stores weight_IO."""
+    return (type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | LinearForm) or _is_conv1d(module)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer and every outermost form in a linear layer's place, once, by module name."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside and name.startswith(inside):
+            continue
+        if _is_linear(module) and id(module) not in seen:
+            seen.add(id(module))
+            found[name] = module
+        if isinstance(module, LinearForm | FormEmbedding):
+            inside = (*inside, name + ".")
+    return found
+
+
+def forms(model: nn.Module) -> dict[str, LinearForm]:
+    """Every outermost form of `model`, once, by module name: an adapter, not the base below it."""
+    found: dict[str, LinearForm] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LinearForm) and not name.startswith(tuple(f"{outer}." for outer in found)):
+            found[name] = module
+    return found
+
+
+def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, str]:
+    """Module name to the one pattern that names it. A pattern that names no linear layer is an error."""
+    names = linears(model)
+    chosen: dict[str, str] = {}
+    for pattern in patterns:
+        hits = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not hits:
+            raise UserError(_no_match(pattern, names))
+        for name in hits:
+            if name in chosen:
+                raise UserError(f"module {name!r} is matched by {chosen[name]!r} and by {pattern!r}; "
+                                "make the patterns exclude each other")
+            chosen[name] = pattern
+    return chosen
+
+
+def _no_match(pattern: str, names: Iterable[str]) -> str:
+    names = list(names)
+    ends = {name.rsplit(".", 1)[-1] for name in names}
+    if pattern in ends:
+        return (f"pattern {pattern!r} matches no linear layer; a pattern is over the full name: "
+                f"type '*.{pattern}'")
+    shapes = list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in name.split("."))
+                                for name in names))
+    near = difflib.get_close_matches(pattern, shapes + names, n=3, cutoff=0.3)
+    shown = ", ".join(shapes[:12]) + (", ..." if len(shapes) > 12 else "")
+    return (f"pattern {pattern!r} matches no linear layer." + (f" Near: {', '.join(near)}." if near else "")
+            + f" Linear layers here: {shown or '(none)'}")
+
+
+def attach(model: nn.Module, choices: Mapping[str, Any], *, calibration: Mapping[str, Tensor] | None = None,
+           generator: torch.Generator | None = None) -> dict[str, LinearForm]:
+    """Replace the linear layers that the patterns name by forms, fitted to their weights.
+
+    choices: pattern to a form (`"lora:rank=8"`, a mapping or a `Choice`); the patterns may not overlap.
+    calibration: module name to sample inputs_NI, for forms that use them.
+
+    An adapter keeps the layer, or the form that is there, as its frozen base; attaching one leaves nothing
+    but the forms' `trainable()` parameters requiring gradients. Returns the new forms by module name.
+    Raises `UserError` for a pattern that matches nothing, overlapping patterns, a second form where the
+    first does not support it, and knobs that do not fit the matrix; the model is then unchanged.
+    """
+    parsed = {pattern: Choice.parse("form", choice) for pattern, choice in choices.items()}
+    chosen = match(model, parsed)
+    layers = linears(model)
+    made: dict[str, LinearForm] = {}
+    for name, pattern in chosen.items():
+        try:
+            made[name] = _make(layers[name], parsed[pattern], (calibration or {}).get(name), generator)
+        except UserError as error:
+            raise UserError(f"module {name!r}: {error}") from None
+    for name, form in made.items():
+        _replace(model, layers[name], form)
+        form.train(layers[name].training)
+    _announce(model, made)
+    if any("adapter" in form.supports for form in forms(model).values()):
+        freeze(model)
+    return made
+
+
+def _make(layer: nn.Module, choice: Choice, calibration_NI: Tensor | None,
+          generator: torch.Generator | None) -> LinearForm:
+    adapter = "adapter" in _supports(choice)
+    there = layer if isinstance(layer, LinearForm) else None
+    if there is not None and not (adapter and "base" in there.supports):
+        held = there.choice.method if there.choice else type(there).__name__
+        raise UserError(f"holds the form {held!r} already and {choice.method!r} cannot go on top of it; "
+                        "merge or detach it first")
+    base = (there or wrap(layer)) if adapter else None
+    weight_OI, bias_O = (base.dense(), base.bias_value()) if base is not None else plain(layer)
+    if not bool(weight_OI.isfinite().all()):
+        raise UserError(f"its weight holds NaN or infinite values; {choice.method!r} cannot be fitted to it")
+    shape = LinearShape.of(weight_OI, bias_O)
+    form: LinearForm = registry.build("form", choice, shape, base)
+    form.choice = choice
+    with torch.no_grad():
+        form.fit(weight_OI, bias_O, calibration_NI=calibration_NI, generator=generator)
+    return form
+
+
+def _supports(choice: Choice) -> frozenset[str]:
+    cls: Any = registry.load("form", choice.method).cls
+    return cls.supports
+
+
+def plain(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight_OI, bias_O) of a plain linear layer."""
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+    return (weight.T if _is_conv1d(layer) else weight), bias
+
+
+def wrap(layer: nn.Module) -> LinearForm:
+    """A plain layer as a `dense` form that shares its parameters (a Conv1D's are transposed, so copied)."""
+    weight_OI, bias_O = plain(layer)
+    form: Any = registry.build("form", "dense", LinearShape.of(weight_OI, bias_O, device="meta"))
+    form.choice = Choice("form", "dense")
+    form.weight = nn.Parameter(weight_OI.detach().contiguous()) if _is_conv1d(layer) else layer.weight
+    form.bias = bias_O
+    form._like = weight_OI.detach().new_empty(0)
+    return form
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Everywhere `old` is a child, also under a second name (shared modules stay shared)."""
+    found, inside = False, set(new.modules())   # an adapter keeps the old form as its base
+    for parent in list(model.modules()):
+        for key, child in list(parent.named_children()):
+            if child is old and parent not in inside:
+                setattr(parent, key, new)
+                found = True
+    if not found:
+        raise UserError("a form cannot replace the model itself; put the layer into a module, "
+                        "for instance nn.Sequential(layer)")
+
+
+def _announce(model: nn.Module, made: Mapping[str, LinearForm]) -> None:
+    """`after_attach` of each class among `made`, with all of that class's forms in the model."""
+    present = forms(model)
+    for cls in dict.fromkeys(type(form) for form in made.values()):
+        cls.after_attach(model, {name: form for name, form in present.items() if type(form) is cls})
+
+
+def after_step(model: nn.Module, step: int, total: int) -> None:
+    """Let forms that change while training do so: once per class, after the optimizer's step."""
+    present = forms(model)
+    for cls in dict.fromkeys(type(form) for form in present.values()):
+        if cls.after_step.__func__ is not LinearForm.after_step.__func__:   # type: ignore[attr-defined]
+            cls.after_step({name: form for name, form in present.items() if type(form) is cls}, step, total)
+
+
+def freeze(model: nn.Module) -> list[nn.Parameter]:
+    """Only the forms' `trainable()` parameters require gradients from now on; returns those."""
+    model.requires_grad_(False)
+    kept = [parameter for form in forms(model).values() for parameter in form.trainable()]
+    for parameter in kept:
+        parameter.requires_grad_(True)
+    return kept
+
+
+def detach(model: nn.Module) -> list[str]:
+    """Take every adapter off, leaving its base; a plain base becomes a plain layer again. Names changed."""
+    changed = []
+    for name, form in forms(model).items():
+        kept = form
+        while "adapter" in kept.supports and kept.base is not None:
+            kept = kept.base
+        if kept is not form or _is_dense(form):
+            _replace(model, form, as_linear(kept) if _is_dense(kept) else kept)
+            changed.append(name)
+    _plain_embeddings(model)
+    model.requires_grad_(True)
+    return changed
+
+
+def merge(model: nn.Module) -> list[str]:
+    """Replace every form by a plain `nn.Linear` (or `nn.Embedding`) holding its `dense()`. Names changed."""
+    present = forms(model)
+    for name, form in present.items():
+        if "merge" not in form.supports:
+            raise UserError(f"module {name!r}: the form {form.choice or type(form).__name__} is not "
+                            "linear and cannot be merged into a weight; keep it, or detach it")
+    for form in present.values():
+        _replace(model, form, as_linear(form))
+    _plain_embeddings(model)
+    model.requires_grad_(True)
+    return list(present)
+
+
+def _is_dense(form: LinearForm) -> bool:
+    return form.choice is not None and form.choice.method == "dense"
+
+
+def as_linear(form: LinearForm) -> nn.Linear:
+    """An `nn.Linear` with the form's weight: a dense form's own parameters, else a copy."""
+    linear = nn.Linear(form.in_features, form.out_features, bias=False, device="meta")
+    weight, bias = form.dense(), form.bias_value()
+    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach().clone())
+    linear.bias = bias   # type: ignore[assignment]   # None where there is none
+    return linear.train(form.training)
+
+
+def attach_embedding(model: nn.Module, name: str, choice: Any) -> LinearForm:
+    """Let a form hold the token embedding `name`; a linear head tied to it shares the form."""
+    picked = Choice.parse("form", choice)
+    table = dict(model.named_modules()).get(name)
+    if not isinstance(table, nn.Embedding):
+        near = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+        raise UserError(f"module {name!r} is no token embedding that a form can take; embeddings here: "
+                        f"{', '.join(near) or '(none)'}")
+    supports = _supports(picked)
+    if "embedding" not in supports or "adapter" in supports:
+        raise UserError(f"the form {picked.method!r} cannot hold an embedding; choose one that supports it, "
+                        "for instance int8")
+    form = _make(table, picked, None, None)
+    for layer in linears(model).values():
+        if getattr(layer, "weight", None) is table.weight:
+            if getattr(layer, "bias", None) is not None:
+                raise UserError(f"the head tied to {name!r} has a bias, which a shared form cannot hold")
+            _replace(model, layer, form)
+    _replace(model, table, FormEmbedding(form))
+    _announce(model, {name: form})
+    return form
+
+
+def _plain_embeddings(model: nn.Module) -> None:
+    """After `merge` or `detach`: an embedding whose form is a plain linear now becomes an `nn.Embedding`."""
+    for module in list(model.modules()):
+        if isinstance(module, FormEmbedding) and isinstance(module.form, nn.Linear):
+            table = nn.Embedding(*module.form.weight.shape, device="meta")
+            table.weight = module.form.weight
+            _replace(model, module, table)

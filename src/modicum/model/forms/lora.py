@@ -1,0 +1,74 @@
+"""lora: a frozen weight plus a trained low-rank update.
+
+Only A and B train; B starts at zero, so the adapted layer starts as the layer it adapts, and the update can
+be merged into the weight afterwards.
+
+    y = base(x) + s B A dropout(x),   A in R^{r x I},  B in R^{O x r},
+    s = alpha / r   (rslora: s = alpha / sqrt(r), so that the update's scale does not shrink with the rank)
+
+Hu et al. 2021, arXiv:2106.09685, section 4.1; rslora: Kalajdzievski 2023, arXiv:2312.03732.
+Departs from the paper: A starts from the Kaiming uniform distribution with a = sqrt(5), as in the authors'
+released code and in peft, where the paper says Gaussian. The base may be any form that passes gradients
+through, a quantised one included (Dettmers et al. 2023, arXiv:2305.14314, train so over 4-bit weights).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from modicum.core.errors import UserError
+from modicum.model.forms import LinearForm, LinearShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0   # on the input of the update, while training
+    rslora: bool = False
+
+
+TOY = Config(rank=4, alpha=8.0)
+
+
+class Lora(LinearForm):
+    supports = frozenset({"merge", "adapter"})
+    config: Config
+    base: LinearForm
+
+    def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
+        if base is None:
+            raise TypeError("lora is an adapter and needs a base form")
+        if config.rank > min(shape.in_features, shape.out_features):
+            raise UserError(f"lora: rank={config.rank} is larger than the matrix {shape.out_features} x "
+                            f"{shape.in_features}; give rank <= {min(shape.in_features, shape.out_features)}")
+        super().__init__(config, shape, base)
+        self.A = nn.Parameter(self._empty(config.rank, shape.in_features))
+        self.B = nn.Parameter(self._empty(shape.out_features, config.rank))
+        self.scaling = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+
+    def fit(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, calibration_NI: Tensor | None = None,
+            generator: torch.Generator | None = None) -> Self:
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.B)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = F.linear(F.linear(F.dropout(x, self.config.dropout, self.training), self.A), self.B)
+        return self.base(x) + self.scaling * update
+
+    def dense(self) -> Tensor:
+        return self.base.dense() + self.scaling * (self.B @ self.A)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.base.rows(index) + self.scaling * F.embedding(index, self.B) @ self.A
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [self.A, self.B]
