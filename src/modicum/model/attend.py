@@ -1,0 +1,155 @@
+"""Who sees whom, and how it is computed: the `attend` that a decoder's layers call after RoPE.
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads (G divides H), E head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modicum.model.attention import ALL, AttentionPattern
+from modicum.model.attention.causal import Causal
+from modicum.model.attention.sliding import Config as SlidingConfig
+from modicum.model.attention.sliding import Sliding
+
+
+class Attend(Protocol):
+    """Called once per layer with that layer's new queries, keys and values.
+
+    `window`: keys a query sees, itself included (None: all); `scale` multiplies scores; `softcap` bounds them by
+    softcap * tanh(score / softcap). An attend that knows where a sequence goes on (a cache) also has
+    `next_positions(tokens_BT) -> positions_BT`, which the decoder asks when it is given no positions.
+    """
+
+    def __call__(self, layer: int, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, window: int | None,
+                 scale: float, softcap: float | None) -> Tensor:
+        """Returns out_BHTE."""
+        ...
+
+
+def pattern_of(window: int | None) -> AttentionPattern:
+    return Causal() if window is None else Sliding(SlidingConfig(window=window))
+
+
+def attention(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, scale: float, softcap: float | None = None,
+              mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q k^T * scale + mask) v. `mask` is bool (True: seen) or additive and broadcasts to BHTS.
+
+    `causal` needs no mask and S = T. A softcap is computed in the open (no fused kernel has it).
+    """
+    groups = q_BHTE.shape[1] // k_BGSE.shape[1]
+    if softcap is None:
+        if groups > 1 and q_BHTE.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
+            # One query: the heads that share a key/value head become its queries, and nothing is copied.
+            B, H, _, E = q_BHTE.shape
+            out = F.scaled_dot_product_attention(q_BHTE.reshape(B, H // groups, groups, E), k_BGSE, v_BGSE,
+                                                 attn_mask=mask, scale=scale)
+            return out.reshape(B, H, 1, E)
+        return F.scaled_dot_product_attention(q_BHTE, k_BGSE, v_BGSE, attn_mask=mask, is_causal=causal, scale=scale,
+                                              enable_gqa=groups > 1)
+    if groups > 1:
+        k_BGSE, v_BGSE = (x.repeat_interleave(groups, dim=1) for x in (k_BGSE, v_BGSE))
+    scores = softcap * torch.tanh(q_BHTE @ k_BGSE.transpose(-1, -2) * (scale / softcap))
+    if causal:
+        T = scores.shape[-1]
+        mask = torch.ones(T, T, dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.float().softmax(-1).to(v_BGSE.dtype) @ v_BGSE
+
+
+class DenseAttend:
+    """Causal attention within one call: the decoder's default, made once per forward.
+
+    `documents_BT`: a query sees only keys with its own number (packed batches). `mask_BT`: True for real tokens
+    (padding on any side). `pattern` narrows what each layer's window leaves. With none of them and no
+    window, the kernel's own causal path runs and no mask exists; otherwise one additive mask per window is
+    built at its first use and shared by the layers.
+    """
+
+    def __init__(self, documents_BT: Tensor | None = None, mask_BT: Tensor | None = None,
+                 pattern: AttentionPattern | None = None):
+        # A mask costs kernels time, so one that says nothing is dropped (looking is free only on the CPU).
+        if documents_BT is not None and documents_BT.device.type == "cpu" and (documents_BT == documents_BT[:, :1]).all():
+            documents_BT = None
+        if mask_BT is not None and mask_BT.device.type == "cpu" and mask_BT.all():
+            mask_BT = None
+        self.documents_BT, self.mask_BT, self.pattern = documents_BT, mask_BT, pattern
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def __call__(self, layer: int, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, window: int | None,
+                 scale: float, softcap: float | None) -> Tensor:
+        T = q_BHTE.shape[2]
+        window = None if window is None or window >= T else window
+        if window not in self._masks:
+            self._masks[window] = self._mask(T, window, q_BHTE)
+        mask = self._masks[window]
+        return attention(q_BHTE, k_BGSE, v_BGSE, scale=scale, softcap=softcap, mask=mask, causal=mask is None)
+
+    def _mask(self, T: int, window: int | None, like: Tensor) -> Tensor | None:
+        """Additive, B1TT or 11TT in the queries' dtype; None when plain causal attention says it all."""
+        if self.documents_BT is None and self.mask_BT is None and self.pattern is None and window is None:
+            return None
+        position = torch.arange(T, device=like.device)
+        seen = pattern_of(window).allowed(position[:, None], position[None, :])[None]
+        if self.pattern is not None:
+            seen = seen & self.pattern.allowed(position[:, None], position[None, :])
+        if self.documents_BT is not None:
+            seen = seen & (self.documents_BT[:, :, None] == self.documents_BT[:, None, :])
+        if self.mask_BT is not None:
+            # A padded query sees itself, so that its softmax is defined; nobody reads the outcome.
+            seen = (seen & self.mask_BT.bool()[:, None, :]) | (position[:, None] == position[None, :])
+        additive = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+        return additive.masked_fill_(~seen, float("-inf"))[:, None]
+
+
+class BlockAttend:
+    """Attention under a pattern that never touches the blocks of which it allows nothing.
+
+    For each row of `size` queries only the key blocks that the pattern's block mask names are gathered, so time and
+    memory follow the pattern: O(T * window) for a sliding one. One sequence per row, no padding.
+    """
+
+    def __init__(self, pattern: AttentionPattern, size: int = 128):
+        self.pattern, self.size = pattern, size
+        self._plans: dict[tuple[int, int, int | None], list[tuple[Tensor | slice, Tensor | None]]] = {}
+
+    def __call__(self, layer: int, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, window: int | None,
+                 scale: float, softcap: float | None) -> Tensor:
+        T, S = q_BHTE.shape[2], k_BGSE.shape[2]
+        window = None if window is None or window >= S else window
+        if (T, S, window) not in self._plans:
+            self._plans[T, S, window] = self._plan(T, S, window, q_BHTE.device)
+        outs = []
+        for row, (keys, mask) in enumerate(self._plans[T, S, window]):
+            q = q_BHTE[:, :, row * self.size:(row + 1) * self.size]
+            outs.append(attention(q, k_BGSE[:, :, keys], v_BGSE[:, :, keys], scale=scale, softcap=softcap, mask=mask))
+        return torch.cat(outs, dim=2)
+
+    def _plan(self, T: int, S: int, window: int | None,
+              device: torch.device) -> list[tuple[Tensor | slice, Tensor | None]]:
+        """Per row of blocks: which keys, and the mask among them (None if all are seen)."""
+        blocks = self.pattern.blocks(T, S, self.size)
+        layer_pattern = pattern_of(window)
+        if window is not None:
+            blocks = torch.minimum(blocks, layer_pattern.blocks(T, S, self.size))
+        plan: list[tuple[Tensor | slice, Tensor | None]] = []
+        position = torch.arange(S, device=device)
+        for row, kinds in enumerate(blocks):
+            wanted = kinds.nonzero()[:, 0]
+            first, last = int(wanted[0]), int(wanted[-1])
+            keys: Tensor | slice = slice(first * self.size, (last + 1) * self.size)
+            if last - first + 1 != len(wanted):
+                offsets = wanted.to(device)[:, None] * self.size + torch.arange(self.size, device=device)
+                keys = offsets.flatten()[offsets.flatten() < S]
+            if bool((kinds[wanted] == ALL).all()):
+                plan.append((keys, None))
+                continue
+            q_pos = position[S - T + row * self.size:S - T + min((row + 1) * self.size, T), None]
+            seen = self.pattern.allowed(q_pos, position[keys]) & layer_pattern.allowed(q_pos, position[keys])
+            plan.append((keys, seen[None, None]))
+        return plan

@@ -1,0 +1,65 @@
+"""What must hold for every attention pattern."""
+
+from __future__ import annotations
+
+import torch
+
+from modicum.core import registry
+from modicum.model.attention import ALL, NONE, AttentionPattern
+
+
+def _make(key: str) -> AttentionPattern:
+    loaded = registry.load("attention", key)
+    return loaded.cls(getattr(loaded.module, "TOY", None) or loaded.config())
+
+
+def check_allowed_is_causal_and_total(key: str) -> None:
+    """No query sees a later key, and every query sees at least one."""
+    position = torch.arange(41)
+    seen = _make(key).allowed(position[:, None], position[None, :])
+    assert seen.dtype == torch.bool and seen.shape == (41, 41), "allowed must be a bool tensor of the broadcast shape"
+    assert not seen.triu(1).any(), "a query sees a key after it"
+    assert seen.any(dim=1).all(), "a query sees no key at all"
+
+
+def check_blocks_agree_with_allowed(key: str) -> None:
+    """Each entry of the block mask says NONE, SOME or ALL exactly as the elementwise predicate does."""
+    pattern = _make(key)
+    for q_len, k_len, size in ((1, 1, 4), (16, 16, 4), (13, 29, 4), (29, 29, 8), (1, 30, 16), (7, 40, 1)):
+        blocks = pattern.blocks(q_len, k_len, size)
+        assert blocks.dtype == torch.uint8
+        assert blocks.shape == (-(-q_len // size), -(-k_len // size))
+        q_pos, k_pos = torch.arange(k_len - q_len, k_len), torch.arange(k_len)
+        truth = pattern.allowed(q_pos[:, None], k_pos[None, :])
+        for i in range(blocks.shape[0]):
+            for j in range(blocks.shape[1]):
+                part = truth[i * size:(i + 1) * size, j * size:(j + 1) * size]
+                expected = ALL if part.all() else 1 if part.any() else NONE
+                assert blocks[i, j] == expected, f"{q_len=} {k_len=} {size=} block ({i}, {j}): {blocks[i, j]}, {expected=}"
+
+
+def check_counts_agree_with_allowed(key: str) -> None:
+    """`keys_per_query` is the true average and `oldest` frees nothing that is seen later."""
+    pattern = _make(key)
+    for length in (1, 4, 5, 33):
+        position = torch.arange(length)
+        seen = pattern.allowed(position[:, None], position[None, :])
+        assert abs(pattern.keys_per_query(length) - seen.sum().item() / length) < 1e-9
+        for query in range(length):
+            oldest = pattern.oldest(query)
+            assert not seen[query:, :oldest].any(), f"oldest({query})={oldest} frees a key that is still seen"
+
+
+def check_block_attention_is_exact(key: str) -> None:
+    """Attention that visits only the blocks in the mask equals attention under the elementwise mask, in float64."""
+    from modicum.model.attend import BlockAttend
+    pattern = _make(key)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 37, 8, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(2, 2, 37, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    out = BlockAttend(pattern, size=8)(0, q, k, v, window=None, scale=0.3, softcap=None)
+    position = torch.arange(37)
+    scores = torch.einsum("bgrqe,bgke->bgrqk", q.view(2, 2, 2, 37, 8), k) * 0.3
+    scores = scores.masked_fill(~pattern.allowed(position[:, None], position[None, :]), float("-inf"))
+    naive = torch.einsum("bgrqk,bgke->bgrqe", scores.softmax(-1), v).reshape(2, 4, 37, 8)
+    assert torch.allclose(out, naive, atol=1e-12), f"largest difference {(out - naive).abs().max()}"

@@ -1,0 +1,235 @@
+"""What a decoder is made of, independent of the family whose files it came from.
+
+`DecoderConfig` describes the shape; `llama_like` and `sized` make one; the families under
+`model/families` read and write it as a Hugging Face `config.json`. Nothing here imports torch, so a
+planner can count parameters, FLOPs and bytes of a model that is never built.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from modicum.core.errors import UserError, unknown
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+              "int8": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its stretched variants.
+
+    `kind` is one of `ROPE_KINDS`; `options` holds what that kind needs under its Hugging Face names
+    (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings, beta_fast, short_factor, ...).
+    """
+
+    theta: float = 10000.0
+    fraction: float = 1.0       # share of each head's dimensions that is rotated, from the front
+    kind: str = "default"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KINDS:
+            raise unknown("RoPE scaling", self.kind, ROPE_KINDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape of a decoder-only transformer. Raises `UserError` for a shape that cannot be built."""
+
+    family: str = "llama"               # whose file format `save_model` writes: a file of model/families
+    vocab_size: int
+    width: int                          # residual stream
+    layers: int
+    heads: int                          # query heads
+    kv_heads: int                       # key/value heads; divides `heads`
+    head_dim: int
+    mlp_width: int
+    context_length: int = 2048          # longest sequence it was made for (a hard limit if positions are learned)
+
+    norm: str = "rms"                   # rms | rms_plus_one (weight stored minus one) | layer
+    norm_eps: float = 1e-6
+    norm_place: str = "pre"             # pre | output (of each branch) | sandwich (both) | after (the residual sum)
+    final_norm: bool = True
+    parallel: bool = False              # attention and MLP read the same stream and are added together
+    gated: bool = True                  # MLP: down(act(gate(x)) * up(x)), else down(act(up(x)))
+    activation: str = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str | None = None          # None | head (over head_dim) | full (over all heads together)
+
+    position: str = "rope"              # rope | learned
+    position_offset: int = 0            # rows skipped at the start of a learned table
+    rope: Rope = field(default_factory=Rope)
+    rope_local: Rope | None = None      # rotation of the layers that have a window, if it differs
+    rope_layers: tuple[bool, ...] | None = None     # which layers rotate at all; None: every one
+    windows: tuple[int | None, ...] | None = None   # per layer: keys a query sees, itself included; None: all
+
+    scale: float | None = None          # of attention scores; None: head_dim ** -0.5
+    scale_by_layer: bool = False        # layer i divides its scale by i + 1
+    attention_softcap: float | None = None          # cap * tanh(score / cap)
+    logit_softcap: float | None = None
+    embed_scale: float | None = None    # multiplies token embeddings
+    embed_width: int | None = None      # width of the embeddings if projected into and out of the stream
+    tied: bool = False                  # the head's weight is the embedding's
+
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # config.json as it was read
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.heads % self.kv_heads:
+            raise UserError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+        for name in ("windows", "rope_layers"):
+            per_layer = getattr(self, name)
+            if per_layer is not None and len(per_layer) != self.layers:
+                raise UserError(f"{name} has {len(per_layer)} entries for {self.layers} layers; give one per layer")
+        if self.activation not in ACTIVATIONS:
+            raise unknown("activation", self.activation, ACTIVATIONS)
+        for name, allowed in (("norm", ("rms", "rms_plus_one", "layer")), ("position", ("rope", "learned")),
+                              ("norm_place", ("pre", "output", "sandwich", "after")),
+                              ("qk_norm", (None, "head", "full"))):
+            if getattr(self, name) not in allowed:
+                raise unknown(name, getattr(self, name), allowed)
+
+    # per layer ------------------------------------------------------------------------------------
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """How a layer rotates its queries and keys; None if it does not."""
+        if self.position != "rope" or (self.rope_layers is not None and not self.rope_layers[layer]):
+            return None
+        return self.rope_local if self.rope_local is not None and self.window(layer) is not None else self.rope
+
+    def attention_scale(self, layer: int) -> float:
+        scale = self.head_dim ** -0.5 if self.scale is None else self.scale
+        return scale / (layer + 1) if self.scale_by_layer else scale
+
+    # counts ---------------------------------------------------------------------------------------
+
+    def parameters(self) -> int:
+        """Number of parameters, a tied head counted once; equals what `Decoder(config)` would hold."""
+        norm_size = self.width * (2 if self.norm == "layer" else 1)
+        heads, kv, mlp = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.mlp_width
+        layer = self._layer_matmul() + norm_size * (4 if self.norm_place == "sandwich" else 2)
+        layer += (heads + 2 * kv) * self.qkv_bias + self.width * self.o_bias
+        layer += (mlp * (2 if self.gated else 1) + self.width) * self.mlp_bias
+        layer += {None: 0, "head": 2 * self.head_dim, "full": heads + kv}[self.qk_norm]
+        embed = self.embed_width or self.width
+        total = self.layers * layer + self.vocab_size * embed * (1 if self.tied else 2)
+        total += norm_size * self.final_norm
+        if self.position == "learned":
+            total += (self.context_length + self.position_offset) * self.width
+        if embed != self.width:
+            total += 2 * embed * self.width
+        return total
+
+    def _layer_matmul(self) -> int:
+        """Weights of a layer that take part in matrix products."""
+        attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + self.width * self.mlp_width * (3 if self.gated else 2)
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Forward matrix-product FLOPs per token, averaged over a sequence of `context_length` tokens.
+
+        Two per weight (the head included, the embedding lookup not), and per layer 4 * heads * head_dim for
+        each key a query sees: (context_length + 1) / 2 of them on average if causal, fewer under a window.
+        A backward pass costs twice as much again, so a training step is three times this.
+        """
+        embed = self.embed_width or self.width
+        weights = self.layers * self._layer_matmul() + self.vocab_size * embed
+        if embed != self.width:
+            weights += 2 * embed * self.width
+        length = max(context_length, 1)
+        keys = 0.0
+        for layer in range(self.layers):
+            w = min(self.window(layer) or length, length)
+            keys += (w * (w + 1) / 2 + (length - w) * w) / length
+        return 2.0 * weights + 4.0 * self.heads * self.head_dim * keys
+
+    def kv_bytes_per_token(self, dtype: Any = "bfloat16") -> int:
+        """Bytes of keys and values that one token leaves in a full cache; `dtype` is torch's or its name."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * item_bytes(dtype)
+
+    def weight_bytes(self, dtype: Any = "bfloat16") -> int:
+        return self.parameters() * item_bytes(dtype)
+
+
+def item_bytes(dtype: Any) -> int:
+    name = str(dtype).removeprefix("torch.")
+    if name not in ITEM_BYTES:
+        raise unknown("dtype", name, ITEM_BYTES)
+    return ITEM_BYTES[name]
+
+
+def _round_up(value: float, multiple: int) -> int:
+    return int(math.ceil(value / multiple)) * multiple
+
+
+def llama_like(vocab_size: int, width: int, layers: int, heads: int | None = None, kv_heads: int | None = None,
+               mlp_width: int | None = None, *, head_dim: int | None = None, context_length: int = 2048,
+               rope_theta: float = 10000.0, tied: bool = True, **more: Any) -> DecoderConfig:
+    """A Llama-style decoder: pre-norm RMSNorm, RoPE, SwiGLU, no biases.
+
+    Heads default to 64 dimensions each (32 below width 256), key/value heads to the query heads, the MLP to
+    8/3 of the width rounded up to a multiple of 64. `more` are further fields of `DecoderConfig`.
+    """
+    if head_dim is None:
+        if heads is None:
+            head_dim = 64 if width >= 256 and width % 64 == 0 else 32
+            if width % head_dim:
+                raise UserError(f"width={width} is not a multiple of {head_dim}; give heads= or head_dim=")
+        else:
+            head_dim = width // heads
+    heads = heads or max(width // head_dim, 1)
+    if head_dim < 2 or head_dim % 2:
+        raise UserError(f"width={width} with heads={heads} gives head_dim={head_dim}; RoPE needs an even one")
+    return DecoderConfig(
+        family="llama", vocab_size=vocab_size, width=width, layers=layers, heads=heads,
+        kv_heads=kv_heads or heads, head_dim=head_dim, mlp_width=mlp_width or _round_up(width * 8 / 3, 64),
+        context_length=context_length, norm_eps=1e-5, rope=Rope(theta=rope_theta), tied=tied, **more)
+
+
+def sized(parameters: float, vocab_size: int, *, context_length: int = 2048, tied: bool | None = None,
+          aspect: float | None = None, **more: Any) -> DecoderConfig:
+    """The Llama-style shape nearest to `parameters` (embeddings included) whose width/layers is near `aspect`.
+
+    `aspect` defaults to 40 at ten million parameters and grows with their eighth root, as open models do. Widths are multiples of 64; models under a billion parameters tie the head to the embedding. From four
+    heads on, two or three query heads share a key/value head. Raises `UserError` if the embedding alone
+    leaves no room for a layer.
+    """
+    tied = parameters < 1e9 if tied is None else tied
+    aspect = 40 * (parameters / 1e7) ** 0.125 if aspect is None else aspect
+    best: tuple[float, DecoderConfig] | None = None
+    for width in range(64, 16385, 64):
+        if vocab_size * width * (1 if tied else 2) > 1.5 * parameters:
+            break
+        heads = width // (64 if width >= 256 else 32)
+        share = next((s for s in (2, 3) if heads >= 4 and heads % s == 0), 1)
+        one, two = (llama_like(vocab_size, width, n, heads, heads // share, context_length=context_length,
+                               tied=tied, **more) for n in (1, 2))
+        per_layer = two.parameters() - one.parameters()
+        guess = (parameters - one.parameters()) / per_layer + 1
+        for layers in {max(1, math.floor(guess)), max(1, math.ceil(guess))}:
+            count = one.parameters() + (layers - 1) * per_layer
+            badness = 8 * abs(math.log(count / parameters)) + abs(math.log(width / layers / aspect))
+            badness += 0.3 * (heads >= 4 and share == 1)
+            if best is None or badness < best[0]:
+                best = badness, llama_like(vocab_size, width, layers, heads, heads // share,
+                                           context_length=context_length, tied=tied, **more)
+    if best is None or not 0.5 < best[1].parameters() / parameters < 2:
+        smallest = llama_like(vocab_size, 64, 1, 2, tied=tied).parameters()
+        raise UserError(f"no decoder with a vocabulary of {vocab_size} has about {parameters:.3g} parameters; the "
+                        f"smallest has {smallest:,}: ask for more parameters or train a smaller vocabulary")
+    return best[1]

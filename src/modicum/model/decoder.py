@@ -1,0 +1,143 @@
+"""One decoder for all families: tokens to logits.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from modicum.model.attend import Attend, DenseAttend
+from modicum.model.config import DecoderConfig, Rope
+from modicum.model.layers import Block, Rotation, make_norm
+from modicum.model.rope import RopeTable
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer as its config describes it. Made with fresh weights (see `init_weights`).
+
+    `checkpoint_layers = True` recomputes each layer in the backward pass instead of keeping its
+    activations. There is no dropout: pretraining passes over its data about once.
+    """
+
+    def __init__(self, config: DecoderConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.checkpoint_layers = False
+        embed_width = config.embed_width or config.width
+        self.embed = nn.Embedding(config.vocab_size, embed_width)
+        if config.position == "learned":
+            self.positions = nn.Embedding(config.context_length + config.position_offset, config.width)
+        if embed_width != config.width:
+            self.embed_in = nn.Linear(embed_width, config.width, bias=False)
+            self.embed_out = nn.Linear(config.width, embed_width, bias=False)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = make_norm(config) if config.final_norm else nn.Identity()
+        self.lm_head = nn.Linear(embed_width, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.embed.weight
+        # Layers that rotate alike share a table; layer i uses table `_rope_index[i]` (None: it does not rotate).
+        ropes: list[Rope] = []
+        self._rope_index: list[int | None] = []
+        for i in range(config.layers):
+            rope = config.rope_of(i)
+            if rope is not None and rope not in ropes:
+                ropes.append(rope)
+            self._rope_index.append(None if rope is None else ropes.index(rope))
+        with torch.device("cpu"):
+            self._ropes = [RopeTable(r, config.head_dim, config.context_length) for r in ropes]
+        if not self.embed.weight.is_meta:
+            self.init_weights(generator)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None, std: float | None = None) -> None:
+        """Fresh weights: normal truncated at 3 std, biases 0, norms 1.
+
+        std defaults to sqrt(2 / (5 * width)) (Nguyen & Salazar 2019, arXiv:1910.05895), which is 0.02 at width
+        1024 and larger below; what is added to the residual stream (attention.o, mlp.down) is divided by
+        sqrt(2 * layers), so that the stream does not grow with depth (Radford et al. 2019, GPT-2).
+        """
+        std = math.sqrt(2 / (5 * self.config.width)) if std is None else std
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                if name == "lm_head" and self.config.tied:
+                    continue
+                scale = (2 * self.config.layers) ** -0.5 if name.endswith((".o", ".down")) else 1.0
+                fresh = torch.empty(module.weight.shape, dtype=torch.float32, device=module.weight.device)
+                nn.init.trunc_normal_(fresh, 0.0, std * scale, -3 * std * scale, 3 * std * scale, generator=generator)
+                module.weight.copy_(fresh)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+            elif getattr(module, "weight", None) is not None:
+                nn.init.constant_(module.weight, 0.0 if getattr(module, "plus_one", False) else 1.0)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None,
+                mask_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        """logits_BTV in the model's dtype. Arguments as in `hidden`."""
+        return self.head(self.hidden(tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT,
+                                     mask_BT=mask_BT, attend=attend))
+
+    def hidden(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None,
+               mask_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        """h_BTD after the final norm (and the output projection, where a family has one).
+
+        `documents_BT`: integers; tokens attend within equal numbers only. `mask_BT`: True for real tokens.
+        `positions_BT` default to counting real tokens from 0 in each document. `attend` replaces the default
+        causal attention (a cache, a serving engine, a pattern) and then alone decides what is seen.
+        """
+        if positions_BT is None:
+            ask = getattr(attend, "next_positions", None)
+            positions_BT = ask(tokens_BT) if ask else default_positions(tokens_BT, documents_BT, mask_BT)
+        if attend is None:
+            attend = DenseAttend(documents_BT, mask_BT)
+        x_BTD = self.embed(tokens_BT)
+        if self.config.embed_scale is not None:
+            x_BTD = x_BTD * torch.tensor(self.config.embed_scale, dtype=x_BTD.dtype)
+        if self.config.embed_width not in (None, self.config.width):
+            x_BTD = self.embed_in(x_BTD)
+        if self.config.position == "learned":
+            x_BTD = x_BTD + self.positions(positions_BT + self.config.position_offset)
+        rotations = [table(positions_BT, x_BTD.dtype) for table in self._ropes]
+        for layer, index in zip(self.layers, self._rope_index, strict=True):
+            rotation: Rotation = None if index is None else rotations[index]
+            if self.checkpoint_layers and self.training and torch.is_grad_enabled():
+                x_BTD = checkpoint(layer, x_BTD, rotation, attend, use_reentrant=False)
+            else:
+                x_BTD = layer(x_BTD, rotation, attend)
+        x_BTD = self.norm(x_BTD)
+        if self.config.embed_width not in (None, self.config.width):
+            x_BTD = self.embed_out(x_BTD)
+        return x_BTD
+
+    def head(self, h_BTD: Tensor) -> Tensor:
+        """Logits of hidden states, with the family's softcap; any leading shape, so a loss may be chunked."""
+        logits = self.lm_head(h_BTD)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+
+def default_positions(tokens_BT: Tensor, documents_BT: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
+    """Positions from 0 (1T or BT): restarting with each document, and not counting padding."""
+    T = tokens_BT.shape[1]
+    index_1T = torch.arange(T, device=tokens_BT.device)[None]
+    if documents_BT is not None:
+        starts = torch.ones_like(documents_BT, dtype=torch.bool)
+        starts[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+        return index_1T - torch.where(starts, index_1T, 0).cummax(dim=1).values
+    if mask_BT is not None:
+        return (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
+    return index_1T
