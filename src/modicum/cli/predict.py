@@ -1,0 +1,137 @@
+"""Fit a scaling law to run records; predict a larger run and the best use of a budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modicum.core.errors import UserError
+
+
+def predict(
+    runs: Annotated[
+        Path,
+        typer.Argument(
+            help="Run records: .jsonl, .csv or .parquet with parameters, tokens, loss "
+            "(and run, final if several rows belong to one run)."
+        ),
+    ],
+    law: Annotated[
+        str, typer.Option(help="Form of law, with knobs: chinchilla, power:x=tokens, ...")
+    ] = "chinchilla",
+    at: Annotated[
+        list[str] | None, typer.Option(help="Point to predict: parameters=1e9,tokens=2e10 (repeat for more).")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Compute to spend best, e.g. 1e20flop.")] = None,
+    columns: Annotated[
+        str, typer.Option(help="Names in the table where they differ: parameters=params,loss=val_loss.")
+    ] = "",
+    level: Annotated[float, typer.Option(help="Share of new runs the interval should hold.")] = 0.95,
+    cut: Annotated[
+        float | None,
+        typer.Option(
+            help="Back-test: fit on this share of the runs (smallest FLOPs first), predict the rest."
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write an HTML figure here.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws behind the intervals.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Fit a scaling law to run records; predict a larger run and the best use of a budget."""
+    from modicum.budget import units
+    from modicum.core import registry
+    from modicum.core.files import write_text
+    from modicum.laws.backtest import backtest
+    from modicum.laws.table import read_runs, rename
+
+    method = registry.build("law", law)
+    points = _points(at or [])
+    flops = units.parse(budget, "flops") if budget else None
+    table = rename(read_runs(runs), _pairs(columns, "--columns parameters=params"))
+    fit = method.fit(table, seed)
+    said = method.predict(fit, points, level) if points else None
+    best = method.optimum(fit, flops, level) if flops else None
+    tried = backtest(table, None, cut, law=law, level=level, seed=seed) if cut is not None else None
+    spread = dict(zip(fit.parameters, (float(v) ** 0.5 for v in fit.covariance_QQ.diagonal()), strict=True))
+    if plot:
+        from modicum.laws.plot import figure
+
+        write_text(plot, figure(method, fit, table, points or None, level).to_html(include_plotlyjs=True))
+    if as_json:
+        result: dict[str, Any] = {
+            "law": law,
+            "points": fit.points,
+            "runs": fit.runs,
+            "method": fit.method,
+            "parameters": fit.parameters,
+            "standard_errors": spread,
+            "covariance": fit.covariance_QQ.tolist(),
+            "residual": fit.residual,
+        }
+        if said:
+            result["predictions"] = [point | row for point, row in zip(points, said.rows(), strict=True)]
+        if best:
+            result["optimum"] = best.as_dict()
+        if tried:
+            result["backtest"] = tried
+        print(json.dumps(result, indent=2))
+        return
+    print(
+        f"{law}: {fit.points} rows of {fit.runs} runs, mean residual {fit.residual:.2%}, spread by {fit.method}"
+    )
+    for name, value in fit.parameters.items():
+        print(f"  {name:<8} {value:.5g}  ± {spread[name]:.2g}")
+    if said:
+        for point, row in zip(points, said.rows(), strict=True):
+            where = ", ".join(f"{k} {v:.4g}" for k, v in point.items())
+            print(
+                f"at {where}: loss {row['mean']:.4f}, {level:.0%} of such runs within "
+                f"{row['low']:.4f} to {row['high']:.4f}"
+            )
+    if best:
+        print(
+            f"with {best.flops:.4g} FLOPs: {best.parameters:.4g} parameters "
+            f"({best.parameters_interval[0]:.3g} to {best.parameters_interval[1]:.3g}) on {best.tokens:.4g} tokens "
+            f"({best.tokens_interval[0]:.3g} to {best.tokens_interval[1]:.3g}), loss {best.loss:.4f} "
+            f"({best.loss_interval[0]:.4f} to {best.loss_interval[1]:.4f})"
+        )
+    if tried:
+        print(
+            f"back-test: fitted on {tried['fitted_runs']} runs up to {tried['cut']:.3g} FLOPs, predicted "
+            f"{tried['held_out']} larger: mean error {tried['error']:.2%}, bias {tried['bias']:+.2%}, "
+            f"{tried['coverage']:.0%} inside the {level:.0%} interval"
+        )
+    if plot:
+        print(f"figure: {plot}")
+
+
+def _pairs(text: str, example: str) -> dict[str, str]:
+    pairs = {}
+    for item in text.split(","):
+        if item.strip():
+            name, equals, value = item.partition("=")
+            if not equals or not value.strip():
+                raise UserError(f"{item.strip()!r} is not NAME=VALUE; write for example {example}")
+            pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def _points(texts: list[str]) -> list[dict[str, float]]:
+    from modicum.budget import units
+
+    points = []
+    for text in texts:
+        point = {}
+        for name, value in _pairs(text, "--at parameters=1e9,tokens=2e10").items():
+            kind = name if name in ("tokens", "flops") else None
+            quantity = units.kind_of(value)
+            if quantity is None or quantity[0] not in ("number", kind):
+                raise UserError(
+                    f"--at {name}={value}: {value!r} is not a number; write for example {name}=1e9"
+                )
+            point[name] = quantity[1]
+        points.append(point)
+    return points
