@@ -1,0 +1,240 @@
+"""Answers grounded in passages: a prompt with numbered sources under a token budget, and the citations of the reply.
+
+Who writes the answer is passed in as a callable, so any engine or API serves: see `Generate`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from modicum.core.errors import BudgetError, MissingExtra, ModicumError, UserError
+from modicum.retrieve.bm25 import tokenize
+from modicum.retrieve.search import Hit, Searcher
+
+SYSTEM = ("Answer the question from the numbered sources below and from nothing else. After each statement, cite the "
+          "source it rests on by its number, like [1]. If the sources do not hold the answer, say so.")
+MIN_SOURCE_TOKENS = 24   # a source cut shorter than this says too little to be worth its place
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a generator gives back; the counts are its own, None if it reports none."""
+
+    text: str
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class Generate(Protocol):
+    def __call__(self, messages: Messages, on_text: Callable[[str], None]) -> Generated | str:
+        """Answer [{"role", "content"}, ...]; call `on_text` with each new piece as it comes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A passage as shown to the generator. `number` is what the answer cites; `excerpt` is the text it was shown."""
+
+    number: int
+    id: str
+    title: str
+    source: str
+    excerpt: str
+    score: float
+    cited: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`citations`: numbers of sources that the text cites, in order; `unknown_citations`: numbers it made up.
+
+    `prompt_tokens` as the generator counted them, else as `count` did. `seconds` covers search and generation.
+    """
+
+    question: str
+    text: str
+    sources: list[Source]
+    citations: list[int]
+    unknown_citations: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    completion_tokens: int | None = None
+    seconds: float = 0.0
+    seconds_to_first: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def approximate_tokens(text: str) -> int:
+    """A safe guess where no tokenizer is at hand: three UTF-8 bytes a token (English prose runs at four to five)."""
+    return -(-len(text.encode("utf-8", "surrogatepass")) // 3)
+
+
+def ask(question: str, searcher: Searcher, generate: Generate, *, k: int = 5, mode: str | None = None,
+        prompt_budget: int = 2048, count: Callable[[str], int] | None = None, system: str = SYSTEM,
+        on_text: Callable[[str], None] | None = None) -> Answer:
+    """Search, show the best k passages to `generate`, and return its text with its sources.
+
+    `prompt_budget` bounds the prompt in tokens as `count` measures them (`approximate_tokens` if None); lower-ranked
+    sources are cut or left out to keep it. Raises `BudgetError` if not even one source fits.
+    """
+    start = time.monotonic()
+    if not question.strip():
+        raise UserError("the question is empty; write what you want to know")
+    hits = searcher.search(question, k, mode)
+    messages, sources, estimate = compose(question, hits, prompt_budget, count or approximate_tokens, system)
+    first: list[float] = []
+
+    def stream(piece: str) -> None:
+        if not first:
+            first.append(time.monotonic() - start)
+        if on_text:
+            on_text(piece)
+
+    reply = generate(messages, stream)
+    reply = Generated(reply) if isinstance(reply, str) else reply
+    cited, unknown = citations(reply.text, len(sources))
+    return Answer(
+        question=question, text=reply.text, citations=cited, unknown_citations=unknown,
+        sources=[Source(**asdict(s) | {"cited": s.number in cited}) for s in sources],
+        prompt_tokens=estimate if reply.prompt_tokens is None else reply.prompt_tokens,
+        completion_tokens=reply.completion_tokens, seconds=time.monotonic() - start,
+        seconds_to_first=first[0] if first else None)
+
+
+def compose(question: str, hits: Sequence[Hit], budget: int, count: Callable[[str], int],
+            system: str = SYSTEM) -> tuple[Messages, list[Source], int]:
+    """(messages, numbered sources, tokens): the prompt with as many hits as the budget holds, best first.
+
+    Every source still to come keeps an equal share of what is left, so that a long first passage does not
+    crowd out the others; a short one leaves its rest to them.
+    """
+    def messages_with(blocks: Sequence[str]) -> Messages:
+        shown = "\n\n".join(blocks) if blocks else "(no source matches)"
+        return [{"role": "system", "content": system},
+                {"role": "user", "content": f"Sources:\n\n{shown}\n\nQuestion: {question}"}]
+
+    def tokens(blocks: Sequence[str]) -> int:
+        return sum(count(m["content"]) + 4 for m in messages_with(blocks))   # 4: role marks of a chat template
+
+    fixed = tokens([])
+    if fixed + (MIN_SOURCE_TOKENS if hits else 0) > budget:
+        raise BudgetError(f"the instructions and the question take {fixed} tokens, the prompt budget is {budget} and a "
+                          f"source needs {MIN_SOURCE_TOKENS}; ask for a shorter answer, a shorter question or a larger budget")
+    blocks: list[str] = []
+    sources: list[Source] = []
+    for place, hit in enumerate(hits):
+        left = budget - tokens(blocks) if blocks else budget - fixed
+        head = f"[{len(sources) + 1}] {' '.join(hit.passage.title.split())} ({hit.passage.source})".replace(" ()", "")
+        room = left // (len(hits) - place) - count(head) - 2
+        if room < MIN_SOURCE_TOKENS:   # an equal share is too little: serve fewer, each readable
+            room = min(left - count(head) - 2, MIN_SOURCE_TOKENS)
+            if room < MIN_SOURCE_TOKENS:
+                break
+        text = excerpt(hit.passage.text, question, room, count)
+        blocks.append(f"{head}\n{text}")
+        while text and tokens(blocks) > budget:   # counts of parts need not add up to the count of the whole
+            text = text[: int(len(text) * 0.9)]
+            blocks[-1] = f"{head}\n{text}"
+        if not text:
+            blocks.pop()
+            break
+        sources.append(Source(len(sources) + 1, hit.passage.id, hit.passage.title, hit.passage.source, text, hit.score))
+    return messages_with(blocks), sources, tokens(blocks)
+
+
+def excerpt(text: str, question: str, limit: int, count: Callable[[str], int]) -> str:
+    """The run of whole lines, at most `limit` tokens, that shares most of the question's terms; all of it if it fits.
+
+    A term counts once, so a run that covers the question beats one that repeats a word; the earliest wins a tie.
+    """
+    text = text.strip()
+    if count(text) <= limit:
+        return text
+    lines = [piece for line in text.splitlines() for piece in _pieces(line, limit, count)]
+    wanted = set(tokenize(question))
+    terms = [wanted.intersection(tokenize(line)) for line in lines]
+    sizes = [count(line + "\n") for line in lines]
+    best, best_score, end, size = (0, 1), -1, 0, 0
+    for start in range(len(lines)):
+        while end < len(lines) and size + sizes[end] <= limit:
+            size += sizes[end]
+            end += 1
+        score = len(set().union(*terms[start:end])) if end > start else -1
+        if score > best_score:
+            best, best_score = (start, end), score
+        size -= sizes[start] if end > start else 0
+        end = max(end, start + 1)
+    return "\n".join(lines[best[0]:best[1]]).strip("\n")
+
+
+def _pieces(line: str, limit: int, count: Callable[[str], int]) -> Iterator[str]:
+    """A line, or parts of it that fit `limit` where it does not, cut at spaces if there are any."""
+    while line and count(line + "\n") > limit:
+        cut = len(line)
+        while cut > 1 and count(line[:cut] + "\n") > limit:
+            cut = cut * 2 // 3
+        space = line.rfind(" ", cut // 2, cut)
+        cut = space if space > 0 else cut
+        yield line[:cut]
+        line = line[cut:].lstrip()
+    if line or not limit:
+        yield line
+
+
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+_CITATION = re.compile(r"\[(\d{1,3}(?:\s*[,;]\s*\d{1,3})*)\]")
+
+
+def citations(text: str, n_sources: int) -> tuple[list[int], list[int]]:
+    """(cited, unknown): numbers in square brackets outside code, in order of first mention; unknown ones exceed n_sources."""
+    found = dict.fromkeys(int(number) for group in _CITATION.findall(_CODE.sub(" ", text))
+                          for number in re.findall(r"\d+", group))
+    return [n for n in found if 1 <= n <= n_sources], [n for n in found if not 1 <= n <= n_sources]
+
+
+def openai_generator(url: str | None = None, *, model: str | None = None, api_key: str | None = None,
+                     max_tokens: int = 256, temperature: float = 0.0, timeout: float = 120.0, **more: Any) -> Generate:
+    """A generator behind any OpenAI-compatible server (`url` ends in /v1), streamed by the `openai` client.
+
+    model: the server's first one if None. api_key: the environment's OPENAI_API_KEY, or none for a local server.
+    """
+    import os
+    try:
+        import openai
+    except ImportError:
+        raise MissingExtra("openai", "dev", "asking a remote model") from None
+    client = openai.OpenAI(base_url=url, api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout)
+
+    def generate(messages: Messages, on_text: Callable[[str], None]) -> Generated:
+        try:
+            name = model or client.models.list().data[0].id
+            stream = client.chat.completions.create(
+                model=name, messages=messages, max_tokens=max_tokens, temperature=temperature, stream=True,   # type: ignore[call-overload]
+                stream_options={"include_usage": True}, **more)
+            pieces: list[str] = []
+            usage: Any = None
+            for chunk in stream:
+                usage = chunk.usage or usage
+                piece = chunk.choices[0].delta.content if chunk.choices else None
+                if piece:
+                    pieces.append(piece)
+                    on_text(piece)
+        except IndexError:
+            raise UserError(f"{client.base_url} serves no model; start one with: modicum serve MODEL") from None
+        except openai.APIConnectionError as error:
+            raise UserError(f"nothing answers at {client.base_url} ({error.__cause__ or error}); start a server with: "
+                            "modicum serve MODEL, or check the URL (it usually ends in /v1)") from None
+        except openai.APIStatusError as error:
+            kind = UserError if 400 <= error.status_code < 500 else ModicumError
+            raise kind(f"{client.base_url} refused ({error.status_code}): {error.message}") from None
+        except openai.APIError as error:
+            raise ModicumError(f"{client.base_url} failed while answering: {error.message}; ask again") from None
+        return Generated("".join(pieces), getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
+
+    return generate

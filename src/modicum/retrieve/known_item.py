@@ -1,0 +1,157 @@
+"""Evaluating a search: known items of one's own passages, and collections with judged queries.
+
+Known-item search: the query is the first sentence of a docstring, the wanted document its passage. Left in the
+passage ("as_is") the sentence finds itself, which is what a user who half remembers it sees; taken out before
+indexing ("withheld") the search has to understand the rest, which is the honest figure.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modicum.core.errors import UserError
+from modicum.core.events import Events
+from modicum.retrieve import metrics
+from modicum.retrieve.encoders import Encoder
+from modicum.retrieve.passages import Passage, Passages
+from modicum.retrieve.search import MODES, Searcher, build_index
+
+MIN_WORDS = 3   # a shorter sentence ("Return it.") names no item
+
+
+def known_item(passages: Sequence[Passage] | Passages, *, encoder: Encoder | str | None = None, index: Any = "exact",
+               k: int = 10, limit: int | None = 1000, seed: int = 0, folder: str | Path | None = None,
+               device: str = "cpu", variants: Sequence[str] = ("as_is", "withheld"), examples: int = 5,
+               events: Events | None = None) -> dict[str, Any]:
+    """{variant: {mode: {"mrr@10": {"mean", "error"}, "recall@1", ...}}} with "queries", "passages", "examples".
+
+    At most `limit` queries, drawn with `seed`; "ambiguous" counts the sentences that `known_items` leaves out. The
+    indexes are built under `folder` (kept there: a second call with the same input is then quick to resume) or a temporary one.
+    """
+    for name in variants:
+        if name not in ("as_is", "withheld"):
+            raise UserError(f"variant {name!r} is not as_is or withheld")
+    queries, wanted, left_out = known_items(passages, limit, seed)
+    relevant = [{row: 1.0} for row in wanted]
+    result: dict[str, Any] = {"passages": len(passages), "queries": len(queries), "ambiguous": left_out, "k": k}
+    with tempfile.TemporaryDirectory() as temporary:
+        for variant in variants:
+            place = Path(folder or temporary) / variant
+            build_index(passages, place, encoder=encoder, index=index, withheld=variant == "withheld",
+                        device=device, events=events)
+            searcher = Searcher(place, device=device)
+            result[variant] = compare_modes(searcher, queries, relevant, k=k, seed=seed)
+            result.setdefault("examples", {})[variant] = [
+                _example(searcher, queries[i], passages[wanted[i]].id, k) for i in range(min(examples, len(queries)))]
+    return result
+
+
+def known_items(passages: Iterable[Passage], limit: int | None = None, seed: int = 0) -> tuple[list[str], list[int], int]:
+    """(queries, the row each was taken from, sentences left out): at most `limit`, drawn with `seed`.
+
+    A sentence that several passages share names no one of them and is left out.
+    """
+    row_of: dict[str, int] = {}
+    sentence_of: dict[str, str] = {}
+    ambiguous: set[str] = set()
+    for row, passage in enumerate(passages):
+        sentence = " ".join((passage.summary or "").split())
+        key = sentence.casefold()
+        if len(re.findall(r"\w+", sentence)) < MIN_WORDS or not (passage.body or "").strip():
+            continue
+        if key in row_of:
+            ambiguous.add(key)
+        else:
+            row_of[key], sentence_of[key] = row, sentence
+    keys = [key for key in row_of if key not in ambiguous]
+    if not keys:
+        raise UserError("no passage has a summary sentence of its own and a body, so there is no known item to search "
+                        "for; index source code with docstrings, or evaluate with judged queries")
+    if limit is not None and len(keys) > limit:
+        keys = [keys[i] for i in sorted(np.random.default_rng(seed).choice(len(keys), limit, replace=False))]
+    return [sentence_of[key] for key in keys], [row_of[key] for key in keys], len(ambiguous)
+
+
+def compare_modes(searcher: Searcher, queries: Sequence[str], relevant: metrics.Relevant, *, k: int = 10, seed: int = 0,
+                  batch: int = 256) -> dict[str, Any]:
+    """{mode: metrics with standard errors, and "queries_per_second"} for every mode the index has."""
+    found: dict[str, list[np.ndarray]] = defaultdict(list)
+    seconds: dict[str, float] = defaultdict(float)
+    for mode in [m for m in MODES if m in searcher.modes]:
+        for start in range(0, len(queries), batch):
+            began = time.perf_counter()
+            found[mode].append(searcher.rank(queries[start:start + batch], max(k, 10), mode).ids_QK)
+            seconds[mode] += time.perf_counter() - began
+    return {mode: metrics.summarize(np.concatenate(parts), relevant, mrr=(k,), ndcg=(k,), recall=sorted({1, 5, k}), seed=seed)
+            | {"queries_per_second": len(queries) / max(seconds[mode], 1e-9)} for mode, parts in found.items()}
+
+
+def _example(searcher: Searcher, query: str, wanted: str, k: int) -> dict[str, Any]:
+    hits = searcher.search(query, k)
+    return {"query": query, "wanted": wanted,
+            "rank": next((i for i, h in enumerate(hits, 1) if h.passage.id == wanted), None),
+            "hits": [{"id": h.passage.id, "title": h.passage.title, "source": h.passage.source, "score": h.score,
+                      "ranks": h.ranks} for h in hits[:3]]}
+
+
+# judged collections -------------------------------------------------------------------------------------------
+
+def read_collection(path: str | Path) -> Iterator[Passage]:
+    """The passages of `corpus.parquet` (id, text, and title if there is one)."""
+    for row in _table(path, ("id", "text"), ("title",)):
+        yield Passage(id=row["id"], text=row["text"] or "", source=f"{Path(path).parent.name}/{row['id']}",
+                      title=row.get("title") or "", summary="", body=row["text"] or "")
+
+
+def read_judgements(queries: str | Path, qrels: str | Path) -> tuple[list[str], list[str], list[dict[str, float]]]:
+    """(query ids, texts, {document id: grade} of each) of the queries that have a judgement above 0."""
+    grades: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in _table(qrels, ("query_id", "doc_id", "relevance")):
+        grades[row["query_id"]][row["doc_id"]] = float(row["relevance"])
+    kept = [row for row in _table(queries, ("id", "text")) if any(g > 0 for g in grades.get(row["id"], {}).values())]
+    if not kept:
+        raise UserError(f"no query of {queries} has a relevant document in {qrels}; check that their ids agree")
+    return [r["id"] for r in kept], [r["text"] for r in kept], [grades[r["id"]] for r in kept]
+
+
+def evaluate_qrels(searcher: Searcher, queries: str | Path, qrels: str | Path, *, k: int = 10, limit: int | None = None,
+                   seed: int = 0) -> dict[str, Any]:
+    """Metrics by mode on judged queries; a relevant document that is not in the index counts as missed.
+
+    queries: Parquet with id and text. qrels: Parquet with query_id, doc_id, relevance.
+    """
+    _, texts, grades = read_judgements(queries, qrels)
+    if limit is not None and len(texts) > limit:
+        chosen = sorted(np.random.default_rng(seed).choice(len(texts), limit, replace=False))
+        texts, grades = [texts[i] for i in chosen], [grades[i] for i in chosen]
+    row_of = {id: row for row, id in enumerate(searcher.passages.ids())}
+    absent = -2   # counts towards recall's denominator and is never returned; each absent one needs its own number
+    relevant: list[dict[int, float]] = []
+    for found in grades:
+        relevant.append({row_of.get(id, absent - n): grade for n, (id, grade) in enumerate(found.items())})
+    return {"queries": len(texts), "k": k} | compare_modes(searcher, texts, relevant, k=k, seed=seed)
+
+
+def _table(path: str | Path, needed: Sequence[str], wanted: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    try:
+        file = pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}; give a Parquet file with the columns {', '.join(needed)}") from None
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
+    names = file.schema_arrow.names
+    missing = [n for n in needed if n not in names]
+    if missing:
+        raise UserError(f"{path} has the columns {', '.join(names)}; it needs {', '.join(needed)}")
+    for batch in file.iter_batches(batch_size=1024, columns=[*needed, *(n for n in wanted if n in names)]):
+        yield from batch.to_pylist()
