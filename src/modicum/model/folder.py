@@ -24,6 +24,7 @@ DTYPE_NAMES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torc
                "float16": torch.float16, "fp16": torch.float16, "float64": torch.float64}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")
+HEADS = ("lm_head.weight", "embed_out.weight")  # stored again by some, though tied to the embedding
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -113,15 +114,15 @@ def fill_weights(model: Decoder, folder: Path, dtype: torch.dtype | None, device
     if config.tied:
         del shapes["lm_head.weight"]
     plan = expand(config, shapes)
-    prefix = families()[config.family].prefix
+    family = families()[config.family]
     filled: dict[str, Tensor] = {}
     unexpected = []
     for shard in _shards(folder):
         with SafetensorsFile(shard) as file:
             for name in file.names:
-                rule = plan.get(name) or plan.get(prefix + name)
+                rule = plan.get(name) or plan.get(family.prefix + name) or plan.get(family.aliases.get(name, ""))
                 if rule is None:
-                    if not is_ignored(config, name) and not (config.tied and name == "lm_head.weight"):
+                    if not is_ignored(config, name) and not (config.tied and name in HEADS):
                         unexpected.append(name)
                     continue
                 ours = [shapes[n] for n in rule.ours]

@@ -47,7 +47,8 @@ class Family:
 
     `defaults` are values config.json may leave out; `fixed` are fields the family never varies; `read` and `write` handle
     what is not one to one (from config.json completed by `defaults`; to config.json's keys). `ignored`: patterns
-    of stored names that are no parameters. `prefix` is what names carry in a whole model but may lack in a file.
+    of stored names that are no parameters. `prefix` is what names carry in a whole model but may lack in a file;
+    `aliases` are names that older files use.
     """
 
     model_types: tuple[str, ...]
@@ -60,6 +61,7 @@ class Family:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     prefix: str = ""
+    aliases: Keys = field(default_factory=dict)
 
 
 @functools.cache
@@ -79,7 +81,7 @@ def read_config(hf: Keys, where: str = "config.json") -> DecoderConfig:
         raise UserError(f"{where} describes quantised weights ({hf['quantization_config'].get('quant_method')}); "
                         "give the unquantised checkpoint, and compress it with: modicum compress")
     family = families()[by_type[model_type]]
-    full = {k: v for k, v in family.defaults.items()} | {k: v for k, v in hf.items() if v is not None or k not in family.defaults}
+    full = family.defaults | hf
     fields: Keys = {"family": by_type[model_type], **family.fixed}
     for theirs, ours in family.keys.items():
         if full.get(theirs) is None:
