@@ -80,7 +80,8 @@ def predict(
         print(json.dumps(result, indent=2))
         return
     print(
-        f"{law}: {fit.points} rows of {fit.runs} runs, mean residual {fit.residual:.2%}, spread by {fit.method}"
+        f"{law}: {fit.points} rows of {fit.runs} runs, mean residual {fit.residual:.2%}, "
+        f"spread by {fit.method}"
     )
     for name, value in fit.parameters.items():
         print(f"  {name:<8} {value:.5g}  ± {spread[name]:.2g}")
@@ -94,7 +95,8 @@ def predict(
     if best:
         print(
             f"with {best.flops:.4g} FLOPs: {best.parameters:.4g} parameters "
-            f"({best.parameters_interval[0]:.3g} to {best.parameters_interval[1]:.3g}) on {best.tokens:.4g} tokens "
+            f"({best.parameters_interval[0]:.3g} to {best.parameters_interval[1]:.3g}) on "
+            f"{best.tokens:.4g} tokens "
             f"({best.tokens_interval[0]:.3g} to {best.tokens_interval[1]:.3g}), loss {best.loss:.4f} "
             f"({best.loss_interval[0]:.4f} to {best.loss_interval[1]:.4f})"
         )

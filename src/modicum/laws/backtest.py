@@ -8,7 +8,7 @@ import numpy as np
 
 from modicum.core import registry
 from modicum.core.errors import UserError
-from modicum.laws.table import Runs, as_table, rename
+from modicum.laws.table import Runs, as_table, rename, to_columns
 
 
 def backtest(
@@ -29,7 +29,7 @@ def backtest(
     interval, `width` (its mean relative width), and one row per held-out final loss.
     """
     method = registry.build("law", law)
-    given = dict(table) if isinstance(table, dict) else {k: [r.get(k) for r in table] for k in table[0]}
+    given = to_columns(table)
     given = rename(given, columns or {})
     wanted = list(dict.fromkeys([*method.reads, by]))
     rows = as_table(given, wanted)

@@ -40,7 +40,7 @@ def read_runs(path: str | Path) -> dict[str, list[Any]]:
             raise CorruptError(f"{path} is not a readable Parquet file: {error}") from None
     if suffix == ".csv":
         with open(path, newline="", encoding="utf-8") as file:
-            return _columns(list(csv.DictReader(file)))
+            return _by_name(list(csv.DictReader(file)))
     if suffix in (".jsonl", ".ndjson"):
         rows = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -55,13 +55,18 @@ def read_runs(path: str | Path) -> dict[str, list[Any]]:
                         '{"parameters": 1e6, "tokens": 2e7, "loss": 4.1}'
                     )
                 rows.append(row)
-        return _columns(rows)
+        return _by_name(rows)
     raise UserError(f"{path}: {suffix or 'no suffix'} is not a table; allowed: .jsonl, .csv, .parquet")
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def _by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     names = list(dict.fromkeys(name for row in rows for name in row))
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def to_columns(runs: Runs) -> dict[str, Any]:
+    """Columns by name, from columns or from rows."""
+    return dict(runs) if isinstance(runs, Mapping) else _by_name(runs)
 
 
 def as_table(runs: Runs, columns: Sequence[str], *, loss: bool = True) -> Table:
@@ -70,7 +75,7 @@ def as_table(runs: Runs, columns: Sequence[str], *, loss: bool = True) -> Table:
     `flops` is filled in as 6 x parameters x tokens where it is missing. `run` becomes an index per
     row (each row its own run if absent), `final` a boolean (all true if absent).
     """
-    given: dict[str, Any] = dict(runs) if isinstance(runs, Mapping) else _columns(runs)
+    given = to_columns(runs)
     given = {name: values if np.ndim(values) else [values] for name, values in given.items()}
     sizes = {name: len(values) for name, values in given.items()}
     if not given or len(set(sizes.values())) != 1 or 0 in sizes.values():

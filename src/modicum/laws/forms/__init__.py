@@ -33,9 +33,9 @@ class LawConfig:
     entropy: a typical irreducible loss in the loss's own unit (1.7 nats per token; for bits per byte
         about 0.8): the centre of the prior on E, within a factor of e either way.
     interval: "posterior", "bootstrap", or "auto": bootstrap over runs from `bootstrap_from` runs on.
-    noise: prior centre of the relative spread of a run about the law (seed, data order, misfit of the form).
-    drift: relative error of the form itself per decade outside the fitted range, one standard deviation; 0.02 is
-        what the intervals needed on published tables (docs/laws.md).
+    noise: prior centre of the relative spread of a run about the law (seed, data order, misfit).
+    drift: relative error of the form itself per decade outside the fitted range, one standard deviation;
+        0.02 is what the intervals needed on published tables (docs/laws.md).
     """
 
     delta: float = 1e-3
@@ -197,7 +197,7 @@ class Law(Method):
         if self.config.prior == "none":
             sd_P = np.full_like(sd_P, np.inf)
         log_noise = np.log(self.config.noise)
-        # A half-normal prior keeps the gap at or above zero; scales are known to within a factor of about two.
+        # The gap is bounded at zero, so its prior is half-normal in shape; scales are known to a factor of four.
         prior = estimate.Prior(
             np.concatenate([mean_P, [self.config.gap, log_noise, log_noise]]),
             np.concatenate([sd_P, [self.config.gap, 0.7, 0.7]]),

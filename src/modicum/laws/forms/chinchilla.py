@@ -3,7 +3,8 @@
     L(N, D) = E + A / N^alpha + B / D^beta
 
 fitted by Huber loss (delta 1e-3) on log residuals with L-BFGS, computed by logsumexp, from several starts.
-The lowest loss at C = 6 N D FLOPs is at N = G (C/6)^(beta/(alpha+beta)), G = (alpha A / (beta B))^(1/(alpha+beta)).
+The lowest loss at C = 6 N D FLOPs is at N = G (C/6)^(beta/(alpha+beta)), with
+G = (alpha A / (beta B))^(1/(alpha+beta)).
 
 Hoffmann et al. 2022, arXiv:2203.15556, section 3.3 (approach 3) and appendix D; replication by Besiroglu
 et al. 2024, arXiv:2404.10102. Departs from the paper: (1) starts are chosen by solving for E, A, B (a
