@@ -11,11 +11,12 @@ of N stored tokens gives N - 1 predictions.
 
 from __future__ import annotations
 
+import array
+import contextlib
 import urllib.parse
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -54,32 +55,34 @@ def write_part(folder: str | Path, part: int, documents: Iterable[Document],
                tokenizer: Tokenizer) -> dict[str, Any]:
     """Encode one part of a corpus: one .bin and .idx per domain. Gives the manifest's entries by domain.
 
-    Memory is that of the part's tokens; a part is what one Parquet file of documents holds.
+    Memory is that of the part's index, 16 bytes a document.
     """
     kind = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    chunks: dict[str, list[np.ndarray]] = defaultdict(list)
-    index: dict[str, list[tuple[int, int]]] = defaultdict(lambda: [(0, 0)])
-    for batch in _batches(documents):
-        encoded = tokenizer.encode_batch([d.text for d in batch], specials=False)
-        for document, ids in zip(batch, encoded, strict=True):
-            tokens = np.empty(len(ids) + 2, kind)
-            tokens[0], tokens[1:-1], tokens[-1] = tokenizer.start_id, ids, tokenizer.eos_id
-            chunks[document.domain].append(tokens)
-            rows = index[document.domain]
-            rows.append((rows[-1][0] + len(tokens), rows[-1][1] + document.nbytes))
+    files: dict[str, BinaryIO] = {}
+    index: dict[str, array.array[int]] = {}
     entries = {}
-    for domain in sorted(chunks):
-        place = Path(folder) / folder_of(domain)
-        with atomic_file(place / f"{part:05d}.bin") as file:
-            for tokens in chunks[domain]:
-                file.write(tokens.data)
+    with contextlib.ExitStack() as stack:
+        for batch in _batches(documents):
+            encoded = tokenizer.encode_batch([d.text for d in batch], specials=False)
+            for document, ids in zip(batch, encoded, strict=True):
+                domain = document.domain
+                if domain not in files:
+                    place = Path(folder) / folder_of(domain) / f"{part:05d}.bin"
+                    files[domain] = stack.enter_context(atomic_file(place))
+                    index[domain] = array.array("q", (0, 0))
+                tokens = np.empty(len(ids) + 2, kind)
+                tokens[0], tokens[1:-1], tokens[-1] = tokenizer.start_id, ids, tokenizer.eos_id
+                files[domain].write(tokens.data)
+                rows = index[domain]
+                rows.extend((rows[-2] + len(tokens), rows[-1] + document.nbytes))
+    for domain in sorted(files):
+        stem = Path(folder) / folder_of(domain) / f"{part:05d}"
         rows = index[domain]
-        with atomic_file(place / f"{part:05d}.idx") as file:
-            file.write(np.array(rows, "<i8").tobytes())
-        entries[domain] = {"file": f"{folder_of(domain)}/{part:05d}", "documents": len(rows) - 1,
-                           "tokens": rows[-1][0], "bytes": rows[-1][1],
-                           "sha256": sha256(place / f"{part:05d}.bin"),
-                           "index_sha256": sha256(place / f"{part:05d}.idx")}
+        with atomic_file(f"{stem}.idx") as file:
+            file.write(np.asarray(rows, "<i8").data)
+        entries[domain] = {"file": f"{folder_of(domain)}/{part:05d}", "documents": len(rows) // 2 - 1,
+                           "tokens": rows[-2], "bytes": rows[-1],
+                           "sha256": sha256(f"{stem}.bin"), "index_sha256": sha256(f"{stem}.idx")}
     return entries
 
 

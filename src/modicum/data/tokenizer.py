@@ -165,7 +165,7 @@ class Tokenizer:
         eos = token("eos") or next((t for t in (EOS, "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
                                     if backend.token_to_id(t) is not None), None)
         if eos is None:
-            raise UserError(f"{folder} has no end-of-text token; write \"eos_token\" into tokenizer_config.json")
+            raise UserError(f"{folder} has no end-of-text token; name its eos_token in tokenizer_config.json")
         stops = config.get("eos_token_id")
         stops = [s for s in (stops if isinstance(stops, list) else [stops]) if isinstance(s, int) and s >= 0]
         kept = {k: v for k, v in settings.items() if k not in ("chat_template", "added_tokens_decoder")}

@@ -1,0 +1,215 @@
+"""What Python source says about itself: functions with their docstrings, and language apart from code.
+
+Everything by `ast` and `tokenize`; nothing is imported or run.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from modicum.data.document import Document
+
+SIGNATURE_LIMIT = 400    # characters; longer defaults are cut
+COMMENT_LINES = 3        # a block of so many comment lines or more is prose; fewer stay beside their code
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9<`*])|\n\s*\n")
+_ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|approx|resp|Mr|Dr)\.|\b[A-Z]\.)[\"')\]]*$")
+_NO_WORDS = re.compile(r"^[\W_]*$")
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function, method or class with a docstring.
+
+    name: as a user would write it, such as `json.loads` or `pathlib.Path.exists`. signature: the
+    def line without `def` and the colon, or `class Name(bases)`. doc: the cleaned docstring.
+    summary: its first sentence. body: the docstring without its summary. line: 1-based.
+    """
+
+    name: str
+    kind: str
+    signature: str
+    doc: str
+    summary: str
+    body: str
+    path: str
+    line: int
+
+
+def module_name(path: str) -> str:
+    """`python/json/decoder.py` -> `json.decoder`; `python/json/__init__.py` -> `json`."""
+    parts = path.split("#")[0].split("/")
+    parts = parts[1:] if len(parts) > 1 else parts
+    parts[-1] = re.sub(r"\.(?:py|pyi|pyx)$", "", parts[-1])
+    if parts[-1] == "__init__" and len(parts) > 1:
+        parts.pop()
+    return ".".join(parts)
+
+
+def parse(text: str) -> ast.Module | None:
+    """The syntax tree, or None for source that this Python cannot parse."""
+    import warnings
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # odd escapes in other people's strings
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def first_sentence(text: str) -> tuple[str, str]:
+    """(first sentence on one line, the rest)."""
+    text = text.strip()
+    for end in _SENTENCE_END.finditer(text):
+        if not _ABBREVIATION.search(text[:end.start()]):
+            return " ".join(text[:end.start()].split()), text[end.end():].strip()
+    return " ".join(text.split()), ""
+
+
+def functions(document: Document) -> Iterator[Function]:
+    """Every documented public function, method and class of a Python document, in source order.
+
+    Names beginning with an underscore are left out, and so is what is nested in a function.
+    """
+    tree = parse(document.text)
+    if tree is not None:
+        yield from _walk(tree, module_name(document.source or document.id), document.source or document.id)
+
+
+def _walk(node: ast.Module | ast.ClassDef, prefix: str, path: str) -> Iterator[Function]:
+    for child in _definitions(node):
+        if child.name.startswith("_"):
+            continue
+        name = f"{prefix}.{child.name}"
+        doc = ast.get_docstring(child)
+        if doc and not _NO_WORDS.match(doc):
+            summary, body = first_sentence(doc)
+            kind = "class" if isinstance(child, ast.ClassDef) else "function"
+            yield Function(name, kind, signature(child), doc, summary, body, path, child.lineno)
+        if isinstance(child, ast.ClassDef):
+            yield from _walk(child, name, path)
+
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _definitions(node: ast.AST) -> Iterator[Definition]:
+    """Definitions directly in a module or class, also those under `if` and `try`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Definition):
+            yield child
+        elif isinstance(child, ast.If | ast.Try | ast.ExceptHandler | ast.With):
+            yield from _definitions(child)
+
+
+def signature(node: Definition) -> str:
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(b) for b in node.bases)
+        text = f"class {node.name}({bases})" if bases else f"class {node.name}"
+    else:
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        text = f"{node.name}({ast.unparse(node.args)}){returns}"
+    return text if len(text) <= SIGNATURE_LIMIT else text[:SIGNATURE_LIMIT] + "..."
+
+
+def topics(source: str) -> Iterator[tuple[str, str]]:
+    """(topic, text) of pydoc_data/topics.py, whose one statement assigns a dict of texts."""
+    tree = parse(source)
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                texts = [part.value for part in (key, value) if isinstance(part, ast.Constant)]
+                if len(texts) == 2 and isinstance(texts[1], str):
+                    yield str(texts[0]), texts[1]
+            return
+
+
+def split(document: Document) -> tuple[str, str] | None:
+    """(prose, code) of a Python document, or None if it cannot be parsed.
+
+    Prose is, in source order, each docstring under the signature it belongs to, and the longer blocks of
+    comments. Code is the source without them; a body that was nothing but its docstring becomes `...`.
+    """
+    text = document.text.replace("\r\n", "\n").replace("\r", "\n")
+    tree = parse(text)
+    if tree is None:
+        return None
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)   # as `ast` counts them; str.splitlines knows more line ends
+    name = module_name(document.source or document.id)
+    prose: list[tuple[int, str]] = []
+    removed: dict[int, str | None] = {}      # 0-based line -> what stands there instead
+
+    def take(node: ast.Module | Definition, title: str) -> None:
+        first = node.body[0] if node.body else None
+        doc = ast.get_docstring(node)
+        if doc is None or not isinstance(first, ast.Expr):
+            return
+        if not _NO_WORDS.match(doc):
+            prose.append((first.lineno, f"{title}\n\n{doc}"))
+        begin, end = first.lineno - 1, (first.end_lineno or first.lineno) - 1
+        before = _at(lines[begin], first.col_offset)
+        after = _after(lines[end], first.end_col_offset or 0)
+        if before.strip() or after.strip():   # shares its line with code: leave it there
+            return
+        for i in range(begin, end + 1):
+            removed[i] = None
+        if len(node.body) == 1 and not isinstance(node, ast.Module):
+            removed[begin] = f"{before}...\n"
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, Definition):
+                title = f"{prefix}.{child.name}"
+                shown = signature(child)
+                take(child, f"class {title}" + shown[6 + len(child.name):] if isinstance(child, ast.ClassDef)
+                     else title + shown[len(child.name):])
+                visit(child, title)
+            else:
+                visit(child, prefix)
+
+    take(tree, f"module {name}")
+    visit(tree, name)
+    for begin, end, words in _comment_blocks(text):
+        prose.append((begin + 1, words))
+        removed.update(dict.fromkeys(range(begin, end + 1)))
+    code = "".join(removed.get(i, line) or "" for i, line in enumerate(lines))
+    code = re.sub(r"\n{4,}", "\n\n\n", code).strip("\n") + "\n"
+    return "\n\n".join(words for _, words in sorted(prose)), code
+
+
+def _at(line: str, column: int) -> str:
+    """Text before a column, which `ast` counts in UTF-8 bytes."""
+    return line.encode()[:column].decode()
+
+
+def _after(line: str, column: int) -> str:
+    return line.encode()[column:].decode()
+
+
+def _comment_blocks(text: str) -> Iterator[tuple[int, int, str]]:
+    """(first line, last line, words) of comments that fill COMMENT_LINES lines or more; lines 0-based."""
+    rows: list[tuple[int, int, str]] = []
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT and not token.line[:token.start[1]].strip():
+                rows.append((token.start[0] - 1, token.start[1], token.string.lstrip("#!:").rstrip("# ")))
+    except (tokenize.TokenError, SyntaxError):
+        return
+    block: list[tuple[int, int, str]] = []
+    for row in [*rows, (-9, -9, "")]:
+        if block and (row[0] != block[-1][0] + 1 or row[1] != block[-1][1]):
+            words = "\n".join(r[2].removeprefix(" ") for r in block).strip()
+            if len(block) >= COMMENT_LINES and _is_language(words):
+                yield block[0][0], block[-1][0], words
+            block = []
+        block.append(row)
+
+
+def _is_language(words: str) -> bool:
+    """Sentences rather than rulers, tables or code that was commented out."""
+    letters = sum(c.isalpha() or c == " " for c in words)
+    return letters >= 0.75 * len(words) and len(words.split()) >= 12
