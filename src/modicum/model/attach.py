@@ -37,13 +37,13 @@ class FormEmbedding(nn.Module):
         return self.form.rows(tokens)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D, recognised without importing transformers: a linear that stores weight_IO."""
-    return (type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils")
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | LinearForm) or _is_conv1d(module)
+    return isinstance(module, nn.Linear | LinearForm) or is_conv1d(module)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -145,7 +145,7 @@ def _make(layer: nn.Module, choice: Choice, calibration_NI: Tensor | None,
         raise UserError(f"its weight holds NaN or infinite values; {choice.method!r} cannot be fitted to it")
     shape = LinearShape.of(weight_OI, bias_O)
     form: LinearForm = registry.build("form", choice, shape, base)
-    form.choice = choice
+    form.choice, form.transposed = choice, is_conv1d(layer) or getattr(there, "transposed", False)
     with torch.no_grad():
         form.fit(weight_OI, bias_O, calibration_NI=calibration_NI, generator=generator)
     return form
@@ -156,11 +156,19 @@ def _supports(choice: Choice) -> frozenset[str]:
     return cls.supports
 
 
+def plain_shape(layer: nn.Module) -> tuple[int, int]:
+    """(O, I) of a plain linear layer or a form."""
+    if isinstance(layer, LinearForm):
+        return layer.out_features, layer.in_features
+    weight, _ = plain(layer)
+    return weight.shape[0], weight.shape[1]
+
+
 def plain(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight_OI, bias_O) of a plain linear layer."""
     weight, bias = layer.weight, getattr(layer, "bias", None)
     assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-    return (weight.T if _is_conv1d(layer) else weight), bias
+    return (weight.T if is_conv1d(layer) else weight), bias
 
 
 def wrap(layer: nn.Module) -> LinearForm:
@@ -168,7 +176,7 @@ def wrap(layer: nn.Module) -> LinearForm:
     weight_OI, bias_O = plain(layer)
     form: Any = registry.build("form", "dense", LinearShape.of(weight_OI, bias_O, device="meta"))
     form.choice = Choice("form", "dense")
-    form.weight = nn.Parameter(weight_OI.detach().contiguous()) if _is_conv1d(layer) else layer.weight
+    form.weight = nn.Parameter(weight_OI.detach().contiguous()) if is_conv1d(layer) else layer.weight
     form.bias = bias_O
     form._like = weight_OI.detach().new_empty(0)
     return form

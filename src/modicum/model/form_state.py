@@ -45,13 +45,14 @@ def _entry(form: LinearForm) -> dict[str, Any]:
     if form.choice is None:
         raise ValueError(f"{form} was not made by attach, so how to make it again is not known")
     return {"form": form.choice.resolved(), "in": form.in_features, "out": form.out_features,
-            "bias": form.bias_value() is not None, "layout": form.layout(),
+            "bias": form.bias_value() is not None, "dtype": str(form.dtype).removeprefix("torch."),
+            "layout": form.layout(),
             "base": None if form.base is None else _entry(form.base)}
 
 
-def restore(model: nn.Module, description: Mapping[str, Any], *, dtype: torch.dtype = torch.float32,
+def restore(model: nn.Module, description: Mapping[str, Any], *, dtype: torch.dtype | None = None,
             device: torch.device | str = "cpu") -> dict[str, LinearForm]:
-    """Put the described forms, still empty, where plain layers are.
+    """Put the described forms, still empty, where plain layers are; dtype None means that of each form.
 
     Raises `CorruptError` if they do not fit the model.
     """
@@ -84,10 +85,10 @@ def restore(model: nn.Module, description: Mapping[str, Any], *, dtype: torch.dt
     return made
 
 
-def _form(entry: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str) -> LinearForm:
+def _form(entry: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str) -> LinearForm:
     base = None if entry["base"] is None else _form(entry["base"], dtype, device)
-    shape = LinearShape(in_features=entry["in"], out_features=entry["out"], bias=entry["bias"], dtype=dtype,
-                        device=device)
+    shape = LinearShape(in_features=entry["in"], out_features=entry["out"], bias=entry["bias"],
+                        dtype=dtype or getattr(torch, entry["dtype"]), device=device)
     choice = Choice.parse("form", entry["form"])
     form: LinearForm = registry.build("form", choice, shape, base)
     form.choice = choice
@@ -99,15 +100,14 @@ def _form(entry: Mapping[str, Any], dtype: torch.dtype, device: torch.device | s
 
 
 def form_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of all forms by module name; one that several forms share comes under its first name."""
+    """The parameters and buffers of all forms by module name; a shared one comes under its first name."""
     prefixes = tuple(f"{name}." for name in attach.forms(model))
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.startswith(prefixes) and id(tensor) not in seen:
-            found[name] = tensor.detach()
-        if name.startswith(prefixes):
             seen.add(id(tensor))
+            found[name] = tensor
     return found
 
 
@@ -119,8 +119,9 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
             if id(tensor) not in inside}
 
 
-def load_form_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the forms that `restore` made.
+def load_form_state(model: nn.Module, tensors: Mapping[str, Tensor],
+                    dtype: torch.dtype | None = None) -> None:
+    """Fill the forms that `restore` made, floating weights in `dtype` (None: in their own).
 
     Raises `CorruptError` for a missing, unknown or misshapen tensor.
     """
@@ -129,11 +130,12 @@ def load_form_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if missing or extra:
         raise CorruptError(f"the stored forms do not match their description: missing {missing[:3]}, unknown "
                            f"{extra[:3]}; write the folder again")
-    with torch.no_grad():
-        for name, place in expected.items():
-            value = tensors[name]
-            castable = value.dtype.is_floating_point and place.dtype.is_floating_point
-            if value.shape != place.shape or not (castable or value.dtype == place.dtype):
-                raise CorruptError(f"stored tensor {name!r} is {value.dtype} {tuple(value.shape)}, its form "
-                                   f"wants {place.dtype} {tuple(place.shape)}; write the folder again")
-            place.copy_(value)
+    formats = {f"{name}.{key}" for name, module in model.named_modules() if isinstance(module, LinearForm)
+               for key in module.stored}
+    for name, place in expected.items():
+        value = tensors[name]
+        free = value.dtype.is_floating_point and place.dtype.is_floating_point and name not in formats
+        if value.shape != place.shape or not (free or value.dtype == place.dtype):
+            raise CorruptError(f"stored tensor {name!r} is {value.dtype} {tuple(value.shape)}, its form "
+                               f"wants {place.dtype} {tuple(place.shape)}; write the folder again")
+        place.data = value.to(place.device, (dtype or value.dtype) if free else value.dtype)

@@ -58,6 +58,7 @@ class LinearForm(Method, nn.Module):
     fit_error: ClassVar[float | None] = 0.0
 
     choice: Choice | None = None   # set by `model.attach`: what `describe` records
+    transposed: bool = False       # set by `model.attach`: stands where a transformers Conv1D stood
     shape: LinearShape
     base: LinearForm | None
     bias: nn.Parameter | None
@@ -103,6 +104,10 @@ class LinearForm(Method, nn.Module):
     def rows(self, index: Tensor) -> Tensor:
         """Rows of `dense()`: index (...) to (..., I)."""
         return self.dense()[index]
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A_RI, B_OR, s) if `dense()` is that of the base plus s B A, so that it can pass for LoRA."""
+        return None
 
     def layout(self) -> dict[str, Any]:
         """JSON facts beyond config and shape that fix the sizes of the state (a rank that has grown, ...)."""

@@ -61,14 +61,20 @@ class Lora(LinearForm):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        update = F.linear(F.linear(F.dropout(x, self.config.dropout, self.training), self.A), self.B)
-        return self.base(x) + self.scaling * update
+        y = self.base(x)
+        x = F.dropout(x.to(self.A.dtype), self.config.dropout, self.training)
+        return y + (self.scaling * F.linear(F.linear(x, self.A), self.B)).to(y.dtype)
 
     def dense(self) -> Tensor:
-        return self.base.dense() + self.scaling * (self.B @ self.A)
+        weight = self.base.dense()
+        return weight + (self.scaling * (self.B @ self.A)).to(weight.dtype)
 
     def rows(self, index: Tensor) -> Tensor:
-        return self.base.rows(index) + self.scaling * F.embedding(index, self.B) @ self.A
+        rows = self.base.rows(index)
+        return rows + (self.scaling * F.embedding(index, self.B) @ self.A).to(rows.dtype)
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        return self.A, self.B, self.scaling
 
     def trainable(self) -> list[nn.Parameter]:
         return [self.A, self.B]
