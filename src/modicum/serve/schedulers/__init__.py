@@ -100,6 +100,11 @@ class Scheduler(Method):
         self.running: list[Job] = []
         self.jobs: dict[int, Job] = {}
 
+    @property
+    def chunks(self) -> bool:
+        """Whether a prompt may be computed over several steps."""
+        return bool(getattr(self.config, "chunked", False))
+
     def plan(self, state: State) -> Plan:
         """The next step. Pure: depends on `state` and the config alone and changes neither."""
         raise NotImplementedError

@@ -1,0 +1,485 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+    engine = Engine(model, tokenizer, EngineConfig(cache="1GiB"))
+    for output in engine.generate(["Once upon", "In the end"], SamplingParams(temperature=0)):
+        print(output.text)
+
+A step asks the scheduler for a plan, gives each planned sequence room in the cache, runs all planned
+tokens through the decoder as one row (`serve.attend` sorts out who sees whom), and samples one token for
+each sequence that has reached the end of what is known. An engine belongs to one thread; `serve.worker`
+puts one behind a queue.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modicum.core import registry
+from modicum.core.choice import Choice
+from modicum.core.errors import ModicumError, UserError
+from modicum.model.decoder import Decoder
+from modicum.serve.attend import StepAttend, Work, arrange
+from modicum.serve.blocks import BlockPool, OutOfBlocks, PagePool, chain
+from modicum.serve.config import EngineConfig, cache_blocks, parse_cache_dtype
+from modicum.serve.kv import CacheShape, KVPolicy
+from modicum.serve.pages import Storage
+from modicum.serve.request import InvalidRequest, Output, Request, Sample, SamplingParams, Update, collect
+from modicum.serve.sampling import Choices, Penalties, choose
+from modicum.serve.schedulers import Job, Plan, Scheduler
+from modicum.serve.text import TextStream
+
+log = logging.getLogger("modicum.serve")
+
+
+class Engine:
+    """Continuous batching over a paged cache.
+
+    `tokenizer` may be None if prompts are token ids and no text is wanted. Raises `UserError` for a
+    cache that cannot be had and for methods that cannot be combined.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Any = None, config: EngineConfig | None = None):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.config = config = config or EngineConfig()
+        shape, device = model.config, model.device
+        dtype = parse_cache_dtype(config.dtype, model.dtype)
+        n_blocks = cache_blocks(config, shape, dtype, device)
+        # A learned table has no row past its end; other positions reach as far as the model was made for.
+        self.max_length = min(config.max_length or shape.context_length, shape.context_length,
+                              n_blocks * config.block_size)
+        self.storage = Storage(shape, n_blocks, config.block_size, dtype, device)
+        self.blocks = BlockPool(n_blocks)
+        self.pages = PagePool(self.blocks, self.storage.pages_per_block)
+        self.attend = StepAttend(self.storage, config.max_sequences, -(-self.max_length // config.block_size) + 1)
+        self.scheduler = self._scheduler()
+        self.policy = self._policy()
+        self.eos = frozenset(tokenizer.stop_ids if tokenizer is not None else shape.eos_ids)
+        self.samples: dict[int, Sample] = {}
+        self.requests: dict[int, Request] = {}
+        self._ids = itertools.count()
+        self._slots = list(range(config.max_sequences - 1, -1, -1))
+        self._hinted: list[Job] = []
+        self.counters = dict.fromkeys(("steps", "prompt_tokens", "computed_tokens", "cached_tokens",
+                                       "generated_tokens", "preemptions", "failures", "thinnings"), 0)
+
+    def _scheduler(self) -> Scheduler:
+        c = self.config
+        choice = Choice.parse("scheduler", c.scheduler)
+        if c.chunked_prefill is not None:
+            if not hasattr(choice.config(), "chunked"):
+                raise UserError(f"chunked_prefill={c.chunked_prefill}: the scheduler {choice.method!r} has no knob "
+                                "'chunked' to turn; leave chunked_prefill out, or choose scheduler=fcfs")
+            choice = Choice(choice.port, choice.method, choice.knobs | {"chunked": c.chunked_prefill})
+        return registry.build("scheduler", choice, c.block_size, self.storage.n_blocks, c.max_batch_tokens,
+                              c.max_sequences)
+
+    def _policy(self) -> KVPolicy:
+        shape = self.model.config
+        windows = tuple(shape.window(i) for i in range(shape.layers))
+        policy: KVPolicy = registry.build("kv", self.config.kv, CacheShape(
+            layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
+            block_size=self.config.block_size, windows=windows))
+        wanted = {"prefix-cache": self.config.prefix_cache, "chunked-prefill": self.scheduler.chunks,
+                  "window": any(windows), "gqa": shape.heads != shape.kv_heads}
+        lacking = [word for word, used in wanted.items() if used and word not in policy.supports]
+        if lacking:
+            raise UserError(f"kv={self.config.kv} cannot be combined with {', '.join(lacking)}; turn that off, or "
+                            "choose kv=full")
+        return policy
+
+    # requests -------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> int:
+        """Queue a request; returns its id. Raises `InvalidRequest` for one that cannot be served."""
+        params, prompt = request.params, request.prompt
+        if not prompt:
+            raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
+        if len(prompt) >= self.max_length:
+            raise InvalidRequest(f"the prompt has {len(prompt)} tokens, but prompt and answer together may have "
+                                 f"{self.max_length}; shorten the prompt", "prompt", "context_length_exceeded")
+        vocab = self.model.config.vocab_size
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise InvalidRequest(f"the prompt holds token ids outside 0 to {vocab - 1}", "prompt")
+        if any(not 0 <= t < vocab for t in (*params.logit_bias, *params.stop_token_ids)):
+            raise InvalidRequest(f"logit_bias or stop_token_ids hold token ids outside 0 to {vocab - 1}", "logit_bias")
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer; this engine has none", "stop")
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
+        limit = min(self.max_length, len(prompt) + (params.max_tokens or self.max_length))
+        text = self.tokenizer is not None and (request.detokenize or bool(params.stop))
+        for i in range(params.n):
+            job = Job(next(self._ids), request.arrival, len(prompt), len(prompt))
+            sample = Sample(request, i, job, list(prompt), stops, limit, random.Random(f"{request.seed}/{i}"))
+            if text:
+                sample.stream = TextStream(self.tokenizer, params.stop, prompt)
+            if params.penalised:
+                sample.penalties = Penalties(prompt, (), vocab, self.model.device)
+            sample.policy = self.policy.begin(len(prompt)) if self.policy.drops or self.policy.observes else None
+            request.sequences.append(sample)
+            self.samples[job.id] = sample
+        self.requests[request.id] = request
+        # Further samples wait for the first one's prompt, which they then find in the prefix cache.
+        self.scheduler.add(request.sequences[0].job)
+        return request.id
+
+    def abort(self, request_id: int) -> None:
+        """Stop a request and give back what it holds; unknown ids are ignored."""
+        request = self.requests.get(request_id)
+        for sample in list(request.sequences if request else ()):
+            if sample.finish is None:
+                self._end(sample, "abort")
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.requests)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] = (),
+                 *, progress: Callable[[int], None] | None = None) -> list[Output]:
+        """Outputs in the order of `prompts` (texts or token ids); one `params` for all, or one each.
+
+        `progress` is called with the number of requests that have just finished. Raises `InvalidRequest`
+        before any work if one cannot be served, `ModicumError` if a step failed.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        each = each or [SamplingParams()] * len(prompts)
+        if len(each) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one for all, or one each")
+        requests = [Request(self.encode(p), s) for p, s in zip(prompts, each, strict=True)]
+        updates: dict[int, list[Update]] = {r.id: [] for r in requests}
+        try:
+            for request in requests:
+                self.add(request)
+            while any(r.id in self.requests for r in requests):
+                before = len(self.requests)
+                for update in self.step():
+                    if update.request in updates:
+                        updates[update.request].append(update)
+                    if update.error:
+                        raise ModicumError(f"generation failed: {update.error}")
+                if progress and len(self.requests) < before:
+                    progress(before - len(self.requests))
+        finally:
+            for request in requests:
+                self.abort(request.id)
+        return collect(requests, updates)
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Update]:
+        """Updates of one request as they come; leaving the loop early aborts it."""
+        request = Request(self.encode(prompt), params or SamplingParams())
+        self.add(request)
+        try:
+            while request.id in self.requests:
+                for update in self.step():
+                    if update.error:
+                        raise ModicumError(f"generation failed: {update.error}")
+                    if update.request == request.id:
+                        yield update
+        finally:
+            self.abort(request.id)
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequest("a text prompt needs a tokenizer; give token ids", "prompt")
+            return list(self.tokenizer.encode(prompt, add_special=True))
+        return [int(t) for t in prompt]
+
+    # a step ---------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[Update]:
+        """Run one step; returns what is new. A failure ends the requests in the step, not the engine."""
+        works: list[Work] = []
+        updates: list[Update] = []
+        try:
+            self._hint()
+            plan = self.scheduler.plan(self.scheduler.state(self.blocks.free, time.monotonic()))
+            works = self._apply(plan)
+            if works:
+                self._run(works, updates)
+        except Exception as error:
+            ids = [w.sample.id for w in works] or [j.id for j in self.scheduler.running] or list(self.samples)
+            updates += self._failed({self.samples[i].request.id for i in ids if i in self.samples}, error)
+        return updates
+
+    def _failed(self, requests: set[int], error: Exception) -> list[Update]:
+        log.error("a step failed; %d requests are ended", len(requests), exc_info=error)
+        self.counters["failures"] += 1
+        return self.fail(requests, f"{type(error).__name__}: {error}")
+
+    def fail(self, requests: Sequence[int] | set[int], message: str) -> list[Update]:
+        """End requests with an error, freeing what they hold."""
+        updates = []
+        for id in list(requests):
+            for sample in list(self.requests[id].sequences) if id in self.requests else []:
+                if sample.finish is None:
+                    self._end(sample, "error", suspect=True)
+                    updates.append(Update(id, sample.index, finish="error", error=message))
+        return updates
+
+    def _hint(self) -> None:
+        """Tell the scheduler what the prefix cache holds of the jobs it could admit next."""
+        for job in self._hinted:
+            job.hit = job.revived = 0
+        self._hinted.clear()
+        room = self.config.max_sequences - len(self.scheduler.running)
+        if not self.config.prefix_cache or room <= 0:
+            return
+        P, tokens = self.config.block_size, self.config.max_batch_tokens
+        for job in self.scheduler.waiting[:room]:
+            sample = self.samples[job.id]
+            chain(sample.tokens, P, sample.names)
+            found = self.blocks.find(sample.names[:(job.length - self.policy.tail) // P])
+            job.hit = len(found) * P
+            job.revived = sum(self.blocks.references[b] == 0 for b in found)
+            self._hinted.append(job)
+            tokens -= job.length - job.hit
+            if tokens <= 0:
+                break
+
+    def _apply(self, plan: Plan) -> list[Work]:
+        """Make the plan true; returns what there is room for, which is all of it if the plan was right."""
+        for id in plan.preempt:
+            self._unload(self.samples[id])
+            self.counters["preemptions"] += 1
+        # Found blocks are held before any is taken: taking could forget the ones another was promised.
+        for id, _ in plan.run:
+            if self.samples[id].slot < 0:
+                self._load(self.samples[id])
+        self.scheduler.commit(plan)
+        run, works = list(plan.run), []
+        while run:
+            id, n = run.pop(0)
+            while not self._room(self.samples[id], n):
+                late = run.pop()[0] if run else id
+                self._unload(self.samples[late])
+                self.scheduler.commit(Plan(preempt=(late,)))
+                self.counters["preemptions"] += 1
+                if late == id:
+                    break
+            else:
+                works.append(Work(self.samples[id], self.samples[id].job.computed, n))
+        return arrange(works)
+
+    def _load(self, sample: Sample) -> None:
+        """Give an admitted sequence a row of the block table and the blocks it was promised."""
+        P = self.config.block_size
+        sample.blocks = self.blocks.find(sample.names[:sample.job.hit // P])
+        if len(sample.blocks) * P != sample.job.hit:
+            raise ModicumError(f"{sample.job.hit} cached tokens were promised, {len(sample.blocks) * P} are there")
+        self.blocks.hold(sample.blocks)
+        sample.slot = self._slots.pop()
+        sample.published = len(sample.blocks)
+        self.attend.table[sample.slot, :len(sample.blocks)] = sample.blocks
+        if sample.job.preempted == 0:
+            sample.request.cached = max(sample.request.cached, sample.job.hit if sample.index == 0 else 0)
+            self.counters["prompt_tokens"] += len(sample.request.prompt)
+            self.counters["cached_tokens"] += sample.job.hit
+
+    def _room(self, sample: Sample, n: int) -> bool:
+        """Blocks for `n` more tokens; False if there are too few, and then none is taken."""
+        P, job = self.config.block_size, sample.job
+        try:
+            if sample.pages is not None:
+                self.storage.grow(sample.pages, n, self.pages)
+            else:
+                held = len(sample.blocks)
+                more = -(-(job.computed + n) // P) - held
+                if more > 0:
+                    new = self.blocks.take(more)
+                    self.attend.table[sample.slot, held:held + more] = new
+                    sample.blocks += new
+                    job.own += more
+        except OutOfBlocks:
+            return False
+        self._measure(sample)
+        return True
+
+    def _measure(self, sample: Sample) -> None:
+        job, P = sample.job, self.config.block_size
+        if sample.pages is None:
+            job.capacity = len(sample.blocks) * P
+        else:
+            job.capacity = job.computed + sample.pages.slack(P)
+            job.own = int(sample.pages.pages_LG.sum()) // self.storage.pages_per_block
+
+    def _run(self, works: list[Work], updates: list[Update]) -> None:
+        device = self.model.device
+        tokens = [t for w in works for t in w.sample.tokens[w.start:w.start + w.n]]
+        positions = [p for w in works for p in range(w.start, w.start + w.n)]
+        tokens_1T, positions_1T = torch.tensor([tokens, positions], device=device).split(1)
+        self.attend.begin(works, self.policy.observes)
+        h_1TD = self.model.hidden(tokens_1T, positions_BT=positions_1T, attend=self.attend)
+        ready = [w for w in works if w.start + w.n == w.sample.job.length]
+        logits_BV: Tensor | None = None
+        if ready:
+            last = torch.tensor([w.at + w.n - 1 for w in ready], device=device)
+            logits_BV = self.model.head(h_1TD[0] if len(ready) == h_1TD.shape[1] else h_1TD[0, last])
+        self._commit(works, [w.sample for w in ready], logits_BV, updates)
+
+    def _commit(self, works: list[Work], samples: list[Sample], logits_BV: Tensor | None,
+                updates: list[Update]) -> None:
+        """Book what was computed, sample the next token of `samples`, end what is finished."""
+        self.counters["steps"] += 1
+        chosen = choose(logits_BV, samples) if logits_BV is not None else Choices([], [], {})
+        broken = {s.id for s, ok in zip(samples, chosen.finite, strict=True) if not ok}
+        for w in works:
+            sample = w.sample
+            self.counters["computed_tokens"] += w.n
+            self.scheduler.advance(sample.id, w.n, 0)
+            if sample.pages is not None:
+                sample.pages.count_LG += w.n
+            elif sample.id not in broken:
+                self._publish(sample)
+            if self.policy.drops and sample.id not in broken:
+                self._thin(sample, w.n)
+        now = time.monotonic()
+        for i, sample in enumerate(samples):
+            if sample.id in broken:
+                updates += self.fail([sample.request.id], "the model's output is not a number (NaN or infinite)")
+            elif sample.finish is None:
+                self.scheduler.advance(sample.id, 0, 1)
+                try:
+                    updates.append(self._say(sample, chosen.tokens[i], chosen.logprobs.get(i), now))
+                except Exception as error:   # a tokenizer that cannot decode is this request's trouble alone
+                    updates += self._failed({sample.request.id}, error)
+
+    def _say(self, sample: Sample, token: int, logprob: Any, now: float) -> Update:
+        """Append a sampled token; end the sequence if it was the last."""
+        first = sample.first_token is None
+        sample.first_token, sample.last_token = sample.first_token or now, now
+        sample.tokens.append(token)
+        self.counters["generated_tokens"] += 1
+        update = Update(sample.request.id, sample.index, tokens=[token], logprobs=[logprob] if logprob else [])
+        if first:
+            update.cached = sample.request.cached
+            if sample.index == 0:
+                for sibling in sample.request.sequences[1:]:
+                    self.scheduler.add(sibling.job)
+        if sample.penalties is not None:
+            sample.penalties.add(token)
+        if token in sample.stops:
+            update.finish = "stop"
+        else:
+            if sample.stream is not None:
+                update.text = sample.stream.push(token)
+                if sample.stream.stopped is not None:
+                    update.finish = "stop"
+            if update.finish is None and len(sample.tokens) >= sample.limit:
+                update.finish = "length"
+        if update.finish:
+            if sample.stream is not None:
+                update.text += sample.stream.finish()
+                if sample.stream.stopped is not None:   # what was held back can complete a stop string
+                    update.finish = "stop"
+            self._end(sample, update.finish)
+        return update
+
+    def _publish(self, sample: Sample) -> None:
+        if not self.config.prefix_cache:
+            return
+        P = self.config.block_size
+        full = sample.job.computed // P
+        if full > sample.published:
+            chain(sample.tokens, P, sample.names)
+            for i in range(sample.published, full):
+                self.blocks.publish(sample.blocks[i], sample.names[i])
+            sample.published = full
+
+    # leaving --------------------------------------------------------------------------------------
+
+    def _thin(self, sample: Sample, n: int) -> None:
+        """Ask the policy what stays, move it to pages of the sequence's own, give the rest back."""
+        job, P, layers = sample.job, self.config.block_size, range(self.storage.layers)
+        ended = job.computed - n < len(sample.request.prompt) <= job.computed
+        if not ended and job.computed // P == (job.computed - n) // P:
+            return
+        allowed = [sample.policy.allow(layer, job.computed) for layer in layers]
+        if sample.pages is None:
+            most = [job.computed] * len(allowed)
+        else:
+            most = sample.pages.count_LG.max(dim=1).values.tolist()
+        slack = 0 if ended else P
+        if all(held <= allow + slack for held, allow in zip(most, allowed, strict=True)):
+            return
+        lifted = []
+        for layer in layers:
+            entries = (self.storage.entries_of_blocks(layer, sample.blocks, job.computed) if sample.pages is None
+                       else self.storage.entries_of_pages(layer, sample.pages))
+            lifted.append(self.storage.lift(entries, sample.policy.keep(layer, entries)))
+        self._give_back(sample)
+        try:
+            sample.pages = self.storage.lay(lifted, self.pages)
+        except OutOfBlocks:   # shared blocks did not come free: start over when there is room
+            self._unload(sample)
+            self.scheduler.commit(Plan(preempt=(sample.id,)))
+            self.counters["preemptions"] += 1
+            return
+        self.counters["thinnings"] += 1
+        self._measure(sample)
+
+    def _give_back(self, sample: Sample) -> None:
+        if sample.pages is not None:
+            self.pages.release(sample.pages.numbers())
+            sample.pages = None
+        self.blocks.release(sample.blocks)
+        sample.blocks = []
+        sample.job.own = 0
+
+    def _unload(self, sample: Sample) -> None:
+        """Take a sequence out of the cache; its tokens stay known."""
+        self._give_back(sample)
+        if sample.slot >= 0:
+            self._slots.append(sample.slot)
+            sample.slot = -1
+        if sample.policy is not None:
+            sample.policy = self.policy.begin(len(sample.request.prompt))
+
+    def _end(self, sample: Sample, finish: str, suspect: bool = False) -> None:
+        """Finish a sequence and free what it holds. Suspect contents are zeroed and not found again."""
+        if suspect and sample.blocks:
+            alone = [b for b in sample.blocks if self.blocks.references[b] == 1]
+            for block in alone:
+                self.blocks.forget(block)
+            self.storage.wipe(alone)
+        if suspect and sample.pages is not None:
+            self.storage.wipe(sorted({p % self.storage.n_blocks for p in sample.pages.numbers()}))
+        sample.finish = finish
+        self._unload(sample)
+        self.scheduler.remove(sample.id)
+        self.samples.pop(sample.id, None)
+        request = sample.request
+        if sample.index == 0 and sample.first_token is None and finish in ("abort", "error"):
+            for sibling in request.sequences[1:]:
+                sibling.finish = sibling.finish or finish
+                self.samples.pop(sibling.id, None)
+        if all(s.finish for s in request.sequences):
+            self.requests.pop(request.id, None)
+
+    def close(self) -> None:
+        """Abort everything and forget the prefix cache."""
+        for id in list(self.requests):
+            self.abort(id)
+        self.blocks.clear()
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start, and what the cache holds now."""
+        used = self.blocks.n_blocks - self.blocks.free
+        return self.counters | {
+            "running": len(self.scheduler.running), "waiting": len(self.scheduler.waiting),
+            "blocks": self.blocks.n_blocks, "free_blocks": self.blocks.free, "used_blocks": used,
+            "remembered_blocks": self.blocks.remembered, "evicted_blocks": self.blocks.evictions,
+            "block_size": self.config.block_size, "used_bytes": used * self.storage.block_bytes,
+            "cache_bytes": self.blocks.n_blocks * self.storage.block_bytes}

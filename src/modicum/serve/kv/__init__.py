@@ -1,0 +1,83 @@
+"""port kv: which entries of a sequence's cache are kept, per layer and KV head.
+
+A policy only says what to keep; the engine moves it to blocks of its own and gives the rest back.
+Shapes: H query heads, G KV heads, T tokens of this step, S cached entries, E head dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from modicum.core.registry import Method
+
+BASELINE = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What a policy may know of the model and the cache when it is made."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    windows: tuple[int | None, ...]     # per layer: keys a query sees, itself included; None: all
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """What one layer holds of a sequence. Heads may hold different numbers: the rest of S is padding."""
+
+    k_GSE: Tensor
+    v_GSE: Tensor
+    position_GS: Tensor     # int64: place of each entry in the sequence
+    counts: Sequence[int]   # entries per KV head
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Per KV head the entries that stay: ascending indices (int64) into its S entries."""
+
+    heads: Sequence[Tensor]
+
+
+class KVPolicy(Method):
+    """Base of the methods, constructed once per engine as `cls(config, shape)`.
+
+    `supports`: "prefix-cache", "chunked-prefill", "window" (layers with a sliding window), "gqa"; the
+    engine refuses at start-up what is not named. `observes`: whether `observe` is to be called.
+    `drops`: whether `keep` may leave anything out; False spares the question. `tail`: tokens at the end
+    of a prompt that a sequence computes itself even where the prefix cache has them, to be observed.
+    """
+
+    observes: ClassVar[bool] = False
+    drops: ClassVar[bool] = True
+    tail: int = 1
+
+    def __init__(self, config: Any, shape: CacheShape):
+        self.config, self.shape = config, shape
+
+    def begin(self, prompt: int) -> KVPolicy:
+        """The policy of one sequence whose prompt has `prompt` tokens, with state of its own."""
+        return copy.copy(self)
+
+    def allow(self, layer: int, n_tokens: int) -> int:
+        """Most entries each KV head of `layer` may hold when `n_tokens` have been computed.
+
+        The engine asks for `keep` at the end of the prompt, and then whenever a block more than this
+        is held. A policy that must see the whole prompt first allows everything before its end.
+        """
+        raise NotImplementedError
+
+    def observe(self, layer: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
+        """Queries, keys and values of this step's tokens, after position encoding, in order."""
+
+    def keep(self, layer: int, entries: Entries) -> Keep:
+        """What stays of `entries`; at most `allow` of them per head."""
+        raise NotImplementedError
