@@ -1,1 +1,1 @@
-"""Room train."""
+"""Room train: one loop, exact checkpoints, and the ports optimizer, schedule and objective."""

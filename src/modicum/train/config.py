@@ -1,0 +1,166 @@
+"""What a training run is told, checked before anything is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modicum.budget import units
+from modicum.core import registry
+from modicum.core.choice import Choice
+from modicum.core.errors import UserError, unknown
+
+DTYPES = ("bfloat16", "float32")
+# What may differ when a run goes on: it changes how far, where or how often, not what is learnt per token.
+LOOSE = frozenset({"tokens", "steps", "micro_batch", "checkpoint_every", "keep", "eval_every", "eval_sequences",
+                   "nonfinite", "device", "compile"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Knobs of `train.loop.train`. Quantities may be strings with units ("2Mtok").
+
+    tokens or steps: the whole run, one of the two; the tokens are rounded down to whole steps.
+    batch_tokens or batch_sequences: one step, over all processes and micro-batches (default 32 sequences).
+    micro_batch: sequences of one forward pass of one process (default: all of its share).
+    clip: limit of the gradient's global norm, 0 for none.
+    dtype: bfloat16 computes in bf16; `masters` then keeps float32 weights for the optimizer to work on.
+    eval_every: steps between held-out losses, 0 for only at the end; eval_sequences: how many to read.
+    checkpoint_every: steps, 0 for only at the end; keep: how many checkpoints.
+    nonfinite: what an infinite or NaN loss or gradient does: stop with an error, or skip the step.
+    """
+
+    tokens: float | str | None = None
+    steps: int | None = None
+    sequence_length: int = 512
+    batch_tokens: float | str | None = None
+    batch_sequences: int | None = None
+    micro_batch: int | None = None
+    lr: float = 1e-3
+    optimizer: Any = "adamw"
+    schedule: Any = "cosine"
+    objective: Any = "next-token"
+    clip: float = 1.0
+    dtype: str = "bfloat16"
+    masters: bool = True
+    seed: int = 0
+    checkpoint_every: int = 100
+    keep: int = 2
+    eval_every: int = 0
+    eval_sequences: int = 256
+    nonfinite: str = "stop"
+    device: str = "auto"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_tokens"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, units.parse(getattr(self, name), "tokens"))
+        if (self.tokens is None) == (self.steps is None):
+            raise UserError("give the length of the run once: tokens=2Mtok, or steps=500")
+        if self.batch_tokens is not None and self.batch_sequences is not None:
+            raise UserError("give the batch once: batch_tokens=16ktok, or batch_sequences=32")
+        for name, least in (("sequence_length", 1), ("steps", 1), ("batch_sequences", 1), ("micro_batch", 1),
+                            ("checkpoint_every", 0), ("keep", 1), ("eval_every", 0), ("eval_sequences", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
+        for name, least_allowed in (("lr", False), ("clip", True)):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and (value > 0 or (least_allowed and value == 0))):
+                raise UserError(f"{name}={value!r} must be a {'number of at least 0' if least_allowed else 'positive number'}")
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        if self.nonfinite not in ("stop", "skip"):
+            raise unknown("nonfinite", self.nonfinite, ("stop", "skip"))
+        if self.batch_tokens is not None and self.batch_tokens < self.sequence_length:
+            raise UserError(f"batch_tokens={self.batch_tokens:g} is less than one sequence of {self.sequence_length}; "
+                            "ask for more, or for a shorter sequence_length")
+        for port in ("optimizer", "schedule", "objective"):
+            Choice.parse(port, getattr(self, port))
+        if self.tokens is not None and self.tokens < self.step_tokens:
+            raise UserError(f"tokens={self.tokens:g} is less than one step of {self.step_tokens} "
+                            f"({self.sequences} sequences of {self.sequence_length}); ask for more tokens or a smaller batch")
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one step."""
+        if self.batch_sequences is not None:
+            return self.batch_sequences
+        return 32 if self.batch_tokens is None else int(float(self.batch_tokens) // self.sequence_length)
+
+    @property
+    def step_tokens(self) -> int:
+        return self.sequences * self.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps if self.steps is not None else int(float(self.tokens or 0) // self.step_tokens)
+
+    @property
+    def total_tokens(self) -> int:
+        return self.total_steps * self.step_tokens
+
+    def build(self, port: str, *runtime: Any, **more: Any) -> Any:
+        """The chosen method of `port` (optimizer, schedule or objective)."""
+        return registry.build(port, getattr(self, port), *runtime, **more)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every knob, methods with their own defaults: what a checkpoint records."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for port in ("optimizer", "schedule", "objective"):
+            plain[port] = Choice.parse(port, plain[port]).resolved()
+        plain["batch_sequences"], plain["batch_tokens"] = self.sequences, self.step_tokens
+        return plain
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Knobs that differ, with their two values; a method's knobs are named `optimizer.beta1`."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found |= {f"{key}.{k}": v for k, v in changes(old, new).items()}
+        elif old != new:
+            found[key] = (old, new)
+    return found
+
+
+def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any], folder: Any) -> dict[str, tuple[Any, Any]]:
+    """The allowed changes between a checkpoint's knobs and today's. Raises `UserError` naming the others."""
+    found = changes(before, after)
+    strict = {k: v for k, v in found.items() if k.split(".")[0] not in LOOSE}
+    if strict:
+        told = "; ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in strict.items())
+        raise UserError(f"the run in {folder} cannot go on with other knobs: {told}. Give the old value"
+                        f"{'s' if len(strict) > 1 else ''}, or another folder. May change: {', '.join(sorted(LOOSE))}")
+    return found
+
+
+def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any] | None = None) -> None:
+    """Refuse, before anything is built, what the chosen methods cannot be combined with; the error names the pair."""
+    optimizer = Choice.parse("optimizer", config.optimizer).method
+    supports = registry.load("optimizer", optimizer).cls.supports
+    share = config.sequences // world
+    for word, wanted, what, otherwise in (
+            ("accumulation", (config.micro_batch or share) < share, f"micro_batch={config.micro_batch} (accumulation)",
+             f"set micro_batch={share}"),
+            ("clip", config.clip > 0, f"clip={config.clip}", "set clip=0"),
+            ("masters", config.dtype != "float32" and config.masters and world == 1, "masters=true",
+             "set masters=false or dtype=float32")):
+        if wanted and word not in supports:
+            raise UserError(f"optimizer {optimizer!r} cannot be combined with {what}; {otherwise}")
+    if world == 1:
+        return
+    chosen = {port: registry.load(port, Choice.parse(port, getattr(config, port)).method).cls.supports
+              for port in ("optimizer", "objective", "schedule")}
+    for name, able in [*chosen.items(), *((n, p.supports) for n, p in (parts or {}).items())]:
+        if "fsdp" not in able:
+            key = Choice.parse(name, getattr(config, name)).method if name in chosen else name
+            raise UserError(f"{name} {key!r} cannot be combined with {world} processes (FSDP2); run it in one process")
+    if config.sequences % world:
+        raise UserError(f"a batch of {config.sequences} sequences cannot be shared by {world} processes; "
+                        f"ask for a multiple of {world}")

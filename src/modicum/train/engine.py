@@ -1,0 +1,193 @@
+"""A model with what trains it: placement, gradients of a batch, an update. No data, no files.
+
+`TrainEngine` is the part of a run that touches tensors alone. The loop drives it; a planner traces it on
+tensors without data (`traced_step`) to learn what it will need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modicum.core.errors import UserError
+from modicum.data.stream import Batch
+from modicum.train import parallel
+from modicum.train.config import TrainConfig, check_supports
+from modicum.train.objectives import Objective, Step
+from modicum.train.optimizers import Optimizer, local
+from modicum.train.part import Part
+from modicum.train.precision import Masters
+from modicum.train.schedules import Schedule
+
+
+class TrainEngine:
+    """`named` are the weights that the optimizer works on: float32 masters, shards, or the parameters."""
+
+    optimizer: Optimizer
+    whole: parallel.Whole
+    named: dict[str, Tensor]
+
+    def __init__(self, model: nn.Module, config: TrainConfig, parts: Mapping[str, Part] | None = None):
+        self.model, self.config = model, config
+        self.device = parallel.pick_device(config.device)
+        self.ranks = parallel.current(self.device)
+        self.extra = dict(parts or {})
+        if taken := {"model", "optimizer", "objective", "schedule"} & self.extra.keys():
+            raise UserError(f"a part cannot be named {sorted(taken)[0]!r}; choose another name")
+        check_supports(config, self.ranks.world, parts)
+        self.objective: Objective = config.build("objective")
+        self.schedule: Schedule = config.build("schedule")
+        self.masters: Masters | None = None
+        self.row_flops = 0.0   # forward and backward of one sequence
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Everything with hooks and state, by the name its state is saved under."""
+        return {"optimizer": self.optimizer, "objective": self.objective, "schedule": self.schedule, **self.extra}
+
+    def bind(self, model: nn.Module) -> None:
+        """Place `model` (device, dtype, shards) and build an optimizer over what it trains."""
+        dtype = getattr(torch, self.config.dtype)
+        sharded = self.ranks.world > 1
+        if self.masters:
+            self.masters.release()
+        self.masters, self.model, self.whole = None, model, parallel.Whole(model)
+        for p in model.parameters():
+            if p.is_floating_point():
+                p.data = p.data.to(torch.float32 if sharded else dtype)
+        model.to(self.device)
+        if self.config.compile:
+            for block in parallel.blocks(model):
+                block.compile()
+        if sharded:
+            parallel.shard(self.whole, self.device, dtype)
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if dtype != torch.float32 and self.config.masters and not sharded:
+            self.masters = Masters(trainable)
+        self.named = dict(self.masters.named if self.masters else trainable)
+        self.optimizer = self.config.build("optimizer", self.named.items(), lr=self.config.lr)
+        self.row_flops = 3 * flops_per_token(model, self.config.sequence_length) * self.config.sequence_length
+        self.whole.train()
+
+    def replace(self, model: nn.Module, optimizer_state: dict[str, Any] | None = None) -> None:
+        """Go on with another model (grown, pruned); `optimizer_state` is for its parameters."""
+        self.bind(model)
+        if optimizer_state is not None:
+            self.optimizer.load_state_dict(optimizer_state)
+
+    def write_back(self) -> None:
+        """Put changed `named` weights into the model (bf16 follows its masters)."""
+        if self.masters:
+            self.masters.write_back()
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the model: trainable weights, and buffers of the modules that hold some.
+
+        A frozen base under an adapter is not written again: it comes from its own folder.
+        """
+        kept = self.model.state_dict().keys()
+        buffers = {f"{path}.{name}" if path else name: b for path, module in self.model.named_modules()
+                   if any(p.requires_grad for p in module.parameters())
+                   for name, b in module.named_buffers(recurse=False)}
+        return self.named | {name: b for name, b in buffers.items() if name in kept}
+
+    @torch.no_grad()
+    def load_tensors(self, saved: Mapping[str, Tensor] | Any, where: object) -> None:
+        """Read (name, whole tensor) pairs written by `saved_tensors`. Raises `UserError` if they do not fit."""
+        targets = self.saved_tensors()
+        missing = set(targets)
+        for name, value in saved:
+            target = targets.get(name)
+            if target is None or target.shape != value.shape:
+                have = "absent" if target is None else tuple(target.shape)
+                raise UserError(f"{where} is of another model: {name} is {tuple(value.shape)} there and {have} "
+                                "here; give the same model, or another folder")
+            target.copy_(parallel.shard_like(value.to(target.dtype), target))
+            missing.discard(name)
+        if missing:
+            raise UserError(f"{where} is of another model: it lacks {min(missing)}; give the same model, "
+                            "or another folder")
+        self.write_back()
+
+    def gradients(self, batch: Batch, targets: int, at: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of (summed loss / `targets`) into `.grad`, over this process's rows of the global batch.
+
+        Returns this process's [loss sum, count], float64, and the sums of the objective's metrics. Reads no
+        tensor's value, so that it can be traced without data.
+        """
+        mine = batch.rows(self.ranks.rank, self.ranks.world)
+        rows = self.config.micro_batch or len(mine)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        metrics: dict[str, Tensor] = {}
+        for micro, start in enumerate(range(0, len(mine), rows)):
+            part = mine.slice(start, start + rows).to(self.device, non_blocking=True)
+            step = Step(at.index, at.done, at.total, at.seed, self.ranks.rank, micro)
+            with contextlib.ExitStack() as around:
+                for hook in self.parts.values():
+                    around.enter_context(hook.around(self))
+                total, count, more = self.whole(self.objective, part, step)
+                # FSDP2 averages gradients over processes; the sum is wanted.
+                (total * (self.ranks.world / targets)).backward()
+            sums += torch.stack([total.detach().double(), count.double()])
+            for name, value in more.items():
+                metrics[name] = metrics.get(name, 0.0) + value.detach().double()
+        return sums, metrics
+
+    def norm(self) -> Tensor:
+        """Global 2-norm of the gradients, float32, over all processes."""
+        grads = [g for g in (local(p.grad) for p in self.named.values() if p.grad is not None) if g.numel()]
+        square = torch.zeros((), device=self.device)
+        if grads:
+            square = torch.stack(list(torch._foreach_norm(grads, 2, dtype=torch.float32))).square().sum()
+        return self.ranks.sum(square).sqrt()
+
+    def update(self, scales: Mapping[str, float], factor: float = 1.0) -> None:
+        """Multiply the gradients by `factor`, let the optimizer step, and drop the gradients."""
+        if factor != 1.0:
+            grads = [local(p.grad) for p in self.named.values() if p.grad is not None]
+            if grads:
+                torch._foreach_mul_(grads, factor)
+        self.optimizer.step(scales)
+        self.write_back()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        for p in self.named.values():
+            p.grad = None
+
+
+def flops_per_token(model: nn.Module, length: int) -> float:
+    """Forward FLOPs per token: the decoder's own count, else two per parameter outside embedding tables."""
+    count = getattr(getattr(model, "config", None), "flops_per_token", None)
+    if callable(count):
+        return float(count(length))
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return 2.0 * sum(p.numel() for p in model.parameters() if id(p) not in tables)
+
+
+def traced_step(build: Callable[[], nn.Module], config: TrainConfig,
+                parts: Callable[[], Mapping[str, Part]] | None = None, *, documents: bool = True) -> Callable[[], Any]:
+    """Work for `budget.trace.trace`: build the model, then two whole steps (the first makes the optimizer's state).
+
+    documents: whether batches carry a documents mask (a packing that masks), which costs attention memory.
+    """
+    def work() -> TrainEngine:
+        engine = TrainEngine(build(), config, parts() if parts else None)
+        for part in engine.extra.values():
+            engine.model = part.prepare(engine.model, None)
+        engine.bind(engine.model)
+        for index in range(2):
+            shape = (config.sequences, config.sequence_length)
+            tokens, targets, positions, ids = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
+            batch = Batch(tokens, targets, ids if documents else None, positions)
+            scales = engine.schedule.scale(config.step_tokens * (index + 0.5), config.total_tokens)
+            engine.optimizer.begin(scales)
+            engine.gradients(batch, config.step_tokens, Step(index, 0, config.total_tokens, config.seed))
+            engine.norm()
+            engine.update(scales, 0.5)
+        return engine
+    return work

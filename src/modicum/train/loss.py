@@ -1,0 +1,111 @@
+"""Cross-entropy over large vocabularies, a slice of the logits at a time.
+
+Shapes: B sequences, T tokens, N = B T rows, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NO_LOSS = -100   # a target without loss, as in torch.nn.functional.cross_entropy
+Head = Callable[[Tensor], Tensor]
+
+
+def token_loss(model: nn.Module, batch: Any, *, logits_bytes: int = 64 << 20) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood of `batch.targets_BT` (nats, float32) and the number of targets.
+
+    A decoder gives hidden states and head by themselves (`hidden`, `head`); any other module is called
+    with the tokens and must give logits_BTV, or an object with `.logits`, and then knows no documents.
+    """
+    if hasattr(model, "hidden") and hasattr(model, "head"):
+        h_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
+        return cross_entropy(h_BTD, batch.targets_BT, model.head, logits_bytes)
+    out = model(batch.tokens_BT)
+    return cross_entropy(getattr(out, "logits", out), batch.targets_BT, None, logits_bytes)
+
+
+def cross_entropy(h_BTD: Tensor, targets_BT: Tensor, head: Head | None,
+                  logits_bytes: int = 64 << 20) -> tuple[Tensor, Tensor]:
+    """Sum of -log softmax(head(h))[target] over targets that are not NO_LOSS, and how many those are.
+
+    head=None: `h_BTD` are the logits. At most `logits_bytes` of float32 logits exist at once. The
+    gradient is computed slice by slice during the forward pass, so nothing is recomputed in the
+    backward pass; it may be taken once, and not differentiated again.
+    """
+    h_ND, targets_N = h_BTD.flatten(0, -2), targets_BT.flatten()
+    count = (targets_N != NO_LOSS).sum()
+    with torch.no_grad():
+        vocabulary = h_ND.shape[1] if head is None else head(h_ND[:1]).shape[-1]
+    rows = max(1, logits_bytes // (4 * vocabulary))
+    if not torch.is_grad_enabled():
+        return sum((_slice_loss(h, t, head)[0] for h, t in zip(h_ND.split(rows), targets_N.split(rows), strict=True)),
+                   torch.zeros((), device=h_ND.device)), count
+    weights = _leaves(head, h_ND) if head is not None else []
+    return _Sliced.apply(h_ND, targets_N, head, rows, *weights), count
+
+
+def _slice_loss(h_ND: Tensor, targets_N: Tensor, head: Head | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss sum, logits, log-probabilities (float32), target columns, mask, of one slice."""
+    logits_NV = h_ND if head is None else head(h_ND)
+    logp_NV = torch.log_softmax(logits_NV.detach(), -1, dtype=torch.float32)
+    valid_N1 = (targets_N != NO_LOSS)[:, None]
+    columns_N1 = targets_N.clamp_min(0)[:, None]
+    loss = -torch.where(valid_N1, logp_NV.gather(1, columns_N1), 0.0).sum()
+    return loss, logits_NV, logp_NV, columns_N1, valid_N1
+
+
+class _Sliced(torch.autograd.Function):
+    """d loss / d logits = softmax - onehot(target), pushed through the head slice by slice."""
+
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, targets_N: Tensor, head: Head | None, rows: int, *weights: Tensor) -> Tensor:
+        total = torch.zeros((), device=h_ND.device)
+        grad_h = torch.empty_like(h_ND)
+        grads: list[Tensor] = []
+        several = rows < h_ND.shape[0]
+        for start in range(0, h_ND.shape[0], rows):
+            part = slice(start, start + rows)
+            with torch.enable_grad():
+                x = h_ND[part].detach().requires_grad_()
+                loss, logits, logp, columns, valid = _slice_loss(x, targets_N[part], head)
+            total += loss
+            delta = logp.exp_()
+            delta.scatter_add_(1, columns, torch.full_like(columns, -1, dtype=delta.dtype))
+            delta.masked_fill_(~valid, 0.0)
+            if head is None:
+                grad_h[part] = delta
+                continue
+            grad_h[part], *more = torch.autograd.grad(logits, (x, *weights), delta.to(logits.dtype))
+            if not grads:
+                grads = [g.float() if several else g for g in more]   # float32 while summing over slices
+            else:
+                torch._foreach_add_(grads, [g.float() for g in more])
+        ctx.grads = [grad_h, *(g.to(w.dtype) for g, w in zip(grads, weights, strict=True))]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        grad_h, *grads = (g * outer[0].to(g.dtype) for g in ctx.grads)
+        del ctx.grads
+        return grad_h, None, None, None, *grads
+
+
+def _leaves(head: Head, h_ND: Tensor) -> list[Tensor]:
+    """The trainable tensors that the head multiplies by, found in the graph of one row: whatever the head is
+    (tied, a form, an adapter), these are what its gradient must reach."""
+    with torch.enable_grad():
+        root = head(h_ND[:1].detach()).grad_fn
+    found, seen, stack = [], set(), [root]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack.extend(following for following, _ in node.next_functions)
+    return found

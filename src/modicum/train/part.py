@@ -1,0 +1,60 @@
+"""The places where a part of the training may act, besides what its own port asks of it.
+
+Optimizers, schedules, objectives and whatever else is handed to `train(parts=...)` (something that saves
+memory, grows or prunes the model, averages weights) are parts. Every hook does nothing unless filled.
+Order of a run: `prepare`, (checkpoint loaded), `start`, then for each step: `around` once per micro-batch,
+`after_step`; `finish` once, before the last held-out loss. `state_dict` goes into every checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from modicum.train.loop import Trainer
+
+
+class Part:
+    """No-op hooks. `supports` lists what the part can be combined with; see `config.check_supports`."""
+
+    supports: ClassVar[frozenset[str]] = frozenset()
+
+    def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:
+        """Change or replace the model before the optimizer is built and before a checkpoint's weights are read.
+
+        `state` is this part's saved state when the run is resumed, so that the shapes can be made to fit.
+        """
+        return model
+
+    def start(self, trainer: Trainer) -> None:
+        """Everything is built and loaded; the first step follows."""
+
+    def around(self, trainer: Trainer) -> contextlib.AbstractContextManager[Any]:
+        """A context around forward and backward of one micro-batch."""
+        return contextlib.nullcontext()
+
+    def after_step(self, trainer: Trainer) -> None:
+        """A step is finished; `trainer.replace(model, ...)` may be called here."""
+
+    def finish(self, trainer: Trainer) -> None:
+        """The last step is finished; weights may still change here (averaging, for one)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold: a flat dict of tensors and JSON values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; tensors arrive whole and on the CPU."""
+
+
+def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, JSON values) of a flat state dict."""
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    return tensors, {k: v for k, v in state.items() if k not in tensors}
+
+
+def join_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Any]:
+    return {**tensors, **values}
