@@ -22,7 +22,8 @@ CODE = {suffix: language for language, suffixes in {
     "c++": ".cc .cpp .cxx .hpp .hh .hxx .cu .cuh", "java": ".java", "go": ".go", "rust": ".rs", "ruby": ".rb",
     "php": ".php", "c#": ".cs", "swift": ".swift", "kotlin": ".kt .kts", "scala": ".scala",
     "shell": ".sh .bash .zsh", "sql": ".sql", "r": ".r", "julia": ".jl", "lua": ".lua", "perl": ".pl .pm",
-    "haskell": ".hs", "ocaml": ".ml .mli",    "css": ".css .scss", "fortran": ".f90 .f", "assembly": ".s .asm", "elixir": ".ex .exs", "dart": ".dart",
+    "haskell": ".hs", "ocaml": ".ml .mli",
+    "css": ".css .scss", "fortran": ".f90 .f", "assembly": ".s .asm", "elixir": ".ex .exs", "dart": ".dart",
     "make": ".mk .cmake", "tex": ".tex", "zig": ".zig", "lisp": ".el .lisp .clj .scm"}.items()
     for suffix in suffixes.split()}
 MARKDOWN, HTML = {".md", ".markdown", ".mdx"}, {".html", ".htm", ".xhtml"}
@@ -279,7 +280,7 @@ def parquet(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop
 
 
 def data(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
-    yield Drop(id_, "data-file", "tables and settings are no text to learn from; make records JSONL or Parquet")
+    yield Drop(id_, "data-file", "tables and settings are no running text; write records as JSONL")
 
 
 def pydoc(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:

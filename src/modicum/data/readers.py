@@ -33,7 +33,7 @@ class ReadConfig:
     text_field: where JSON records and tables keep their text. limit_bytes: read about so much of each
     source, files picked by a hash of their names. tests: the Python installation's test packages too."""
 
-    max_document_bytes: int = 8 << 20
+    max_document_bytes: int = 4 << 20
     text_field: str = "text"
     limit_bytes: int | None = None
     tests: bool = False
@@ -65,7 +65,7 @@ def find(source: str, config: ReadConfig, *, label: str | None = None,
         require_hub()
         name = source[4:]
         if not name.strip(":@"):
-            raise UserError(f"{source!r} names no data set; write hub:NAME, such as hub:roneneldan/TinyStories")
+            raise UserError(f"{source!r} names no data set; write for example hub:roneneldan/TinyStories")
         units = [Unit(id=label or name, kind="hub", path=name, nbytes=config.limit_bytes or 0)]
     else:
         units = list(_path(source, label, {p.resolve() for p in exclude}))

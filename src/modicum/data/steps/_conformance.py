@@ -11,8 +11,8 @@ from modicum.core import registry
 from modicum.data.document import Document, Drop
 from modicum.data.steps import Context, Step
 
-_WORDS = ["budget", "model", "token", "layer", "index", "the", "of", "and", "to", "cache", "loss", "data", "word",
-          "with", "page", "text", "rank", "that", "seed", "have", "step", "batch", "key", "value", "head"]
+_WORDS = ["budget", "model", "token", "layer", "index", "the", "of", "and", "to", "cache", "loss", "data",
+          "word", "with", "page", "text", "rank", "that", "seed", "have", "step", "batch", "key", "value", "head"]
 
 
 def toy_documents() -> list[Document]:
@@ -28,7 +28,7 @@ def toy_documents() -> list[Document]:
     texts += [texts[0], " ".join(near), texts[0].upper(), "short", "e\u0301\r\nline \x07\n\n\n\n\nend  ",
               "\u4e00\u4e8c\u4e09" * 40, "\U0001f600 " * 30, "same line\n" * 40, " \n ", "#\n" * 30]
     documents = [Document(f"d{i}", text, "prose", f"d{i}") for i, text in enumerate(texts)]
-    source = '"""Module words.\n\nMore of them."""\nimport os\n\ndef f(x):\n    """Twice."""\n    return 2 * x\n'
+    source = '"""Module words.\n\nMore."""\nimport os\n\ndef f(x):\n    """Twice."""\n    return 2 * x\n'
     documents += [Document("m.py", source, "code", "toy/m.py", {"language": "python"}),
                   Document("bad.py", "def f(:\n", "code", "toy/bad.py", {"language": "python"}),
                   Document("long.js", "x = 1;" * 400, "code", "toy/long.js", {"language": "javascript"})]

@@ -32,16 +32,17 @@ from modicum.data.document import Document, Drop
 from modicum.data.steps import Step
 from modicum.data.words import ngrams, word_hashes
 
-COMMON = {word: language for language, words in {
+COMMON = {language: frozenset(words.split()) for language, words in {
     "en": "the be to of and that have with", "de": "der die das und ist nicht mit ein",
     "fr": "le la les et des est pas une", "es": "el los las que y una con para",
     "it": "il di che non per una con sono", "pt": "os que não uma com para mais da",
     "nl": "de het een van niet met zijn voor", "sv": "och att det som en på är med",
     "pl": "w nie na się że do jest z", "cs": "a se na je že do pro jako", "da": "og at det som en til er med",
-    "fi": "ja on ei että se oli myös kun", "hu": "a az és hogy nem egy is meg", "ro": "și de la în cu nu este o",
+    "fi": "ja on ei että se oli myös kun", "hu": "a az és hogy nem egy is meg",
+    "ro": "și de la în cu nu este o",
     "tr": "ve bir bu için ile da de çok", "id": "yang dan di ini itu dengan untuk dari",
     "vi": "và của là có không một cho được",
-}.items() for word in words.split()}
+}.items()}
 TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
@@ -104,11 +105,8 @@ class Quality(Step):
             if alphabetic < 0.8:
                 yield "few-letters", f"{alphabetic:.0%} of words have a letter"
             if config.stop_words and _latin(text):
-                seen: dict[str, set[str]] = {}
-                for word in {w.lower().strip(".,;:!?()\"'") for w in words}:
-                    if word in COMMON:
-                        seen.setdefault(COMMON[word], set()).add(word)
-                most = max(map(len, seen.values()), default=0)
+                seen = {word.lower().strip(".,;:!?()\"'") for word in words}
+                most = max(len(seen & common) for common in COMMON.values())
                 if most < config.stop_words:
                     yield "few-stop-words", f"{most} of the commonest words"
         symbols = (text.count("#") + text.count("...") + text.count("…")) / max(count, 1)

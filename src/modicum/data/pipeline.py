@@ -1,0 +1,292 @@
+"""The pipeline: reads groups of units, runs steps over them, keeps the books.
+
+A *group* is a deterministic list of units of about equal bytes. A *pass* takes each group through the
+document steps up to the next corpus step, in any process, and writes `part-GGGGG.parquet`, what was
+dropped, and one row of figures per document; the corpus step then decides in one place, in the order of
+groups and rows. Each finished group leaves its marker (a JSON of its figures), so that a run that was
+stopped skips it. What comes out depends on the sources and the steps alone: not on the engine, the
+number of processes or where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modicum.core import registry
+from modicum.core.choice import Choice
+from modicum.core.errors import ModicumError
+from modicum.core.files import atomic_file, read_json, write_json
+from modicum.data.document import Document, Drop, read_parquet, write_documents
+from modicum.data.readers import ReadConfig, Unit, read
+from modicum.data.steps import Context, Step
+
+SIGNATURE_ROWS, SIGNATURE_BYTES = 64, 4 << 20    # documents handed to a corpus step at once
+
+
+class StepError(ModicumError):
+    """A step failed on a document; the message names both."""
+
+
+@dataclass
+class Book:
+    """What one step did: documents and UTF-8 bytes in and out, seconds of its own, drops by reason."""
+
+    step: str
+    documents_in: int = 0
+    bytes_in: int = 0
+    documents_out: int = 0
+    bytes_out: int = 0
+    seconds: float = 0.0
+    drops: Counter[str] = field(default_factory=Counter)
+    stats: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: dict[str, Any]) -> None:
+        for name in ("documents_in", "bytes_in", "documents_out", "bytes_out", "seconds"):
+            setattr(self, name, getattr(self, name) + other[name])
+        self.drops.update(other["drops"])
+        self.stats.update(other["stats"])
+
+    def as_dict(self) -> dict[str, Any]:
+        return vars(self) | {"drops": dict(sorted(self.drops.items())), "stats": dict(sorted(self.stats.items())),
+                             "seconds": round(self.seconds, 4)}
+
+
+class _Feed:
+    """What a step pulls from: counts, remembers the document in hand, and times the stages before it."""
+
+    def __init__(self, items: Iterator[Document], book: Book):
+        self.items, self.book, self.seconds, self.current = items, book, 0.0, "(before the first document)"
+
+    def __iter__(self) -> _Feed:
+        return self
+
+    def __next__(self) -> Document:
+        start = time.perf_counter()
+        try:
+            document = next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - start
+        self.current = document.id
+        self.book.documents_in += 1
+        self.book.bytes_in += document.nbytes
+        return document
+
+
+def stage(step: Step, items: Iterator[Document], book: Book, drops: list[str]) -> Iterator[Document]:
+    """`step` over `items`: documents come out, drops go to `drops` with the step's name."""
+    feed = _Feed(items, book)
+    output = iter(step.run(feed))
+    while True:
+        start, before = time.perf_counter(), feed.seconds
+        try:
+            item = next(output)
+        except StopIteration:
+            return
+        except ModicumError:
+            raise
+        except Exception as error:
+            raise StepError(f"step {book.step} failed on document {feed.current!r}: "
+                            f"{type(error).__name__}: {error}") from error
+        finally:
+            book.seconds += time.perf_counter() - start - (feed.seconds - before)
+        if isinstance(item, Drop):
+            book.drops[item.reason] += 1
+            drops.append(drop_line(item.document_id, book.step, item.reason, item.detail))
+        else:
+            book.documents_out += 1
+            book.bytes_out += item.nbytes
+            yield item
+
+
+def drop_line(id_: str, step: str, reason: str, detail: str) -> str:
+    """One line of drops.jsonl."""
+    return json.dumps({"id": id_, "step": step, "reason": reason, "detail": detail}, ensure_ascii=False) + "\n"
+
+
+def group_units(units: Sequence[Unit], most_bytes: int, most_units: int = 2000) -> list[list[Unit]]:
+    """Consecutive units in groups of at most so many bytes (a larger unit is a group of its own)."""
+    groups: list[list[Unit]] = []
+    size = 0
+    for unit in units:
+        if not groups or size + unit.nbytes > most_bytes or len(groups[-1]) >= most_units:
+            groups.append([])
+            size = 0
+        groups[-1].append(unit)
+        size += unit.nbytes
+    return groups
+
+
+def passes(steps: Sequence[Choice]) -> list[tuple[list[Choice], Choice | None]]:
+    """Steps cut after each corpus step: [(document steps, corpus step or None), ...], the last with None."""
+    out: list[tuple[list[Choice], Choice | None]] = []
+    line: list[Choice] = []
+    for choice in steps:
+        if registry.load("step", choice.method).cls.scope == "corpus":  # type: ignore[attr-defined]
+            out.append((line, choice))
+            line = []
+        else:
+            line.append(choice)
+    return [*out, (line, None)]
+
+
+def run_group(task: dict[str, Any]) -> dict[str, Any]:
+    """One group through one pass; runs in any process. Gives the group's books and writes its marker."""
+    stem, seed = Path(task["stem"]), task["seed"]
+    drops: list[str] = []
+    books: list[Book] = []
+    items: Iterator[Document]
+    if "units" in task:
+        books.append(Book("read"))
+        items = _read(task["units"], ReadConfig(**task["read"]), books[0], drops)
+    else:
+        items = undecided(task["input"], task["decisions"])
+    steps = [registry.build("step", choice) for choice in task["steps"]]
+    for choice, step in zip(task["steps"], steps, strict=True):
+        step.open(Context(seed=seed))
+        books.append(Book(choice["method"]))
+        items = stage(step, items, books[-1], drops)
+    figures = _Figures(task["signature"], seed)
+    count = write_documents(stem.with_suffix(".parquet"), figures.collect(items))
+    for step, book in zip(steps, books[-len(steps):] if steps else [], strict=True):
+        book.stats.update(step.close())
+    figures.save(stem.with_suffix(".npz"))
+    with atomic_file(stem.with_suffix(".drops.jsonl"), "w") as file:
+        file.writelines(drops)
+    result = {"books": [b.as_dict() for b in books], "documents": count,
+              "signature_seconds": figures.seconds}
+    write_json(stem.with_suffix(".json"), result)
+    return result
+
+
+def _read(units: Iterable[dict[str, Any]], config: ReadConfig, book: Book,
+          drops: list[str]) -> Iterator[Document]:
+    start = time.perf_counter()
+    for fields in units:
+        unit = Unit(**fields)
+        book.documents_in += 1
+        book.bytes_in += unit.nbytes
+        for item in read(unit, config):
+            if isinstance(item, Drop):
+                book.drops[item.reason] += 1
+                drops.append(drop_line(item.document_id, "read", item.reason, item.detail))
+                continue
+            book.documents_out += 1
+            book.bytes_out += item.nbytes
+            book.seconds += time.perf_counter() - start
+            yield item
+            start = time.perf_counter()
+    book.seconds += time.perf_counter() - start
+
+
+def undecided(path: str | Path, decisions: str | Path | None) -> Iterator[Document]:
+    """Documents of a part without those that `decisions` ({row: ...} as JSON) names."""
+    gone = set(map(int, read_json(decisions))) if decisions else set()
+    if Path(path).exists():
+        for row, document in enumerate(read_parquet(path)):
+            if row not in gone:
+                yield document
+
+
+class _Figures:
+    """Per document of a part: its bytes, the key that the held-out split goes by, its signature."""
+
+    def __init__(self, signature: dict[str, Any] | None, seed: int):
+        self.step: Step | None = registry.build("step", signature) if signature else None
+        if self.step:
+            self.step.open(Context(seed=seed))
+        self.sizes: list[int] = []
+        self.keys: list[int] = []
+        self.rows: list[np.ndarray] = []
+        self.seconds = 0.0
+        self._held: list[Document] = []
+
+    def collect(self, items: Iterable[Document]) -> Iterator[Document]:
+        held = 0
+        for document in items:
+            self.sizes.append(document.nbytes)
+            digest = hashlib.blake2b(document.origin.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            self.keys.append(int.from_bytes(digest, "little"))
+            if self.step:
+                self._held.append(document)
+                held += self.sizes[-1]
+                if len(self._held) == SIGNATURE_ROWS or held >= SIGNATURE_BYTES:
+                    self._sign()
+                    held = 0
+            yield document
+        if self.step:
+            self._sign()
+
+    def _sign(self) -> None:
+        assert self.step
+        start = time.perf_counter()
+        try:
+            self.rows.append(self.step.signatures(self._held))
+        except ModicumError:
+            raise
+        except Exception as error:
+            raise StepError(f"step {type(self.step).__module__} failed on one of the documents "
+                            f"{self._held[0].id!r} ... {self._held[-1].id!r}: {error}") from error
+        self.seconds += time.perf_counter() - start
+        self._held = []
+
+    def save(self, path: Path) -> None:
+        arrays = {"sizes": np.array(self.sizes, np.int64), "keys": np.array(self.keys, np.uint64)}
+        if self.rows:
+            arrays["signatures"] = np.concatenate(self.rows)
+        with atomic_file(path) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def finished(stem: Path) -> dict[str, Any] | None:
+    """A group's figures if its marker is there."""
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        result: dict[str, Any] = read_json(stem.with_suffix(".json"))
+        return result
+    return None
+
+
+def load_figures(stems: Sequence[Path], name: str, file: Path | None = None) -> np.ndarray:
+    """One figure of all documents, in the order of parts and rows; kept in `file` (mapped) if one is given."""
+    def arrays() -> Iterator[np.ndarray]:
+        for stem in stems:
+            with np.load(stem.with_suffix(".npz"), allow_pickle=False) as stored:
+                if name in stored.files and len(stored[name]):
+                    yield stored[name]
+
+    if file is None:
+        return np.concatenate([np.zeros(0, np.int64 if name == "sizes" else np.uint64), *arrays()])
+    rows, whole = 0, None
+    with open(file, "wb") as out:
+        for array in arrays():
+            out.write(np.ascontiguousarray(array).data)
+            rows, whole = rows + len(array), array
+    if whole is None:
+        return np.zeros((0, 1), np.uint64)
+    return np.memmap(file, whole.dtype, "r", shape=(rows, *whole.shape[1:]))
+
+
+class Ids:
+    """Ids of all documents of some parts by their number, read when asked for."""
+
+    def __init__(self, stems: Sequence[Path]):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        columns = [pq.read_table(s.with_suffix(".parquet"), columns=["id"])["id"]
+                   for s in stems if s.with_suffix(".parquet").exists()]
+        self._ids = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, i: int) -> str:
+        return str(self._ids[int(i)].as_py())
