@@ -128,7 +128,7 @@ def test_posterior_agrees_with_a_grid():
 
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_interval_from_three_proxies_covers(checkpoints):
-    """Random true laws at tiny scale: three proxies, one larger run; the 95% interval must hold 85% or more."""
+    """Random true laws at tiny scale: three proxies, one larger run; the interval must hold 85% or more."""
     law, rng, inside, widths = registry.build("law", "chinchilla:draws=400"), np.random.default_rng(0), [], []
     for trial in range(16):
         alpha, beta = rng.uniform(0.2, 0.5, 2)

@@ -197,7 +197,7 @@ class Law(Method):
         if self.config.prior == "none":
             sd_P = np.full_like(sd_P, np.inf)
         log_noise = np.log(self.config.noise)
-        # The gap is bounded at zero, so its prior is half-normal in shape; scales are known to a factor of four.
+        # The gap is bounded at zero, so its prior is a half-normal; scales are known to a factor of four.
         prior = estimate.Prior(
             np.concatenate([mean_P, [self.config.gap, log_noise, log_noise]]),
             np.concatenate([sd_P, [self.config.gap, 0.7, 0.7]]),
