@@ -244,7 +244,8 @@ def make_encoder(spec: str, *, device: str = "cpu", **knobs: Any) -> Encoder:
     """
     kind, _, rest = spec.partition(":")
     if kind in KINDS and rest:
-        return KINDS[kind](rest, device=device, **knobs)   # type: ignore[no-any-return]
+        made: Encoder = KINDS[kind](rest, device=device, **knobs)
+        return made
     folder = Path(spec)
     if folder.is_dir() and not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
         raise UserError(f"{spec} holds neither modules.json nor config.json; give a model's folder")

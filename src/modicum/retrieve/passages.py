@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class Passages(Sequence[Passage]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, row):  # type: ignore[no-untyped-def,override]
+    def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
         if not -len(self) <= row < len(self):

@@ -58,42 +58,52 @@ def build_index(passages: Iterable[Passage], out: str | Path, *, encoder: Encode
     Interrupted, the same call goes on after the last finished shard; a deadline stops it between two shards.
     Raises `UserError` for no passages or a repeated id, `BudgetError` when the vectors exceed the memory budget.
     """
-    out, events, deadline = Path(out), events or Events(), deadline or Deadline(None)
-    choice, start = Choice.parse("index", index), time.monotonic()
-    knobs = choice.resolved()
+    out, choice = Path(out), Choice.parse("index", index)
+    choice.config()
+    if isinstance(encoder, str):
+        encoder = make_encoder(encoder, device=device)
     work = out.with_name(f".{out.name}.work")
+    begun = work.exists()
     work.mkdir(parents=True, exist_ok=True)
     for stale in out.parent.glob(f".{out.name}.*.part"):   # what a killed build had begun to assemble
         shutil.rmtree(stale, ignore_errors=True)
-    digest = hashlib.sha256()
+    try:
+        header = _build(passages, out, work, encoder, choice, withheld, {"k1": k1, "b": b}, budget or Budget(),
+                        deadline or Deadline(None), events or Events())
+    except UserError:
+        if not begun:   # a mistake leaves nothing behind; an interruption keeps its shards
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+    return header
+
+
+def _build(passages: Iterable[Passage], out: Path, work: Path, encoder: Encoder | None, choice: Choice, withheld: bool,
+           lexical: dict[str, float], budget: Budget, deadline: Deadline, events: Events) -> dict[str, Any]:
+    start, digest = time.monotonic(), hashlib.sha256()
     count = write_passages(work / "passages.parquet", _hashed(passages, digest))
     if not count:
-        shutil.rmtree(work)
         raise UserError(f"there is no passage to index for {out}; give a source with text in it")
     rows = Passages(work / "passages.parquet")
-    if isinstance(encoder, str):
-        encoder = make_encoder(encoder, device=device)
+    header: dict[str, Any] = {"format": FORMAT, "passages": count, "passages_sha256": digest.hexdigest(),
+                              "withheld": withheld, "bm25": lexical, "index": None, "encoder": None, "dim": None}
+    dense: Index = build("index", choice)
     if encoder is not None:
-        settings = encoder.settings()
-        key = fingerprint([digest.hexdigest(), settings, withheld, SHARD])
-        _pool_shards(encoder, rows, work / "vectors", key, withheld, deadline, events)
+        header |= {"index": choice.resolved(), "encoder": encoder.settings()}
+        key = fingerprint([digest.hexdigest(), header["encoder"], withheld, SHARD])
+        for width in _pool_shards(encoder, rows, work / "vectors", key, withheld, deadline, events):
+            budget.require(dense.cost(count, width), f"an index of {count} vectors")   # before the long work, not after it
         encoder.fit(_shards(work / "vectors"))
     with atomic_directory(out) as staged:
-        BM25.build((indexed_text(p, withheld=withheld) for p in rows), k1=k1, b=b).save(staged / "bm25")
+        BM25.build((indexed_text(p, withheld=withheld) for p in rows), **lexical).save(staged / "bm25")
         if encoder is not None:
-            dense: Index = build("index", choice)
             dense.build(_blocks(encoder, work / "vectors"), budget)
             dense.save(staged / "dense")
             encoder.save(staged / "encoder")
         shutil.copyfile(work / "passages.parquet", staged / "passages.parquet")
-        header = {"format": FORMAT, "passages": count, "passages_sha256": digest.hexdigest(), "withheld": withheld,
-                  "bm25": {"k1": k1, "b": b}, "index": knobs if encoder is not None else None,
-                  "encoder": settings if encoder is not None else None,
-                  "dim": dense.dim if encoder is not None else None,
-                  "bytes": {p.name: tree_bytes(p) for p in sorted(staged.iterdir())},
-                  "seconds": round(time.monotonic() - start, 3), "files": manifest.describe(staged)}
+        header |= {"dim": dense.dim, "bytes": {p.name: tree_bytes(p) for p in sorted(staged.iterdir())},
+                   "seconds": round(time.monotonic() - start, 3), "files": manifest.describe(staged)}
         write_json(staged / "manifest.json", header)
-    shutil.rmtree(work)
     events.emit("index", passages=count, bytes=tree_bytes(out), seconds=header["seconds"])
     return header
 
@@ -105,8 +115,11 @@ def _hashed(passages: Iterable[Passage], digest: Any) -> Iterator[Passage]:
 
 
 def _pool_shards(encoder: Encoder, rows: Passages, folder: Path, key: str, withheld: bool, deadline: Deadline,
-                 events: Events) -> None:
-    """One file of pooled vectors per `SHARD` passages; those of an earlier attempt with the same key are kept."""
+                 events: Events) -> Iterator[int]:
+    """One file of pooled vectors per `SHARD` passages; those of an earlier attempt with the same key are kept.
+
+    Yields the width of the vectors after each new file.
+    """
     state = folder / "state.json"
     if not state.is_file() or read_json(state).get("key") != key:
         shutil.rmtree(folder, ignore_errors=True)
@@ -126,6 +139,7 @@ def _pool_shards(encoder: Encoder, rows: Passages, folder: Path, key: str, withh
             with atomic_file(path) as file:
                 np.save(file, pooled_NE)
             progress.update(len(group))
+            yield int(pooled_NE.shape[1])
 
 
 def _shards(folder: Path) -> Iterator[np.ndarray]:

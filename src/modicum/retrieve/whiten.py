@@ -45,7 +45,7 @@ class Whitener:
         values, vectors = np.maximum(values[::-1], 0)[self.remove:], vectors[:, ::-1][:, self.remove:]
         if not len(values):
             raise UserError(f"remove={self.remove} leaves none of {len(sum_E)} dimensions; remove fewer")
-        floor = self.shrink * values.mean() + np.finfo(np.float64).tiny
+        floor = max(self.shrink * values.mean(), 1e-12)   # vectors that are all alike become zeros, not noise
         self.mean_E = (shift_E + sum_E / n).astype(np.float32)
         self.map_ED = (vectors * (values + floor) ** (-self.power / 2)).astype(np.float32)
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from modicum.budget.budget import Budget
 from modicum.core import registry
 from modicum.core.errors import BudgetError, CorruptError, UserError
-from modicum.retrieve.indexes import Hits, Index, open_index
+from modicum.retrieve.indexes import Block, Hits, Index, open_index
 
 N, D, Q = 300, 24, 17
 
@@ -162,7 +163,7 @@ def check_budget(key: str) -> None:
     assert need.peak_bytes >= 4 * N and need.disk_bytes > 0
     taken = 0
 
-    def stream():  # type: ignore[no-untyped-def]
+    def stream() -> Iterator[Block]:
         nonlocal taken
         for i in range(0, N, 50):
             taken += 1

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -53,8 +54,8 @@ class Exact(Index):
                 spill.write(vectors_ND.data)
             spill.flush()
             self.ids_N = np.concatenate(ids)
-            if len(self.ids_N):   # the mapping keeps the unnamed file alive
-                self.vectors_ND = np.memmap(spill, np.float32, "r", shape=(len(self.ids_N), self.dim))
+            if len(self.ids_N) and self.dim:   # the mapping keeps the unnamed file alive
+                self.vectors_ND = np.memmap(cast(Any, spill), np.float32, "r", shape=(len(self.ids_N), self.dim))
 
     def _add(self, ids_N: np.ndarray, vectors_ND: np.ndarray) -> None:
         self.vectors_ND = np.concatenate([self.vectors_ND, vectors_ND]) if len(self) else vectors_ND.copy()

@@ -14,6 +14,7 @@ one is filtered during the walk with a beam widened in proportion. On several th
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ class HNSW(Index):
                 self._insert(ids_N[part], old.reconstruct_batch(places_N[part]))
 
     def _search(self, queries_QD: np.ndarray, k: int, rows_S: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        import faiss
+        faiss: Any = importlib.import_module("faiss")   # its stubs lack what is used here
         if rows_S is not None and len(rows_S) <= max(self.config.scan * len(self), k):
             found_QK, scores_QK = top_rows(queries_QD, self.graph.reconstruct_batch(self.place_N[rows_S]), k)
             return np.where(found_QK < 0, -1, rows_S[found_QK]), scores_QK

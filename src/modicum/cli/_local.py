@@ -1,0 +1,46 @@
+"""Answering with a model folder in this process: joins the serving engine to whoever wants text for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from modicum.retrieve.ground import Generate, Generated, Messages
+
+
+def local_generator(model: str, *, max_tokens: int = 256, temperature: float = 0.0, device: str = "cpu",
+                    dtype: str | None = None) -> tuple[Generate, Callable[[str], int], int]:
+    """(generate, token count of a text, the model's context length). The model loads here, once."""
+    from modicum.data.tokenizer import Tokenizer
+    from modicum.model.folder import load_model
+    from modicum.serve.config import EngineConfig
+    from modicum.serve.engine import Engine
+    from modicum.serve.request import SamplingParams
+    tokenizer = Tokenizer.load(model)
+    engine = Engine(load_model(model, dtype=dtype, device=device), tokenizer, EngineConfig())
+    specials = [t.content for t in tokenizer.backend.get_added_tokens_decoder().values() if t.special]
+
+    def plain(text: str) -> str:
+        """The text with the names of special tokens broken up: a passage must not open a turn of its own."""
+        for name in specials:
+            text = text.replace(name, name[:1] + " " + name[1:])
+        return text
+
+    def generate(messages: Messages, on_text: Callable[[str], None]) -> Generated:
+        prompt = tokenizer.chat([m | {"content": plain(m["content"])} for m in messages])
+        ids = tokenizer.encode(prompt, specials=True)
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+        pieces: list[str] = []
+        count = 0
+        for update in engine.stream(ids, params):
+            count += len(update.tokens)
+            if update.text:
+                pieces.append(update.text)
+                on_text(update.text)
+        return Generated("".join(pieces), len(ids), count)
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, specials=False))
+
+    context: Any = engine.max_length
+    return generate, count, int(context)

@@ -1,0 +1,39 @@
+"""Index a folder, a curated folder or a collection, for search and grounded answers."""
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def index(source: Annotated[str, typer.Argument(help="A folder or file of text, a folder made by `modicum curate`, "
+                                                     "`python`, or a corpus.parquet with id and text.")],
+          out: Annotated[str, typer.Option("--out", help="Folder to write.")],
+          encoder: Annotated[str | None, typer.Option(help="A model folder or hub id for dense vectors (BM25 alone if "
+                                                           "left out); decoder:FOLDER forces a language model.")] = None,
+          method: Annotated[str, typer.Option("--index", help="Vector index: exact, or for example hnsw:M=32.")] = "exact",
+          device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
+          memory: Annotated[str | None, typer.Option(help="Refuse vectors that need more memory, e.g. 2GiB.")] = None,
+          time: Annotated[str | None, typer.Option(help="Stop encoding after so long and keep the work, e.g. 10m.")] = None,
+          as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """Index a folder, a curated folder or a collection, for search and grounded answers."""
+    from modicum.budget import units
+    from modicum.budget.budget import Budget, Deadline
+    from modicum.core.choice import Choice
+    from modicum.retrieve.search import build_index
+    from modicum.retrieve.sources import read_passages
+    budget = Budget.parse(memory=memory, time=time)
+    choice = Choice.parse("index", method)
+    choice.config()   # a wrong knob is refused before anything is read
+    skipped: dict[str, int] = {}
+    header = build_index(read_passages(source, skipped), out, encoder=encoder, index=choice, device=device, budget=budget,
+                         deadline=Deadline(budget.seconds))
+    if as_json:
+        print(json.dumps({k: v for k, v in header.items() if k != "files"} | {"out": out, "skipped": skipped}, indent=2))
+        return
+    sizes = ", ".join(f"{name} {units.bytes_text(n)}" for name, n in header["bytes"].items())
+    print(f"{out}: {header['passages']} passages in {header['seconds']:.1f} s ({sizes})")
+    for reason, n in sorted(skipped.items()):
+        print(f"  left out: {n} {reason}")
+    print(f"next: modicum search {out} \"what to look for\"")
