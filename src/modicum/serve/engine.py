@@ -37,6 +37,7 @@ from modicum.serve.schedulers import Job, Plan, Scheduler
 from modicum.serve.text import TextStream
 
 log = logging.getLogger("modicum.serve")
+PATIENCE = 1000   # steps in which everything waits and nothing is started, before that counts as a failure
 
 
 class Engine:
@@ -67,6 +68,7 @@ class Engine:
         self._ids = itertools.count()
         self._slots = list(range(config.max_sequences - 1, -1, -1))
         self._hinted: list[Job] = []
+        self._idle = 0
         self.counters = dict.fromkeys(("steps", "prompt_tokens", "computed_tokens", "cached_tokens",
                                        "generated_tokens", "preemptions", "failures", "thinnings"), 0)
 
@@ -97,8 +99,8 @@ class Engine:
 
     # requests -------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> int:
-        """Queue a request; returns its id. Raises `InvalidRequest` for one that cannot be served."""
+    def check(self, request: Request) -> None:
+        """Raise `InvalidRequest` for a request that cannot be served. Safe from any thread."""
         params, prompt = request.params, request.prompt
         if not prompt:
             raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
@@ -112,6 +114,11 @@ class Engine:
             raise InvalidRequest(f"logit_bias or stop_token_ids hold token ids outside 0 to {vocab - 1}", "logit_bias")
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer; this engine has none", "stop")
+
+    def add(self, request: Request) -> int:
+        """Queue a request; returns its id. Raises `InvalidRequest` for one that cannot be served."""
+        self.check(request)
+        params, prompt, vocab = request.params, request.prompt, self.model.config.vocab_size
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
         limit = min(self.max_length, len(prompt) + (params.max_tokens or self.max_length))
         text = self.tokenizer is not None and (request.detokenize or bool(params.stop))
@@ -209,6 +216,11 @@ class Engine:
             works = self._apply(plan)
             if works:
                 self._run(works, updates)
+                self._idle = 0
+            elif self.scheduler.pending() and not self.scheduler.running:
+                self._idle += 1
+                if self._idle >= PATIENCE:
+                    raise ModicumError(f"{self.scheduler.pending()} sequences wait and the scheduler starts none")
         except Exception as error:
             ids = [w.sample.id for w in works] or [j.id for j in self.scheduler.running] or list(self.samples)
             updates += self._failed({self.samples[i].request.id for i in ids if i in self.samples}, error)

@@ -42,21 +42,21 @@ class TextStream:
         if not pending and len(self._ids) > LONGEST:
             self._ids = self._ids[-KEEP:]
             self._shown = len(self._tokenizer.decode(self._ids))
-        return self._release(new) if self._stop else new
+        return self._release(new)
 
     def finish(self) -> str:
         """What was held back, when no more tokens come."""
+        if self.stopped is not None:
+            return ""
         text = self._tokenizer.decode(self._ids)[self._shown:] if self._ids else ""
         self._shown += len(text)
-        if self.stopped is not None:
-            return ""
-        text = self._release(text) + self._held if self._stop else text
-        self._held = ""
-        return text if self.stopped is None else text
+        text = self._release(text)
+        held, self._held = self._held, ""
+        return text + held
 
     def _release(self, new: str) -> str:
-        if self.stopped is not None:
-            return ""
+        if not self._stop or self.stopped is not None:
+            return "" if self._stop else new
         text = self._held + new
         found = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
         if found:

@@ -50,10 +50,11 @@ class FirstComeFirstServed(Scheduler):
     def _go_on(self, state: State) -> Plan:
         """Every running sequence, decodes first; the latest admissions preempted until the rest fits."""
         keep = sorted(state.running, key=lambda job: job.left > 1)
-        free, preempt = state.free_blocks, []
-        latest = list(state.running)
+        free, latest = state.free_blocks, list(state.running)
+        preempt: list[int] = []
         while True:
-            run, need, tokens = [], 0, state.token_limit
+            run: list[tuple[int, int]] = []
+            need, tokens = 0, state.token_limit
             for job in keep:
                 n = min(job.left, tokens) if self.config.chunked or job.left <= tokens else job.left * (not run)
                 if n > 0:

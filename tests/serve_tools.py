@@ -1,0 +1,56 @@
+"""Small real models and tokenizers for the tests of the serve room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from modicum.data.tokenizer import Tokenizer
+from modicum.model.config import llama_like
+from modicum.model.decoder import Decoder
+from modicum.model.folder import save_model
+from modicum.serve.config import EngineConfig
+from modicum.serve.engine import Engine
+
+TEXT = ("The cache holds keys and values; the scheduler says who runs. Größe, naïve, 日本語のテキスト, "
+        "emoji 👩‍👩‍👧 🚀, and def f(x):\n    return x + 1\n")
+
+
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([TEXT] * 4, 400)
+
+
+def lively(model: Decoder, factor: float = 4.0) -> Decoder:
+    """A fresh initialisation repeats itself; larger matrices make the greedy output vary."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name and "lm_head" not in name:
+                parameter.mul_(factor)
+    return model
+
+
+def tiny(vocab_size: int = 400, context_length: int = 256, seed: int = 0) -> Decoder:
+    shape = llama_like(vocab_size, 32, 2, heads=4, kv_heads=2, context_length=context_length)
+    return lively(Decoder(shape, torch.Generator().manual_seed(seed)))
+
+
+def engine(**config: object) -> Engine:
+    defaults: dict[str, object] = {"block_size": 8, "cache": "2ktok"}
+    return Engine(tiny(), tokenizer(), EngineConfig(**(defaults | config)))  # type: ignore[arg-type]
+
+
+def folder(path: Path) -> Path:
+    """A model folder as a user would have it."""
+    save_model(tiny(), path)
+    tokenizer().save(path)
+    return path
+
+
+def assert_clean(engine: Engine) -> None:
+    """Nothing is held, nothing waits, every row is free."""
+    engine.blocks.check()
+    stats = engine.stats()
+    assert stats["used_blocks"] == 0 and engine.pages.free == 0
+    assert stats["running"] == stats["waiting"] == 0
+    assert not engine.requests and not engine.samples and len(engine._slots) == engine.config.max_sequences
