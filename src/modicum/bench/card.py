@@ -14,6 +14,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modicum.core.errors import UserError
 from modicum.core.registry import MethodInfo, PortInfo
@@ -42,6 +43,7 @@ class Card:
     knobs: tuple[Knob, ...]
     supports: tuple[str, ...]
     claim: dict[str, str]
+    sweep: tuple[str, ...]  # knob settings to bench instead of the defaults
     paper: tuple[str, str] | None  # (short name, link)
 
 
@@ -66,6 +68,7 @@ def read_card(info: MethodInfo) -> Card:
         _knobs(config, text.splitlines()),
         _supports(tree),
         _claim(tree, path),
+        _sweep(tree, path),
         paper(doc),
     )
 
@@ -102,56 +105,66 @@ def _knobs(config: ast.ClassDef | None, lines: list[str]) -> tuple[Knob, ...]:
             default = factory[2] or {"list": "[]", "dict": "{}", "tuple": "()"}.get(
                 factory[1], factory[1] + "()"
             )
-        knobs.append(Knob(node.target.id, ast.unparse(node.annotation), default, " ".join(note)))
+        knobs.append(Knob(node.target.id, _type(node.annotation), default, " ".join(note)))
     return tuple(knobs)
+
+
+def _type(node: ast.expr) -> str:
+    """`Annotated[int, Field(ge=1)]` as `int, ge=1`; other annotations as written."""
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("Annotated"):
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        bounds = [ast.unparse(k) for p in parts[1:] if isinstance(p, ast.Call) for k in p.keywords]
+        return ", ".join([ast.unparse(parts[0]), *bounds])
+    return ast.unparse(node)
 
 
 def _supports(tree: ast.Module) -> tuple[str, ...]:
     for node in ast.walk(tree):
-        targets = (
-            node.targets
-            if isinstance(node, ast.Assign)
-            else [node.target]
-            if isinstance(node, ast.AnnAssign)
-            else []
-        )
-        if any(isinstance(t, ast.Name) and t.id == "supports" for t in targets) and node.value is not None:  # type: ignore[attr-defined]
-            return tuple(
-                sorted(
-                    n.value
-                    for n in ast.walk(node.value)  # type: ignore[attr-defined]
-                    if isinstance(n, ast.Constant) and isinstance(n.value, str)
-                )
-            )
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and any(
+            isinstance(t, ast.Name) and t.id == "supports" for t in targets
+        ):
+            words = [n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
+            return tuple(sorted(str(w) for w in words))
     return ()
 
 
-def _claim(tree: ast.Module, path: Path) -> dict[str, str]:
+def _constant(tree: ast.Module, name: str, path: Path, allowed: str) -> Any:
+    """The value written for a module constant, None if there is none."""
     for node in tree.body:
-        names = (
-            node.targets
-            if isinstance(node, ast.Assign)
-            else [node.target]
-            if isinstance(node, ast.AnnAssign)
-            else []
-        )
-        if not any(isinstance(t, ast.Name) and t.id == "CLAIM" for t in names):
-            continue
-        try:
-            value = ast.literal_eval(node.value)  # type: ignore[attr-defined]
-        except ValueError:
-            raise UserError(
-                f"{path}: CLAIM must be written out, as a string or a mapping of {CLAIM_FIELDS}"
-            ) from None
-        if isinstance(value, str):
-            return {"figure": value}
-        if isinstance(value, dict) and set(value) <= set(CLAIM_FIELDS) and "figure" in value:
-            return {k: str(value[k]) for k in CLAIM_FIELDS if k in value}
-        raise UserError(
-            f"{path}: CLAIM={value!r}; write a string, or a mapping with 'figure' and "
-            "optionally 'where' and 'scale'"
-        )
-    return {}
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and any(
+            isinstance(t, ast.Name) and t.id == name for t in targets
+        ):
+            try:
+                return ast.literal_eval(node.value)
+            except ValueError:
+                raise UserError(f"{path}: {name} must be written out, as {allowed}") from None
+    return None
+
+
+def _claim(tree: ast.Module, path: Path) -> dict[str, str]:
+    allowed = "a string, or a mapping with 'figure' and optionally 'where' and 'scale'"
+    value = _constant(tree, "CLAIM", path, allowed)
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"figure": value}
+    if isinstance(value, dict) and set(value) <= set(CLAIM_FIELDS) and "figure" in value:
+        return {k: str(value[k]) for k in CLAIM_FIELDS if k in value}
+    raise UserError(f"{path}: CLAIM={value!r}; write {allowed}")
+
+
+def _sweep(tree: ast.Module, path: Path) -> tuple[str, ...]:
+    allowed = 'a tuple of knob settings such as ("rank=4", "rank=16")'
+    value = _constant(tree, "SWEEP", path, allowed)
+    if value is None:
+        return ()
+    if isinstance(value, tuple | list) and value and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    raise UserError(f"{path}: SWEEP={value!r}; write {allowed}")
 
 
 def claim_text(claim: dict[str, str]) -> str:

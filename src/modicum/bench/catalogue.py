@@ -11,7 +11,7 @@ from pathlib import Path
 
 from modicum.bench import record
 from modicum.bench.card import Card, claim_text
-from modicum.bench.figures import cell, measured_text, rows_of
+from modicum.bench.figures import cell, measured_text, of_method, rows_of
 from modicum.bench.pages import NOTE, index, own_methods, port_files
 from modicum.core import registry
 from modicum.core.errors import UserError
@@ -70,10 +70,9 @@ def table(evidence: Path) -> str:
         for i, (key, card) in enumerate(own_methods(info.name).items()):
             n_methods += 1
             port = f"[{info.name}](docs/ports/{info.name}.md)" if i == 0 else ""
-            figure = "—"
-            if key in measured:
-                row, run = measured[key]
-                figure = measured_text(row, run[-1].axes)
+            shown = [("" if row.choice == key else f"`{row.choice}`: ") + measured_text(row)
+                     for row, _ in of_method(measured, key)]
+            figure = "<br>".join(shown) or "—"
             cells = (port, f"**{key}**" if key == info.baseline else key, cell(card.summary), _paper(card),
                      figure, cell(claim_text(card.claim)) or "—")
             lines.append("| " + " | ".join(cells) + " |")

@@ -23,7 +23,8 @@ def rows_of(found: list[Record]) -> dict[str, tuple[Row, list[Record]]]:
         runs = [r.run for r in found if r.choice == choice and r.run in based]
         if runs:
             members = [r for r in found if r.run == runs[-1]]
-            rows[choice] = (next(row for row in stats.compare(members) if row.choice == choice), members)
+            found_rows = [row for part in stats.compare(members) for row in part if row.choice == choice]
+            rows[choice] = (found_rows[0], members)
     return rows
 
 
@@ -36,9 +37,15 @@ def main_run(found: list[Record], info: PortInfo) -> list[Record]:
     return max(fit, key=lambda r: (len({e.choice for e in r}), r[-1].time), default=[])
 
 
-def measured_text(row: Row, axes: dict[str, Any]) -> str:
+def of_method(rows: dict[str, tuple[Row, list[Record]]], key: str) -> list[tuple[Row, list[Record]]]:
+    """A method's figures, those with default knobs first."""
+    own = [found for found in rows.values() if found[0].method == key]
+    return sorted(own, key=lambda found: found[0].choice != key)
+
+
+def measured_text(row: Row) -> str:
     """`bits per byte 2.31 ± 0.01, −3.1% [−5%, −1.2%]; state bytes 12.0 MiB, ×0.5`."""
-    quality, cost = axes["quality"], axes["cost"]
+    quality, cost = row.axes["quality"], row.axes["cost"]
     text = f"{words(quality['metric'])} {spread_text(row.quality, quality['unit'])}"
     if change := change_text(row):
         text += f", {change}"

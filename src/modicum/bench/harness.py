@@ -8,6 +8,8 @@ A port's bench, `bench/ports/PORT.py`, holds
     QUICK = Scale(...)                   seconds instead of minutes
     def measure(choice, seed, settings) -> Measurement
 
+    def axes_of(choice) -> Axes          only where methods of one port are judged on different axes
+
 `measure` runs one method once. All of its randomness comes from `seed`, so that two methods at one seed
 see the same data in the same order from the same start; differences are then taken pair by pair.
 """
@@ -89,6 +91,7 @@ class Bench:
     scale: type
     quick: Any
     limits: frozenset[str]
+    axes_of: Callable[[Choice], Axes]
     measure: Callable[[Choice, int, Settings], Measurement]
     module: ModuleType
 
@@ -113,6 +116,7 @@ def load(port: str) -> Bench:
         module.Scale,
         module.QUICK,
         frozenset(getattr(module, "LIMITS", ())),
+        getattr(module, "axes_of", lambda choice: module.AXES),
         module.measure,
         module,
     )
@@ -137,11 +141,16 @@ def check_budget(bench: Bench, budget: Budget) -> dict[str, float]:
 
 
 def pick(port: str, given: list[str]) -> list[Choice]:
-    """Choices to measure: the baseline first, then those given, or every method of the port."""
+    """Choices to measure: the baseline first, then those given, or every method of the port.
+
+    A method whose paper's defaults say nothing at a bench's size names its own settings in a module
+    constant, `SWEEP = ("window=64", "window=256")`; they are measured when the port is measured as a whole.
+    """
     baseline = registry.port(port).baseline
-    choices = (
-        [Choice.parse(port, g) for g in given] if given else [Choice(port, k) for k in registry.methods(port)]
-    )
+    if not given:
+        for key, info in registry.methods(port).items():
+            given = given + ([f"{key}:{knobs}" for knobs in read_card(info).sweep] or [key])
+    choices = [Choice.parse(port, g) for g in given]
     for choice in choices:
         choice.config()  # a wrong knob is refused before anything is measured
     if Choice(port, baseline) not in choices:
@@ -198,6 +207,8 @@ def run(
     outcome = Outcome(identity, [], {})
     todo = [(seed, choice) for seed in seeds for choice in choices]
     claims = {c.method: read_card(registry.methods(bench.port)[c.method]).claim for c in choices}
+    if progress:
+        progress.resume_at(sum((str(choice), seed) in known for seed, choice in todo))
     for seed, choice in todo:
         label = str(choice)
         if label in outcome.failures:
@@ -205,8 +216,6 @@ def run(
         if (label, seed) in known:
             outcome.records.append(known[label, seed])
             outcome.skipped += 1
-            if progress:
-                progress.resume_at(progress.done + 1)
             continue
         if progress:
             progress.update(0, method=label, seed=seed)
@@ -237,7 +246,7 @@ def run(
             seconds=made.cost.seconds,
             peak_bytes=made.cost.peak_bytes,
             flops=made.cost.flops,
-            axes=asdict(bench.axes),
+            axes=asdict(bench.axes_of(choice)),
             machine=machine,
             versions=records.versions(),
             commit=records.commit(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from modicum.bench import plots, record, stats
 from modicum.bench.card import Card, claim_text, port_text, read_card
@@ -40,34 +39,34 @@ def port_files(info: PortInfo, place: Path, evidence: Path) -> dict[Path, str]:
              f"modicum bench {info.name}", f"modicum check {info.name}", f"modicum new {info.name} my-method",
              "```", "", "## What it asks of a method", "", "```python", port_text(info).strip(), "```", "",
              "## Measured", ""]
-    measured, picture = _measured(info, evidence)
+    measured, pictures = _measured(info, evidence)
     lines += [*measured, "## Methods", ""]
     for key, card in cards.items():
         lines += [f"### {key}" + (" (baseline)" if key == info.baseline else ""), "", *_card(card)]
     files = {place / f"{info.name}.md": "\n".join(lines).rstrip() + "\n"}
-    if picture:
-        files[place / "plots" / f"{info.name}.svg"] = picture
-    return files
+    return files | {place / "plots" / name: svg for name, svg in pictures.items()}
 
 
-def _measured(info: PortInfo, evidence: Path) -> tuple[list[str], str]:
-    """Lines of the section, and the plot's SVG ("" without evidence)."""
+def _measured(info: PortInfo, evidence: Path) -> tuple[list[str], dict[str, str]]:
+    """Lines of the section, and the SVG of each plot by its file's name (none without evidence)."""
     found = record.read(evidence / f"{info.name}.jsonl")
     run = main_run(found, info)
     if not run:
-        return [f"Nothing yet; type `modicum bench {info.name}`.", ""], ""
-    rows, axes = stats.compare(run), run[-1].axes
-    lines = [f"![quality against cost](plots/{info.name}.svg)", "", setting_text(run), "",
-             *_table(rows, axes), ""]
+        return [f"Nothing yet; type `modicum bench {info.name}`.", ""], {}
+    lines, pictures = [setting_text(run), ""], {}
+    for i, rows in enumerate(stats.compare(run)):
+        name = f"{info.name}.svg" if i == 0 else f"{info.name}-{i + 1}.svg"
+        pictures[name] = plots.svg(info.name, rows)
+        lines += [f"![{words(rows[0].axes['quality']['metric'])} against {words(rows[0].axes['cost']['metric'])}]"
+                  f"(plots/{name})", "", *_table(rows), ""]
     for choice, (row, members) in rows_of(found).items():
         if members[-1].run != run[-1].run:
-            lines += [f"`{choice}`, in another run: {measured_text(row, members[-1].axes)}. "
-                      f"{setting_text(members)}", ""]
-    return lines, plots.svg(info.name, rows, axes)
+            lines += [f"`{choice}`, in another run: {measured_text(row)}. {setting_text(members)}", ""]
+    return lines, pictures
 
 
-def _table(rows: list[Row], axes: dict[str, Any]) -> list[str]:
-    quality, cost = axes["quality"], axes["cost"]
+def _table(rows: list[Row]) -> list[str]:
+    quality, cost = rows[0].axes["quality"], rows[0].axes["cost"]
     shown = (quality["metric"], cost["metric"], "peak_bytes", "flops")
     names = [n for n in rows[0].metrics if n not in shown]
     heads = ["method", words(quality["metric"]), "change [95%]", words(cost["metric"]), "cost ratio",

@@ -28,8 +28,9 @@ COLOURS = (
 )
 
 
-def front(rows: list[Row], axes: dict[str, Any]) -> list[Row]:
+def front(rows: list[Row]) -> list[Row]:
     """Rows that no other row beats on one axis without losing on the other, by rising cost."""
+    axes = rows[0].axes
     sign = {name: 1 if axis["better"] == "lower" else -1 for name, axis in axes.items()}
     best, kept = math.inf, []
     for row in sorted(rows, key=lambda r: (sign["cost"] * r.cost.mean, sign["quality"] * r.quality.mean)):
@@ -44,12 +45,12 @@ def axis_title(axis: dict[str, str]) -> str:
     return f"{axis['metric'].replace('_', ' ')}{unit}, {axis['better']} is better"
 
 
-def figure(port: str, rows: list[Row], axes: dict[str, Any]) -> Any:
+def figure(port: str, rows: list[Row]) -> Any:
     """The plotly figure of a comparison."""
     import plotly.graph_objects as go
 
-    drawing = go.Figure()
-    line = front(rows, axes)
+    drawing, axes = go.Figure(), rows[0].axes
+    line = front(rows)
     if len(line) > 1:
         drawing.add_trace(
             go.Scatter(
@@ -96,25 +97,20 @@ def figure(port: str, rows: list[Row], axes: dict[str, Any]) -> Any:
     return drawing
 
 
-def write_page(path: Path, port: str, rows: list[Row], axes: dict[str, Any]) -> None:
-    """A self-contained page: it opens without network."""
+def write_page(path: Path, port: str, parts: list[list[Row]]) -> None:
+    """A self-contained page with one figure for each pair of axes: it opens without network."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = figure(port, rows, axes).to_html(
-        include_plotlyjs=True, full_html=True, config={"responsive": True, "displaylogo": False}
-    )
-    write_text(
-        path,
-        page.replace(
-            "<head>",
-            '<head><meta name="viewport" content="width=device-width">'
-            f"<title>modicum bench {html.escape(port)}</title>",
-            1,
-        ),
-    )
+    figures = [figure(port, rows).to_html(include_plotlyjs=i == 0, full_html=False,
+                                          config={"responsive": True, "displaylogo": False})
+               for i, rows in enumerate(parts)]
+    write_text(path, '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+                     '<meta name="viewport" content="width=device-width">'
+                     f"<title>modicum bench {html.escape(port)}</title></head><body>{''.join(figures)}</body></html>")
 
 
-def svg(port: str, rows: list[Row], axes: dict[str, Any], width: int = 640, height: int = 360) -> str:
+def svg(port: str, rows: list[Row], width: int = 640, height: int = 360) -> str:
     """The same picture without a script, the same bytes for the same rows."""
+    axes = rows[0].axes
     left, right, top, bottom = 80, 24, 28, 52
     xs, ys = _range([r.cost for r in rows]), _range([r.quality for r in rows])
 
@@ -137,7 +133,7 @@ def svg(port: str, rows: list[Row], axes: dict[str, Any], width: int = 640, heig
             f'<text x="{x(xv):.1f}" y="{height - bottom + 18}" text-anchor="middle" fill="#475569">'
             f"{_tick(xv, axes['cost'])}</text>"
         )
-    line = front(rows, axes)
+    line = front(rows)
     if len(line) > 1:
         points = " ".join(f"{x(r.cost.mean):.1f},{y(r.quality.mean):.1f}" for r in line)
         parts.append(f'<polyline points="{points}" fill="none" stroke="#94a3b8" stroke-dasharray="3 4"/>')

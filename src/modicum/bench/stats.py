@@ -6,6 +6,7 @@ share. With n paired differences d, the interval is Student's: mean(d) +- t(n-1,
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from dataclasses import asdict, dataclass
@@ -54,6 +55,7 @@ class Row:
     method: str
     choice: str
     is_baseline: bool
+    axes: dict[str, dict[str, str]]
     quality: Spread
     cost: Spread
     seconds: Spread
@@ -84,18 +86,28 @@ def paired(method: dict[int, float], baseline: dict[int, float]) -> Difference |
     return Difference(mean, mean - half, mean + half, n)
 
 
-def latest_run(records: list[Record], method: str) -> str | None:
-    """The newest run that measured `method` together with its baseline (default knobs or not)."""
-    for record in reversed(records):
-        if record.method == method and any(r.run == record.run and r.method == r.baseline for r in records):
-            return record.run
-    return None
+def facets(records: list[Record]) -> list[list[Record]]:
+    """Records of one run parted by the axes they are judged on, each part with the baseline beside it.
+
+    Most ports have one pair of axes; where a port's methods save different things (an adapter trainable
+    parameters, a quantiser stored bytes), the baseline stands in every part.
+    """
+    parts: dict[str, list[Record]] = {}
+    for record in records:
+        parts.setdefault(repr(record.axes), []).append(record)
+    if len(parts) < 2:
+        return list(parts.values())
+    base = [r for r in records if r.choice == r.baseline]
+    others = [[r for r in part if r.choice != r.baseline] for part in parts.values()]
+    return [[dataclasses.replace(b, axes=part[0].axes) for b in base] + part for part in others if part]
 
 
-def compare(records: list[Record]) -> list[Row]:
-    """Rows for records of one run, the baseline first, then in order of measurement."""
-    if not records:
-        return []
+def compare(records: list[Record]) -> list[list[Row]]:
+    """Rows for records of one run, parted by `facets`; the baseline first, then in order of measurement."""
+    return [_rows(part) for part in facets(records)]
+
+
+def _rows(records: list[Record]) -> list[Row]:
     axes, baseline = records[-1].axes, records[-1].baseline
     quality, cost, better = axes["quality"]["metric"], axes["cost"]["metric"], axes["quality"]["better"]
     groups: dict[str, list[Record]] = {}
@@ -119,6 +131,7 @@ def compare(records: list[Record]) -> list[Row]:
                 group[0].method,
                 choice,
                 is_baseline,
+                axes,
                 spread[quality],
                 spread[cost],
                 spread["seconds"],

@@ -1,0 +1,1 @@
+"""One file per port: what one measurement of its methods is. See `modicum.bench.harness`."""
