@@ -287,7 +287,7 @@ def pydoc(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
     """pydoc_data/topics.py: the language reference's topics, one document each."""
     from modicum.data.python_source import topics
     for topic, content in topics(Path(path).read_text(encoding="utf-8")):
-        yield Document(f"{id_}#{topic}", content, "prose", id_, {"title": topic})
+        yield Document(f"{id_}#{topic}", content, "prose", id_, {"title": topic, "kind": "reference"})
 
 
 READERS: dict[str, Reader] = {"text": text, "markdown": markdown, "html": html, "code": code, "jsonl": jsonl,

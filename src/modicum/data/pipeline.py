@@ -57,8 +57,8 @@ class Book:
         self.stats.update(other["stats"])
 
     def as_dict(self) -> dict[str, Any]:
-        return vars(self) | {"drops": dict(sorted(self.drops.items())), "stats": dict(sorted(self.stats.items())),
-                             "seconds": round(self.seconds, 4)}
+        return vars(self) | {"drops": dict(sorted(self.drops.items())), "seconds": round(self.seconds, 4),
+                             "stats": dict(sorted(self.stats.items()))}
 
 
 class _Feed:
@@ -110,7 +110,8 @@ def stage(step: Step, items: Iterator[Document], book: Book, drops: list[str]) -
 
 def drop_line(id_: str, step: str, reason: str, detail: str) -> str:
     """One line of drops.jsonl."""
-    return json.dumps({"id": id_, "step": step, "reason": reason, "detail": detail}, ensure_ascii=False) + "\n"
+    line = {"id": id_, "step": step, "reason": reason, "detail": detail}
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def group_units(units: Sequence[Unit], most_bytes: int, most_units: int = 2000) -> list[list[Unit]]:
@@ -256,7 +257,7 @@ def finished(stem: Path) -> dict[str, Any] | None:
 
 
 def load_figures(stems: Sequence[Path], name: str, file: Path | None = None) -> np.ndarray:
-    """One figure of all documents, in the order of parts and rows; kept in `file` (mapped) if one is given."""
+    """One figure of all documents, in the order of parts and rows; mapped from `file` if one is given."""
     def arrays() -> Iterator[np.ndarray]:
         for stem in stems:
             with np.load(stem.with_suffix(".npz"), allow_pickle=False) as stored:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from modicum.core.errors import CorruptError, MissingExtra, ModicumError, UserError, unknown
+from modicum.core.errors import CorruptError, ModicumError, UserError, unknown
 
 ENGINES = ("local", "ray")
 _KINDS = {"UserError": UserError, "CorruptError": CorruptError, "MissingExtra": UserError,

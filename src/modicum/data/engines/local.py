@@ -79,7 +79,7 @@ class Local:
                     return
                 replies.put((i, json.loads(line)))
 
-        threads = [threading.Thread(target=serve, args=(w,), daemon=True, name="engine") for w in self.workers]
+        threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in self.workers]
         for thread in threads:
             thread.start()
         try:

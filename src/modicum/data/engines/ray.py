@@ -38,7 +38,9 @@ class Ray:
         self._mine = not ray.is_initialized()
         if self._mine:
             paths = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
-            local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": self.processes, "include_dashboard": False}
+            local: dict[str, Any] = {"num_cpus": self.processes, "include_dashboard": False}
+            if os.environ.get("RAY_ADDRESS"):
+                local = {}   # a running cluster has its own
             ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR,
                      runtime_env=paths, **local)
         context = ray.data.DataContext.get_current()

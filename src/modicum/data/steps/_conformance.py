@@ -12,7 +12,7 @@ from modicum.data.document import Document, Drop
 from modicum.data.steps import Context, Step
 
 _WORDS = ["budget", "model", "token", "layer", "index", "the", "of", "and", "to", "cache", "loss", "data",
-          "word", "with", "page", "text", "rank", "that", "seed", "have", "step", "batch", "key", "value", "head"]
+          "word", "with", "page", "text", "rank", "that", "seed", "have", "step", "batch", "key", "value"]
 
 
 def toy_documents() -> list[Document]:

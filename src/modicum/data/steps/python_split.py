@@ -2,9 +2,9 @@
 
     document -> document#prose (domain "prose")  +  document#code (domain "code")
 
-Language and code can then be weighed, filtered and evaluated apart. Every docstring stands under the
-qualified signature it documents; comment blocks of three lines or more count as language if they read
-like it. Nothing is in both. Other languages and files that this Python cannot parse pass as they are.
+Language and code can then be weighed, filtered and evaluated apart. Every docstring stands under a
+heading with the qualified signature it documents; comment blocks of three lines or more count as
+language if they read like it. Nothing is in both. Other languages and files that this Python cannot parse pass as they are.
 Not from a paper; the separation of docstring and body follows CodeSearchNet (Husain et al. 2019,
 arXiv:1909.09436), which pairs them instead.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from modicum.data.document import Document, Drop
-from modicum.data.python_source import split
+from modicum.data.python_source import DOC_FORMAT, split
 from modicum.data.steps import Step
 
 
@@ -37,7 +37,8 @@ class PythonSplit(Step):
             if len(text.strip()) >= self.config.min_characters:
                 meta = document.meta | {"part_of": document.origin}
                 if domain == "prose":
-                    meta = {k: v for k, v in meta.items() if k != "language"} | {"title": document.source}
+                    del meta["language"]
+                    meta |= {"format": DOC_FORMAT, "kind": "reference"}
                 yield Document(name, text, domain, document.source, meta)
             elif text.strip():
                 yield Drop(name, "too-short", f"{len(text)} characters")

@@ -17,7 +17,8 @@ Departs from Gopher: the commonest words of several languages count, not of Engl
 length and letters rest where much is Han or kana, which need no spaces, and the one on common words
 wherever most letters are not Latin;
 repetition is only judged from `repetition_words` words on, because in short texts a single repeated
-phrase exceeds the bounds.
+phrase exceeds the bounds; reference documentation (meta kind "reference", such as docstrings) repeats
+itself by nature and is short, so that for it the bounds on repetition rest and `reference_words` do.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Config:
     min_words: int = 50
     max_words: int = 100_000
     stop_words: int = 2
+    reference_words: int = 10
     repetition: bool = True
     repetition_words: int = 200
     max_line: int = 1000       # code: characters
@@ -67,11 +69,12 @@ class Quality(Step):
     config: Config
 
     def each(self, document: Document) -> Iterable[Document | Drop]:
-        reasons = self._code(document.text) if document.domain == "code" else self._prose(document.text)
-        for reason, detail in reasons:
-            yield Drop(document.id, reason, detail)
-            return
-        yield document
+        if document.domain == "code":
+            reasons = self._code(document.text)
+        else:
+            reasons = self._prose(document.text, document.meta.get("kind") == "reference")
+        first = next(reasons, None)
+        yield Drop(document.id, *first) if first else document
 
     def _code(self, text: str) -> Iterator[tuple[str, str]]:
         lines = text.split("\n")
@@ -87,13 +90,13 @@ class Quality(Step):
         if self.config.generated and (match := _GENERATED.search("\n".join(lines[:10]))):
             yield "generated", match[0]
 
-    def _prose(self, text: str) -> Iterator[tuple[str, str]]:
+    def _prose(self, text: str, reference: bool) -> Iterator[tuple[str, str]]:
         config = self.config
         hashes, letters = word_hashes(text)
         words = text.split()
         unspaced = len(_UNSPACED.findall(text)) > 0.3 * sum(map(len, words))
         count = len(hashes) if unspaced else len(words)
-        if count < config.min_words:
+        if count < (config.reference_words if reference else config.min_words):
             yield "too-short", f"{count} words"
         if count > config.max_words:
             yield "too-long", f"{count} words"
@@ -109,6 +112,8 @@ class Quality(Step):
                 most = max(len(seen & common) for common in COMMON.values())
                 if most < config.stop_words:
                     yield "few-stop-words", f"{most} of the commonest words"
+        if reference:
+            return
         symbols = (text.count("#") + text.count("...") + text.count("…")) / max(count, 1)
         if symbols > 0.1:
             yield "symbols", f"{symbols:.2f} # or ellipses a word"

@@ -1,0 +1,58 @@
+"""Turn text into a deduplicated, filtered, tokenized corpus in one folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def curate(
+    sources: Annotated[list[str], typer.Argument(
+        metavar="SOURCE...", help="Folders, files, hub:NAME, or `python`: its own documentation.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    steps: Annotated[str | None, typer.Option(
+        help="Steps between spaces, with knobs, such as 'normalise minhash:threshold=0.7'. "
+             "See: modicum ls step")] = None,
+    vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer that is trained.")] = 8192,
+    tokenizer: Annotated[str | None, typer.Option(
+        help="Folder of an existing tokenizer (a model's) to use instead.")] = None,
+    heldout: Annotated[float, typer.Option(help="Share of the text no model is trained on.")] = 0.02,
+    limit: Annotated[str | None, typer.Option(help="Read about so much of each source, such as 10MB.")] = None,
+    text_field: Annotated[str, typer.Option(help="Where JSONL and Parquet keep their text.")] = "text",
+    engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
+    processes: Annotated[int | None, typer.Option(help="Worker processes; all cores if left out.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the books as JSON.")] = False,
+) -> None:
+    """Read, normalise, filter, deduplicate, hold some out, train a tokenizer, write token shards.
+
+    The same command goes on after an interruption, and answers at once when all is done.
+    """
+    from modicum.budget import units
+    from modicum.core.events import Events
+    from modicum.data.curate import STEPS, CurateConfig
+    from modicum.data.curate import curate as run
+    from modicum.data.readers import ReadConfig
+    most = None if limit is None else int(units.parse(limit, "bytes"))
+    config = CurateConfig(steps=STEPS if steps is None else steps.split(), vocab_size=vocab_size,
+                          tokenizer=tokenizer, heldout=heldout,
+                          read=ReadConfig(limit_bytes=most, text_field=text_field))
+    curation = run(sources, out, config, engine=engine, processes=processes, events=Events(stage="curate"))
+    books = curation.books
+    if as_json:
+        print(json.dumps(books, indent=2, ensure_ascii=False))
+        return
+    size = units.bytes_text
+    print(f"\n{'step':<14}{'documents':>19}{'text':>26}{'seconds':>9}   dropped")
+    for book in books["steps"]:
+        drops = ", ".join(f"{r} {n}" for r, n in sorted(book["drops"].items(), key=lambda item: -item[1]))
+        print(f"{book['step']:<14}{book['documents_in']:>8} -> {book['documents_out']:>7}"
+              f"{size(book['bytes_in']):>12} -> {size(book['bytes_out']):>10}{book['seconds']:>9.1f}   {drops}")
+    for split, counts in books["splits"].items():
+        domains = ", ".join(f"{name} {entry['tokens']}" for name, entry in counts["domains"].items())
+        print(f"{split}: {counts['documents']} documents, {size(counts['bytes'])}, {counts['tokens']} tokens"
+              + (f" ({domains})" if domains else ""))
+    print(f"{out}: tokenizer of {books['tokenizer']['vocab_size']}, {books['seconds']:.1f} s; "
+          f"every dropped document and its reason: {out / 'drops.jsonl'}")

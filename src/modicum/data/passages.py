@@ -1,0 +1,165 @@
+"""Passages for retrieval: pieces of documents that can be read by themselves.
+
+Python gives one passage for each documented function, class and module; text with headings one for each
+section; other text runs of paragraphs. Longer ones are cut at paragraphs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from modicum.data.document import Document
+from modicum.data.python_source import DOC_FORMAT, first_sentence, functions
+
+WORDS = 200   # a passage is cut where it has more
+LEAST = 5     # and left out where it has fewer
+_MARKDOWN_HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*\s*$")
+_UNDERLINE = re.compile(r"^([=\-~^*+\"'`#])\1{2,}\s*$")
+_FENCE = re.compile(r"^\s*(```|~~~)")
+_SPACE = re.compile(r"\n\s*\n")
+
+
+@dataclass(frozen=True)
+class DocumentPassage:
+    """text: what is indexed and shown, its title included. summary: the content's first sentence, "" where
+    it is not one or nothing follows it; body_without_summary: the title and the rest, so that a search for
+    the summary has to find the passage by other words."""
+
+    id: str
+    text: str
+    source: str
+    title: str
+    summary: str = ""
+    body_without_summary: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with the text under it, down to the next heading. path: the headings it stands under."""
+
+    heading: str
+    path: tuple[str, ...]
+    body: str
+
+
+def passages(documents: Iterable[Document] | Document, words: int = WORDS) -> Iterator[DocumentPassage]:
+    """Passages of at most about `words` words; ids are unique within a document."""
+    for document in [documents] if isinstance(documents, Document) else documents:
+        seen: Counter[str] = Counter()
+        for passage in _of(document, words):
+            seen[passage.id] += 1
+            again = seen[passage.id]
+            yield passage if again == 1 else replace(passage, id=f"{passage.id}~{again}")
+
+
+def is_python(document: Document) -> bool:
+    """Whether `functions` can read it: Python source, or the language taken out of it."""
+    return document.meta.get("format") == DOC_FORMAT or document.meta.get("language") == "python"
+
+
+def _of(document: Document, words: int) -> Iterator[DocumentPassage]:
+    source = document.source or document.id
+    if is_python(document):
+        for f in functions(document):
+            shown = f.signature if f.kind == "module" else _qualified(f.name, f.signature)
+            yield from _cut(f"{source}::{f.name}", shown, f.name, f.doc, source, words)
+    elif document.domain == "code":
+        blocks = re.split(r"\n(?=\S)", document.text)
+        for n, block in enumerate(_pack(blocks, words, "\n")):
+            if len(block.split()) >= LEAST:
+                yield DocumentPassage(f"{document.id}@{n}", f"{source}\n\n{block}", source, source)
+    else:
+        for n, section in enumerate(sections(document)):
+            title = " > ".join(section.path)
+            yield from _cut(f"{document.id}@{n}", title, title or source, section.body, source, words)
+
+
+def _qualified(name: str, signature: str) -> str:
+    """`loads(s)` of json.loads -> `json.loads(s)`; `class A(B)` of m.A -> `class m.A(B)`."""
+    own = name.rpartition(".")[2]
+    prefix = "class " if signature.startswith("class ") else ""
+    return prefix + name + signature.removeprefix(prefix).removeprefix(own)
+
+
+def _cut(id_: str, shown: str, title: str, body: str, source: str, words: int) -> Iterator[DocumentPassage]:
+    chunks = [c for c in _pack(_SPACE.split(body), words, "\n\n") if c.strip()]
+    for n, chunk in enumerate(chunks):
+        if len(chunk.split()) < LEAST and (len(chunks) > 1 or not shown):
+            continue
+        summary, rest = first_sentence(chunk) if n == 0 else ("", "")
+        head = f"{shown}\n\n" if shown else ""
+        if len(summary.split()) < 4 or not rest:
+            summary = rest = ""
+        yield DocumentPassage(id_ if n == 0 else f"{id_}+{n}", head + chunk, source, title, summary,
+                              head + rest if summary else "")
+
+
+def _pack(blocks: Iterable[str], words: int, joint: str) -> Iterator[str]:
+    """Consecutive blocks joined while they stay within `words`; a larger block is cut at words."""
+    held: list[str] = []
+    count = 0
+    for block in blocks:
+        size = len(block.split())
+        if held and count + size > words:
+            yield joint.join(held)
+            held, count = [], 0
+        while size > 2 * words:
+            end = [m.end() for m in re.finditer(r"\S+", block)][words - 1]
+            yield block[:end]
+            block = block[end:]
+            size = len(block.split())
+        held.append(block)
+        count += size
+    if held:
+        yield joint.join(held)
+
+
+def sections(document: Document) -> Iterator[Section]:
+    """The sections of a text: Markdown headings (`#`), or lines underlined as in reStructuredText.
+
+    A text without headings is one section under its title, or under none.
+    """
+    title = str(document.meta.get("title") or "")
+    markdown = document.meta.get("format") == "markdown"
+    stack: list[tuple[int, str]] = []
+    levels: dict[str, int] = {}
+    body: list[str] = []
+    lines = document.text.splitlines()
+    fenced, k = False, 0
+
+    def section() -> Iterator[Section]:
+        text = "\n".join(body).strip("\n")
+        if text.strip():
+            path = tuple(heading for _, heading in stack)
+            path = path if not title or path[:1] == (title,) else (title, *path)
+            yield Section(path[-1] if path else "", path, text)
+
+    while k < len(lines):
+        line = lines[k]
+        level, heading = 0, ""
+        if _FENCE.match(line):
+            fenced = not fenced
+        elif markdown and not fenced and (match := _MARKDOWN_HEADING.match(line)):
+            level, heading = len(match[1]), match[2]
+        elif not fenced and k + 1 < len(lines) and _is_title(line, lines[k + 1]):
+            mark = lines[k + 1][0]
+            level, heading = levels.setdefault(mark, len(levels) + 1), line.strip()
+            k += 1
+        if level:
+            yield from section()
+            body = []
+            while stack and stack[-1][0] >= level:
+                stack.pop()
+            stack.append((level, heading))
+        else:
+            body.append(line)
+        k += 1
+    yield from section()
+
+
+def _is_title(line: str, under: str) -> bool:
+    return (bool(_UNDERLINE.match(under)) and 0 < len(line.strip()) <= len(under.rstrip()) + 1
+            and not line.startswith((" ", "\t")) and any(map(str.isalpha, line)))

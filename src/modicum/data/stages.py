@@ -1,0 +1,259 @@
+"""The stages of a curation, one after another; each finds what an earlier run of the same finished."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modicum.core import registry
+from modicum.core.choice import Choice
+from modicum.core.errors import UserError
+from modicum.core.events import Events
+from modicum.core.files import atomic_file, read_json, write_json
+from modicum.data import engines, pipeline
+from modicum.data.document import document_files, read_parquet, write_documents
+from modicum.data.readers import Unit
+from modicum.data.shards import write_manifest, write_part
+from modicum.data.split import heldout_rows
+from modicum.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from modicum.data.curate import CurateConfig
+
+SPLITS = ("train", "heldout")
+LEAST_GROUP, LARGEST_GROUP = 4 << 20, 256 << 20   # bytes; about 1024 groups in between
+
+
+class Run:
+    """One curation of `units` into `folder`, with its markers in `work`. own: a given tokenizer."""
+
+    def __init__(self, units: list[Unit], folder: Path, work: Path, config: CurateConfig, *,
+                 choices: list[Choice], own: Tokenizer | None, events: Events, machine: engines.Engine,
+                 sources: Sequence[str]):
+        self.units, self.folder, self.work, self.config = units, folder, work, config
+        self.choices, self.own, self.events = choices, own, events
+        self.machine, self.sources = machine, sources
+        self.books: list[pipeline.Book] = []
+        self.drop_files: list[Path] = []
+        self.start = time.monotonic()
+
+    def all(self) -> dict[str, Any]:
+        """Every stage; gives the books."""
+        total = sum(u.nbytes for u in self.units)
+        size = min(max(total // 1024, LEAST_GROUP), LARGEST_GROUP)
+        stems = self._clean(pipeline.group_units(self.units, size))
+        heldout = self._split(stems)
+        tokenizer = self._tokenizer(stems, heldout)
+        manifests = self._tokenize(tokenizer)
+        return self._books(tokenizer, manifests)
+
+    def _tasks(self, label: str, function: str, tasks: list[dict[str, Any]], weights: Sequence[float],
+               unit: str = "B") -> list[dict[str, Any]]:
+        """Results of tasks, those with a marker (`stem`.json) read from it."""
+        results: list[dict[str, Any] | None] = [pipeline.finished(Path(t["stem"])) for t in tasks]
+        todo = [i for i, result in enumerate(results) if result is None]
+        with self.events.progress(label, sum(weights) or None, unit) as progress:
+            progress.resume_at(sum(w for w, r in zip(weights, results, strict=True) if r is not None))
+            for k, result in self.machine.run(function, [tasks[i] for i in todo]):
+                results[todo[k]] = result
+                progress.update(weights[todo[k]])
+        return [r for r in results if r is not None]
+
+    def _clean(self, groups: list[list[Unit]]) -> list[Path]:
+        """Every pass over every group. Gives the last pass's parts."""
+        plan = pipeline.passes(self.choices)
+        before: list[Path] = []
+        decisions: list[Path] = []
+        weights = [float(sum(u.nbytes for u in g)) for g in groups]
+        for number, (line, corpus) in enumerate(plan):
+            place = self.work / f"pass-{number}"
+            place.mkdir(exist_ok=True)
+            stems = [place / f"part-{g:05d}" for g in range(len(groups))]
+            tasks = []
+            for g, stem in enumerate(stems):
+                task: dict[str, Any] = {"stem": str(stem.resolve()), "seed": self.config.seed,
+                                        "steps": [_choice(c) for c in line],
+                                        "signature": _choice(corpus) if corpus else None}
+                if number == 0:
+                    task |= {"units": [u.as_dict() for u in groups[g]], "read": asdict(self.config.read)}
+                else:
+                    task |= {"input": f"{before[g].resolve()}.parquet", "decisions": str(decisions[g])}
+                tasks.append(task)
+            what = ", ".join(["read"] * (number == 0) + [c.method for c in line]
+                             + ([f"{corpus.method} signatures"] if corpus else ["gather"] * (not line)))
+            results = self._tasks(f"curate: {what}", "modicum.data.pipeline:run_group", tasks, weights)
+            books: dict[int, pipeline.Book] = {}
+            for result in results:
+                for k, book in enumerate(result["books"]):
+                    books.setdefault(k, pipeline.Book(book["step"])).add(book)
+            self.books += books.values()
+            self.drop_files += [s.with_suffix(".drops.jsonl") for s in stems]
+            if corpus:
+                seconds = sum(r["signature_seconds"] for r in results)
+                decisions = self._decide(corpus, stems, place, seconds)
+            before = stems
+        return before
+
+    def _decide(self, choice: Choice, stems: list[Path], place: Path, seconds: float) -> list[Path]:
+        """The corpus step's decision over all parts, as one JSON file for each: {row: [reason, detail]}."""
+        start = time.perf_counter()
+        sizes = pipeline.load_figures(stems, "sizes")
+        paths = [place / f"decisions-{g:05d}.json" for g in range(len(stems))]
+        rows = [len(pipeline.load_figures([s], "sizes")) for s in stems]
+        first = np.cumsum([0, *rows])
+        book = pipeline.Book(choice.method, len(sizes), int(sizes.sum()))
+        if not all(p.exists() for p in paths):
+            step = registry.build("step", choice)
+            drops: dict[int, tuple[str, str]] = {}
+            if len(sizes):
+                signatures = pipeline.load_figures(stems, "signatures", place / "signatures.bin")
+                label = f"curate: {choice.method} decides"
+                with self.events.progress(label, float(len(sizes)), "documents") as progress:
+                    drops = step.decide(signatures, pipeline.Ids(stems))
+                    progress.done = len(sizes)
+                del signatures
+                (place / "signatures.bin").unlink()
+            for g, path in enumerate(paths):
+                write_json(path, {str(i - int(first[g])): list(drops[i]) for i in sorted(drops)
+                                  if first[g] <= i < first[g + 1]})
+        for g, path in enumerate(paths):
+            ids = None
+            lines = []
+            for row, (reason, detail) in read_json(path).items():
+                ids = ids or pipeline.Ids([stems[g]])
+                book.drops[reason] += 1
+                book.bytes_out -= int(sizes[int(first[g]) + int(row)])
+                lines.append(pipeline.drop_line(ids[int(row)], choice.method, reason, detail))
+            with atomic_file(path.with_suffix(".drops.jsonl"), "w") as file:
+                file.writelines(lines)
+            self.drop_files.append(path.with_suffix(".drops.jsonl"))
+        book.documents_out = len(sizes) - sum(book.drops.values())
+        book.bytes_out += book.bytes_in
+        book.seconds = seconds + time.perf_counter() - start
+        self.books.append(book)
+        return [p.resolve() for p in paths]
+
+    def _split(self, stems: list[Path]) -> np.ndarray:
+        """Write documents/{train,heldout}-*.parquet. Gives which documents are held out."""
+        keys, sizes = pipeline.load_figures(stems, "keys"), pipeline.load_figures(stems, "sizes")
+        if len(keys) == 0:
+            reasons = sum((book.drops for book in self.books), Counter[str]())
+            why = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common())
+            shutil.rmtree(self.work, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+            raise UserError(f"nothing is left of {', '.join(self.sources)} to learn from (dropped: {why}); "
+                            "give other files, or fewer --steps")
+        held = heldout_rows(keys, sizes, self.config.heldout, self.config.heldout_bytes)
+        place = self.work / "split"
+        place.mkdir(exist_ok=True)
+        at, tasks, weights = 0, [], []
+        for g, stem in enumerate(stems):
+            n = len(pipeline.load_figures([stem], "sizes"))
+            tasks.append({"input": f"{stem.resolve()}.parquet", "part": g, "out": str(self.folder.resolve()),
+                          "heldout": np.flatnonzero(held[at:at + n]).tolist(),
+                          "stem": str((place / f"part-{g:05d}").resolve())})
+            weights.append(float(sizes[at:at + n].sum()))
+            at += n
+        self._tasks("curate: held-out split", "modicum.data.stages:write_split", tasks, weights)
+        return held
+
+    def _tokenizer(self, stems: list[Path], held: np.ndarray) -> Tokenizer:
+        if self.own is not None:
+            self.own.save(self.folder)
+            return self.own
+        if (self.folder / "tokenizer_config.json").is_file():   # written second
+            return Tokenizer.load(self.folder)
+        keys, sizes = pipeline.load_figures(stems, "keys"), pipeline.load_figures(stems, "sizes")
+        chosen = np.zeros(len(keys), bool)
+        order = np.argsort(keys, kind="stable")[::-1]   # from the other end than the held-out documents
+        order = order[~held[order]]
+        chosen[order[:1 + int(np.searchsorted(np.cumsum(sizes[order]), self.config.tokenizer_bytes))]] = True
+
+        left = self.config.tokenizer_bytes
+        total = float(min(left, int(sizes[chosen].sum())))
+        with self.events.progress("curate: tokenizer", total, "B") as progress:
+            def texts(left: int) -> Iterator[str]:
+                documents = (d for s in stems for d in pipeline.undecided(f"{s}.parquet", None))
+                for document, wanted in zip(documents, chosen, strict=True):
+                    if wanted and left > 0:
+                        text = document.text[:left]
+                        left -= len(text)
+                        yield text
+                        progress.update(len(text))
+
+            tokenizer = Tokenizer.train(texts(left), self.config.vocab_size)
+        tokenizer.save(self.folder)
+        return tokenizer
+
+    def _tokenize(self, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+        manifests = {}
+        for split in SPLITS:
+            place = self.work / f"tokens-{split}"
+            place.mkdir(exist_ok=True)
+            files = document_files(self.folder, split)
+            tasks = [{"input": str(f.resolve()), "part": int(f.stem.split("-")[1]),
+                      "out": str((self.folder / "tokens" / split).resolve()),
+                      "tokenizer": str(self.folder.resolve()),
+                      "stem": str((place / f.stem).resolve())} for f in files]
+            entries = self._tasks(f"curate: tokens, {split}", "modicum.data.stages:tokenize_part", tasks,
+                                  [float(f.stat().st_size) for f in files], "B (packed)")
+            manifests[split] = write_manifest(self.folder / "tokens" / split, [e["domains"] for e in entries],
+                                              tokenizer)
+        return manifests
+
+    def _books(self, tokenizer: Tokenizer, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Gather drops.jsonl; what curation.json says."""
+        with atomic_file(self.folder / "drops.jsonl") as out:
+            for path in self.drop_files:
+                if path.exists():
+                    with open(path, "rb") as file:
+                        shutil.copyfileobj(file, out)
+        splits: dict[str, dict[str, Any]] = {}
+        for split, manifest in manifests.items():
+            domains = {name: {k: v for k, v in entry.items() if k != "shards"}
+                       for name, entry in manifest["domains"].items()}
+            splits[split] = {k: sum(d[k] for d in domains.values()) for k in ("documents", "bytes", "tokens")}
+            splits[split]["domains"] = domains
+        return {"sources": list(self.sources),
+                "steps": [b.as_dict() for b in self.books], "splits": splits,
+                 "heldout": {"by": "hash of document id", "share": self.config.heldout,
+                             "most_bytes": self.config.heldout_bytes},
+                 "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
+                               "trained": self.own is None},
+                 "seconds": round(time.monotonic() - self.start, 3)}
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    return {"method": choice.method} | choice.knobs
+
+
+def write_split(task: dict[str, Any]) -> dict[str, Any]:
+    """One part's documents, by split. A file is absent where a split has none of them."""
+    held = set(task["heldout"])
+    counts = {}
+    for split in SPLITS:
+        chosen = (document for row, document in enumerate(pipeline.undecided(task["input"], None))
+                  if (row in held) == (split == "heldout"))
+        path = Path(task["out"]) / "documents" / f"{split}-{task['part']:05d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        counts[split] = write_documents(path, chosen)
+    write_json(f"{task['stem']}.json", counts)
+    return counts
+
+
+def tokenize_part(task: dict[str, Any]) -> dict[str, Any]:
+    """One file of documents as token shards."""
+    tokenizer = Tokenizer.load(task["tokenizer"])
+    entries = write_part(task["out"], task["part"], read_parquet(task["input"]), tokenizer)
+    result = {"domains": entries}
+    write_json(f"{task['stem']}.json", result)
+    return result
