@@ -15,6 +15,7 @@ from modicum.model.attention import ALL, AttentionPattern
 from modicum.model.attention.causal import Causal
 from modicum.model.attention.sliding import Config as SlidingConfig
 from modicum.model.attention.sliding import Sliding
+from modicum.model.tiled import tiled_attention
 
 
 class Attend(Protocol):
@@ -25,7 +26,7 @@ class Attend(Protocol):
     `next_positions(tokens_BT) -> positions_BT`, which the decoder asks when it is given no positions.
     """
 
-    def __call__(self, layer: int, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, window: int | None,
+    def __call__(self, layer: int, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, /, *, window: int | None,
                  scale: float, softcap: float | None) -> Tensor:
         """Returns out_BHTE."""
         ...
@@ -36,30 +37,34 @@ def pattern_of(window: int | None) -> AttentionPattern:
 
 
 def attention(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, scale: float, softcap: float | None = None,
-              mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """softmax(q k^T * scale + mask) v. `mask` is bool (True: seen) or additive and broadcasts to BHTS.
+              mask: Tensor | None = None, causal: bool = False, window: int | None = None) -> Tensor:
+    """softmax(softcap(q k^T * scale) + mask) v, by the fastest way this machine has.
 
-    `causal` needs no mask and S = T. A softcap is computed in the open (no fused kernel has it).
+    `mask` is bool (True: seen) or additive and broadcasts to BHTS. `causal`: queries are the last T positions and see no
+    key after them; `window`: nor any before the last `window`. Given with a mask, these must be true of it
+    already and merely allow work to be left out. Without a mask, causal needs S = T, and a window causal.
     """
-    groups = q_BHTE.shape[1] // k_BGSE.shape[1]
-    if softcap is None:
-        if groups > 1 and q_BHTE.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
-            # One query: the heads that share a key/value head become its queries, and nothing is copied.
-            B, H, _, E = q_BHTE.shape
-            out = F.scaled_dot_product_attention(q_BHTE.reshape(B, H // groups, groups, E), k_BGSE, v_BGSE,
-                                                 attn_mask=mask, scale=scale)
-            return out.reshape(B, H, 1, E)
-        return F.scaled_dot_product_attention(q_BHTE, k_BGSE, v_BGSE, attn_mask=mask, is_causal=causal, scale=scale,
-                                              enable_gqa=groups > 1)
-    if groups > 1:
-        k_BGSE, v_BGSE = (x.repeat_interleave(groups, dim=1) for x in (k_BGSE, v_BGSE))
-    scores = softcap * torch.tanh(q_BHTE @ k_BGSE.transpose(-1, -2) * (scale / softcap))
-    if causal:
-        T = scores.shape[-1]
-        mask = torch.ones(T, T, dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return scores.float().softmax(-1).to(v_BGSE.dtype) @ v_BGSE
+    groups, T = q_BHTE.shape[1] // k_BGSE.shape[1], q_BHTE.shape[2]
+    if T > 1 or softcap is not None:
+        half = q_BHTE.dtype in (torch.bfloat16, torch.float16)
+        narrow = window is not None and 2 * window < T
+        if softcap is not None or (window is not None and mask is None) or (
+                q_BHTE.device.type == "cpu" and T > 1 and (half or narrow)):
+            return tiled_attention(q_BHTE, k_BGSE, v_BGSE, scale=scale, mask=mask, causal=causal, window=window,
+                                   softcap=softcap)
+    elif groups > 1 and (mask is None or mask.shape[1] == 1):
+        # One query: the heads that share a key/value head become its queries, and nothing is copied.
+        B, H, _, E = q_BHTE.shape
+        out = F.scaled_dot_product_attention(q_BHTE.reshape(B, H // groups, groups, E), k_BGSE, v_BGSE,
+                                             attn_mask=mask, scale=scale)
+        return out.reshape(B, H, 1, E)
+    return F.scaled_dot_product_attention(q_BHTE, k_BGSE, v_BGSE, attn_mask=mask, is_causal=causal and mask is None,
+                                          scale=scale, enable_gqa=groups > 1)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at for free: on the CPU, and not a stand-in without data (as planners use)."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor
 
 
 class DenseAttend:
@@ -74,9 +79,9 @@ class DenseAttend:
     def __init__(self, documents_BT: Tensor | None = None, mask_BT: Tensor | None = None,
                  pattern: AttentionPattern | None = None):
         # A mask costs kernels time, so one that says nothing is dropped (looking is free only on the CPU).
-        if documents_BT is not None and documents_BT.device.type == "cpu" and (documents_BT == documents_BT[:, :1]).all():
+        if documents_BT is not None and _readable(documents_BT) and (documents_BT == documents_BT[:, :1]).all():
             documents_BT = None
-        if mask_BT is not None and mask_BT.device.type == "cpu" and mask_BT.all():
+        if mask_BT is not None and _readable(mask_BT) and mask_BT.all():
             mask_BT = None
         self.documents_BT, self.mask_BT, self.pattern = documents_BT, mask_BT, pattern
         self._masks: dict[int | None, Tensor | None] = {}
@@ -88,7 +93,7 @@ class DenseAttend:
         if window not in self._masks:
             self._masks[window] = self._mask(T, window, q_BHTE)
         mask = self._masks[window]
-        return attention(q_BHTE, k_BGSE, v_BGSE, scale=scale, softcap=softcap, mask=mask, causal=mask is None)
+        return attention(q_BHTE, k_BGSE, v_BGSE, scale=scale, softcap=softcap, mask=mask, causal=True, window=window)
 
     def _mask(self, T: int, window: int | None, like: Tensor) -> Tensor | None:
         """Additive, B1TT or 11TT in the queries' dtype; None when plain causal attention says it all."""

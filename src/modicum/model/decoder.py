@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modicum.model.attend import Attend, DenseAttend
 from modicum.model.config import DecoderConfig, Rope
-from modicum.model.layers import Block, Rotation, make_norm
+from modicum.model.layers import Block, RMSNorm, Rotation, make_norm
 from modicum.model.rope import RopeTable
 
 
@@ -21,10 +21,11 @@ class Decoder(nn.Module):
     """A decoder-only transformer as its config describes it. Made with fresh weights (see `init_weights`).
 
     `checkpoint_layers = True` recomputes each layer in the backward pass instead of keeping its
-    activations. There is no dropout: pretraining passes over its data about once.
+    activations. There is no dropout: pretraining passes over its data about once. `init=False` leaves the
+    weights as allocated, for a caller that fills or only counts them.
     """
 
-    def __init__(self, config: DecoderConfig, generator: torch.Generator | None = None):
+    def __init__(self, config: DecoderConfig, generator: torch.Generator | None = None, *, init: bool = True):
         super().__init__()
         self.config = config
         self.checkpoint_layers = False
@@ -50,7 +51,7 @@ class Decoder(nn.Module):
             self._rope_index.append(None if rope is None else ropes.index(rope))
         with torch.device("cpu"):
             self._ropes = [RopeTable(r, config.head_dim, config.context_length) for r in ropes]
-        if not self.embed.weight.is_meta:
+        if init and not self.embed.weight.is_meta:
             self.init_weights(generator)
 
     @torch.no_grad()
@@ -70,12 +71,10 @@ class Decoder(nn.Module):
                 fresh = torch.empty(module.weight.shape, dtype=torch.float32, device=module.weight.device)
                 nn.init.trunc_normal_(fresh, 0.0, std * scale, -3 * std * scale, 3 * std * scale, generator=generator)
                 module.weight.copy_(fresh)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-            elif getattr(module, "weight", None) is not None:
-                nn.init.constant_(module.weight, 0.0 if getattr(module, "plus_one", False) else 1.0)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | RMSNorm):
+                module.weight.fill_(0.0 if getattr(module, "plus_one", False) else 1.0)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                bias.zero_()
 
     def forward(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None,
                 mask_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
@@ -123,11 +122,16 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return self._first().device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        return self._first().dtype
+
+    def _first(self) -> Tensor:
+        """The embedding, or where a form holds it another weight that stays in the model's dtype."""
+        weight = getattr(self.embed, "weight", None)
+        return weight if isinstance(weight, Tensor) else next(p for p in self.parameters() if p.is_floating_point())
 
 
 def default_positions(tokens_BT: Tensor, documents_BT: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:

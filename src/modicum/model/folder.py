@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modicum.core.errors import CorruptError, UserError, unknown
 from modicum.core.files import atomic_directory
+from modicum.model import form_state
+from modicum.model.attach import forms
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
-from modicum.model.families import expand, families, is_ignored, pack, read_config, stored_shape, unpack, write_config
-from modicum.model.safetensor import SafetensorsFile, write_safetensors
+from modicum.model.families import (
+    Rule,
+    expand,
+    families,
+    is_ignored,
+    pack,
+    read_config,
+    stored_shape,
+    unpack,
+    write_config,
+)
+from modicum.model.safetensor import Item, SafetensorsFile, write_safetensors
 
 DTYPE_NAMES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
                "float16": torch.float16, "fp16": torch.float16, "float64": torch.float64}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")
+FORMS_JSON, FORMS_FILE = "modicum.json", "modicum.safetensors"
 HEADS = ("lm_head.weight", "embed_out.weight")  # stored again by some, though tied to the embedding
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -96,54 +108,98 @@ def load_model(path_or_hub_id: str | Path, dtype: torch.dtype | str | None = Non
     """A `Decoder` with the weights of a Hugging Face folder or hub id, in eval mode.
 
     `dtype` None keeps each tensor's own. Weights are in memory once: the modules are made without
-    storage and each tensor goes from its shard to its place, converted on the way. Raises `UserError` for
-    what is missing, unexpected, misshapen or of an unknown family, and `CorruptError` for damaged files.
+    storage and each tensor goes from its shard to its place, converted on the way. Linear forms that the folder
+    describes are attached again. Raises `UserError` for what is missing, unexpected, misshapen or of an unknown
+    family, and `CorruptError` for damaged files.
     """
     folder = find_folder(path_or_hub_id)
     config, wanted, device = _read_config(folder), parse_dtype(dtype), torch.device(device)
     with torch.device("meta"):
         model = Decoder(config)
-    fill_weights(model, folder, wanted, device)
+    stored_forms = _restore_forms(model, folder, wanted, device)
+    fill_weights(model, folder, wanted, device, beside=stored_forms)
     return model.eval()
 
 
-def fill_weights(model: Decoder, folder: Path, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Give every parameter of `model` its stored value, replacing what it held."""
+def _restore_forms(model: Decoder, folder: Path, dtype: torch.dtype | None, device: torch.device) -> Path | None:
+    """Attach and fill the forms described in modicum.json; the file that holds them, None without any."""
+    if not (folder / FORMS_JSON).exists():
+        return None
+    try:
+        description = json.loads((folder / FORMS_JSON).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptError(f"{folder / FORMS_JSON} is not valid JSON ({error}); write the folder again") from None
+    form_state.restore(model, description, dtype=dtype, device=device)
+    path = folder / FORMS_FILE
+    if not path.exists():
+        raise CorruptError(f"{folder} describes linear forms but lacks {FORMS_FILE}; write the folder again")
+    with SafetensorsFile(path) as file:
+        plain = set(_plain_parameters(model))
+        form_state.load_form_state(model, file.mapping(n for n in file.names if n not in plain), dtype)
+    return path
+
+
+def _plain_parameters(model: Decoder) -> dict[str, nn.Parameter]:
+    """Parameters outside forms, a tied head once."""
+    inside = {id(p) for form in forms(model).values() for p in form.parameters()}
+    found = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in inside}
+    if model.config.tied and "embed.weight" in found:
+        found.pop("lm_head.weight", None)
+    return found
+
+
+def fill_weights(model: Decoder, folder: Path, dtype: torch.dtype | None, device: torch.device,
+                 beside: Path | None = None) -> None:
+    """Give every plain parameter of `model` its stored value; `beside` holds those that the family has no place for."""
     config = model.config
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    if config.tied:
-        del shapes["lm_head.weight"]
-    plan = expand(config, shapes)
     family = families()[config.family]
+    parameters = _plain_parameters(model)
+    plan = expand(config, parameters)
+    homeless = set(parameters) - {n for rule in plan.values() for n in rule.ours}
+    if beside is not None:
+        plan |= {n: Rule(n, (n,)) for n in homeless}
     filled: dict[str, Tensor] = {}
-    unexpected = []
-    for shard in _shards(folder):
+    unexpected: list[str] = []
+    second_head: Tensor | None = None
+    for shard in [*_shards(folder), *([beside] if beside is not None else [])]:
         with SafetensorsFile(shard) as file:
             for name in file.names:
                 rule = plan.get(name) or plan.get(family.prefix + name) or plan.get(family.aliases.get(name, ""))
-                if rule is None:
-                    if not is_ignored(config, name) and not (config.tied and name in HEADS):
-                        unexpected.append(name)
-                    continue
-                ours = [shapes[n] for n in rule.ours]
-                if file.shape(name) != stored_shape(rule, ours):
-                    raise UserError(f"{shard.name}: {name} has shape {file.shape(name)}, config.json asks for "
-                                    f"{stored_shape(rule, ours)}; config and weights are of different models")
-                for target, part in zip(rule.ours, unpack(rule, file.read(name), ours, config.head_dim), strict=True):
-                    part = part.to(device, dtype or part.dtype)
-                    # A part of a larger tensor gets its own storage, so that nothing keeps the whole alive.
-                    alone = part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes
-                    filled[target] = part if alone else part.clone(memory_format=torch.contiguous_format)
+                if rule is not None:
+                    _fill(filled, rule, file, name, parameters, config.head_dim, dtype, device)
+                elif config.tied and name in HEADS:
+                    second_head = file.read(name)
+                elif shard != beside and not is_ignored(config, name):
+                    unexpected.append(name)
     missing = [stored for stored, rule in plan.items() if any(n not in filled for n in rule.ours)]
     for what, names in (("lacks", missing), ("has unexpected", unexpected)):
         if names:
-            raise UserError(f"{folder} {what} {len(names)} weight(s) for a {config.family} model: {', '.join(names[:4])}"
-                            f"{', ...' if len(names) > 4 else ''}; config.json and weights do not belong together")
+            raise UserError(f"{folder} {what} {len(names)} weight(s) for a {config.family} model: "
+                            f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}; config.json and weights do "
+                            "not belong together")
+    if second_head is not None and not torch.equal(second_head.to(device, dtype), filled["embed.weight"].to(dtype)):
+        raise UserError(f"{folder}: config.json ties the head to the embedding but the file holds another head; set "
+                        "tie_word_embeddings to false in config.json")
     for name, tensor in filled.items():
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
-    if config.tied:
+        trained = parameters[name].requires_grad
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=trained))
+    if config.tied and isinstance(model.embed, nn.Embedding) and isinstance(model.lm_head, nn.Linear):
         model.lm_head.weight = model.embed.weight
+
+
+def _fill(filled: dict[str, Tensor], rule: Rule, file: SafetensorsFile, name: str, parameters: dict[str, nn.Parameter],
+          head_dim: int, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Read one stored tensor into `filled`, under the names of the parameters it holds."""
+    shapes = [tuple(parameters[n].shape) for n in rule.ours]
+    if file.shape(name) != stored_shape(rule, shapes):
+        raise UserError(f"{file.path}: {name} has shape {file.shape(name)}, config.json asks for "
+                        f"{stored_shape(rule, shapes)}; config and weights are of different models")
+    for target, part in zip(rule.ours, unpack(rule, file.read(name), shapes, head_dim), strict=True):
+        part = part.to(device, dtype or part.dtype)
+        # A part of a larger tensor gets its own storage, so that nothing keeps the whole alive.
+        alone = part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes
+        filled[target] = part if alone else part.clone(memory_format=torch.contiguous_format)
 
 
 def save_model(model: Decoder, folder: str | Path, tokenizer_folder: str | Path | None = None, *,
@@ -151,35 +207,49 @@ def save_model(model: Decoder, folder: str | Path, tokenizer_folder: str | Path 
     """Write a Hugging Face folder that `transformers` loads: config.json, safetensors, and the tokenizer's files.
 
     The folder appears whole or not at all, and replaces one of the same name. Weights keep their dtype; a
-    model that was loaded and not changed is written with the tensors it was read from, bit for bit.
+    model that was loaded and not changed is written with the tensors it was read from, bit for bit. Attached
+    forms go into modicum.json and modicum.safetensors beside it; such a folder is whole for modicum only
+    (`merge` before saving makes it whole for everyone).
     """
-    target = Path(folder)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if model.config.tied:
-        parameters.pop("lm_head.weight", None)
-    plan = expand(model.config, parameters)
-    covered = {name for rule in plan.values() for name in rule.ours}
-    left = sorted(set(parameters) - covered)
-    if left:
-        raise UserError(f"a {model.config.family} folder has no place for {', '.join(left[:4])}; "
-                        "merge or detach what was attached before saving")
-    dtype = str(model.dtype).removeprefix("torch.")
-    items: list[tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]] = []
+    config = model.config
+    if config.tied and isinstance(model.lm_head, nn.Linear) and model.lm_head.weight is not getattr(
+            model.embed, "weight", None):
+        config = model.config = dataclasses.replace(config, tied=False)     # a method has given the head its own
+    parameters = _plain_parameters(model)
+    plan = expand(config, parameters)
+    homeless = sorted(set(parameters) - {name for rule in plan.values() for name in rule.ours})
+    description = form_state.describe(model)
+    if homeless and description is None:
+        raise UserError(f"a {config.family} folder has no place for {', '.join(homeless[:4])}; choose another family "
+                        f"for this shape (families: {', '.join(families())})")
+    items: list[Item] = []
     for stored, rule in plan.items():
         parts = [parameters[n].data for n in rule.ours]
         items.append((stored, stored_shape(rule, [tuple(p.shape) for p in parts]), parts[0].dtype,
-                      partial(pack, rule, parts, model.config.head_dim)))
-    with atomic_directory(target) as new:
-        (new / "config.json").write_text(json.dumps(write_config(model.config, dtype), indent=2) + "\n", encoding="utf-8")
+                      partial(pack, rule, parts, config.head_dim)))
+    dtype = str(model.dtype).removeprefix("torch.")
+    with atomic_directory(Path(folder)) as new:
+        (new / "config.json").write_text(json.dumps(write_config(config, dtype), indent=2) + "\n", encoding="utf-8")
         _write_shards(new, items, max_shard_bytes)
+        if description is not None:
+            state = form_state.form_state(model) | {n: parameters[n] for n in homeless}
+            write_safetensors(new / FORMS_FILE, [(n, tuple(x.shape), x.dtype, partial(_itself, x))
+                                                 for n, x in state.items()])
+            (new / FORMS_JSON).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         if tokenizer_folder is not None:
-            for name in TOKENIZER_FILES:
-                if (Path(tokenizer_folder) / name).is_file():
-                    shutil.copyfile(Path(tokenizer_folder) / name, new / name)
+            copied = [n for n in TOKENIZER_FILES if (Path(tokenizer_folder) / n).is_file()]
+            if not copied:
+                raise UserError(f"{tokenizer_folder} has no tokenizer files; it should hold tokenizer.json")
+            for name in copied:
+                shutil.copyfile(Path(tokenizer_folder) / name, new / name)
 
 
-def _write_shards(folder: Path, items: list[Any], limit: int) -> None:
-    shards: list[list[Any]] = [[]]
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _write_shards(folder: Path, items: list[Item], limit: int) -> None:
+    shards: list[list[Item]] = [[]]
     size = total = 0
     for item in items:
         nbytes = item[2].itemsize * torch.Size(item[1]).numel()
@@ -191,7 +261,7 @@ def _write_shards(folder: Path, items: list[Any], limit: int) -> None:
     if len(shards) == 1:
         write_safetensors(folder / "model.safetensors", shards[0])
         return
-    where = {}
+    where: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / name, shard)

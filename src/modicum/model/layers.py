@@ -7,10 +7,12 @@ Every matrix product is a plain `nn.Linear`, so a method may replace any of them
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from modicum.model.attend import Attend
 from modicum.model.config import DecoderConfig
@@ -38,12 +40,41 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = 1.0 + self.weight.float() if self.plus_one else self.weight
-        if x.dtype == weight.dtype:
-            return F.rms_norm(x, self.weight.shape, weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, weight.float(), self.eps).to(x.dtype)
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            return _RMSNorm.apply(x, weight, self.eps)
+        return _rms_norm(x, weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}" + (", plus_one" if self.plus_one else "")
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype == weight.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The library's CPU backward pass keeps float32 copies of its input and is slow; this one keeps the input itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _rms_norm(x, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        size, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+        unit, g = x.reshape(-1, size).to(wide), grad.reshape(-1, size).to(wide)
+        scale = torch.linalg.vector_norm(unit, dim=-1, keepdim=True).square_().div_(size).add_(ctx.eps).rsqrt_()
+        unit = unit * scale                                         # x / rms(x)
+        dweight = (g * unit).sum(0)
+        g = g * weight.to(wide)
+        dx = g.addcmul_(unit, (g * unit).mean(-1, keepdim=True), value=-1).mul_(scale)
+        return dx.to(x.dtype).view_as(x), dweight.to(weight.dtype), None
 
 
 def make_norm(config: DecoderConfig, size: int | None = None) -> nn.Module:

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, H heads, D head_dim, R rotated dimensions.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,9 +106,29 @@ class RopeTable:
 
 def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate dimension pairs (i, i + R/2) of each head; dimensions from R on pass unchanged."""
+    return _Rotate.apply(x_BHTD, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward pass turns back by the same angles and needs nothing of the input, which autograd cannot know."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     half = cos.shape[-1]
-    first, second = x_BHTD[..., :half], x_BHTD[..., half:2 * half]
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    if 2 * half < x_BHTD.shape[-1]:
-        parts.append(x_BHTD[..., 2 * half:])
-    return torch.cat(parts, dim=-1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out[..., half:2 * half]).addcmul_(first, sin, value=sign)
+    if rest.shape[-1]:
+        out[..., 2 * half:] = rest
+    return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,7 +84,7 @@ class SafetensorsFile:
         tensor = torch.empty(entry["shape"], dtype=self.dtype(name))
         if end > begin:
             self._file.seek(self._start + begin)
-            buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            buffer = tensor.view(-1).view(torch.uint8).numpy().data
             filled = 0
             while filled < len(buffer):
                 got = self._file.readinto(buffer[filled:])  # type: ignore[attr-defined]
@@ -93,12 +93,32 @@ class SafetensorsFile:
                 filled += got
         return tensor
 
+    def mapping(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        """`names` as a mapping whose tensors are read when asked for."""
+        return _Lazy(self, list(names))
 
-def write_safetensors(path: str | Path, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]],
-                      metadata: dict[str, str] | None = None) -> None:
+
+class _Lazy(Mapping[str, Tensor]):
+    def __init__(self, file: SafetensorsFile, names: list[str]):
+        self._file, self._names = file, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+Item = tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]
+
+
+def write_safetensors(path: str | Path, tensors: Iterable[Item]) -> None:
     """Write atomically. Each item is (name, shape, dtype, make); `make` is called when its bytes are due."""
-    items = sorted(tensors, key=lambda item: (-item[2].itemsize, item[0]))     # wide types first keeps all aligned
-    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    items = sorted(tensors, key=lambda item: (-item[2].itemsize, item[0]))  # wide types first: all are aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape, dtype, _ in items:
         size = math.prod(shape) * dtype.itemsize
@@ -112,4 +132,4 @@ def write_safetensors(path: str | Path, tensors: Iterable[tuple[str, tuple[int, 
             tensor = make().detach().to("cpu", dtype).contiguous()
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name}: announced {tuple(shape)}, made {tuple(tensor.shape)}")
-            file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
