@@ -1,0 +1,271 @@
+"""Adapt a model to question/answer pairs: attach a form, train it on the answers, save the adapter.
+
+    OUT/adapter/        adapter_config.json, adapter_model.safetensors: what peft loads on the same model
+    OUT/model/          a whole model folder, where asked for or where PEFT's format cannot hold the form
+    OUT/checkpoints/    of the training loop; the same call goes on from them
+    OUT/adapt.json      the result
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modicum.adapt.examples import prepare, sample
+from modicum.adapt.peft_format import save_peft
+from modicum.adapt.sources import load_sides
+from modicum.adapt.stream import PairStream
+from modicum.budget import Deadline
+from modicum.core import registry
+from modicum.core.choice import Choice
+from modicum.core.errors import UserError
+from modicum.core.events import Events
+from modicum.core.files import tree_bytes, write_json
+from modicum.data.tokenizer import Tokenizer
+from modicum.model import attach
+from modicum.model.decoder import Decoder
+from modicum.model.folder import find_folder, load_model, parse_dtype, save_model
+from modicum.model.forms import LinearForm
+from modicum.train.config import TrainConfig
+from modicum.train.evaluate import mean_loss
+from modicum.train.loop import Trainer
+from modicum.train.part import Part
+
+HELDOUT_PAIRS = 1000   # at most so many are read for the held-out loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """Knobs of `adapt`.
+
+    form: what is attached to the linear layers that `targets` (globs over module names) name; `dense`
+    trains them whole. base: a form that all linear layers get first, for example int4, to train over
+    4-bit weights.
+    Length of the run: epochs over the pairs, or tokens, or steps. heldout: share of the questions kept
+    for the loss before and after; limit: pairs trained on at most. merge: also save the model with the
+    update merged in.
+    The rest is as in `TrainConfig`.
+    """
+
+    form: Any = "lora:rank=8"
+    targets: Sequence[str] = ("layers.*",)
+    base: Any = None
+    epochs: float | None = None       # 3 if neither tokens nor steps are given
+    tokens: float | str | None = None
+    steps: int | None = None
+    sequence_length: int = 512
+    batch_sequences: int = 8
+    micro_batch: int | None = None
+    lr: float = 5e-4
+    optimizer: Any = "adamw:weight_decay=0"
+    schedule: Any = "cosine"
+    clip: float = 1.0
+    dtype: str = "bfloat16"
+    heldout: float = 0.1
+    limit: int | None = None
+    eval_every: int = 0
+    checkpoint_every: int = 100
+    merge: bool = False
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(t for t in self.targets.split(",") if t))
+        if not self.targets:
+            raise UserError("targets is empty; name the layers to adapt, for instance 'layers.*.attention.*'")
+        if sum(x is not None for x in (self.epochs, self.tokens, self.steps)) > 1:
+            raise UserError("give the length of the run once: epochs=3, tokens=2Mtok or steps=500")
+        if self.epochs is not None and not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise UserError(f"epochs={self.epochs} must be more than 0")
+        if not 0 <= self.heldout < 1:
+            raise UserError(f"heldout={self.heldout} must be a share, at least 0 and below 1")
+        for field in ("form", "base"):
+            if getattr(self, field) is not None:
+                Choice.parse("form", getattr(self, field)).config()
+
+
+@dataclass(frozen=True)
+class AdaptResult:
+    """What an adaptation did. Losses are nats per answer token; heldout_* are None without held-out pairs.
+
+    stopped: None when finished, else "deadline"; what was learnt until then is saved all the same.
+    """
+
+    loss: float
+    heldout_before: float | None
+    heldout_after: float | None
+    pairs: int
+    heldout_pairs: int
+    cut: int
+    dropped: int
+    answer_tokens: int
+    trainable: int
+    tokens: int
+    steps: int
+    seconds: float
+    flops: float
+    peak_bytes: int
+    adapter: str | None
+    adapter_bytes: int
+    model: str | None
+    resumed_from: int | None = None
+    stopped: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Forms(Part):
+    """Tells forms of each finished step, and keeps what of them is no parameter in the checkpoints."""
+
+    trainer: Any = None
+
+    def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:
+        present = attach.forms(model)
+        for name, layout in (state or {}).get("layouts", {}).items():
+            present[name].set_layout(layout)
+        return model
+
+    def start(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def after_step(self, trainer: Any) -> None:
+        attach.after_step(trainer.model, trainer.steps_done, trainer.config.total_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        layouts = {name: form.layout() for name, form in attach.forms(self.trainer.model).items()}
+        return {"layouts": {name: layout for name, layout in layouts.items() if layout}}
+
+
+def adapt(model_folder: str | Path, pairs: Any, config: AdaptConfig, folder: str | Path, *,
+          events: Events | None = None, deadline: Deadline | None = None,
+          tokenizer: Tokenizer | None = None) -> AdaptResult:
+    """Train `config.form` on the answers of `pairs`, going on from `folder`/checkpoints if there are any.
+
+    pairs: a JSONL file, a curated folder, or any iterable of objects with question and answer.
+    tokenizer: the model folder's own by default. Raises `UserError` for what cannot be used as given,
+    before anything is trained; KeyboardInterrupt after Ctrl-C, with the checkpoint written.
+    """
+    source, folder = find_folder(model_folder), Path(folder)
+    tokenizer = tokenizer or Tokenizer.load(source)
+    choice = Choice.parse("form", config.form)
+    kind: Any = registry.load("form", choice.method).cls
+    if config.merge and "merge" not in kind.supports:
+        raise UserError(f"the form {choice.method!r} is not linear and cannot be merged; leave merge out")
+    learn, held = load_sides(pairs, config.heldout, config.seed)
+    learn = sample(learn, config.limit)
+    held = sample(held, HELDOUT_PAIRS)
+
+    model = load_model(source)
+    length = min(config.sequence_length, model.config.context_length)
+    train_set, heldout_set = (prepare(side, tokenizer, length) for side in (learn, held))
+    if not train_set.examples:
+        raise UserError(f"none of the {len(learn)} pairs has a question of less than {length} tokens; "
+                        "give shorter ones, or a longer sequence_length")
+    _attach(model, config)
+    trainable = sum(p.numel() for p in attach.freeze(model))
+    if not trainable:
+        raise UserError(f"the form {choice.method!r} trains nothing; choose one that does, such as "
+                        "lora:rank=8")
+
+    stream = PairStream(train_set.examples, sequence_length=length, seed=config.seed)
+    heldout = None if not heldout_set.examples else PairStream(heldout_set.examples, sequence_length=length,
+                                                               shuffle=False, epochs=1)
+    told = _train_config(config, stream, heldout)
+    model.to(getattr(torch, told.dtype))
+    part = Forms()
+    trainer = Trainer(model, stream, told, folder, events=events, deadline=deadline, heldout=heldout,
+                      parts={"forms": part}, label="adapt")
+    model.to(trainer.device)
+    rows = config.micro_batch or config.batch_sequences
+    before = None if heldout is None else mean_loss(model, heldout, rows=rows)
+    if events:
+        events.emit("heldout", step=0, tokens=0, loss=before)
+    result = trainer.run()
+    after = result.heldout_loss
+    if result.stopped and heldout is not None:
+        after = mean_loss(model, heldout, rows=rows)
+    _take_masters(model, trainer)
+    adapter, whole = _save(model, source, config, folder)
+    outcome = AdaptResult(
+        loss=result.loss, heldout_before=before, heldout_after=after, pairs=len(train_set.examples),
+        heldout_pairs=len(heldout_set.examples), cut=train_set.cut + heldout_set.cut,
+        dropped=train_set.dropped + heldout_set.dropped, answer_tokens=train_set.targets, trainable=trainable,
+        tokens=result.tokens, steps=result.steps, seconds=result.seconds, flops=result.flops,
+        peak_bytes=result.peak_bytes, adapter=str(adapter) if adapter else None,
+        adapter_bytes=tree_bytes(adapter) if adapter else 0, model=str(whole) if whole else None,
+        resumed_from=result.resumed_from, stopped=result.stopped)
+    write_json(folder / "adapt.json", outcome.as_dict())
+    return outcome
+
+
+def _train_config(config: AdaptConfig, stream: PairStream, heldout: PairStream | None) -> TrainConfig:
+    steps = config.steps
+    if steps is None and config.tokens is None:
+        rows = len(stream.rows_of(0)) * (config.epochs or 3.0)
+        steps = max(1, math.ceil(rows / config.batch_sequences))
+    return TrainConfig(
+        tokens=config.tokens, steps=steps, sequence_length=stream.sequence_length,
+        batch_sequences=config.batch_sequences, micro_batch=config.micro_batch, lr=config.lr,
+        optimizer=config.optimizer, schedule=config.schedule, clip=config.clip,
+        dtype=str(parse_dtype(config.dtype)).removeprefix("torch."),
+        seed=config.seed, checkpoint_every=config.checkpoint_every, eval_every=config.eval_every,
+        device=config.device,
+        eval_sequences=1 if heldout is None else len(heldout.rows_of(0)))
+
+
+@torch.no_grad()
+def _take_masters(model: nn.Module, trainer: Trainer) -> None:
+    """Give the trained parameters the float32 values that the optimizer worked on."""
+    own = dict(model.named_parameters())
+    for name, master in trainer.named.items():
+        own[name].data = master.detach().clone()
+
+
+def _save(model: Decoder, source: Path, config: AdaptConfig, folder: Path) -> tuple[Path | None, Path | None]:
+    """Write the adapter and, where it is wanted or needed, a whole model; their folders."""
+    low_rank = all(form.low_rank() is not None for form in attach.forms(model).values() if form.trainable())
+    adapter = save_peft(model, folder / "adapter", base_model=str(source)) if low_rank else None
+    if adapter is not None and not config.merge and config.base is None:
+        return adapter, None
+    whole = _afresh(model, source, config)
+    if config.merge:
+        attach.merge(whole)
+    elif Choice.parse("form", config.form).method == "dense":
+        attach.detach(whole)
+    save_model(whole, folder / "model", source)
+    return adapter, folder / "model"
+
+
+@torch.no_grad()
+def _afresh(trained: Decoder, source: Path, config: AdaptConfig) -> Decoder:
+    """The model as it is stored, with what was trained: training may have rounded the frozen weights."""
+    model = load_model(source)
+    made = _attach(model, config)
+    learnt = attach.forms(trained)
+    for name, form in made.items():
+        if learnt[name].layout():
+            form.set_layout(learnt[name].layout())
+        for ours, theirs in zip(form.trainable(), learnt[name].trainable(), strict=True):
+            keep = torch.float32 if "adapter" in form.supports else ours.dtype
+            ours.data = theirs.detach().to("cpu", keep, copy=True)
+        for key, buffer in learnt[name].named_buffers(recurse=False):
+            if key in form.state_dict():
+                form.get_buffer(key).copy_(buffer)
+    return model
+
+
+def _attach(model: Decoder, config: AdaptConfig) -> dict[str, LinearForm]:
+    """Attach base and form as configured, the same way every time; the forms that train."""
+    if config.base is not None:
+        attach.attach(model, {"layers.*": config.base})
+    generator = torch.Generator().manual_seed(config.seed)
+    return attach.attach(model, dict.fromkeys(config.targets, config.form), generator=generator)

@@ -1,0 +1,37 @@
+"""Where pairs come from: a JSONL file, a curated folder, or objects at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from modicum.adapt.examples import Example, read_examples, split
+from modicum.core.errors import UserError
+
+
+def load_sides(pairs: Any, share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(train, held-out) examples.
+
+    pairs: path of a JSONL file or of a curated folder (whose own held-out documents then give the held-out
+    pairs), or an iterable of `Example`s or of objects with question and answer.
+    """
+    if isinstance(pairs, str | Path):
+        path = Path(pairs)
+        if not path.is_dir():
+            return split(read_examples(path), share, seed)
+        sides = tuple(_curated(path, side) for side in ("train", "heldout"))
+        if not sides[0]:
+            raise UserError(f"{path} gives no pairs: its documents have no docstrings, headings or "
+                            "paragraphs to ask about; give a JSONL file of question and answer")
+        return sides[0], sides[1] if share > 0 else []
+    return split([_example(pair) for pair in pairs], share, seed)
+
+
+def _example(pair: Any) -> Example:
+    return pair if isinstance(pair, Example) else Example.of(pair.question, pair.answer, str(pair.id))
+
+
+def _curated(folder: Path, side: str) -> list[Example]:
+    from modicum.data.document import read_documents
+    from modicum.data.pairs import pairs
+    return [_example(pair) for pair in pairs(read_documents(folder, side))]
