@@ -29,7 +29,9 @@ def make_config(config: type, knobs: dict[str, Any], where: str) -> Any:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         knob = ".".join(str(p) for p in first["loc"]) or "?"
-        raise UserError(f"{where}: knob {knob}={first['input']!r} is not valid: {first['msg']}. "
+        # Without a place it is the config's own check of its knobs together that failed.
+        what = f"knob {knob}={first['input']!r} is not valid: " if first["loc"] else ""
+        raise UserError(f"{where}: {what}{first['msg'].removeprefix('Value error, ')}. "
                         f"Type: modicum show {where}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}. Type: modicum show {where}") from None

@@ -113,8 +113,8 @@ def check_ids(model: Any, highest: int) -> None:
     """Refuse token ids that the model has no embedding for."""
     if highest >= model.config.vocab_size:
         raise UserError(
-            f"the tokenizer gave the id {highest}, the model knows 0 to {model.config.vocab_size - 1}; they do "
-            "not belong together, give the tokenizer the model was trained with"
+            f"the tokenizer gave the id {highest}, the model knows 0 to {model.config.vocab_size - 1}; "
+            "they do not belong together, give the tokenizer the model was trained with"
         )
 
 

@@ -1,0 +1,308 @@
+"""Running tasks: batched, resumable by item, with progress."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modicum.core import registry
+from modicum.core.choice import Choice
+from modicum.core.errors import UserError
+from modicum.core.events import Events
+from modicum.core.files import fingerprint
+from modicum.evaluate.kept import Kept, model_fingerprint
+from modicum.evaluate.lm import document_nats, summarise
+from modicum.evaluate.replies import greedy_replies
+from modicum.evaluate.score import BATCH_TOKENS, LogLikelihood, loglikelihood
+from modicum.evaluate.tasks import Doc, Generate, Task
+
+if TYPE_CHECKING:
+    from modicum.data.tokenizer import Tokenizer
+
+CHUNK = 64  # documents answered, graded and kept at a time
+TEXT_CHUNK = 1 << 20  # bytes of text likewise
+LM_EVAL = "lm-eval:"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """figures: {name: {value, stderr, documents}}; rows: one per document, {id, figure: value, ...}."""
+
+    task: str
+    metric: str
+    figures: dict[str, dict[str, float]]
+    rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    resumed: int = 0  # of the rows, how many were kept from an earlier run
+
+    @property
+    def value(self) -> float:
+        return self.figures[self.metric]["value"]
+
+    def as_dict(self, rows: bool = False) -> dict[str, Any]:
+        record = asdict(self)
+        return record if rows else {k: v for k, v in record.items() if k != "rows"}
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    shots: int = 0,
+    seed: int = 0,
+    prefix: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+    keep: str | Path | Kept | None = None,
+    include_path: str | Path | None = None,
+    events: Events | None = None,
+) -> list[TaskResult]:
+    """Evaluate `model` on tasks named as on the command line: "needle", "copy:length=512", "lm-eval:TASK".
+
+    limit: documents per task. shots: solved examples before each question, from the train split. prefix:
+    what stands before a prompt, "auto" (bos where the model has one), "start" or "none". keep: a JSONL
+    file (or an open `Kept`) of finished items. include_path: folder of lm-eval's own YAML tasks.
+    """
+    kept = keep if isinstance(keep, Kept) else Kept(keep)
+    ours = [(name, registry.build("task", name)) for name in tasks if not name.startswith(LM_EVAL)]
+    name_of_model = model_fingerprint(model, tokenizer)
+    found: dict[str, TaskResult] = {}
+    for name, task in ours:
+        common = [name_of_model, prefix, task.version, Choice.parse("task", name).resolved(), shots, seed]
+        found[name] = _run(
+            task,
+            name,
+            model,
+            tokenizer,
+            common,
+            limit,
+            shots,
+            seed,
+            prefix,
+            batch_tokens,
+            kept,
+            events or Events(),
+        )
+    theirs = [name.removeprefix(LM_EVAL) for name in tasks if name.startswith(LM_EVAL)]
+    if theirs:
+        from modicum.evaluate.lm_eval import run_lm_eval
+
+        for result in run_lm_eval(
+            model,
+            tokenizer,
+            theirs,
+            limit=limit,
+            shots=shots or None,
+            prefix=prefix,
+            batch_tokens=batch_tokens,
+            kept=kept,
+            include_path=include_path,
+            fingerprint_of_model=name_of_model,
+        ):
+            found[result.task] = result
+    return [
+        result
+        for name in tasks
+        for key, result in found.items()
+        if key == name or (name.startswith(LM_EVAL) and key.startswith(f"{name}/"))
+    ]
+
+
+def _run(
+    task: Task,
+    name: str,
+    model: Any,
+    tokenizer: Tokenizer,
+    common: list[Any],
+    limit: int | None,
+    shots: int,
+    seed: int,
+    prefix: str,
+    batch_tokens: int,
+    kept: Kept,
+    events: Events,
+) -> TaskResult:
+    docs = list(task.docs("test", limit, seed))
+    if not docs:
+        raise UserError(f"the task {name} gave no documents; look at its limit, split and file")
+    examples = list(task.docs("train", shots + 1, seed)) if shots else []
+    asked = []
+    for doc in docs:
+        own = [e for e in examples if e["id"] != doc["id"]][:shots]
+        if len(own) < shots:
+            raise UserError(f"the task {name} has {len(own)} examples to show, {shots} were asked for")
+        requests = task.requests(doc, own)
+        asked.append((doc, requests, fingerprint([common, doc["id"], [asdict(r) for r in requests]])))
+    todo = [item for item in asked if item[2] not in kept]
+    with events.progress(name, len(docs), "documents") as progress:
+        progress.resume_at(len(docs) - len(todo))
+        total = 0.0
+        for start in range(0, len(todo), CHUNK):
+            chunk = todo[start : start + CHUNK]
+            replies = answer(
+                model,
+                tokenizer,
+                [r for _, requests, _ in chunk for r in requests],
+                prefix=prefix,
+                batch_tokens=batch_tokens,
+            )
+            for doc, requests, key in chunk:
+                own_replies = [next(replies) for _ in requests]
+                figures = task.grade(doc, own_replies)
+                total += figures[task.metric]
+                kept.add(key, figures, task=name, id=doc["id"], replies=_shown(own_replies))
+            progress.update(len(chunk), **{task.metric: total / (start + len(chunk))})
+    rows = [kept[key] for _, _, key in asked]
+    result = TaskResult(
+        name,
+        task.metric,
+        task.aggregate(rows),
+        [{"id": doc["id"]} | row for (doc, _, _), row in zip(asked, rows, strict=True)],
+        len(docs) - len(todo),
+    )
+    events.emit("task", task=name, figures=result.figures)
+    return result
+
+
+def answer(
+    model: Any,
+    tokenizer: Tokenizer,
+    requests: Sequence[Any],
+    *,
+    prefix: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+) -> Any:
+    """An iterator over the replies to `requests` (Generate or Choose), in their order."""
+    replies: list[Any] = [None] * len(requests)
+    written = [i for i, r in enumerate(requests) if isinstance(r, Generate)]
+    texts = greedy_replies(
+        model,
+        tokenizer,
+        [requests[i].prompt for i in written],
+        max_new_tokens=[requests[i].max_new_tokens for i in written],
+        stop=[requests[i].stop for i in written],
+        prefix=prefix,
+        batch_tokens=batch_tokens,
+    )
+    for i, text in zip(written, texts, strict=True):
+        replies[i] = text
+    pairs = [
+        (i, choice) for i, r in enumerate(requests) if not isinstance(r, Generate) for choice in r.choices
+    ]
+    scores = loglikelihood(
+        model,
+        tokenizer,
+        [(requests[i].prompt, choice) for i, choice in pairs],
+        prefix=prefix,
+        batch_tokens=batch_tokens,
+    )
+    for (i, _), score in zip(pairs, scores, strict=True):
+        replies[i] = [*(replies[i] or []), score]
+    return iter(replies)
+
+
+def _shown(replies: Iterable[Any]) -> list[Any]:
+    return [
+        [round(s.nats, 4) for s in r] if isinstance(r, list) and r and isinstance(r[0], LogLikelihood) else r
+        for r in replies
+    ]
+
+
+def run_text(
+    model: Any,
+    tokenizer: Tokenizer,
+    documents: Iterable[tuple[str, str]],
+    *,
+    name: str = "text",
+    sequence_length: int | None = None,
+    overlap: int | float = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    keep: str | Path | Kept | None = None,
+    events: Events | None = None,
+) -> TaskResult:
+    """Bits per byte of (id, text) documents, resumable; figures bits_per_byte and perplexity."""
+    kept, events = keep if isinstance(keep, Kept) else Kept(keep), events or Events()
+    common = [model_fingerprint(model, tokenizer), "text", sequence_length, overlap]
+    rows: list[dict[str, Any]] = []
+    resumed = 0
+    waiting: list[tuple[str, str, str]] = []
+    with events.progress(name, None, "bytes") as progress:
+
+        def flush() -> None:
+            scored = document_nats(
+                model,
+                tokenizer,
+                [text for _, text, _ in waiting],
+                sequence_length=sequence_length,
+                overlap=overlap,
+                batch_tokens=batch_tokens,
+            )
+            for (id_, _, key), (nats, nbytes, tokens) in zip(waiting, scored, strict=True):
+                kept.add(key, [nats, nbytes, tokens], task=name, id=id_)
+                rows.append(_text_row(id_, kept[key]))
+                progress.update(nbytes)
+            waiting.clear()
+            if rows:
+                bits, size = sum(r["bits"] for r in rows), sum(r["bytes"] for r in rows)
+                progress.update(0, bits_per_byte=bits / max(size, 1))
+
+        for id_, text in documents:
+            if not text:
+                continue
+            key = fingerprint([common, text])
+            if key in kept:
+                rows.append(_text_row(id_, kept[key]))
+                resumed += 1
+                continue
+            waiting.append((id_, text, key))
+            if sum(len(w[1]) for w in waiting) >= TEXT_CHUNK:
+                flush()
+        if waiting:
+            flush()
+    score = summarise([(r["nats"], r["bytes"], r["tokens"]) for r in rows])
+    figures = {
+        "bits_per_byte": {
+            "value": score.bits_per_byte,
+            "stderr": score.stderr,
+            "documents": score.documents,
+            "bytes": score.bytes,
+            "tokens": score.tokens,
+        },
+        "perplexity": {"value": score.perplexity, "stderr": math.nan, "documents": score.documents},
+    }
+    events.emit("task", task=name, figures=figures)
+    return TaskResult(name, "bits_per_byte", figures, rows, resumed)
+
+
+def _text_row(id_: str, value: Sequence[float]) -> dict[str, Any]:
+    nats, nbytes, tokens = value
+    return {"id": id_, "nats": nats, "bytes": nbytes, "tokens": tokens, "bits": nats / math.log(2)}
+
+
+def text_documents(
+    source: str | Path, limit: int | None = None, split: str = "heldout"
+) -> Iterable[tuple[str, str]]:
+    """(id, text) of a curated folder's held-out documents, or of any source the reader knows."""
+    import itertools
+
+    from modicum.data.document import Document, read_documents
+    from modicum.data.readers import ReadConfig, find, read
+
+    def every() -> Iterable[Document]:
+        if (Path(source) / "documents").is_dir():
+            yield from read_documents(source, split)
+            return
+        config = ReadConfig()
+        for unit in find(str(source), config):
+            yield from (d for d in read(unit, config) if isinstance(d, Document))
+
+    return ((d.id, d.text) for d in itertools.islice(every(), limit))
+
+
+def solved_texts(task: Any, n: int, seed: int = 0, split: str = "train") -> Iterable[Doc]:
+    """Training documents {id, text} of a task: what a small decoder learns the playground from."""
+    method = registry.build("task", task)
+    return ({"id": doc["id"], "text": method.text(doc)} for doc in method.docs(split, n, seed))
