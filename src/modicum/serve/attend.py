@@ -53,9 +53,18 @@ _Reach = tuple["slice | Tensor", slice, "Tensor | None"]
 class StepAttend:
     """An `attend` for the decoder. `begin` prepares a step, then every layer calls the object."""
 
-    def __init__(self, storage: Storage, max_sequences: int, max_blocks: int):
+    def __init__(self, storage: Storage, max_sequences: int):
         self.storage = storage
-        self.table = np.zeros((max_sequences, max_blocks), dtype=np.int64)   # block numbers by slot
+        self.table = np.zeros((max_sequences, 1), dtype=np.int64)   # block numbers by slot, see `hold`
+
+    def hold(self, slot: int, first: int, blocks: Sequence[int]) -> None:
+        """Note the blocks of a slot from place `first` on; the table grows with its longest sequence."""
+        end = first + len(blocks)
+        if end > self.table.shape[1]:
+            wider = np.zeros((len(self.table), max(end, 2 * self.table.shape[1])), dtype=np.int64)
+            wider[:, :self.table.shape[1]] = self.table
+            self.table = wider
+        self.table[slot, first:end] = blocks
 
     def begin(self, works: Sequence[Work], observe: bool = False) -> None:
         """`works` in row order: see `arrange`."""

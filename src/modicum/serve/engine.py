@@ -53,15 +53,13 @@ class Engine:
         shape, device = model.config, model.device
         dtype = parse_cache_dtype(config.dtype, model.dtype)
         n_blocks = cache_blocks(config, shape, dtype, device)
-        # A learned table has no row past its end; other positions reach as far as the model was made for.
-        self.max_length = min(config.max_length or shape.context_length, shape.context_length,
-                              n_blocks * config.block_size)
         self.storage = Storage(shape, n_blocks, config.block_size, dtype, device)
         self.blocks = BlockPool(n_blocks)
         self.pages = PagePool(self.blocks, self.storage.pages_per_block)
-        self.attend = StepAttend(self.storage, config.max_sequences, -(-self.max_length // config.block_size) + 1)
+        self.attend = StepAttend(self.storage, config.max_sequences)
         self.scheduler = self._scheduler()
         self.policy = self._policy()
+        self.max_length = self._max_length()
         self.eos = frozenset(tokenizer.stop_ids if tokenizer is not None else shape.eos_ids)
         self.samples: dict[int, Sample] = {}
         self.requests: dict[int, Request] = {}
@@ -97,6 +95,23 @@ class Engine:
                             "choose kv=full")
         return policy
 
+    def _max_length(self) -> int:
+        """Prompt and answer together: what the config says, the model was made for, and the cache holds."""
+        shape, given = self.model.config, self.config.max_length
+        most = shape.context_length
+        if shape.position == "rope" and shape.rope.kind == "longrope":
+            # Past its original length such a model turns all positions of a call differently, and a call
+            # here holds many sequences: those that are short would change with their neighbours.
+            most = min(most, int(shape.rope.options.get("original_max_position_embeddings") or most))
+        if not (self.policy.unbounded and shape.position == "rope"):
+            given = min(given or most, most)
+        return (given or most) if self.policy.drops else min(given or most, self.capacity)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the whole cache holds."""
+        return self.storage.n_blocks * self.config.block_size
+
     # requests -------------------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
@@ -104,9 +119,10 @@ class Engine:
         params, prompt = request.params, request.prompt
         if not prompt:
             raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
-        if len(prompt) >= self.max_length:
+        most = min(self.max_length, self.capacity)
+        if len(prompt) >= most:
             raise InvalidRequest(f"the prompt has {len(prompt)} tokens, but prompt and answer together may have "
-                                 f"{self.max_length}; shorten the prompt", "prompt", "context_length_exceeded")
+                                 f"{most}; shorten the prompt", "prompt", "context_length_exceeded")
         vocab = self.model.config.vocab_size
         if min(prompt) < 0 or max(prompt) >= vocab:
             raise InvalidRequest(f"the prompt holds token ids outside 0 to {vocab - 1}", "prompt")
@@ -122,6 +138,7 @@ class Engine:
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
         limit = min(self.max_length, len(prompt) + (params.max_tokens or self.max_length))
         text = self.tokenizer is not None and (request.detokenize or bool(params.stop))
+        samples = []
         for i in range(params.n):
             job = Job(next(self._ids), request.arrival, len(prompt), len(prompt))
             sample = Sample(request, i, job, list(prompt), stops, limit, random.Random(f"{request.seed}/{i}"))
@@ -130,8 +147,9 @@ class Engine:
             if params.penalised:
                 sample.penalties = Penalties(prompt, (), vocab, self.model.device)
             sample.policy = self.policy.begin(len(prompt)) if self.policy.drops or self.policy.observes else None
-            request.sequences.append(sample)
-            self.samples[job.id] = sample
+            samples.append(sample)
+        request.sequences = samples
+        self.samples |= {sample.id: sample for sample in samples}
         self.requests[request.id] = request
         # Further samples wait for the first one's prompt, which they then find in the prefix cache.
         self.scheduler.add(request.sequences[0].job)
@@ -212,6 +230,10 @@ class Engine:
         updates: list[Update] = []
         try:
             self._hint()
+            late = self.scheduler.waiting[0] if self.scheduler.waiting else None
+            if late is not None and late.length > self.capacity:   # only a policy that drops lets it get so long
+                updates += self.fail([self.samples[late.id].request.id], f"its cache was needed by others, and "
+                                     f"{late.length} tokens are too many to compute anew in {self.capacity}")
             plan = self.scheduler.plan(self.scheduler.state(self.blocks.free, time.monotonic()))
             works = self._apply(plan)
             if works:
@@ -294,7 +316,7 @@ class Engine:
         self.blocks.hold(sample.blocks)
         sample.slot = self._slots.pop()
         sample.published = len(sample.blocks)
-        self.attend.table[sample.slot, :len(sample.blocks)] = sample.blocks
+        self.attend.hold(sample.slot, 0, sample.blocks)
         if sample.job.preempted == 0:
             sample.request.cached = max(sample.request.cached, sample.job.hit if sample.index == 0 else 0)
             self.counters["prompt_tokens"] += len(sample.request.prompt)
@@ -311,7 +333,7 @@ class Engine:
                 more = -(-(job.computed + n) // P) - held
                 if more > 0:
                     new = self.blocks.take(more)
-                    self.attend.table[sample.slot, held:held + more] = new
+                    self.attend.hold(sample.slot, held, new)
                     sample.blocks += new
                     job.own += more
         except OutOfBlocks:

@@ -54,10 +54,12 @@ class KVPolicy(Method):
     engine refuses at start-up what is not named. `observes`: whether `observe` is to be called.
     `drops`: whether `keep` may leave anything out; False spares the question. `tail`: tokens at the end
     of a prompt that a sequence computes itself even where the prefix cache has them, to be observed.
+    `unbounded`: rotary positions may go past the model's context length (the policy sees to distances).
     """
 
     observes: ClassVar[bool] = False
     drops: ClassVar[bool] = True
+    unbounded: ClassVar[bool] = False
     tail: int = 1
 
     def __init__(self, config: Any, shape: CacheShape):
