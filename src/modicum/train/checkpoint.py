@@ -2,11 +2,11 @@
 
     CHECKPOINTS/step-00000400/model.safetensors       trainable weights (float32 masters) and their buffers
                               PART.safetensors        tensors of the optimizer and of other parts
-                              state.json              step, tokens, seconds, knobs, data position, parts' values
+                              state.json              step, tokens, knobs, data position, parts' values
                               manifest.json           bytes and SHA-256 of each of them
 
 A folder takes its name only when everything in it is on the disk. One that does not match its manifest is
-reported and the one before it is used. Tensors are stored whole, so any number of processes may go on.
+reported, and the one before it is used. Tensors are stored whole, so any number of processes may go on.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Checkpoints:
                 self._write(path, whole, record)
             except (OSError, SafetensorError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
-                raise UserError(f"cannot write the checkpoint of step {step} to {self.folder} ({reason}); earlier ones "
-                                "are whole. Free space there, then type the same command to go on") from None
+                raise UserError(f"cannot write the checkpoint of step {step} to {self.folder} ({reason}); earlier "
+                                "ones are whole. Free space, then type the same command to go on") from None
             for old in self.all()[:-self.keep]:
                 if old != path:
                     shutil.rmtree(old, ignore_errors=True)
@@ -114,12 +114,9 @@ class Checkpoints:
                 self.report(path, reason)
             else:
                 step = -2 if self.all() else -1
-        import torch
-        import torch.distributed as dist
-        where = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
-        step = self.ranks.agree(step, torch.device(where))
+        step = self.ranks.agree(step)
         if step == -2:
-            raise CorruptError(f"every checkpoint in {self.folder} is damaged; remove that folder to start again")
+            raise CorruptError(f"every checkpoint in {self.folder} is damaged; remove it to start again")
         if step == -1:
             return None
         path = self.folder / f"step-{step:08d}"

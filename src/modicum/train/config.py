@@ -13,10 +13,11 @@ from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError, unknown
 
-DTYPES = ("bfloat16", "float32")
+DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
+PORTS = ("optimizer", "schedule", "objective")
 # What may differ when a run goes on: it changes how far, where or how often, not what is learnt per token.
-LOOSE = frozenset({"tokens", "steps", "micro_batch", "checkpoint_every", "keep", "eval_every", "eval_sequences",
-                   "nonfinite", "device", "compile"})
+LOOSE = frozenset({"tokens", "steps", "micro_batch", "checkpoint_every", "keep", "eval_every",
+                   "eval_sequences", "nonfinite", "device", "compile"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,9 @@ class TrainConfig:
         for name in ("tokens", "batch_tokens"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, units.parse(getattr(self, name), "tokens"))
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        object.__setattr__(self, "dtype", DTYPES[self.dtype])
         if (self.tokens is None) == (self.steps is None):
             raise UserError("give the length of the run once: tokens=2Mtok, or steps=500")
         if self.batch_tokens is not None and self.batch_sequences is not None:
@@ -68,22 +72,21 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
-        for name, least_allowed in (("lr", False), ("clip", True)):
+        for name, zero in (("lr", False), ("clip", True)):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and math.isfinite(value) and (value > 0 or (least_allowed and value == 0))):
-                raise UserError(f"{name}={value!r} must be a {'number of at least 0' if least_allowed else 'positive number'}")
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+            number = isinstance(value, int | float) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and not zero):
+                raise UserError(f"{name}={value!r} must be a {'number of at least 0' if zero else 'positive number'}")
         if self.nonfinite not in ("stop", "skip"):
             raise unknown("nonfinite", self.nonfinite, ("stop", "skip"))
-        if self.batch_tokens is not None and self.batch_tokens < self.sequence_length:
-            raise UserError(f"batch_tokens={self.batch_tokens:g} is less than one sequence of {self.sequence_length}; "
-                            "ask for more, or for a shorter sequence_length")
-        for port in ("optimizer", "schedule", "objective"):
+        if self.sequences < 1:
+            raise UserError(f"batch_tokens={self.batch_tokens:g} is less than one sequence of "
+                            f"{self.sequence_length}; ask for more, or for a shorter sequence_length")
+        for port in PORTS:
             Choice.parse(port, getattr(self, port))
-        if self.tokens is not None and self.tokens < self.step_tokens:
-            raise UserError(f"tokens={self.tokens:g} is less than one step of {self.step_tokens} "
-                            f"({self.sequences} sequences of {self.sequence_length}); ask for more tokens or a smaller batch")
+        if self.total_steps < 1:
+            raise UserError(f"tokens={self.tokens:g} is less than one step of {self.step_tokens} ({self.sequences} "
+                            f"sequences of {self.sequence_length}); ask for more tokens or a smaller batch")
 
     @property
     def sequences(self) -> int:
@@ -111,7 +114,7 @@ class TrainConfig:
     def resolved(self) -> dict[str, Any]:
         """Every knob, methods with their own defaults: what a checkpoint records."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for port in ("optimizer", "schedule", "objective"):
+        for port in PORTS:
             plain[port] = Choice.parse(port, plain[port]).resolved()
         plain["batch_sequences"], plain["batch_tokens"] = self.sequences, self.step_tokens
         return plain
@@ -129,21 +132,22 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tu
     return found
 
 
-def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any], folder: Any) -> dict[str, tuple[Any, Any]]:
+def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any],
+                   folder: Any) -> dict[str, tuple[Any, Any]]:
     """The allowed changes between a checkpoint's knobs and today's. Raises `UserError` naming the others."""
     found = changes(before, after)
     strict = {k: v for k, v in found.items() if k.split(".")[0] not in LOOSE}
     if strict:
         told = "; ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in strict.items())
-        raise UserError(f"the run in {folder} cannot go on with other knobs: {told}. Give the old value"
-                        f"{'s' if len(strict) > 1 else ''}, or another folder. May change: {', '.join(sorted(LOOSE))}")
+        raise UserError(f"the run in {folder} cannot go on with other knobs: {told}. Give the old ones, or "
+                        f"another folder. These may change: {', '.join(sorted(LOOSE))}")
     return found
 
 
 def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any] | None = None) -> None:
-    """Refuse, before anything is built, what the chosen methods cannot be combined with; the error names the pair."""
-    optimizer = Choice.parse("optimizer", config.optimizer).method
-    supports = registry.load("optimizer", optimizer).cls.supports
+    """Refuse, before anything is built, what the methods cannot be combined with; the error names the pair."""
+    chosen = {port: Choice.parse(port, getattr(config, port)).method for port in PORTS}
+    able = {port: getattr(registry.load(port, key).cls, "supports") for port, key in chosen.items()}
     share = config.sequences // world
     for word, wanted, what, otherwise in (
             ("accumulation", (config.micro_batch or share) < share, f"micro_batch={config.micro_batch} (accumulation)",
@@ -151,16 +155,14 @@ def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any]
             ("clip", config.clip > 0, f"clip={config.clip}", "set clip=0"),
             ("masters", config.dtype != "float32" and config.masters and world == 1, "masters=true",
              "set masters=false or dtype=float32")):
-        if wanted and word not in supports:
-            raise UserError(f"optimizer {optimizer!r} cannot be combined with {what}; {otherwise}")
+        if wanted and word not in able["optimizer"]:
+            raise UserError(f"optimizer {chosen['optimizer']!r} cannot be combined with {what}; {otherwise}")
     if world == 1:
         return
-    chosen = {port: registry.load(port, Choice.parse(port, getattr(config, port)).method).cls.supports
-              for port in ("optimizer", "objective", "schedule")}
-    for name, able in [*chosen.items(), *((n, p.supports) for n, p in (parts or {}).items())]:
-        if "fsdp" not in able:
-            key = Choice.parse(name, getattr(config, name)).method if name in chosen else name
-            raise UserError(f"{name} {key!r} cannot be combined with {world} processes (FSDP2); run it in one process")
+    for name, words in [*able.items(), *((n, p.supports) for n, p in (parts or {}).items())]:
+        if "fsdp" not in words:
+            raise UserError(f"{name} {chosen.get(name, '')!r} cannot be combined with {world} processes (FSDP2); "
+                            "run it in one process")
     if config.sequences % world:
         raise UserError(f"a batch of {config.sequences} sequences cannot be shared by {world} processes; "
                         f"ask for a multiple of {world}")

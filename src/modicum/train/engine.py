@@ -1,13 +1,13 @@
 """A model with what trains it: placement, gradients of a batch, an update. No data, no files.
 
 `TrainEngine` is the part of a run that touches tensors alone. The loop drives it; a planner traces it on
-tensors without data (`traced_step`) to learn what it will need.
+tensors without data (`train.forecast`) to learn what it will need.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ class TrainEngine:
     @property
     def parts(self) -> dict[str, Part]:
         """Everything with hooks and state, by the name its state is saved under."""
-        return {"optimizer": self.optimizer, "objective": self.objective, "schedule": self.schedule, **self.extra}
+        own: dict[str, Part] = {"optimizer": self.optimizer, "objective": self.objective, "schedule": self.schedule}
+        return own | self.extra
 
     def bind(self, model: nn.Module) -> None:
         """Place `model` (device, dtype, shards) and build an optimizer over what it trains."""
@@ -59,7 +60,8 @@ class TrainEngine:
         for p in model.parameters():
             if p.is_floating_point():
                 p.data = p.data.to(torch.float32 if sharded else dtype)
-        model.to(self.device)
+        if any(t.device.type != self.device.type for t in (*model.parameters(), *model.buffers())):
+            model.to(self.device)
         if self.config.compile:
             for block in parallel.blocks(model):
                 block.compile()
@@ -96,7 +98,7 @@ class TrainEngine:
         return self.named | {name: b for name, b in buffers.items() if name in kept}
 
     @torch.no_grad()
-    def load_tensors(self, saved: Mapping[str, Tensor] | Any, where: object) -> None:
+    def load_tensors(self, saved: Iterable[tuple[str, Tensor]], where: object) -> None:
         """Read (name, whole tensor) pairs written by `saved_tensors`. Raises `UserError` if they do not fit."""
         targets = self.saved_tensors()
         missing = set(targets)
@@ -167,27 +169,3 @@ def flops_per_token(model: nn.Module, length: int) -> float:
         return float(count(length))
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return 2.0 * sum(p.numel() for p in model.parameters() if id(p) not in tables)
-
-
-def traced_step(build: Callable[[], nn.Module], config: TrainConfig,
-                parts: Callable[[], Mapping[str, Part]] | None = None, *, documents: bool = True) -> Callable[[], Any]:
-    """Work for `budget.trace.trace`: build the model, then two whole steps (the first makes the optimizer's state).
-
-    documents: whether batches carry a documents mask (a packing that masks), which costs attention memory.
-    """
-    def work() -> TrainEngine:
-        engine = TrainEngine(build(), config, parts() if parts else None)
-        for part in engine.extra.values():
-            engine.model = part.prepare(engine.model, None)
-        engine.bind(engine.model)
-        for index in range(2):
-            shape = (config.sequences, config.sequence_length)
-            tokens, targets, positions, ids = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
-            batch = Batch(tokens, targets, ids if documents else None, positions)
-            scales = engine.schedule.scale(config.step_tokens * (index + 0.5), config.total_tokens)
-            engine.optimizer.begin(scales)
-            engine.gradients(batch, config.step_tokens, Step(index, 0, config.total_tokens, config.seed))
-            engine.norm()
-            engine.update(scales, 0.5)
-        return engine
-    return work

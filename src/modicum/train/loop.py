@@ -229,7 +229,7 @@ class Trainer(TrainEngine):
         """The same answer on every process: rank 0's."""
         words = [None, "deadline", "SIGINT", "SIGTERM"]
         mine = signals.got or ("deadline" if self.deadline.passed else None)
-        return words[self.ranks.agree(words.index(mine), self.device)]
+        return words[self.ranks.agree(words.index(mine))]
 
     def _evaluate(self) -> None:
         if self.heldout is None:

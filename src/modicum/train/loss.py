@@ -22,8 +22,9 @@ def token_loss(model: nn.Module, batch: Any, *, logits_bytes: int = 64 << 20) ->
     with the tokens and must give logits_BTV, or an object with `.logits`, and then knows no documents.
     """
     if hasattr(model, "hidden") and hasattr(model, "head"):
-        h_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
-        return cross_entropy(h_BTD, batch.targets_BT, model.head, logits_bytes)
+        decoder: Any = model
+        h_BTD = decoder.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
+        return cross_entropy(h_BTD, batch.targets_BT, decoder.head, logits_bytes)
     out = model(batch.tokens_BT)
     return cross_entropy(getattr(out, "logits", out), batch.targets_BT, None, logits_bytes)
 
@@ -38,17 +39,15 @@ def cross_entropy(h_BTD: Tensor, targets_BT: Tensor, head: Head | None,
     """
     h_ND, targets_N = h_BTD.flatten(0, -2), targets_BT.flatten()
     count = (targets_N != NO_LOSS).sum()
-    with torch.no_grad():
-        vocabulary = h_ND.shape[1] if head is None else head(h_ND[:1]).shape[-1]
+    vocabulary, weights = (h_ND.shape[1], []) if head is None else _probe(head, h_ND)
     rows = max(1, logits_bytes // (4 * vocabulary))
     if not torch.is_grad_enabled():
-        return sum((_slice_loss(h, t, head)[0] for h, t in zip(h_ND.split(rows), targets_N.split(rows), strict=True)),
-                   torch.zeros((), device=h_ND.device)), count
-    weights = _leaves(head, h_ND) if head is not None else []
+        slices = zip(h_ND.split(rows), targets_N.split(rows), strict=True)
+        return torch.stack([_slice_loss(h, t, head)[0] for h, t in slices]).sum(), count
     return _Sliced.apply(h_ND, targets_N, head, rows, *weights), count
 
 
-def _slice_loss(h_ND: Tensor, targets_N: Tensor, head: Head | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _slice_loss(h_ND: Tensor, targets_N: Tensor, head: Head | None) -> tuple[Tensor, ...]:
     """Loss sum, logits, log-probabilities (float32), target columns, mask, of one slice."""
     logits_NV = h_ND if head is None else head(h_ND)
     logp_NV = torch.log_softmax(logits_NV.detach(), -1, dtype=torch.float32)
@@ -62,7 +61,8 @@ class _Sliced(torch.autograd.Function):
     """d loss / d logits = softmax - onehot(target), pushed through the head slice by slice."""
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, targets_N: Tensor, head: Head | None, rows: int, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, h_ND: Tensor, targets_N: Tensor, head: Head | None, rows: int,
+                *weights: Tensor) -> Tensor:
         total = torch.zeros((), device=h_ND.device)
         grad_h = torch.empty_like(h_ND)
         grads: list[Tensor] = []
@@ -71,7 +71,8 @@ class _Sliced(torch.autograd.Function):
             part = slice(start, start + rows)
             with torch.enable_grad():
                 x = h_ND[part].detach().requires_grad_()
-                loss, logits, logp, columns, valid = _slice_loss(x, targets_N[part], head)
+                # (a view, because hooks of module trackers cannot stand on a leaf that autograd.grad asks for)
+                loss, logits, logp, columns, valid = _slice_loss(x.view_as(x), targets_N[part], head)
             total += loss
             delta = logp.exp_()
             delta.scatter_add_(1, columns, torch.full_like(columns, -1, dtype=delta.dtype))
@@ -94,12 +95,15 @@ class _Sliced(torch.autograd.Function):
         return grad_h, None, None, None, *grads
 
 
-def _leaves(head: Head, h_ND: Tensor) -> list[Tensor]:
-    """The trainable tensors that the head multiplies by, found in the graph of one row: whatever the head is
-    (tied, a form, an adapter), these are what its gradient must reach."""
-    with torch.enable_grad():
-        root = head(h_ND[:1].detach()).grad_fn
-    found, seen, stack = [], set(), [root]
+def _probe(head: Head, h_ND: Tensor) -> tuple[int, list[Tensor]]:
+    """The vocabulary's size, and the trainable tensors that the head multiplies by, from the graph of one row.
+
+    Whatever the head is (tied, a form, an adapter), these are the leaves that its gradient must reach.
+    """
+    row = h_ND[:1].detach()
+    logits = head(row)
+    found: list[Tensor] = []
+    seen, stack = set(), [logits.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -108,4 +112,4 @@ def _leaves(head: Head, h_ND: Tensor) -> list[Tensor]:
         if hasattr(node, "variable"):
             found.append(node.variable)
         stack.extend(following for following, _ in node.next_functions)
-    return found
+    return logits.shape[-1], found

@@ -35,10 +35,11 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def agree(self, value: int, device: torch.device) -> int:
+    def agree(self, value: int) -> int:
         """Rank 0's value, on every process."""
         if self.world == 1:
             return value
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         tensor = torch.tensor([value], dtype=torch.int64, device=device)
         dist.broadcast(tensor, 0)
         return int(tensor.item())
@@ -76,7 +77,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device {name!r} is not known; write auto, cpu, cuda or cuda:0") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError(f"device {name!r} was asked for, but this PyTorch sees no CUDA device; write device=cpu")
+            raise UserError(f"device {name!r}: this PyTorch sees no CUDA device; write device=cpu")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
@@ -119,7 +120,7 @@ def shard(whole: Whole, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """A copy of the whole tensor `full` placed as `like` is: on its device, and sharded if it is a DTensor."""
+    """A copy of the whole tensor `full`, placed as `like` is: on its device, sharded if it is a DTensor."""
     from torch.distributed.tensor import DTensor, distribute_tensor
     if isinstance(like, DTensor):
         return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -127,7 +128,7 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def gather(tensor: Tensor, keep: bool = True) -> Tensor:
-    """The whole tensor on the CPU (all processes must call). keep=False gives an empty one: for ranks not writing."""
+    """The whole tensor on the CPU; every process must call. keep=False, for those not writing, gives an empty one."""
     from torch.distributed.tensor import DTensor
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):

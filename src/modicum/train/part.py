@@ -1,9 +1,10 @@
 """The places where a part of the training may act, besides what its own port asks of it.
 
 Optimizers, schedules, objectives and whatever else is handed to `train(parts=...)` (something that saves
-memory, grows or prunes the model, averages weights) are parts. Every hook does nothing unless filled.
-Order of a run: `prepare`, (checkpoint loaded), `start`, then for each step: `around` once per micro-batch,
-`after_step`; `finish` once, before the last held-out loss. `state_dict` goes into every checkpoint.
+memory, grows or prunes the model, averages weights) are parts. Every hook does nothing unless filled, and
+gets the `train.loop.Trainer`. Order of a run: `prepare`, (checkpoint loaded), `start`, then for each step:
+`around` once per micro-batch, `after_step`; `finish` once, before the last held-out loss. What
+`state_dict` gives goes into every checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from modicum.train.loop import Trainer
+    from modicum.train.engine import TrainEngine
 
 
 class Part:
@@ -23,23 +24,23 @@ class Part:
     supports: ClassVar[frozenset[str]] = frozenset()
 
     def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:
-        """Change or replace the model before the optimizer is built and before a checkpoint's weights are read.
+        """Change or replace the model before the optimizer is built and a checkpoint's weights are read.
 
         `state` is this part's saved state when the run is resumed, so that the shapes can be made to fit.
         """
         return model
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: TrainEngine) -> None:
         """Everything is built and loaded; the first step follows."""
 
-    def around(self, trainer: Trainer) -> contextlib.AbstractContextManager[Any]:
+    def around(self, trainer: TrainEngine) -> contextlib.AbstractContextManager[Any]:
         """A context around forward and backward of one micro-batch."""
         return contextlib.nullcontext()
 
-    def after_step(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: TrainEngine) -> None:
         """A step is finished; `trainer.replace(model, ...)` may be called here."""
 
-    def finish(self, trainer: Trainer) -> None:
+    def finish(self, trainer: TrainEngine) -> None:
         """The last step is finished; weights may still change here (averaging, for one)."""
 
     def state_dict(self) -> dict[str, Any]:

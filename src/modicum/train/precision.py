@@ -9,7 +9,7 @@ section 3.1). Each bf16 gradient is added to its master's and freed as soon as a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Masters:
                        for name, p in trainable.items()]
 
     @staticmethod
-    def _collector(master: nn.Parameter):  # type: ignore[no-untyped-def]
+    def _collector(master: nn.Parameter) -> Callable[[Tensor], None]:
         def collect(low: Tensor) -> None:
             assert low.grad is not None
             if master.grad is None:

@@ -34,7 +34,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Loss:
-    """total: scalar float32 with a graph, in nats; count: scalar, predictions summed; metrics: scalars (sums)."""
+    """total: scalar float32 with a graph, nats; count: scalar, predictions summed; metrics: scalar sums."""
 
     total: Tensor
     count: Tensor
@@ -46,6 +46,7 @@ class Objective(Method, Part):
 
     needs: ClassVar[frozenset[str]] = frozenset({"tokens_BT", "targets_BT"})
     supports: ClassVar[frozenset[str]] = frozenset({"fsdp"})
+    random: ClassVar[bool] = False   # whether the loss draws random numbers
 
     def __init__(self, config: Any):
         self.config = config

@@ -78,7 +78,8 @@ class Optimizer(Method, Part):
 
     def state_bytes(self) -> int:
         """Bytes of the state tensors really held by this process."""
-        return sum(local(t).numel() * t.element_size() for t in self.state_dict().values() if isinstance(t, Tensor))
+        held = [local(t) for t in self.state_dict().values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in held)
 
     @classmethod
     @abstractmethod

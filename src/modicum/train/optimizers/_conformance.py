@@ -15,8 +15,9 @@ from modicum.train.part import join_state, split_state
 
 def _parameters(seed: int = 0) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"embed.weight": (24, 16), "layers.0.attention.q.weight": (16, 16), "layers.0.mlp.up.weight": (40, 16),
-              "layers.0.mlp.down.weight": (16, 40), "layers.0.mlp.down.bias": (16,), "norm.weight": (16,)}
+    shapes = {"embed.weight": (24, 16), "layers.0.attention.q.weight": (16, 16),
+              "layers.0.mlp.up.weight": (40, 16), "layers.0.mlp.down.weight": (16, 40),
+              "layers.0.mlp.down.bias": (16,), "norm.weight": (16,)}
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
@@ -25,7 +26,8 @@ def _make(key: str, named: dict[str, nn.Parameter], lr: float = 1e-2) -> Optimiz
     return loaded.cls(getattr(loaded.module, "TOY", None) or loaded.config(), list(named.items()), lr=lr)
 
 
-def _steps(optimizer: Optimizer, named: dict[str, nn.Parameter], first: int, last: int, lr: float = 1.0) -> None:
+def _steps(optimizer: Optimizer, named: dict[str, nn.Parameter], first: int, last: int,
+           lr: float = 1.0) -> None:
     """Gradients of half the squared distance to 1, with noise of the step's own."""
     for i in range(first, last):
         scales = {"lr": lr}
@@ -44,7 +46,8 @@ def _stored(optimizer: Optimizer) -> dict[str, Any]:
     """The state after a trip through safetensors and JSON."""
     import json
     tensors, values = split_state(optimizer.state_dict())
-    return join_state(load(save({k: t.contiguous() for k, t in tensors.items()})), json.loads(json.dumps(values)))
+    stored = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    return join_state(load(stored), json.loads(json.dumps(values)))
 
 
 def check_places_every_parameter_once(key: str) -> None:
@@ -52,7 +55,7 @@ def check_places_every_parameter_once(key: str) -> None:
     named = _parameters()
     groups = _make(key, named).groups(list(named.items()))
     placed = [name for group in groups for name in group.named]
-    assert sorted(placed) == sorted(named), f"{key}: groups place {sorted(placed)}, parameters are {sorted(named)}"
+    assert sorted(placed) == sorted(named), f"{key}: groups place {sorted(placed)} of {sorted(named)}"
     for group in groups:
         if group.weight_decay:
             small = [n for n, p in group.named.items() if p.ndim < 2 or n.startswith("embed")]
@@ -106,7 +109,8 @@ def check_bytes(key: str) -> None:
     held = optimizer.state_bytes()
     told = type(optimizer).cost(optimizer.config, {n: tuple(p.shape) for n, p in named.items()}).peak_bytes
     tensors, _ = split_state(optimizer.state_dict())
-    assert held == sum(t.numel() * t.element_size() for t in tensors.values()), f"{key}: state_bytes() is {held}"
+    summed = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert held == summed, f"{key}: state_bytes() is {held}, the tensors hold {summed}"
     assert abs(told - held) <= 0.02 * max(held, 1), f"{key}: cost() says {told} bytes, the state holds {held}"
 
 

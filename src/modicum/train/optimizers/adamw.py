@@ -50,7 +50,8 @@ class AdamW(Optimizer):
         super().__init__(config, named, lr=lr)
         groups = [{"params": list(g.named.values()), "weight_decay": g.weight_decay, "rate": g.rate}
                   for g in self.split]
-        self.inner = torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        betas = (config.beta1, config.beta2)
+        self.inner = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True)
 
     def step(self, scales: Mapping[str, float]) -> None:
         for group in self.inner.param_groups:
@@ -58,7 +59,7 @@ class AdamW(Optimizer):
         self.inner.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """`NAME:exp_avg`, `NAME:exp_avg_sq` (like the parameter) and `NAME:step` (a scalar), per parameter."""
+        """Per parameter `NAME:exp_avg` and `NAME:exp_avg_sq` (of its shape) and `NAME:step` (a scalar)."""
         return {f"{name}:{key}": value for name, p in self.named.items()
                 for key, value in self.inner.state.get(p, {}).items()}
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from modicum.core import registry
+from modicum.train.schedules import Schedule
 
 
-def _make(key: str):  # type: ignore[no-untyped-def]
+def _make(key: str) -> Schedule:
     loaded = registry.load("schedule", key)
     return loaded.cls(getattr(loaded.module, "TOY", None) or loaded.config())
 
