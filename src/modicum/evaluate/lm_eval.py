@@ -157,7 +157,10 @@ def run_lm_eval(
             f"--include-path {include_path} is no folder; give the one that holds your task's YAML"
         )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    # The harness's own thousands of files are read only if a name is not in the user's folder.
+    manager = TaskManager(include_path=str(include_path), include_defaults=False) if include_path else None
+    if manager is None or any(name not in manager.all_tasks for name in names):
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
     for name in names:
         if name not in manager.all_tasks:
             raise unknown("lm-eval task", name, manager.all_tasks, "Add your own with --include-path FOLDER")
@@ -171,7 +174,7 @@ def run_lm_eval(
     )
     results = []
     for name in names:
-        # Not simple_evaluate: that also seeds every generator of the process and runs git and pip for its log.
+        # Not simple_evaluate: it seeds the whole process's generators and runs git and pip for its log.
         loaded = get_task_dict([name], manager)
         for task in _members(loaded):
             own = task.get_config("num_fewshot")
