@@ -7,7 +7,8 @@ import pytest
 from modicum.bench import conformance
 
 
-@pytest.mark.parametrize(("port", "key", "name"), [pytest.param(*case, id="/".join(case))
-                                                   for case in conformance.every()])
+@pytest.mark.parametrize(
+    ("port", "key", "name"), [pytest.param(*case, id="/".join(case)) for case in conformance.every()]
+)
 def test_conforms(port: str, key: str, name: str) -> None:
     conformance.check(port, name, key)

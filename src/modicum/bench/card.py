@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modicum.core import registry
 from modicum.core.errors import UserError
 from modicum.core.registry import MethodInfo, PortInfo
 
@@ -65,12 +66,17 @@ def read_card(info: MethodInfo) -> Card:
         path,
         doc,
         head.rstrip(".") or info.summary,
-        _knobs(config, text.splitlines()),
-        _supports(tree),
+        _knobs(config, tree, text),
+        _supports(tree) or _supports(_package(info)),
         _claim(tree, path),
         _sweep(tree, path),
         paper(doc),
     )
+
+
+def _package(info: MethodInfo) -> ast.Module:
+    """The port's package, whose base class says what holds for methods that do not say."""
+    return ast.parse((registry.port(info.port).path / "__init__.py").read_text(encoding="utf-8"))
 
 
 def source(info: MethodInfo) -> Path:
@@ -88,10 +94,16 @@ def source(info: MethodInfo) -> Path:
     return Path(spec.origin)
 
 
-def _knobs(config: ast.ClassDef | None, lines: list[str]) -> tuple[Knob, ...]:
-    knobs = []
+def _knobs(config: ast.ClassDef | None, tree: ast.Module, text: str) -> tuple[Knob, ...]:
+    """Fields of a dataclass as written, those of its bases first."""
+    knobs: dict[str, Knob] = {}
+    for base in config.bases if config else []:
+        knobs |= {knob.name: knob for knob in _inherited(ast.unparse(base), tree, text)}
+    lines = text.splitlines()
     for node in config.body if config else []:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        if ast.unparse(node.annotation).startswith("ClassVar"):
             continue
         default = ast.unparse(node.value) if node.value else ""
         tail = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset or 0 :]
@@ -105,8 +117,30 @@ def _knobs(config: ast.ClassDef | None, lines: list[str]) -> tuple[Knob, ...]:
             default = factory[2] or {"list": "[]", "dict": "{}", "tuple": "()"}.get(
                 factory[1], factory[1] + "()"
             )
-        knobs.append(Knob(node.target.id, _type(node.annotation), default, " ".join(note)))
-    return tuple(knobs)
+        knobs[node.target.id] = Knob(node.target.id, _type(node.annotation), default, " ".join(note))
+    return tuple(knobs.values())
+
+
+def _inherited(name: str, tree: ast.Module, text: str) -> tuple[Knob, ...]:
+    """Knobs of the class `name`, defined in this file or imported into it by name."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return _knobs(node, tree, text)
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                path = _module_file(node.module) if (alias.asname or alias.name) == name else None
+                if path is not None:
+                    other = path.read_text(encoding="utf-8")
+                    return _inherited(alias.name, ast.parse(other), other)
+    return ()
+
+
+def _module_file(module: str) -> Path | None:
+    """The file of a module of this package, without importing it; None for others."""
+    top, *rest = module.split(".")
+    place = registry.ROOT.joinpath(*rest)
+    found = [p for p in (place.with_suffix(".py"), place / "__init__.py") if p.exists()]
+    return found[0] if top == registry.ROOT.name and found else None
 
 
 def _type(node: ast.expr) -> str:
@@ -122,8 +156,10 @@ def _supports(tree: ast.Module) -> tuple[str, ...]:
     for node in ast.walk(tree):
         targets = node.targets if isinstance(node, ast.Assign) else []
         targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and any(
-            isinstance(t, ast.Name) and t.id == "supports" for t in targets
+        if (
+            isinstance(node, ast.Assign | ast.AnnAssign)
+            and node.value is not None
+            and any(isinstance(t, ast.Name) and t.id == "supports" for t in targets)
         ):
             words = [n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
             return tuple(sorted(str(w) for w in words))
@@ -135,8 +171,10 @@ def _constant(tree: ast.Module, name: str, path: Path, allowed: str) -> Any:
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and any(
-            isinstance(t, ast.Name) and t.id == name for t in targets
+        if (
+            isinstance(node, ast.Assign | ast.AnnAssign)
+            and node.value is not None
+            and any(isinstance(t, ast.Name) and t.id == name for t in targets)
         ):
             try:
                 return ast.literal_eval(node.value)

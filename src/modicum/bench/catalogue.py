@@ -62,24 +62,36 @@ def readme(text: str, evidence: Path) -> str:
 
 def table(evidence: Path) -> str:
     """All ports and methods in one Markdown table."""
-    lines = ["| port | method | what it does | paper | measured against the baseline | claim |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| port | method | what it does | paper | measured against the baseline | claim |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     n_methods = 0
     for info in registry.ports().values():
         measured = rows_of(record.read(evidence / f"{info.name}.jsonl"))
         for i, (key, card) in enumerate(own_methods(info.name).items()):
             n_methods += 1
             port = f"[{info.name}](docs/ports/{info.name}.md)" if i == 0 else ""
-            shown = [("" if row.choice == key else f"`{row.choice}`: ") + measured_text(row)
-                     for row, _ in of_method(measured, key)]
+            shown = [
+                ("" if row.choice == key else f"`{row.choice}`: ") + measured_text(row)
+                for row, _ in of_method(measured, key)
+            ]
             figure = "<br>".join(shown) or "—"
-            cells = (port, f"**{key}**" if key == info.baseline else key, cell(card.summary), _paper(card),
-                     figure, cell(claim_text(card.claim)) or "—")
+            cells = (
+                port,
+                f"**{key}**" if key == info.baseline else key,
+                cell(card.summary),
+                _paper(card),
+                figure,
+                cell(claim_text(card.claim)) or "—",
+            )
             lines.append("| " + " | ".join(cells) + " |")
-    return (f"{len(registry.ports())} ports, {n_methods} methods. Baselines are bold. A figure is the mean ± "
-            "standard deviation over seeds; the change is paired with the baseline seed by seed, with its "
-            "95% interval. Machine, model, data and seeds of every figure stand on the port's page.\n\n"
-            + "\n".join(lines))
+    return (
+        f"{len(registry.ports())} ports, {n_methods} methods. Baselines are bold. A figure is the mean ± "
+        "standard deviation over seeds; the change is paired with the baseline seed by seed, with its "
+        "95% interval. Machine, model, data and seeds of every figure stand on the port's page.\n\n"
+        + "\n".join(lines)
+    )
 
 
 def _paper(card: Card) -> str:

@@ -77,23 +77,29 @@ def percent(share: float) -> str:
 def setting_text(run: list[Record]) -> str:
     """One paragraph: how, on what and where a run was measured."""
     last = run[-1]
-    parts = [f"Seeds {', '.join(str(s) for s in sorted({r.seed for r in run}))}",
-             "scale " + ", ".join(f"{k}={v}" for k, v in last.scale.items())]
+    parts = [
+        f"Seeds {', '.join(str(s) for s in sorted({r.seed for r in run}))}",
+        "scale " + ", ".join(f"{k}={v}" for k, v in last.scale.items()),
+    ]
     if last.budget:
         parts.append("budget " + ", ".join(f"{k}={stats.number(v)}" for k, v in last.budget.items()))
     if last.model:
         parts.append("model " + described(last.model))
     if last.data:
         parts.append("data " + described(last.data))
-    parts += [f"on {machine_text(last.machine)}",
-              f"torch {last.versions.get('torch', '?')}, commit {last.commit}, {last.time[:10]}",
-              f"{seconds_text(sum(r.seconds for r in run))} in all"]
+    parts += [
+        f"on {machine_text(last.machine)}",
+        f"torch {last.versions.get('torch', '?')}, commit {last.commit}, {last.time[:10]}",
+        f"{seconds_text(sum(r.seconds for r in run))} in all",
+    ]
     return "; ".join(parts) + "."
 
 
 def machine_text(machine: dict[str, Any]) -> str:
-    cpu = (f"{machine['cpu']} ({machine['cores']} cores, {machine['threads']} threads, "
-           f"{quantity(machine['memory_bytes'], 'bytes')})")
+    cpu = (
+        f"{machine['cpu']} ({machine['cores']} cores, {machine['threads']} threads, "
+        f"{quantity(machine['memory_bytes'], 'bytes')})"
+    )
     return ", ".join([*(machine.get("gpus") or []), cpu])
 
 

@@ -149,7 +149,14 @@ def pick(port: str, given: list[str]) -> list[Choice]:
     baseline = registry.port(port).baseline
     if not given:
         for key, info in registry.methods(port).items():
-            given = given + ([f"{key}:{knobs}" for knobs in read_card(info).sweep] or [key])
+            found = [f"{key}:{knobs}" for knobs in read_card(info).sweep] or [key]
+            try:
+                for text in found:
+                    Choice.parse(port, text).config()
+            except UserError as error:  # it cannot do without knobs of the user's own
+                log.warning("left out: %s", error)
+            else:
+                given = given + found
     choices = [Choice.parse(port, g) for g in given]
     for choice in choices:
         choice.config()  # a wrong knob is refused before anything is measured

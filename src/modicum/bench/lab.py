@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modicum.core.errors import UserError
+from modicum.core.events import Events, Progress
 from modicum.data.document import Document
 from modicum.data.readers import ReadConfig, find, read
 
@@ -34,9 +36,12 @@ class Corpus:
 
     @property
     def record(self) -> dict[str, Any]:
-        return {"name": self.name, "checksum": self.checksum,
-                "train_bytes": sum(d.nbytes for d in self.train),
-                "heldout_bytes": sum(d.nbytes for d in self.heldout)}
+        return {
+            "name": self.name,
+            "checksum": self.checksum,
+            "train_bytes": sum(d.nbytes for d in self.train),
+            "heldout_bytes": sum(d.nbytes for d in self.heldout),
+        }
 
     def heldout_texts(self, domain: str | None = None) -> list[str]:
         return [d.text for d in self.heldout if domain in (None, d.domain)]
@@ -47,11 +52,11 @@ class Corpus:
 
 
 @functools.lru_cache(maxsize=4)
-def corpus(source: str | None, train_bytes: int, heldout_bytes: int) -> Corpus:
+def corpus(source: str | None, train_bytes: int, heldout_bytes: int, parted: bool = True) -> Corpus:
     """Read about `train_bytes` + `heldout_bytes` of text; files are picked and split by a hash of names.
 
-    Files, not documents, are held out, so that no two parts of one file lie on both sides. Documentation
-    that stands in code is a domain of its own ("prose" beside "code").
+    Files, not documents, are held out, so that no two parts of one file lie on both sides. With `parted`,
+    documentation that stands in code is a domain of its own ("prose" beside "code").
     """
     name = source or "python"
     config = ReadConfig(limit_bytes=train_bytes + 2 * heldout_bytes, max_document_bytes=1 << 18)
@@ -63,16 +68,18 @@ def corpus(source: str | None, train_bytes: int, heldout_bytes: int) -> Corpus:
         side = "heldout" if sizes["heldout"] < heldout_bytes else "train"
         for item in read(unit, config):
             if isinstance(item, Document):
-                for part in by_domain(item):
+                for part in by_domain(item) if parted else [item]:
                     if sizes[side] < limits[side]:
                         sides[side].append(part)
                         sizes[side] += part.nbytes
         if sizes["train"] >= train_bytes:
             break
     if not sides["train"] or not sides["heldout"]:
-        raise UserError(f"{name} holds too little text to measure on: {sizes['heldout']} bytes held out, "
-                        f"{sizes['train']} to train on; give a larger folder, or ask for less: "
-                        f"--scale heldout_bytes={heldout_bytes // 10}")
+        raise UserError(
+            f"{name} holds too little text to measure on: {sizes['heldout']} bytes held out, "
+            f"{sizes['train']} to train on; give a larger folder, or ask for less: "
+            f"--scale heldout_bytes={heldout_bytes // 10}"
+        )
     digest = hashlib.sha256()
     for document in (*sides["train"], *sides["heldout"]):
         digest.update(document.text.encode("utf-8", "surrogatepass"))
@@ -83,19 +90,23 @@ def corpus(source: str | None, train_bytes: int, heldout_bytes: int) -> Corpus:
 def by_domain(document: Document) -> Iterator[Document]:
     """A Python source as two documents, its prose (docstrings, comments) and its code; others as they are."""
     from modicum.data.python_source import split
+
     parts = split(document) if document.domain == "code" and document.id.endswith(".py") else None
     if parts is None:
         yield document
         return
     for domain, text in zip(("prose", "code"), parts, strict=True):
         if text.strip():
-            yield Document(f"{document.id}#{domain}", text, domain, document.source, {"part_of": document.origin})
+            yield Document(
+                f"{document.id}#{domain}", text, domain, document.source, {"part_of": document.origin}
+            )
 
 
 @functools.lru_cache(maxsize=4)
 def tokenizer(source: str | None, train_bytes: int, heldout_bytes: int, vocabulary: int) -> Tokenizer:
     """A BPE trained on the corpus' training side."""
     from modicum.data.tokenizer import Tokenizer
+
     texts = (d.text for d in corpus(source, train_bytes, heldout_bytes).train)
     return Tokenizer.train(texts, vocab_size=vocabulary)
 
@@ -103,6 +114,7 @@ def tokenizer(source: str | None, train_bytes: int, heldout_bytes: int, vocabula
 def weights_checksum(model: Any) -> str:
     """16 hex digits over every parameter and buffer, in order of names."""
     import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -114,12 +126,22 @@ def weights_checksum(model: Any) -> str:
 def model_record(model: Decoder, name: str) -> dict[str, Any]:
     """Name, shape, parameters and checksum of a decoder, as a record holds them."""
     c = model.config
-    shape = (f"{c.family} {c.layers}x{c.width}, {c.heads}/{c.kv_heads} heads of {c.head_dim}, "
-             f"mlp {c.mlp_width}, vocabulary {c.vocab_size}")
+    shape = (
+        f"{c.family} {c.layers}x{c.width}, {c.heads}/{c.kv_heads} heads of {c.head_dim}, "
+        f"mlp {c.mlp_width}, vocabulary {c.vocab_size}"
+    )
     return {"name": name, "shape": shape, "parameters": c.parameters(), "checksum": weights_checksum(model)}
 
 
 def seeded(seed: int) -> Any:
     """A torch generator."""
     import torch
+
     return torch.Generator().manual_seed(seed)
+
+
+class Quiet(Events):
+    """Events that are kept nowhere and show no progress line: a bench has its own."""
+
+    def progress(self, label: str, total: float | None, unit: str = "") -> Progress:
+        return Progress(label, total, unit, stream=io.StringIO())

@@ -32,13 +32,30 @@ def own_methods(port: str) -> dict[str, Card]:
 def port_files(info: PortInfo, place: Path, evidence: Path) -> dict[Path, str]:
     """A port's page, and its plot if there is evidence."""
     cards = own_methods(info.name)
-    lines = [NOTE, "", f"# Port {info.name}", "",
-             f"{sentence(info.summary)} Room [{info.room}](../{info.room}.md); baseline `{info.baseline}`.",
-             "",
-             "```sh", f"modicum ls {info.name}", f"modicum show {info.name} {info.baseline}",
-             f"modicum bench {info.name}", f"modicum check {info.name}", f"modicum new {info.name} my-method",
-             "```", "", "## What it asks of a method", "", "```python", port_text(info).strip(), "```", "",
-             "## Measured", ""]
+    lines = [
+        NOTE,
+        "",
+        f"# Port {info.name}",
+        "",
+        f"{sentence(info.summary)} Room [{info.room}](../{info.room}.md); baseline `{info.baseline}`.",
+        "",
+        "```sh",
+        f"modicum ls {info.name}",
+        f"modicum show {info.name} {info.baseline}",
+        f"modicum bench {info.name}",
+        f"modicum check {info.name}",
+        f"modicum new {info.name} my-method",
+        "```",
+        "",
+        "## What it asks of a method",
+        "",
+        "```python",
+        port_text(info).strip(),
+        "```",
+        "",
+        "## Measured",
+        "",
+    ]
     measured, pictures = _measured(info, evidence)
     lines += [*measured, "## Methods", ""]
     for key, card in cards.items():
@@ -57,8 +74,13 @@ def _measured(info: PortInfo, evidence: Path) -> tuple[list[str], dict[str, str]
     for i, rows in enumerate(stats.compare(run)):
         name = f"{info.name}.svg" if i == 0 else f"{info.name}-{i + 1}.svg"
         pictures[name] = plots.svg(info.name, rows)
-        lines += [f"![{words(rows[0].axes['quality']['metric'])} against {words(rows[0].axes['cost']['metric'])}]"
-                  f"(plots/{name})", "", *_table(rows), ""]
+        lines += [
+            f"![{words(rows[0].axes['quality']['metric'])} against {words(rows[0].axes['cost']['metric'])}]"
+            f"(plots/{name})",
+            "",
+            *_table(rows),
+            "",
+        ]
     for choice, (row, members) in rows_of(found).items():
         if members[-1].run != run[-1].run:
             lines += [f"`{choice}`, in another run: {measured_text(row)}. {setting_text(members)}", ""]
@@ -69,17 +91,37 @@ def _table(rows: list[Row]) -> list[str]:
     quality, cost = rows[0].axes["quality"], rows[0].axes["cost"]
     shown = (quality["metric"], cost["metric"], "peak_bytes", "flops")
     names = [n for n in rows[0].metrics if n not in shown]
-    heads = ["method", words(quality["metric"]), "change [95%]", words(cost["metric"]), "cost ratio",
-             *(words(n) for n in names), "claim"]
+    heads = [
+        "method",
+        words(quality["metric"]),
+        "change [95%]",
+        words(cost["metric"]),
+        "cost ratio",
+        *(words(n) for n in names),
+        "claim",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for row in rows:
         ratio = f"×{row.cost_ratio:.3g}" if row.cost_ratio is not None else "—"
-        more = [spread_text(row.metrics[n], "bytes" if n.endswith("_bytes") else "")
-                if n in row.metrics else "—" for n in names]
-        lines.append("| " + " | ".join([
-            f"**{row.choice}**" if row.is_baseline else row.choice, spread_text(row.quality, quality["unit"]),
-            change_text(row) or "—", spread_text(row.cost, cost["unit"]), ratio, *more,
-            cell(claim_text(row.claim)) or "—"]) + " |")
+        more = [
+            spread_text(row.metrics[n], "bytes" if n.endswith("_bytes") else "") if n in row.metrics else "—"
+            for n in names
+        ]
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    f"**{row.choice}**" if row.is_baseline else row.choice,
+                    spread_text(row.quality, quality["unit"]),
+                    change_text(row) or "—",
+                    spread_text(row.cost, cost["unit"]),
+                    ratio,
+                    *more,
+                    cell(claim_text(row.claim)) or "—",
+                ]
+            )
+            + " |"
+        )
     return lines
 
 
@@ -102,10 +144,19 @@ def _card(card: Card) -> list[str]:
 
 def index() -> str:
     """docs/ports/README.md."""
-    lines = [NOTE, "", "# Ports", "",
-             "A port is a protocol, a conformance suite and a bench; a method is one file behind it.", "",
-             "| port | room | what it is | baseline | methods |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        NOTE,
+        "",
+        "# Ports",
+        "",
+        "A port is a protocol, a conformance suite and a bench; a method is one file behind it.",
+        "",
+        "| port | room | what it is | baseline | methods |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for info in registry.ports().values():
-        lines.append(f"| [{info.name}]({info.name}.md) | [{info.room}](../{info.room}.md) | "
-                     f"{cell(info.summary)} | {info.baseline} | {', '.join(own_methods(info.name))} |")
+        lines.append(
+            f"| [{info.name}]({info.name}.md) | [{info.room}](../{info.room}.md) | "
+            f"{cell(info.summary)} | {info.baseline} | {', '.join(own_methods(info.name))} |"
+        )
     return "\n".join(lines) + "\n"

@@ -84,9 +84,7 @@ def figure(port: str, rows: list[Row]) -> Any:
             )
         )
     drawing.update_layout(
-        title={
-            "text": f"{port}: quality against cost, mean and spread over seeds"
-        },
+        title={"text": f"{port}: quality against cost, mean and spread over seeds"},
         xaxis_title=axis_title(axes["cost"]),
         yaxis_title=axis_title(axes["quality"]),
         template="plotly_white",
@@ -100,12 +98,18 @@ def figure(port: str, rows: list[Row]) -> Any:
 def write_page(path: Path, port: str, parts: list[list[Row]]) -> None:
     """A self-contained page with one figure for each pair of axes: it opens without network."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figures = [figure(port, rows).to_html(include_plotlyjs=i == 0, full_html=False,
-                                          config={"responsive": True, "displaylogo": False})
-               for i, rows in enumerate(parts)]
-    write_text(path, '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-                     '<meta name="viewport" content="width=device-width">'
-                     f"<title>modicum bench {html.escape(port)}</title></head><body>{''.join(figures)}</body></html>")
+    figures = [
+        figure(port, rows).to_html(
+            include_plotlyjs=i == 0, full_html=False, config={"responsive": True, "displaylogo": False}
+        )
+        for i, rows in enumerate(parts)
+    ]
+    write_text(
+        path,
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>modicum bench {html.escape(port)}</title></head><body>{''.join(figures)}</body></html>",
+    )
 
 
 def svg(port: str, rows: list[Row], width: int = 640, height: int = 360) -> str:

@@ -75,7 +75,7 @@ def _check(info: PortInfo, key: str) -> None:
         )
     if key in registry.methods(info.name):
         raise UserError(
-            f"{info.name}/{key} is there already, in {registry.methods(info.name)[key].module}; take another, "
+            f"{info.name}/{key} is there already: {registry.methods(info.name)[key].module}; take another, "
             f"or read it: modicum show {info.name} {key}"
         )
 

@@ -1,7 +1,4 @@
-"""A small training run, the same for every bench that needs one: what is measured is the method, not the set-up.
-
-Shapes: none; models and streams are those of the rooms model, data and train.
-"""
+"""A small training run, the same for every bench that needs one: only the method differs."""
 
 from __future__ import annotations
 
@@ -39,12 +36,21 @@ class Scale:
     layers: int = 4
     sequence_length: int = 256
     batch_sequences: int = 8
-    rate: float = 4e-3              # peak learning rate
+    rate: float = 4e-3  # peak learning rate
     dtype: str = "bfloat16"
 
 
-QUICK: dict[str, Any] = {"tokens": 8 * 4 * 64, "corpus_bytes": 120_000, "heldout_bytes": 12_000, "vocabulary": 512, "width": 32,
-                         "layers": 1, "sequence_length": 64, "batch_sequences": 4, "dtype": "float32"}
+QUICK: dict[str, Any] = {
+    "tokens": 8 * 4 * 64,
+    "corpus_bytes": 120_000,
+    "heldout_bytes": 12_000,
+    "vocabulary": 512,
+    "width": 32,
+    "layers": 1,
+    "sequence_length": 64,
+    "batch_sequences": 4,
+    "dtype": "float32",
+}
 LIMITS = {"tokens", "seconds"}
 
 
@@ -64,23 +70,42 @@ class Bench:
         if settings.model:
             tokenizer = Tokenizer.load(find_folder(settings.model))
         else:
-            tokenizer = lab.tokenizer(settings.data, scale.corpus_bytes, scale.heldout_bytes, scale.vocabulary)
+            tokenizer = lab.tokenizer(
+                settings.data, scale.corpus_bytes, scale.heldout_bytes, scale.vocabulary
+            )
         return cls(corpus, tokenizer, scale, settings)
 
     def model(self, seed: int) -> Decoder:
         """A fresh small decoder, or the one given, in float32, the same for the same seed."""
         if self.settings.model:
             return load_model(self.settings.model, "float32", self.settings.device)
-        shape = llama_like(self.tokenizer.vocab_size, self.scale.width, self.scale.layers,
-                           context_length=self.scale.sequence_length)
+        shape = llama_like(
+            self.tokenizer.vocab_size,
+            self.scale.width,
+            self.scale.layers,
+            context_length=self.scale.sequence_length,
+        )
         return Decoder(shape, lab.seeded(seed)).to(self.settings.device)
 
-    def stream(self, seed: int, documents: Iterable[Document] | None = None, *, mixture: Any = "natural",
-               packing: Any = "concat", total: float | None = None) -> Stream:
+    def stream(
+        self,
+        seed: int,
+        documents: Iterable[Document] | None = None,
+        *,
+        mixture: Any = "natural",
+        packing: Any = "concat",
+        total: float | None = None,
+    ) -> Stream:
         """Training batches of the corpus, or of `documents`."""
         held = self._tokens() if documents is None else memory(documents, self.tokenizer)
-        return Stream(held, mixture, packing, sequence_length=self.scale.sequence_length, seed=seed,
-                      total=total or self.total)
+        return Stream(
+            held,
+            mixture,
+            packing,
+            sequence_length=self.scale.sequence_length,
+            seed=seed,
+            total=total or self.total,
+        )
 
     def _tokens(self) -> MemoryDocuments:
         s = self.scale
@@ -91,26 +116,55 @@ class Bench:
         """Tokens of one training run: the budget's, or the scale's."""
         return int(self.settings.budget.tokens or self.scale.tokens)
 
-    def train(self, model: Decoder, seed: int, stream: Stream | None = None, *, rate: float | None = None,
-              parts: Mapping[str, Part] | None = None,
-              tokens: int | None = None, budget: Budget | None = None, **methods: Any) -> TrainResult:
+    def train(
+        self,
+        model: Decoder,
+        seed: int,
+        stream: Stream | None = None,
+        *,
+        rate: float | None = None,
+        parts: Mapping[str, Part] | None = None,
+        tokens: int | None = None,
+        budget: Budget | None = None,
+        **methods: Any,
+    ) -> TrainResult:
         """Train in place to the budget; `methods` are optimizer, schedule and objective.
 
         A budget of seconds stops the run where it is. Afterwards the model is in float32 and in eval mode.
         """
         scale, budget = self.scale, budget or self.settings.budget
-        config = TrainConfig(tokens=tokens or self.total, sequence_length=scale.sequence_length,
-                             batch_sequences=scale.batch_sequences, lr=rate or scale.rate, dtype=scale.dtype,
-                             seed=seed, device=self.settings.device, **methods)
-        result = train(model, stream or self.stream(seed), config, None, events=Events(None), label="",
-                       deadline=Deadline(budget.seconds), parts=parts)
+        config = TrainConfig(
+            tokens=tokens or self.total,
+            sequence_length=scale.sequence_length,
+            batch_sequences=scale.batch_sequences,
+            lr=rate or scale.rate,
+            dtype=scale.dtype,
+            seed=seed,
+            device=self.settings.device,
+            **methods,
+        )
+        result = train(
+            model,
+            stream or self.stream(seed),
+            config,
+            None,
+            events=Events(None),
+            label="",
+            deadline=Deadline(budget.seconds),
+            parts=parts,
+        )
         model.float().eval()
         return result
 
     def bits(self, model: Decoder, texts: list[str] | None = None) -> float:
         """Bits per byte of the held-out side, or of `texts`."""
-        return bits_per_byte(model, self.tokenizer, texts or self.corpus.heldout_texts(), resamples=2,
-                             sequence_length=self.scale.sequence_length).bits_per_byte
+        return bits_per_byte(
+            model,
+            self.tokenizer,
+            texts or self.corpus.heldout_texts(),
+            resamples=2,
+            sequence_length=self.scale.sequence_length,
+        ).bits_per_byte
 
     def model_record(self, model: Decoder, kind: str = "small decoder, fresh") -> dict[str, Any]:
         return lab.model_record(model, self.settings.model or kind)
@@ -120,13 +174,17 @@ def memory(documents: Iterable[Document], tokenizer: Tokenizer) -> MemoryDocumen
     """Documents encoded as shards hold them: start, text, end."""
     held: dict[str, list[tuple[list[int], int]]] = {}
     rows = list(documents)
-    for document, ids in zip(rows, tokenizer.encode_batch([d.text for d in rows], specials=False), strict=True):
+    for document, ids in zip(
+        rows, tokenizer.encode_batch([d.text for d in rows], specials=False), strict=True
+    ):
         held.setdefault(document.domain, []).append(([tokenizer.start_id, *ids, tokenizer.eos_id], 1))
     return MemoryDocuments(held)
 
 
 @functools.lru_cache(maxsize=2)
-def corpus_tokens(source: str | None, corpus_bytes: int, heldout_bytes: int, tokenizer: Tokenizer) -> MemoryDocuments:
+def corpus_tokens(
+    source: str | None, corpus_bytes: int, heldout_bytes: int, tokenizer: Tokenizer
+) -> MemoryDocuments:
     return memory(lab.corpus(source, corpus_bytes, heldout_bytes).train, tokenizer)
 
 
@@ -141,6 +199,7 @@ def _pretrained(scale: Scale, data: str | None, device: str, seed: int) -> Decod
 def pretrained(settings: Settings, seed: int) -> tuple[Bench, Decoder]:
     """The given model, or a small one trained with the baselines (once per seed and process), as a copy."""
     import copy
+
     bench = Bench.of(settings)
     if settings.model:
         return bench, bench.model(seed)

@@ -59,18 +59,17 @@ def bench(
     path = record.folder(evidence) / f"{port}.jsonl"
     with Progress(f"bench {port}", len(numbers) * len(choices), "runs") as progress:
         outcome = harness.run(loaded, choices, numbers, settings, path, resume=resume, progress=progress)
-    rows = stats.compare(outcome.records)
+    parts = stats.compare(outcome.records)
     drawn = plot or Path("runs") / "bench" / f"{port}.html"
-    if rows:
-        plots.write_page(drawn, port, rows, outcome.records[-1].axes)
+    if parts:
+        plots.write_page(drawn, port, parts)
     if as_json:
         print(
             json.dumps(
                 {
                     "port": port,
                     "run": outcome.run,
-                    "axes": outcome.records[-1].axes if rows else {},
-                    "rows": [r.as_dict() for r in rows],
+                    "rows": [r.as_dict() for rows in parts for r in rows],
                     "failures": outcome.failures,
                     "records": str(path),
                     "measured": outcome.measured,
@@ -80,11 +79,10 @@ def bench(
                 indent=2,
             )
         )
-    elif rows:
-        show_rows(rows, outcome.records[-1].axes)
-        print(
-            f"{outcome.measured} measured, {outcome.skipped} taken from earlier; records {path}; plot {drawn}"
-        )
+    elif parts:
+        for rows in parts:
+            show_rows(rows)
+        print(f"{outcome.measured} measured, {outcome.skipped} from earlier; records {path}; plot {drawn}")
     for label, reason in outcome.failures.items():
         print(f"{port}/{label} failed: {reason}", file=sys.stderr)
     if outcome.interrupted:
@@ -110,7 +108,7 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def show_rows(rows: list, axes: dict) -> None:
+def show_rows(rows: list) -> None:
     """The comparison as a table on the terminal."""
     from rich.console import Console
     from rich.table import Table
@@ -120,19 +118,34 @@ def show_rows(rows: list, axes: dict) -> None:
     from modicum.bench.figures import change_text
     from modicum.bench.stats import spread_text
 
-    quality, cost = axes["quality"], axes["cost"]
+    quality, cost = rows[0].axes["quality"], rows[0].axes["cost"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     with_claims = any(row.claim for row in rows)
-    heads = ["method", f"{quality['metric']} ({quality['better']} better)", "change [95%]", cost["metric"],
-             "×", "seconds", "seeds", *(["claim"] if with_claims else [])]
+    heads = [
+        "method",
+        f"{quality['metric']} ({quality['better']} better)",
+        "change [95%]",
+        cost["metric"],
+        "×",
+        "seconds",
+        "seeds",
+        *(["claim"] if with_claims else []),
+    ]
     for head in heads:
         table.add_column(head, justify="left" if head in ("method", "claim") else "right", overflow="fold")
     for row in rows:
         style = {True: "green", False: "red", None: ""}[row.better]
         change = Text(change_text(row) or ("baseline" if row.is_baseline else "—"), style=style)
         ratio = f"{row.cost_ratio:.3g}" if row.cost_ratio is not None else "—"
-        table.add_row(row.choice, spread_text(row.quality, quality["unit"]), change,
-                      spread_text(row.cost, cost["unit"]), ratio, f"{row.seconds.mean:.3g}",
-                      str(len(row.seeds)), *([claim_text(row.claim)] if with_claims else []))
+        table.add_row(
+            row.choice,
+            spread_text(row.quality, quality["unit"]),
+            change,
+            spread_text(row.cost, cost["unit"]),
+            ratio,
+            f"{row.seconds.mean:.3g}",
+            str(len(row.seeds)),
+            *([claim_text(row.claim)] if with_claims else []),
+        )
     console = Console()
     (console if console.width >= 100 else Console(width=120)).print(table)

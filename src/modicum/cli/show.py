@@ -80,10 +80,7 @@ def show(
     if card.claim:
         print(f"claim     {cards.claim_text(card.claim)}")
     for choice, (row, run) in found.items():
-        print(
-            f"measured  {choice}: {figures.measured_text(row, run[-1].axes)}\n"
-            f"          {figures.setting_text(run)}"
-        )
+        print(f"measured  {choice}: {figures.measured_text(row)}\n          {figures.setting_text(run)}")
     if not found:
         print(f"measured  nothing yet; type: modicum bench {port} {key}")
     print(f"file      {card.path}")

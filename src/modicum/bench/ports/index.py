@@ -9,7 +9,6 @@ Queries are answered one by one, as a server does; the truth is the full matrix 
 from __future__ import annotations
 
 import functools
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
-from modicum.core.files import fingerprint, tree_bytes
+from modicum.core.files import fingerprint
+from modicum.retrieve import measure as measuring
 
 AXES = Axes(quality=Axis("recall_at_10", "higher"), cost=Axis("queries_per_second", "higher", "1/s"))
 LIMITS = {"memory_bytes"}
@@ -39,7 +39,7 @@ class Scale:
 
 QUICK = Scale(vectors=1500, queries=60, dimensions=24, corpus_bytes=600_000)
 K = 10
-BLOCK = 4096   # vectors handed to `build` at a time
+BLOCK = 4096  # vectors handed to `build` at a time
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
@@ -48,31 +48,26 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     index = registry.build("index", choice)
     ids = np.arange(len(vectors_ND), dtype=np.int64)
     start = time.perf_counter()
-    index.build(((ids[i : i + BLOCK], vectors_ND[i : i + BLOCK]) for i in range(0, len(ids), BLOCK)),
-                settings.budget)
+    index.build(
+        ((ids[i : i + BLOCK], vectors_ND[i : i + BLOCK]) for i in range(0, len(ids), BLOCK)), settings.budget
+    )
     built = time.perf_counter() - start
-    index.search(queries_QD[:1], K)   # first touch of lazily loaded code and pages
-    found, seconds = [], []
-    for query_D in queries_QD:
-        start = time.perf_counter()
-        found.append(index.search(query_D[None], K).ids_QK[0])
-        seconds.append(time.perf_counter() - start)
-    recall = float(np.mean([len(np.intersect1d(a, b)) / K
-                            for a, b in zip(found, truth_QK, strict=True)]))
-    with tempfile.TemporaryDirectory() as folder:
-        index.save(Path(folder) / "index")
-        disk = tree_bytes(Path(folder) / "index")
-    total = float(np.sum(seconds))
-    metrics = {"recall_at_10": recall,
-               "queries_per_second": len(seconds) / total, "p99_ms": float(np.quantile(seconds, 0.99)) * 1e3,
-               "index_bytes": float(index.nbytes()), "disk_bytes": float(disk), "build_seconds": built}
-    return Measurement(metrics=metrics, cost=Cost(seconds=built + total, disk_bytes=disk), data=data)
+    found = measuring.measure(index, queries_QD, truth_QK, batch=1)
+    metrics = {
+        "recall_at_10": found[f"recall@{K}"],
+        "queries_per_second": found["queries_per_second"],
+        "index_bytes": found["memory_bytes"],
+        "disk_bytes": found["disk_bytes"],
+        "build_seconds": built,
+    }
+    return Measurement(metrics=metrics, cost=Cost(seconds=built, disk_bytes=found["disk_bytes"]), data=data)
 
 
 @functools.lru_cache(maxsize=2)
-def material(source: str | None, scale: Scale, seed: int
-             ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-    """vectors_ND, queries_QD, the true ids_QK, and the data's record; the seed picks which rows are queries."""
+def material(
+    source: str | None, scale: Scale, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    """vectors_ND, queries_QD, the true ids_QK, and the data's record; the seed picks the queries."""
     rng = np.random.default_rng(seed)
     if source and source.endswith(".npy"):
         rows_ND, name = _array(source), Path(source).name
@@ -80,13 +75,22 @@ def material(source: str | None, scale: Scale, seed: int
         rows_ND, name = _semantic(source, scale.corpus_bytes, scale.dimensions, scale.vectors + scale.queries)
     wanted = scale.vectors + scale.queries
     if len(rows_ND) < wanted // 2:
-        raise UserError(f"{name} gives {len(rows_ND)} vectors, {wanted} are wanted; give more data, or type "
-                        f"--scale vectors={len(rows_ND) * 4 // 5},queries={len(rows_ND) // 10}")
+        raise UserError(
+            f"{name} gives {len(rows_ND)} vectors, {wanted} are wanted; give more data, or type "
+            f"--scale vectors={len(rows_ND) * 4 // 5},queries={len(rows_ND) // 10}"
+        )
     rows_ND = rows_ND[rng.permutation(len(rows_ND))[:wanted]]
     queries_QD, vectors_ND = rows_ND[: scale.queries], np.ascontiguousarray(rows_ND[scale.queries :])
-    truth_QK = np.argsort(-(queries_QD @ vectors_ND.T), axis=1, kind="stable")[:, : K]
-    checksum = fingerprint([vectors_ND.shape, float(vectors_ND.sum(dtype=np.float64)), vectors_ND[0].tolist()])
-    record = {"name": name, "vectors": len(vectors_ND), "dimensions": int(vectors_ND.shape[1]), "checksum": checksum}
+    truth_QK = np.argsort(-(queries_QD @ vectors_ND.T), axis=1, kind="stable")[:, :K]
+    checksum = fingerprint(
+        [vectors_ND.shape, float(vectors_ND.sum(dtype=np.float64)), vectors_ND[0].tolist()]
+    )
+    record = {
+        "name": name,
+        "vectors": len(vectors_ND),
+        "dimensions": int(vectors_ND.shape[1]),
+        "checksum": checksum,
+    }
     return vectors_ND, queries_QD, truth_QK, record
 
 
@@ -94,8 +98,9 @@ def _array(source: str) -> np.ndarray:
     try:
         rows_ND = np.load(source, allow_pickle=False, mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise UserError(f"{source} is not an array of vectors ({error}); give a .npy file of float32, shape (N, D)") \
-            from None
+        raise UserError(
+            f"{source} is not an array of vectors ({error}); give a .npy file of float32, shape (N, D)"
+        ) from None
     if rows_ND.ndim != 2:
         raise UserError(f"{source} has shape {rows_ND.shape}; vectors have shape (N, D)")
     rows_ND = np.asarray(rows_ND, np.float32)
@@ -109,21 +114,27 @@ def _semantic(source: str | None, corpus_bytes: int, dimensions: int, limit: int
     from scipy.sparse.linalg import svds
 
     from modicum.retrieve.bm25 import tokenize
+
     corpus = lab.corpus(source, corpus_bytes, corpus_bytes // 20)
-    words = [w for w in (tokenize(p) for d in corpus.train for p in paragraphs(d.text)) if len(w) >= 5][:limit]
+    bags = (tuple(tokenize(p)) for d in corpus.train for p in paragraphs(d.text))
+    words = list(dict.fromkeys(bag for bag in bags if len(bag) >= 5))[:limit]  # equal passages would be ties
     known: dict[str, int] = {}
     rows, columns = [], []
     for i, bag in enumerate(words):
         for word in bag:
             rows.append(i)
             columns.append(known.setdefault(word, len(known)))
-    counts = sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(words), len(known)))
+    counts = sparse.csr_matrix(
+        (np.ones(len(rows), np.float32), (rows, columns)), shape=(len(words), len(known))
+    )
     frequency = np.bincount(counts.indices, minlength=len(known))
     kept = np.flatnonzero(frequency >= 2)
     weights = counts[:, kept].log1p() @ sparse.diags(np.log(len(words) / frequency[kept]).astype(np.float32))
     if min(weights.shape) <= dimensions:
-        raise UserError(f"{corpus.name} gives {weights.shape[0]} passages of {weights.shape[1]} words, too few for "
-                        f"{dimensions} dimensions; type --scale dimensions={max(2, min(weights.shape) // 2)}")
+        raise UserError(
+            f"{corpus.name} gives {weights.shape[0]} passages of {weights.shape[1]} words, too few for "
+            f"{dimensions} dimensions; type --scale dimensions={max(2, min(weights.shape) // 2)}"
+        )
     u_ND, s_D, _ = svds(weights.astype(np.float64), k=dimensions, random_state=0)
     rows_ND = (u_ND * s_D).astype(np.float32)
     length = np.linalg.norm(rows_ND, axis=1)

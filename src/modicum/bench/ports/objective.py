@@ -18,7 +18,15 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     model = bench.model(seed)
     record = bench.model_record(model)
     result = bench.train(model, seed, objective=choice)
-    metrics = {"bits_per_byte": bench.bits(model), "train_seconds": result.seconds, "train_loss": result.loss,
-               "tokens": result.tokens}
-    return Measurement(metrics=metrics, cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens),
-                       model=record, data=bench.corpus.record)
+    metrics = {
+        "bits_per_byte": bench.bits(model),
+        "train_seconds": result.seconds,
+        "train_loss": result.loss,
+        "tokens": result.tokens,
+    }
+    return Measurement(
+        metrics=metrics,
+        cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens),
+        model=record,
+        data=bench.corpus.record,
+    )

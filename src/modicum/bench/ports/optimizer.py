@@ -8,6 +8,7 @@ seconds and FLOPs are those of one run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from modicum.bench import training
 from modicum.bench.harness import Axes, Axis, Measurement, Settings
@@ -38,8 +39,19 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         found.append((bench.bits(model), rate, result, record))
     bits, rate, result, record = min(found, key=lambda f: f[0])
     shapes = {name: tuple(p.shape) for name, p in bench.model(seed).named_parameters()}
-    state = registry.load("optimizer", choice.method).cls.cost(choice.config(), shapes).peak_bytes
-    metrics = {"bits_per_byte": bits, "state_bytes": state, "rate": rate, "train_seconds": result.seconds,
-               "tokens": result.tokens, "train_loss": result.loss}
-    return Measurement(metrics=metrics, cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens),
-                       model=record, data=bench.corpus.record)
+    method: Any = registry.load("optimizer", choice.method).cls
+    state = method.cost(choice.config(), shapes).peak_bytes
+    metrics = {
+        "bits_per_byte": bits,
+        "state_bytes": state,
+        "rate": rate,
+        "train_seconds": result.seconds,
+        "tokens": result.tokens,
+        "train_loss": result.loss,
+    }
+    return Measurement(
+        metrics=metrics,
+        cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens),
+        model=record,
+        data=bench.corpus.record,
+    )

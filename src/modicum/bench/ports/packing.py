@@ -25,10 +25,18 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     model = bench.model(seed)
     record = bench.model_record(model)
     result = bench.train(model, seed, bench.stream(seed, packing=choice))
-    metrics = {"bits_per_byte": bench.bits(model), "train_seconds": result.seconds, "train_loss": result.loss,
-               **layout(bench, choice, seed)}
-    return Measurement(metrics=metrics, cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens),
-                       model=record, data=bench.corpus.record)
+    metrics = {
+        "bits_per_byte": bench.bits(model),
+        "train_seconds": result.seconds,
+        "train_loss": result.loss,
+        **layout(bench, choice, seed),
+    }
+    return Measurement(
+        metrics=metrics,
+        cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens),
+        model=record,
+        data=bench.corpus.record,
+    )
 
 
 def layout(bench: training.Bench, choice: Choice, seed: int) -> dict[str, float]:
@@ -49,4 +57,8 @@ def layout(bench: training.Bench, choice: Choice, seed: int) -> dict[str, float]
             for row in batch.documents_BT.numpy():
                 lengths = np.diff(np.flatnonzero(np.diff(row, prepend=row[0] - 1, append=row[-1] - 1)))
                 keys += float((lengths * (lengths + 1) / 2).sum()) / T
-    return {"padding": pads / (rows * bench.scale.sequence_length), "cut_rows": cut / rows, "keys_per_query": keys / rows}
+    return {
+        "padding": pads / (rows * bench.scale.sequence_length),
+        "cut_rows": cut / rows,
+        "keys_per_query": keys / rows,
+    }

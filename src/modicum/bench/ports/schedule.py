@@ -5,6 +5,8 @@ The second figure shows what a schedule gives to someone who stops early: one ru
 
 from __future__ import annotations
 
+from typing import Any
+
 from modicum.bench import training
 from modicum.bench.harness import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
@@ -23,10 +25,18 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     record = bench.model_record(model)
     watch = HalfWay(bench)
     result = bench.train(model, seed, schedule=choice, parts={"half-way": watch})
-    metrics = {"bits_per_byte": bench.bits(model), "half_way_bits_per_byte": watch.bits,
-               "train_loss": result.loss, "tokens": result.tokens}
-    return Measurement(metrics=metrics, cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens),
-                       model=record, data=bench.corpus.record)
+    metrics = {
+        "bits_per_byte": bench.bits(model),
+        "half_way_bits_per_byte": watch.bits,
+        "train_loss": result.loss,
+        "tokens": result.tokens,
+    }
+    return Measurement(
+        metrics=metrics,
+        cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens),
+        model=record,
+        data=bench.corpus.record,
+    )
 
 
 class HalfWay(Part):
@@ -35,7 +45,7 @@ class HalfWay(Part):
     def __init__(self, bench: training.Bench):
         self.bench, self.bits = bench, float("nan")
 
-    def after_step(self, trainer) -> None:   # type: ignore[no-untyped-def]
+    def after_step(self, trainer: Any) -> None:
         if trainer.steps_done == max(1, trainer.config.total_steps // 2):
             trainer.write_back()
             self.bits = self.bench.bits(trainer.model)
