@@ -21,8 +21,8 @@ from modicum.model.tiled import tiled_attention
 class Attend(Protocol):
     """Called once per layer with that layer's new queries, keys and values.
 
-    `window`: keys a query sees, itself included (None: all); `scale` multiplies scores; `softcap` bounds them by
-    softcap * tanh(score / softcap). An attend that knows where a sequence goes on (a cache) also has
+    `window`: keys a query sees, itself included (None: all); `scale` multiplies scores; `softcap` bounds them
+    by softcap * tanh(score / softcap). An attend that knows where a sequence goes on (a cache) also has
     `next_positions(tokens_BT) -> positions_BT`, which the decoder asks when it is given no positions.
     """
 
@@ -40,9 +40,10 @@ def attention(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, scale: float, s
               mask: Tensor | None = None, causal: bool = False, window: int | None = None) -> Tensor:
     """softmax(softcap(q k^T * scale) + mask) v, by the fastest way this machine has.
 
-    `mask` is bool (True: seen) or additive and broadcasts to BHTS. `causal`: queries are the last T positions and see no
-    key after them; `window`: nor any before the last `window`. Given with a mask, these must be true of it
-    already and merely allow work to be left out. Without a mask, causal needs S = T, and a window causal.
+    `mask` is bool (True: seen) or additive and broadcasts to BHTS. `causal`: queries are the last T positions
+    and see no key after them; `window`: nor any before the last `window`. Given with a mask, these must be
+    true of it already and merely allow work to be left out. Without a mask, causal needs S = T, and a window
+    causal.
     """
     groups, T = q_BHTE.shape[1] // k_BGSE.shape[1], q_BHTE.shape[2]
     if T > 1 or softcap is not None:
@@ -50,28 +51,28 @@ def attention(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, scale: float, s
         narrow = window is not None and 2 * window < T
         if softcap is not None or (window is not None and mask is None) or (
                 q_BHTE.device.type == "cpu" and T > 1 and (half or narrow)):
-            return tiled_attention(q_BHTE, k_BGSE, v_BGSE, scale=scale, mask=mask, causal=causal, window=window,
-                                   softcap=softcap)
+            return tiled_attention(q_BHTE, k_BGSE, v_BGSE, scale=scale, mask=mask, causal=causal,
+                                   window=window, softcap=softcap)
     elif groups > 1 and (mask is None or mask.shape[1] == 1):
         # One query: the heads that share a key/value head become its queries, and nothing is copied.
         B, H, _, E = q_BHTE.shape
         out = F.scaled_dot_product_attention(q_BHTE.reshape(B, H // groups, groups, E), k_BGSE, v_BGSE,
                                              attn_mask=mask, scale=scale)
         return out.reshape(B, H, 1, E)
-    return F.scaled_dot_product_attention(q_BHTE, k_BGSE, v_BGSE, attn_mask=mask, is_causal=causal and mask is None,
-                                          scale=scale, enable_gqa=groups > 1)
+    return F.scaled_dot_product_attention(q_BHTE, k_BGSE, v_BGSE, attn_mask=mask, scale=scale,
+                                          is_causal=causal and mask is None, enable_gqa=groups > 1)
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at for free: on the CPU, and not a stand-in without data (as planners use)."""
+    """Whether values can be looked at for free: on the CPU, and no planner's stand-in without data."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor
 
 
 class DenseAttend:
     """Causal attention within one call: the decoder's default, made once per forward.
 
-    `documents_BT`: a query sees only keys with its own number (packed batches). `mask_BT`: True for real tokens
-    (padding on any side). `pattern` narrows what each layer's window leaves. With none of them and no
+    `documents_BT`: a query sees only keys with its own number (packed batches). `mask_BT`: True for real
+    tokens (padding on any side). `pattern` narrows what each layer's window leaves. With none of them and no
     window, the kernel's own causal path runs and no mask exists; otherwise one additive mask per window is
     built at its first use and shared by the layers.
     """
@@ -79,8 +80,8 @@ class DenseAttend:
     def __init__(self, documents_BT: Tensor | None = None, mask_BT: Tensor | None = None,
                  pattern: AttentionPattern | None = None):
         # A mask costs kernels time, so one that says nothing is dropped (looking is free only on the CPU).
-        if documents_BT is not None and _readable(documents_BT) and (documents_BT == documents_BT[:, :1]).all():
-            documents_BT = None
+        if documents_BT is not None and _readable(documents_BT):
+            documents_BT = None if (documents_BT == documents_BT[:, :1]).all() else documents_BT
         if mask_BT is not None and _readable(mask_BT) and mask_BT.all():
             mask_BT = None
         self.documents_BT, self.mask_BT, self.pattern = documents_BT, mask_BT, pattern
@@ -93,7 +94,8 @@ class DenseAttend:
         if window not in self._masks:
             self._masks[window] = self._mask(T, window, q_BHTE)
         mask = self._masks[window]
-        return attention(q_BHTE, k_BGSE, v_BGSE, scale=scale, softcap=softcap, mask=mask, causal=True, window=window)
+        return attention(q_BHTE, k_BGSE, v_BGSE, scale=scale, softcap=softcap, mask=mask, causal=True,
+                         window=window)
 
     def _mask(self, T: int, window: int | None, like: Tensor) -> Tensor | None:
         """Additive, B1TT or 11TT in the queries' dtype; None when plain causal attention says it all."""
@@ -115,8 +117,8 @@ class DenseAttend:
 class BlockAttend:
     """Attention under a pattern that never touches the blocks of which it allows nothing.
 
-    For each row of `size` queries only the key blocks that the pattern's block mask names are gathered, so time and
-    memory follow the pattern: O(T * window) for a sliding one. One sequence per row, no padding.
+    For each row of `size` queries only the key blocks that the pattern's block mask names are gathered, so
+    time and memory follow the pattern: O(T * window) for a sliding one. One sequence per row, no padding.
     """
 
     def __init__(self, pattern: AttentionPattern, size: int = 128):
@@ -132,7 +134,8 @@ class BlockAttend:
         outs = []
         for row, (keys, mask) in enumerate(self._plans[T, S, window]):
             q = q_BHTE[:, :, row * self.size:(row + 1) * self.size]
-            outs.append(attention(q, k_BGSE[:, :, keys], v_BGSE[:, :, keys], scale=scale, softcap=softcap, mask=mask))
+            outs.append(attention(q, k_BGSE[:, :, keys], v_BGSE[:, :, keys], scale=scale, softcap=softcap,
+                                  mask=mask))
         return torch.cat(outs, dim=2)
 
     def _plan(self, T: int, S: int, window: int | None,

@@ -16,12 +16,13 @@ from modicum.model.config import DecoderConfig
 class ContiguousCache:
     """An `Attend` for a batch whose rows grow together, up to `capacity` tokens.
 
-    Pass it as `attend=` to every call with only the new tokens. Rows of unequal prompts are padded on the left:
-    `padding_B` counts those tokens. The last layer of a call moves `length` on. Memory: 2 * layers * B *
-    kv_heads * capacity * head_dim values. Not for training.
+    Pass it as `attend=` to every call with only the new tokens. Rows of unequal prompts are padded on the
+    left: `padding_B` counts those tokens. The last layer of a call moves `length` on. Memory: 2 * layers * B
+    * kv_heads * capacity * head_dim values. Not for training.
     """
 
-    def __init__(self, config: DecoderConfig, batch: int, capacity: int, *, dtype: torch.dtype = torch.float32,
+    def __init__(self, config: DecoderConfig, batch: int, capacity: int, *,
+                 dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu", padding_B: Tensor | None = None):
         shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
@@ -39,7 +40,8 @@ class ContiguousCache:
         T, start = q_BHTE.shape[2], self.length
         end = start + T
         if end > self.capacity:
-            raise UserError(f"the cache holds {self.capacity} tokens and {end} are needed; make it with capacity={end}")
+            raise UserError(f"the cache holds {self.capacity} tokens and {end} are needed; make it with "
+                            f"capacity={end}")
         self.k[layer, :, :, start:end] = k_BGTE
         self.v[layer, :, :, start:end] = v_BGTE
         first = 0 if window is None or T > 1 else max(0, end - window)
@@ -51,13 +53,15 @@ class ContiguousCache:
             self.length = end
         return out
 
-    def _mask(self, start: int, end: int, first: int, window: int | None, device: torch.device) -> Tensor | None:
-        """Bool, B1TS or 11TS; None if every kept key is seen (one token) or plain causality says it all (a prompt)."""
+    def _mask(self, start: int, end: int, first: int, window: int | None,
+              device: torch.device) -> Tensor | None:
+        """Bool, B1TS or 11TS; None where every kept key is seen (one token) or causality says it all."""
         T = end - start
         window = None if window is None or window >= end else window
         if self.padding_B is None and (T == 1 or (start == 0 and window is None)):
             return None
-        q_pos, k_pos = torch.arange(start, end, device=device)[:, None], torch.arange(first, end, device=device)[None]
+        q_pos = torch.arange(start, end, device=device)[:, None]
+        k_pos = torch.arange(first, end, device=device)[None]
         seen = pattern_of(window).allowed(q_pos, k_pos)[None]
         if self.padding_B is not None:
             seen = (seen & (k_pos[None] >= self.padding_B[:, None, None])) | (q_pos == k_pos)

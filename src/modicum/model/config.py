@@ -24,7 +24,7 @@ class Rope:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its stretched variants.
 
     `kind` is one of `ROPE_KINDS`; `options` holds what that kind needs under its Hugging Face names
-    (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings, beta_fast, short_factor, ...).
+    (factor, low_freq_factor, original_max_position_embeddings, beta_fast, short_factor, ...).
     """
 
     theta: float = 10000.0
@@ -49,11 +49,11 @@ class DecoderConfig:
     kv_heads: int                       # key/value heads; divides `heads`
     head_dim: int
     mlp_width: int
-    context_length: int = 2048          # longest sequence it was made for (a hard limit if positions are learned)
+    context_length: int = 2048          # longest sequence it was made for; learned positions end there
 
     norm: str = "rms"                   # rms | rms_plus_one (weight stored minus one) | layer
     norm_eps: float = 1e-6
-    norm_place: str = "pre"             # pre | output (of each branch) | sandwich (both) | after (the residual sum)
+    norm_place: str = "pre"             # pre | output (of a branch) | sandwich (both) | after (the sum)
     final_norm: bool = True
     parallel: bool = False              # attention and MLP read the same stream and are added together
     gated: bool = True                  # MLP: down(act(gate(x)) * up(x)), else down(act(up(x)))
@@ -81,7 +81,7 @@ class DecoderConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
-    source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # config.json as it was read
+    source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)     # config.json as read
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width"):
@@ -92,7 +92,8 @@ class DecoderConfig:
         for name in ("windows", "rope_layers"):
             per_layer = getattr(self, name)
             if per_layer is not None and len(per_layer) != self.layers:
-                raise UserError(f"{name} has {len(per_layer)} entries for {self.layers} layers; give one per layer")
+                raise UserError(f"{name} has {len(per_layer)} entries for {self.layers} layers; "
+                                "give one per layer")
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
         for name, allowed in (("norm", ("rms", "rms_plus_one", "layer")), ("position", ("rope", "learned")),
@@ -110,7 +111,8 @@ class DecoderConfig:
         """How a layer rotates its queries and keys; None if it does not."""
         if self.position != "rope" or (self.rope_layers is not None and not self.rope_layers[layer]):
             return None
-        return self.rope_local if self.rope_local is not None and self.window(layer) is not None else self.rope
+        local = self.rope_local is not None and self.window(layer) is not None
+        return self.rope_local if local else self.rope
 
     def attention_scale(self, layer: int) -> float:
         scale = self.head_dim ** -0.5 if self.scale is None else self.scale
@@ -174,11 +176,12 @@ def item_bytes(dtype: Any) -> int:
 
 
 def _round_up(value: float, multiple: int) -> int:
-    return int(math.ceil(value / multiple)) * multiple
+    return math.ceil(value / multiple) * multiple
 
 
-def llama_like(vocab_size: int, width: int, layers: int, heads: int | None = None, kv_heads: int | None = None,
-               mlp_width: int | None = None, *, head_dim: int | None = None, context_length: int = 2048,
+def llama_like(vocab_size: int, width: int, layers: int, heads: int | None = None,
+               kv_heads: int | None = None, mlp_width: int | None = None, *, head_dim: int | None = None,
+               context_length: int = 2048,
                rope_theta: float = 10000.0, tied: bool = True, **more: Any) -> DecoderConfig:
     """A Llama-style decoder: pre-norm RMSNorm, RoPE, SwiGLU, no biases.
 
@@ -203,11 +206,12 @@ def llama_like(vocab_size: int, width: int, layers: int, heads: int | None = Non
 
 def sized(parameters: float, vocab_size: int, *, context_length: int = 2048, tied: bool | None = None,
           aspect: float | None = None, **more: Any) -> DecoderConfig:
-    """The Llama-style shape nearest to `parameters` (embeddings included) whose width/layers is near `aspect`.
+    """The Llama-style shape nearest to `parameters`, embeddings included.
 
-    `aspect` defaults to 40 at ten million parameters and grows with their eighth root, as open models do. Widths are multiples of 64; models under a billion parameters tie the head to the embedding. From four
-    heads on, two or three query heads share a key/value head. Raises `UserError` if the embedding alone
-    leaves no room for a layer.
+    width / layers is near `aspect`, which defaults to 40 at ten million parameters and grows with their eighth
+    root, as in open models. Widths are multiples of 64; models under a billion parameters tie the head to the
+    embedding. From four heads on, two or three query heads share a key/value head. Raises `UserError` if the
+    embedding alone leaves no room for a layer.
     """
     tied = parameters < 1e9 if tied is None else tied
     aspect = 40 * (parameters / 1e7) ** 0.125 if aspect is None else aspect
@@ -230,6 +234,8 @@ def sized(parameters: float, vocab_size: int, *, context_length: int = 2048, tie
                                            context_length=context_length, tied=tied, **more)
     if best is None or not 0.5 < best[1].parameters() / parameters < 2:
         smallest = llama_like(vocab_size, 64, 1, 2, tied=tied).parameters()
-        raise UserError(f"no decoder with a vocabulary of {vocab_size} has about {parameters:.3g} parameters; the "
-                        f"smallest has {smallest:,}: ask for more parameters or train a smaller vocabulary")
+        raise UserError(f"no decoder with a vocabulary of {vocab_size} has about {parameters:.3g} "
+                        f"parameters; "
+                        f"the smallest has {smallest:,}: ask for more parameters or train a smaller "
+                        f"vocabulary")
     return best[1]

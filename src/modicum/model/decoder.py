@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(embed_width, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed.weight
-        # Layers that rotate alike share a table; layer i uses table `_rope_index[i]` (None: it does not rotate).
+        # Layers that rotate alike share a table; layer i uses table `_rope_index[i]`, if any.
         ropes: list[Rope] = []
         self._rope_index: list[int | None] = []
         for i in range(config.layers):
@@ -58,9 +58,9 @@ class Decoder(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None, std: float | None = None) -> None:
         """Fresh weights: normal truncated at 3 std, biases 0, norms 1.
 
-        std defaults to sqrt(2 / (5 * width)) (Nguyen & Salazar 2019, arXiv:1910.05895), which is 0.02 at width
-        1024 and larger below; what is added to the residual stream (attention.o, mlp.down) is divided by
-        sqrt(2 * layers), so that the stream does not grow with depth (Radford et al. 2019, GPT-2).
+        std defaults to sqrt(2 / (5 * width)) (Nguyen & Salazar 2019, arXiv:1910.05895), which is 0.02 at
+        width 1024 and larger below; what is added to the residual stream (attention.o, mlp.down) is divided
+        by sqrt(2 * layers), so that the stream does not grow with depth (Radford et al. 2019, GPT-2).
         """
         std = math.sqrt(2 / (5 * self.config.width)) if std is None else std
         for name, module in self.named_modules():
@@ -69,21 +69,24 @@ class Decoder(nn.Module):
                     continue
                 scale = (2 * self.config.layers) ** -0.5 if name.endswith((".o", ".down")) else 1.0
                 fresh = torch.empty(module.weight.shape, dtype=torch.float32, device=module.weight.device)
-                nn.init.trunc_normal_(fresh, 0.0, std * scale, -3 * std * scale, 3 * std * scale, generator=generator)
+                nn.init.trunc_normal_(fresh, 0.0, std * scale, -3 * std * scale, 3 * std * scale,
+                                      generator=generator)
                 module.weight.copy_(fresh)
             elif isinstance(module, nn.LayerNorm | RMSNorm):
                 module.weight.fill_(0.0 if getattr(module, "plus_one", False) else 1.0)
             if isinstance(bias := getattr(module, "bias", None), Tensor):
                 bias.zero_()
 
-    def forward(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None,
-                mask_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None,
+                documents_BT: Tensor | None = None, mask_BT: Tensor | None = None, attend: Attend
+                | None = None) -> Tensor:
         """logits_BTV in the model's dtype. Arguments as in `hidden`."""
         return self.head(self.hidden(tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT,
                                      mask_BT=mask_BT, attend=attend))
 
-    def hidden(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None,
-               mask_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None,
+               documents_BT: Tensor | None = None, mask_BT: Tensor | None = None, attend: Attend
+               | None = None) -> Tensor:
         """h_BTD after the final norm (and the output projection, where a family has one).
 
         `documents_BT`: integers; tokens attend within equal numbers only. `mask_BT`: True for real tokens.
@@ -131,10 +134,13 @@ class Decoder(nn.Module):
     def _first(self) -> Tensor:
         """The embedding, or where a form holds it another weight that stays in the model's dtype."""
         weight = getattr(self.embed, "weight", None)
-        return weight if isinstance(weight, Tensor) else next(p for p in self.parameters() if p.is_floating_point())
+        if isinstance(weight, Tensor):
+            return weight
+        return next(p for p in self.parameters() if p.is_floating_point())
 
 
-def default_positions(tokens_BT: Tensor, documents_BT: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
+def default_positions(tokens_BT: Tensor, documents_BT: Tensor | None = None,
+                      mask_BT: Tensor | None = None) -> Tensor:
     """Positions from 0 (1T or BT): restarting with each document, and not counting padding."""
     T = tokens_BT.shape[1]
     index_1T = torch.arange(T, device=tokens_BT.device)[None]

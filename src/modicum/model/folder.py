@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modicum.core.errors import CorruptError, UserError, unknown
-from modicum.core.files import atomic_directory
+from modicum.core.files import atomic_directory, write_json
 from modicum.model import form_state
 from modicum.model.attach import forms
 from modicum.model.config import DecoderConfig
@@ -31,10 +31,12 @@ from modicum.model.families import (
 )
 from modicum.model.safetensor import Item, SafetensorsFile, write_safetensors
 
-DTYPE_NAMES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+DTYPE_NAMES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
+               "bf16": torch.bfloat16,
                "float16": torch.float16, "fp16": torch.float16, "float64": torch.float64}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")
+                   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
+                   "generation_config.json")
 FORMS_JSON, FORMS_FILE = "modicum.json", "modicum.safetensors"
 HEADS = ("lm_head.weight", "embed_out.weight")  # stored again by some, though tied to the embedding
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -57,14 +59,16 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     if path.is_file():
         raise UserError(f"{text} is a file; give the folder that holds config.json and model.safetensors")
     if not _HUB_ID.match(text) or text.startswith((".", "/", "~")):
-        raise UserError(f"no model at {text}; give a folder with config.json and model.safetensors, or a hub id OWNER/NAME")
+        raise UserError(f"no model at {text}; give a folder with config.json and model.safetensors, "
+                        "or a hub id OWNER/NAME")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(text, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"no folder {text}, and the hub did not give it ({type(error).__name__}: {reason[:160]}); check the "
-                        "name and the network, or give a local folder") from None
+        raise UserError(f"no folder {text}, and the hub did not give it ({type(error).__name__}: "
+                        f"{reason[:160]}); check the name and the network, or give a local folder") from None
 
 
 def load_config(path_or_hub_id: str | Path) -> DecoderConfig:
@@ -92,15 +96,17 @@ def _shards(folder: Path) -> list[Path]:
             raise CorruptError(f"{index} is not a valid index ({error}); fetch it again") from None
         missing = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
         if missing:
-            raise UserError(f"{index} names {missing[0]}, which is not in {folder} ({len(missing)} of {len(names)} shards "
-                            "missing); fetch the model again")
+            raise UserError(f"{index} names {missing[0]}, which is not in {folder} "
+                            f"({len(missing)} of {len(names)} shards missing); fetch the model again")
         return [folder / n for n in names]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
-        raise UserError(f"{folder} holds pickled weights (.bin), which can run code when opened and are not read; convert them "
-                        "to model.safetensors first (transformers: model.save_pretrained(FOLDER) writes it)")
-    raise UserError(f"{folder} has no model.safetensors nor model.safetensors.index.json; give a folder with weights")
+        raise UserError(f"{folder} holds pickled weights (.bin), which can run code when opened and are not "
+                        "read; convert them to model.safetensors first (transformers: "
+                        "model.save_pretrained(FOLDER) writes it)")
+    raise UserError(f"{folder} has no model.safetensors nor model.safetensors.index.json; give a "
+                    "folder with weights")
 
 
 def load_model(path_or_hub_id: str | Path, dtype: torch.dtype | str | None = None,
@@ -108,9 +114,9 @@ def load_model(path_or_hub_id: str | Path, dtype: torch.dtype | str | None = Non
     """A `Decoder` with the weights of a Hugging Face folder or hub id, in eval mode.
 
     `dtype` None keeps each tensor's own. Weights are in memory once: the modules are made without
-    storage and each tensor goes from its shard to its place, converted on the way. Linear forms that the folder
-    describes are attached again. Raises `UserError` for what is missing, unexpected, misshapen or of an unknown
-    family, and `CorruptError` for damaged files.
+    storage and each tensor goes from its shard to its place, converted on the way. Linear forms that the
+    folder describes are attached again. Raises `UserError` for what is missing, unexpected, misshapen or of
+    an unknown family, and `CorruptError` for damaged files.
     """
     folder = find_folder(path_or_hub_id)
     config, wanted, device = _read_config(folder), parse_dtype(dtype), torch.device(device)
@@ -121,14 +127,15 @@ def load_model(path_or_hub_id: str | Path, dtype: torch.dtype | str | None = Non
     return model.eval()
 
 
-def _restore_forms(model: Decoder, folder: Path, dtype: torch.dtype | None, device: torch.device) -> Path | None:
+def _restore_forms(model: Decoder, folder: Path, dtype: torch.dtype | None,
+                   device: torch.device) -> Path | None:
     """Attach and fill the forms described in modicum.json; the file that holds them, None without any."""
     if not (folder / FORMS_JSON).exists():
         return None
     try:
         description = json.loads((folder / FORMS_JSON).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CorruptError(f"{folder / FORMS_JSON} is not valid JSON ({error}); write the folder again") from None
+        raise CorruptError(f"{FORMS_JSON} in {folder} is not valid JSON ({error}); write it again") from None
     form_state.restore(model, description, dtype=dtype, device=device)
     path = folder / FORMS_FILE
     if not path.exists():
@@ -150,7 +157,7 @@ def _plain_parameters(model: Decoder) -> dict[str, nn.Parameter]:
 
 def fill_weights(model: Decoder, folder: Path, dtype: torch.dtype | None, device: torch.device,
                  beside: Path | None = None) -> None:
-    """Give every plain parameter of `model` its stored value; `beside` holds those that the family has no place for."""
+    """Give every plain parameter its stored value; `beside` holds those the family has no place for."""
     config = model.config
     family = families()[config.family]
     parameters = _plain_parameters(model)
@@ -164,7 +171,8 @@ def fill_weights(model: Decoder, folder: Path, dtype: torch.dtype | None, device
     for shard in [*_shards(folder), *([beside] if beside is not None else [])]:
         with SafetensorsFile(shard) as file:
             for name in file.names:
-                rule = plan.get(name) or plan.get(family.prefix + name) or plan.get(family.aliases.get(name, ""))
+                spellings = (name, family.prefix + name, family.aliases.get(name, name))
+                rule = next((plan[n] for n in spellings if n in plan), None)
                 if rule is not None:
                     _fill(filled, rule, file, name, parameters, config.head_dim, dtype, device)
                 elif config.tied and name in HEADS:
@@ -175,11 +183,12 @@ def fill_weights(model: Decoder, folder: Path, dtype: torch.dtype | None, device
     for what, names in (("lacks", missing), ("has unexpected", unexpected)):
         if names:
             raise UserError(f"{folder} {what} {len(names)} weight(s) for a {config.family} model: "
-                            f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}; config.json and weights do "
-                            "not belong together")
-    if second_head is not None and not torch.equal(second_head.to(device, dtype), filled["embed.weight"].to(dtype)):
-        raise UserError(f"{folder}: config.json ties the head to the embedding but the file holds another head; set "
-                        "tie_word_embeddings to false in config.json")
+                            f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}; config.json and "
+                            "weights do not belong together")
+    if second_head is not None and not torch.equal(second_head.to(device, dtype),
+                                                   filled["embed.weight"].to(dtype)):
+        raise UserError(f"{folder}: config.json ties the head to the embedding but the file holds another "
+                        "head; set tie_word_embeddings to false in config.json")
     for name, tensor in filled.items():
         owner, _, attribute = name.rpartition(".")
         trained = parameters[name].requires_grad
@@ -188,7 +197,8 @@ def fill_weights(model: Decoder, folder: Path, dtype: torch.dtype | None, device
         model.lm_head.weight = model.embed.weight
 
 
-def _fill(filled: dict[str, Tensor], rule: Rule, file: SafetensorsFile, name: str, parameters: dict[str, nn.Parameter],
+def _fill(filled: dict[str, Tensor], rule: Rule, file: SafetensorsFile, name: str,
+          parameters: dict[str, nn.Parameter],
           head_dim: int, dtype: torch.dtype | None, device: torch.device) -> None:
     """Read one stored tensor into `filled`, under the names of the parameters it holds."""
     shapes = [tuple(parameters[n].shape) for n in rule.ours]
@@ -204,7 +214,7 @@ def _fill(filled: dict[str, Tensor], rule: Rule, file: SafetensorsFile, name: st
 
 def save_model(model: Decoder, folder: str | Path, tokenizer_folder: str | Path | None = None, *,
                max_shard_bytes: int = 5 << 30) -> None:
-    """Write a Hugging Face folder that `transformers` loads: config.json, safetensors, and the tokenizer's files.
+    """Write a Hugging Face folder that `transformers` loads: config.json, safetensors, tokenizer files.
 
     The folder appears whole or not at all, and replaces one of the same name. Weights keep their dtype; a
     model that was loaded and not changed is written with the tensors it was read from, bit for bit. Attached
@@ -214,14 +224,14 @@ def save_model(model: Decoder, folder: str | Path, tokenizer_folder: str | Path 
     config = model.config
     if config.tied and isinstance(model.lm_head, nn.Linear) and model.lm_head.weight is not getattr(
             model.embed, "weight", None):
-        config = model.config = dataclasses.replace(config, tied=False)     # a method has given the head its own
+        config = model.config = dataclasses.replace(config, tied=False)     # a method gave the head its own
     parameters = _plain_parameters(model)
     plan = expand(config, parameters)
     homeless = sorted(set(parameters) - {name for rule in plan.values() for name in rule.ours})
     description = form_state.describe(model)
     if homeless and description is None:
-        raise UserError(f"a {config.family} folder has no place for {', '.join(homeless[:4])}; choose another family "
-                        f"for this shape (families: {', '.join(families())})")
+        raise UserError(f"a {config.family} folder has no place for {', '.join(homeless[:4])}; choose "
+                        f"another family for this shape (families: {', '.join(families())})")
     items: list[Item] = []
     for stored, rule in plan.items():
         parts = [parameters[n].data for n in rule.ours]
@@ -229,13 +239,13 @@ def save_model(model: Decoder, folder: str | Path, tokenizer_folder: str | Path 
                       partial(pack, rule, parts, config.head_dim)))
     dtype = str(model.dtype).removeprefix("torch.")
     with atomic_directory(Path(folder)) as new:
-        (new / "config.json").write_text(json.dumps(write_config(config, dtype), indent=2) + "\n", encoding="utf-8")
+        write_json(new / "config.json", write_config(config, dtype))
         _write_shards(new, items, max_shard_bytes)
         if description is not None:
             state = form_state.form_state(model) | {n: parameters[n] for n in homeless}
             write_safetensors(new / FORMS_FILE, [(n, tuple(x.shape), x.dtype, partial(_itself, x))
                                                  for n, x in state.items()])
-            (new / FORMS_JSON).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+            write_json(new / FORMS_JSON, description)
         if tokenizer_folder is not None:
             copied = [n for n in TOKENIZER_FILES if (Path(tokenizer_folder) / n).is_file()]
             if not copied:
@@ -266,5 +276,5 @@ def _write_shards(folder: Path, items: list[Item], limit: int) -> None:
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / name, shard)
         where |= {item[0]: name for item in shard}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "model.safetensors.index.json",
+               {"metadata": {"total_size": total}, "weight_map": where})

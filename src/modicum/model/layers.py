@@ -28,7 +28,7 @@ Rotation = tuple[Tensor, Tensor] | None     # cos and sin, B1T(R/2)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """x / rms(x) * weight over the last dimension, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     With `plus_one` the weight is stored minus one, as Gemma does.
     """
@@ -55,7 +55,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The library's CPU backward pass keeps float32 copies of its input and is slow; this one keeps the input itself."""
+    """The library's CPU backward pass is slow and keeps float32 copies; this one keeps the input itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -69,7 +69,8 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         size, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
         unit, g = x.reshape(-1, size).to(wide), grad.reshape(-1, size).to(wide)
-        scale = torch.linalg.vector_norm(unit, dim=-1, keepdim=True).square_().div_(size).add_(ctx.eps).rsqrt_()
+        length = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+        scale = length.square_().div_(size).add_(ctx.eps).rsqrt_()
         unit = unit * scale                                         # x / rms(x)
         dweight = (g * unit).sum(0)
         g = g * weight.to(wide)

@@ -15,7 +15,8 @@ from modicum.core.errors import UserError
 from modicum.model.config import Rope
 
 
-def frequencies(rope: Rope, head_dim: int, context_length: int, *, long: bool = False) -> tuple[Tensor, float]:
+def frequencies(rope: Rope, head_dim: int, context_length: int, *,
+                long: bool = False) -> tuple[Tensor, float]:
     """(R/2 angles per position step in float32, factor on cos and sin).
 
     linear: Chen et al. 2023, arXiv:2306.15595. yarn: Peng et al. 2023, arXiv:2309.00071. llama3: Llama 3.1.
@@ -42,7 +43,8 @@ def frequencies(rope: Rope, head_dim: int, context_length: int, *, long: bool = 
                 scale = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
             return 1.0 / (factors * rope.theta ** steps), scale
     except KeyError as error:
-        raise UserError(f"RoPE scaling {rope.kind!r} lacks {error}; given: {', '.join(options) or 'nothing'}. "
+        raise UserError(f"RoPE scaling {rope.kind!r} lacks {error}; given: "
+                        f"{', '.join(options) or 'nothing'}. "
                         "Add it to rope_parameters in config.json") from None
     return plain, 1.0
 
@@ -84,12 +86,14 @@ def _yarn(rope: Rope, steps: Tensor, original: int, context_length: int) -> tupl
 
 
 class RopeTable:
-    """cos and sin for positions. Frequencies live here in float32, one copy per device, outside the weights."""
+    """cos and sin for positions. The frequencies are kept in float32 and are no part of the weights."""
 
     def __init__(self, rope: Rope, head_dim: int, context_length: int):
         self.rope = rope
         self.angles, self.scale = frequencies(rope, head_dim, context_length)
-        self.long = frequencies(rope, head_dim, context_length, long=True)[0] if rope.kind == "longrope" else None
+        self.long: Tensor | None = None
+        if rope.kind == "longrope":
+            self.long = frequencies(rope, head_dim, context_length, long=True)[0]
         self.original = rope.options.get("original_max_position_embeddings") or context_length
 
     def __call__(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -110,7 +114,7 @@ def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The backward pass turns back by the same angles and needs nothing of the input, which autograd cannot know."""
+    """Its backward pass turns back by the same angles and needs nothing of the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

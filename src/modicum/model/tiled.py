@@ -2,10 +2,10 @@
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, E head_dim.
 
-Blocks of queries meet only the keys they may see, so a causal call does half the work and a window's cost is linear in
-T; scores exist for one block at a time, in both directions. On the CPU this is two to three times faster
-in bfloat16 than the library's fused kernel, because all the work is in matrix products; it also has softcaps, which
-fused kernels lack.
+Blocks of queries meet only the keys they may see, so a causal call does half the work and a window's cost is
+linear in T; scores exist for one block at a time, in both directions. On the CPU this is two to three times
+faster in bfloat16 than the library's fused kernel, because all the work is in matrix products; it also has
+softcaps, which fused kernels lack.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ BLOCK = 128     # queries per block
 Options = tuple[float, bool, int | None, float | None, int]     # scale, causal, window, softcap, block
 
 
-def tiled_attention(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, scale: float, mask: Tensor | None = None,
-                    causal: bool = False, window: int | None = None, softcap: float | None = None,
+def tiled_attention(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, scale: float,
+                    mask: Tensor | None = None, causal: bool = False, window: int | None = None,
+                    softcap: float | None = None,
                     block: int = BLOCK) -> Tensor:
     """softmax(softcap(q k^T * scale) + mask) v as out_BHTE.
 
-    `mask`: bool (True: seen) or additive, (B or 1, H or 1, T, S); every query must see a key. `causal`: queries
-    are the last T positions and see no key after them, which is enforced when there is no mask and must
-    be true of one that is given; `window` (keys seen, itself included) likewise.
+    `mask`: bool (True: seen) or additive, (B or 1, H or 1, T, S); every query must see a key. `causal`:
+    queries are the last T positions and see no key after them, which is enforced when there is no mask and
+    must be true of one that is given; `window` (keys seen, itself included) likewise.
     """
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=q_BHTE.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        mask = torch.zeros(mask.shape, dtype=q_BHTE.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     options = (scale, causal, window, softcap, block)
     return _Tiled.apply(q_BHTE, k_BGSE, v_BGSE, mask, options)
 
@@ -42,7 +43,8 @@ class _Tiled(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask)
         ctx.options = options
         B, H, T, E = q.shape
-        out = torch.empty(B, T, H, E, dtype=q.dtype, device=q.device).transpose(1, 2)   # as the output layer reads it
+        # In memory as the output projection reads it.
+        out = torch.empty(B, T, H, E, dtype=q.dtype, device=q.device).transpose(1, 2)
         for rows, keys in _tiles(T, k.shape[2], options):
             p, _, _ = _weights(q, k, mask, rows, keys, options)
             out[:, :, rows] = (p @ v[:, :, keys]).view(B, H, -1, E)
@@ -91,15 +93,15 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, keys: slice
     scores = (q_rows @ k[:, :, keys].transpose(-1, -2)).mul_(scale)
     capped = None
     if softcap is not None:
-        capped = scores = scores.div_(softcap).tanh_().mul_(softcap)
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+        capped = scores.clone()
     t, s = rows.stop - rows.start, keys.stop - keys.start
     if mask is not None:
-        part = mask[:, :, rows, keys]
-        scores = (scores.view(B, H, t, s) + part) if capped is not None else scores.view(B, H, t, s).add_(part)
+        scores.view(B, H, t, s).add_(mask[:, :, rows, keys])
     elif causal:
         q_pos = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (S - T)
         k_pos = torch.arange(keys.start, keys.stop, device=q.device)
         unseen = k_pos > q_pos if window is None else (k_pos > q_pos) | (q_pos - k_pos >= window)
-        bias = torch.zeros(t, s, dtype=q.dtype, device=q.device).masked_fill_(unseen, float("-inf"))
-        scores = (scores.view(B, H, t, s) + bias) if capped is not None else scores.view(B, H, t, s).add_(bias)
-    return scores.softmax(-1).view(B, G, -1, s), capped, q_rows
+        bias = torch.zeros(t, s, dtype=q.dtype, device=q.device).masked_fill_(unseen, -torch.inf)
+        scores.view(B, H, t, s).add_(bias)
+    return scores.softmax(-1), capped, q_rows

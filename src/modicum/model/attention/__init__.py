@@ -23,7 +23,7 @@ class AttentionPattern(Method):
     """Base of all patterns. Override `allowed`, and the rest where a closed form is cheaper."""
 
     def allowed(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        """Bool, the broadcast shape of the two integer tensors: may the query at `q_pos` see the key at `k_pos`."""
+        """Bool in the broadcast shape of two integer tensors: may the query see the key?"""
         raise NotImplementedError
 
     def blocks(self, q_len: int, k_len: int, size: int) -> Tensor:

@@ -17,7 +17,8 @@ def check_allowed_is_causal_and_total(key: str) -> None:
     """No query sees a later key, and every query sees at least one."""
     position = torch.arange(41)
     seen = _make(key).allowed(position[:, None], position[None, :])
-    assert seen.dtype == torch.bool and seen.shape == (41, 41), "allowed must be a bool tensor of the broadcast shape"
+    assert seen.dtype == torch.bool, f"allowed must be bool, it is {seen.dtype}"
+    assert seen.shape == (41, 41), f"allowed must broadcast to (41, 41), it gave {tuple(seen.shape)}"
     assert not seen.triu(1).any(), "a query sees a key after it"
     assert seen.any(dim=1).all(), "a query sees no key at all"
 
@@ -35,7 +36,8 @@ def check_blocks_agree_with_allowed(key: str) -> None:
             for j in range(blocks.shape[1]):
                 part = truth[i * size:(i + 1) * size, j * size:(j + 1) * size]
                 expected = ALL if part.all() else 1 if part.any() else NONE
-                assert blocks[i, j] == expected, f"{q_len=} {k_len=} {size=} block ({i}, {j}): {blocks[i, j]}, {expected=}"
+                where = f"block ({i}, {j}) of {q_len=} {k_len=} {size=}"
+                assert blocks[i, j] == expected, f"{where} is {blocks[i, j]}, allowed says {expected}"
 
 
 def check_counts_agree_with_allowed(key: str) -> None:
@@ -51,7 +53,7 @@ def check_counts_agree_with_allowed(key: str) -> None:
 
 
 def check_block_attention_is_exact(key: str) -> None:
-    """Attention that visits only the blocks in the mask equals attention under the elementwise mask, in float64."""
+    """Attention over the mask's blocks alone equals attention under the elementwise mask, in float64."""
     from modicum.model.attend import BlockAttend
     pattern = _make(key)
     generator = torch.Generator().manual_seed(0)

@@ -3,8 +3,8 @@
     allowed(q, k) = q - window < k <= q
 
 Cost per query and cache are constant beyond `window` tokens; through L layers a token still reaches back
-L * (window - 1) positions. Beltagy et al. 2020, arXiv:2004.05150, section 3.1 (causal, as in Jiang et al. 2023,
-arXiv:2310.06825, section 2).
+L * (window - 1) positions. Beltagy et al. 2020, arXiv:2004.05150, section 3.1 (causal, as in Jiang et al.
+2023, arXiv:2310.06825, section 2).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Families: how each open model family writes a decoder down as Hugging Face files.
 
-A family is one file here holding `FAMILY`: which `model_type`s it reads, how keys of config.json and names of weights map
-to `DecoderConfig` and `Decoder`, in both directions. It is found by its place; adding one touches
+A family is one file here holding `FAMILY`: which `model_type`s it reads, how keys of config.json and names of
+weights map to `DecoderConfig` and `Decoder`, in both directions. It is found by its place; adding one touches
 nothing else. Files beginning with an underscore are shared tables.
 """
 
@@ -37,18 +37,25 @@ class Rule:
 
 
 def rules(table: str, **how: bool) -> tuple[Rule, ...]:
-    """Rules from lines of `their.name  our.name [our.name ...]`."""
-    return tuple(Rule(line.split()[0], tuple(line.split()[1:]), **how) for line in table.strip().splitlines())
+    """Rules from lines of `their.name  our.name`; `layers.*.attention.{q,k,v}.bias` names three in order."""
+    found = []
+    for line in table.strip().splitlines():
+        theirs, ours = line.split()
+        head, brace, rest = ours.partition("{")
+        parts, _, tail = rest.partition("}")
+        found.append(Rule(theirs, tuple(head + p + tail for p in parts.split(",")) if brace else (ours,),
+                          **how))
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """`keys` maps config.json's key to the `DecoderConfig` field with the same meaning, both ways.
 
-    `defaults` are values config.json may leave out; `fixed` are fields the family never varies; `read` and `write` handle
-    what is not one to one (from config.json completed by `defaults`; to config.json's keys). `ignored`: patterns
-    of stored names that are no parameters. `prefix` is what names carry in a whole model but may lack in a file;
-    `aliases` are names that older files use.
+    `defaults` are values config.json may leave out; `fixed` are fields the family never varies; `read` and
+    `write` handle what is not one to one (from config.json completed by `defaults`; to config.json's keys).
+    `ignored`: patterns of stored names that are no parameters. `prefix` is what names carry in a whole model
+    but may lack in a file; `aliases` are names that older files use.
     """
 
     model_types: tuple[str, ...]
@@ -72,13 +79,14 @@ def families() -> dict[str, Family]:
 
 
 def read_config(hf: Keys, where: str = "config.json") -> DecoderConfig:
-    """A `DecoderConfig` from a Hugging Face config. Raises `UserError` for what cannot be built faithfully."""
+    """From a Hugging Face config. Raises `UserError` for what cannot be built faithfully."""
     by_type = {t: name for name, family in families().items() for t in family.model_types}
     model_type = hf.get("model_type")
     if model_type not in by_type:
-        raise unknown(f"model_type in {where}", model_type, by_type, "Convert the model to one of these architectures")
+        raise unknown(f"model_type in {where}", model_type, by_type, "Give a model of one of these types")
     if hf.get("quantization_config"):
-        raise UserError(f"{where} describes quantised weights ({hf['quantization_config'].get('quant_method')}); "
+        method = hf["quantization_config"].get("quant_method")
+        raise UserError(f"{where} describes quantised weights ({method}); "
                         "give the unquantised checkpoint, and compress it with: modicum compress")
     family = families()[by_type[model_type]]
     full = family.defaults | hf
@@ -95,7 +103,7 @@ def read_config(hf: Keys, where: str = "config.json") -> DecoderConfig:
 
 
 def write_config(config: DecoderConfig, dtype: str) -> Keys:
-    """The config.json of `config`. One that was read and not changed since comes back as it was, dtype aside."""
+    """The config.json of `config`. One that was read and not changed comes back as it was, dtype aside."""
     family = families().get(config.family)
     if family is None:
         raise unknown("family", config.family, families())
@@ -104,13 +112,17 @@ def write_config(config: DecoderConfig, dtype: str) -> Keys:
         return config.source | {dtype_key: dtype}
     written: Keys = {"architectures": [family.architecture], "model_type": family.model_types[0]}
     written |= {theirs: getattr(config, ours) for theirs, ours in family.keys.items()} | family.write(config)
-    written |= {"bos_token_id": config.bos_id, "pad_token_id": config.pad_id, dtype_key: dtype, "use_cache": True,
-                "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None)}
+    written |= {"bos_token_id": config.bos_id, "pad_token_id": config.pad_id, dtype_key: dtype,
+                "use_cache": True,
+                "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1
+                else next(iter(config.eos_ids), None)}
     written = config.source | written
     again = read_config(written)
     if again != config:
-        lost = [k for k in config.__dataclass_fields__ if k != "source" and getattr(again, k) != getattr(config, k)]
-        raise UserError(f"a {config.family} config.json cannot say {', '.join(f'{k}={getattr(config, k)!r}' for k in lost)}; "
+        lost = [k for k in config.__dataclass_fields__ if k != "source"
+                and getattr(again, k) != getattr(config, k)]
+        shown = ", ".join(f"{k}={getattr(config, k)!r}" for k in lost)
+        raise UserError(f"a {config.family} config.json cannot say {shown}; "
                         f"choose another family for this shape (families: {', '.join(families())})")
     return written
 

@@ -10,7 +10,8 @@ from modicum.model.families import Keys, rules
 
 KEYS = {"vocab_size": "vocab_size", "hidden_size": "width", "num_hidden_layers": "layers",
         "num_attention_heads": "heads", "intermediate_size": "mlp_width",
-        "max_position_embeddings": "context_length", "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tied"}
+        "max_position_embeddings": "context_length", "rms_norm_eps": "norm_eps",
+        "tie_word_embeddings": "tied"}
 DEFAULTS: Keys = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048,
                   "hidden_act": "silu", "rope_theta": 10000.0}
 
@@ -76,10 +77,11 @@ def refuse(hf: Keys, **unsupported: Any) -> None:
     """Raise for a key that holds a value this decoder does not reproduce."""
     for key, value in unsupported.items():
         if hf.get(key) == value:
-            raise UserError(f"config.json has {key}={value!r}, which is not supported for {hf['model_type']} models")
+            raise UserError(f"config.json has {key}={value!r}, which is not supported for {hf['model_type']} "
+                            "models")
 
 
-# RoPE: transformers 5 writes rope_parameters (flat, or one per layer type), earlier ones rope_theta and rope_scaling.
+# RoPE: transformers 5 writes rope_parameters (flat, or per layer type), older ones rope_theta, rope_scaling.
 
 def rope(hf: Keys, layer_type: str | None = None, theta_key: str = "rope_theta", fraction: float = 1.0,
          fraction_key: str = "partial_rotary_factor") -> Rope:
@@ -117,7 +119,8 @@ def write_rope(config: DecoderConfig) -> Keys:
 
 def write_two_ropes(config: DecoderConfig) -> Keys:
     local = config.rope_local or config.rope
-    return {"rope_parameters": {"full_attention": _scaling(config.rope), "sliding_attention": _scaling(local)},
+    return {"rope_parameters": {"full_attention": _scaling(config.rope),
+                                "sliding_attention": _scaling(local)},
             "rope_theta": config.rope.theta, "rope_local_base_freq": local.theta, "rope_scaling": None}
 
 
@@ -136,7 +139,8 @@ def write_windows(config: DecoderConfig) -> Keys:
     """One window size in a list of layer types. Two sizes are caught by reading the result again."""
     sizes = [w for w in config.windows or () if w]
     return {"sliding_window": sizes[0] if sizes else None, "use_sliding_window": bool(sizes),
-            "layer_types": ["sliding_attention" if config.window(i) else "full_attention" for i in range(config.layers)]}
+            "layer_types": ["sliding_attention" if config.window(i) else "full_attention"
+                            for i in range(config.layers)]}
 
 
 def one_window(config: DecoderConfig) -> Keys:

@@ -1,8 +1,7 @@
 """gemma2: Gemma 2: sandwich norms, every other layer slides, softcaps on scores and logits."""
 
-from modicum.model.families import Family, Keys
+from modicum.model.families import Family, Keys, gemma
 from modicum.model.families import _tables as t
-from modicum.model.families import gemma
 
 
 def _read(hf: Keys) -> Keys:
@@ -13,13 +12,15 @@ def _read(hf: Keys) -> Keys:
 
 
 FAMILY = Family(
-    model_types=("gemma2",), architecture="Gemma2ForCausalLM", keys=t.KEYS, ignored=t.IGNORED, prefix="model.",
+    model_types=("gemma2",), architecture="Gemma2ForCausalLM", keys=t.KEYS, ignored=t.IGNORED,
+    prefix="model.",
     rules=t.EMBED + t.SANDWICH_NORMS + t.PROJECTIONS,
     fixed={"norm": "rms_plus_one", "norm_place": "sandwich"},
     defaults=gemma.DEFAULTS | {"query_pre_attn_scalar": 256, "sliding_window": 4096},
     read=_read,
     write=lambda c: t.write_heads(c) | t.write_rope(c) | t.write_windows(c) | {
         "hidden_activation": t.activation_name(c), "attention_bias": c.qkv_bias,
-        "query_pre_attn_scalar": round(c.attention_scale(0) ** -2), "attn_logit_softcapping": c.attention_softcap,
+        "query_pre_attn_scalar": round(c.attention_scale(0) ** -2),
+        "attn_logit_softcapping": c.attention_softcap,
         "final_logit_softcapping": c.logit_softcap},
 )

@@ -26,9 +26,11 @@ FAMILY = Family(
     keys={"vocab_size": "vocab_size", "n_embd": "width", "n_layer": "layers", "n_head": "heads",
           "n_positions": "context_length", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tied",
           "scale_attn_by_inverse_layer_idx": "scale_by_layer"},
-    fixed={"norm": "layer", "position": "learned", "gated": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    fixed={"norm": "layer", "position": "learned", "gated": False, "qkv_bias": True, "o_bias": True,
+           "mlp_bias": True},
     defaults={"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
-              "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "scale_attn_by_inverse_layer_idx": False,
+              "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+              "scale_attn_by_inverse_layer_idx": False,
               "activation_function": "gelu_new", "scale_attn_weights": True},
     read=_read, write=_write,
     ignored=(r"attn\.(masked_)?bias$",),
@@ -42,8 +44,8 @@ FAMILY = Family(
         transformer.h.*.ln_1.bias      layers.*.attention_norm.bias
         transformer.h.*.ln_2.weight    layers.*.mlp_norm.weight
         transformer.h.*.ln_2.bias      layers.*.mlp_norm.bias""") + rules("""
-        transformer.h.*.attn.c_attn.weight  layers.*.attention.q.weight layers.*.attention.k.weight layers.*.attention.v.weight
-        transformer.h.*.attn.c_attn.bias    layers.*.attention.q.bias layers.*.attention.k.bias layers.*.attention.v.bias
+        transformer.h.*.attn.c_attn.weight  layers.*.attention.{q,k,v}.weight
+        transformer.h.*.attn.c_attn.bias    layers.*.attention.{q,k,v}.bias
         transformer.h.*.attn.c_proj.weight  layers.*.attention.o.weight
         transformer.h.*.attn.c_proj.bias    layers.*.attention.o.bias
         transformer.h.*.mlp.c_fc.weight     layers.*.mlp.up.weight

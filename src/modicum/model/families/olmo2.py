@@ -1,4 +1,4 @@
-"""olmo2: OLMo 2: norms on each branch's output instead of its input, and over all queries and keys together."""
+"""olmo2: OLMo 2: norms on the output of each branch, and over all queries and over all keys."""
 
 from modicum.model.families import Family, rules
 from modicum.model.families import _tables as t

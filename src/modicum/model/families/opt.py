@@ -1,4 +1,4 @@
-"""opt: OPT: learned positions from row 2, ReLU, LayerNorm before (or, in the 350M model, after) each branch."""
+"""opt: OPT: learned positions from row 2, ReLU, LayerNorm before (in the 350M model after) each branch."""
 
 from modicum.model.config import DecoderConfig
 from modicum.model.families import Family, Keys, rules

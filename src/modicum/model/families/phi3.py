@@ -1,9 +1,8 @@
 """phi3: Phi 3, 3.5 and 4-mini: Llama with fused projections, optionally longrope and partial rotation."""
 
-from modicum.model.families import Family, rules
-from modicum.model.families import _tables as t
-from modicum.model.families import Keys
 from modicum.model.config import DecoderConfig, Rope
+from modicum.model.families import Family, Keys, rules
+from modicum.model.families import _tables as t
 
 
 def _rope(hf: Keys) -> Rope:
@@ -26,9 +25,9 @@ def _write(c: DecoderConfig) -> Keys:
 FAMILY = Family(
     model_types=("phi3",), architecture="Phi3ForCausalLM", keys=t.KEYS, ignored=t.IGNORED, prefix="model.",
     rules=t.EMBED + t.PRE_NORMS + rules("""
-        model.layers.*.self_attn.qkv_proj.weight  layers.*.attention.q.weight layers.*.attention.k.weight layers.*.attention.v.weight
+        model.layers.*.self_attn.qkv_proj.weight  layers.*.attention.{q,k,v}.weight
         model.layers.*.self_attn.o_proj.weight    layers.*.attention.o.weight
-        model.layers.*.mlp.gate_up_proj.weight    layers.*.mlp.gate.weight layers.*.mlp.up.weight
+        model.layers.*.mlp.gate_up_proj.weight    layers.*.mlp.{gate,up}.weight
         model.layers.*.mlp.down_proj.weight       layers.*.mlp.down.weight"""),
     defaults=t.DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
                            "original_max_position_embeddings": 4096},

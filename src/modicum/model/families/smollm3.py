@@ -1,8 +1,8 @@
 """smollm3: SmolLM 3: Llama in which every fourth layer does not rotate (NoPE)."""
 
+from modicum.model.config import DecoderConfig
 from modicum.model.families import Family, Keys
 from modicum.model.families import _tables as t
-from modicum.model.config import DecoderConfig
 
 
 def _rotating(hf: Keys) -> tuple[bool, ...]:
