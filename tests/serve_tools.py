@@ -13,8 +13,10 @@ from modicum.model.folder import save_model
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 
-TEXT = ("The cache holds keys and values; the scheduler says who runs. Größe, naïve, 日本語のテキスト, "
-        "emoji 👩‍👩‍👧 🚀, and def f(x):\n    return x + 1\n")
+TEXT = (
+    "The cache holds keys and values; the scheduler says who runs. Größe, naïve, 日本語のテキスト, "
+    "emoji 👩‍👩‍👧 🚀, and def f(x):\n    return x + 1\n"
+)
 
 
 def tokenizer() -> Tokenizer:
@@ -53,4 +55,6 @@ def assert_clean(engine: Engine) -> None:
     stats = engine.stats()
     assert stats["used_blocks"] == 0 and engine.pages.free == 0
     assert stats["running"] == stats["waiting"] == 0
-    assert not engine.requests and not engine.samples and len(engine._slots) == engine.config.max_sequences
+    assert (
+        not engine.requests and not engine.samples and len(engine.cache.slots) == engine.config.max_sequences
+    )

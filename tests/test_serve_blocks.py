@@ -18,8 +18,12 @@ from modicum.serve.schedulers.fcfs import Config, FirstComeFirstServed
 def test_names_are_equal_for_equal_beginnings_only() -> None:
     a, b = list(range(20)), [*range(10), 99, *range(11, 20)]
     first, second = chain(a, 4, []), chain(b, 4, [])
-    assert len(first) == 5 and first[:2] == second[:2] and all(x != y for x, y in zip(first[2:], second[2:], strict=True))
-    assert chain(a + [1, 2, 3, 4], 4, list(first))[:5] == first
+    assert (
+        len(first) == 5
+        and first[:2] == second[:2]
+        and all(x != y for x, y in zip(first[2:], second[2:], strict=True))
+    )
+    assert chain([*a, 1, 2, 3, 4], 4, list(first))[:5] == first
     assert chain(a, 4, [], salt=b"adapter") != first
 
 
@@ -126,13 +130,20 @@ TestPools = Pools.TestCase
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 47), st.integers(1, 47)), min_size=1, max_size=20),
-       st.booleans(), st.sampled_from([3, 8, 16, 100]), st.sampled_from([1, 3, 8]), st.sampled_from([0.0, 0.2]))
-def test_fcfs_serves_everybody(trace: list[tuple[int, int, int]], chunked: bool, tokens: int, sequences: int,
-                               reserve: float) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 47), st.integers(1, 47)), min_size=1, max_size=20),
+    st.booleans(),
+    st.sampled_from([3, 8, 16, 100]),
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from([0.0, 0.2]),
+)
+def test_fcfs_serves_everybody(
+    trace: list[tuple[int, int, int]], chunked: bool, tokens: int, sequences: int, reserve: float
+) -> None:
     fits = [(t, prompt, min(output, 48 - prompt)) for t, prompt, output in trace]
     world = _conformance.World(
-        FirstComeFirstServed(Config(chunked=chunked, reserve=reserve), 4, 12, tokens, sequences), 12)
+        FirstComeFirstServed(Config(chunked=chunked, reserve=reserve), 4, 12, tokens, sequences), 12
+    )
     _conformance.run_trace(world, fits)
     assert len(world.finished) == len(fits)
 
@@ -157,7 +168,7 @@ def test_fcfs_prefill_first_and_chunked_batches() -> None:
         world.arrive(Job(0, 0.0, 4, 4), 20)
         world.step()
         world.arrive(Job(1, 1.0, 40, 40), 5)
-    assert plain.step().run == ((1, 40),)          # longer than the limit: alone, and the decode waits
-    assert mixed.step().run == ((0, 1), (1, 15))   # the decode goes on, the prompt comes in pieces
+    assert plain.step().run == ((1, 40),)  # longer than the limit: alone, and the decode waits
+    assert mixed.step().run == ((0, 1), (1, 15))  # the decode goes on, the prompt comes in pieces
     assert mixed.step().run == ((0, 1), (1, 15))
     assert mixed.step().run == ((0, 1), (1, 10))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from serve_tools import assert_clean, engine, folder, lively, tiny, tokenizer
 
 from modicum.core.errors import BudgetError, ModicumError, UserError
 from modicum.model.attach import attach
@@ -19,6 +18,7 @@ from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 from modicum.serve.load import load_engine
 from modicum.serve.request import InvalidRequest, Request, SamplingParams, Update
+from serve_tools import assert_clean, engine, folder, lively, tiny, tokenizer
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -26,8 +26,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 9, "head_dim": 8},
     "gpt2": {},
 }
-COMMON = {"vocab_size": 199, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+COMMON = {
+    "vocab_size": 199,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 NEW = 20
 MODES: dict[str, dict[str, Any]] = {
     "plain": {"prefix_cache": False},
@@ -42,13 +49,16 @@ MODES: dict[str, dict[str, Any]] = {
 def _prompts() -> list[list[int]]:
     rng = random.Random(5)
     prompts = [[rng.randrange(1, 199) for _ in range(n)] for n in (1, 3, 16, 17, 40, 33, 70)]
-    return [*prompts, prompts[4][:32] + [5, 6, 7]]
+    return [*prompts, [*prompts[4][:32], 5, 6, 7]]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, list[list[int]]]:
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Decoder, list[list[int]]]:
     """A random model as read by us, and what transformers.generate says to the prompts."""
     import transformers
+
     config = transformers.AutoConfig.for_model(request.param, **COMMON | FAMILIES[request.param])
     config.initializer_range = 0.3
     config.eos_token_id = config.bos_token_id = None
@@ -59,9 +69,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     want = []
     for prompt in _prompts():
         ids = torch.tensor([prompt])
-        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
-                              pad_token_id=0)
-        want.append(out[0, len(prompt):].tolist())
+        out = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )
+        want.append(out[0, len(prompt) :].tolist())
     assert len({tuple(w) for w in want}) == len(want), "the model repeats itself: the test would see nothing"
     return load_model(path), want
 
@@ -84,13 +95,26 @@ def test_random_arrivals_change_nothing() -> None:
     """Requests that come and go at random, in a cache too small for all, say what they say alone."""
     rng = random.Random(0)
     model = tiny()
-    asks = [([rng.randrange(400) for _ in range(rng.randint(1, 60))],
-             SamplingParams(temperature=rng.choice((0, 0.8)), seed=i, max_tokens=rng.randint(1, 30), ignore_eos=True))
-            for i in range(24)]
-    alone = Engine(model, None, EngineConfig(block_size=8, cache="2ktok", prefix_cache=False, max_sequences=1))
+    asks = [
+        (
+            [rng.randrange(400) for _ in range(rng.randint(1, 60))],
+            SamplingParams(
+                temperature=rng.choice((0, 0.8)), seed=i, max_tokens=rng.randint(1, 30), ignore_eos=True
+            ),
+        )
+        for i in range(24)
+    ]
+    alone = Engine(
+        model, None, EngineConfig(block_size=8, cache="2ktok", prefix_cache=False, max_sequences=1)
+    )
     want = [alone.generate([p], s)[0].tokens for p, s in asks]
-    crowd = Engine(model, None, EngineConfig(block_size=8, cache="160tok", max_sequences=6, chunked_prefill=True,
-                                             max_batch_tokens=32))
+    crowd = Engine(
+        model,
+        None,
+        EngineConfig(
+            block_size=8, cache="160tok", max_sequences=6, chunked_prefill=True, max_batch_tokens=32
+        ),
+    )
     requests = [Request(p, s) for p, s in asks]
     heard: dict[int, list[int]] = {r.id: [] for r in requests}
     gone = {r.id for r in rng.sample(requests, 5)}
@@ -106,7 +130,7 @@ def test_random_arrivals_change_nothing() -> None:
         crowd.blocks.check()
     for request, tokens in zip(requests, want, strict=True):
         said = heard[request.id]
-        assert said == (tokens[:len(said)] if request.id in gone else tokens)
+        assert said == (tokens[: len(said)] if request.id in gone else tokens)
     assert crowd.counters["preemptions"] > 0
     assert_clean(crowd)
 
@@ -118,7 +142,7 @@ def test_a_second_turn_finds_the_first_in_the_cache() -> None:
     first = chat.generate([prompt], params)[0]
     second = chat.generate([prompt + first.tokens + [3]], params)[0]
     assert first.cached_tokens == 0
-    assert second.cached_tokens == (30 + 19) // 8 * 8   # the last sampled token was never computed
+    assert second.cached_tokens == (30 + 19) // 8 * 8  # the last sampled token was never computed
     fresh = engine(prefix_cache=False).generate([prompt + first.tokens + [3]], params)[0]
     assert second.tokens == fresh.tokens
 
@@ -137,12 +161,16 @@ def test_text_stops_and_limits() -> None:
     assert whole.finish == "length" and len(whole.tokens) == 40 and whole.text
     assert whole.completions[0].first_token_seconds is not None
     assert whole.completions[0].seconds >= whole.completions[0].first_token_seconds  # type: ignore[operator]
-    stop = whole.text[len(whole.text) // 2:][:2]
-    cut = e.generate(["The cache"], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=(stop,)))[0]
-    assert cut.finish == "stop" and cut.text == whole.text[:whole.text.index(stop)]
-    token = e.generate(["The cache"], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True,
-                                                     stop_token_ids=(whole.tokens[5],)))[0]
-    assert token.finish == "stop" and token.tokens == whole.tokens[:whole.tokens.index(whole.tokens[5]) + 1]
+    stop = whole.text[len(whole.text) // 2 :][:2]
+    cut = e.generate(
+        ["The cache"], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=(stop,))
+    )[0]
+    assert cut.finish == "stop" and cut.text == whole.text[: whole.text.index(stop)]
+    token = e.generate(
+        ["The cache"],
+        SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop_token_ids=(whole.tokens[5],)),
+    )[0]
+    assert token.finish == "stop" and token.tokens == whole.tokens[: whole.tokens.index(whole.tokens[5]) + 1]
     long = e.generate([[1] * 250], SamplingParams(max_tokens=None, ignore_eos=True))[0]
     assert long.finish == "length" and len(long.tokens) == 6
     assert_clean(e)
@@ -153,7 +181,7 @@ def test_eos_ends_unless_ignored() -> None:
     first = e.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))[0].tokens
     e.eos = frozenset({first[4]})
     ended = e.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=9))[0]
-    assert ended.tokens == first[:first.index(first[4]) + 1] and ended.finish == "stop"
+    assert ended.tokens == first[: first.index(first[4]) + 1] and ended.finish == "stop"
 
 
 def test_streaming_joins_to_the_whole_and_early_exit_frees() -> None:
@@ -178,14 +206,20 @@ def test_failing_step_fails_its_requests_only() -> None:
         return hidden(*args, **more)
 
     e.model.hidden = broken  # type: ignore[method-assign]
-    requests = [Request([1, 2, 3 + i], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)) for i in range(4)]
+    requests = [
+        Request([1, 2, 3 + i], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)) for i in range(4)
+    ]
     for request in requests:
         e.add(request)
     updates: list[Update] = []
     while e.busy:
         updates += e.step()
     assert [next(u.finish for u in updates if u.request == r.id and u.finish) for r in requests] == [
-        "error", "error", "length", "length"]
+        "error",
+        "error",
+        "length",
+        "length",
+    ]
     assert e.counters["failures"] == 1
     assert_clean(e)
     e.model.hidden = hidden  # type: ignore[method-assign]
@@ -228,19 +262,40 @@ def test_what_cannot_be_served_is_refused() -> None:
     assert_clean(e)
 
 
-@pytest.mark.parametrize("field", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"n": 0}, {"max_tokens": 0},
-                                   {"stop": ("",)}, {"min_p": 2}, {"logit_bias": {1: 200.0}}, {"top_k": -1},
-                                   {"repetition_penalty": 0}, {"temperature": float("nan")}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"n": 0},
+        {"max_tokens": 0},
+        {"stop": ("",)},
+        {"min_p": 2},
+        {"logit_bias": {1: 200.0}},
+        {"top_k": -1},
+        {"repetition_penalty": 0},
+        {"temperature": float("nan")},
+    ],
+)
 def test_impossible_sampling_parameters(field: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**field)
     assert caught.value.param == next(iter(field))
 
 
-@pytest.mark.parametrize(("config", "error"), [
-    ({"cache": "10B"}, UserError), ({"cache": "soon"}, UserError), ({"cache": "900TiB"}, BudgetError),
-    ({"scheduler": "fcsf"}, UserError), ({"kv": "half"}, UserError), ({"block_size": 0}, UserError),
-    ({"dtype": "int8"}, UserError)])
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"cache": "10B"}, UserError),
+        ({"cache": "soon"}, UserError),
+        ({"cache": "900TiB"}, BudgetError),
+        ({"scheduler": "fcsf"}, UserError),
+        ({"kv": "half"}, UserError),
+        ({"block_size": 0}, UserError),
+        ({"dtype": "int8"}, UserError),
+    ],
+)
 def test_impossible_engines(config: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         engine(**config)
@@ -281,7 +336,9 @@ def test_load_engine_reads_a_folder(tmp_path: Path) -> None:
 def test_bfloat16_model_runs() -> None:
     shape = llama_like(400, 64, 2, heads=4, kv_heads=2, context_length=128)
     model = lively(Decoder(shape, torch.Generator().manual_seed(0))).to(torch.bfloat16)
-    e = Engine(model, None, EngineConfig(block_size=16, cache="1ktok", chunked_prefill=True, max_batch_tokens=20))
+    e = Engine(
+        model, None, EngineConfig(block_size=16, cache="1ktok", chunked_prefill=True, max_batch_tokens=20)
+    )
     out = e.generate([[1] * 50, [2] * 9], SamplingParams(max_tokens=12, seed=0))
     assert all(len(o.tokens) == 12 for o in out)
     assert_clean(e)

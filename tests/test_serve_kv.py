@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from serve_tools import assert_clean, tiny
 from torch import Tensor
 
 from modicum.core.errors import UserError
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
-from modicum.serve.config import EngineConfig
+from modicum.serve.config import EngineConfig, longest
 from modicum.serve.engine import Engine
 from modicum.serve.kv import CacheShape, Entries, Keep, KVPolicy
 from modicum.serve.request import Request, SamplingParams
+from serve_tools import assert_clean, tiny
 
 BLOCK = 4
 
@@ -26,7 +26,7 @@ BLOCK = 4
 class Config:
     sinks: int = 2
     recent: int = 4
-    stream: bool = False     # thin while the prompt is still being computed
+    stream: bool = False  # thin while the prompt is still being computed
 
 
 class Ladder(KVPolicy):
@@ -67,11 +67,21 @@ class Lists:
 
     def __init__(self, model: Decoder, policy: KVPolicy, prompt: int):
         self.heads: list[list[list[tuple[Tensor, Tensor, int]]]] = [
-            [[] for _ in range(model.config.kv_heads)] for _ in range(model.config.layers)]
+            [[] for _ in range(model.config.kv_heads)] for _ in range(model.config.layers)
+        ]
         self.policy, self.prompt, self.n = policy.begin(prompt), prompt, 0
 
-    def __call__(self, layer: int, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, window: int | None,
-                 scale: float, softcap: float | None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q_BHTE: Tensor,
+        k_BGSE: Tensor,
+        v_BGSE: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         _, H, T, _ = q_BHTE.shape
         G = k_BGSE.shape[1]
         out = torch.empty_like(q_BHTE)
@@ -79,7 +89,11 @@ class Lists:
             for g in range(G):
                 self.heads[layer][g].append((k_BGSE[0, g, t].double(), v_BGSE[0, g, t].double(), self.n + t))
             for h in range(H):
-                seen = [e for e in self.heads[layer][h // (H // G)] if window is None or e[2] > self.n + t - window]
+                seen = [
+                    e
+                    for e in self.heads[layer][h // (H // G)]
+                    if window is None or e[2] > self.n + t - window
+                ]
                 scores = torch.stack([(q_BHTE[0, h, t].double() @ k) * scale for k, _, _ in seen])
                 weights = scores.softmax(0)
                 out[0, h, t] = sum(w * v for w, (_, v, _) in zip(weights, seen, strict=True)).float()
@@ -108,22 +122,32 @@ def _say(model: Decoder, policy: KVPolicy, prompt: list[int], n: int, piece: int
     with torch.no_grad():
         while len(tokens) < len(prompt) + n:
             end = len(tokens) if piece is None else min(len(tokens), at + piece)
-            h = model.hidden(torch.tensor([tokens[at:end]]), positions_BT=torch.arange(at, end)[None], attend=lists)
+            h = model.hidden(
+                torch.tensor([tokens[at:end]]), positions_BT=torch.arange(at, end)[None], attend=lists
+            )
             lists.commit(end - at)
             at = end
             if at == len(tokens):
                 tokens.append(int(model.head(h[0, -1]).argmax()))
-    return tokens[len(prompt):]
+    return tokens[len(prompt) :]
 
 
 def _engine(model: Decoder, config: Config | None = None, **more: Any) -> Engine:
     e = Engine(model, None, EngineConfig(**{"block_size": BLOCK, "cache": "1ktok"} | more))
     shape = model.config
-    e.policy = Ladder(config or Config(), CacheShape(
-        layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, block_size=BLOCK,
-        windows=tuple(shape.window(i) for i in range(shape.layers))))
+    e.policy = e.cache.policy = Ladder(
+        config or Config(),
+        CacheShape(
+            layers=shape.layers,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            block_size=BLOCK,
+            windows=tuple(shape.window(i) for i in range(shape.layers)),
+        ),
+    )
     e.policy.prompt = 0
-    e.max_length = e._max_length()
+    e.max_length = longest(e.config, shape, e.policy, e.cache.capacity)
     return e
 
 
@@ -144,15 +168,19 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 @pytest.mark.parametrize("mode", ["alone", "together", "chunked", "crowded"])
 def test_thinned_outputs_are_those_of_plain_lists(window: int | None, mode: str) -> None:
     model = _model(window)
-    more: dict[str, Any] = {"alone": {"max_sequences": 1}, "together": {}, "crowded": {"cache": "96tok"},
-                            "chunked": {"chunked_prefill": True, "max_batch_tokens": 16}}[mode]
+    more: dict[str, Any] = {
+        "alone": {"max_sequences": 1},
+        "together": {},
+        "crowded": {"cache": "96tok"},
+        "chunked": {"chunked_prefill": True, "max_batch_tokens": 16},
+    }[mode]
     e = _engine(model, **more)
     want = [_say(model, e.policy, p, 24) for p in PROMPTS]
     full = Engine(model, None, EngineConfig(cache="1ktok")).generate(PROMPTS, GREEDY)
     assert [o.tokens for o in full] != want, "the policy changes nothing: the test would see nothing"
-    for _ in range(2):   # the second time prompts come from the prefix cache: thinned ones stay out of it
+    for _ in range(2):  # the second time prompts come from the prefix cache: thinned ones stay out of it
         assert [o.tokens for o in e.generate(PROMPTS, GREEDY)] == want
-    assert e.counters["thinnings"] >= 2 * len(PROMPTS)
+    assert e.stats()["thinnings"] >= 2 * len(PROMPTS)
     assert (e.counters["cached_tokens"] > 0) == (mode != "crowded")
     assert_clean(e)
 
@@ -176,7 +204,7 @@ def test_memory_is_freed_and_a_stream_outgrows_the_cache() -> None:
         tokens += update.tokens
         used.append(e.stats()["used_blocks"])
     assert len(tokens) == 200 and tokens == _say(model, e.policy, prompt, 200)
-    assert used[0] <= 6 and max(used[:-1]) <= 7    # 37 tokens took ten blocks before the prompt's end
+    assert used[0] <= 6 and max(used[:-1]) <= 7  # 37 tokens took ten blocks before the prompt's end
     assert_clean(e)
 
 
@@ -210,6 +238,7 @@ def test_observers_see_every_token_once() -> None:
 
 def test_what_a_policy_does_not_support_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     from modicum.serve.kv.full import Full
+
     monkeypatch.setattr(Full, "supports", frozenset({"gqa"}))
     with pytest.raises(UserError, match="prefix-cache"):
         Engine(tiny(), None, EngineConfig(cache="1ktok"))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_tools import engine, tokenizer
 
 from modicum.data.tokenizer import Tokenizer
 from modicum.model.config import llama_like
@@ -22,6 +21,7 @@ from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 from modicum.serve.request import SamplingParams
 from modicum.serve.text import TextStream
+from serve_tools import engine, tokenizer
 
 VOCAB = 3000
 
@@ -30,23 +30,35 @@ def _logits(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-FILTERS: list[dict[str, Any]] = [{"top_k": 7}, {"top_p": 0.6}, {"top_p": 0.999}, {"min_p": 0.05}, {"top_k": 40, "top_p": 0.8},
-           {"top_k": 2000, "top_p": 0.9, "min_p": 0.01, "temperature": 0.7}, {"temperature": 1.8, "top_p": 0.95}, {},
-           {"top_k": 1}, {"temperature": 0.2, "min_p": 0.3}]
+FILTERS: list[dict[str, Any]] = [
+    {"top_k": 7},
+    {"top_p": 0.6},
+    {"top_p": 0.999},
+    {"min_p": 0.05},
+    {"top_k": 40, "top_p": 0.8},
+    {"top_k": 2000, "top_p": 0.9, "min_p": 0.01, "temperature": 0.7},
+    {"temperature": 1.8, "top_p": 0.95},
+    {},
+    {"top_k": 1},
+    {"temperature": 0.2, "min_p": 0.3},
+]
 
 
-@pytest.mark.parametrize("scale", [3.0, 0.3])   # 0.3: nuclei larger than the candidates that are sorted first
+@pytest.mark.parametrize("scale", [3.0, 0.3])  # 0.3: nuclei larger than the candidates that are sorted first
 def test_filters_keep_what_transformers_keeps(scale: float) -> None:
     """All filters in one batch, each row as transformers' processors in their order leave it."""
     from transformers.generation import logits_process as hf
+
     params = [SamplingParams(**f) for f in FILTERS]
     logits = _logits(len(params), scale=scale)
     got = sampling.filtered(logits, params)
     for i, p in enumerate(params):
-        row = logits[i:i + 1].double() / p.temperature
-        for processor in ([hf.TopKLogitsWarper(p.top_k)] if p.top_k else []) + (
-                [hf.TopPLogitsWarper(p.top_p)] if p.top_p < 1 else []) + (
-                [hf.MinPLogitsWarper(p.min_p)] if p.min_p else []):
+        row = logits[i : i + 1].double() / p.temperature
+        for processor in (
+            ([hf.TopKLogitsWarper(p.top_k)] if p.top_k else [])
+            + ([hf.TopPLogitsWarper(p.top_p)] if p.top_p < 1 else [])
+            + ([hf.MinPLogitsWarper(p.min_p)] if p.min_p else [])
+        ):
             row = processor(None, row)
         assert torch.equal(torch.isfinite(got[i]), torch.isfinite(row[0])), FILTERS[i]
         assert torch.allclose(got[i].softmax(-1).double(), row[0].softmax(-1), atol=1e-6)
@@ -61,7 +73,7 @@ def test_draws_follow_the_distribution() -> None:
     drawn = sampling.draw(logits.expand(n, -1), [p] * n, [rng.random() for _ in range(n)])
     want = (logits[0].double() / 1.3).softmax(-1) * n
     counts = torch.bincount(drawn, minlength=8).double()
-    assert float(((counts - want) ** 2 / want).sum()) < 24.3   # 99.9% quantile at 7 degrees of freedom
+    assert float(((counts - want) ** 2 / want).sum()) < 24.3  # 99.9% quantile at 7 degrees of freedom
 
 
 def test_extreme_draws_take_possible_tokens() -> None:
@@ -74,23 +86,38 @@ def test_extreme_draws_take_possible_tokens() -> None:
 def test_seed_decides_whatever_the_batch_is() -> None:
     params = SamplingParams(seed=11, temperature=1.2, top_p=0.9, max_tokens=15, ignore_eos=True)
     alone = engine().generate(["The"], params)[0]
-    others = [SamplingParams(temperature=0), SamplingParams(seed=1, top_k=3), params,
-              SamplingParams(seed=2, presence_penalty=1.0, logprobs=1)]
+    others = [
+        SamplingParams(temperature=0),
+        SamplingParams(seed=1, top_k=3),
+        params,
+        SamplingParams(seed=2, presence_penalty=1.0, logprobs=1),
+    ]
     crowd = engine(chunked_prefill=True, max_batch_tokens=8).generate(["x", "def", "The", "emoji"], others)
     assert crowd[2].tokens == alone.tokens
-    other = engine().generate(["The"], SamplingParams(seed=12, temperature=1.2, max_tokens=15, ignore_eos=True))[0]
+    other = engine().generate(
+        ["The"], SamplingParams(seed=12, temperature=1.2, max_tokens=15, ignore_eos=True)
+    )[0]
     assert other.tokens != alone.tokens
 
 
 def test_penalties_are_the_published_formulas() -> None:
     """Against a plain loop over tokens, for every combination in one batch."""
     shape = llama_like(400, 32, 2, heads=4, kv_heads=2, context_length=256)
-    model = Decoder(shape, torch.Generator().manual_seed(0))   # fresh: it repeats itself
+    model = Decoder(shape, torch.Generator().manual_seed(0))  # fresh: it repeats itself
     e = Engine(model, None, EngineConfig(cache="2ktok"))
     prompt = [1, 2, 3, 1]
     knobs: list[dict[str, Any]] = [
-        {}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.2}, {"frequency_penalty": 0.05},
-        {"repetition_penalty": 0.8, "presence_penalty": 1.0, "frequency_penalty": 0.5, "logit_bias": {5: 0.5}}]
+        {},
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.2},
+        {"frequency_penalty": 0.05},
+        {
+            "repetition_penalty": 0.8,
+            "presence_penalty": 1.0,
+            "frequency_penalty": 0.5,
+            "logit_bias": {5: 0.5},
+        },
+    ]
     params = [SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, **k) for k in knobs]
     outputs = e.generate([prompt] * len(params), params)
     for p, out in zip(params, outputs, strict=True):
@@ -138,7 +165,7 @@ def test_any_tokens_come_out_whole(ids: list[int], context: int) -> None:
     before = tok.encode("some context here")[:context]
     stream = TextStream(tok, (), before)
     pieces = [stream.push(i) for i in ids]
-    assert "".join(pieces) + stream.finish() == tok.decode(before + ids)[len(tok.decode(before)):]
+    assert "".join(pieces) + stream.finish() == tok.decode(before + ids)[len(tok.decode(before)) :]
     for piece in pieces:
         piece.encode("utf-8")
 
@@ -170,13 +197,16 @@ def test_bytes_that_never_become_a_character_are_shown_in_the_end() -> None:
     assert "".join(stream.push(b) for b in b"a\xf0\x9f") == "a"
     assert stream.finish() == "\ufffd"
     bad = TextStream(Bytes())
-    shown = "".join(bad.push(0xff) for _ in range(50))
+    shown = "".join(bad.push(0xFF) for _ in range(50))
     assert len(shown) >= 47 and shown + bad.finish() == "\ufffd" * 50
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text("abc日", max_size=60), st.lists(st.text("abc日", min_size=1, max_size=4), min_size=1, max_size=3),
-       st.randoms(use_true_random=False))
+@given(
+    st.text("abc日", max_size=60),
+    st.lists(st.text("abc日", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.randoms(use_true_random=False),
+)
 def test_stop_strings_across_pieces(text: str, stops: list[str], rng: random.Random) -> None:
     """The text ends before the first stop string, and nothing after its start was ever shown."""
     stream = TextStream(Bytes(), stops)

@@ -12,17 +12,19 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from serve_tools import assert_clean, engine
 
 from modicum.core.errors import UserError
 from modicum.serve.request import SamplingParams
 from modicum.serve.server import BackgroundServer, ServerConfig
 from modicum.serve.worker import Worker
+from serve_tools import assert_clean, engine
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[BackgroundServer]:
-    with BackgroundServer(engine(max_sequences=8), ServerConfig(model="tiny", port=0, max_body=50_000)) as running:
+    with BackgroundServer(
+        engine(max_sequences=8), ServerConfig(model="tiny", port=0, max_body=50_000)
+    ) as running:
         yield running
     assert_clean(running.server.worker.engine)
 
@@ -61,7 +63,9 @@ def test_completion_stream_joins_to_the_whole(client: openai.OpenAI) -> None:
     whole = client.completions.create(**ask)
     chunks = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
-    assert chunks[-1].usage == whole.usage or chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert (
+        chunks[-1].usage == whole.usage or chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    )
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
 
 
@@ -73,14 +77,25 @@ def test_chat(client: openai.OpenAI) -> None:
     chunks = list(client.chat.completions.create(**ask, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
-    parts = [{"role": "system", "content": "Be brief."},
-             {"role": "user", "content": [{"type": "text", "text": "Who "}, {"type": "text", "text": "runs?"}]}]
-    assert client.chat.completions.create(**ask | {"messages": parts}).choices[0].message == whole.choices[0].message
+    parts = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Who "}, {"type": "text", "text": "runs?"}]},
+    ]
+    assert (
+        client.chat.completions.create(**ask | {"messages": parts}).choices[0].message
+        == whole.choices[0].message
+    )
 
 
 def test_chat_logprobs(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}], temperature=0,
-                                            max_tokens=5, logprobs=True, top_logprobs=3)
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Hi"}],
+        temperature=0,
+        max_tokens=5,
+        logprobs=True,
+        top_logprobs=3,
+    )
     content = answer.choices[0].logprobs.content
     assert answer.usage is not None and len(content) == answer.usage.completion_tokens
     for entry in content:
@@ -88,7 +103,9 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
 
 
 def test_completion_lists_n_echo_and_logprobs(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model="tiny", prompt=["The", [5, 6, 7]], n=2, max_tokens=4, logprobs=2, seed=1)
+    answer = client.completions.create(
+        model="tiny", prompt=["The", [5, 6, 7]], n=2, max_tokens=4, logprobs=2, seed=1
+    )
     assert [c.index for c in answer.choices] == [0, 1, 2, 3]
     for choice in answer.choices:
         assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) <= 4
@@ -105,7 +122,11 @@ def test_extensions_pass_through(client: openai.OpenAI) -> None:
     assert client.completions.create(**ask, extra_body={"top_k": 1}).choices[0].text == greedy.choices[0].text
     stop = engine().generate(["The"], SamplingParams(temperature=0, max_tokens=30))[0].tokens[3]
     short = client.completions.create(**ask | {"temperature": 0}, extra_body={"stop_token_ids": [stop]})
-    assert short.choices[0].finish_reason == "stop" and short.usage is not None and short.usage.completion_tokens <= 4
+    assert (
+        short.choices[0].finish_reason == "stop"
+        and short.usage is not None
+        and short.usage.completion_tokens <= 4
+    )
 
 
 BAD = [
@@ -136,19 +157,41 @@ BAD = [
     ("/v1/completions", b" " * 60_000, 413, "request_too_large"),
     ("/v1/chat/completions", {"model": "tiny", "messages": []}, 400, "invalid_type"),
     ("/v1/chat/completions", {"model": "tiny", "messages": "hi"}, 400, "invalid_type"),
-    ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": 3}]}, 400, "invalid_type"),
-    ("/v1/chat/completions", {"model": "tiny", "messages": [
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, "invalid_type"),
-    ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x"}],
-                              "tools": [{"type": "function"}]}, 400, "unsupported_parameter"),
-    ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x"}],
-                              "top_logprobs": 2}, 400, None),
+    (
+        "/v1/chat/completions",
+        {"model": "tiny", "messages": [{"role": "user", "content": 3}]},
+        400,
+        "invalid_type",
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        },
+        400,
+        "invalid_type",
+    ),
+    (
+        "/v1/chat/completions",
+        {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]},
+        400,
+        "unsupported_parameter",
+    ),
+    (
+        "/v1/chat/completions",
+        {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "top_logprobs": 2},
+        400,
+        None,
+    ),
     ("/v1/nothing", {"model": "tiny"}, 404, None),
 ]
 
 
 @pytest.mark.parametrize(("path", "body", "status", "code"), BAD, ids=range(len(BAD)))
-def test_bad_requests(server: BackgroundServer, path: str, body: object, status: int, code: str | None) -> None:
+def test_bad_requests(
+    server: BackgroundServer, path: str, body: object, status: int, code: str | None
+) -> None:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = httpx.post(server.url + path, content=data)
     error = answer.json()["error"]
@@ -194,15 +237,21 @@ def test_storm_leaks_nothing(server: BackgroundServer) -> None:
     worker = server.server.worker
 
     def one(i: int) -> int:
-        body: dict[str, object] = {"model": "tiny", "prompt": "The cache holds " * (i % 12 + 1), "max_tokens": 3 * i + 1,
-                                   "seed": i}
+        body: dict[str, object] = {
+            "model": "tiny",
+            "prompt": "The cache holds " * (i % 12 + 1),
+            "max_tokens": 3 * i + 1,
+            "seed": i,
+        }
         if i % 7 == 3:
             body["temperature"] = "hot"
         if i % 7 == 5:
             body["prompt"] = [1] * 999
         try:
             if i % 3 == 0:
-                with httpx.stream("POST", server.url + "/v1/completions", json=body | {"stream": True}) as answer:
+                with httpx.stream(
+                    "POST", server.url + "/v1/completions", json=body | {"stream": True}
+                ) as answer:
                     for k, _ in enumerate(answer.iter_lines()):
                         if i % 2 and k > 4:
                             break
@@ -219,8 +268,9 @@ def test_storm_leaks_nothing(server: BackgroundServer) -> None:
     worker.engine.blocks.check()
 
 
-def test_failing_step_is_a_500_and_the_server_goes_on(server: BackgroundServer, client: openai.OpenAI,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_step_is_a_500_and_the_server_goes_on(
+    server: BackgroundServer, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = server.server.worker.engine.model
     hidden = model.hidden
     calls = []
@@ -255,8 +305,12 @@ def test_full_queue_is_429() -> None:
     with BackgroundServer(engine(max_sequences=1), ServerConfig(port=0, max_queue=2, model="tiny")) as server:
         body = {"model": "tiny", "prompt": "The", "max_tokens": 60, "ignore_eos": True}
         with ThreadPoolExecutor(12) as pool:
-            statuses = list(pool.map(
-                lambda _: httpx.post(server.url + "/v1/completions", json=body, timeout=60).status_code, range(12)))
+            statuses = list(
+                pool.map(
+                    lambda _: httpx.post(server.url + "/v1/completions", json=body, timeout=60).status_code,
+                    range(12),
+                )
+            )
         assert 200 in statuses and 429 in statuses and set(statuses) == {200, 429}
         settle(server.server.worker)
 
@@ -290,7 +344,7 @@ def test_shutdown_under_load_drains_or_says_so() -> None:
     for tokens, status, text in outcomes:  # type: ignore[misc]
         if tokens == 8:
             assert status == 200 and "shutting down" not in text
-        else:   # a stream has said 200 already: the error comes as its last event
+        else:  # a stream has said 200 already: the error comes as its last event
             assert "shutting down" in text and status in (503, 200)
     assert_clean(slow)
     with pytest.raises(httpx.ConnectError):

@@ -42,7 +42,7 @@ class _Group:
     last: int
     samples: list[Sample]
     slots_B: np.ndarray
-    lengths_B: np.ndarray      # keys, the new token's included
+    lengths_B: np.ndarray  # keys, the new token's included
 
 
 # Which keys a group or a piece reads: blocks as an index (made from a view if they lie side by side), the
@@ -55,14 +55,14 @@ class StepAttend:
 
     def __init__(self, storage: Storage, max_sequences: int):
         self.storage = storage
-        self.table = np.zeros((max_sequences, 1), dtype=np.int64)   # block numbers by slot, see `hold`
+        self.table = np.zeros((max_sequences, 1), dtype=np.int64)  # block numbers by slot, see `hold`
 
     def hold(self, slot: int, first: int, blocks: Sequence[int]) -> None:
         """Note the blocks of a slot from place `first` on; the table grows with its longest sequence."""
         end = first + len(blocks)
         if end > self.table.shape[1]:
             wider = np.zeros((len(self.table), max(end, 2 * self.table.shape[1])), dtype=np.int64)
-            wider[:, :self.table.shape[1]] = self.table
+            wider[:, : self.table.shape[1]] = self.table
             self.table = wider
         self.table[slot, first:end] = blocks
 
@@ -71,7 +71,7 @@ class StepAttend:
         P = self.storage.block_size
         self._observers = list(works) if observe else []
         self._pieces = [w for w in works if w.n > 1]
-        singles = works[:len(works) - len(self._pieces)]
+        singles = works[: len(works) - len(self._pieces)]
         self._groups = self._grouped([w for w in singles if w.sample.pages is None])
         thinned = [w for w in singles if w.sample.pages is not None]
         self._thinned = _Thinned(thinned, self.storage) if thinned else None
@@ -79,13 +79,15 @@ class StepAttend:
         rows = np.empty(sum(w.n for w in works), dtype=np.int64)
         for g in self._groups:
             at = g.lengths_B - 1
-            rows[g.first:g.last] = self.table[g.slots_B, at // P] * P + at % P
+            rows[g.first : g.last] = self.table[g.slots_B, at // P] * P + at % P
         for w in self._pieces:
             if w.sample.pages is None:
                 at = np.arange(w.start, w.start + w.n)
-                rows[w.at:w.at + w.n] = self.table[w.sample.slot, at // P] * P + at % P
+                rows[w.at : w.at + w.n] = self.table[w.sample.slot, at // P] * P + at % P
         self._rows_T = torch.from_numpy(rows).to(self.storage.device)
-        self._rows_LGT = self._scattered(works, rows) if any(w.sample.pages is not None for w in works) else None
+        self._rows_LGT = (
+            self._scattered(works, rows) if any(w.sample.pages is not None for w in works) else None
+        )
 
     def _grouped(self, works: Sequence[Work]) -> list[_Group]:
         """Neighbours whose numbers of blocks are within a factor of two, or eight blocks."""
@@ -97,8 +99,16 @@ class StepAttend:
                 groups.append([])
                 limit = max(2 * blocks, blocks + 8)
             groups[-1].append(w)
-        return [_Group(g[0].at, g[-1].at + 1, [w.sample for w in g], np.array([w.sample.slot for w in g]),
-                       np.array([w.start + 1 for w in g])) for g in groups]
+        return [
+            _Group(
+                g[0].at,
+                g[-1].at + 1,
+                [w.sample for w in g],
+                np.array([w.sample.slot for w in g]),
+                np.array([w.start + 1 for w in g]),
+            )
+            for g in groups
+        ]
 
     def _scattered(self, works: Sequence[Work], rows: np.ndarray) -> Tensor:
         """Rows of the flat storage per layer and head, for a step in which some sequences are thinned."""
@@ -107,15 +117,24 @@ class StepAttend:
         rows_LGT = part_LG1 * (s.n_blocks * s.block_size) + torch.from_numpy(rows)
         position_T = torch.zeros(len(rows), dtype=torch.int32)
         for w in works:
-            position_T[w.at:w.at + w.n] = torch.arange(w.start, w.start + w.n)
+            position_T[w.at : w.at + w.n] = torch.arange(w.start, w.start + w.n)
             if w.sample.pages is not None:
-                rows_LGT[:, :, w.at:w.at + w.n] = s.rows_of_pages(w.sample.pages, w.n)
+                rows_LGT[:, :, w.at : w.at + w.n] = s.rows_of_pages(w.sample.pages, w.n)
         rows_LGT = rows_LGT.to(s.device)
         s.position_AP.view(-1)[rows_LGT] = position_T.to(s.device)
         return rows_LGT
 
-    def __call__(self, layer: int, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, window: int | None,
-                 scale: float, softcap: float | None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q_BHTE: Tensor,
+        k_BGSE: Tensor,
+        v_BGSE: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         q_HTE, k_GTE, v_GTE = q_BHTE[0], k_BGSE[0], v_BGSE[0]
         self._write(layer, k_GTE, v_GTE)
         G = k_GTE.shape[0]
@@ -123,15 +142,17 @@ class StepAttend:
         q_GRTE = q_HTE.unflatten(0, (G, H // G))
         out_TGRE = q_HTE.new_empty(T, G, H // G, E)
         for i, group in enumerate(self._groups):
-            out_TGRE[group.first:group.last] = self._single(
-                layer, i, group, q_GRTE[:, :, group.first:group.last], window, scale, softcap)
+            out_TGRE[group.first : group.last] = self._single(
+                layer, i, group, q_GRTE[:, :, group.first : group.last], window, scale, softcap
+            )
         if self._thinned:
             first, last = self._thinned.first, self._thinned.last
             out_TGRE[first:last] = self._thinned(layer, q_GRTE[:, :, first:last], window, scale, softcap)
         for i, w in enumerate(self._pieces):
             places = slice(w.at, w.at + w.n)
-            out_TGRE[places] = self._piece(layer, i, w, q_GRTE[:, :, places], k_GTE[:, places], v_GTE[:, places],
-                                           window, scale, softcap)
+            out_TGRE[places] = self._piece(
+                layer, i, w, q_GRTE[:, :, places], k_GTE[:, places], v_GTE[:, places], window, scale, softcap
+            )
         for w in self._observers:
             places = slice(w.at, w.at + w.n)
             w.sample.policy.observe(layer, q_HTE[:, places], k_GTE[:, places], v_GTE[:, places])
@@ -148,20 +169,40 @@ class StepAttend:
             s.k_LGNPE.view(-1, E).index_copy_(0, rows, k_GTE.reshape(-1, E))
             s.v_LGNPE.view(-1, E).index_copy_(0, rows, v_GTE.reshape(-1, E))
 
-    def _single(self, layer: int, i: int, group: _Group, q_GRBE: Tensor, window: int | None, scale: float,
-                softcap: float | None) -> Tensor:
+    def _single(
+        self,
+        layer: int,
+        i: int,
+        group: _Group,
+        q_GRBE: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         """One token of each sequence of a group; returns out_BGRE."""
         key = (i, window, q_GRBE.dtype)
         if key not in self._reaches:
             self._reaches[key] = self._group_reach(group, window, q_GRBE.dtype)
         blocks, span, mask = self._reaches[key]
-        k_GBSE, v_GBSE = (self._read(x[layer], blocks, len(group.samples))[:, :, span].to(q_GRBE.dtype)
-                          for x in (self.storage.k_LGNPE, self.storage.v_LGNPE))
+        k_GBSE, v_GBSE = (
+            self._read(x[layer], blocks, len(group.samples))[:, :, span].to(q_GRBE.dtype)
+            for x in (self.storage.k_LGNPE, self.storage.v_LGNPE)
+        )
         out_GBRE = attention(q_GRBE.transpose(1, 2), k_GBSE, v_GBSE, scale=scale, softcap=softcap, mask=mask)
         return out_GBRE.transpose(0, 1)
 
-    def _piece(self, layer: int, i: int, w: Work, q_GRTE: Tensor, k_GTE: Tensor, v_GTE: Tensor,
-               window: int | None, scale: float, softcap: float | None) -> Tensor:
+    def _piece(
+        self,
+        layer: int,
+        i: int,
+        w: Work,
+        q_GRTE: Tensor,
+        k_GTE: Tensor,
+        v_GTE: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         """Several tokens of one sequence; returns out_TGRE."""
         key = (-1 - i, window, q_GRTE.dtype)
         mask: Tensor | None
@@ -174,19 +215,28 @@ class StepAttend:
             if w.start == 0:
                 k_GSE, v_GSE = k_GTE, v_GTE
             else:
-                k_GSE, v_GSE = (self._read(x[layer], blocks, 1)[:, 0, span]
-                                for x in (self.storage.k_LGNPE, self.storage.v_LGNPE))
+                k_GSE, v_GSE = (
+                    self._read(x[layer], blocks, 1)[:, 0, span]
+                    for x in (self.storage.k_LGNPE, self.storage.v_LGNPE)
+                )
         k_GSE, v_GSE, R = k_GSE.to(q_GRTE.dtype), v_GSE.to(q_GRTE.dtype), q_GRTE.shape[1]
-        out_GRTE = attention(q_GRTE, k_GSE[:, None].expand(-1, R, -1, -1), v_GSE[:, None].expand(-1, R, -1, -1),
-                             scale=scale, softcap=softcap, mask=mask, causal=mask is None)
+        out_GRTE = attention(
+            q_GRTE,
+            k_GSE[:, None].expand(-1, R, -1, -1),
+            v_GSE[:, None].expand(-1, R, -1, -1),
+            scale=scale,
+            softcap=softcap,
+            mask=mask,
+            causal=mask is None,
+        )
         return out_GRTE.permute(2, 0, 1, 3)
 
     def _read(self, x_GNPE: Tensor, blocks: slice | Tensor, B: int) -> Tensor:
         """Keys or values of blocks, as (G, B, S, E); a view for a slice."""
-        G, _, P, E = x_GNPE.shape
+        G = x_GNPE.shape[0]
         if isinstance(blocks, slice):
             return x_GNPE[:, blocks].flatten(1, 2)[:, None]
-        return x_GNPE.index_select(1, blocks).view(G, B, -1, E)
+        return x_GNPE.index_select(1, blocks).view(G, B, -1, x_GNPE.shape[-1])
 
     def _blocks(self, slot: int, first: int, last: int) -> slice | Tensor:
         blocks = self.table[slot, first:last]
@@ -200,8 +250,11 @@ class StepAttend:
         first_B, last_B = low_B // P, -(-group.lengths_B // P)
         if len(low_B) == 1:
             start = int(first_B[0]) * P
-            return (self._blocks(int(group.slots_B[0]), int(first_B[0]), int(last_B[0])),
-                    slice(int(low_B[0]) - start, int(group.lengths_B[0]) - start), None)
+            return (
+                self._blocks(int(group.slots_B[0]), int(first_B[0]), int(last_B[0])),
+                slice(int(low_B[0]) - start, int(group.lengths_B[0]) - start),
+                None,
+            )
         width = int((last_B - first_B).max())
         columns_BN = np.minimum(first_B[:, None] + np.arange(width), self.table.shape[1] - 1)
         blocks = torch.from_numpy(self.table[group.slots_B[:, None], columns_BN].ravel()).to(device)
@@ -250,27 +303,33 @@ class _Thinned:
         width = max(p.table_LGN.shape[2] for p in pages)
         table_LGBN = torch.zeros((storage.layers, storage.heads, len(pages), width), dtype=torch.int64)
         for b, p in enumerate(pages):
-            table_LGBN[:, :, b, :p.table_LGN.shape[2]] = p.table_LGN
+            table_LGBN[:, :, b, : p.table_LGN.shape[2]] = p.table_LGN
         self._table_LGBN = table_LGBN.to(storage.device)
         self._count_LGB = torch.stack([p.count_LG + 1 for p in pages], dim=2).to(storage.device)
         self._position_B = torch.tensor([w.start for w in works], device=storage.device)
 
-    def __call__(self, layer: int, q_GRBE: Tensor, window: int | None, scale: float, softcap: float | None) -> Tensor:
+    def __call__(
+        self, layer: int, q_GRBE: Tensor, window: int | None, scale: float, softcap: float | None
+    ) -> Tensor:
         """Returns out_BGRE."""
         table_GBN = self._table_LGBN[layer]
-        k_GBSE, v_GBSE = (x.flatten(0, 2)[table_GBN].flatten(2, 3) for x in (self.storage.k_LGNPE,
-                                                                          self.storage.v_LGNPE))
+        k_GBSE, v_GBSE = (
+            x.flatten(0, 2)[table_GBN].flatten(2, 3) for x in (self.storage.k_LGNPE, self.storage.v_LGNPE)
+        )
         k_GBSE, v_GBSE = k_GBSE.to(q_GRBE.dtype), v_GBSE.to(q_GRBE.dtype)
         place_S = torch.arange(k_GBSE.shape[2], device=q_GRBE.device)
         seen_GBS = place_S < self._count_LGB[layer][:, :, None]
         if window is not None:
             seen_GBS &= self.storage.position_AP[table_GBN].flatten(2) > self._position_B[:, None] - window
-        out_GBRE = attention(q_GRBE.transpose(1, 2), k_GBSE, v_GBSE, scale=scale, softcap=softcap,
-                             mask=seen_GBS[:, :, None])
+        out_GBRE = attention(
+            q_GRBE.transpose(1, 2), k_GBSE, v_GBSE, scale=scale, softcap=softcap, mask=seen_GBS[:, :, None]
+        )
         return out_GBRE.transpose(0, 1)
 
 
-def _piece_of_pages(storage: Storage, layer: int, w: Work, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _piece_of_pages(
+    storage: Storage, layer: int, w: Work, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values (G, S, E) and mask (G, 1, T, S) for several tokens of a thinned sequence."""
     pages = w.sample.pages
     assert pages is not None

@@ -30,7 +30,7 @@ def chain(tokens: Sequence[int], block_size: int, names: list[bytes], salt: byte
     """Extend `names` (of the first full blocks of `tokens`) to all full blocks; returns `names`."""
     for start in range(len(names) * block_size, len(tokens) - block_size + 1, block_size):
         digest = hashlib.blake2b(names[-1] if names else salt, digest_size=16)
-        digest.update(array("q", tokens[start:start + block_size]).tobytes())
+        digest.update(array("q", tokens[start : start + block_size]).tobytes())
         names.append(digest.digest())
     return names
 
@@ -44,7 +44,7 @@ class BlockPool:
         self.n_blocks = n_blocks
         self.references = [0] * n_blocks
         self._blank: list[int] = list(range(n_blocks - 1, -1, -1))
-        self._remembered: OrderedDict[int, None] = OrderedDict()   # free, oldest first
+        self._remembered: OrderedDict[int, None] = OrderedDict()  # free, oldest first
         self._name: dict[int, bytes] = {}
         self._block: dict[bytes, int] = {}
         self.evictions = 0
@@ -145,7 +145,7 @@ class PagePool:
 
     def __init__(self, blocks: BlockPool, pages_per_block: int):
         self.blocks, self.pages_per_block = blocks, pages_per_block
-        self._free: dict[int, list[int]] = {}   # broken block -> its free pages
+        self._free: dict[int, list[int]] = {}  # broken block -> its free pages
         self.free = 0
 
     def available(self) -> int:
@@ -168,8 +168,8 @@ class PagePool:
             block = self.blocks.take()[0]
             pages = [part * self.blocks.n_blocks + block for part in range(self.pages_per_block - 1, -1, -1)]
             part = min(n - len(taken), len(pages))
-            taken += reversed(pages[len(pages) - part:])
-            self._free[block] = pages[:len(pages) - part]
+            taken += reversed(pages[len(pages) - part :])
+            self._free[block] = pages[: len(pages) - part]
             self.free += len(pages) - part
         return taken
 

@@ -52,9 +52,11 @@ def local(engine: Engine, params: SamplingParams) -> Speak:
         while len(ids := tokenizer.encode(tokenizer.chat(kept), add_special=False)) > room:
             first = 1 if kept[0]["role"] == "system" else 0
             if len(kept) - first <= 1:
-                raise UserError(f"the message has {len(ids)} tokens with its template, there is room for {room}; "
-                                "write less, or start with a smaller --max-tokens")
-            del kept[first:first + 2]
+                raise UserError(
+                    f"the message has {len(ids)} tokens with its template, there is room for {room}; "
+                    "write less, or start with a smaller --max-tokens"
+                )
+            del kept[first : first + 2]
         for update in engine.stream(ids, params):
             if update.text:
                 yield update.text
@@ -65,9 +67,11 @@ def local(engine: Engine, params: SamplingParams) -> Speak:
 def remote(url: str, model: str | None, params: SamplingParams, api_key: str | None = None) -> Speak:
     """Speak with an OpenAI-compatible server; `model` None takes the first that it lists."""
     import openai
+
     base = url.rstrip("/")
-    client = openai.OpenAI(base_url=base if base.endswith("/v1") else base + "/v1", api_key=api_key or "none",
-                           max_retries=1)
+    client = openai.OpenAI(
+        base_url=base if base.endswith("/v1") else base + "/v1", api_key=api_key or "none", max_retries=1
+    )
     options: dict[str, Any] = {"temperature": params.temperature, "top_p": params.top_p}
     options |= {"max_tokens": params.max_tokens} if params.max_tokens else {}
     options |= {"seed": params.seed} if params.seed is not None else {}
@@ -78,15 +82,18 @@ def remote(url: str, model: str | None, params: SamplingParams, api_key: str | N
         except openai.APIStatusError as error:
             raise UserError(f"{base} refused: {error.message}") from None
         except openai.APIConnectionError as error:
-            raise UserError(f"{base} cannot be reached ({error.__cause__ or error}); is the server running?") from None
+            raise UserError(
+                f"{base} cannot be reached ({error.__cause__ or error}); is the server running?"
+            ) from None
         except openai.APIError as error:
             raise ModicumError(f"{base} failed: {error.message}") from None
 
     name = model or call(lambda: client.models.list().data[0].id)
 
+    create: Any = client.chat.completions.create
+
     def speak(messages: Messages) -> Iterator[str]:
-        stream = call(lambda: client.chat.completions.create(model=name, messages=messages,  # type: ignore[call-overload]
-                                                             stream=True, **options))
+        stream = call(lambda: create(model=name, messages=messages, stream=True, **options))
         with stream:
             chunks = iter(stream)
             while (chunk := call(lambda: next(chunks, None))) is not None:

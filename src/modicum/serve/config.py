@@ -1,4 +1,4 @@
-"""What an engine is told: limits, methods, and how much memory its cache may take."""
+"""What an engine is told: limits, methods, how much memory its cache may take; and what follows from it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import psutil
 import torch
 
 from modicum.budget.units import bytes_text, kind_of
+from modicum.core import registry
+from modicum.core.choice import Choice
 from modicum.core.errors import BudgetError, UserError
 from modicum.model.config import DecoderConfig
 from modicum.model.folder import parse_dtype
+from modicum.serve.kv import CacheShape, KVPolicy
+from modicum.serve.schedulers import Scheduler
 
-AUTO_SHARE = 0.3   # of the memory that is free at the start
+AUTO_SHARE = 0.3  # of the memory that is free at the start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +56,84 @@ def parse_cache_dtype(name: str | None, model: torch.dtype) -> torch.dtype:
 
 
 def cache_blocks(config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Number of blocks for `config.cache`. Raises `UserError` for one too small, `BudgetError` for one too large."""
+    """Blocks for `config.cache`. Raises `UserError` if that is too small, `BudgetError` if too large."""
     token = shape.kv_bytes_per_token(dtype)
     block = token * config.block_size
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    most = config.max_sequences * -(-min(config.max_length or shape.context_length, shape.context_length)
-                                    // config.block_size)
+    most = config.max_sequences * -(
+        -min(config.max_length or shape.context_length, shape.context_length) // config.block_size
+    )
     if config.cache == "auto":
         return max(1, min(most, int(free * AUTO_SHARE) // block))
     quantity = kind_of(str(config.cache))
     if quantity is None or quantity[0] not in ("bytes", "tokens", "number"):
-        raise UserError(f"cache={config.cache!r} is not a size; write auto, a size such as 512MiB, or tokens such as "
-                        "20ktok")
+        raise UserError(
+            f"cache={config.cache!r} is not a size; write auto, a size such as 512MiB, or tokens such as "
+            "20ktok"
+        )
     size = quantity[1] * (token if quantity[0] == "tokens" else 1)
     if size < block:
-        raise UserError(f"cache={config.cache} holds no block: {config.block_size} tokens of this model take "
-                        f"{bytes_text(block)}; ask for at least that")
+        raise UserError(
+            f"cache={config.cache} holds no block: {config.block_size} tokens of this model take "
+            f"{bytes_text(block)}; ask for at least that"
+        )
     if size > free:
-        raise BudgetError(f"cache={config.cache} is {bytes_text(size)}, free on {device} are {bytes_text(free)}; "
-                          f"ask for less, or for auto ({AUTO_SHARE:.0%} of what is free)")
+        raise BudgetError(
+            f"cache={config.cache} is {bytes_text(size)}, free on {device} are {bytes_text(free)}; "
+            f"ask for less, or for auto ({AUTO_SHARE:.0%} of what is free)"
+        )
     return int(size // block)
+
+
+def make_scheduler(config: EngineConfig, n_blocks: int) -> Scheduler:
+    choice = Choice.parse("scheduler", config.scheduler)
+    if config.chunked_prefill is not None:
+        if not hasattr(choice.config(), "chunked"):
+            raise UserError(
+                f"chunked_prefill={config.chunked_prefill}: the scheduler {choice.method!r} has no knob "
+                "'chunked' to turn; leave chunked_prefill out, or choose scheduler=fcfs"
+            )
+        choice = Choice(choice.port, choice.method, choice.knobs | {"chunked": config.chunked_prefill})
+    scheduler: Scheduler = registry.build(
+        "scheduler", choice, config.block_size, n_blocks, config.max_batch_tokens, config.max_sequences
+    )
+    return scheduler
+
+
+def make_policy(config: EngineConfig, shape: DecoderConfig, scheduler: Scheduler) -> KVPolicy:
+    """Raises `UserError` for what the policy cannot be combined with."""
+    windows = tuple(shape.window(i) for i in range(shape.layers))
+    cache = CacheShape(
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        block_size=config.block_size,
+        windows=windows,
+    )
+    policy: KVPolicy = registry.build("kv", config.kv, cache)
+    wanted = {
+        "prefix-cache": config.prefix_cache,
+        "chunked-prefill": scheduler.chunks,
+        "window": any(windows),
+        "gqa": shape.heads != shape.kv_heads,
+    }
+    lacking = [word for word, used in wanted.items() if used and word not in policy.supports]
+    if lacking:
+        raise UserError(
+            f"kv={config.kv} cannot be combined with {', '.join(lacking)}; turn that off, or choose kv=full"
+        )
+    return policy
+
+
+def longest(config: EngineConfig, shape: DecoderConfig, policy: KVPolicy, capacity: int) -> int:
+    """Prompt and answer together: what the config says, the model was made for, and the cache holds."""
+    most = shape.context_length
+    if shape.position == "rope" and shape.rope.kind == "longrope":
+        # Past its original length such a model turns all positions of a call differently, and a call
+        # here holds many sequences: those that are short would change with their neighbours.
+        most = min(most, int(shape.rope.options.get("original_max_position_embeddings") or most))
+    given = config.max_length or most
+    if not (policy.unbounded and shape.position == "rope"):
+        given = min(given, most)
+    return given if policy.drops else min(given, capacity)

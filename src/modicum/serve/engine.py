@@ -22,22 +22,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modicum.core import registry
-from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError, UserError
 from modicum.model.decoder import Decoder
-from modicum.serve.attend import StepAttend, Work, arrange
-from modicum.serve.blocks import BlockPool, OutOfBlocks, PagePool, chain
-from modicum.serve.config import EngineConfig, cache_blocks, parse_cache_dtype
-from modicum.serve.kv import CacheShape, KVPolicy
-from modicum.serve.pages import Storage
+from modicum.serve.attend import Work, arrange
+from modicum.serve.cache import Cache
+from modicum.serve.config import (
+    EngineConfig,
+    cache_blocks,
+    longest,
+    make_policy,
+    make_scheduler,
+    parse_cache_dtype,
+)
 from modicum.serve.request import InvalidRequest, Output, Request, Sample, SamplingParams, Update, collect
 from modicum.serve.sampling import Choices, Penalties, choose
-from modicum.serve.schedulers import Job, Plan, Scheduler
+from modicum.serve.schedulers import Job, Plan
 from modicum.serve.text import TextStream
 
 log = logging.getLogger("modicum.serve")
-PATIENCE = 1000   # steps in which everything waits and nothing is started, before that counts as a failure
+COUNTERS = ("steps", "prompt_tokens", "computed_tokens", "cached_tokens", "generated_tokens", "preemptions")
+PATIENCE = 1000  # steps in which everything waits and nothing is started, before that counts as a failure
 
 
 class Engine:
@@ -53,64 +57,18 @@ class Engine:
         shape, device = model.config, model.device
         dtype = parse_cache_dtype(config.dtype, model.dtype)
         n_blocks = cache_blocks(config, shape, dtype, device)
-        self.storage = Storage(shape, n_blocks, config.block_size, dtype, device)
-        self.blocks = BlockPool(n_blocks)
-        self.pages = PagePool(self.blocks, self.storage.pages_per_block)
-        self.attend = StepAttend(self.storage, config.max_sequences)
-        self.scheduler = self._scheduler()
-        self.policy = self._policy()
-        self.max_length = self._max_length()
+        self.scheduler = make_scheduler(config, n_blocks)
+        self.policy = make_policy(config, shape, self.scheduler)
+        self.cache = Cache(shape, config, n_blocks, dtype, device, self.policy)
+        self.storage, self.blocks, self.pages = self.cache.storage, self.cache.blocks, self.cache.pages
+        self.max_length = longest(config, shape, self.policy, self.cache.capacity)
         self.eos = frozenset(tokenizer.stop_ids if tokenizer is not None else shape.eos_ids)
         self.samples: dict[int, Sample] = {}
         self.requests: dict[int, Request] = {}
         self._ids = itertools.count()
-        self._slots = list(range(config.max_sequences - 1, -1, -1))
         self._hinted: list[Job] = []
         self._idle = 0
-        self.counters = dict.fromkeys(("steps", "prompt_tokens", "computed_tokens", "cached_tokens",
-                                       "generated_tokens", "preemptions", "failures", "thinnings"), 0)
-
-    def _scheduler(self) -> Scheduler:
-        c = self.config
-        choice = Choice.parse("scheduler", c.scheduler)
-        if c.chunked_prefill is not None:
-            if not hasattr(choice.config(), "chunked"):
-                raise UserError(f"chunked_prefill={c.chunked_prefill}: the scheduler {choice.method!r} has no knob "
-                                "'chunked' to turn; leave chunked_prefill out, or choose scheduler=fcfs")
-            choice = Choice(choice.port, choice.method, choice.knobs | {"chunked": c.chunked_prefill})
-        return registry.build("scheduler", choice, c.block_size, self.storage.n_blocks, c.max_batch_tokens,
-                              c.max_sequences)
-
-    def _policy(self) -> KVPolicy:
-        shape = self.model.config
-        windows = tuple(shape.window(i) for i in range(shape.layers))
-        policy: KVPolicy = registry.build("kv", self.config.kv, CacheShape(
-            layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
-            block_size=self.config.block_size, windows=windows))
-        wanted = {"prefix-cache": self.config.prefix_cache, "chunked-prefill": self.scheduler.chunks,
-                  "window": any(windows), "gqa": shape.heads != shape.kv_heads}
-        lacking = [word for word, used in wanted.items() if used and word not in policy.supports]
-        if lacking:
-            raise UserError(f"kv={self.config.kv} cannot be combined with {', '.join(lacking)}; turn that off, or "
-                            "choose kv=full")
-        return policy
-
-    def _max_length(self) -> int:
-        """Prompt and answer together: what the config says, the model was made for, and the cache holds."""
-        shape, given = self.model.config, self.config.max_length
-        most = shape.context_length
-        if shape.position == "rope" and shape.rope.kind == "longrope":
-            # Past its original length such a model turns all positions of a call differently, and a call
-            # here holds many sequences: those that are short would change with their neighbours.
-            most = min(most, int(shape.rope.options.get("original_max_position_embeddings") or most))
-        if not (self.policy.unbounded and shape.position == "rope"):
-            given = min(given or most, most)
-        return (given or most) if self.policy.drops else min(given or most, self.capacity)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that the whole cache holds."""
-        return self.storage.n_blocks * self.config.block_size
+        self.counters = dict.fromkeys((*COUNTERS, "failures"), 0)
 
     # requests -------------------------------------------------------------------------------------
 
@@ -119,15 +77,21 @@ class Engine:
         params, prompt = request.params, request.prompt
         if not prompt:
             raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
-        most = min(self.max_length, self.capacity)
+        most = min(self.max_length, self.cache.capacity)
         if len(prompt) >= most:
-            raise InvalidRequest(f"the prompt has {len(prompt)} tokens, but prompt and answer together may have "
-                                 f"{most}; shorten the prompt", "prompt", "context_length_exceeded")
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens, but prompt and answer together may have "
+                f"{most}; shorten the prompt",
+                "prompt",
+                "context_length_exceeded",
+            )
         vocab = self.model.config.vocab_size
         if min(prompt) < 0 or max(prompt) >= vocab:
             raise InvalidRequest(f"the prompt holds token ids outside 0 to {vocab - 1}", "prompt")
         if any(not 0 <= t < vocab for t in (*params.logit_bias, *params.stop_token_ids)):
-            raise InvalidRequest(f"logit_bias or stop_token_ids hold token ids outside 0 to {vocab - 1}", "logit_bias")
+            raise InvalidRequest(
+                f"logit_bias or stop_token_ids hold token ids outside 0 to {vocab - 1}", "logit_bias"
+            )
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer; this engine has none", "stop")
 
@@ -146,7 +110,9 @@ class Engine:
                 sample.stream = TextStream(self.tokenizer, params.stop, prompt)
             if params.penalised:
                 sample.penalties = Penalties(prompt, (), vocab, self.model.device)
-            sample.policy = self.policy.begin(len(prompt)) if self.policy.drops or self.policy.observes else None
+            sample.policy = (
+                self.policy.begin(len(prompt)) if self.policy.drops or self.policy.observes else None
+            )
             samples.append(sample)
         request.sequences = samples
         self.samples |= {sample.id: sample for sample in samples}
@@ -170,8 +136,13 @@ class Engine:
     def waiting(self) -> int:
         return len(self.scheduler.waiting)
 
-    def generate(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] = (),
-                 *, progress: Callable[[int], None] | None = None) -> list[Output]:
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] = (),
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Output]:
         """Outputs in the order of `prompts` (texts or token ids); one `params` for all, or one each.
 
         `progress` is called with the number of requests that have just finished. Raises `InvalidRequest`
@@ -180,7 +151,9 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         each = each or [SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one for all, or one each")
+            raise UserError(
+                f"{len(prompts)} prompts and {len(each)} sampling parameters; give one for all, or one each"
+            )
         requests = [Request(self.encode(p), s) for p, s in zip(prompts, each, strict=True)]
         updates: dict[int, list[Update]] = {r.id: [] for r in requests}
         try:
@@ -231,9 +204,14 @@ class Engine:
         try:
             self._hint()
             late = self.scheduler.waiting[0] if self.scheduler.waiting else None
-            if late is not None and late.length > self.capacity:   # only a policy that drops lets it get so long
-                updates += self.fail([self.samples[late.id].request.id], f"its cache was needed by others, and "
-                                     f"{late.length} tokens are too many to compute anew in {self.capacity}")
+            if (
+                late is not None and late.length > self.cache.capacity
+            ):  # only a policy that drops lets it get so long
+                updates += self.fail(
+                    [self.samples[late.id].request.id],
+                    f"its cache was needed by others, and "
+                    f"{late.length} tokens are too many to compute anew in {self.cache.capacity}",
+                )
             plan = self.scheduler.plan(self.scheduler.state(self.blocks.free, time.monotonic()))
             works = self._apply(plan)
             if works:
@@ -242,7 +220,9 @@ class Engine:
             elif self.scheduler.pending() and not self.scheduler.running:
                 self._idle += 1
                 if self._idle >= PATIENCE:
-                    raise ModicumError(f"{self.scheduler.pending()} sequences wait and the scheduler starts none")
+                    raise ModicumError(
+                        f"{self.scheduler.pending()} sequences wait and the scheduler starts none"
+                    )
         except Exception as error:
             ids = [w.sample.id for w in works] or [j.id for j in self.scheduler.running] or list(self.samples)
             updates += self._failed({self.samples[i].request.id for i in ids if i in self.samples}, error)
@@ -271,13 +251,9 @@ class Engine:
         room = self.config.max_sequences - len(self.scheduler.running)
         if not self.config.prefix_cache or room <= 0:
             return
-        P, tokens = self.config.block_size, self.config.max_batch_tokens
+        tokens = self.config.max_batch_tokens
         for job in self.scheduler.waiting[:room]:
-            sample = self.samples[job.id]
-            chain(sample.tokens, P, sample.names)
-            found = self.blocks.find(sample.names[:(job.length - self.policy.tail) // P])
-            job.hit = len(found) * P
-            job.revived = sum(self.blocks.references[b] == 0 for b in found)
+            self.cache.look_up(self.samples[job.id])
             self._hinted.append(job)
             tokens -= job.length - job.hit
             if tokens <= 0:
@@ -286,76 +262,46 @@ class Engine:
     def _apply(self, plan: Plan) -> list[Work]:
         """Make the plan true; returns what there is room for, which is all of it if the plan was right."""
         for id in plan.preempt:
-            self._unload(self.samples[id])
-            self.counters["preemptions"] += 1
+            self._preempt(self.samples[id])
+        plan = Plan(plan.run)
         # Found blocks are held before any is taken: taking could forget the ones another was promised.
         for id, _ in plan.run:
             if self.samples[id].slot < 0:
-                self._load(self.samples[id])
+                self._start(self.samples[id])
         self.scheduler.commit(plan)
         run, works = list(plan.run), []
         while run:
             id, n = run.pop(0)
-            while not self._room(self.samples[id], n):
+            while not self.cache.room(self.samples[id], n):
                 late = run.pop()[0] if run else id
-                self._unload(self.samples[late])
-                self.scheduler.commit(Plan(preempt=(late,)))
-                self.counters["preemptions"] += 1
+                self._preempt(self.samples[late])
                 if late == id:
                     break
             else:
                 works.append(Work(self.samples[id], self.samples[id].job.computed, n))
         return arrange(works)
 
-    def _load(self, sample: Sample) -> None:
-        """Give an admitted sequence a row of the block table and the blocks it was promised."""
-        P = self.config.block_size
-        sample.blocks = self.blocks.find(sample.names[:sample.job.hit // P])
-        if len(sample.blocks) * P != sample.job.hit:
-            raise ModicumError(f"{sample.job.hit} cached tokens were promised, {len(sample.blocks) * P} are there")
-        self.blocks.hold(sample.blocks)
-        sample.slot = self._slots.pop()
-        sample.published = len(sample.blocks)
-        self.attend.hold(sample.slot, 0, sample.blocks)
+    def _start(self, sample: Sample) -> None:
+        self.cache.load(sample)
         if sample.job.preempted == 0:
-            sample.request.cached = max(sample.request.cached, sample.job.hit if sample.index == 0 else 0)
+            if sample.index == 0:
+                sample.request.cached = sample.job.hit
             self.counters["prompt_tokens"] += len(sample.request.prompt)
             self.counters["cached_tokens"] += sample.job.hit
 
-    def _room(self, sample: Sample, n: int) -> bool:
-        """Blocks for `n` more tokens; False if there are too few, and then none is taken."""
-        P, job = self.config.block_size, sample.job
-        try:
-            if sample.pages is not None:
-                self.storage.grow(sample.pages, n, self.pages)
-            else:
-                held = len(sample.blocks)
-                more = -(-(job.computed + n) // P) - held
-                if more > 0:
-                    new = self.blocks.take(more)
-                    self.attend.hold(sample.slot, held, new)
-                    sample.blocks += new
-                    job.own += more
-        except OutOfBlocks:
-            return False
-        self._measure(sample)
-        return True
-
-    def _measure(self, sample: Sample) -> None:
-        job, P = sample.job, self.config.block_size
-        if sample.pages is None:
-            job.capacity = len(sample.blocks) * P
-        else:
-            job.capacity = job.computed + sample.pages.slack(P)
-            job.own = int(sample.pages.pages_LG.sum()) // self.storage.pages_per_block
+    def _preempt(self, sample: Sample) -> None:
+        """Out of the cache and back to the queue."""
+        self.cache.unload(sample)
+        self.scheduler.commit(Plan(preempt=(sample.id,)))
+        self.counters["preemptions"] += 1
 
     def _run(self, works: list[Work], updates: list[Update]) -> None:
         device = self.model.device
-        tokens = [t for w in works for t in w.sample.tokens[w.start:w.start + w.n]]
+        tokens = [t for w in works for t in w.sample.tokens[w.start : w.start + w.n]]
         positions = [p for w in works for p in range(w.start, w.start + w.n)]
         tokens_1T, positions_1T = torch.tensor([tokens, positions], device=device).split(1)
-        self.attend.begin(works, self.policy.observes)
-        h_1TD = self.model.hidden(tokens_1T, positions_BT=positions_1T, attend=self.attend)
+        self.cache.attend.begin(works, self.policy.observes)
+        h_1TD = self.model.hidden(tokens_1T, positions_BT=positions_1T, attend=self.cache.attend)
         ready = [w for w in works if w.start + w.n == w.sample.job.length]
         logits_BV: Tensor | None = None
         if ready:
@@ -363,8 +309,9 @@ class Engine:
             logits_BV = self.model.head(h_1TD[0] if len(ready) == h_1TD.shape[1] else h_1TD[0, last])
         self._commit(works, [w.sample for w in ready], logits_BV, updates)
 
-    def _commit(self, works: list[Work], samples: list[Sample], logits_BV: Tensor | None,
-                updates: list[Update]) -> None:
+    def _commit(
+        self, works: list[Work], samples: list[Sample], logits_BV: Tensor | None, updates: list[Update]
+    ) -> None:
         """Book what was computed, sample the next token of `samples`, end what is finished."""
         self.counters["steps"] += 1
         chosen = choose(logits_BV, samples) if logits_BV is not None else Choices([], [], {})
@@ -375,19 +322,21 @@ class Engine:
             self.scheduler.advance(sample.id, w.n, 0)
             if sample.pages is not None:
                 sample.pages.count_LG += w.n
-            elif sample.id not in broken:
-                self._publish(sample)
-            if self.policy.drops and sample.id not in broken:
-                self._thin(sample, w.n)
+            if sample.id not in broken:
+                self.cache.publish(sample)
+                if self.policy.drops and not self.cache.thin(sample, w.n):
+                    self._preempt(sample)
         now = time.monotonic()
         for i, sample in enumerate(samples):
             if sample.id in broken:
-                updates += self.fail([sample.request.id], "the model's output is not a number (NaN or infinite)")
+                updates += self.fail(
+                    [sample.request.id], "the model's output is not a number (NaN or infinite)"
+                )
             elif sample.finish is None:
                 self.scheduler.advance(sample.id, 0, 1)
                 try:
                     updates.append(self._say(sample, chosen.tokens[i], chosen.logprobs.get(i), now))
-                except Exception as error:   # a tokenizer that cannot decode is this request's trouble alone
+                except Exception as error:  # a tokenizer that cannot decode is this request's trouble alone
                     updates += self._failed({sample.request.id}, error)
 
     def _say(self, sample: Sample, token: int, logprob: Any, now: float) -> Update:
@@ -396,7 +345,9 @@ class Engine:
         sample.first_token, sample.last_token = sample.first_token or now, now
         sample.tokens.append(token)
         self.counters["generated_tokens"] += 1
-        update = Update(sample.request.id, sample.index, tokens=[token], logprobs=[logprob] if logprob else [])
+        update = Update(
+            sample.request.id, sample.index, tokens=[token], logprobs=[logprob] if logprob else []
+        )
         if first:
             update.cached = sample.request.cached
             if sample.index == 0:
@@ -416,82 +367,17 @@ class Engine:
         if update.finish:
             if sample.stream is not None:
                 update.text += sample.stream.finish()
-                if sample.stream.stopped is not None:   # what was held back can complete a stop string
+                if sample.stream.stopped is not None:  # what was held back can complete a stop string
                     update.finish = "stop"
             self._end(sample, update.finish)
         return update
 
-    def _publish(self, sample: Sample) -> None:
-        if not self.config.prefix_cache:
-            return
-        P = self.config.block_size
-        full = sample.job.computed // P
-        if full > sample.published:
-            chain(sample.tokens, P, sample.names)
-            for i in range(sample.published, full):
-                self.blocks.publish(sample.blocks[i], sample.names[i])
-            sample.published = full
-
-    # leaving --------------------------------------------------------------------------------------
-
-    def _thin(self, sample: Sample, n: int) -> None:
-        """Ask the policy what stays, move it to pages of the sequence's own, give the rest back."""
-        job, P, layers = sample.job, self.config.block_size, range(self.storage.layers)
-        ended = job.computed - n < len(sample.request.prompt) <= job.computed
-        if not ended and job.computed // P == (job.computed - n) // P:
-            return
-        allowed = [sample.policy.allow(layer, job.computed) for layer in layers]
-        if sample.pages is None:
-            most = [job.computed] * len(allowed)
-        else:
-            most = sample.pages.count_LG.max(dim=1).values.tolist()
-        slack = 0 if ended else P
-        if all(held <= allow + slack for held, allow in zip(most, allowed, strict=True)):
-            return
-        lifted = []
-        for layer in layers:
-            entries = (self.storage.entries_of_blocks(layer, sample.blocks, job.computed) if sample.pages is None
-                       else self.storage.entries_of_pages(layer, sample.pages))
-            lifted.append(self.storage.lift(entries, sample.policy.keep(layer, entries)))
-        self._give_back(sample)
-        try:
-            sample.pages = self.storage.lay(lifted, self.pages)
-        except OutOfBlocks:   # shared blocks did not come free: start over when there is room
-            self._unload(sample)
-            self.scheduler.commit(Plan(preempt=(sample.id,)))
-            self.counters["preemptions"] += 1
-            return
-        self.counters["thinnings"] += 1
-        self._measure(sample)
-
-    def _give_back(self, sample: Sample) -> None:
-        if sample.pages is not None:
-            self.pages.release(sample.pages.numbers())
-            sample.pages = None
-        self.blocks.release(sample.blocks)
-        sample.blocks = []
-        sample.job.own = 0
-
-    def _unload(self, sample: Sample) -> None:
-        """Take a sequence out of the cache; its tokens stay known."""
-        self._give_back(sample)
-        if sample.slot >= 0:
-            self._slots.append(sample.slot)
-            sample.slot = -1
-        if sample.policy is not None:
-            sample.policy = self.policy.begin(len(sample.request.prompt))
-
     def _end(self, sample: Sample, finish: str, suspect: bool = False) -> None:
         """Finish a sequence and free what it holds. Suspect contents are zeroed and not found again."""
-        if suspect and sample.blocks:
-            alone = [b for b in sample.blocks if self.blocks.references[b] == 1]
-            for block in alone:
-                self.blocks.forget(block)
-            self.storage.wipe(alone)
-        if suspect and sample.pages is not None:
-            self.storage.wipe(sorted({p % self.storage.n_blocks for p in sample.pages.numbers()}))
+        if suspect:
+            self.cache.distrust(sample)
         sample.finish = finish
-        self._unload(sample)
+        self.cache.unload(sample)
         self.scheduler.remove(sample.id)
         self.samples.pop(sample.id, None)
         request = sample.request
@@ -512,8 +398,15 @@ class Engine:
         """Counts since the start, and what the cache holds now."""
         used = self.blocks.n_blocks - self.blocks.free
         return self.counters | {
-            "running": len(self.scheduler.running), "waiting": len(self.scheduler.waiting),
-            "blocks": self.blocks.n_blocks, "free_blocks": self.blocks.free, "used_blocks": used,
-            "remembered_blocks": self.blocks.remembered, "evicted_blocks": self.blocks.evictions,
-            "block_size": self.config.block_size, "used_bytes": used * self.storage.block_bytes,
-            "cache_bytes": self.blocks.n_blocks * self.storage.block_bytes}
+            "thinnings": self.cache.thinnings,
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "blocks": self.blocks.n_blocks,
+            "free_blocks": self.blocks.free,
+            "used_blocks": used,
+            "remembered_blocks": self.blocks.remembered,
+            "evicted_blocks": self.blocks.evictions,
+            "block_size": self.config.block_size,
+            "used_bytes": used * self.storage.block_bytes,
+            "cache_bytes": self.blocks.n_blocks * self.storage.block_bytes,
+        }

@@ -12,8 +12,13 @@ from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 
 
-def load_engine(path_or_hub_id: str | Path, config: EngineConfig | None = None, *, dtype: torch.dtype | str | None = None,
-                device: torch.device | str = "cpu") -> Engine:
+def load_engine(
+    path_or_hub_id: str | Path,
+    config: EngineConfig | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+) -> Engine:
     """Model (its attached forms included) and tokenizer of a folder or hub id, behind an engine."""
     folder = find_folder(path_or_hub_id)
     tokenizer = Tokenizer.load(folder)

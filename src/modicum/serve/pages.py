@@ -32,9 +32,9 @@ def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> i
 class Pages:
     """What a thinned sequence holds. Heads may hold different numbers of entries."""
 
-    table_LGN: Tensor     # int64 page numbers; places past a head's pages are 0
-    count_LG: Tensor      # int64 entries
-    pages_LG: Tensor      # int64 pages held
+    table_LGN: Tensor  # int64 page numbers; places past a head's pages are 0
+    count_LG: Tensor  # int64 entries
+    pages_LG: Tensor  # int64 pages held
 
     def numbers(self) -> list[int]:
         """All pages held."""
@@ -49,8 +49,9 @@ class Pages:
 class Storage:
     """Raises `UserError` when the memory cannot be had."""
 
-    def __init__(self, config: DecoderConfig, n_blocks: int, block_size: int, dtype: torch.dtype,
-                 device: torch.device):
+    def __init__(
+        self, config: DecoderConfig, n_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ):
         self.layers, self.heads = config.layers, config.kv_heads
         self.n_blocks, self.block_size = n_blocks, block_size
         self.block_bytes = block_bytes(config, block_size, dtype)
@@ -59,8 +60,10 @@ class Storage:
             self.k_LGNPE = torch.zeros(shape, dtype=dtype, device=device)
             self.v_LGNPE = torch.zeros(shape, dtype=dtype, device=device)
         except RuntimeError as error:
-            raise UserError(f"a cache of {bytes_text(n_blocks * self.block_bytes)} does not fit the memory of "
-                            f"{device} ({str(error).splitlines()[0]}); ask for less with cache=SIZE") from None
+            raise UserError(
+                f"a cache of {bytes_text(n_blocks * self.block_bytes)} does not fit the memory of "
+                f"{device} ({str(error).splitlines()[0]}); ask for less with cache=SIZE"
+            ) from None
         self._position_AP: Tensor | None = None
         self.device = device
 
@@ -72,31 +75,40 @@ class Storage:
     def position_AP(self) -> Tensor:
         """Place in its sequence of every entry of every page (A of them); made when first needed."""
         if self._position_AP is None:
-            self._position_AP = torch.zeros((self.pages_per_block * self.n_blocks, self.block_size),
-                                            dtype=torch.int32, device=self.device)
+            self._position_AP = torch.zeros(
+                (self.pages_per_block * self.n_blocks, self.block_size), dtype=torch.int32, device=self.device
+            )
         return self._position_AP
 
     def wipe(self, blocks: Sequence[int]) -> None:
         """Zero blocks that may hold something that is not a number: masked values are still multiplied."""
-        index = torch.tensor(list(blocks), device=self.device)
+        index = torch.tensor(list(blocks), dtype=torch.int64, device=self.device)
         self.k_LGNPE.index_fill_(2, index, 0)
         self.v_LGNPE.index_fill_(2, index, 0)
+
+    def wipe_pages(self, pages: Sequence[int]) -> None:
+        index = torch.tensor(list(pages), dtype=torch.int64, device=self.device)
+        self.k_LGNPE.flatten(0, 2).index_fill_(0, index, 0)
+        self.v_LGNPE.flatten(0, 2).index_fill_(0, index, 0)
 
     # thinned sequences ----------------------------------------------------------------------------
 
     def entries_of_blocks(self, layer: int, blocks: Sequence[int], count: int) -> Entries:
-        index = torch.tensor(list(blocks[:-(-count // self.block_size)]), device=self.device)
-        k_GSE, v_GSE = (x[layer].index_select(1, index).flatten(1, 2)[:, :count] for x in (self.k_LGNPE, self.v_LGNPE))
+        index = torch.tensor(list(blocks[: -(-count // self.block_size)]), device=self.device)
+        k_GSE, v_GSE = (
+            x[layer].index_select(1, index).flatten(1, 2)[:, :count] for x in (self.k_LGNPE, self.v_LGNPE)
+        )
         position_GS = torch.arange(count, device=self.device).expand(self.heads, count)
         return Entries(k_GSE, v_GSE, position_GS, [count] * self.heads)
 
     def entries_of_pages(self, layer: int, pages: Pages) -> Entries:
         counts = pages.count_LG[layer].tolist()
         most = max(counts)
-        index = pages.table_LGN[layer, :, :-(-most // self.block_size)].to(self.device)
+        index = pages.table_LGN[layer, :, : -(-most // self.block_size)].to(self.device)
         k_GSE, v_GSE, position_GS = (
             x[index].flatten(1, 2)[:, :most]
-            for x in (self.k_LGNPE.flatten(0, 2), self.v_LGNPE.flatten(0, 2), self.position_AP))
+            for x in (self.k_LGNPE.flatten(0, 2), self.v_LGNPE.flatten(0, 2), self.position_AP)
+        )
         return Entries(k_GSE, v_GSE, position_GS.long(), counts)
 
     def lift(self, entries: Entries, keep: Keep) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -114,10 +126,14 @@ class Storage:
         numbers = torch.tensor(pool.take(int(pages_LG.sum())))
         table_LGN = torch.zeros((self.layers, self.heads, int(pages_LG.max())), dtype=torch.int64)
         table_LGN[torch.arange(table_LGN.shape[2]) < pages_LG[:, :, None]] = numbers
-        flat_k, flat_v = self.k_LGNPE.view(-1, self.k_LGNPE.shape[-1]), self.v_LGNPE.view(-1, self.v_LGNPE.shape[-1])
+        flat_k, flat_v = (
+            self.k_LGNPE.view(-1, self.k_LGNPE.shape[-1]),
+            self.v_LGNPE.view(-1, self.v_LGNPE.shape[-1]),
+        )
         for layer, heads in enumerate(lifted):
-            rows = torch.cat([self._rows(table_LGN[layer, g], torch.arange(len(k)))
-                              for g, (k, _, _) in enumerate(heads)]).to(self.device)
+            rows = torch.cat(
+                [self._rows(table_LGN[layer, g], torch.arange(len(k))) for g, (k, _, _) in enumerate(heads)]
+            ).to(self.device)
             flat_k[rows] = torch.cat([k for k, _, _ in heads])
             flat_v[rows] = torch.cat([v for _, v, _ in heads])
             self.position_AP.view(-1)[rows] = torch.cat([p for _, _, p in heads]).int()
@@ -134,7 +150,7 @@ class Storage:
         width = int(torch.maximum(need_LG, pages.pages_LG).max())
         if width > pages.table_LGN.shape[2]:
             wider = torch.zeros((*pages.table_LGN.shape[:2], width), dtype=torch.int64)
-            wider[:, :, :pages.table_LGN.shape[2]] = pages.table_LGN
+            wider[:, :, : pages.table_LGN.shape[2]] = pages.table_LGN
             pages.table_LGN = wider
         place = torch.arange(pages.table_LGN.shape[2])
         new = (place >= pages.pages_LG[:, :, None]) & (place < (pages.pages_LG + more_LG)[:, :, None])

@@ -47,7 +47,7 @@ class SamplingParams:
 
     max_tokens: int | None = 128
     temperature: float = 1.0
-    top_k: int = 0                      # 0: all
+    top_k: int = 0  # 0: all
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
@@ -65,10 +65,18 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        for name, low, high in (("temperature", 0.0, 100.0), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0),
-                                ("presence_penalty", -2.0, 2.0), ("frequency_penalty", -2.0, 2.0),
-                                ("top_k", 0, 1 << 31), ("n", 1, MOST_SAMPLES), ("repetition_penalty", 0.0, 100.0),
-                                ("max_tokens", 1, 1 << 31), ("logprobs", 0, MOST_LOGPROBS)):
+        for name, low, high in (
+            ("temperature", 0.0, 100.0),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+            ("top_k", 0, 1 << 31),
+            ("n", 1, MOST_SAMPLES),
+            ("repetition_penalty", 0.0, 100.0),
+            ("max_tokens", 1, 1 << 31),
+            ("logprobs", 0, MOST_LOGPROBS),
+        ):
             value = getattr(self, name)
             if value is None and name in ("max_tokens", "logprobs"):
                 continue
@@ -81,7 +89,9 @@ class SamplingParams:
             raise InvalidRequest(f"stop must be up to {MOST_STOPS} strings, none of them empty", "stop")
         for token, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
-                raise InvalidRequest(f"logit_bias of token {token} is {bias}, outside -100 to 100", "logit_bias")
+                raise InvalidRequest(
+                    f"logit_bias of token {token} is {bias}, outside -100 to 100", "logit_bias"
+                )
 
     @property
     def penalised(self) -> bool:
@@ -101,7 +111,7 @@ class SamplingParams:
 class TokenLogprob:
     token: int
     logprob: float
-    top: list[tuple[int, float]]     # (token, logprob), best first
+    top: list[tuple[int, float]]  # (token, logprob), best first
 
 
 @dataclass(slots=True)
@@ -113,9 +123,9 @@ class Update:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: str | None = None        # stop | length | abort | error
+    finish: str | None = None  # stop | length | abort | error
     error: str | None = None
-    cached: int = 0                  # prompt tokens found in the prefix cache
+    cached: int = 0  # prompt tokens found in the prefix cache
 
 
 @dataclass(slots=True)
@@ -128,8 +138,8 @@ class Completion:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str | None = None
     error: str | None = None
-    first_token_seconds: float | None = None   # from arrival
-    seconds: float | None = None               # from arrival to the last token
+    first_token_seconds: float | None = None  # from arrival
+    seconds: float | None = None  # from arrival to the last token
 
 
 @dataclass(slots=True)
@@ -189,12 +199,12 @@ class Sample:
     job: Job
     tokens: list[int]
     stops: frozenset[int]
-    limit: int                                  # length at which it ends
+    limit: int  # length at which it ends
     random: random.Random
     stream: TextStream | None = None
-    slot: int = -1                              # row of the block table while running
+    slot: int = -1  # row of the block table while running
     blocks: list[int] = field(default_factory=list)
-    pages: Pages | None = None                  # in place of blocks once a KV policy thinned the cache
+    pages: Pages | None = None  # in place of blocks once a KV policy thinned the cache
     names: list[bytes] = field(default_factory=list)
     published: int = 0
     policy: Any = None

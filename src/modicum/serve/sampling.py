@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modicum.serve.request import Sample, SamplingParams, TokenLogprob
 
-CANDIDATES = 1024   # first try for top_p; a row whose nucleus is larger makes the batch sort everything
+CANDIDATES = 1024  # first try for top_p; a row whose nucleus is larger makes the batch sort everything
 
 
 class Penalties:
@@ -82,9 +82,11 @@ def draw(logits_RV: Tensor, params: Sequence[SamplingParams], uniform: Sequence[
 def filtered(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Logits over temperature, the largest at 0, those that the filters leave out at -inf. Shape (R, V)."""
     device = logits_RV.device
-    knobs_R4 = torch.tensor([(p.temperature, p.top_p, p.min_p, float(p.top_k)) for p in params], device=device)
+    knobs_R4 = torch.tensor(
+        [(p.temperature, p.top_p, p.min_p, float(p.top_k)) for p in params], device=device
+    )
     scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / knobs_R4[:, :1]
-    threshold_R = knobs_R4[:, 2].log()   # log(0) = -inf: no limit
+    threshold_R = knobs_R4[:, 2].log()  # log(0) = -inf: no limit
     if any(p.top_k or p.top_p < 1 for p in params):
         threshold_R = torch.maximum(threshold_R, _nucleus(scaled_RV, params, knobs_R4[:, 1], knobs_R4[:, 3]))
     elif not any(p.min_p for p in params):
@@ -129,8 +131,13 @@ def _adjusted(logits_BV: Tensor, samples: Sequence[Sample]) -> Tensor:
         device = logits_BV.device
         some_RV = logits_BV[rows]
         said = [samples[i].penalties for i in rows]
-        knobs_R3 = torch.tensor([(p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
-                                 for p in (samples[i].params for i in rows)], device=device)
+        knobs_R3 = torch.tensor(
+            [
+                (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+                for p in (samples[i].params for i in rows)
+            ],
+            device=device,
+        )
         seen_RV = torch.stack([p.seen_V for p in said if p is not None])
         count_RV = torch.stack([p.count_V for p in said if p is not None])
         repetition_R1 = knobs_R3[:, :1]
@@ -153,6 +160,12 @@ def _logprobs(raw_BV: Tensor, params: Sequence[SamplingParams], tokens: list[int
     most = min(max(p.logprobs or 0 for p in params), logprob_RV.shape[-1])
     best = logprob_RV.topk(most)
     values, indices = best.values.tolist(), best.indices.tolist()
-    chosen = logprob_RV.gather(1, torch.tensor([[tokens[i]] for i in rows], device=raw_BV.device))[:, 0].tolist()
-    return {i: TokenLogprob(tokens[i], chosen[r], list(zip(indices[r], values[r], strict=True))[:params[i].logprobs])
-            for r, i in enumerate(rows)}
+    chosen = logprob_RV.gather(1, torch.tensor([[tokens[i]] for i in rows], device=raw_BV.device))[
+        :, 0
+    ].tolist()
+    return {
+        i: TokenLogprob(
+            tokens[i], chosen[r], list(zip(indices[r], values[r], strict=True))[: params[i].logprobs]
+        )
+        for r, i in enumerate(rows)
+    }

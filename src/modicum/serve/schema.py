@@ -16,15 +16,32 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modicum.serve.request import Completion, InvalidRequest, SamplingParams, TokenLogprob
 
-UNUSED = frozenset(("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
-                    "prompt_cache_retention", "parallel_tool_calls", "verbosity"))
+UNUSED = frozenset(
+    (
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "verbosity",
+    )
+)
 
 
 class ApiError(Exception):
     """An answer that is an error: HTTP status and OpenAI's error body."""
 
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None,
-                 code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ):
         super().__init__(message)
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -68,17 +85,35 @@ class _Sampling(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def _params(self, logprobs: int | None, max_tokens: int | None) -> SamplingParams:
-        given = {name: getattr(self, name) for name in
-                 ("temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p",
-                  "repetition_penalty", "ignore_eos") if getattr(self, name) is not None}
+        given = {
+            name: getattr(self, name)
+            for name in (
+                "temperature",
+                "top_p",
+                "n",
+                "presence_penalty",
+                "frequency_penalty",
+                "seed",
+                "top_k",
+                "min_p",
+                "repetition_penalty",
+                "ignore_eos",
+            )
+            if getattr(self, name) is not None
+        }
         stop = self.stop or ()
         try:
             bias = {int(k): v for k, v in (self.logit_bias or {}).items()}
         except ValueError:
             raise InvalidRequest("logit_bias maps token ids (digits) to numbers", "logit_bias") from None
-        return SamplingParams(**given, stop=(stop,) if isinstance(stop, str) else tuple(stop), logit_bias=bias,
-                              stop_token_ids=tuple(self.stop_token_ids or ()), logprobs=logprobs,
-                              max_tokens=max_tokens)
+        return SamplingParams(
+            **given,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            logit_bias=bias,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logprobs=logprobs,
+            max_tokens=max_tokens,
+        )
 
 
 class CompletionBody(_Sampling):
@@ -101,8 +136,8 @@ class CompletionBody(_Sampling):
         if not prompt:
             raise InvalidRequest("prompt is empty; give a text, or a list of texts or token ids", "prompt")
         if isinstance(prompt, str) or isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]
-        return list(prompt)  # type: ignore[arg-type]
+            return [prompt]
+        return list(prompt)
 
 
 class Part(_Body):
@@ -130,9 +165,17 @@ class ChatBody(_Sampling):
     top_logprobs: int | None = None
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tools": (None, []), "functions": (None, []), "tool_choice": (None, "none", "auto"),
-        "function_call": (None, "none", "auto"), "response_format": (None, {"type": "text"}), "audio": (None,),
-        "modalities": (None, ["text"]), "prediction": (None,), "reasoning_effort": (None,), "web_search_options": (None,)}
+        "tools": (None, []),
+        "functions": (None, []),
+        "tool_choice": (None, "none", "auto"),
+        "function_call": (None, "none", "auto"),
+        "response_format": (None, {"type": "text"}),
+        "audio": (None,),
+        "modalities": (None, ["text"]),
+        "prediction": (None,),
+        "reasoning_effort": (None,),
+        "web_search_options": (None,),
+    }
 
     def params(self) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
@@ -148,10 +191,14 @@ def parse_body(data: bytes, kind: type[CompletionBody] | type[ChatBody]) -> Any:
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON ({error})", code="invalid_json") from None
     if not isinstance(value, dict):
-        raise ApiError(400, f"the body must be a JSON object, not {type(value).__name__}", code="invalid_json")
+        raise ApiError(
+            400, f"the body must be a JSON object, not {type(value).__name__}", code="invalid_json"
+        )
     for name, harmless in kind.refused.items():
         if name in value and value.pop(name) not in harmless:
-            raise ApiError(400, f"{name} is not served here; leave it out", param=name, code="unsupported_parameter")
+            raise ApiError(
+                400, f"{name} is not served here; leave it out", param=name, code="unsupported_parameter"
+            )
     value = {k: v for k, v in value.items() if k not in UNUSED}
     try:
         return kind.model_validate(value)
@@ -159,11 +206,16 @@ def parse_body(data: bytes, kind: type[CompletionBody] | type[ChatBody]) -> Any:
         # Of a union's complaints the one that went deepest is about the shape that was meant.
         field = error.errors()[0]["loc"][:1]
         first = max((e for e in error.errors() if e["loc"][:1] == field), key=lambda e: len(e["loc"]))
-        name = ".".join(str(p) for p in first["loc"] if isinstance(p, int) or p in value or p in kind.model_fields)
+        name = ".".join(
+            str(p) for p in first["loc"] if isinstance(p, int) or p in value or p in kind.model_fields
+        )
         code = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}.get(
-            first["type"], "invalid_type")
-        what = {"unknown_parameter": "is not a parameter of this endpoint",
-                "missing_required_parameter": "is required"}.get(code, f"is not valid: {first['msg']}")
+            first["type"], "invalid_type"
+        )
+        what = {
+            "unknown_parameter": "is not a parameter of this endpoint",
+            "missing_required_parameter": "is required",
+        }.get(code, f"is not valid: {first['msg']}")
         raise ApiError(400, f"{name or 'the body'} {what}", param=name or None, code=code) from None
 
 
@@ -172,8 +224,12 @@ def _refuse_constant(name: str) -> Any:
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached}}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 class Format:
@@ -185,13 +241,23 @@ class Format:
         self.created = int(time.time())
 
     def _shell(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
 
     def whole(self, completions: list[tuple[int, Completion]], used: dict[str, Any]) -> dict[str, Any]:
         """`completions` with the index each choice gets."""
         choices = []
         for index, c in completions:
-            choice: dict[str, Any] = {"index": index, "finish_reason": c.finish, "logprobs": self.logprobs(c.logprobs)}
+            choice: dict[str, Any] = {
+                "index": index,
+                "finish_reason": c.finish,
+                "logprobs": self.logprobs(c.logprobs),
+            }
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": c.text, "refusal": None}
             else:
@@ -199,11 +265,24 @@ class Format:
             choices.append(choice)
         return self._shell("chat.completion" if self.chat else "text_completion", choices) | {"usage": used}
 
-    def chunk(self, index: int, text: str, logprobs: list[TokenLogprob], finish: str | None,
-              first: bool = False, offset: int = 0) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "finish_reason": finish, "logprobs": self.logprobs(logprobs, offset)}
+    def chunk(
+        self,
+        index: int,
+        text: str,
+        logprobs: list[TokenLogprob],
+        finish: str | None,
+        first: bool = False,
+        offset: int = 0,
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": index,
+            "finish_reason": finish,
+            "logprobs": self.logprobs(logprobs, offset),
+        }
         if self.chat:
-            choice["delta"] = ({"role": "assistant", "content": text} if first else {"content": text} if text else {})
+            choice["delta"] = (
+                {"role": "assistant", "content": text} if first else {"content": text} if text else {}
+            )
         else:
             choice["text"] = text
         return self._shell("chat.completion.chunk" if self.chat else "text_completion", [choice])
@@ -215,12 +294,21 @@ class Format:
         if not entries:
             return None
         if self.chat:
-            return {"content": [self._entry(e.token, e.logprob) | {
-                "top_logprobs": [self._entry(t, p) for t, p in e.top]} for e in entries], "refusal": None}
+            return {
+                "content": [
+                    self._entry(e.token, e.logprob) | {"top_logprobs": [self._entry(t, p) for t, p in e.top]}
+                    for e in entries
+                ],
+                "refusal": None,
+            }
         tokens = [self._text(e.token) for e in entries]
         offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
-        return {"tokens": tokens, "token_logprobs": [e.logprob for e in entries], "text_offset": offsets,
-                "top_logprobs": [{self._text(t): p for t, p in e.top} for e in entries]}
+        return {
+            "tokens": tokens,
+            "token_logprobs": [e.logprob for e in entries],
+            "text_offset": offsets,
+            "top_logprobs": [{self._text(t): p for t, p in e.top} for e in entries],
+        }
 
     def _text(self, token: int) -> str:
         return str(self.tokenizer.decode([token], skip_special=False))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-UNFINISHED = "\ufffd"     # what a decoder shows for bytes that are no character (yet)
-MOST_PENDING = 3          # an unfinished UTF-8 character has at most three bytes
-KEEP, LONGEST = 4, 12     # tokens of context kept; tokens after which the window is cut
+UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are no character (yet)
+MOST_PENDING = 3  # an unfinished UTF-8 character has at most three bytes
+KEEP, LONGEST = 4, 12  # tokens of context kept; tokens after which the window is cut
 
 
 class Decodes(Protocol):
@@ -38,7 +38,7 @@ class TextStream:
         while pending < min(MOST_PENDING, len(text)) and text[-1 - pending] == UNFINISHED:
             pending += 1
         end = len(text) - pending
-        new, self._shown = text[self._shown:end], max(self._shown, end)
+        new, self._shown = text[self._shown : end], max(self._shown, end)
         if not pending and len(self._ids) > LONGEST:
             self._ids = self._ids[-KEEP:]
             self._shown = len(self._tokenizer.decode(self._ids))
@@ -48,7 +48,7 @@ class TextStream:
         """What was held back, when no more tokens come."""
         if self.stopped is not None:
             return ""
-        text = self._tokenizer.decode(self._ids)[self._shown:] if self._ids else ""
+        text = self._tokenizer.decode(self._ids)[self._shown :] if self._ids else ""
         self._shown += len(text)
         text = self._release(text)
         held, self._held = self._held, ""
@@ -69,5 +69,5 @@ class TextStream:
                 if text.endswith(s[:n]):
                     keep = n
                     break
-        self._held = text[len(text) - keep:]
-        return text[:len(text) - keep]
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]

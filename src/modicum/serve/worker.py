@@ -38,7 +38,7 @@ class Worker:
         self._commands: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
         self._sinks: dict[int, Sink] = {}
         self._lock = threading.Lock()
-        self._queued: set[int] = set()       # accepted, no update yet
+        self._queued: set[int] = set()  # accepted, no update yet
         self._deadline: float | None = None  # set: draining until then
         self._thread = threading.Thread(target=self._main, daemon=True, name="modicum-engine")
         self._thread.start()
@@ -67,7 +67,7 @@ class Worker:
         self._commands.put(("abort", request_id, None))
 
     def close(self, timeout: float = 0.0) -> None:
-        """Refuse new requests, let those at work finish within `timeout` seconds, end the rest with an error."""
+        """Refuse new requests, give those at work `timeout` seconds, end the rest with an error."""
         with self._lock:
             self._deadline = min(self._deadline or float("inf"), time.monotonic() + timeout)
         self._commands.put(("wake", None, None))
@@ -82,12 +82,12 @@ class Worker:
                 self._listen(wait=not self.engine.busy)
                 if self.engine.busy:
                     self._deliver(self.engine.step())
-        except BaseException as error:   # nothing may leave a client waiting
+        except BaseException as error:  # nothing may leave a client waiting
             log.exception("the engine's thread ends")
             message = f"the engine stopped: {type(error).__name__}: {error}"
         finally:
             with self._lock:
-                self._deadline = self._deadline or 0.0   # from here on submit() refuses
+                self._deadline = self._deadline or 0.0  # from here on submit() refuses
             while not self._commands.empty():
                 kind, value, sink = self._commands.get()
                 if kind == "add":
@@ -110,9 +110,11 @@ class Worker:
                 self._sinks[value.id] = sink
                 try:
                     self.engine.add(value)
-                except Exception as error:   # checked before: a fault of ours, and this request's alone
+                except Exception as error:  # checked before: a fault of ours, and this request's alone
                     log.exception("a request could not be added")
-                    self._deliver([Update(value.id, 0, finish="error", error=f"{type(error).__name__}: {error}")])
+                    self._deliver(
+                        [Update(value.id, 0, finish="error", error=f"{type(error).__name__}: {error}")]
+                    )
             elif kind == "abort":
                 self._forget(value)
                 self.engine.abort(value)
@@ -136,7 +138,7 @@ class Worker:
     def _call(self, id: int, sink: Sink, updates: list[Update]) -> None:
         try:
             sink(updates)
-        except Exception:   # the listener is gone (its event loop was closed): so is the request
+        except Exception:  # the listener is gone (its event loop was closed): so is the request
             log.warning("the listener of a request failed; the request is dropped", exc_info=True)
             self._forget(id)
             self.engine.abort(id)

@@ -27,7 +27,7 @@ class CacheShape:
     kv_heads: int
     head_dim: int
     block_size: int
-    windows: tuple[int | None, ...]     # per layer: keys a query sees, itself included; None: all
+    windows: tuple[int | None, ...]  # per layer: keys a query sees, itself included; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Entries:
 
     k_GSE: Tensor
     v_GSE: Tensor
-    position_GS: Tensor     # int64: place of each entry in the sequence
-    counts: Sequence[int]   # entries per KV head
+    position_GS: Tensor  # int64: place of each entry in the sequence
+    counts: Sequence[int]  # entries per KV head
 
 
 @dataclass(frozen=True, slots=True)

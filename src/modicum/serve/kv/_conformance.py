@@ -20,7 +20,7 @@ PROMPTS = [[5, 9, 2, 7] * 6, list(range(1, 40)), [3], [5, 9, 2, 7] * 6 + [1, 2]]
 def _model() -> Decoder:
     shape = llama_like(64, 32, 2, heads=4, kv_heads=2, context_length=128)
     model = Decoder(shape, torch.Generator().manual_seed(3))
-    with torch.no_grad():   # livelier than a fresh initialisation, whose outputs hardly differ
+    with torch.no_grad():  # livelier than a fresh initialisation, whose outputs hardly differ
         for name, p in model.named_parameters():
             if p.dim() == 2 and "embed" not in name:
                 p.mul_(4.0)
@@ -37,8 +37,9 @@ def _engine(key: str, **more: object) -> Engine:
 def _policy(key: str) -> KVPolicy:
     loaded = registry.load("kv", key)
     config = getattr(loaded.module, "TOY", None) or loaded.config()
-    policy: KVPolicy = loaded.cls(config, CacheShape(layers=2, heads=4, kv_heads=2, head_dim=8, block_size=4,
-                                                     windows=(None, None)))
+    policy: KVPolicy = loaded.cls(
+        config, CacheShape(layers=2, heads=4, kv_heads=2, head_dim=8, block_size=4, windows=(None, None))
+    )
     return policy
 
 
@@ -56,7 +57,7 @@ def check_keep_is_within_allow(key: str) -> None:
         for index in kept:
             assert len(index) <= allowed, f"{len(index)} entries are kept, {allowed} were allowed"
             assert len(index) > 0 and bool((index.diff() > 0).all()), "kept entries must ascend"
-            assert 0 <= int(index[0]) and int(index[-1]) < 40, "a kept entry does not exist"
+            assert int(index[0]) >= 0 and int(index[-1]) < 40, "a kept entry does not exist"
 
 
 def check_short_sequences_are_exact(key: str) -> None:
@@ -99,7 +100,8 @@ def _check_held(engine: Engine, key: str) -> None:
         for i, held in enumerate(pages):
             allowed = policy.allow(i // 2, sample.job.computed)
             assert held <= -(-allowed // size) + 2, (
-                f"a head of layer {i // 2} holds {held} pages of {size}, {allowed} entries were allowed")
+                f"a head of layer {i // 2} holds {held} pages of {size}, {allowed} entries were allowed"
+            )
 
 
 def check_engine_modes(key: str) -> None:

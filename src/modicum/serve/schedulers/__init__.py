@@ -61,16 +61,16 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a plan may depend on. `waiting` (by arrival) and `running` (by admission) are read, never written."""
+    """What a plan may depend on. `waiting` (by arrival) and `running` (by admission) are only read."""
 
     waiting: Sequence[Job]
     running: Sequence[Job]
     free_blocks: int
     n_blocks: int
     block_size: int
-    token_limit: int      # tokens one step should not exceed
-    sequence_limit: int   # sequences that may run at once
-    now: float            # seconds, on the clock of the arrivals
+    token_limit: int  # tokens one step should not exceed
+    sequence_limit: int  # sequences that may run at once
+    now: float  # seconds, on the clock of the arrivals
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +110,16 @@ class Scheduler(Method):
         raise NotImplementedError
 
     def state(self, free_blocks: int, now: float) -> State:
-        return State(self.waiting, self.running, free_blocks, self.n_blocks, self.block_size,
-                     self.token_limit, self.sequence_limit, now)
+        return State(
+            self.waiting,
+            self.running,
+            free_blocks,
+            self.n_blocks,
+            self.block_size,
+            self.token_limit,
+            self.sequence_limit,
+            now,
+        )
 
     def add(self, job: Job) -> None:
         self.jobs[job.id] = job

@@ -16,8 +16,8 @@ class World:
 
     scheduler: Scheduler
     free: int
-    held: dict[int, int] = field(default_factory=dict)          # blocks by job
-    outputs: dict[int, int] = field(default_factory=dict)       # tokens still to generate
+    held: dict[int, int] = field(default_factory=dict)  # blocks by job
+    outputs: dict[int, int] = field(default_factory=dict)  # tokens still to generate
     finished: list[int] = field(default_factory=list)
     steps: int = 0
 
@@ -68,11 +68,14 @@ class World:
             left = job.left if id in running else job.length - job.hit
             assert 1 <= n <= left, f"{n} tokens planned of {left} left"
         total = sum(n for _, n in plan.run)
-        assert total <= s.token_limit or len(plan.run) == 1, f"{total} tokens planned, {s.token_limit} allowed"
+        assert total <= s.token_limit or len(plan.run) == 1, (
+            f"{total} tokens planned, {s.token_limit} allowed"
+        )
 
 
-def build(key: str, *, block_size: int = 4, n_blocks: int = 12, token_limit: int = 16,
-          sequence_limit: int = 5) -> World:
+def build(
+    key: str, *, block_size: int = 4, n_blocks: int = 12, token_limit: int = 16, sequence_limit: int = 5
+) -> World:
     loaded = registry.load("scheduler", key)
     config = getattr(loaded.module, "TOY", None) or loaded.config()
     return World(loaded.cls(config, block_size, n_blocks, token_limit, sequence_limit), n_blocks)
@@ -87,8 +90,10 @@ def run_trace(world: World, trace: list[tuple[int, int, int]]) -> World:
             id, (arrival, prompt, output) = todo.pop(0)
             world.arrive(Job(id, float(arrival), prompt, prompt), output)
         world.step()
-        assert world.steps < limit, (f"after {world.steps} steps {sorted(world.scheduler.jobs)} are not done: "
-                                     "a job starves or the scheduler stands still")
+        assert world.steps < limit, (
+            f"after {world.steps} steps {sorted(world.scheduler.jobs)} are not done: "
+            "a job starves or the scheduler stands still"
+        )
     assert world.free == world.scheduler.n_blocks, "blocks are missing at the end"
     return world
 

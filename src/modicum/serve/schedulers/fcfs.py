@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modicum.serve.schedulers import Job, Plan, Scheduler, State
+from modicum.serve.schedulers import Plan, Scheduler, State
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    chunked: bool = False     # mix pieces of prompts with decodes
-    reserve: float = 0.01     # share of the blocks that an admission leaves free
+    chunked: bool = False  # mix pieces of prompts with decodes
+    reserve: float = 0.01  # share of the blocks that an admission leaves free
 
 
 class FirstComeFirstServed(Scheduler):
@@ -44,7 +44,9 @@ class FirstComeFirstServed(Scheduler):
         planned = dict(plan.run)
         # Running sequences are counted with all their known tokens, admitted prompts with their whole
         # length, even if only a piece comes now: half prompts that block each other end in preemption.
-        free = state.free_blocks - sum(job.blocks(max(job.left, 1), state.block_size) for job in state.running)
+        free = state.free_blocks - sum(
+            job.blocks(max(job.left, 1), state.block_size) for job in state.running
+        )
         return Plan(plan.run + tuple(self._admit(state, free, state.token_limit - sum(planned.values()))))
 
     def _go_on(self, state: State) -> Plan:
@@ -56,7 +58,11 @@ class FirstComeFirstServed(Scheduler):
             run: list[tuple[int, int]] = []
             need, tokens = 0, state.token_limit
             for job in keep:
-                n = min(job.left, tokens) if self.config.chunked or job.left <= tokens else job.left * (not run)
+                n = (
+                    min(job.left, tokens)
+                    if self.config.chunked or job.left <= tokens
+                    else job.left * (not run)
+                )
                 if n > 0:
                     run.append((job.id, n))
                     need += job.blocks(n, state.block_size)
@@ -72,7 +78,7 @@ class FirstComeFirstServed(Scheduler):
         """Waiting jobs by arrival; none is passed over for a smaller one behind it."""
         reserve = int(self.config.reserve * state.n_blocks)
         run: list[tuple[int, int]] = []
-        for job in state.waiting[:max(0, state.sequence_limit - len(state.running))]:
+        for job in state.waiting[: max(0, state.sequence_limit - len(state.running))]:
             left = job.length - job.hit
             n = min(left, tokens) if self.config.chunked else left
             need = job.blocks_to_start(left, state.block_size)

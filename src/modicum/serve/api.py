@@ -1,0 +1,378 @@
+"""The HTTP side: handlers of the OpenAI-compatible endpoints, and the stream of server-sent events.
+
+Handlers run in one event loop; the engine in its worker's thread. A `Ticket` ties the requests of one
+HTTP call together: whatever ends the call early (a client that goes away, an error, a shutdown) aborts
+what is still at work, and its cache blocks are free after the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from modicum.core.errors import ModicumError, UserError
+from modicum.serve.metrics import Metrics
+from modicum.serve.request import Completion, InvalidRequest, Request, SamplingParams, Update, collect
+from modicum.serve.schema import ApiError, ChatBody, CompletionBody, Format, parse_body, usage
+from modicum.serve.worker import QueueFull, Stopping, Worker
+
+log = logging.getLogger("modicum.serve")
+Handler = Callable[[HttpRequest], Awaitable[Response]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """port 0 takes any free one. max_body in bytes, drain in seconds; api_key guards everything under /v1."""
+
+    model: str = "model"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_body: int = 8 << 20
+    max_queue: int = 256
+    drain: float = 10.0
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+class Ticket:
+    """The engine requests of one HTTP call. Iterate once for their updates, in order."""
+
+    def __init__(self, worker: Worker, requests: list[Request]):
+        self._worker, self.requests = worker, requests
+        self._queue: asyncio.Queue[list[Update] | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._open = {r.id: set(range(r.params.n)) for r in requests}
+        try:
+            for request in requests:
+                worker.submit(request, self._hear)
+        except ModicumError:
+            self.cancel()
+            raise
+
+    def _hear(self, updates: list[Update]) -> None:  # in the engine's thread
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, updates)
+
+    def cancel(self) -> None:
+        """Abort what is not finished. May be called more than once, and after the end."""
+        for id in self._open:
+            self._worker.abort(id)
+        if self._open:
+            self._open = {}
+            self._queue.put_nowait(None)
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """Raises `ClientGone` after `cancel`, `ApiError` if the engine ended a request with an error."""
+        while self._open:
+            some = await self._queue.get()
+            if some is None:
+                raise ClientGone
+            for update in some:
+                if update.error is not None:
+                    self._open.pop(update.request, None)
+                    self.cancel()
+                    if not self._worker.accepting:
+                        raise ApiError(503, update.error, "server_error", code="service_unavailable")
+                    raise ApiError(500, update.error, "server_error", code="engine_error")
+                if update.finish and update.request in self._open:
+                    self._open[update.request].discard(update.index)
+                    if not self._open[update.request]:
+                        del self._open[update.request]
+                yield update
+
+
+@contextlib.asynccontextmanager
+async def _watched(ticket: Ticket, receive: Receive) -> AsyncIterator[None]:
+    """Cancel the ticket when the client goes away, and in any case at the end."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        ticket.cancel()
+
+    task = asyncio.create_task(gone())
+    try:
+        yield
+    finally:
+        task.cancel()
+        ticket.cancel()
+
+
+class EventStream(Response):
+    """Server-sent events of a ticket, one JSON object each, ended by [DONE]."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, ticket: Ticket, events: AsyncIterator[dict[str, Any]], metrics: Metrics):
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._ticket, self._events, self._metrics = ticket, events, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def say(text: str, more: bool = True) -> None:
+            await send(
+                {"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more}
+            )
+
+        async with _watched(self._ticket, receive):
+            try:
+                await send(
+                    {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+                )
+                try:
+                    async for event in self._events:
+                        await say(json.dumps(event, ensure_ascii=False))
+                except ApiError as error:
+                    await say(json.dumps(error.body))
+                await say("[DONE]", more=False)
+            except (ClientGone, OSError):
+                self._metrics.aborted.inc()
+
+
+class Api:
+    """The handlers."""
+
+    def __init__(self, worker: Worker, config: ServerConfig):
+        self.worker, self.config, self.metrics = worker, config, Metrics(worker)
+        self.tokenizer = worker.engine.tokenizer
+        self.started = int(time.time())
+
+    def app(self) -> Starlette:
+        routes = [
+            ("/v1/models", self.models, "GET"),
+            ("/v1/models/{model:path}", self.model, "GET"),
+            ("/v1/completions", self.completions, "POST"),
+            ("/v1/chat/completions", self.chat, "POST"),
+            ("/metrics", self.figures, "GET"),
+            ("/health", self.health, "GET"),
+        ]
+        return Starlette(
+            routes=[
+                Route(path, self._guarded(path, handler), methods=[method])
+                for path, handler, method in routes
+            ],
+            exception_handlers={HTTPException: self._http_error},
+        )
+
+    def _guarded(self, path: str, handler: Handler) -> Handler:
+        async def run(request: HttpRequest) -> Response:
+            try:
+                if path.startswith("/v1"):
+                    self._authorise(request)
+                response = await handler(request)
+            except ApiError as error:
+                response = JSONResponse(error.body, error.status)
+            except InvalidRequest as error:
+                response = _error(400, str(error), param=error.param, code=error.code)
+            except QueueFull as error:
+                response = _error(429, str(error), "rate_limit_error", code="rate_limit_exceeded")
+                response.headers["retry-after"] = "1"
+            except Stopping as error:
+                response = _error(503, str(error), "server_error", code="service_unavailable")
+            except UserError as error:  # a chat template that refuses the messages
+                response = _error(400, str(error))
+            except (ClientGone, ClientDisconnect):
+                self.metrics.aborted.inc()
+                response = _error(499, "the client went away")
+            except Exception as error:
+                log.exception("a handler failed")
+                response = _error(
+                    500, f"{type(error).__name__}: {error}", "server_error", code="internal_error"
+                )
+            self.metrics.requests.labels(path, str(response.status_code)).inc()
+            return response
+
+        return run
+
+    async def _http_error(self, request: HttpRequest, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        self.metrics.requests.labels("other", str(error.status_code)).inc()
+        allowed = (error.headers or {}).get("Allow", "")
+        message = (
+            f"{request.method} is not allowed on {request.url.path}; use {allowed}"
+            if error.status_code == 405
+            else f"there is no {request.url.path} here; see /v1/models, /v1/completions, /v1/chat/completions"
+        )
+        return _error(error.status_code, message, headers=dict(error.headers or {}))
+
+    def _authorise(self, request: HttpRequest) -> None:
+        key = self.config.api_key
+        given = request.headers.get("authorization", "")
+        if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+            raise ApiError(
+                401,
+                "wrong or missing API key; send the header Authorization: Bearer KEY",
+                "authentication_error",
+                code="invalid_api_key",
+            )
+
+    async def health(self, request: HttpRequest) -> Response:
+        ok = self.worker.accepting
+        return JSONResponse(
+            {"status": "ok" if ok else "stopping", "model": self.config.model}, 200 if ok else 503
+        )
+
+    async def figures(self, request: HttpRequest) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self.config.model,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "modicum",
+            "max_model_len": self.worker.engine.max_length,
+        }
+
+    async def models(self, request: HttpRequest) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: HttpRequest) -> Response:
+        self._known(request.path_params["model"])
+        return JSONResponse(self._card())
+
+    def _known(self, name: str) -> None:
+        if name != self.config.model:
+            raise ApiError(
+                404,
+                f"the model {name!r} does not exist here; this server has {self.config.model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def _body(self, request: HttpRequest) -> bytes:
+        limit, parts, size = self.config.max_body, [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise ApiError(413, f"the body is larger than {limit} bytes", code="request_too_large")
+            parts.append(part)
+        return b"".join(parts)
+
+    async def completions(self, request: HttpRequest) -> Response:
+        body: CompletionBody = parse_body(await self._body(request), CompletionBody)
+        self._known(body.model)
+        params, prompts = body.params(), body.prompts()
+        tokens = await asyncio.to_thread(lambda: [self._encode(p, "prompt", True) for p in prompts])
+        echoes = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts] if body.echo else []
+        return await self._answer(request, body, tokens, params, chat=False, echoes=echoes)
+
+    async def chat(self, request: HttpRequest) -> Response:
+        body: ChatBody = parse_body(await self._body(request), ChatBody)
+        self._known(body.model)
+        params = body.params()
+
+        def encode() -> list[int]:
+            return self._encode(self.tokenizer.chat([m.plain() for m in body.messages]), "messages", False)
+
+        return await self._answer(request, body, [await asyncio.to_thread(encode)], params, chat=True)
+
+    def _encode(self, prompt: str | list[int], param: str, add_special: bool) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"{param} holds half a surrogate pair at character {error.start}; it is no text", param
+            ) from None
+        return list(self.tokenizer.encode(prompt, add_special=add_special))
+
+    async def _answer(
+        self,
+        request: HttpRequest,
+        body: CompletionBody | ChatBody,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        chat: bool,
+        echoes: list[str] | None = None,
+    ) -> Response:
+        ticket = Ticket(self.worker, [Request(p, params) for p in prompts])
+        form = Format(chat, self.config.model, self.tokenizer)
+        if body.stream:
+            events = self._events(ticket, form, body.usage_wanted, echoes or [])
+            return EventStream(ticket, events, self.metrics)
+        heard: dict[int, list[Update]] = {r.id: [] for r in ticket.requests}
+        async with _watched(ticket, request.receive):
+            async for update in ticket.updates():
+                heard[update.request].append(update)
+        outputs = collect(ticket.requests, heard)
+        choices: list[tuple[int, Completion]] = []
+        for i, output in enumerate(outputs):
+            for c in output.completions:
+                c.text = (echoes[i] if echoes else "") + c.text
+                choices.append((i * params.n + c.index, c))
+        self._observe(ticket.requests)
+        used = usage(
+            sum(o.prompt_tokens for o in outputs),
+            sum(o.completion_tokens for o in outputs),
+            sum(o.cached_tokens for o in outputs),
+        )
+        return JSONResponse(form.whole(choices, used))
+
+    async def _events(
+        self, ticket: Ticket, form: Format, with_usage: bool, echoes: list[str]
+    ) -> AsyncIterator[dict[str, Any]]:
+        place = {r.id: i for i, r in enumerate(ticket.requests)}
+        offsets: dict[int, int] = {}
+        tokens = 0
+        blank = {"usage": None} if with_usage else {}
+        async for update in ticket.updates():
+            request = place[update.request]
+            index = request * ticket.requests[request].params.n + update.index
+            first = index not in offsets
+            text = (echoes[request] if first and echoes else "") + update.text
+            tokens += len(update.tokens)
+            offset = offsets.setdefault(index, 0)
+            if first or text or update.logprobs or update.finish:
+                yield form.chunk(index, text, update.logprobs, update.finish, first, offset) | blank
+            offsets[index] = offset + len(text)
+        self._observe(ticket.requests)
+        if with_usage:
+            yield form.last(
+                usage(
+                    sum(len(r.prompt) for r in ticket.requests),
+                    tokens,
+                    sum(r.cached for r in ticket.requests),
+                )
+            )
+
+    def _observe(self, requests: list[Request]) -> None:
+        for request in requests:
+            for s in request.sequences:
+                if s.first_token is None or s.last_token is None:
+                    continue
+                said = len(s.tokens) - len(request.prompt)
+                self.metrics.first_token.observe(s.first_token - request.arrival)
+                self.metrics.whole.observe(s.last_token - request.arrival)
+                if said > 1:
+                    self.metrics.per_token.observe((s.last_token - s.first_token) / (said - 1))
+
+
+def _error(
+    status: int,
+    message: str,
+    kind: str = "invalid_request_error",
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> JSONResponse:
+    return JSONResponse(ApiError(status, message, kind, param, code).body, status, headers)

@@ -1,0 +1,164 @@
+"""What each sequence holds of the cache: found prefixes, room to grow, thinning, giving back."""
+
+from __future__ import annotations
+
+import torch
+
+from modicum.core.errors import ModicumError
+from modicum.model.config import DecoderConfig
+from modicum.serve.attend import StepAttend
+from modicum.serve.blocks import BlockPool, OutOfBlocks, PagePool, chain
+from modicum.serve.config import EngineConfig
+from modicum.serve.kv import KVPolicy
+from modicum.serve.pages import Storage
+from modicum.serve.request import Sample
+
+
+class Cache:
+    """Block numbers, memory and the policy in one place; the engine's thread owns it.
+
+    A sequence is *loaded* while it has a slot (a row of the block table). It holds whole blocks, shared with
+    others as far as the prefix cache found them, until the policy thins it; then pages of its own.
+    """
+
+    def __init__(
+        self,
+        shape: DecoderConfig,
+        config: EngineConfig,
+        n_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        policy: KVPolicy,
+    ):
+        self.block_size, self.finds, self.policy = config.block_size, config.prefix_cache, policy
+        self.storage = Storage(shape, n_blocks, config.block_size, dtype, device)
+        self.blocks = BlockPool(n_blocks)
+        self.pages = PagePool(self.blocks, self.storage.pages_per_block)
+        self.attend = StepAttend(self.storage, config.max_sequences)
+        self.slots = list(range(config.max_sequences - 1, -1, -1))
+        self.thinnings = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that all blocks hold."""
+        return self.blocks.n_blocks * self.block_size
+
+    def look_up(self, sample: Sample) -> None:
+        """Note in a waiting job what the prefix cache holds of it now."""
+        P, job = self.block_size, sample.job
+        chain(sample.tokens, P, sample.names)
+        found = self.blocks.find(sample.names[: (job.length - self.policy.tail) // P])
+        job.hit = len(found) * P
+        job.revived = sum(self.blocks.references[b] == 0 for b in found)
+
+    def load(self, sample: Sample) -> None:
+        """Give an admitted sequence a slot and the blocks that `look_up` promised."""
+        P = self.block_size
+        sample.blocks = self.blocks.find(sample.names[: sample.job.hit // P])
+        if len(sample.blocks) * P != sample.job.hit:
+            raise ModicumError(
+                f"{sample.job.hit} cached tokens were promised, {len(sample.blocks) * P} are there"
+            )
+        self.blocks.hold(sample.blocks)
+        sample.slot = self.slots.pop()
+        sample.published = len(sample.blocks)
+        self.attend.hold(sample.slot, 0, sample.blocks)
+
+    def room(self, sample: Sample, n: int) -> bool:
+        """Blocks or pages for `n` more tokens; False if there are too few, and then none is taken."""
+        try:
+            if sample.pages is not None:
+                self.storage.grow(sample.pages, n, self.pages)
+            else:
+                held = len(sample.blocks)
+                more = -(-(sample.job.computed + n) // self.block_size) - held
+                if more > 0:
+                    new = self.blocks.take(more)
+                    self.attend.hold(sample.slot, held, new)
+                    sample.blocks += new
+                    sample.job.own += more
+        except OutOfBlocks:
+            return False
+        self._measure(sample)
+        return True
+
+    def _measure(self, sample: Sample) -> None:
+        """Tell the scheduler's job what the sequence has room for and would give back."""
+        job = sample.job
+        if sample.pages is None:
+            job.capacity = len(sample.blocks) * self.block_size
+        else:
+            job.capacity = job.computed + sample.pages.slack(self.block_size)
+            job.own = int(sample.pages.pages_LG.sum()) // self.storage.pages_per_block
+
+    def publish(self, sample: Sample) -> None:
+        """Let others find the blocks that have become full."""
+        full = sample.job.computed // self.block_size
+        if not self.finds or sample.pages is not None or full <= sample.published:
+            return
+        chain(sample.tokens, self.block_size, sample.names)
+        for i in range(sample.published, full):
+            self.blocks.publish(sample.blocks[i], sample.names[i])
+        sample.published = full
+
+    def thin(self, sample: Sample, n: int) -> bool:
+        """After `n` more tokens: ask the policy what stays, move it to pages, give the rest back.
+
+        Asked at the end of the prompt, and at each block's end once a block more than is allowed is held.
+        False if blocks shared with others did not come free and there is no room: the sequence holds
+        nothing then and must start over.
+        """
+        job, P = sample.job, self.block_size
+        ended = job.computed - n < len(sample.request.prompt) <= job.computed
+        if not ended and job.computed // P == (job.computed - n) // P:
+            return True
+        layers = range(self.storage.layers)
+        allowed = [sample.policy.allow(layer, job.computed) for layer in layers]
+        if sample.pages is None:
+            held = [job.computed] * len(allowed)
+        else:
+            held = sample.pages.count_LG.max(dim=1).values.tolist()
+        slack = 0 if ended else P
+        if all(has <= may + slack for has, may in zip(held, allowed, strict=True)):
+            return True
+        lifted = []
+        for layer in layers:
+            if sample.pages is None:
+                entries = self.storage.entries_of_blocks(layer, sample.blocks, job.computed)
+            else:
+                entries = self.storage.entries_of_pages(layer, sample.pages)
+            lifted.append(self.storage.lift(entries, sample.policy.keep(layer, entries)))
+        self.give_back(sample)
+        try:
+            sample.pages = self.storage.lay(lifted, self.pages)
+        except OutOfBlocks:
+            return False
+        self.thinnings += 1
+        self._measure(sample)
+        return True
+
+    def give_back(self, sample: Sample) -> None:
+        if sample.pages is not None:
+            self.pages.release(sample.pages.numbers())
+            sample.pages = None
+        self.blocks.release(sample.blocks)
+        sample.blocks = []
+        sample.job.own = 0
+
+    def unload(self, sample: Sample) -> None:
+        """Give everything back, the slot too; the sequence's tokens stay known, its policy starts over."""
+        self.give_back(sample)
+        if sample.slot >= 0:
+            self.slots.append(sample.slot)
+            sample.slot = -1
+        if sample.policy is not None:
+            sample.policy = self.policy.begin(len(sample.request.prompt))
+
+    def distrust(self, sample: Sample) -> None:
+        """Zero what a sequence alone holds, and let nobody find it: its computation went wrong."""
+        alone = [b for b in sample.blocks if self.blocks.references[b] == 1]
+        for block in alone:
+            self.blocks.forget(block)
+        self.storage.wipe(alone)
+        if sample.pages is not None:
+            self.storage.wipe_pages(sample.pages.numbers())
