@@ -43,7 +43,7 @@ def test_target_is_what_the_template_adds_for_the_answer(tokenizer: Tokenizer) -
 def test_target_ends_with_the_templates_own_end_of_turn(tokenizer: Tokenizer) -> None:
     chatml = with_template(tokenizer, CHATML, "<|im_start|>", "<|im_end|>")
     turns = tuple({"role": r, "content": c} for r, c in (
-        ("system", "be short"), ("user", "1 plus 1?"), ("assistant", "2"), ("user", "and?"), ("assistant", "3")))
+        ("system", "be it"), ("user", "1 plus 1?"), ("assistant", "2"), ("user", "so?"), ("assistant", "3")))
     one = encode(Example("x", turns), chatml)
     assert chatml.decode(one.ids[:one.given], skip_special=False).count("<|im_end|>") == 4
     assert chatml.decode(one.ids[one.given:], skip_special=False) == "3<|im_end|>"

@@ -204,3 +204,18 @@ def test_a_model_without_adapter_has_nothing_to_save(saved, tmp_path: Path) -> N
     with pytest.raises(UserError, match="no adapter"):
         save_peft(saved[0], tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("choice", ["lora:rank=20,alpha=8", "lora:rank=20,rslora=true"])
+def test_parts_of_a_fused_module_come_back_at_their_own_rank(tmp_path: Path, choice: str) -> None:
+    config = transformers.Phi3Config(**(LLAMA | dict(num_key_value_heads=4)))
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    ours = load_model(tmp_path / "model", dtype=torch.float32)
+    attach.attach(ours, {"*.q": choice, "*.v": choice})
+    learn(ours)
+    save_peft(ours, tmp_path / "adapter")
+    again = load_model(tmp_path / "model", dtype=torch.float32)
+    made = load_peft(again, tmp_path / "adapter")       # 40 ranks in peft's one module, more than 32 columns
+    assert {name: form.config.rank for name, form in made.items()} == {
+        f"layers.{i}.attention.{part}": 20 for i in (0, 1) for part in "qv"}
+    torch.testing.assert_close(logits(again), logits(ours), atol=1e-5, rtol=1e-5)

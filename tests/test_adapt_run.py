@@ -102,6 +102,13 @@ def test_stopped_by_its_deadline_it_goes_on_bit_for_bit(place: Path, tmp_path: P
     assert again.steps == 12 and again.heldout_after == whole.heldout_after
 
 
+def test_a_deadline_that_has_passed_leaves_the_model_as_it_was(place: Path, tmp_path: Path) -> None:
+    result = run(place, tmp_path / "out", deadline=Deadline(0))
+    assert (result.stopped, result.steps, result.loss) == ("deadline", 0, None)
+    assert result.heldout_after == result.heldout_before
+    json.loads((tmp_path / "out" / "adapt.json").read_text(), parse_constant=pytest.fail)     # no NaN
+
+
 def test_over_a_quantised_base(place: Path, tmp_path: Path) -> None:
     result = run(place, tmp_path / "out", base="int4:group=32", targets="layers.*.attention.*")
     model = load_model(result.model)

@@ -3,7 +3,8 @@
 `peft` names modules as the Hugging Face model does, so names go through the model family's table. A
 module that a family stores fused (Phi-3's and GPT-2's query, key and value) has one adapter there and
 several here. Written, their factors are joined: A one below the other, B in blocks, which is the same
-function at the sum of the ranks. Read, each part gets the common A and its own rows of B.
+function at the sum of the ranks. Read, each part gets its own rows of B and the ranks that are not zero
+there, so parts come back as they were written.
 
 Shapes: R rank, I in_features, O out_features.
 """
@@ -164,24 +165,32 @@ def load_peft(model: nn.Module, folder: str | Path) -> dict[str, LinearForm]:
             raise CorruptError(f"{folder / WEIGHTS}: the factors of {module!r} do not belong together; "
                                "fetch it again")
         a_RI, b_OR = pair["lora_A"], pair["lora_B"]
-        rank, place = len(a_RI), places[module]
+        place = places[module]
         shapes = [attach.plain_shape(attach.linears(model)[name]) for name in place.ours]
         if a_RI.shape[1] != shapes[0][1] or len(b_OR) != sum(shape[0] for shape in shapes):
             raise UserError(f"the adapter of {module!r} is for a {len(b_OR)} x {a_RI.shape[1]} matrix, this "
                             f"model's is {sum(shape[0] for shape in shapes)} x {shapes[0][1]}; give the one "
                             "that it was trained on")
-        alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-        knobs = {"rank": rank, "alpha": float(alpha), "dropout": float(config.get("lora_dropout") or 0.0),
+        alpha = float(_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
+        knobs = {"alpha": alpha, "dropout": float(config.get("lora_dropout") or 0.0),
                  "rslora": bool(config.get("use_rslora"))}
-        parts = unpack(place.rule, b_OR, [(shape[0], rank) for shape in shapes], head_dim)
+        parts = unpack(place.rule, b_OR, [(shape[0], len(a_RI)) for shape in shapes], head_dim)
         for name, part in zip(place.ours, parts, strict=True):
-            choices[name], values[name] = Choice("form", "lora", knobs), (a_RI, part)
+            used_R = part.any(0) if len(parts) > 1 and b_OR.any() else torch.ones(len(a_RI), dtype=torch.bool)
+            if used_R.any():
+                choices[name] = Choice("form", "lora", _at_rank(knobs, int(used_R.sum()), len(a_RI)))
+                values[name] = a_RI[used_R], part[:, used_R]
     made = attach.attach(model, choices)
-    with torch.no_grad():
-        for name, form in made.items():
-            for target, value in zip(form.trainable(), values[name], strict=True):
-                target.copy_(value)
+    for name, form in made.items():
+        for target, value in zip(form.trainable(), values[name], strict=True):
+            target.data = value.to(target.device)   # in the adapter's own precision, whatever the model's
     return made
+
+
+def _at_rank(knobs: dict[str, Any], rank: int, stored: int) -> dict[str, Any]:
+    """Knobs of a factor pair of `rank` that scale it as `knobs` scale one of rank `stored`."""
+    share = rank / stored
+    return {**knobs, "rank": rank, "alpha": knobs["alpha"] * (share**0.5 if knobs["rslora"] else share)}
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

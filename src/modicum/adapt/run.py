@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modicum.adapt.examples import prepare, sample
 from modicum.adapt.peft_format import save_peft
@@ -31,7 +31,7 @@ from modicum.core.files import tree_bytes, write_json
 from modicum.data.tokenizer import Tokenizer
 from modicum.model import attach
 from modicum.model.decoder import Decoder
-from modicum.model.folder import find_folder, load_model, parse_dtype, save_model
+from modicum.model.folder import find_folder, load_config, load_model, parse_dtype, save_model
 from modicum.model.forms import LinearForm
 from modicum.train.config import TrainConfig
 from modicum.train.evaluate import mean_loss
@@ -94,12 +94,12 @@ class AdaptConfig:
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """What an adaptation did. Losses are nats per answer token; heldout_* are None without held-out pairs.
+    """What an adaptation did. Losses are nats per answer token; None: no step, or no held-out pairs.
 
     stopped: None when finished, else "deadline"; what was learnt until then is saved all the same.
     """
 
-    loss: float
+    loss: float | None
     heldout_before: float | None
     heldout_after: float | None
     pairs: int
@@ -150,61 +150,77 @@ def adapt(model_folder: str | Path, pairs: Any, config: AdaptConfig, folder: str
           tokenizer: Tokenizer | None = None) -> AdaptResult:
     """Train `config.form` on the answers of `pairs`, going on from `folder`/checkpoints if there are any.
 
-    pairs: a JSONL file, a curated folder, or any iterable of objects with question and answer.
+    pairs: a JSONL file, a curated folder, or any iterable of objects with id, question and answer.
     tokenizer: the model folder's own by default. Raises `UserError` for what cannot be used as given,
     before anything is trained; KeyboardInterrupt after Ctrl-C, with the checkpoint written.
     """
     source, folder = find_folder(model_folder), Path(folder)
-    tokenizer = tokenizer or Tokenizer.load(source)
-    choice = Choice.parse("form", config.form)
-    kind: Any = registry.load("form", choice.method).cls
+    kind: Any = registry.load("form", Choice.parse("form", config.form).method).cls
     if config.merge and "merge" not in kind.supports:
-        raise UserError(f"the form {choice.method!r} is not linear and cannot be merged; leave merge out")
+        raise UserError(f"the form {config.form} is not linear and cannot be merged; leave merge out")
+    tokenizer = tokenizer or Tokenizer.load(source)
+    length = min(config.sequence_length, load_config(source).context_length)
     learn, held = load_sides(pairs, config.heldout, config.seed)
-    learn = sample(learn, config.limit)
-    held = sample(held, HELDOUT_PAIRS)
-
-    model = load_model(source)
-    length = min(config.sequence_length, model.config.context_length)
-    train_set, heldout_set = (prepare(side, tokenizer, length) for side in (learn, held))
-    if not train_set.examples:
+    learn_set = prepare(sample(learn, config.limit), tokenizer, length)
+    held_set = prepare(sample(held, HELDOUT_PAIRS), tokenizer, length)
+    if not learn_set.examples:
         raise UserError(f"none of the {len(learn)} pairs has a question of less than {length} tokens; "
                         "give shorter ones, or a longer sequence_length")
+    stream = PairStream(learn_set.examples, sequence_length=length, seed=config.seed)
+    heldout = None if not held_set.examples else PairStream(held_set.examples, sequence_length=length,
+                                                            shuffle=False, epochs=1)
+    outcome, learnt = _train(source, stream, heldout, config, folder, events, deadline)
+    if config.merge or config.base is not None or outcome["adapter"] is None:
+        outcome["model"] = str(folder / "model")
+        save_model(_afresh(source, config, learnt), folder / "model", source)
+    result = AdaptResult(
+        pairs=len(learn_set.examples), heldout_pairs=len(held_set.examples), answer_tokens=learn_set.targets,
+        cut=learn_set.cut + held_set.cut, dropped=learn_set.dropped + held_set.dropped, **outcome)
+    write_json(folder / "adapt.json", result.as_dict())
+    return result
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """What a form learnt, apart from the model: its layout, trained parameters and buffers."""
+
+    layout: dict[str, Any]
+    trained: list[Tensor]
+    buffers: dict[str, Tensor]
+
+
+def _train(source: Path, stream: PairStream, heldout: PairStream | None, config: AdaptConfig, folder: Path,
+           events: Events | None, deadline: Deadline | None) -> tuple[dict[str, Any], dict[str, _Learnt]]:
+    """Train and save the adapter; figures of the run, and what each form learnt. The model is freed."""
+    model = load_model(source)
     _attach(model, config)
     trainable = sum(p.numel() for p in attach.freeze(model))
     if not trainable:
-        raise UserError(f"the form {choice.method!r} trains nothing; choose one that does, such as "
-                        "lora:rank=8")
-
-    stream = PairStream(train_set.examples, sequence_length=length, seed=config.seed)
-    heldout = None if not heldout_set.examples else PairStream(heldout_set.examples, sequence_length=length,
-                                                               shuffle=False, epochs=1)
+        raise UserError(f"the form {config.form} trains nothing; choose one that does, such as lora:rank=8")
     told = _train_config(config, stream, heldout)
-    model.to(getattr(torch, told.dtype))
-    part = Forms()
     trainer = Trainer(model, stream, told, folder, events=events, deadline=deadline, heldout=heldout,
-                      parts={"forms": part}, label="adapt")
-    model.to(trainer.device)
+                      parts={"forms": Forms()}, label="adapt")
+    model.to(trainer.device, getattr(torch, told.dtype))
     rows = config.micro_batch or config.batch_sequences
     before = None if heldout is None else mean_loss(model, heldout, rows=rows)
-    if events:
+    if events and before is not None and not (trainer.checkpoints and trainer.checkpoints.all()):
         events.emit("heldout", step=0, tokens=0, loss=before)
-    result = trainer.run()
-    after = result.heldout_loss
-    if result.stopped and heldout is not None:
-        after = mean_loss(model, heldout, rows=rows)
-    _take_masters(model, trainer)
-    adapter, whole = _save(model, source, config, folder)
-    outcome = AdaptResult(
-        loss=result.loss, heldout_before=before, heldout_after=after, pairs=len(train_set.examples),
-        heldout_pairs=len(heldout_set.examples), cut=train_set.cut + heldout_set.cut,
-        dropped=train_set.dropped + heldout_set.dropped, answer_tokens=train_set.targets, trainable=trainable,
-        tokens=result.tokens, steps=result.steps, seconds=result.seconds, flops=result.flops,
-        peak_bytes=result.peak_bytes, adapter=str(adapter) if adapter else None,
-        adapter_bytes=tree_bytes(adapter) if adapter else 0, model=str(whole) if whole else None,
-        resumed_from=result.resumed_from, stopped=result.stopped)
-    write_json(folder / "adapt.json", outcome.as_dict())
-    return outcome
+    run = trainer.run()
+    after = run.heldout_loss if heldout is None or not run.stopped else mean_loss(model, heldout, rows=rows)
+    own = dict(model.named_parameters())
+    for name, master in trainer.named.items():      # float32, where the model was trained in bfloat16
+        own[name].data = master.detach().clone()
+    present = attach.forms(model)
+    low_rank = all(form.low_rank() is not None for form in present.values() if form.trainable())
+    adapter = save_peft(model, folder / "adapter", base_model=str(source)) if low_rank else None
+    learnt = {name: _Learnt(form.layout(), [p.detach() for p in form.trainable()],
+                            {k: b for k, b in form.named_buffers(recurse=False) if k in form.state_dict()})
+              for name, form in present.items() if form.trainable()}
+    return {"loss": run.loss if run.steps else None, "heldout_before": before, "heldout_after": after,
+            "trainable": trainable, "tokens": run.tokens, "steps": run.steps, "seconds": run.seconds,
+            "flops": run.flops, "peak_bytes": run.peak_bytes, "adapter": str(adapter) if adapter else None,
+            "adapter_bytes": tree_bytes(adapter) if adapter else 0, "model": None,
+            "resumed_from": run.resumed_from, "stopped": run.stopped}, learnt
 
 
 def _train_config(config: AdaptConfig, stream: PairStream, heldout: PairStream | None) -> TrainConfig:
@@ -230,36 +246,22 @@ def _take_masters(model: nn.Module, trainer: Trainer) -> None:
         own[name].data = master.detach().clone()
 
 
-def _save(model: Decoder, source: Path, config: AdaptConfig, folder: Path) -> tuple[Path | None, Path | None]:
-    """Write the adapter and, where it is wanted or needed, a whole model; their folders."""
-    low_rank = all(form.low_rank() is not None for form in attach.forms(model).values() if form.trainable())
-    adapter = save_peft(model, folder / "adapter", base_model=str(source)) if low_rank else None
-    if adapter is not None and not config.merge and config.base is None:
-        return adapter, None
-    whole = _afresh(model, source, config)
-    if config.merge:
-        attach.merge(whole)
-    elif Choice.parse("form", config.form).method == "dense":
-        attach.detach(whole)
-    save_model(whole, folder / "model", source)
-    return adapter, folder / "model"
-
-
 @torch.no_grad()
-def _afresh(trained: Decoder, source: Path, config: AdaptConfig) -> Decoder:
-    """The model as it is stored, with what was trained: training may have rounded the frozen weights."""
+def _afresh(source: Path, config: AdaptConfig, learnt: Mapping[str, _Learnt]) -> Decoder:
+    """The model as it is stored, with what was learnt: training may have rounded the frozen weights."""
     model = load_model(source)
-    made = _attach(model, config)
-    learnt = attach.forms(trained)
-    for name, form in made.items():
-        if learnt[name].layout():
-            form.set_layout(learnt[name].layout())
-        for ours, theirs in zip(form.trainable(), learnt[name].trainable(), strict=True):
-            keep = torch.float32 if "adapter" in form.supports else ours.dtype
-            ours.data = theirs.detach().to("cpu", keep, copy=True)
-        for key, buffer in learnt[name].named_buffers(recurse=False):
-            if key in form.state_dict():
-                form.get_buffer(key).copy_(buffer)
+    for name, form in _attach(model, config).items():
+        mine = learnt[name]
+        if mine.layout:
+            form.set_layout(mine.layout)
+        for ours, theirs in zip(form.trainable(), mine.trained, strict=True):
+            ours.data = theirs.to("cpu", torch.float32 if "adapter" in form.supports else ours.dtype)
+        for key, buffer in mine.buffers.items():
+            form.get_buffer(key).copy_(buffer)
+    if config.merge:
+        attach.merge(model)
+    elif Choice.parse("form", config.form).method == "dense":
+        attach.detach(model)
     return model
 
 

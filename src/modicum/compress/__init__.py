@@ -1,1 +1,1 @@
-"""Room compress."""
+"""Room compress: a stored model in fewer bytes, and general-purpose compressors as its yardstick."""
