@@ -42,9 +42,9 @@ class StopAfter(Part):
             raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_learns_and_a_finished_run_returns_at_once(tmp_path, dtype):
-    model, result = _run(tmp_path, steps=60, dtype=dtype, heldout=stream(epochs=1, shuffle=False))
+@pytest.mark.parametrize(("dtype", "masters"), [("float32", True), ("bfloat16", True), ("bfloat16", False)])
+def test_it_learns_and_a_finished_run_returns_at_once(tmp_path, dtype, masters):
+    model, result = _run(tmp_path, steps=60, dtype=dtype, masters=masters, heldout=stream(epochs=1, shuffle=False))
     curve = losses(tmp_path / "events.jsonl")
     assert result.finished and result.steps == 60 == len(curve) and result.tokens == 60 * 8 * LENGTH
     assert curve[1] > 4.0 and result.loss < 3.0 and result.heldout_loss < 2.6
@@ -52,7 +52,7 @@ def test_it_learns_and_a_finished_run_returns_at_once(tmp_path, dtype):
     assert result.flops == 60 * 8 * LENGTH * 3 * model.config.flops_per_token(LENGTH)
     assert result.peak_bytes > 0 and result.seconds > 0
 
-    again, second = _run(tmp_path, steps=60, dtype=dtype)
+    again, second = _run(tmp_path, steps=60, dtype=dtype, masters=masters)
     assert second.resumed_from == 60 and (second.loss, second.heldout_loss) == (result.loss, result.heldout_loss)
     assert len(read_events(tmp_path / "events.jsonl", "train")) == 60
     for a, b in zip(model.parameters(), again.parameters(), strict=True):

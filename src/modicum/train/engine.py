@@ -18,7 +18,7 @@ from modicum.data.stream import Batch
 from modicum.train import parallel
 from modicum.train.config import TrainConfig, check_supports
 from modicum.train.objectives import Objective, Step
-from modicum.train.optimizers import Optimizer, local
+from modicum.train.optimizers import Optimizer
 from modicum.train.part import Part
 from modicum.train.precision import Masters
 from modicum.train.schedules import Schedule
@@ -141,7 +141,7 @@ class TrainEngine:
 
     def norm(self) -> Tensor:
         """Global 2-norm of the gradients, float32, over all processes."""
-        grads = [g for g in (local(p.grad) for p in self.named.values() if p.grad is not None) if g.numel()]
+        grads = [g for g in (parallel.local(p.grad) for p in self.named.values() if p.grad is not None) if g.numel()]
         square = torch.zeros((), device=self.device)
         if grads:
             square = torch.stack(list(torch._foreach_norm(grads, 2, dtype=torch.float32))).square().sum()
@@ -150,7 +150,7 @@ class TrainEngine:
     def update(self, scales: Mapping[str, float], factor: float = 1.0) -> None:
         """Multiply the gradients by `factor`, let the optimizer step, and drop the gradients."""
         if factor != 1.0:
-            grads = [local(p.grad) for p in self.named.values() if p.grad is not None]
+            grads = [parallel.local(p.grad) for p in self.named.values() if p.grad is not None]
             if grads:
                 torch._foreach_mul_(grads, factor)
         self.optimizer.step(scales)

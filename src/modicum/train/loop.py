@@ -182,7 +182,7 @@ class Trainer(TrainEngine):
         config = self.config
         batch = self._next_batch()
         scales = self.schedule.scale(self.tokens + config.step_tokens / 2, config.total_tokens)
-        seed_all(config.seed, self.steps_done, self.ranks.rank)
+        seed_all(config.seed, self.steps_done, self.ranks.rank, self.device)
         self.optimizer.begin(scales)
         targets = max(batch.n_targets, 1)
         sums, metrics = self.gradients(
@@ -290,9 +290,11 @@ class Trainer(TrainEngine):
             resumed_from=resumed, stopped=stopped, skipped=self.skipped, checkpoint=str(paths[-1]) if paths else None)
 
 
-def seed_all(seed: int, step: int, rank: int) -> None:
+def seed_all(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Seed every generator from where the run is, so that no generator's state has to be kept."""
     value = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    torch.manual_seed(value)
+    torch.default_generator.manual_seed(value)   # torch.manual_seed costs a millisecond where CUDA sleeps
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
     np.random.seed(value % 2**32)
     random.seed(value)

@@ -119,18 +119,33 @@ def shard(whole: Whole, device: torch.device, dtype: torch.dtype) -> None:
     fully_shard(whole, mesh=mesh, mp_policy=policy)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return False   # and DTensor need not be imported, which takes a second
+    from torch.distributed.tensor import DTensor
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor (sharing its memory); any other tensor as it is."""
+    if is_sharded(tensor):
+        with torch.no_grad():
+            return tensor.to_local()  # type: ignore[attr-defined]
+    return tensor
+
+
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """A copy of the whole tensor `full`, placed as `like` is: on its device, sharded if it is a DTensor."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-    if isinstance(like, DTensor):
+    if is_sharded(like):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+        assert isinstance(like, DTensor)
         return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return full.to(like.device, copy=True)
 
 
 def gather(tensor: Tensor, keep: bool = True) -> Tensor:
     """The whole tensor on the CPU; every process must call. keep=False, for those not writing, gives an empty one."""
-    from torch.distributed.tensor import DTensor
     tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
+    if is_sharded(tensor):
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return tensor.cpu() if keep else tensor.new_empty(0)

@@ -23,12 +23,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from modicum.budget.cost import Cost
 from modicum.core.errors import UserError
 from modicum.core.registry import Method
+from modicum.train.parallel import local
 from modicum.train.part import Part
 
 BASELINE = "adamw"
@@ -89,12 +89,3 @@ class Optimizer(Method, Part):
 
 def is_embedding(name: str) -> bool:
     return any(part.startswith(EMBEDDINGS) for part in name.split("."))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a DTensor (sharing its memory); any other tensor as it is."""
-    from torch.distributed.tensor import DTensor
-    if isinstance(tensor, DTensor):
-        with torch.no_grad():
-            return tensor.to_local()
-    return tensor

@@ -6,7 +6,7 @@ zero, is the update; weight decay shrinks matrices directly instead of through t
     m = b1 m + (1 - b1) g                 v = b2 v + (1 - b2) g^2
     w = w - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) - lr * decay * w
 
-Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2. The arithmetic is torch.optim.AdamW's fused
+Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2. The arithmetic is PyTorch's fused
 kernel. Departs from the paper: betas, eps and decay default to what language-model pretraining settled on
 (Touvron et al. 2023, arXiv:2302.13971, section 2.3), and decay is multiplied by the peak rate as well.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw   # the function: torch.optim's classes import the compiler, seconds
 
 from modicum.budget.cost import Cost
 from modicum.train.optimizers import Optimizer
@@ -41,37 +42,41 @@ class Config:
 
 
 class AdamW(Optimizer):
-    """8 bytes of state per parameter (two float32 moments) and one step count per tensor."""
+    """Two moments in the parameter's dtype (float32 unless masters=false), one step count per tensor."""
 
     config: Config
     supports = frozenset({"accumulation", "clip", "masters", "fsdp"})
 
     def __init__(self, config: Config, named: Iterable[tuple[str, Tensor]], *, lr: float = 1e-3):
         super().__init__(config, named, lr=lr)
-        groups = [{"params": list(g.named.values()), "weight_decay": g.weight_decay, "rate": g.rate}
-                  for g in self.split]
-        betas = (config.beta1, config.beta2)
-        self.inner = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True)
+        self.state: dict[str, dict[str, Tensor]] = {}   # by parameter: exp_avg, exp_avg_sq, step
 
+    @torch.no_grad()
     def step(self, scales: Mapping[str, float]) -> None:
-        for group in self.inner.param_groups:
-            group["lr"] = self.lr * group["rate"] * scales["lr"]
-        self.inner.step()
+        for group in self.split:
+            named = {name: p for name, p in group.named.items() if p.grad is not None}
+            for name, p in named.items():
+                if name not in self.state:
+                    self.state[name] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p),
+                                        "step": torch.zeros((), device=p.device)}
+            states = [self.state[name] for name in named]
+            adamw([*named.values()], [p.grad for p in named.values() if p.grad is not None],
+                  [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+                  [s["step"] for s in states], fused=True, amsgrad=False, maximize=False,
+                  beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.eps,
+                  lr=self.lr * group.rate * scales["lr"], weight_decay=group.weight_decay)
 
     def state_dict(self) -> dict[str, Any]:
         """Per parameter `NAME:exp_avg` and `NAME:exp_avg_sq` (of its shape) and `NAME:step` (a scalar)."""
-        return {f"{name}:{key}": value for name, p in self.named.items()
-                for key, value in self.inner.state.get(p, {}).items()}
+        return {f"{name}:{key}": value for name, state in self.state.items() for key, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner.state.clear()
+        self.state = {}
         for key, value in state.items():
             name, _, field = key.rpartition(":")
             p = self.named[name]
-            if field == "step":
-                self.inner.state[p][field] = value.to(p.device, torch.float32, copy=True)
-            else:
-                self.inner.state[p][field] = shard_like(value.to(torch.float32), p)
+            self.state.setdefault(name, {})[field] = (
+                value.to(p.device, copy=True) if field == "step" else shard_like(value, p))
 
     @classmethod
     def cost(cls, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Cost:
