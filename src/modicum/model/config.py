@@ -208,10 +208,10 @@ def sized(parameters: float, vocab_size: int, *, context_length: int = 2048, tie
           aspect: float | None = None, **more: Any) -> DecoderConfig:
     """The Llama-style shape nearest to `parameters`, embeddings included.
 
-    width / layers is near `aspect`, which defaults to 40 at ten million parameters and grows with their eighth
-    root, as in open models. Widths are multiples of 64; models under a billion parameters tie the head to the
-    embedding. From four heads on, two or three query heads share a key/value head. Raises `UserError` if the
-    embedding alone leaves no room for a layer.
+    width / layers is near `aspect`, which defaults to 40 at ten million parameters and grows with their
+    eighth root, as in open models. Widths are multiples of 64; models under a billion parameters tie the head
+    to the embedding. From four heads on, two or three query heads share a key/value head. Raises `UserError`
+    if the embedding alone leaves no room for a layer.
     """
     tied = parameters < 1e9 if tied is None else tied
     aspect = 40 * (parameters / 1e7) ** 0.125 if aspect is None else aspect

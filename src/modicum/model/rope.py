@@ -131,8 +131,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     half = cos.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=out[..., half:2 * half]).addcmul_(first, sin, value=sign)
+    out[..., :half].copy_(first).mul_(cos).addcmul_(second, sin, value=-sign)
+    out[..., half:2 * half].copy_(second).mul_(cos).addcmul_(first, sin, value=sign)
     if rest.shape[-1]:
         out[..., 2 * half:] = rest
     return out
