@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,6 +29,11 @@ class Traced:
     kept_bytes: int
     flops: int
     result: Any = None
+
+
+def has_data(tensor: torch.Tensor) -> bool:
+    """False for a tensor without values (meta, or under `trace`), whose contents must not be looked at."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor) and not isinstance(tensor.data, FakeTensor)
 
 
 class _Live(TorchDispatchMode):

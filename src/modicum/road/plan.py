@@ -33,12 +33,14 @@ class Planner:
     say: Callable[[str], None] = lambda line: None
     decisions: dict[str, dict[str, Any]] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
-    memo: dict[Any, Any] = field(default_factory=dict)   # measurements that several stages share
+    memo: dict[str, Any] = field(default_factory=dict)   # measurements that several stages share
 
     def once(self, key: Any, measure: Callable[[], Any]) -> Any:
-        if key not in self.memo:
-            self.memo[key] = measure()
-        return self.memo[key]
+        """`measure()`, remembered under `key` (anything whose repr says what was measured)."""
+        name = repr(key)
+        if name not in self.memo:
+            self.memo[name] = measure()
+        return self.memo[name]
 
 
 @dataclass(frozen=True)

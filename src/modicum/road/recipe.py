@@ -71,6 +71,7 @@ class Pretrain(Section):
     tokens: Tokens | None = None
     sequence_length: int = Field(256, ge=16)
     batch_tokens: int = Field(4096, ge=64)
+    micro_batch: int | None = None                 # sequences of one forward pass; None: the whole batch
     lr: float | None = None                        # None: from the model's width
     optimizer: method("optimizer") = "adamw"       # type: ignore[valid-type]
     schedule: method("schedule") = "wsd"           # type: ignore[valid-type]

@@ -1,0 +1,62 @@
+"""adapt: train a form on question/answer pairs made from the corpus; loss on the answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modicum.adapt.run import AdaptConfig, adapt
+from modicum.budget import Cost
+from modicum.core.choice import Choice
+from modicum.core.errors import ModicumError
+from modicum.core.files import tree_bytes
+from modicum.road import training
+from modicum.road.context import Context
+from modicum.road.plan import Planner, StagePlan
+from modicum.road.recipe import Recipe
+
+NEEDS = ("curate", "pretrain")
+ROWS = 16   # sequences of a step
+
+
+def uses(recipe: Recipe) -> dict[str, Any]:
+    assert recipe.adapt
+    return {"adapt": recipe.adapt.model_dump()}
+
+
+def _config(recipe: Recipe) -> AdaptConfig:
+    a = recipe.adapt
+    assert a
+    merge = "merge" in _form(recipe).supports
+    return AdaptConfig(form=a.form, targets=tuple(a.targets), tokens=max(a.tokens, ROWS * a.sequence_length),
+                       sequence_length=a.sequence_length, batch_sequences=ROWS, lr=a.lr, limit=a.pairs, merge=merge,
+                       heldout=0.05, seed=recipe.seed, dtype=training.DTYPES[recipe.pretrain.dtype])
+
+
+def _form(recipe: Recipe) -> Any:
+    from modicum.core import registry
+    assert recipe.adapt
+    return registry.load("form", Choice.parse("form", recipe.adapt.form).method).cls
+
+
+def plan(planner: Planner) -> StagePlan:
+    """Timed as steps of the whole model; an adapter's step costs about two thirds of one (no weight gradients)."""
+    recipe = planner.recipe
+    shape, cost, trainable = training.adapted_cost(planner, _config(recipe))
+    return StagePlan(Cost(**cost.as_dict() | {"disk_bytes": shape.parameters() * 2 + 16 * trainable}), {},
+                     "steps timed, memory traced")
+
+
+def run(context: Context) -> dict[str, Any]:
+    recipe = context.recipe
+    assert recipe.adapt
+    base = context.figures("pretrain")["folder"]
+    result = adapt(base, context.figures("curate")["folder"], _config(recipe), context.folder, events=context.events,
+                   deadline=context.deadline)
+    if result.stopped:
+        raise ModicumError("the time budget ended while adapting; the checkpoint is kept, the same command with a "
+                           "larger budget.time goes on")
+    return {"form": str(Choice.parse("form", recipe.adapt.form)), "folder": result.model or base,
+            "adapter": result.adapter, "pairs_train": result.pairs, "pairs_heldout": result.heldout_pairs,
+            "before": result.heldout_before, "after": result.heldout_after, "trainable_parameters": result.trainable,
+            "adapter_bytes": tree_bytes(result.adapter) if result.adapter else 0,
+            "cost": {"parameters": result.trainable, "tokens": result.tokens, "flops": result.flops}}

@@ -1,0 +1,56 @@
+"""compress: the pretrained model in fewer bytes, once for each form of the recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modicum.budget import Cost, machine
+from modicum.compress.run import compress, weight_bytes
+from modicum.core import registry
+from modicum.core.choice import Choice
+from modicum.road import training
+from modicum.road.context import Context
+from modicum.road.plan import Planner, StagePlan
+from modicum.road.recipe import Recipe
+
+NEEDS = ("pretrain",)
+RATE = 40e6   # weights fitted per second by round-to-nearest forms; a form that takes longer says so in its cost
+
+
+def uses(recipe: Recipe) -> dict[str, Any]:
+    assert recipe.compress
+    return {"compress": recipe.compress.model_dump()}
+
+
+def plan(planner: Planner) -> StagePlan:
+    recipe = planner.recipe
+    assert recipe.compress
+    shape = training.main_shape(planner)
+    weights = shape.parameters()
+    stored = 0.0
+    for form in recipe.compress.forms:
+        choice = Choice.parse("form", form)
+        per = registry.load("form", choice.method).cls.cost(choice.config(), (shape.width, shape.width)).disk_bytes
+        stored += weights * per / shape.width**2
+    base = machine.import_bytes("modicum.road.stages.compress")
+    return StagePlan(Cost(parameters=weights, disk_bytes=stored, seconds=2 + len(recipe.compress.forms) * weights / RATE,
+                          peak_bytes=base + weights * 6), {}, "weights and one layer in float32 at a time")
+
+
+def run(context: Context) -> dict[str, Any]:
+    recipe = context.recipe
+    assert recipe.compress
+    source = context.figures("pretrain")["folder"]
+    variants = [{"name": recipe.pretrain.dtype, "folder": source, "bytes": weight_bytes(source)}]
+    for form in recipe.compress.forms:
+        choice = Choice.parse("form", form)
+        made = compress(source, form, context.folder / choice.method, embeddings=form if _embeds(choice) else None,
+                        events=context.events)
+        variants.append({"name": str(choice), "folder": made.folder, "bytes": made.bytes, "error": made.error,
+                         "bits_per_weight": made.bits_per_weight})
+    return {"variants": variants, "cost": {"parameters": context.figures("pretrain")["parameters"]}}
+
+
+def _embeds(choice: Choice) -> bool:
+    """Whether the form can hold a token embedding: half of a small model's bytes are there."""
+    return "embedding" in registry.load("form", choice.method).cls.supports

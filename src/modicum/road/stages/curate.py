@@ -1,0 +1,93 @@
+"""curate: read, clean, deduplicate, filter, tokenize and pack the corpus."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from modicum.budget import Cost, Meter
+from modicum.core.files import fingerprint
+from modicum.data.curate import CurateConfig, Curation, curate
+from modicum.data.readers import ReadConfig, find
+from modicum.road.context import Context
+from modicum.road.plan import Planner, StagePlan
+from modicum.road.recipe import Recipe
+
+NEEDS: tuple[str, ...] = ()
+GROUP = 4 << 20   # bytes that one process works on at a time (data.curate)
+
+
+@functools.cache
+def _corpus(source: str, limit: int | None) -> tuple[str, int]:
+    """(fingerprint of the files' names, sizes and times, bytes)."""
+    units = find(source, ReadConfig(limit_bytes=limit))
+    return fingerprint([[u.id, u.kind, u.stamp] for u in units]), sum(u.nbytes for u in units)
+
+
+def _limit(recipe: Recipe) -> int | None:
+    return None if recipe.curate.max_bytes is None else int(recipe.curate.max_bytes)
+
+
+def uses(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.curate.model_dump(exclude={"processes", "engine"})
+    return {"corpus": recipe.corpus, "files": _corpus(recipe.corpus, _limit(recipe))[0], "curate": section,
+            "tokenizer": recipe.model}
+
+
+def _config(recipe: Recipe, limit: int | None, **more: Any) -> CurateConfig:
+    return CurateConfig(steps=recipe.curate.steps, vocab_size=recipe.curate.vocab_size, tokenizer=recipe.model,
+                        heldout=recipe.curate.heldout, read=ReadConfig(limit_bytes=limit), seed=recipe.seed, **more)
+
+
+def plan(planner: Planner) -> StagePlan:
+    """Curates two small samples for real; time and memory beyond them are taken to grow in proportion."""
+    recipe = planner.recipe
+    total = _corpus(recipe.corpus, _limit(recipe))[1]
+    processes = recipe.curate.processes
+    points = []
+    for size in (min(total, 1 << 20), min(total, 3 << 20)):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()), \
+                Meter(children=True) as meter:
+            made = curate(recipe.corpus, Path(folder) / "sample", _config(recipe, size, group_bytes=size // processes),
+                          processes=processes)
+            vocab = made.tokenizer().vocab_size
+        points.append((size, meter.seconds, meter.peak_bytes))
+    (s1, t1, m1), (s2, t2, m2) = points
+    rate = max((t2 - t1) / (s2 - s1), 0.5 * t2 / s2) if s2 > s1 else 0.0
+    growth = max((m2 - m1) / (s2 - s1), 0.0) if s2 > s1 else 0.0
+    busy = min(total, GROUP * processes)
+    tokens = {split: made.count("tokens", split) for split in ("train", "heldout")}
+    scale = total / s2
+    cost = Cost(tokens=(tokens["train"] + tokens["heldout"]) * scale, seconds=t2 + rate * (total - s2),
+                peak_bytes=m2 + growth * max(busy - s2, 0),
+                disk_bytes=_bytes(made) * scale)
+    return StagePlan(cost, {"train_tokens": tokens["train"] * scale, "vocab_size": vocab,
+                            "bytes_per_token": made.count("bytes") / made.count("tokens")},
+                     f"samples of {s1 / 2**20:.0f} and {s2 / 2**20:.0f} MiB, corpus {total / 2**20:.1f} MiB")
+
+
+def _bytes(made: Curation) -> float:
+    return sum(made.count("bytes", s) * 0.3 + made.count("tokens", s) * 2 for s in ("train", "heldout"))
+
+
+def run(context: Context) -> dict[str, Any]:
+    recipe = context.recipe
+    made = curate(recipe.corpus, context.folder / "data", _config(recipe, _limit(recipe)), events=context.events,
+                  engine=recipe.curate.engine, processes=recipe.curate.processes)
+    steps = [{"name": b["step"], "documents_in": b["documents_in"], "documents_out": b["documents_out"],
+              "seconds": b["seconds"]} for b in made.books["steps"]]
+    drops: dict[str, int] = {}
+    for by_reason in made.drops.values():
+        for reason, n in by_reason.items():
+            drops[reason] = drops.get(reason, 0) + n
+    return {"folder": str(made.folder), "documents_in": made.books["steps"][0]["documents_in"],
+            "documents_out": made.count("documents") + made.count("documents", "heldout"), "steps": steps,
+            "drops": dict(sorted(drops.items(), key=lambda item: -item[1])),
+            "domains": made.books["splits"]["train"]["domains"], "tokens_train": made.count("tokens"),
+            "tokens_heldout": made.count("tokens", "heldout"), "vocab_size": made.tokenizer().vocab_size,
+            "bytes_per_token": made.count("bytes") / made.count("tokens"),
+            "cost": {"tokens": made.count("tokens") + made.count("tokens", "heldout")}}

@@ -1,0 +1,96 @@
+"""evaluate: bits per byte of every variant on held-out text, beside general-purpose compressors, and tasks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from modicum.budget import Cost, machine
+from modicum.compress.yardstick import yardsticks
+from modicum.core.choice import Choice
+from modicum.data.curate import Curation
+from modicum.data.tokenizer import Tokenizer
+from modicum.evaluate.lm import bits_per_byte
+from modicum.evaluate.score import BATCH_TOKENS
+from modicum.model.folder import load_model
+from modicum.road import training
+from modicum.road.context import Context
+from modicum.road.plan import Planner, StagePlan
+from modicum.road.recipe import Recipe
+
+NEEDS = ("curate", "pretrain")
+DICTIONARY_TEXT = 8 << 20   # bytes of training text that zstd's dictionary is made from
+
+
+def uses(recipe: Recipe) -> dict[str, Any]:
+    return {"evaluate": recipe.evaluate.model_dump(),
+            "compress": recipe.compress.model_dump() if recipe.compress else None}
+
+
+def plan(planner: Planner) -> StagePlan:
+    recipe, curate = planner.recipe, planner.decisions["curate"]
+    shape = training.main_shape(planner)
+    variants = 1 + (len(recipe.compress.forms) if recipe.compress else 0)
+    heldout = curate["train_tokens"] * curate["bytes_per_token"] * recipe.curate.heldout
+    tokens = min(recipe.evaluate.bytes, heldout) / curate["bytes_per_token"]
+    forward = training.forward_cost(planner, shape, BATCH_TOKENS, recipe.pretrain.sequence_length)
+    seconds = variants * tokens * forward.seconds / BATCH_TOKENS + 3
+    peak = machine.import_bytes("modicum.road.stages.evaluate", "zstandard") + forward.peak_bytes
+    return StagePlan(Cost(tokens=variants * tokens, flops=variants * tokens * shape.flops_per_token(
+        recipe.pretrain.sequence_length), seconds=seconds, peak_bytes=peak), {}, "one forward pass timed and traced")
+
+
+def heldout_texts(curation: Curation, limit: float) -> list[str]:
+    """Whole held-out documents in order, up to `limit` bytes (the last one cut)."""
+    texts, left = [], int(limit)
+    for document in curation.documents("heldout"):
+        if left <= 0:
+            break
+        text = document.text.encode()[:left].decode(errors="ignore")
+        texts.append(text)
+        left -= document.nbytes
+    return texts
+
+
+def run(context: Context) -> dict[str, Any]:
+    recipe = context.recipe
+    curation = Curation.load(context.figures("curate")["folder"])
+    source = context.figures("pretrain")
+    variants = context.figures("compress")["variants"] if recipe.compress else [
+        {"name": recipe.pretrain.dtype, "folder": source["folder"], "bytes": source["bytes"]}]
+    texts = heldout_texts(curation, recipe.evaluate.bytes)
+    rows, tokens, flops = [], 0.0, 0.0
+    for variant in variants:
+        tokenizer = Tokenizer.load(variant["folder"])
+        model = load_model(variant["folder"], dtype=training.DTYPES[recipe.pretrain.dtype])
+        total = sum(len(t) for t in tokenizer.encode_batch(texts, specials=False))
+        with context.events.progress(f"score {variant['name']}", total, "tok") as progress:
+            began = time.perf_counter()
+            score = bits_per_byte(model, tokenizer, texts, sequence_length=recipe.pretrain.sequence_length,
+                                  overlap=0.25, advance=lambda n, bar=progress: bar.update(n))  # type: ignore[misc]
+        rows.append(variant | score.as_dict() | {"seconds": time.perf_counter() - began, "bytes": variant["bytes"]})
+        context.events.emit("score", **rows[-1])
+        tokens, flops = tokens + score.tokens, flops + score.tokens * model.config.flops_per_token(
+            recipe.pretrain.sequence_length)
+    left = DICTIONARY_TEXT
+    sample = []
+    for document in curation.documents("train"):
+        sample.append(document.text)
+        left -= document.nbytes
+        if left <= 0:
+            break
+    figures = {"variants": rows, "yardsticks": yardsticks(texts, sample), "documents": len(texts),
+               "text_bytes": sum(len(t.encode()) for t in texts), "tasks": _tasks(context),
+               "cost": {"tokens": tokens, "flops": flops}}
+    return figures
+
+
+def _tasks(context: Context) -> dict[str, Any]:
+    if not context.recipe.evaluate.tasks:
+        return {}
+    from modicum.evaluate.run import run_tasks
+    folder = context.figures("adapt" if context.recipe.adapt else "pretrain")["folder"]
+    results = run_tasks(load_model(folder), Tokenizer.load(folder),
+                        [str(Choice.parse("task", t)) for t in context.recipe.evaluate.tasks],
+                        keep=context.folder / "items.jsonl", events=context.events)
+    return {r.task: r.figures[r.metric] for r in results}

@@ -1,0 +1,99 @@
+"""serve: the engine behind an OpenAI-compatible server answers questions with the sources that were found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from modicum.budget import Cost, machine
+from modicum.data.tokenizer import Tokenizer
+from modicum.model.folder import load_model
+from modicum.retrieve.ground import Answer, ask, openai_generator
+from modicum.retrieve.search import Searcher
+from modicum.road import training
+from modicum.road.context import Context
+from modicum.road.plan import Planner, StagePlan
+from modicum.road.recipe import Recipe
+from modicum.road.stages.ground import excerpt
+from modicum.serve.config import EngineConfig
+from modicum.serve.engine import Engine
+from modicum.serve.server import BackgroundServer, ServerConfig
+
+NEEDS = ("pretrain", "ground")
+ASKED = 3
+CACHE = "64MiB"
+
+
+def uses(recipe: Recipe) -> dict[str, Any]:
+    assert recipe.serve
+    return {"serve": recipe.serve.model_dump(), "adapt": recipe.adapt.model_dump() if recipe.adapt else None}
+
+
+def plan(planner: Planner) -> StagePlan:
+    recipe = planner.recipe
+    assert recipe.serve
+    shape = training.main_shape(planner)
+    questions = len(recipe.serve.questions) or ASKED
+    forward = training.forward_cost(planner, shape, 2048, 256)
+    tokens = questions * (recipe.serve.max_tokens + 512)
+    decode = questions * recipe.serve.max_tokens * (shape.weight_bytes() / 10e9 + shape.layers * 3e-4)
+    base = machine.import_bytes("modicum.road.stages.serve", "faiss", "bm25s", "scipy.sparse", "openai", "uvicorn")
+    return StagePlan(Cost(parameters=shape.parameters(), tokens=tokens, seconds=5 + forward.seconds * questions + decode,
+                          peak_bytes=base + forward.peak_bytes + 2 * 64 * 2**20), {}, "weights, cache and passages")
+
+
+def questions_of(searcher: Searcher, seed: int) -> list[str]:
+    """Three things of the corpus to ask about: passages with a summary, drawn with the seed."""
+    rng = np.random.default_rng(seed)
+    wanted: list[str] = []
+    for row in rng.permutation(len(searcher.passages)):
+        passage = searcher.passages[int(row)]
+        name = passage.title.split("(")[0].strip()
+        if len(passage.summary.split()) >= 5 and name and " " not in name and "_" != name.split(".")[-1][:1]:
+            wanted.append(f"What does {name} do?")
+        if len(wanted) == ASKED:
+            return wanted
+    for row in rng.permutation(len(searcher.passages))[: ASKED - len(wanted)]:
+        wanted.append(f"What is said about {searcher.passages[int(row)].title}?")
+    return wanted
+
+
+def run(context: Context) -> dict[str, Any]:
+    recipe = context.recipe
+    assert recipe.serve
+    folder = context.figures("adapt" if recipe.adapt else "pretrain")["folder"]
+    searcher = Searcher(context.figures("ground")["folder"])
+    tokenizer = Tokenizer.load(folder)
+    model = load_model(folder, dtype=training.DTYPES[recipe.pretrain.dtype])
+    engine = Engine(model, tokenizer, EngineConfig(cache=CACHE))
+    asked = recipe.serve.questions or questions_of(searcher, recipe.seed)
+    answers = []
+    with BackgroundServer(engine, ServerConfig(port=0)) as server:
+        generate = openai_generator(server.url + "/v1", max_tokens=recipe.serve.max_tokens, temperature=0.0)
+        budget = min(engine.max_length, 1024) - recipe.serve.max_tokens
+        with context.events.progress("ask", len(asked), "questions") as progress:
+            for question in asked:
+                answer = ask(question, searcher, generate, k=recipe.serve.passages, mode=recipe.serve.mode,
+                             prompt_budget=budget, count=lambda text: len(tokenizer.encode(text, specials=False)))
+                answers.append(_row(answer))
+                context.events.emit("answer", **answers[-1])
+                progress.update(1)
+    stats = engine.stats()
+    small = model.config.parameters() < 1e8
+    remark = ("A model of a few million parameters, trained for minutes, has caught the manner of such texts and not "
+              "their meaning: the sources are right long before the sentences are. Give a pretrained model with "
+              "model=PATH for answers that read well.") if small else ""
+    total = sum(a["prompt_tokens"] + a["tokens"] for a in answers)
+    return {"answers": answers, "model": folder, "stats": stats, "remark": remark,
+            "cost": {"tokens": total, "flops": total * model.config.flops_per_token(512),
+                     "parameters": model.config.parameters()}}
+
+
+def _row(answer: Answer) -> dict[str, Any]:
+    tokens, first = answer.completion_tokens or 0, answer.seconds_to_first or answer.seconds
+    return {"question": answer.question, "text": answer.text.strip(), "citations": answer.citations,
+            "sources": [{"id": s.id, "title": s.title, "source": s.source, "excerpt": excerpt(s.excerpt)}
+                        for s in answer.sources],
+            "prompt_tokens": answer.prompt_tokens, "tokens": tokens, "seconds": answer.seconds, "ttft": first,
+            "tokens_per_second": tokens / max(answer.seconds - first, 1e-6)}

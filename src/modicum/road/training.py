@@ -1,0 +1,165 @@
+"""What the training stages share: the data they read, the knobs they run with, and what a step costs here."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from modicum.budget import Cost, machine
+from modicum.budget.trace import trace
+from modicum.core.errors import UserError
+from modicum.data.curate import Curation
+from modicum.data.stream import Batch, Stream
+from modicum.model.config import DecoderConfig, llama_like
+from modicum.model.decoder import Decoder
+from modicum.model.folder import load_config, load_model
+from modicum.road.plan import Planner
+from modicum.road.recipe import Recipe
+from modicum.train.config import TrainConfig
+from modicum.train.engine import TrainEngine
+from modicum.train.forecast import blank, step_cost
+from modicum.train.objectives import Step
+
+EVAL_SEQUENCES = 128       # held-out sequences behind every loss of a run
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "bfloat16": "bfloat16", "float32": "float32"}
+IMPORTS = ("modicum.road.stages.pretrain", "modicum.train.loop", "modicum.model.folder", "modicum.data.curate")
+
+
+def learning_rate(recipe: Recipe, shape: DecoderConfig) -> float:
+    """The recipe's, or 1 / width bounded to [3e-4, 4e-3] from scratch, 1e-4 for a pretrained model."""
+    if recipe.pretrain.lr is not None:
+        return recipe.pretrain.lr
+    return 1e-4 if recipe.model else min(4e-3, max(3e-4, 1.0 / shape.width))
+
+
+def train_config(recipe: Recipe, shape: DecoderConfig, tokens: float, **more: Any) -> TrainConfig:
+    p = recipe.pretrain
+    if p.dtype not in DTYPES:
+        raise UserError(f"pretrain.dtype={p.dtype!r} is not allowed; write bf16 or fp32")
+    return TrainConfig(tokens=tokens, sequence_length=p.sequence_length, batch_tokens=p.batch_tokens,
+                       micro_batch=p.micro_batch, lr=learning_rate(recipe, shape), optimizer=p.optimizer,
+                       schedule=p.schedule, objective=p.objective, dtype=DTYPES[p.dtype], seed=recipe.seed,
+                       eval_sequences=EVAL_SEQUENCES, **more)
+
+
+def training_stream(recipe: Recipe, curation: Curation, total: float) -> Stream:
+    p = recipe.pretrain
+    return Stream(curation.shards("train"), p.mixture, p.packing, sequence_length=p.sequence_length,
+                  seed=recipe.seed, total=total)
+
+
+def heldout_stream(recipe: Recipe, curation: Curation) -> Stream:
+    return Stream(curation.shards("heldout"), "natural", recipe.pretrain.packing,
+                  sequence_length=recipe.pretrain.sequence_length, seed=0, epochs=1)
+
+
+def shape_of(recipe: Recipe, width_and_layers: tuple[int, int] | None = None, vocab_size: int | None = None) -> DecoderConfig:
+    """The given model's shape, or a Llama-style one of this width and depth."""
+    if recipe.model:
+        return load_config(recipe.model)
+    assert width_and_layers
+    return llama_like(vocab_size or recipe.curate.vocab_size, *width_and_layers,
+                      context_length=max(2048, recipe.pretrain.sequence_length))
+
+
+def make_model(recipe: Recipe, shape: DecoderConfig) -> Decoder:
+    """Fresh weights from the recipe's seed, or the given model's."""
+    if recipe.model:
+        return load_model(recipe.model, dtype="float32")
+    return Decoder(shape, torch.Generator().manual_seed(recipe.seed))
+
+
+def step_seconds(planner: Planner, shape: DecoderConfig, config: TrainConfig, steps: int = 5,
+                 make: Any = None, name: str = "step") -> float:
+    """Seconds of one training step here: the median of a few real ones on random tokens, after a warm-up."""
+
+    def measure() -> float:
+        engine = TrainEngine(make() if make else Decoder(shape), config)
+        engine.bind(engine.model)
+        tokens_BT = torch.randint(shape.vocab_size, (config.sequences, config.sequence_length))
+        positions_BT = torch.arange(config.sequence_length).expand_as(tokens_BT)
+        batch = Batch(tokens_BT, tokens_BT.clone(), None, positions_BT)
+        taken = []
+        for index in range(steps + 2):
+            began = time.perf_counter()
+            scales = engine.schedule.scale(config.step_tokens / 2, config.total_tokens)
+            engine.gradients(batch, config.step_tokens, Step(index, 0, config.total_tokens, config.seed))
+            engine.norm()
+            engine.update(scales, 0.5)
+            taken.append(time.perf_counter() - began)
+        return statistics.median(taken[2:])
+
+    return planner.once((name, shape, config.sequences, config.sequence_length), measure)
+
+
+def training_cost(planner: Planner, shape: DecoderConfig, config: TrainConfig) -> Cost:
+    """Planned cost of one run: steps timed here, memory traced, plus the interpreter and its imports."""
+    traced = planner.once(("trace", shape, config.sequences, config.sequence_length, config.micro_batch),
+                          lambda: step_cost(lambda: blank(shape), config, shape.vocab_size,
+                                            masked=_masked(planner.recipe)))
+    seconds = config.total_steps * step_seconds(planner, shape, config)
+    rows = config.micro_batch or config.sequences
+    seconds += EVAL_SEQUENCES / rows * step_seconds(planner, shape, config) / 3 * rows / config.sequences
+    state = shape.parameters() * (4 + 4 + 8)   # checkpoint: masters and AdamW's moments in float32
+    return Cost(parameters=shape.parameters(), tokens=config.total_tokens, flops=config.total_steps * traced.flops,
+                seconds=seconds, peak_bytes=machine.import_bytes(*IMPORTS) + traced.peak_bytes, disk_bytes=state)
+
+
+def _masked(recipe: Recipe) -> bool:
+    from modicum.core import registry
+    return bool(registry.build("packing", recipe.pretrain.packing).masks_documents)
+
+
+def main_shape(planner: Planner) -> DecoderConfig:
+    """The shape that the pretrain stage decided on."""
+    size = planner.decisions["pretrain"]["shape"]
+    return shape_of(planner.recipe, size and (size["width"], size["layers"]), planner.decisions["curate"]["vocab_size"])
+
+
+def forward_cost(planner: Planner, shape: DecoderConfig, tokens: int, length: int) -> Cost:
+    """One scoring pass over `tokens` tokens in rows of `length`: timed for real, memory traced."""
+    rows = max(tokens // length, 1)
+
+    def work(make: Any) -> None:
+        model = make()
+        with torch.inference_mode():
+            h = model.hidden(torch.zeros((rows, length), dtype=torch.int64))
+            torch.log_softmax(model.head(h[: max(1, rows // 4)]).float(), -1)
+
+    def measure() -> Cost:
+        dtype = getattr(torch, DTYPES[planner.recipe.pretrain.dtype])
+        model = Decoder(shape).to(dtype)
+        work(lambda: model)
+        began = time.perf_counter()
+        work(lambda: model)
+        seconds = time.perf_counter() - began
+        traced = trace(lambda: work(lambda: blank(shape)))
+        return Cost(seconds=seconds, peak_bytes=traced.peak_bytes)
+
+    return planner.once(("forward", shape, rows, length), measure)
+
+
+def adapted_cost(planner: Planner, config: Any) -> tuple[DecoderConfig, Cost, int]:
+    """(shape, cost, trainable parameters) of training a form on top of the main model; traced and timed with it."""
+    from modicum.model import attach
+    shape = main_shape(planner)
+    tokens = config.tokens // (config.batch_sequences * config.sequence_length) * config.batch_sequences * \
+        config.sequence_length
+    told = TrainConfig(tokens=tokens, sequence_length=config.sequence_length, batch_sequences=config.batch_sequences,
+                       lr=config.lr, optimizer=config.optimizer, schedule=config.schedule, dtype=config.dtype)
+
+    def adapted(model: Decoder) -> Decoder:
+        attach.attach(model, dict.fromkeys(config.targets, config.form))
+        attach.freeze(model)
+        return model
+
+    real = adapted(Decoder(shape))
+    trainable = sum(p.numel() for p in real.parameters() if p.requires_grad)
+    seconds = step_seconds(planner, shape, told, make=lambda: real, name="adapt")
+    traced = step_cost(lambda: adapted(blank(shape)), told, shape.vocab_size, masked=True)
+    base = machine.import_bytes("modicum.road.stages.adapt")
+    return shape, Cost(parameters=trainable, tokens=tokens, flops=traced.flops * told.total_steps,
+                       seconds=told.total_steps * seconds, peak_bytes=base + traced.peak_bytes), trainable
