@@ -51,6 +51,7 @@ class CurateConfig:
     heldout_bytes: int = 8 << 20
     read: ReadConfig = field(default_factory=ReadConfig)
     seed: int = 0
+    group_bytes: int | None = None   # what one process works on at a time; None: by the size of the corpus
 
 
 @dataclass(frozen=True)
@@ -188,4 +189,7 @@ def _claim(folder: Path, name: str) -> Iterator[Path]:
             with atomic_file(mark, "w") as file:
                 file.write(name)
         (folder / "curation.json").unlink(missing_ok=True)
+        for place in (work, folder / "documents", folder / "tokens"):
+            for stale in place.rglob(".*.part"):   # of a run that was killed while it wrote
+                stale.unlink()
         yield work

@@ -48,7 +48,7 @@ class Run:
     def all(self) -> dict[str, Any]:
         """Every stage; gives the books."""
         total = sum(u.nbytes for u in self.units)
-        size = min(max(total // 1024, LEAST_GROUP), LARGEST_GROUP)
+        size = self.config.group_bytes or min(max(total // 1024, LEAST_GROUP), LARGEST_GROUP)
         stems = self._clean(pipeline.group_units(self.units, size))
         heldout = self._split(stems)
         tokenizer = self._tokenizer(stems, heldout)

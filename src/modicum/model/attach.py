@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modicum.budget.trace import has_data
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
@@ -141,7 +142,7 @@ def _make(layer: nn.Module, choice: Choice, calibration_NI: Tensor | None,
                         "merge or detach it first")
     base = (there or wrap(layer)) if adapter else None
     weight_OI, bias_O = (base.dense(), base.bias_value()) if base is not None else plain(layer)
-    if not bool(weight_OI.isfinite().all()):
+    if has_data(weight_OI) and not bool(weight_OI.isfinite().all()):
         raise UserError(f"its weight holds NaN or infinite values; {choice.method!r} cannot be fitted to it")
     shape = LinearShape.of(weight_OI, bias_O)
     form: LinearForm = registry.build("form", choice, shape, base)
