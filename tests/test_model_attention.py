@@ -5,22 +5,12 @@ import torch
 
 from modicum.core import registry
 from modicum.model.attend import BlockAttend, DenseAttend, attention
-from modicum.model.attention import _conformance
 from modicum.model.attention.sliding import Config, Sliding
 from modicum.model.config import Rope, llama_like
 from modicum.model.decoder import Decoder, default_positions
 from modicum.model.layers import RMSNorm
 from modicum.model.rope import RopeTable, frequencies, rotate
 from modicum.model.tiled import tiled_attention
-
-CHECKS = [name for name in dir(_conformance) if name.startswith("check_")]
-
-
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("key", registry.methods("attention"))
-def test_patterns_conform(key, check):
-    getattr(_conformance, check)(key)
-
 
 def qkv(T=37, S=37, H=4, G=2, E=8, dtype=torch.float64, grad=False):
     generator = torch.Generator().manual_seed(0)
