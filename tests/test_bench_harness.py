@@ -133,7 +133,7 @@ def test_pick_adds_the_baseline_and_refuses_early() -> None:
         "wsd",
         "constant:warmup=0.1",
     ]
-    assert [str(c) for c in choices()][0] == "cosine" and len(choices()) == len(registry.methods("schedule"))
+    assert str(choices()[0]) == "cosine" and len(choices()) == len(registry.methods("schedule"))
     assert [str(c) for c in choices("cosine:floor=0.5")] == ["cosine", "cosine:floor=0.5"]
     with pytest.raises(UserError, match="unknown schedule method 'cosin'"):
         choices("cosin")
@@ -177,7 +177,7 @@ def test_every_port_has_a_bench() -> None:
 
 @pytest.mark.parametrize("port", registry.ports())
 def test_quick_bench_measures_the_baseline(port: str, tmp_path: Path) -> None:
-    """The real measurement at its smallest: what the axes promise is there, and a seed repeats its quality."""
+    """The real measurement at its smallest: what the axes promise is there, a seed repeats its quality."""
     bench = harness.load(port)
     baseline = Choice(port, registry.port(port).baseline)
     settings = Settings(scale=harness.make_scale(bench, True, {}))

@@ -40,7 +40,7 @@ def make(method: str = "a", seed: int = 0, loss: float = 2.0, cost: float = 100.
         "peak_bytes": 10.0,
         "flops": 5.0,
         "axes": AXES,
-        "machine": {"cpu": "x"},
+        "machine": {"cpu": "x", "cores": 2, "threads": 1, "memory_bytes": 2**30, "gpus": []},
         "versions": {"torch": "2"},
         "commit": "abc",
         "time": "2026-01-01T00:00:00+00:00",

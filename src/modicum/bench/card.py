@@ -10,6 +10,7 @@ or as one string.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -51,9 +52,8 @@ class Card:
 def read_card(info: MethodInfo) -> Card:
     """Parse the file of a method. Raises `UserError` naming what is wrong with it."""
     path = source(info)
-    text = path.read_text(encoding="utf-8")
     try:
-        tree = ast.parse(text)
+        tree, text = _parsed(path, path.stat().st_mtime_ns)
     except SyntaxError as error:
         raise UserError(
             f"{path}:{error.lineno}: {error.msg}; the file of {info.port}/{info.key} is not Python"
@@ -67,16 +67,18 @@ def read_card(info: MethodInfo) -> Card:
         doc,
         head.rstrip(".") or info.summary,
         _knobs(config, tree, text),
-        _supports(tree) or _supports(_package(info)),
+        _supports(tree, text),
         _claim(tree, path),
         _sweep(tree, path),
         paper(doc),
     )
 
 
-def _package(info: MethodInfo) -> ast.Module:
-    """The port's package, whose base class says what holds for methods that do not say."""
-    return ast.parse((registry.port(info.port).path / "__init__.py").read_text(encoding="utf-8"))
+@functools.lru_cache(maxsize=512)
+def _parsed(path: Path, changed: int) -> tuple[ast.Module, str]:
+    """Tree and text of a file; `changed`, its time of change, makes a new version another entry."""
+    text = path.read_text(encoding="utf-8")
+    return ast.parse(text), text
 
 
 def source(info: MethodInfo) -> Path:
@@ -122,17 +124,21 @@ def _knobs(config: ast.ClassDef | None, tree: ast.Module, text: str) -> tuple[Kn
 
 
 def _inherited(name: str, tree: ast.Module, text: str) -> tuple[Knob, ...]:
-    """Knobs of the class `name`, defined in this file or imported into it by name."""
+    found = _class(name, tree, text)
+    return _knobs(*found) if found else ()
+
+
+def _class(name: str, tree: ast.Module, text: str) -> tuple[ast.ClassDef, ast.Module, str] | None:
+    """The class `name`, defined in this file or imported into it by name, with the file it stands in."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
-            return _knobs(node, tree, text)
+            return node, tree, text
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
                 path = _module_file(node.module) if (alias.asname or alias.name) == name else None
                 if path is not None:
-                    other = path.read_text(encoding="utf-8")
-                    return _inherited(alias.name, ast.parse(other), other)
-    return ()
+                    return _class(alias.name, *_parsed(path, path.stat().st_mtime_ns))
+    return None
 
 
 def _module_file(module: str) -> Path | None:
@@ -152,18 +158,29 @@ def _type(node: ast.expr) -> str:
     return ast.unparse(node)
 
 
-def _supports(tree: ast.Module) -> tuple[str, ...]:
-    for node in ast.walk(tree):
+def _supports(tree: ast.Module, text: str) -> tuple[str, ...]:
+    """The words of the file's public class, its own or inherited."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name != "Config" and not node.name.startswith("_"):
+            found = _words(node, tree, text)
+            if found is not None:
+                return found
+    return ()
+
+
+def _words(cls: ast.ClassDef, tree: ast.Module, text: str) -> tuple[str, ...] | None:
+    for node in cls.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
-        if (
-            isinstance(node, ast.Assign | ast.AnnAssign)
-            and node.value is not None
-            and any(isinstance(t, ast.Name) and t.id == "supports" for t in targets)
-        ):
-            words = [n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
-            return tuple(sorted(str(w) for w in words))
-    return ()
+        if any(isinstance(t, ast.Name) and t.id == "supports" for t in targets):
+            value = node.value  # type: ignore[attr-defined]
+            return tuple(sorted(str(n.value) for n in ast.walk(value) if isinstance(n, ast.Constant)))
+    for base in cls.bases:
+        found = _class(ast.unparse(base), tree, text)
+        words = _words(*found) if found else None
+        if words is not None:
+            return words
+    return None
 
 
 def _constant(tree: ast.Module, name: str, path: Path, allowed: str) -> Any:

@@ -46,12 +46,13 @@ def bench(
     from modicum.core.events import Progress
 
     numbers = parse_seeds(seeds)
+    limits = Budget.parse(budget)
     loaded = harness.load(port)
     choices = harness.pick(port, method or [])
     changes = Choice.parse(port, f"{choices[0].method}:{scale}").knobs if scale else {}
     settings = harness.Settings(
         scale=harness.make_scale(loaded, quick, changes),
-        budget=Budget.parse(budget),
+        budget=limits,
         data=data,
         model=model,
         device=device,
@@ -86,6 +87,7 @@ def bench(
     for label, reason in outcome.failures.items():
         print(f"{port}/{label} failed: {reason}", file=sys.stderr)
     if outcome.interrupted:
+        print("stopped: what was measured is kept; the same command with --resume goes on", file=sys.stderr)
         raise KeyboardInterrupt
     if outcome.failures:
         raise ModicumError(

@@ -2,8 +2,8 @@
 
 Requests arrive at random (exponential gaps), at about `load` times what the machine can do, measured
 beforehand with the baseline; prompts are pieces of held-out text with log-normal lengths, answers have
-log-normal lengths too and are generated greedily. The same trace for every method at one seed. Goodput is the share
-of requests whose first token came within `ttft_limit` and whose others came at `tpot_limit` on average.
+log-normal lengths too and are generated greedily. The same trace for every method at one seed. Goodput is the
+share of requests whose first token came within `ttft_limit` and whose others came at `tpot_limit` on average.
 """
 
 from __future__ import annotations
