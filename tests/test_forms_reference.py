@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from modicum.budget import Cost
 from modicum.core import registry
+from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.model.forms import LinearForm, LinearShape, unique_tensors
 
@@ -164,12 +166,17 @@ def test_lora_gradients_over_int4_are_those_over_its_decoded_weight() -> None:
 
 
 def test_cost_needs_no_memory() -> None:
-    shape = LinearShape(in_features=8192, out_features=8192, dtype=torch.bfloat16, device="meta")
-    form = registry.build("form", "lora:rank=16", shape, registry.build("form", "int4:group=64", shape))
-    cost = form.cost(tokens=10)
-    assert cost.parameters == 16 * 2 * 8192
-    assert cost.disk_bytes == 8192 * 8192 * 4.5 / 8 + 16 * 2 * 8192 * 2
-    assert cost.flops == 2 * 10 * 8192 * 8192
+    def cost(choice: str, tokens: float = 0) -> Cost:
+        picked = Choice.parse("form", choice)
+        return registry.load("form", picked.method).cls.cost(picked.config(), (8192, 4096), tokens)
+
+    adapter = cost("lora:rank=16", tokens=10)
+    assert adapter.parameters == 16 * (8192 + 4096) and adapter.disk_bytes == 2 * adapter.parameters
+    assert adapter.flops == 2 * 10 * adapter.parameters
+    quantised = cost("int4:group=64", tokens=10)
+    assert quantised.parameters == 0 and quantised.disk_bytes == 8192 * 4096 * 4.5 / 8
+    assert quantised.flops == 2 * 10 * 8192 * 4096
+    assert cost("dense").parameters == 8192 * 4096
 
 
 def test_unique_tensors_counts_a_shared_tensor_once() -> None:

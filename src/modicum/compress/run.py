@@ -22,6 +22,7 @@ from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_model, save_model
 from modicum.model.forms import LinearForm
 
+ROWS = 4096    # of a matrix compared at a time, so that a large table needs no second copy in float32
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "modicum.json")
 
 
@@ -116,8 +117,10 @@ class _Tally:
     worst: tuple[float, str] = (0.0, "")
 
     def add(self, name: str, weight_OI: Tensor, form: Any) -> None:
-        lost = (form.dense().double() - weight_OI.double()).square().sum().item()
-        norm = weight_OI.double().square().sum().item()
+        lost = norm = 0.0
+        for after, before in zip(form.dense().split(ROWS), weight_OI.split(ROWS), strict=True):
+            lost += (after.float() - before.float()).square().sum(dtype=torch.float64).item()
+            norm += before.float().square().sum(dtype=torch.float64).item()
         self.modules += 1
         self.weights += weight_OI.numel()
         self.bytes += form.nbytes()

@@ -9,6 +9,7 @@ Shapes: B batch, T time, I in_features, O out_features, N any number of rows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modicum.budget.cost import Cost
+from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.registry import Method
 
@@ -135,10 +137,22 @@ class LinearForm(Method, nn.Module):
         """Bytes of the state as stored, base included; a tensor shared within the form counts once."""
         return sum(tensor.nbytes for tensor in unique_tensors(self).values())
 
-    def cost(self, tokens: float = 0) -> Cost:
-        """Trainable parameters, stored bytes and forward FLOPs on `tokens`; works on the meta device."""
-        return Cost(tokens=tokens, parameters=sum(p.numel() for p in self.trainable()),
-                    disk_bytes=self.nbytes(), flops=2.0 * tokens * self.in_features * self.out_features)
+    @classmethod
+    def cost(cls, config: Any, shape: LinearShape | tuple[int, int], tokens: float = 0) -> Cost:
+        """Forecast for one layer, made on the meta device: trained parameters, stored bytes, forward FLOPs.
+
+        shape: a tuple is (out_features, in_features) in bfloat16. Of an adapter, its own bytes and FLOPs.
+        """
+        if isinstance(shape, tuple):
+            shape = LinearShape(out_features=shape[0], in_features=shape[1], dtype=torch.bfloat16)
+        shape = dataclasses.replace(shape, device="meta")
+        base = registry.build("form", "dense", shape) if "adapter" in cls.supports else None
+        form = cls(config, shape, base)
+        trained = sum(p.numel() for p in form.trainable())
+        below = 0 if base is None else base.nbytes()
+        weights = trained if base is not None else shape.in_features * shape.out_features
+        return Cost(tokens=tokens, parameters=trained, disk_bytes=form.nbytes() - below,
+                    flops=2.0 * tokens * weights)
 
     @property
     def dtype(self) -> torch.dtype:

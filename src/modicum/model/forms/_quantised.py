@@ -38,8 +38,6 @@ class _Decoded(torch.autograd.Function):
 class QuantisedForm(LinearForm):
     """A frozen weight in codes and scales. Methods give `fit`, `decode`, `rows` and maybe `_kernel`."""
 
-    supports = frozenset({"merge", "base", "embedding"})
-
     def decode(self, dtype: torch.dtype) -> Tensor:
         """weight_OI in `dtype`."""
         raise NotImplementedError

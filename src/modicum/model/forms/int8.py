@@ -32,6 +32,7 @@ TOY = Config(group=32)
 
 
 class Int8(QuantisedForm):
+    supports = frozenset({"merge", "base", "embedding"})
     stored = frozenset({"scale"})
     fit_error = 0.02
     config: Config
