@@ -12,6 +12,7 @@ from modicum.model.layers import RMSNorm
 from modicum.model.rope import RopeTable, frequencies, rotate
 from modicum.model.tiled import tiled_attention
 
+
 def qkv(T=37, S=37, H=4, G=2, E=8, dtype=torch.float64, grad=False):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, H, T, E, generator=generator, dtype=torch.float64).to(dtype)
