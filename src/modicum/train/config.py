@@ -144,10 +144,15 @@ def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any],
     return found
 
 
+def _supports(port: str, key: str) -> frozenset[str]:
+    cls: Any = registry.load(port, key).cls
+    return cls.supports
+
+
 def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any] | None = None) -> None:
     """Refuse, before anything is built, what the methods cannot be combined with; the error names the pair."""
     chosen = {port: Choice.parse(port, getattr(config, port)).method for port in PORTS}
-    able = {port: getattr(registry.load(port, key).cls, "supports") for port, key in chosen.items()}
+    able = {port: _supports(port, key) for port, key in chosen.items()}
     share = config.sequences // world
     for word, wanted, what, otherwise in (
             ("accumulation", (config.micro_batch or share) < share, f"micro_batch={config.micro_batch} (accumulation)",

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw   # the function: torch.optim's classes import the compiler, seconds
+from torch.optim.adamw import adamw  # the function: torch.optim's classes import the compiler, seconds
 
 from modicum.budget.cost import Cost
 from modicum.train.optimizers import Optimizer
