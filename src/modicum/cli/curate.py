@@ -20,7 +20,7 @@ def curate(
     tokenizer: Annotated[str | None, typer.Option(
         help="Folder of an existing tokenizer (a model's) to use instead.")] = None,
     heldout: Annotated[float, typer.Option(help="Share of the text no model is trained on.")] = 0.02,
-    limit: Annotated[str | None, typer.Option(help="Read about so much of each source, such as 10MB.")] = None,
+    limit: Annotated[str | None, typer.Option(help="Read about so much of each source: 10MB.")] = None,
     text_field: Annotated[str, typer.Option(help="Where JSONL and Parquet keep their text.")] = "text",
     engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
     processes: Annotated[int | None, typer.Option(help="Worker processes; all cores if left out.")] = None,
@@ -48,8 +48,9 @@ def curate(
     print(f"\n{'step':<14}{'documents':>19}{'text':>26}{'seconds':>9}   dropped")
     for book in books["steps"]:
         drops = ", ".join(f"{r} {n}" for r, n in sorted(book["drops"].items(), key=lambda item: -item[1]))
-        print(f"{book['step']:<14}{book['documents_in']:>8} -> {book['documents_out']:>7}"
-              f"{size(book['bytes_in']):>12} -> {size(book['bytes_out']):>10}{book['seconds']:>9.1f}   {drops}")
+        count = f"{book['documents_in']:>8} -> {book['documents_out']:>7}"
+        text = f"{size(book['bytes_in']):>12} -> {size(book['bytes_out']):>10}"
+        print(f"{book['step']:<14}{count}{text}{book['seconds']:>9.1f}   {drops}".rstrip())
     for split, counts in books["splits"].items():
         domains = ", ".join(f"{name} {entry['tokens']}" for name, entry in counts["domains"].items())
         print(f"{split}: {counts['documents']} documents, {size(counts['bytes'])}, {counts['tokens']} tokens"

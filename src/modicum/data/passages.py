@@ -23,17 +23,17 @@ _SPACE = re.compile(r"\n\s*\n")
 
 
 @dataclass(frozen=True)
-class DocumentPassage:
-    """text: what is indexed and shown, its title included. summary: the content's first sentence, "" where
-    it is not one or nothing follows it; body_without_summary: the title and the rest, so that a search for
-    the summary has to find the passage by other words."""
+class Passage:
+    """title: a function's name, or the headings it stands under. text: what is read; a function's begins
+    with its signature. summary: the content's first sentence, "" where it is none or nothing follows it;
+    body: the text without it, so that a search for the summary has to find the passage by other words."""
 
     id: str
     text: str
     source: str
     title: str
     summary: str = ""
-    body_without_summary: str = ""
+    body: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Section:
     body: str
 
 
-def passages(documents: Iterable[Document] | Document, words: int = WORDS) -> Iterator[DocumentPassage]:
+def passages(documents: Iterable[Document] | Document, words: int = WORDS) -> Iterator[Passage]:
     """Passages of at most about `words` words; ids are unique within a document."""
     for document in [documents] if isinstance(documents, Document) else documents:
         seen: Counter[str] = Counter()
@@ -60,21 +60,21 @@ def is_python(document: Document) -> bool:
     return document.meta.get("format") == DOC_FORMAT or document.meta.get("language") == "python"
 
 
-def _of(document: Document, words: int) -> Iterator[DocumentPassage]:
+def _of(document: Document, words: int) -> Iterator[Passage]:
     source = document.source or document.id
     if is_python(document):
         for f in functions(document):
             shown = f.signature if f.kind == "module" else _qualified(f.name, f.signature)
-            yield from _cut(f"{source}::{f.name}", shown, f.name, f.doc, source, words)
+            yield from _cut(f"{document.id}::{f.name}", shown, f.name, f.doc, source, words)
     elif document.domain == "code":
         blocks = re.split(r"\n(?=\S)", document.text)
         for n, block in enumerate(_pack(blocks, words, "\n")):
             if len(block.split()) >= LEAST:
-                yield DocumentPassage(f"{document.id}@{n}", f"{source}\n\n{block}", source, source)
+                yield Passage(f"{document.id}@{n}", block, source, source)
     else:
         for n, section in enumerate(sections(document)):
-            title = " > ".join(section.path)
-            yield from _cut(f"{document.id}@{n}", title, title or source, section.body, source, words)
+            title = " > ".join(section.path) or source
+            yield from _cut(f"{document.id}@{n}", "", title, section.body, source, words)
 
 
 def _qualified(name: str, signature: str) -> str:
@@ -84,16 +84,16 @@ def _qualified(name: str, signature: str) -> str:
     return prefix + name + signature.removeprefix(prefix).removeprefix(own)
 
 
-def _cut(id_: str, shown: str, title: str, body: str, source: str, words: int) -> Iterator[DocumentPassage]:
+def _cut(id_: str, shown: str, title: str, body: str, source: str, words: int) -> Iterator[Passage]:
     chunks = [c for c in _pack(_SPACE.split(body), words, "\n\n") if c.strip()]
     for n, chunk in enumerate(chunks):
-        if len(chunk.split()) < LEAST and (len(chunks) > 1 or not shown):
+        if len(chunk.split()) < LEAST and not (shown and n == 0):
             continue
         summary, rest = first_sentence(chunk) if n == 0 else ("", "")
         head = f"{shown}\n\n" if shown else ""
         if len(summary.split()) < 4 or not rest:
             summary = rest = ""
-        yield DocumentPassage(id_ if n == 0 else f"{id_}+{n}", head + chunk, source, title, summary,
+        yield Passage(id_ if n == 0 else f"{id_}+{n}", head + chunk, source, title, summary,
                               head + rest if summary else "")
 
 

@@ -17,11 +17,12 @@ SIGNATURE_LIMIT = 400    # characters; longer defaults are cut
 DOC_FORMAT = "python-doc"
 COMMENT = " (comment)"   # ends the heading of a block of comments
 COMMENT_LINES = 3        # a block of so many comment lines or more is prose; fewer stay beside their code
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9<`*])|\n\s*\n")
+_SENTENCE_END = re.compile(r"(?<=[.!?])([\"')\]]*)\s+(?=[\"'(\[]?[A-Z0-9<`*])|\n\s*\n")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|approx|resp|Mr|Dr)\.|\b[A-Z]\.)[\"')\]]*$")
 # A string of any kind, or (group 1) a comment: whichever begins first holds the other's marks.
 _STRING_OR_COMMENT = re.compile(
-    r'"""(?:\\.|[^\\])*?"""|' r"'''(?:\\.|[^\\])*?'''|" r'"(?:\\.|[^"\\\n])*"|' r"'(?:\\.|[^'\\\n])*'|(#[^\n]*)",
+    r'"""(?:\\.|[^\\])*?"""|' r"'''(?:\\.|[^\\])*?'''|" r'"(?:\\.|[^"\\\n])*"|'
+    r"'(?:\\.|[^'\\\n])*'|(#[^\n]*)",
     re.DOTALL)
 _HEADING = re.compile(r"^## (class |module )?([\w.<>]+)((?:\(| \(|$).*)$", re.MULTILINE)
 _NO_WORDS = re.compile(r"^[\W_]*$")
@@ -71,8 +72,9 @@ def first_sentence(text: str) -> tuple[str, str]:
     """(first sentence on one line, the rest)."""
     text = text.strip()
     for end in _SENTENCE_END.finditer(text):
-        if not _ABBREVIATION.search(text[:end.start()]):
-            return " ".join(text[:end.start()].split()), text[end.end():].strip()
+        at = end.end(1) if end[1] else end.start()   # a closing quotation mark belongs to its sentence
+        if not _ABBREVIATION.search(text[:at]):
+            return " ".join(text[:at].split()), text[end.end():].strip()
     return " ".join(text.split()), ""
 
 

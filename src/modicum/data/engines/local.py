@@ -19,6 +19,8 @@ from typing import Any
 from modicum.data.engines import answer
 from modicum.data.engines.worker import execute
 
+PATIENCE = 10.0   # seconds a worker has to end after an error elsewhere
+
 
 class Local:
     def __init__(self, processes: int):
@@ -31,12 +33,16 @@ class Local:
     def __exit__(self, *error: object) -> None:
         for worker in self.workers:
             if error[0] is not None:
-                worker.kill()
+                worker.terminate()   # ends it with its half-written file removed
             with contextlib.suppress(OSError):
                 if worker.stdin:
                     worker.stdin.close()
         for worker in self.workers:
-            worker.wait()
+            try:
+                worker.wait(None if error[0] is None else PATIENCE)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
             if worker.stdout:
                 worker.stdout.close()
         self.workers = []

@@ -40,6 +40,7 @@ def no_space(error: OSError) -> str:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # the parent decides what Ctrl-C ends
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))   # an exception, so that open files are cleaned up
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)   # whatever prints must not stand among the replies
     for line in sys.stdin:

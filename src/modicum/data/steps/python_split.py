@@ -4,7 +4,8 @@
 
 Language and code can then be weighed, filtered and evaluated apart. Every docstring stands under a
 heading with the qualified signature it documents; comment blocks of three lines or more count as
-language if they read like it. Nothing is in both. Other languages and files that this Python cannot parse pass as they are.
+language if they read like it. Nothing is in both. Other languages and files that this Python cannot
+parse pass as they are.
 Not from a paper; the separation of docstring and body follows CodeSearchNet (Husain et al. 2019,
 arXiv:1909.09436), which pairs them instead.
 """
