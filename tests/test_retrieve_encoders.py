@@ -10,10 +10,11 @@ import torch
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.registry import build
 from modicum.data.tokenizer import Tokenizer
-from modicum.retrieve.encoders import DecoderEncoder, SentenceTransformerEncoder, load_encoder, make_encoder, unit
+from modicum.retrieve.encoders import DecoderEncoder, SentenceTransformerEncoder, load_encoder, make_encoder, parse_knobs, unit
 from modicum.retrieve.indexes import Index, open_index
 from modicum.retrieve.indexes.exact import Exact
 from modicum.retrieve.indexes.hnsw import HNSW
+from modicum.retrieve.latent import Latent
 from modicum.retrieve.measure import measure
 from modicum.retrieve.whiten import Whitener
 
@@ -73,7 +74,7 @@ def naive_pool(folder, texts, layers, sif):
 @pytest.mark.parametrize("layers", [(-1,), (0, -1), (1,)])
 @pytest.mark.parametrize("batch_tokens", [8, 4096])
 def test_pooling_agrees_with_transformers(decoder, layers, batch_tokens):
-    encoder = DecoderEncoder(decoder, layers=layers, sif=1e-2, batch_tokens=batch_tokens)
+    encoder = DecoderEncoder(decoder, layers=layers, sif=1e-2, batch_tokens=batch_tokens, latent=0)
     encoder.count(TEXTS)
     assert np.allclose(encoder.pool(TEXTS), naive_pool(decoder, TEXTS, layers, 1e-2), atol=2e-5)
 
@@ -208,3 +209,56 @@ def test_an_index_opens_memory_mapped_and_by_its_own_class_only(tmp_path):
     (tmp_path / "i" / "index.json").write_text("{")
     with pytest.raises(CorruptError, match="damaged"):
         open_index(tmp_path / "i")
+
+
+# latent terms ---------------------------------------------------------------------------------------------------
+
+def test_latent_terms_agree_with_a_dense_svd():
+    from collections import Counter
+
+    from modicum.retrieve.bm25 import tokenize
+    rng = np.random.default_rng(0)
+    words = [f"w{i}x" for i in range(60)]
+    topics = rng.random((6, 60)) ** 6
+    texts = [" ".join(rng.choice(words, 40, p=(t := topics[rng.integers(6)]) / t.sum())) for _ in range(120)]
+    latent = Latent(5).fit(texts)
+    counts = [Counter(tokenize(t)) for t in texts]
+    df = {t: sum(t in c for c in counts) for t in latent.terms}
+    x = np.array([[(1 + np.log(c[t])) * np.log(1 + (120 - df[t] + 0.5) / (df[t] + 0.5)) if c[t] else 0
+                   for t in latent.terms] for c in counts])
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    _, s, w = np.linalg.svd(x, full_matrices=False)
+    expected = x @ w[:5].T / np.sqrt(s[:5])
+    got = latent(texts)
+    assert got.shape == (120, 5)
+    assert np.allclose(got @ got.T, expected @ expected.T, atol=5e-3 * np.abs(expected @ expected.T).max())
+
+
+def test_latent_terms_survive_saving_and_odd_texts():
+    latent = Latent(3).fit(TEXTS)
+    again = Latent(3)
+    again.set_state(latent.state())
+    assert np.array_equal(latent([*TEXTS, "été ? unknown words", ""]), again([*TEXTS, "été ? unknown words", ""]))
+    assert not latent(["zzz", ""]).any()
+    for texts in ([], [""], ["one text alone"]):
+        assert Latent(4).fit(texts)(["one text", ""]).shape[0] == 2
+    with pytest.raises(UserError, match="lsa:256"):
+        make_encoder("lsa:many")
+
+
+def test_early_layers_spare_the_rest(decoder):
+    encoder = DecoderEncoder(decoder, layers=(0, 1), latent=0)
+    encoder.count(TEXTS)
+    expected = naive_pool(decoder, TEXTS, (0, 1), 1e-3)
+    del encoder._decoder.layers[1].attention   # would fail if it were run
+    assert np.allclose(encoder.pool(TEXTS), expected, atol=2e-5)
+
+
+def test_encoder_knobs_are_read_and_checked(decoder):
+    encoder = make_encoder(str(decoder), **parse_knobs("layers=[0,1],max_tokens=20"))
+    assert encoder.layers == (0, 1) and encoder.max_tokens == 20
+    with pytest.raises(UserError, match="Did you mean 'layers'"):
+        make_encoder(str(decoder), **parse_knobs("layer=[0]"))
+    for text in ("layers", "a=b=c,", "[1"):
+        with pytest.raises(UserError, match="KNOB=VALUE"):
+            parse_knobs(text)

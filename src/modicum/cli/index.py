@@ -13,6 +13,7 @@ def index(source: Annotated[str, typer.Argument(help="A folder or file of text, 
           encoder: Annotated[str | None, typer.Option(help="A model folder or hub id for dense vectors (BM25 alone if "
                                                            "left out); decoder:FOLDER forces a language model.")] = None,
           method: Annotated[str, typer.Option("--index", help="Vector index: exact, or for example hnsw:M=32.")] = "exact",
+          knobs: Annotated[str | None, typer.Option("--encoder-knobs", help="For example layers=[0,1],max_tokens=256.")] = None,
           device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
           memory: Annotated[str | None, typer.Option(help="Refuse vectors that need more memory, e.g. 2GiB.")] = None,
           time: Annotated[str | None, typer.Option(help="Stop encoding after so long and keep the work, e.g. 10m.")] = None,
@@ -21,13 +22,15 @@ def index(source: Annotated[str, typer.Argument(help="A folder or file of text, 
     from modicum.budget import units
     from modicum.budget.budget import Budget, Deadline
     from modicum.core.choice import Choice
+    from modicum.retrieve.encoders import make_encoder, parse_knobs
     from modicum.retrieve.search import build_index
     from modicum.retrieve.sources import read_passages
     budget = Budget.parse(memory=memory, time=time)
     choice = Choice.parse("index", method)
     choice.config()   # a wrong knob is refused before anything is read
     skipped: dict[str, int] = {}
-    header = build_index(read_passages(source, skipped), out, encoder=encoder, index=choice, device=device, budget=budget,
+    made = make_encoder(encoder, device=device, **parse_knobs(knobs)) if encoder else None
+    header = build_index(read_passages(source, skipped), out, encoder=made, index=choice, budget=budget,
                          deadline=Deadline(budget.seconds))
     if as_json:
         print(json.dumps({k: v for k, v in header.items() if k != "files"} | {"out": out, "skipped": skipped}, indent=2))

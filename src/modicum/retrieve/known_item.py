@@ -29,12 +29,14 @@ MIN_WORDS = 3   # a shorter sentence ("Return it.") names no item
 
 def known_item(passages: Sequence[Passage] | Passages, *, encoder: Encoder | str | None = None, index: Any = "exact",
                k: int = 10, limit: int | None = 1000, seed: int = 0, folder: str | Path | None = None,
-               device: str = "cpu", variants: Sequence[str] = ("as_is", "withheld"), examples: int = 5,
+               device: str = "cpu", variants: Sequence[str] = ("as_is", "withheld"), as_is: Searcher | None = None,
+               examples: int = 5,
                events: Events | None = None) -> dict[str, Any]:
     """{variant: {mode: {"mrr@10": {"mean", "error"}, "recall@1", ...}}} with "queries", "passages", "examples".
 
     At most `limit` queries, drawn with `seed`; "ambiguous" counts the sentences that `known_items` leaves out. The
     indexes are built under `folder` (kept there: a second call with the same input is then quick to resume) or a temporary one.
+    `as_is`: an index of the same passages that exists already, to save building it.
     """
     for name in variants:
         if name not in ("as_is", "withheld"):
@@ -44,10 +46,15 @@ def known_item(passages: Sequence[Passage] | Passages, *, encoder: Encoder | str
     result: dict[str, Any] = {"passages": len(passages), "queries": len(queries), "ambiguous": left_out, "k": k}
     with tempfile.TemporaryDirectory() as temporary:
         for variant in variants:
-            place = Path(folder or temporary) / variant
-            build_index(passages, place, encoder=encoder, index=index, withheld=variant == "withheld",
-                        device=device, events=events)
-            searcher = Searcher(place, device=device)
+            if variant == "as_is" and as_is is not None:
+                searcher = as_is
+                if len(as_is) != len(passages) or as_is.manifest["withheld"]:
+                    raise UserError(f"{as_is.folder} does not index these {len(passages)} passages as they are")
+            else:
+                place = Path(folder or temporary) / variant
+                build_index(passages, place, encoder=encoder, index=index, withheld=variant == "withheld",
+                            device=device, events=events)
+                searcher = Searcher(place, device=device)
             result[variant] = compare_modes(searcher, queries, relevant, k=k, seed=seed)
             result.setdefault("examples", {})[variant] = [
                 _example(searcher, queries[i], passages[wanted[i]].id, k) for i in range(min(examples, len(queries)))]

@@ -16,18 +16,7 @@ import numpy as np
 
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.files import atomic_file
-try:
-    from modicum.data.passages import Passage
-except ImportError:
-    from dataclasses import dataclass
-    @dataclass(frozen=True)
-    class Passage:
-        id: str
-        text: str
-        source: str = ""
-        title: str = ""
-        summary: str = ""
-        body: str = ""
+from modicum.data.passages import Passage
 
 ROWS = 512   # passages per row group: what one random access decompresses
 COLUMNS = tuple(f.name for f in fields(Passage))

@@ -9,8 +9,8 @@ from typing import Any
 
 from modicum.core.errors import UserError
 from modicum.data.document import Document, read_documents
+from modicum.data.passages import Passage, passages
 from modicum.retrieve.known_item import read_collection
-from modicum.retrieve.passages import Passage
 
 
 def read_passages(source: str | Path, skipped: dict[str, int] | None = None) -> Iterator[Passage]:
@@ -24,16 +24,11 @@ def read_passages(source: str | Path, skipped: dict[str, int] | None = None) -> 
     if not str(source).strip():
         raise UserError("the source is empty; give a folder, a file, or `python`")
     if (path / "documents").is_dir() and (path / "curation.json").is_file():
-        yield from _cut(d for split in ("train", "heldout") for d in read_documents(path, split))
+        yield from passages(d for split in ("train", "heldout") for d in read_documents(path, split))
     elif path.suffix == ".parquet" and path.is_file() and _is_collection(path):
         yield from read_collection(path)
     else:
-        yield from _cut(_read(str(source), skipped))
-
-
-def _cut(documents: Iterator[Document]) -> Iterator[Passage]:
-    from modicum.data.passages import passages
-    yield from passages(documents)
+        yield from passages(_read(str(source), skipped))
 
 
 def _read(source: str, skipped: dict[str, int]) -> Iterator[Document]:

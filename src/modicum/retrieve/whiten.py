@@ -5,7 +5,7 @@ Shape letters: N vectors, E dimensions before, D after.
     mean, C = mean and covariance of the vectors          C = U diag(s) U^T, s falling
     y = diag((s + floor)^(-power / 2)) U^T (x - mean)     the first `remove` columns of U left out
 
-power 0 rotates only, 1 whitens fully: every direction then counts alike (Su et al. 2021, arXiv:2103.15316). `remove` drops the
+`dims` keeps the leading ones only. power 0 rotates only, 1 whitens fully: every direction then counts alike (Su et al. 2021, arXiv:2103.15316). `remove` drops the
 directions that all vectors share (Mu and Viswanath 2018, arXiv:1702.01417). The floor, a share `shrink` of the mean of s,
 keeps directions that are all noise from being blown up, as with fewer vectors than dimensions.
 """
@@ -20,10 +20,10 @@ from modicum.core.errors import UserError
 
 
 class Whitener:
-    def __init__(self, *, power: float = 1.0, remove: int = 0, shrink: float = 1e-2):
+    def __init__(self, *, power: float = 1.0, remove: int = 0, shrink: float = 1e-2, dims: int | None = None):
         if not 0 <= power <= 1:
             raise UserError(f"whiten={power} is not between 0 (off) and 1 (full)")
-        self.power, self.remove, self.shrink = power, remove, shrink
+        self.power, self.remove, self.shrink, self.dims = power, remove, shrink, dims
         self.mean_E = np.empty(0, np.float32)
         self.map_ED = np.empty((0, 0), np.float32)
 
@@ -42,7 +42,8 @@ class Whitener:
             raise UserError("there is nothing to fit the encoder on; give at least one passage")
         covariance_EE = sum_EE / n - np.outer(sum_E / n, sum_E / n)
         values, vectors = np.linalg.eigh(covariance_EE)
-        values, vectors = np.maximum(values[::-1], 0)[self.remove:], vectors[:, ::-1][:, self.remove:]
+        kept = slice(self.remove, None if self.dims is None else self.remove + self.dims)
+        values, vectors = np.maximum(values[::-1], 0)[kept], vectors[:, ::-1][:, kept]
         if not len(values):
             raise UserError(f"remove={self.remove} leaves none of {len(sum_E)} dimensions; remove fewer")
         floor = max(self.shrink * values.mean(), 1e-12)   # vectors that are all alike become zeros, not noise
