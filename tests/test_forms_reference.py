@@ -81,9 +81,10 @@ def test_constant_zero_and_tiny_weights_survive(choice: str) -> None:
         torch.testing.assert_close(dense, weight, rtol=0.01, atol=1e-35)
 
 
-def test_rounding_the_scale_up_keeps_every_weight_within_half_a_step() -> None:
+def test_scales_are_rounded_up_so_that_nothing_clips() -> None:
     weight = gaussian(64, 64)
     form = fitted("int8", weight)
+    assert (weight.abs() <= 127 * form.scale.float()).all()
     assert ((form.dense() - weight).abs() <= form.scale.float() / 2 * 1.0001).all()
 
 
