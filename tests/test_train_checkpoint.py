@@ -1,4 +1,4 @@
-"""Checkpoints: damaged ones are seen and passed over, full disks leave nothing half-written, SIGKILL loses nothing."""
+"""Checkpoints: damaged ones are passed over, a full disk leaves no halves, SIGKILL loses nothing."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import time
 
 import pytest
 import torch
-from train_toys import config, decoder, losses, stream
 
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.events import Events, read_events
 from modicum.train.checkpoint import Checkpoints, damage
 from modicum.train.loop import train
+from train_toys import config, decoder, losses, stream
 
 KNOBS = {"steps": 12, "checkpoint_every": 3, "keep": 3}
 
 
 def _train(folder, **knobs):
-    return train(decoder(), stream(), config(**KNOBS | knobs), folder, events=Events(folder / "events.jsonl"), label="")
+    return train(
+        decoder(), stream(), config(**KNOBS | knobs), folder, events=Events(folder / "events.jsonl"), label=""
+    )
 
 
 def _truncate(path):
@@ -37,13 +39,15 @@ def _flip(path):
     path.write_bytes(bytes(data))
 
 
-HARM = {"truncated weights": ("model.safetensors", _truncate, "bytes instead of"),
-        "flipped weights": ("model.safetensors", _flip, "checksum"),
-        "flipped optimizer": ("optimizer.safetensors", _flip, "checksum"),
-        "lost optimizer": ("optimizer.safetensors", lambda p: p.unlink(), "missing"),
-        "flipped state": ("state.json", _flip, "checksum"),
-        "truncated manifest": ("manifest.json", _truncate, "cannot be read"),
-        "lost manifest": ("manifest.json", lambda p: p.unlink(), "missing")}
+HARM = {
+    "truncated weights": ("model.safetensors", _truncate, "bytes instead of"),
+    "flipped weights": ("model.safetensors", _flip, "checksum"),
+    "flipped optimizer": ("optimizer.safetensors", _flip, "checksum"),
+    "lost optimizer": ("optimizer.safetensors", lambda p: p.unlink(), "missing"),
+    "flipped state": ("state.json", _flip, "checksum"),
+    "truncated manifest": ("manifest.json", _truncate, "cannot be read"),
+    "lost manifest": ("manifest.json", lambda p: p.unlink(), "missing"),
+}
 
 
 @pytest.mark.parametrize("harm", HARM)
@@ -58,16 +62,16 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path, c
     assert result.resumed_from == 3 and result.finished and losses(tmp_path / "events.jsonl") == straight
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "step-00000006 is damaged" in said and reason in said
-    told, = read_events(tmp_path / "events.jsonl", "checkpoint_damaged")
+    (told,) = read_events(tmp_path / "events.jsonl", "checkpoint_damaged")
     assert told["path"].endswith("step-00000006") and reason in told["reason"]
-    assert damage(folder / "step-00000006") is None   # written anew
+    assert damage(folder / "step-00000006") is None  # written anew
 
 
 def test_when_all_are_damaged_nothing_is_started_over(tmp_path):
     _train(tmp_path, steps=6)
     for path in (tmp_path / "checkpoints").iterdir():
         _truncate(path / "model.safetensors")
-    with pytest.raises(CorruptError, match="every checkpoint in .* is damaged; remove it to start again"):
+    with pytest.raises(CorruptError, match=r"every checkpoint in .* is damaged; remove it to start again"):
         _train(tmp_path, steps=6)
 
 
@@ -82,15 +86,22 @@ def test_the_last_few_are_kept_and_leftovers_of_a_kill_removed(tmp_path):
 def test_what_is_written(tmp_path):
     result = _train(tmp_path, dtype="bfloat16")
     path = tmp_path / "checkpoints" / "step-00000012"
-    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "model.safetensors", "optimizer.safetensors",
-                                                      "state.json"]
+    assert sorted(p.name for p in path.iterdir()) == [
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
     from safetensors.torch import load_file
+
     weights = load_file(path / "model.safetensors")
-    assert {t.dtype for t in weights.values()} == {torch.float32}   # the masters
+    assert {t.dtype for t in weights.values()} == {torch.float32}  # the masters
     assert set(weights) == {n for n, _ in decoder().named_parameters()}
     state = json.loads((path / "state.json").read_text())
     assert state["step"] == 12 and state["finished"] and state["config"]["optimizer"]["method"] == "adamw"
-    assert state["stream"]["domains"].keys() == {"prose", "code"} and state["result"]["tokens"] == result.tokens
+    assert (
+        state["stream"]["domains"].keys() == {"prose", "code"} and state["result"]["tokens"] == result.tokens
+    )
 
 
 def _in_child(target, *args):
@@ -103,7 +114,7 @@ def _in_child(target, *args):
 
 def _train_with_little_room(folder, limit):
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))   # writing past it fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # writing past it fails as on a full disk
     try:
         _train(folder, steps=6)
     except UserError as error:
@@ -116,7 +127,8 @@ def _train_with_little_room(folder, limit):
 def _preloaded():
     """Children are forked from a process that has imported everything once."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["torch", "pytest", "modicum.train.loop", "modicum.model.decoder", "modicum.train.optimizers.adamw"])
+        ["torch", "pytest", "modicum.train.loop", "modicum.model.decoder", "modicum.train.optimizers.adamw"]
+    )
 
 
 def test_no_room_for_a_checkpoint_is_one_clear_line(tmp_path):
@@ -131,8 +143,12 @@ def test_no_room_for_a_checkpoint_is_one_clear_line(tmp_path):
 def test_saved_and_loaded_tensors_are_equal(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.zeros(0), "d": torch.randn(4, 4).T}
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(7, tensors, {"optimizer": {"m": torch.ones(2), "count": 3, "names": ["x"]}, "plain": {"k": 1.5}},
-                     {"tokens": 1})
+    checkpoints.save(
+        7,
+        tensors,
+        {"optimizer": {"m": torch.ones(2), "count": 3, "names": ["x"]}, "plain": {"k": 1.5}},
+        {"tokens": 1},
+    )
     saved = checkpoints.latest()
     assert saved.step == 7 and saved.state["tokens"] == 1
     read = dict(saved.tensors("model"))
@@ -176,5 +192,8 @@ def test_sigkill_at_random_moments_leaves_the_same_curve(tmp_path):
     assert losses(path / "events.jsonl") == straight
     resumed = [e["step"] for e in read_events(path / "events.jsonl", "resume")]
     assert resumed == sorted(resumed) and resumed[-1] > 0
-    ends = [next((p / "checkpoints").glob("step-00000060")) / "model.safetensors" for p in (tmp_path / "straight", path)]
+    ends = [
+        next((p / "checkpoints").glob("step-00000060")) / "model.safetensors"
+        for p in (tmp_path / "straight", path)
+    ]
     assert ends[0].read_bytes() == ends[1].read_bytes()

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from train_toys import VOCAB, decoder, stream
 
 from modicum.train.loss import cross_entropy, token_loss
+from train_toys import VOCAB, decoder, stream
 
 
 def _case(dtype: torch.dtype = torch.float64):
@@ -73,9 +73,10 @@ def test_bf16_logits_lose_no_more_than_their_rounding():
     head = nn.Linear(16, 50, bias=False, dtype=torch.bfloat16)
     head.weight.data = weight
     total, count = cross_entropy(h.requires_grad_(), targets, head)
-    with torch.no_grad():   # the same rounded logits, the rest in float64
-        exact = F.cross_entropy(head(h).double().view(-1, 50), targets.view(-1), reduction="sum",
-                                ignore_index=-100)
+    with torch.no_grad():  # the same rounded logits, the rest in float64
+        exact = F.cross_entropy(
+            head(h).double().view(-1, 50), targets.view(-1), reduction="sum", ignore_index=-100
+        )
     assert total.dtype == torch.float32 and abs(total.item() - exact.item()) < 1e-3 * count
 
 
@@ -105,5 +106,7 @@ def test_any_module_that_gives_logits_will_do():
     total.backward()
     grad = model[1].weight.grad.clone()
     model.zero_grad()
-    F.cross_entropy(model(batch.tokens_BT).flatten(0, 1), batch.targets_BT.flatten(), reduction="sum").backward()
+    F.cross_entropy(
+        model(batch.tokens_BT).flatten(0, 1), batch.targets_BT.flatten(), reduction="sum"
+    ).backward()
     assert count == 64 and torch.allclose(grad, model[1].weight.grad, atol=1e-4)

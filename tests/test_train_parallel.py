@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_toys import config, decoder, losses, stream
 
 from modicum.core.events import Events, read_events
 from modicum.train.checkpoint import Checkpoints
 from modicum.train.loop import train
+from train_toys import config, decoder, losses, stream
 
 HERE = Path(__file__).parent
 ONE_TWO_ONE = {"dtype": "float32", "schedule": "constant"}
@@ -22,8 +22,15 @@ MIXTURES = ("fixed:weights={prose: 3, code: 1}", "fixed:weights={prose: 1, code:
 
 
 def _one(folder, mixture="natural", heldout=None, **knobs):
-    return train(decoder(), stream(mixture), config(**knobs), folder, heldout=heldout, label="",
-                 events=Events(folder / "events.jsonl"))
+    return train(
+        decoder(),
+        stream(mixture),
+        config(**knobs),
+        folder,
+        heldout=heldout,
+        label="",
+        events=Events(folder / "events.jsonl"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +39,22 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     _one(folder / "one_two_one", MIXTURES[0], steps=4, **ONE_TWO_ONE)
     _one(folder / "bf16", steps=3, dtype="bfloat16", schedule="constant")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                           str(HERE / "train_two_processes.py"), str(folder)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            str(HERE / "train_two_processes.py"),
+            str(folder),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -44,17 +64,21 @@ def test_same_losses_as_one_process(two, tmp_path):
     alone, both = losses(tmp_path / "events.jsonl"), losses(two / "two" / "events.jsonl")
     assert alone.keys() == both.keys() and len(alone) == 12
     assert max(abs(alone[k] - both[k]) for k in alone) < 1e-4
-    norms = [[e["grad_norm"] for e in read_events(p / "events.jsonl", "train")] for p in (tmp_path, two / "two")]
+    norms = [
+        [e["grad_norm"] for e in read_events(p / "events.jsonl", "train")] for p in (tmp_path, two / "two")
+    ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-    heldout, = read_events(two / "two" / "events.jsonl", "heldout")
+    (heldout,) = read_events(two / "two" / "events.jsonl", "heldout")
     assert heldout["loss"] == pytest.approx(result.heldout_loss, abs=1e-4)
 
 
 def test_their_checkpoint_is_whole(two, tmp_path):
     _one(tmp_path, dtype="float32", micro_batch=8, clip=0.5)
     for name in ("model", "optimizer"):
-        alone, both = (load_file(p / "checkpoints" / "step-00000012" / f"{name}.safetensors")
-                       for p in (tmp_path, two / "two"))
+        alone, both = (
+            load_file(p / "checkpoints" / "step-00000012" / f"{name}.safetensors")
+            for p in (tmp_path, two / "two")
+        )
         assert alone.keys() == both.keys()
         for key in alone:
             assert torch.allclose(alone[key], both[key], atol=1e-4), key
@@ -69,7 +93,7 @@ def test_one_to_two_to_one_goes_on_in_exact_order(two, tmp_path):
     alone, mixed = losses(tmp_path / "events.jsonl"), losses(two / "one_two_one" / "events.jsonl")
     assert len(alone) == 12 and max(abs(alone[k] - mixed[k]) for k in alone) < 1e-4
     ends = [Checkpoints(p / "checkpoints").latest().state["stream"] for p in (tmp_path, two / "one_two_one")]
-    assert ends[0] == ends[1]   # the same documents, tokens and unfinished pieces: nothing lost or repeated
+    assert ends[0] == ends[1]  # the same documents, tokens and unfinished pieces: nothing lost or repeated
 
 
 def test_bf16_goes_on_from_one_process_near_the_same_curve(two, tmp_path):

@@ -30,8 +30,10 @@ def _adamw_naive(w, grads, lr, decay, b1=0.9, b2=0.95, eps=1e-8):
 
 def test_adamw_follows_its_equation():
     generator = torch.Generator().manual_seed(0)
-    named = {n: nn.Parameter(torch.randn(s, generator=generator))
-             for n, s in (("layers.0.q.weight", (5, 4)), ("norm.weight", (7,)), ("embed.weight", (6, 3)))}
+    named = {
+        n: nn.Parameter(torch.randn(s, generator=generator))
+        for n, s in (("layers.0.q.weight", (5, 4)), ("norm.weight", (7,)), ("embed.weight", (6, 3)))
+    }
     start = {n: p.detach().clone() for n, p in named.items()}
     optimizer = registry.build("optimizer", "adamw:weight_decay=0.3", list(named.items()), lr=0.02)
     grads = {n: [torch.randn(p.shape, generator=generator) for _ in range(6)] for n, p in named.items()}
@@ -40,7 +42,7 @@ def test_adamw_follows_its_equation():
             p.grad = grads[n][i].clone()
         optimizer.step({"lr": 0.5})
     for n, p in named.items():
-        decay = 0.3 if n == "layers.0.q.weight" else 0.0   # matrices alone
+        decay = 0.3 if n == "layers.0.q.weight" else 0.0  # matrices alone
         assert torch.allclose(p.double(), _adamw_naive(start[n], grads[n], 0.01, decay), atol=1e-6), n
 
 
@@ -48,8 +50,8 @@ def test_masters_keep_updates_that_bf16_would_lose():
     low = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     masters = Masters({"w": low})
     optimizer = registry.build("optimizer", "adamw:weight_decay=0", masters.named.items(), lr=1e-4)
-    for _ in range(100):   # each update is a thirtieth of bf16's spacing at 1
-        for _ in range(2):   # two micro-batches, summed in float32
+    for _ in range(100):  # each update is a thirtieth of bf16's spacing at 1
+        for _ in range(2):  # two micro-batches, summed in float32
             (low * 1.5).sum().backward()
         assert low.grad is None and torch.equal(masters.named["w"].grad, torch.full((8,), 3.0))
         optimizer.step({"lr": 1.0})
@@ -66,13 +68,19 @@ def test_nothing_to_train_is_refused():
 
 def test_cosine_values():
     schedule = _schedule("cosine:warmup=0.1,floor=0.1")
-    for done, expected in ((0, 0.0), (50, 0.5), (100, 1.0), (550, 0.55), (1000, 0.1),
-                           (325, 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)):
+    for done, expected in (
+        (0, 0.0),
+        (50, 0.5),
+        (100, 1.0),
+        (550, 0.55),
+        (1000, 0.1),
+        (325, 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2),
+    ):
         assert schedule.scale(done, 1000)["lr"] == pytest.approx(expected)
 
 
 def test_wsd_values():
-    schedule = _schedule("wsd:warmup=100,decay=0.2,floor=0.5,shape=linear")   # warm-up in tokens
+    schedule = _schedule("wsd:warmup=100,decay=0.2,floor=0.5,shape=linear")  # warm-up in tokens
     for done, expected in ((25, 0.25), (100, 1.0), (800, 1.0), (900, 0.75), (1000, 0.5)):
         assert schedule.scale(done, 1000)["lr"] == pytest.approx(expected)
     assert _schedule("wsd").scale(850, 1000)["lr"] == pytest.approx(1 - math.sqrt(0.25))
@@ -80,7 +88,14 @@ def test_wsd_values():
 
 def test_constant_does_not_know_the_horizon():
     schedule = _schedule("constant:warmup=64")
-    assert [schedule.scale(d, t)["lr"] for d in (32, 64, 500) for t in (10**3, 10**6)] == [0.5, 0.5, 1, 1, 1, 1]
+    assert [schedule.scale(d, t)["lr"] for d in (32, 64, 500) for t in (10**3, 10**6)] == [
+        0.5,
+        0.5,
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("choice", ["cosine:floor=2", "cosine:warmup=-1", "wsd:decay=1.5", "wsd:shape=cubic"])

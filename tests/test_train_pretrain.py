@@ -1,4 +1,4 @@
-"""Pretraining as a user does it: curate, pretrain, stop, go on, continue a model, on one and two processes."""
+"""Pretraining as a user does it: new models and given ones, tokens and time, one and two processes."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def curated(tmp_path_factory):
 @pytest.fixture
 def modicum(monkeypatch, capsys):
     """Run the command line here; gives (exit code, output, errors)."""
+
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["modicum", *map(str, words)])
         try:
@@ -47,28 +48,48 @@ def modicum(monkeypatch, capsys):
             code = done.code or 0
         said = capsys.readouterr()
         return code, said.out, said.err
+
     return run
 
 
 @pytest.fixture(scope="module")
 def model(curated, tmp_path_factory):
     from modicum.train.pretrain import PretrainConfig, pretrain
+
     out = tmp_path_factory.mktemp("model")
-    return pretrain(curated, out, PretrainConfig(parameters=1.2e5, steps=30, sequence_length=64, train={
-        "batch_tokens": 512, "device": "cpu"})).folder
+    return pretrain(
+        curated,
+        out,
+        PretrainConfig(
+            parameters=1.2e5, steps=30, sequence_length=64, train={"batch_tokens": 512, "device": "cpu"}
+        ),
+    ).folder
 
 
 def test_from_scratch_to_a_folder_that_transformers_loads(modicum, curated, tmp_path):
-    code, out, _ = modicum("pretrain", curated, "--out", tmp_path, "--tokens", "30ktok", "--schedule", "wsd:decay=0.5",
-                           "--eval-every", 20, "--json", *SMALL)
+    code, out, _ = modicum(
+        "pretrain",
+        curated,
+        "--out",
+        tmp_path,
+        "--tokens",
+        "30ktok",
+        "--schedule",
+        "wsd:decay=0.5",
+        "--eval-every",
+        20,
+        "--json",
+        *SMALL,
+    )
     told = json.loads(out)
     assert code == 0 and told["finished"] and told["steps"] == 30_000 // 512 and told["tokens"] <= 30_000
-    assert 80_000 < told["parameters"] < 160_000 and told["heldout_loss"] < 5.6   # ln 400 = 5.99
+    assert 80_000 < told["parameters"] < 160_000 and told["heldout_loss"] < 5.6  # ln 400 = 5.99
     steps = curve(tmp_path / "events.jsonl")
     assert len(steps) == told["steps"] and steps[0]["loss"] > told["loss"]
     assert [e["step"] for e in curve(tmp_path / "events.jsonl", "heldout")] == [20, 40, 58]
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     theirs, ours = AutoModelForCausalLM.from_pretrained(told["folder"]), load_model(told["folder"])
     tokens = torch.arange(5, 25)[None]
     assert theirs.dtype == ours.dtype == torch.bfloat16
@@ -78,10 +99,24 @@ def test_from_scratch_to_a_folder_that_transformers_loads(modicum, curated, tmp_
     assert load_config(told["folder"]).eos_ids == (Tokenizer.load(curated).eos_id,)
 
     began = time.monotonic()
-    code, again, _ = modicum("pretrain", curated, "--out", tmp_path, "--tokens", "30ktok", "--schedule",
-                             "wsd:decay=0.5", "--eval-every", 20, "--json", *SMALL)
+    code, again, _ = modicum(
+        "pretrain",
+        curated,
+        "--out",
+        tmp_path,
+        "--tokens",
+        "30ktok",
+        "--schedule",
+        "wsd:decay=0.5",
+        "--eval-every",
+        20,
+        "--json",
+        *SMALL,
+    )
     assert code == 0 and time.monotonic() - began < 5
-    assert json.loads(again)["loss"] == told["loss"] and len(curve(tmp_path / "events.jsonl")) == told["steps"]
+    assert (
+        json.loads(again)["loss"] == told["loss"] and len(curve(tmp_path / "events.jsonl")) == told["steps"]
+    )
 
 
 def test_a_time_budget_becomes_tokens_once(modicum, curated, tmp_path):
@@ -92,48 +127,83 @@ def test_a_time_budget_becomes_tokens_once(modicum, curated, tmp_path):
     assert code == 0 and 1.0 < taken < 12 and "held-out" in out
     assert plan["tokens"] == curve(tmp_path / "events.jsonl")[-1]["tokens"]
     rates = [e["lr"] for e in curve(tmp_path / "events.jsonl")]
-    assert rates[-1] < 0.2 * max(rates)   # the schedule came to its end
+    assert rates[-1] < 0.2 * max(rates)  # the schedule came to its end
     assert modicum("pretrain", curated, "--out", tmp_path, "--time", "4s", *SMALL)[0] == 0
     assert read_json(tmp_path / "plan.json") == plan
 
 
 def test_going_on_from_a_model(modicum, curated, model, tmp_path):
-    code, out, _ = modicum("pretrain", curated, "--out", tmp_path, "--model", model, "--steps", 4, "--json",
-                           *SMALL[:4], "--device", "cpu")
+    code, out, _ = modicum(
+        "pretrain",
+        curated,
+        "--out",
+        tmp_path,
+        "--model",
+        model,
+        "--steps",
+        4,
+        "--json",
+        *SMALL[:4],
+        "--device",
+        "cpu",
+    )
     told = json.loads(out)
     assert code == 0 and told["lr"] == 1e-4 and told["parameters"] == load_config(model).parameters()
-    assert curve(tmp_path / "events.jsonl")[0]["loss"] < 5.7   # it did not start over
-    for (name, a), b in zip(load_model(model).named_parameters(), load_model(told["folder"]).parameters(), strict=True):
-        assert a.ndim == 1 or not torch.equal(a, b), name   # (bf16 rounds four small steps of a norm away)
+    assert curve(tmp_path / "events.jsonl")[0]["loss"] < 5.7  # it did not start over
+    for (name, a), b in zip(
+        load_model(model).named_parameters(), load_model(told["folder"]).parameters(), strict=True
+    ):
+        assert a.ndim == 1 or not torch.equal(a, b), name  # (bf16 rounds four small steps of a norm away)
 
 
 def test_two_processes_write_the_same_model(modicum, curated, tmp_path):
     """`torchrun --no-python modicum pretrain`."""
     words = [str(curated), "--steps", "6", "--dtype", "float32", "--micro-batch", "4", *SMALL]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--no-python",
+    ]
     command = [sys.executable, "-c", "from modicum.cli import main; main()", "pretrain"]
-    done = subprocess.run([*torchrun, *command, *words, "--out", str(tmp_path / "two"), "--json"], text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200, check=False)
+    done = subprocess.run(
+        [*torchrun, *command, *words, "--out", str(tmp_path / "two"), "--json"],
+        text=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)   # rank 0 alone speaks
+    told = json.loads(done.stdout)  # rank 0 alone speaks
     code, out, _ = modicum("pretrain", *words, "--out", tmp_path / "one", "--json")
     one = json.loads(out)
     assert code == 0
     assert abs(told["loss"] - one["loss"]) < 1e-4 and abs(told["heldout_loss"] - one["heldout_loss"]) < 1e-4
-    for a, b in zip(load_model(told["folder"]).parameters(), load_model(one["folder"]).parameters(), strict=True):
+    for a, b in zip(
+        load_model(told["folder"]).parameters(), load_model(one["folder"]).parameters(), strict=True
+    ):
         assert torch.allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (["--steps", "3", "--tokens", "2Mtok"], "length of the run once"), ([], "length of the run once"),
-    (["--steps", "3", "--parameters", "5X"], "not a number of parameters"),
-    (["--steps", "3", "--parameters", "10k", "--batch", "512tok"], "smallest has"),
-    (["--steps", "3", "--optimizer", "adam"], "Did you mean 'adamw'"),
-    (["--steps", "3", "--schedule", "wsd:dekay=0.1"], "Did you mean 'decay'"),
-    (["--steps", "3", "--mixture", "natural:x=1"], "knob"), (["--tokens", "2GiB"], "not a number of tokens"),
-    (["--steps", "3", "--model", "nowhere"], "no model at nowhere"),
-    (["--steps", "3", "--model", "x", "--parameters", "5M"], "parameters or model"),
-    (["--tokens", "100"], "less than one step")])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--steps", "3", "--tokens", "2Mtok"], "length of the run once"),
+        ([], "length of the run once"),
+        (["--steps", "3", "--parameters", "5X"], "not a number of parameters"),
+        (["--steps", "3", "--parameters", "10k", "--batch", "512tok"], "smallest has"),
+        (["--steps", "3", "--optimizer", "adam"], "Did you mean 'adamw'"),
+        (["--steps", "3", "--schedule", "wsd:dekay=0.1"], "Did you mean 'decay'"),
+        (["--steps", "3", "--mixture", "natural:x=1"], "knob"),
+        (["--tokens", "2GiB"], "not a number of tokens"),
+        (["--steps", "3", "--model", "nowhere"], "no model at nowhere"),
+        (["--steps", "3", "--model", "x", "--parameters", "5M"], "parameters or model"),
+        (["--tokens", "100"], "less than one step"),
+    ],
+)
 def test_mistakes_are_one_line_and_leave_nothing(modicum, curated, tmp_path, words, told):
     code, out, err = modicum("pretrain", curated, "--out", tmp_path / "out", *words)
     assert code == 2 and told in err and err.count("\n") == 1 and not out

@@ -19,9 +19,15 @@ VOCAB, LENGTH = 64, 32
 def corpus(documents: int = 120) -> MemoryDocuments:
     """Two domains of counting sequences with steps of 1 or 2."""
     rng = np.random.default_rng(0)
-    return MemoryDocuments({domain: [
-        (np.concatenate([[1], np.cumsum(rng.integers(1, 3, rng.integers(5, 60))) % 60 + 2, [1]]), 1)
-        for _ in range(documents)] for domain in ("prose", "code")})
+    return MemoryDocuments(
+        {
+            domain: [
+                (np.concatenate([[1], np.cumsum(rng.integers(1, 3, rng.integers(5, 60))) % 60 + 2, [1]]), 1)
+                for _ in range(documents)
+            ]
+            for domain in ("prose", "code")
+        }
+    )
 
 
 def stream(mixture: str = "natural", **more: object) -> Stream:
@@ -33,8 +39,14 @@ def decoder(seed: int = 0, width: int = 32, layers: int = 2, **more: object) -> 
 
 
 def config(**knobs: object) -> TrainConfig:
-    defaults = {"steps": 12, "sequence_length": LENGTH, "batch_sequences": 8, "lr": 5e-3, "checkpoint_every": 5,
-                "device": "cpu"}
+    defaults = {
+        "steps": 12,
+        "sequence_length": LENGTH,
+        "batch_sequences": 8,
+        "lr": 5e-3,
+        "checkpoint_every": 5,
+        "device": "cpu",
+    }
     if "tokens" in knobs:
         defaults.pop("steps")
     return TrainConfig(**defaults | knobs)  # type: ignore[arg-type]
@@ -42,4 +54,5 @@ def config(**knobs: object) -> TrainConfig:
 
 def losses(path: Path) -> dict[int, float]:
     from modicum.train.curve import curve
+
     return {event["step"]: event["loss"] for event in curve(path)}

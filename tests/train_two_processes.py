@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
-from train_toys import config, decoder, stream
 
 from modicum.core.errors import UserError
 from modicum.core.events import Events
 from modicum.train import parallel
 from modicum.train.loop import train
+from train_toys import config, decoder, stream
 
 
 def main(folder: Path) -> None:
@@ -20,12 +20,24 @@ def main(folder: Path) -> None:
     def run(name: str, **knobs: object) -> object:
         data = stream(str(knobs.pop("mixture", "natural")))
         more = {"heldout": stream(epochs=1, shuffle=False)} if name == "two" else {}
-        return train(decoder(tied=name != "untied"), data, config(**knobs), folder / name, label="",
-                     events=Events(folder / name / "events.jsonl"), **more)  # type: ignore[arg-type]
+        return train(
+            decoder(tied=name != "untied"),
+            data,
+            config(**knobs),
+            folder / name,
+            label="",
+            events=Events(folder / name / "events.jsonl"),
+            **more,
+        )  # type: ignore[arg-type]
 
     run("two", dtype="float32", micro_batch=2, clip=0.5)
-    run("one_two_one", dtype="float32", steps=8, mixture="fixed:weights={prose: 1, code: 3}",
-        schedule="constant")
+    run(
+        "one_two_one",
+        dtype="float32",
+        steps=8,
+        mixture="fixed:weights={prose: 1, code: 3}",
+        schedule="constant",
+    )
     run("bf16", dtype="bfloat16", steps=6, schedule="constant")
     try:
         run("odd", batch_sequences=3)

@@ -1,4 +1,5 @@
 """Train a model on a curated folder, from scratch or going on from a given one."""
+
 from __future__ import annotations
 
 import json
@@ -13,8 +14,12 @@ if TYPE_CHECKING:
 
 def pretrain(
     curated: Annotated[Path, typer.Argument(help="A folder made by `modicum curate`.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of model and checkpoints; a stopped run goes on from it.")],
-    parameters: Annotated[str | None, typer.Option(help="Size of a new model, e.g. 5M or 125M (5M by default).")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of model and checkpoints; a stopped run goes on from it.")
+    ],
+    parameters: Annotated[
+        str | None, typer.Option(help="Size of a new model, e.g. 5M or 125M (5M by default).")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Go on from this model folder or hub id instead.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Length of the run, e.g. 2Mtok.")] = None,
     time: Annotated[str | None, typer.Option(help="Length of the run instead, e.g. 5m.")] = None,
@@ -27,13 +32,17 @@ def pretrain(
     packing: Annotated[str, typer.Option(help="How documents become sequences.")] = "concat",
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     batch: Annotated[str, typer.Option(help="Tokens per step, over all processes, e.g. 16ktok.")] = "16ktok",
-    micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass, to save memory.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Sequences per forward pass, to save memory.")
+    ] = None,
     clip: Annotated[float, typer.Option(help="Limit of the gradient's norm, 0 for none.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     nonfinite: Annotated[str, typer.Option(help="What a NaN does: stop, or skip the step.")] = "stop",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 2,
-    eval_every: Annotated[int, typer.Option(help="Steps between held-out losses, 0 for only at the end.")] = 100,
+    eval_every: Annotated[
+        int, typer.Option(help="Steps between held-out losses, 0 for only at the end.")
+    ] = 100,
     recompute: Annotated[bool, typer.Option(help="Recompute activations, to save memory.")] = False,
     compile_: Annotated[bool, typer.Option("--compile", help="Compile the layers.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -49,13 +58,35 @@ def pretrain(
     from modicum.train import parallel
     from modicum.train.pretrain import PretrainConfig
     from modicum.train.pretrain import pretrain as run
+
     config = PretrainConfig(
-        parameters=_count(parameters), model=model, tokens=tokens, steps=steps,
-        seconds=units.parse(time, "seconds") if time else None, sequence_length=sequence_length, lr=lr, seed=seed,
-        mixture=mixture, packing=packing, recompute=recompute, train={
-            "batch_tokens": batch, "micro_batch": micro_batch, "optimizer": optimizer, "schedule": schedule,
-            "objective": objective, "clip": clip, "dtype": dtype, "nonfinite": nonfinite, "device": device,
-            "checkpoint_every": checkpoint_every, "keep": keep, "eval_every": eval_every, "compile": compile_})
+        parameters=_count(parameters),
+        model=model,
+        tokens=tokens,
+        steps=steps,
+        seconds=units.parse(time, "seconds") if time else None,
+        sequence_length=sequence_length,
+        lr=lr,
+        seed=seed,
+        mixture=mixture,
+        packing=packing,
+        recompute=recompute,
+        train={
+            "batch_tokens": batch,
+            "micro_batch": micro_batch,
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "objective": objective,
+            "clip": clip,
+            "dtype": dtype,
+            "nonfinite": nonfinite,
+            "device": device,
+            "checkpoint_every": checkpoint_every,
+            "keep": keep,
+            "eval_every": eval_every,
+            "compile": compile_,
+        },
+    )
     try:
         result = run(curated, out, config, events=Events(out / "events.jsonl", "pretrain"))
         if parallel.current().first:
@@ -70,6 +101,7 @@ def pretrain(
 def _count(text: str | None) -> float | None:
     """5M, 1.3B or 5000000 parameters."""
     from modicum.core.errors import UserError
+
     if text is None:
         return None
     scale = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}.get(text.strip()[-1:].lower(), 1.0)
@@ -84,10 +116,14 @@ def _count(text: str | None) -> float | None:
 
 def _tell(result: PretrainResult, out: Path) -> None:
     from modicum.core.events import count_text, seconds_text
+
     run = result.run
-    print(f"{out}: {count_text(result.parameters)} parameters, {run.steps} steps, {count_text(run.tokens)} tokens in "
-          f"{seconds_text(run.seconds)} ({count_text(run.tokens / max(run.seconds, 1e-9))} tokens/s)"
-          + (f", {run.skipped} skipped" if run.skipped else ""))
+    print(
+        f"{out}: {count_text(result.parameters)} parameters, {run.steps} steps, "
+        f"{count_text(run.tokens)} tokens in {seconds_text(run.seconds)} "
+        f"({count_text(run.tokens / max(run.seconds, 1e-9))} tokens/s)"
+        + (f", {run.skipped} skipped" if run.skipped else "")
+    )
     if run.heldout_loss is not None:
         print(f"  loss {run.loss:.4f}, held-out {run.heldout_loss:.4f} nats per token")
     if result.folder:

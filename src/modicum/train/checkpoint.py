@@ -54,16 +54,26 @@ class Saved:
 class Checkpoints:
     """The checkpoints of a run. `report(path, reason)` is told of damaged ones."""
 
-    def __init__(self, folder: str | Path, keep: int = 2, ranks: Ranks | None = None,
-                 report: Callable[[Path, str], None] = lambda path, reason: None):
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 2,
+        ranks: Ranks | None = None,
+        report: Callable[[Path, str], None] = lambda path, reason: None,
+    ):
         self.folder, self.keep, self.ranks, self.report = Path(folder), keep, ranks or Ranks(), report
 
     def all(self) -> list[Path]:
         """Folders of checkpoints, oldest first; not verified."""
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit())
 
-    def save(self, step: int, model: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Any]],
-             state: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        model: Mapping[str, Tensor],
+        parts: Mapping[str, Mapping[str, Any]],
+        state: Mapping[str, Any],
+    ) -> Path:
         """Write the checkpoint of `step` and drop the oldest beyond `keep`. Every process must call.
 
         Raises `UserError` if the disk cannot take it; the checkpoints before it stay.
@@ -72,17 +82,26 @@ class Checkpoints:
         split = {name: split_state(dict(part)) for name, part in parts.items()}
         files = {"model": dict(model)} | {name: tensors for name, (tensors, _) in split.items() if tensors}
         first = self.ranks.first
-        whole = {name: {k: gather(t, keep=first).contiguous() for k, t in tensors.items()}
-                 for name, tensors in files.items()}
+        whole = {
+            name: {k: gather(t, keep=first).contiguous() for k, t in tensors.items()}
+            for name, tensors in files.items()
+        }
         if first:
-            record = {"version": VERSION, "step": step, "parts": {n: v for n, (_, v) in split.items()}, **state}
+            record = {
+                "version": VERSION,
+                "step": step,
+                "parts": {n: v for n, (_, v) in split.items()},
+                **state,
+            }
             try:
                 self._write(path, whole, record)
             except (OSError, SafetensorError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
-                raise UserError(f"cannot write the checkpoint of step {step} to {self.folder} ({reason}); earlier "
-                                "ones are whole. Free space, then type the same command to go on") from None
-            for old in self.all()[:-self.keep]:
+                raise UserError(
+                    f"cannot write the checkpoint of step {step} to {self.folder} ({reason}); earlier "
+                    "ones are whole. Free space, then type the same command to go on"
+                ) from None
+            for old in self.all()[: -self.keep]:
                 if old != path:
                     shutil.rmtree(old, ignore_errors=True)
         self.ranks.wait()
@@ -94,8 +113,10 @@ class Checkpoints:
             for name, tensors in files.items():
                 save_file(tensors, folder / f"{name}.safetensors")
             (folder / "state.json").write_text(json.dumps(record), encoding="utf-8")
-            write_json(folder / "manifest.json", {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)}
-                                                  for f in sorted(folder.iterdir())})
+            write_json(
+                folder / "manifest.json",
+                {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())},
+            )
 
     def latest(self) -> Saved | None:
         """The newest whole checkpoint, the same on every process; None if there is none at all.
@@ -104,7 +125,7 @@ class Checkpoints:
         """
         step = -1
         if self.ranks.first:
-            for left in self.folder.glob(".step-*"):   # what a kill left half-written
+            for left in self.folder.glob(".step-*"):  # what a kill left half-written
                 shutil.rmtree(left, ignore_errors=True)
             for path in reversed(self.all()):
                 reason = damage(path)

@@ -16,8 +16,20 @@ from modicum.core.errors import UserError, unknown
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
 PORTS = ("optimizer", "schedule", "objective")
 # What may differ when a run goes on: it changes how far, where or how often, not what is learnt per token.
-LOOSE = frozenset({"tokens", "steps", "micro_batch", "checkpoint_every", "keep", "eval_every",
-                   "eval_sequences", "nonfinite", "device", "compile"})
+LOOSE = frozenset(
+    {
+        "tokens",
+        "steps",
+        "micro_batch",
+        "checkpoint_every",
+        "keep",
+        "eval_every",
+        "eval_sequences",
+        "nonfinite",
+        "device",
+        "compile",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +79,16 @@ class TrainConfig:
             raise UserError("give the length of the run once: tokens=2Mtok, or steps=500")
         if self.batch_tokens is not None and self.batch_sequences is not None:
             raise UserError("give the batch once: batch_tokens=16ktok, or batch_sequences=32")
-        for name, least in (("sequence_length", 1), ("steps", 1), ("batch_sequences", 1), ("micro_batch", 1),
-                            ("checkpoint_every", 0), ("keep", 1), ("eval_every", 0), ("eval_sequences", 1)):
+        for name, least in (
+            ("sequence_length", 1),
+            ("steps", 1),
+            ("batch_sequences", 1),
+            ("micro_batch", 1),
+            ("checkpoint_every", 0),
+            ("keep", 1),
+            ("eval_every", 0),
+            ("eval_sequences", 1),
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
@@ -76,17 +96,23 @@ class TrainConfig:
             value = getattr(self, name)
             number = isinstance(value, int | float) and math.isfinite(value)
             if not number or value < 0 or (value == 0 and not zero):
-                raise UserError(f"{name}={value!r} must be a {'number of at least 0' if zero else 'positive number'}")
+                raise UserError(
+                    f"{name}={value!r} must be a {'number of at least 0' if zero else 'positive number'}"
+                )
         if self.nonfinite not in ("stop", "skip"):
             raise unknown("nonfinite", self.nonfinite, ("stop", "skip"))
         if self.sequences < 1:
-            raise UserError(f"batch_tokens={self.batch_tokens:g} is less than one sequence of "
-                            f"{self.sequence_length}; ask for more, or for a shorter sequence_length")
+            raise UserError(
+                f"batch_tokens={self.batch_tokens:g} is less than one sequence of "
+                f"{self.sequence_length}; ask for more, or for a shorter sequence_length"
+            )
         for port in PORTS:
             Choice.parse(port, getattr(self, port))
         if self.total_steps < 1:
-            raise UserError(f"tokens={self.tokens:g} is less than one step of {self.step_tokens} ({self.sequences} "
-                            f"sequences of {self.sequence_length}); ask for more tokens or a smaller batch")
+            raise UserError(
+                f"tokens={self.tokens:g} is less than one step of {self.step_tokens} ({self.sequences} "
+                f"sequences of {self.sequence_length}); ask for more tokens or a smaller batch"
+            )
 
     @property
     def sequences(self) -> int:
@@ -132,15 +158,18 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tu
     return found
 
 
-def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any],
-                   folder: Any) -> dict[str, tuple[Any, Any]]:
+def refuse_changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], folder: Any
+) -> dict[str, tuple[Any, Any]]:
     """The allowed changes between a checkpoint's knobs and today's. Raises `UserError` naming the others."""
     found = changes(before, after)
     strict = {k: v for k, v in found.items() if k.split(".")[0] not in LOOSE}
     if strict:
         told = "; ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in strict.items())
-        raise UserError(f"the run in {folder} cannot go on with other knobs: {told}. Give the old ones, or "
-                        f"another folder. These may change: {', '.join(sorted(LOOSE))}")
+        raise UserError(
+            f"the run in {folder} cannot go on with other knobs: {told}. Give the old ones, or "
+            f"another folder. These may change: {', '.join(sorted(LOOSE))}"
+        )
     return found
 
 
@@ -150,24 +179,37 @@ def _supports(port: str, key: str) -> frozenset[str]:
 
 
 def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any] | None = None) -> None:
-    """Refuse, before anything is built, what the methods cannot be combined with; the error names the pair."""
+    """Refuse before anything is built what cannot be combined with the methods; the error names the pair."""
     chosen = {port: Choice.parse(port, getattr(config, port)).method for port in PORTS}
     able = {port: _supports(port, key) for port, key in chosen.items()}
     share = config.sequences // world
     for word, wanted, what, otherwise in (
-            ("accumulation", (config.micro_batch or share) < share, f"micro_batch={config.micro_batch} (accumulation)",
-             f"set micro_batch={share}"),
-            ("clip", config.clip > 0, f"clip={config.clip}", "set clip=0"),
-            ("masters", config.dtype != "float32" and config.masters and world == 1, "masters=true",
-             "set masters=false or dtype=float32")):
+        (
+            "accumulation",
+            (config.micro_batch or share) < share,
+            f"micro_batch={config.micro_batch} (accumulation)",
+            f"set micro_batch={share}",
+        ),
+        ("clip", config.clip > 0, f"clip={config.clip}", "set clip=0"),
+        (
+            "masters",
+            config.dtype != "float32" and config.masters and world == 1,
+            "masters=true",
+            "set masters=false or dtype=float32",
+        ),
+    ):
         if wanted and word not in able["optimizer"]:
             raise UserError(f"optimizer {chosen['optimizer']!r} cannot be combined with {what}; {otherwise}")
     if world == 1:
         return
     for name, words in [*able.items(), *((n, p.supports) for n, p in (parts or {}).items())]:
         if "fsdp" not in words:
-            raise UserError(f"{name} {chosen.get(name, '')!r} cannot be combined with {world} processes (FSDP2); "
-                            "run it in one process")
+            raise UserError(
+                f"{name} {chosen.get(name, '')!r} cannot be combined with {world} processes (FSDP2); "
+                "run it in one process"
+            )
     if config.sequences % world:
-        raise UserError(f"a batch of {config.sequences} sequences cannot be shared by {world} processes; "
-                        f"ask for a multiple of {world}")
+        raise UserError(
+            f"a batch of {config.sequences} sequences cannot be shared by {world} processes; "
+            f"ask for a multiple of {world}"
+        )

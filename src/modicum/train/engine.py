@@ -42,12 +42,16 @@ class TrainEngine:
         self.objective: Objective = config.build("objective")
         self.schedule: Schedule = config.build("schedule")
         self.masters: Masters | None = None
-        self.row_flops = 0.0   # forward and backward of one sequence
+        self.row_flops = 0.0  # forward and backward of one sequence
 
     @property
     def parts(self) -> dict[str, Part]:
         """Everything with hooks and state, by the name its state is saved under."""
-        own: dict[str, Part] = {"optimizer": self.optimizer, "objective": self.objective, "schedule": self.schedule}
+        own: dict[str, Part] = {
+            "optimizer": self.optimizer,
+            "objective": self.objective,
+            "schedule": self.schedule,
+        }
         return own | self.extra
 
     def bind(self, model: nn.Module) -> None:
@@ -92,27 +96,34 @@ class TrainEngine:
         A frozen base under an adapter is not written again: it comes from its own folder.
         """
         kept = self.model.state_dict().keys()
-        buffers = {f"{path}.{name}" if path else name: b for path, module in self.model.named_modules()
-                   if any(p.requires_grad for p in module.parameters())
-                   for name, b in module.named_buffers(recurse=False)}
+        buffers = {
+            f"{path}.{name}" if path else name: b
+            for path, module in self.model.named_modules()
+            if any(p.requires_grad for p in module.parameters())
+            for name, b in module.named_buffers(recurse=False)
+        }
         return self.named | {name: b for name, b in buffers.items() if name in kept}
 
     @torch.no_grad()
     def load_tensors(self, saved: Iterable[tuple[str, Tensor]], where: object) -> None:
-        """Read (name, whole tensor) pairs written by `saved_tensors`. Raises `UserError` if they do not fit."""
+        """Read (name, whole tensor) pairs of `saved_tensors`. Raises `UserError` if they do not fit."""
         targets = self.saved_tensors()
         missing = set(targets)
         for name, value in saved:
             target = targets.get(name)
             if target is None or target.shape != value.shape:
                 have = "absent" if target is None else tuple(target.shape)
-                raise UserError(f"{where} is of another model: {name} is {tuple(value.shape)} there and {have} "
-                                "here; give the same model, or another folder")
+                raise UserError(
+                    f"{where} is of another model: {name} is {tuple(value.shape)} there and {have} "
+                    "here; give the same model, or another folder"
+                )
             target.copy_(parallel.shard_like(value.to(target.dtype), target))
             missing.discard(name)
         if missing:
-            raise UserError(f"{where} is of another model: it lacks {min(missing)}; give the same model, "
-                            "or another folder")
+            raise UserError(
+                f"{where} is of another model: it lacks {min(missing)}; give the same model, "
+                "or another folder"
+            )
         self.write_back()
 
     def gradients(self, batch: Batch, targets: int, at: Step) -> tuple[Tensor, dict[str, Tensor]]:
@@ -141,7 +152,11 @@ class TrainEngine:
 
     def norm(self) -> Tensor:
         """Global 2-norm of the gradients, float32, over all processes."""
-        grads = [g for g in (parallel.local(p.grad) for p in self.named.values() if p.grad is not None) if g.numel()]
+        grads = [
+            g
+            for g in (parallel.local(p.grad) for p in self.named.values() if p.grad is not None)
+            if g.numel()
+        ]
         square = torch.zeros((), device=self.device)
         if grads:
             square = torch.stack(list(torch._foreach_norm(grads, 2, dtype=torch.float32))).square().sum()

@@ -34,8 +34,14 @@ def batches_of(source: Any, rows: int, sequences: int | None = None) -> Iterator
         source.load_state(place)
 
 
-def mean_loss(model: nn.Module, source: Any, *, rows: int = 8, sequences: int | None = None,
-              device: str | torch.device | None = None) -> float:
+def mean_loss(
+    model: nn.Module,
+    source: Any,
+    *,
+    rows: int = 8,
+    sequences: int | None = None,
+    device: str | torch.device | None = None,
+) -> float:
     """Mean next-token loss of `model` over a stream or an iterable of batches.
 
     rows: sequences of one forward pass; sequences: how many to read of a stream (None: until it ends).
@@ -44,8 +50,13 @@ def mean_loss(model: nn.Module, source: Any, *, rows: int = 8, sequences: int | 
     return whole_loss(Whole(model), batches_of(source, rows, sequences), where)
 
 
-def whole_loss(whole: nn.Module, batches: Iterable[Batch], device: torch.device, ranks: Ranks | None = None,
-               objective: Objective | None = None) -> float:
+def whole_loss(
+    whole: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    ranks: Ranks | None = None,
+    objective: Objective | None = None,
+) -> float:
     """As `mean_loss`, for the loop: on every process, each with its rows of every batch."""
     ranks, objective = ranks or Ranks(), objective or NextToken(Config())
     sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -76,6 +87,11 @@ def _filled(batch: Batch, world: int) -> Batch:
 
     documents = None if batch.documents_BT is None else add(batch.documents_BT)
     targets = add(batch.targets_BT)
-    targets[len(batch):] = NO_LOSS
-    return dataclasses.replace(batch, tokens_BT=add(batch.tokens_BT), targets_BT=targets, documents_BT=documents,
-                               positions_BT=add(batch.positions_BT))
+    targets[len(batch) :] = NO_LOSS
+    return dataclasses.replace(
+        batch,
+        tokens_BT=add(batch.tokens_BT),
+        targets_BT=targets,
+        documents_BT=documents,
+        positions_BT=add(batch.positions_BT),
+    )

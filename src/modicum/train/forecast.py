@@ -25,7 +25,7 @@ def blank(config: DecoderConfig) -> Decoder:
     """A decoder without values (drawing them would look at them), for `step_cost`'s `make_model`."""
     with torch.device("meta"):
         model = Decoder(config)
-    made: dict[nn.Parameter, nn.Parameter] = {}   # a tied head stays tied
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied head stays tied
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             if p not in made:
@@ -34,9 +34,15 @@ def blank(config: DecoderConfig) -> Decoder:
     return model
 
 
-def step_cost(make_model: Callable[[], nn.Module], config: TrainConfig, vocab_size: int, *, masked: bool = False,
-              make_parts: Callable[[], Mapping[str, Part]] | None = None) -> Traced:
-    """Peak bytes and FLOPs of training steps with `config` on the model that `make_model()` builds (see `blank`).
+def step_cost(
+    make_model: Callable[[], nn.Module],
+    config: TrainConfig,
+    vocab_size: int,
+    *,
+    masked: bool = False,
+    make_parts: Callable[[], Mapping[str, Part]] | None = None,
+) -> Traced:
+    """Peak bytes and FLOPs of steps with `config` on the model that `make_model()` (see `blank`) builds.
 
     Two steps are run, because an optimizer makes its state in the first. `masked`: the batch separates
     documents, as some packings do. FLOPs are of one step. Raises `UserError` for knobs that do not fit.

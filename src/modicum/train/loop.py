@@ -36,7 +36,7 @@ from modicum.train.objectives import Step
 from modicum.train.part import Part
 from modicum.train.stop import StopSignals
 
-RECENT = 20   # steps whose mean is a run's training loss
+RECENT = 20  # steps whose mean is a run's training loss
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,18 @@ class TrainResult:
         return asdict(self)
 
 
-def train(model: nn.Module, stream: Any, config: TrainConfig, folder: str | Path | None, *,
-          events: Events | None = None, deadline: Deadline | None = None, heldout: Any = None,
-          parts: Mapping[str, Part] | None = None, label: str = "train") -> TrainResult:
+def train(
+    model: nn.Module,
+    stream: Any,
+    config: TrainConfig,
+    folder: str | Path | None,
+    *,
+    events: Events | None = None,
+    deadline: Deadline | None = None,
+    heldout: Any = None,
+    parts: Mapping[str, Part] | None = None,
+    label: str = "train",
+) -> TrainResult:
     """Train `model` in place on `stream`, going on from `folder`/checkpoints if there are any.
 
     model: a Decoder, or any module that gives logits for tokens. stream: see data.stream (next_batch, state,
@@ -84,16 +93,35 @@ def train(model: nn.Module, stream: Any, config: TrainConfig, folder: str | Path
     CorruptError (no checkpoint is whole), ModicumError (loss not finite), KeyboardInterrupt after Ctrl-C or
     SIGTERM, once the checkpoint is written.
     """
-    return Trainer(model, stream, config, folder, events=events, deadline=deadline, heldout=heldout, parts=parts,
-                   label=label).run()
+    return Trainer(
+        model,
+        stream,
+        config,
+        folder,
+        events=events,
+        deadline=deadline,
+        heldout=heldout,
+        parts=parts,
+        label=label,
+    ).run()
 
 
 class Trainer(TrainEngine):
     """A run's live state, as parts see it."""
 
-    def __init__(self, model: nn.Module, stream: Any, config: TrainConfig, folder: str | Path | None = None, *,
-                 events: Events | None = None, deadline: Deadline | None = None, heldout: Any = None,
-                 parts: Mapping[str, Part] | None = None, label: str = "train"):
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: Any,
+        config: TrainConfig,
+        folder: str | Path | None = None,
+        *,
+        events: Events | None = None,
+        deadline: Deadline | None = None,
+        heldout: Any = None,
+        parts: Mapping[str, Part] | None = None,
+        label: str = "train",
+    ):
         super().__init__(model, config, parts)
         self.stream, self.heldout, self.label = stream, heldout, label
         self.events = events if events is not None and self.ranks.first else Events()
@@ -102,16 +130,23 @@ class Trainer(TrainEngine):
         self.seconds = self.flops = 0.0
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.heldout_loss: float | None = None
-        self.checkpoints = None if folder is None else Checkpoints(
-            Path(folder) / "checkpoints", config.keep, self.ranks, self._damaged)
+        self.checkpoints = (
+            None
+            if folder is None
+            else Checkpoints(Path(folder) / "checkpoints", config.keep, self.ranks, self._damaged)
+        )
 
     def open(self) -> Saved | None:
         """Build everything and go on from the latest checkpoint, which is returned."""
         saved = self.checkpoints.latest() if self.checkpoints else None
         if saved:
             changed = refuse_changes(saved.state["config"], self.config.resolved(), saved.folder.parents[1])
-            self.events.emit("resume", step=saved.step, tokens=saved.state["tokens"],
-                             changed={k: list(v) for k, v in changed.items()})
+            self.events.emit(
+                "resume",
+                step=saved.step,
+                tokens=saved.state["tokens"],
+                changed={k: list(v) for k, v in changed.items()},
+            )
         for name, part in self.extra.items():
             self.model = part.prepare(self.model, saved.part(name) if saved else None)
         self.bind(self.model)
@@ -121,11 +156,17 @@ class Trainer(TrainEngine):
                 for name, part in self.parts.items():
                     part.load_state_dict(saved.part(name))
             except (KeyError, RuntimeError) as error:
-                raise CorruptError(f"{saved.folder} does not fit this run ({type(error).__name__}: {error}); "
-                                   "give the same knobs, or another folder") from None
+                raise CorruptError(
+                    f"{saved.folder} does not fit this run ({type(error).__name__}: {error}); "
+                    "give the same knobs, or another folder"
+                ) from None
             state = saved.state
             self.steps_done, self.tokens, self.skipped = saved.step, state["tokens"], state["skipped"]
-            self.seconds, self.flops, self.heldout_loss = state["seconds"], state["flops"], state["heldout_loss"]
+            self.seconds, self.flops, self.heldout_loss = (
+                state["seconds"],
+                state["flops"],
+                state["heldout_loss"],
+            )
             self.recent.extend(state["recent"])
             self.stream.load_state(state["stream"])
         for part in self.parts.values():
@@ -137,7 +178,9 @@ class Trainer(TrainEngine):
         saved = self.open()
         resumed = saved.step if saved else None
         if saved and saved.state["finished"] and saved.step >= total:
-            return TrainResult(**saved.state["result"] | {"resumed_from": resumed, "checkpoint": str(saved.folder)})
+            return TrainResult(
+                **saved.state["result"] | {"resumed_from": resumed, "checkpoint": str(saved.folder)}
+            )
         stopped: str | None = None
         last_saved = resumed or 0
         with contextlib.ExitStack() as stack:
@@ -186,11 +229,12 @@ class Trainer(TrainEngine):
         self.optimizer.begin(scales)
         targets = max(batch.n_targets, 1)
         sums, metrics = self.gradients(
-            batch, targets, Step(self.steps_done, self.tokens, config.total_tokens, config.seed))
+            batch, targets, Step(self.steps_done, self.tokens, config.total_tokens, config.seed)
+        )
         norm = self.norm()
         self.ranks.sum(sums)
         loss_sum, count, norm_value = torch.cat([sums, norm.double().view(1)]).tolist()
-        ratio = targets / count if count else math.nan   # an objective may count otherwise than the batch does
+        ratio = targets / count if count else math.nan  # an objective may count otherwise than the batch does
         loss, norm_value = loss_sum / count if count else math.nan, norm_value * ratio
         finite = math.isfinite(loss) and math.isfinite(norm_value)
         if finite:
@@ -206,9 +250,15 @@ class Trainer(TrainEngine):
             part.after_step(self)
         seconds = time.perf_counter() - began
         self.seconds += seconds
-        told = {"step": self.steps_done, "tokens": self.tokens, "loss": loss, "lr": config.lr * scales["lr"],
-                "grad_norm": norm_value, "tokens_per_second": round(config.step_tokens / seconds, 1),
-                "seconds": round(self.seconds, 4)}
+        told = {
+            "step": self.steps_done,
+            "tokens": self.tokens,
+            "loss": loss,
+            "lr": config.lr * scales["lr"],
+            "grad_norm": norm_value,
+            "tokens_per_second": round(config.step_tokens / seconds, 1),
+            "seconds": round(self.seconds, 4),
+        }
         told |= {name: float(self.ranks.sum(value)) / max(count, 1) for name, value in metrics.items()}
         self.events.emit("train", **told)
         return told
@@ -216,10 +266,12 @@ class Trainer(TrainEngine):
     def _next_batch(self) -> Any:
         place = self.stream.state()
         batch = self.stream.next_batch(self.config.sequences)
-        if len(batch) < self.config.sequences:   # a short last batch is left for a run that has more data
+        if len(batch) < self.config.sequences:  # a short last batch is left for a run that has more data
             self.stream.load_state(place)
-            raise EndOfData(f"the data ended after {self.tokens} of {self.config.total_tokens} tokens; "
-                            "allow more epochs, or ask for fewer tokens")
+            raise EndOfData(
+                f"the data ended after {self.tokens} of {self.config.total_tokens} tokens; "
+                "allow more epochs, or ask for fewer tokens"
+            )
         return batch
 
     def _due(self, every: int) -> bool:
@@ -244,14 +296,31 @@ class Trainer(TrainEngine):
         if self.checkpoints is None or self.steps_done == last:
             return self.steps_done
         began = time.perf_counter()
-        state = {"config": self.config.resolved(), "stream": self.stream.state(), "tokens": self.tokens,
-                 "seconds": self.seconds, "flops": self.flops, "skipped": self.skipped,
-                 "recent": list(self.recent), "heldout_loss": self.heldout_loss, "finished": finished,
-                 "result": self._result(None, None).as_dict() if finished else None}
-        path = self.checkpoints.save(self.steps_done, self.saved_tensors(),
-                                     {name: part.state_dict() for name, part in self.parts.items()}, state)
-        self.events.emit("checkpoint", step=self.steps_done, path=str(path), finished=finished,
-                         seconds=round(time.perf_counter() - began, 3))
+        state = {
+            "config": self.config.resolved(),
+            "stream": self.stream.state(),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "flops": self.flops,
+            "skipped": self.skipped,
+            "recent": list(self.recent),
+            "heldout_loss": self.heldout_loss,
+            "finished": finished,
+            "result": self._result(None, None).as_dict() if finished else None,
+        }
+        path = self.checkpoints.save(
+            self.steps_done,
+            self.saved_tensors(),
+            {name: part.state_dict() for name, part in self.parts.items()},
+            state,
+        )
+        self.events.emit(
+            "checkpoint",
+            step=self.steps_done,
+            path=str(path),
+            finished=finished,
+            seconds=round(time.perf_counter() - began, 3),
+        )
         return self.steps_done
 
     def _not_finite(self, loss: float, norm: float) -> None:
@@ -264,36 +333,57 @@ class Trainer(TrainEngine):
             return
         kept = self.checkpoints.all() if self.checkpoints else []
         hint = "lower lr or lengthen the warm-up" + (
-            ", or set nonfinite=skip" if "clip" in self.optimizer.supports else "")
-        raise ModicumError(f"training diverged: {what} (after {count_text(self.tokens)} tokens)"
-                           + (f"; the last checkpoint is {kept[-1]}" if kept else "") + f"; {hint}")
+            ", or set nonfinite=skip" if "clip" in self.optimizer.supports else ""
+        )
+        raise ModicumError(
+            f"training diverged: {what} (after {count_text(self.tokens)} tokens)"
+            + (f"; the last checkpoint is {kept[-1]}" if kept else "")
+            + f"; {hint}"
+        )
 
     def _damaged(self, path: Path, reason: str) -> None:
-        print(f"modicum: checkpoint {path} is damaged ({reason}); looking at the one before it", file=sys.stderr)
+        print(
+            f"modicum: checkpoint {path} is damaged ({reason}); looking at the one before it", file=sys.stderr
+        )
         self.events.emit("checkpoint_damaged", path=str(path), reason=reason)
 
     def _say_stopped(self, reason: str) -> None:
         self.events.emit("stopped", reason=reason, step=self.steps_done, tokens=self.tokens)
         if self.ranks.first:
-            kept = (f"checkpoint in {self.checkpoints.folder}; the same command goes on from there"
-                    if self.checkpoints else "no checkpoint was asked for")
-            print(f"modicum: {self.label or 'training'} stopped by {reason} after step {self.steps_done} of "
-                  f"{self.config.total_steps}; {kept}", file=sys.stderr)
+            kept = (
+                f"checkpoint in {self.checkpoints.folder}; the same command goes on from there"
+                if self.checkpoints
+                else "no checkpoint was asked for"
+            )
+            print(
+                f"modicum: {self.label or 'training'} stopped by {reason} after step {self.steps_done} of "
+                f"{self.config.total_steps}; {kept}",
+                file=sys.stderr,
+            )
 
     def _result(self, resumed: int | None, stopped: str | None) -> TrainResult:
         cuda = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else resident_peak()
         paths = self.checkpoints.all() if self.checkpoints else []
         return TrainResult(
-            loss=sum(self.recent) / len(self.recent) if self.recent else math.nan, heldout_loss=self.heldout_loss,
-            tokens=self.tokens, seconds=self.seconds, flops=self.flops, steps=self.steps_done, peak_bytes=int(peak),
-            resumed_from=resumed, stopped=stopped, skipped=self.skipped, checkpoint=str(paths[-1]) if paths else None)
+            loss=sum(self.recent) / len(self.recent) if self.recent else math.nan,
+            heldout_loss=self.heldout_loss,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            flops=self.flops,
+            steps=self.steps_done,
+            peak_bytes=int(peak),
+            resumed_from=resumed,
+            stopped=stopped,
+            skipped=self.skipped,
+            checkpoint=str(paths[-1]) if paths else None,
+        )
 
 
 def seed_all(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Seed every generator from where the run is, so that no generator's state has to be kept."""
     value = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    torch.default_generator.manual_seed(value)   # torch.manual_seed costs a millisecond where CUDA sleeps
+    torch.default_generator.manual_seed(value)  # torch.manual_seed costs a millisecond where CUDA sleeps
     if device.type == "cuda":
         torch.cuda.manual_seed(value)
     np.random.seed(value % 2**32)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NO_LOSS = -100   # a target without loss, as in torch.nn.functional.cross_entropy
+NO_LOSS = -100  # a target without loss, as in torch.nn.functional.cross_entropy
 Head = Callable[[Tensor], Tensor]
 
 
@@ -23,14 +23,17 @@ def token_loss(model: nn.Module, batch: Any, *, logits_bytes: int = 64 << 20) ->
     """
     if hasattr(model, "hidden") and hasattr(model, "head"):
         decoder: Any = model
-        h_BTD = decoder.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
+        h_BTD = decoder.hidden(
+            batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT
+        )
         return cross_entropy(h_BTD, batch.targets_BT, decoder.head, logits_bytes)
     out = model(batch.tokens_BT)
     return cross_entropy(getattr(out, "logits", out), batch.targets_BT, None, logits_bytes)
 
 
-def cross_entropy(h_BTD: Tensor, targets_BT: Tensor, head: Head | None,
-                  logits_bytes: int = 64 << 20) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    h_BTD: Tensor, targets_BT: Tensor, head: Head | None, logits_bytes: int = 64 << 20
+) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(head(h))[target] over targets that are not NO_LOSS, and how many those are.
 
     head=None: `h_BTD` are the logits. At most `logits_bytes` of float32 logits exist at once. The
@@ -61,8 +64,9 @@ class _Sliced(torch.autograd.Function):
     """d loss / d logits = softmax - onehot(target), pushed through the head slice by slice."""
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, targets_N: Tensor, head: Head | None, rows: int,
-                *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, h_ND: Tensor, targets_N: Tensor, head: Head | None, rows: int, *weights: Tensor
+    ) -> Tensor:
         total = torch.zeros((), device=h_ND.device)
         grad_h = torch.empty_like(h_ND)
         grads: list[Tensor] = []
@@ -71,7 +75,7 @@ class _Sliced(torch.autograd.Function):
             part = slice(start, start + rows)
             with torch.enable_grad():
                 x = h_ND[part].detach().requires_grad_()
-                # (a view, because hooks of module trackers cannot stand on a leaf that autograd.grad asks for)
+                # A view, because hooks of module trackers cannot stand on a leaf that autograd.grad asks for.
                 loss, logits, logp, columns, valid = _slice_loss(x.view_as(x), targets_N[part], head)
             total += loss
             delta = logp.exp_()
@@ -82,7 +86,7 @@ class _Sliced(torch.autograd.Function):
                 continue
             grad_h[part], *more = torch.autograd.grad(logits, (x, *weights), delta.to(logits.dtype))
             if not grads:
-                grads = [g.float() if several else g for g in more]   # float32 while summing over slices
+                grads = [g.float() if several else g for g in more]  # float32 while summing over slices
             else:
                 torch._foreach_add_(grads, [g.float() for g in more])
         ctx.grads = [grad_h, *(g.to(w.dtype) for g, w in zip(grads, weights, strict=True))]
@@ -96,7 +100,7 @@ class _Sliced(torch.autograd.Function):
 
 
 def _probe(head: Head, h_ND: Tensor) -> tuple[int, list[Tensor]]:
-    """The vocabulary's size, and the trainable tensors that the head multiplies by, from the graph of one row.
+    """The vocabulary's size, and the tensors that train in the head, found in the graph of one row.
 
     Whatever the head is (tied, a form, an adapter), these are the leaves that its gradient must reach.
     """

@@ -111,9 +111,13 @@ def shard(whole: Whole, device: torch.device, dtype: torch.dtype) -> None:
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype,
-                                  reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
     for block in blocks(whole.model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(whole, mesh=mesh, mp_policy=policy)
@@ -121,8 +125,9 @@ def shard(whole: Whole, device: torch.device, dtype: torch.dtype) -> None:
 
 def is_sharded(tensor: Tensor) -> bool:
     if not (dist.is_available() and dist.is_initialized()):
-        return False   # and DTensor need not be imported, which takes a second
+        return False  # and DTensor need not be imported, which takes a second
     from torch.distributed.tensor import DTensor
+
     return isinstance(tensor, DTensor)
 
 
@@ -138,13 +143,14 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """A copy of the whole tensor `full`, placed as `like` is: on its device, sharded if it is a DTensor."""
     if is_sharded(like):
         from torch.distributed.tensor import DTensor, distribute_tensor
+
         assert isinstance(like, DTensor)
         return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return full.to(like.device, copy=True)
 
 
 def gather(tensor: Tensor, keep: bool = True) -> Tensor:
-    """The whole tensor on the CPU; every process must call. keep=False, for those not writing, gives an empty one."""
+    """The whole tensor on the CPU; every process must call. keep=False gives an empty one."""
     tensor = tensor.detach()
     if is_sharded(tensor):
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]

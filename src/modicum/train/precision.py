@@ -21,8 +21,10 @@ class Masters:
     def __init__(self, trainable: Mapping[str, nn.Parameter]):
         self.low = dict(trainable)
         self.named = {name: nn.Parameter(p.detach().float().clone()) for name, p in trainable.items()}
-        self._hooks = [p.register_post_accumulate_grad_hook(self._collector(self.named[name]))
-                       for name, p in trainable.items()]
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._collector(self.named[name]))
+            for name, p in trainable.items()
+        ]
 
     @staticmethod
     def _collector(master: nn.Parameter) -> Callable[[Tensor], None]:
@@ -33,6 +35,7 @@ class Masters:
             else:
                 master.grad.add_(low.grad)
             low.grad = None
+
         return collect
 
     @torch.no_grad()

@@ -1,9 +1,9 @@
 """Pretraining as one call: a curated folder in, a Hugging Face model folder out.
 
-    OUT/plan.json       what was decided when the run began (tokens of a time budget, speed, shape)
-    OUT/checkpoints/    see train.checkpoint
-    OUT/events.jsonl    the loss curve (train.curve reads it)
-    OUT/model/          the trained model with its tokenizer, once the run is finished
+OUT/plan.json       what was decided when the run began (tokens of a time budget, speed, shape)
+OUT/checkpoints/    see train.checkpoint
+OUT/events.jsonl    the loss curve (train.curve reads it)
+OUT/model/          the trained model with its tokenizer, once the run is finished
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from modicum.train.checkpoint import Checkpoints
 from modicum.train.config import TrainConfig
 from modicum.train.loop import Trainer, TrainResult, train
 
-PARAMETERS = 5e6        # of a new model, when nothing is said
+PARAMETERS = 5e6  # of a new model, when nothing is said
 SHARE_FOR_STEPS = 0.92  # of a time budget; the rest is for held-out losses, checkpoints and the export
-PROBE_SHARE = 0.03      # of a time budget spent on measuring the speed
+PROBE_SHARE = 0.03  # of a time budget spent on measuring the speed
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """parameters: size of a new model; model: folder or hub id of one to go on from. tokens, steps or seconds:
-    the whole run. lr None: by the model's width, see `peak_rate`. recompute: activations are recomputed in
-    the backward pass. train: further knobs of TrainConfig."""
+    """parameters: size of a new model; model: folder or hub id of one to go on from. tokens, steps or
+    seconds: the whole run. lr None: by the model's width, see `peak_rate`. recompute: activations are
+    recomputed in the backward pass. train: further knobs of TrainConfig."""
 
     parameters: float | None = None
     model: str | None = None
@@ -74,18 +74,28 @@ class PretrainResult:
     run: TrainResult
 
     def as_dict(self) -> dict[str, Any]:
-        return {"folder": self.folder, "parameters": self.parameters, "lr": self.lr,
-                "finished": self.run.finished} | self.run.as_dict()
+        return {
+            "folder": self.folder,
+            "parameters": self.parameters,
+            "lr": self.lr,
+            "finished": self.run.finished,
+        } | self.run.as_dict()
 
 
 def peak_rate(width: int, continued: bool = False) -> float:
-    """Default peak rate of AdamW: 1 / width, kept in [3e-4, 4e-3]; 1e-4 for a model that was trained before."""
+    """Default peak rate of AdamW: 1 / width, kept in [3e-4, 4e-3]; 1e-4 for one trained before."""
     return 1e-4 if continued else min(4e-3, max(3e-4, 1.0 / width))
 
 
-def pretrain(curated: str | Path, out: str | Path, config: PretrainConfig, *, events: Events | None = None,
-             deadline: Deadline | None = None) -> PretrainResult:
-    """Train on the curated folder's train split and export the model; the same call goes on where one stopped.
+def pretrain(
+    curated: str | Path,
+    out: str | Path,
+    config: PretrainConfig,
+    *,
+    events: Events | None = None,
+    deadline: Deadline | None = None,
+) -> PretrainResult:
+    """Train on a curated folder and export the model; the same call goes on where one stopped.
 
     With `seconds`, the speed is measured on a few real steps and turned into a number of tokens, which
     OUT/plan.json keeps: a resumed run has the same end, and its schedule the same course.
@@ -93,41 +103,73 @@ def pretrain(curated: str | Path, out: str | Path, config: PretrainConfig, *, ev
     began, out, curation = time.monotonic(), Path(out), Curation.load(curated)
     shape = shape_for(config, curation)
     lr = config.lr if config.lr is not None else peak_rate(shape.width, config.model is not None)
-    told = TrainConfig(tokens=config.tokens, steps=config.steps if config.seconds is None else 1 << 40, lr=lr,
-                       sequence_length=config.sequence_length, seed=config.seed, **config.train)
+    told = TrainConfig(
+        tokens=config.tokens,
+        steps=config.steps if config.seconds is None else 1 << 40,
+        lr=lr,
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+        **config.train,
+    )
     ranks = parallel.current(parallel.pick_device(told.device))
     model = make_model(config, shape)
-    heldout = Stream(curation.shards("heldout"), "natural", config.packing, seed=0, epochs=1,
-                     sequence_length=config.sequence_length)
+    heldout = Stream(
+        curation.shards("heldout"),
+        "natural",
+        config.packing,
+        seed=0,
+        epochs=1,
+        sequence_length=config.sequence_length,
+    )
     if config.seconds is not None:
-        told = dataclasses.replace(told, steps=None, tokens=ranks.agree(
-            _tokens_in(config, told, model, curation, out / "plan.json", began)))
-    stream = Stream(curation.shards("train"), config.mixture, config.packing, seed=config.seed,
-                    sequence_length=config.sequence_length, total=told.total_tokens)
+        told = dataclasses.replace(
+            told,
+            steps=None,
+            tokens=ranks.agree(_tokens_in(config, told, model, curation, out / "plan.json", began)),
+        )
+    stream = Stream(
+        curation.shards("train"),
+        config.mixture,
+        config.packing,
+        seed=config.seed,
+        sequence_length=config.sequence_length,
+        total=told.total_tokens,
+    )
     run = train(model, stream, told, out, events=events, deadline=deadline, heldout=heldout, label="pretrain")
     folder = None
     if run.finished:
         folder = str(out / "model")
         if ranks.first:
-            save_model(model if ranks.world == 1 else _whole(config, shape, told, out), folder, curation.folder)
+            save_model(
+                model if ranks.world == 1 else _whole(config, shape, told, out), folder, curation.folder
+            )
         ranks.wait()
     return PretrainResult(folder, shape.parameters(), lr, run)
 
 
 def shape_for(config: PretrainConfig, curation: Curation) -> DecoderConfig:
-    """The given model's shape, or a Llama-style one of about the wanted size. Raises `UserError` if it cannot be."""
+    """The given model's shape, or a Llama-style one of about the wanted size. Raises `UserError`."""
     tokenizer = curation.tokenizer()
     if config.model is None:
-        return sized(config.parameters or PARAMETERS, tokenizer.vocab_size,
-                     context_length=max(2048, config.sequence_length),
-                     bos_id=tokenizer.bos_id, eos_ids=(tokenizer.eos_id,), pad_id=tokenizer.pad_id)
+        return sized(
+            config.parameters or PARAMETERS,
+            tokenizer.vocab_size,
+            context_length=max(2048, config.sequence_length),
+            bos_id=tokenizer.bos_id,
+            eos_ids=(tokenizer.eos_id,),
+            pad_id=tokenizer.pad_id,
+        )
     shape = load_config(config.model)
     if Tokenizer.load(find_folder(config.model)).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{curation.folder} was curated with another tokenizer than {config.model} has; type: "
-                        f"modicum curate SOURCE --out FOLDER --tokenizer {config.model}")
+        raise UserError(
+            f"{curation.folder} was curated with another tokenizer than {config.model} has; type: "
+            f"modicum curate SOURCE --out FOLDER --tokenizer {config.model}"
+        )
     if config.sequence_length > shape.context_length:
-        raise UserError(f"sequence_length={config.sequence_length} is longer than the context of {config.model} "
-                        f"({shape.context_length}); ask for a shorter one")
+        raise UserError(
+            f"sequence_length={config.sequence_length} is longer than the context of {config.model} "
+            f"({shape.context_length}); ask for a shorter one"
+        )
     return shape
 
 
@@ -141,34 +183,52 @@ def make_model(config: PretrainConfig, shape: DecoderConfig) -> Decoder:
     return model
 
 
-def _tokens_in(config: PretrainConfig, told: TrainConfig, model: Decoder, curation: Curation, plan: Path,
-               began: float) -> int:
-    """Tokens that fit into the time budget: those decided before, or as many as the speed measured now allows."""
+def _tokens_in(
+    config: PretrainConfig, told: TrainConfig, model: Decoder, curation: Curation, plan: Path, began: float
+) -> int:
+    """Tokens of the time budget: those decided before, or as many as the speed measured now allows."""
     if plan.is_file():
         try:
             made = read_json(plan)
             if made["seconds"] == config.seconds:
                 return int(made["tokens"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptError(f"{plan} is damaged ({type(error).__name__}); remove it to plan anew") from None
+            raise CorruptError(
+                f"{plan} is damaged ({type(error).__name__}); remove it to plan anew"
+            ) from None
     assert config.seconds is not None
-    stream = Stream(curation.shards("train"), config.mixture, config.packing, seed=config.seed,
-                    sequence_length=config.sequence_length)
+    stream = Stream(
+        curation.shards("train"),
+        config.mixture,
+        config.packing,
+        seed=config.seed,
+        sequence_length=config.sequence_length,
+    )
     taken = step_seconds(model, stream, told, PROBE_SHARE * config.seconds)
     left = SHARE_FOR_STEPS * (config.seconds - (time.monotonic() - began))
     steps = int(left / taken)
     if steps < 1:
-        raise UserError(f"one step of {told.step_tokens} tokens takes {taken:.1f} s, more than {config.seconds:g} s "
-                        "leave; give more time, a smaller model or a smaller batch")
+        raise UserError(
+            f"one step of {told.step_tokens} tokens takes {taken:.1f} s, more than {config.seconds:g} s "
+            "leave; give more time, a smaller model or a smaller batch"
+        )
     tokens = steps * told.step_tokens
     if parallel.current().first:
-        write_json(plan, {"seconds": config.seconds, "tokens": tokens, "steps": steps, "step_seconds": taken,
-                          "tokens_per_second": told.step_tokens / taken})
+        write_json(
+            plan,
+            {
+                "seconds": config.seconds,
+                "tokens": tokens,
+                "steps": steps,
+                "step_seconds": taken,
+                "tokens_per_second": told.step_tokens / taken,
+            },
+        )
     return tokens
 
 
 def step_seconds(model: Decoder, stream: Stream, config: TrainConfig, seconds: float) -> float:
-    """Median seconds of real steps on a copy of the model: three or more, for about `seconds`, after a warm-up."""
+    """Median seconds of real steps on a copy of the model: three or more, for about `seconds`."""
     trainer = Trainer(copy.deepcopy(model), stream, config, None, label="")
     trainer.open()
     trainer.step()

@@ -46,7 +46,7 @@ class Objective(Method, Part):
 
     needs: ClassVar[frozenset[str]] = frozenset({"tokens_BT", "targets_BT"})
     supports: ClassVar[frozenset[str]] = frozenset({"fsdp"})
-    random: ClassVar[bool] = False   # whether the loss draws random numbers
+    random: ClassVar[bool] = False  # whether the loss draws random numbers
 
     def __init__(self, config: Any):
         self.config = config

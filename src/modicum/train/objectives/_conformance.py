@@ -48,15 +48,16 @@ def check_sum_and_count(key: str) -> None:
     """`total` is a finite float32 scalar with a graph, `count` is positive, metrics are scalars."""
     objective = _make(key)
     loss = objective.loss(_model(), _batch(), Step())
-    assert loss.total.ndim == 0 and loss.total.dtype == torch.float32 and loss.total.requires_grad, \
+    assert loss.total.ndim == 0 and loss.total.dtype == torch.float32 and loss.total.requires_grad, (
         f"{key}: total must be a float32 scalar with a graph"
+    )
     assert torch.isfinite(loss.total), f"{key}: total={loss.total}"
     assert float(loss.count) > 0, f"{key}: count={loss.count}"
     assert all(torch.as_tensor(m).ndim == 0 for m in loss.metrics.values()), f"{key}: metrics must be scalars"
 
 
 def check_repeats(key: str) -> None:
-    """The same step gives the same loss and gradient bit for bit, whatever random numbers were drawn before."""
+    """The same step gives the same loss and gradient bit for bit, whatever was drawn before."""
     torch.manual_seed(0)
     first = _gradient(key, [slice(0, 6)], Step(index=3, seed=1))
     torch.manual_seed(1)

@@ -21,7 +21,7 @@ from modicum.train.objectives import Loss, Objective, Step
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    logits_bytes: int = 64 << 20   # bound on the float32 logits that exist at once
+    logits_bytes: int = 64 << 20  # bound on the float32 logits that exist at once
 
     def __post_init__(self) -> None:
         if self.logits_bytes < 1:

@@ -32,7 +32,7 @@ from modicum.train.parallel import local
 from modicum.train.part import Part
 
 BASELINE = "adamw"
-EMBEDDINGS = ("embed", "wte", "wpe")   # how a name's dotted part begins when it is an embedding table
+EMBEDDINGS = ("embed", "wte", "wpe")  # how a name's dotted part begins when it is an embedding table
 
 
 @dataclass
@@ -58,8 +58,10 @@ class Optimizer(Method, Part):
         self.split = self.groups(pairs)
         placed = [name for group in self.split for name in group.named]
         if sorted(placed) != sorted(self.named):
-            raise UserError(f"{type(self).__name__}.groups must place each parameter exactly once; "
-                            f"wrong: {sorted(set(self.named).symmetric_difference(placed))[:4]}")
+            raise UserError(
+                f"{type(self).__name__}.groups must place each parameter exactly once; "
+                f"wrong: {sorted(set(self.named).symmetric_difference(placed))[:4]}"
+            )
 
     def groups(self, named: list[tuple[str, Tensor]]) -> list[Group]:
         """Weight decay acts on matrices alone: not on norms and biases (fewer than two dimensions), and not

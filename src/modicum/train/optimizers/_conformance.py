@@ -15,9 +15,14 @@ from modicum.train.part import join_state, split_state
 
 def _parameters(seed: int = 0) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"embed.weight": (24, 16), "layers.0.attention.q.weight": (16, 16),
-              "layers.0.mlp.up.weight": (40, 16), "layers.0.mlp.down.weight": (16, 40),
-              "layers.0.mlp.down.bias": (16,), "norm.weight": (16,)}
+    shapes = {
+        "embed.weight": (24, 16),
+        "layers.0.attention.q.weight": (16, 16),
+        "layers.0.mlp.up.weight": (40, 16),
+        "layers.0.mlp.down.weight": (16, 40),
+        "layers.0.mlp.down.bias": (16,),
+        "norm.weight": (16,),
+    }
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
@@ -26,15 +31,18 @@ def _make(key: str, named: dict[str, nn.Parameter], lr: float = 1e-2) -> Optimiz
     return loaded.cls(getattr(loaded.module, "TOY", None) or loaded.config(), list(named.items()), lr=lr)
 
 
-def _steps(optimizer: Optimizer, named: dict[str, nn.Parameter], first: int, last: int,
-           lr: float = 1.0) -> None:
+def _steps(
+    optimizer: Optimizer, named: dict[str, nn.Parameter], first: int, last: int, lr: float = 1.0
+) -> None:
     """Gradients of half the squared distance to 1, with noise of the step's own."""
     for i in range(first, last):
         scales = {"lr": lr}
         optimizer.begin(scales)
         generator = torch.Generator().manual_seed(i)
-        loss = sum((((p - 1) ** 2) / 2 + 0.1 * p * torch.randn(p.shape, generator=generator)).sum()
-                   for p in named.values())
+        loss = sum(
+            (((p - 1) ** 2) / 2 + 0.1 * p * torch.randn(p.shape, generator=generator)).sum()
+            for p in named.values()
+        )
         assert isinstance(loss, Tensor)
         loss.backward()
         optimizer.step(scales)
@@ -45,6 +53,7 @@ def _steps(optimizer: Optimizer, named: dict[str, nn.Parameter], first: int, las
 def _stored(optimizer: Optimizer) -> dict[str, Any]:
     """The state after a trip through safetensors and JSON."""
     import json
+
     tensors, values = split_state(optimizer.state_dict())
     stored = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     return join_state(load(stored), json.loads(json.dumps(values)))
@@ -128,5 +137,6 @@ def check_leaves_out_what_has_no_gradient(key: str) -> None:
     optimizer = _make(key, named)
     part = {n: p for n, p in named.items() if n != "layers.0.mlp.up.weight"}
     _steps(optimizer, part, 0, 2)
-    assert torch.equal(named["layers.0.mlp.up.weight"], _parameters()["layers.0.mlp.up.weight"]), \
+    assert torch.equal(named["layers.0.mlp.up.weight"], _parameters()["layers.0.mlp.up.weight"]), (
         f"{key}: a parameter without gradient moved"
+    )

@@ -49,7 +49,7 @@ class AdamW(Optimizer):
 
     def __init__(self, config: Config, named: Iterable[tuple[str, Tensor]], *, lr: float = 1e-3):
         super().__init__(config, named, lr=lr)
-        self.state: dict[str, dict[str, Tensor]] = {}   # by parameter: exp_avg, exp_avg_sq, step
+        self.state: dict[str, dict[str, Tensor]] = {}  # by parameter: exp_avg, exp_avg_sq, step
 
     @torch.no_grad()
     def step(self, scales: Mapping[str, float]) -> None:
@@ -57,14 +57,28 @@ class AdamW(Optimizer):
             named = {name: p for name, p in group.named.items() if p.grad is not None}
             for name, p in named.items():
                 if name not in self.state:
-                    self.state[name] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p),
-                                        "step": torch.zeros((), device=p.device)}
+                    self.state[name] = {
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                        "step": torch.zeros((), device=p.device),
+                    }
             states = [self.state[name] for name in named]
-            adamw([*named.values()], [p.grad for p in named.values() if p.grad is not None],
-                  [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-                  [s["step"] for s in states], fused=True, amsgrad=False, maximize=False,
-                  beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.eps,
-                  lr=self.lr * group.rate * scales["lr"], weight_decay=group.weight_decay)
+            adamw(
+                [*named.values()],
+                [p.grad for p in named.values() if p.grad is not None],
+                [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states],
+                [],
+                [s["step"] for s in states],
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                beta1=self.config.beta1,
+                beta2=self.config.beta2,
+                eps=self.config.eps,
+                lr=self.lr * group.rate * scales["lr"],
+                weight_decay=group.weight_decay,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Per parameter `NAME:exp_avg` and `NAME:exp_avg_sq` (of its shape) and `NAME:step` (a scalar)."""
@@ -76,7 +90,8 @@ class AdamW(Optimizer):
             name, _, field = key.rpartition(":")
             p = self.named[name]
             self.state.setdefault(name, {})[field] = (
-                value.to(p.device, copy=True) if field == "step" else shard_like(value, p))
+                value.to(p.device, copy=True) if field == "step" else shard_like(value, p)
+            )
 
     @classmethod
     def cost(cls, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Cost:

@@ -21,8 +21,9 @@ def check_finite_everywhere(key: str) -> None:
             scales = schedule.scale(total * part / 100, total)
             assert "lr" in scales, f"{key}: scale() must give 'lr', gave {sorted(scales)}"
             for name, value in scales.items():
-                assert isinstance(value, int | float) and math.isfinite(value) and value >= 0, \
+                assert isinstance(value, int | float) and math.isfinite(value) and value >= 0, (
                     f"{key}: {name}={value} at {part}% of {total}"
+                )
 
 
 def check_pure(key: str) -> None:

@@ -14,7 +14,7 @@ from modicum.train.schedules import Schedule, check_warmup, warmed
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    warmup: float = 0.02   # share of the total below 1, tokens from 1 on
+    warmup: float = 0.02  # share of the total below 1, tokens from 1 on
 
     def __post_init__(self) -> None:
         check_warmup(self.warmup)

@@ -21,8 +21,8 @@ from modicum.train.schedules import Schedule, check_warmup, warmed
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    warmup: float = 0.02   # share of the total below 1, tokens from 1 on
-    floor: float = 0.1     # of the peak rate, reached at the end
+    warmup: float = 0.02  # share of the total below 1, tokens from 1 on
+    floor: float = 0.1  # of the peak rate, reached at the end
 
     def __post_init__(self) -> None:
         check_warmup(self.warmup, self.floor)

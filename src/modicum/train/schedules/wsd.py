@@ -21,9 +21,9 @@ from modicum.train.schedules import Schedule, check_warmup, warmed
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    warmup: float = 0.02   # share of the total below 1, tokens from 1 on
-    decay: float = 0.2     # share of the total
-    floor: float = 0.0     # of the peak rate, reached at the end
+    warmup: float = 0.02  # share of the total below 1, tokens from 1 on
+    decay: float = 0.2  # share of the total
+    floor: float = 0.0  # of the peak rate, reached at the end
     shape: Literal["sqrt", "linear"] = "sqrt"
 
     def __post_init__(self) -> None:
