@@ -83,13 +83,37 @@ def test_objective_gradient(single):
     table = as_table(runs, law.reads)
     x = {n: table[n] / np.exp(np.log(table[n]).mean()) for n in law.reads}
     problem = law._problem(x | {n: table[n] for n in ("loss", "run", "final")})
-    phi = np.array([0.5, -0.3, -0.5, -1.0, -1.1, 0.02, -5.0, -5.3])
-    _, given = problem.value_and_gradient(phi)
-    steps = np.eye(8) * 1e-7
-    numeric = np.array(
-        [(problem.value((phi + s)[None]) - problem.value((phi - s)[None]))[0] / 2e-7 for s in steps]
+    phi = np.array(
+        [[0.5, -0.3, -0.5, -1.0, -1.1, -3.5, -5.0, -5.3], [0.4, -0.2, -0.6, -1.1, -0.9, -4.0, -4.0, -5.0]]
     )
-    assert np.allclose(given, numeric, rtol=2e-3, atol=1e-3)
+    counts = np.random.default_rng(0).integers(0, 3, (2, 12 if single else 4)).astype(float)
+    for count in (None, counts):
+        value, given = problem.value_and_gradient(phi, count)
+        assert np.allclose(value, problem.value(phi, count))
+        for f in range(8):
+            shift = np.eye(8)[f] * 1e-6
+            numeric = (problem.value(phi + shift, count) - problem.value(phi - shift, count)) / 2e-6
+            assert np.allclose(given[:, f], numeric, rtol=1e-3, atol=1e-3)
+
+
+def test_counted_runs_equal_repeated_rows():
+    """The bootstrap's weights against a table in which the runs really are repeated."""
+    law = registry.build("law", "chinchilla")
+    runs = runs_of(np.random.default_rng(1), 6) | {"run": np.array([0, 0, 1, 2, 2, 2])}
+    table = as_table(runs, law.reads)
+    names = (*law.reads, "loss", "run", "final")
+
+    prior = estimate.Prior(np.zeros(8), np.ones(8))
+
+    def problem_of(index, run):
+        x = {n: table[n][index] / (1e9 if n in law.reads else 1) for n in names}
+        x |= {"run": np.array(run), "final": table["final"][index]}
+        return estimate.Problem(law.log_loss, law.gradient, x, prior, 1e-3, 4)
+
+    phi = np.array([[0.5, -0.3, -0.5, -1.0, -1.1, -3.5, -5.0, -5.3]])
+    weighted = problem_of(np.arange(6), [0, 0, 1, 2, 2, 2]).value(phi, np.array([[2.0, 0.0, 1.0]]))
+    repeated = problem_of(np.array([0, 1, 0, 1, 3, 4, 5]), [0, 0, 1, 1, 2, 2, 2]).value(phi)
+    assert np.allclose(weighted, repeated)
 
 
 def test_posterior_agrees_with_a_grid():
@@ -99,8 +123,8 @@ def test_posterior_agrees_with_a_grid():
     def line(theta_KP, x):
         return theta_KP[:, :1] + theta_KP[:, 1:2] * x["t"]
 
-    def slope(theta_P, x):
-        return np.stack([np.ones_like(x["t"]), x["t"]], 1)
+    def slope(theta_KP, x):
+        return np.tile(np.stack([np.ones_like(x["t"]), x["t"]], 1), (len(theta_KP), 1, 1))
 
     t = np.array([-1.0, 0.0, 1.0])
     rows = {
@@ -109,13 +133,13 @@ def test_posterior_agrees_with_a_grid():
         "run": np.arange(3),
         "final": np.ones(3, bool),
     }
-    prior = estimate.Prior(np.array([0, 0, 0.03, np.log(0.01), -5.0]), np.array([1, 0.1, 0.03, 1e-4, 0.7]))
+    prior = estimate.Prior(np.array([0, 0, -3.5, np.log(0.01), -5.0]), np.array([1, 0.1, 0.5, 1e-4, 0.7]))
     problem = estimate.Problem(line, slope, rows, prior, 1e-3, 4)
-    best = estimate.minimise(problem, np.array([[0.0, 0, 0.03, np.log(0.01), -5]]), None)
+    best = estimate.minimise(problem, np.array([[0.0, 0, -3.5, np.log(0.01), -5]]))[0][0]
     draws = estimate.sample_posterior(problem, best, rng, n_draws=4000, steps=1500)
     a, b = np.meshgrid(np.linspace(0.2, 0.4, 300), np.linspace(0.0, 0.2, 300))
     phi = np.column_stack(
-        [a.ravel(), b.ravel(), np.full(a.size, 0.03), np.full(a.size, np.log(0.01)), np.full(a.size, -5.0)]
+        [a.ravel(), b.ravel(), np.full(a.size, -3.5), np.full(a.size, np.log(0.01)), np.full(a.size, -5.0)]
     )
     weight = np.exp(-problem.value(phi) + problem.value(best[None]))
     weight /= weight.sum()

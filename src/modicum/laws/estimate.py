@@ -27,13 +27,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import erf
 
 from modicum.laws.table import Table
 
 LogLaw = Callable[[np.ndarray, Table], np.ndarray]  # (theta_KP, rows) -> log loss_KN
-Gradient = Callable[[np.ndarray, Table], np.ndarray]  # (theta_P, rows) -> d log loss / d theta_NP
+Gradient = Callable[[np.ndarray, Table], np.ndarray]  # (theta_KP, rows) -> d log loss / d theta_KNP
 
 
 def huber(r: np.ndarray, delta: float) -> np.ndarray:
@@ -72,13 +71,14 @@ class Prior:
     mean_F: np.ndarray
     sd_F: np.ndarray
 
-    def precision_F(self) -> np.ndarray:
-        return 1 / self.sd_F**2
-
 
 @dataclass
 class Problem:
-    """Negative log posterior of (theta_P, gap, log between, log within) given the rows."""
+    """Negative log posterior of (theta_P, log gap, log between, log within) given the rows.
+
+    Every function takes K sets of coordinates at once. `counts_KR`: how often each run is counted, for
+    each of them (a bootstrap's resamples); None counts each run once.
+    """
 
     log_law: LogLaw
     gradient: Gradient
@@ -88,115 +88,166 @@ class Problem:
     per_run: int
 
     def __post_init__(self) -> None:
+        order = np.argsort(self.rows["run"], kind="stable")
+        self.rows = {name: column[order] for name, column in self.rows.items()}
         self.n_coordinates = len(self.prior.mean_F) - 3
-        run = self.rows["run"]
-        count_R = np.bincount(run)
-        self.n_runs, self.n_rows = len(count_R), len(run)
-        self.single = bool((count_R == 1).all())
-        self.average_RN = np.zeros((self.n_runs, self.n_rows))
-        self.average_RN[run, np.arange(self.n_rows)] = 1 / count_R[run]
-        effective_R = np.minimum(count_R, self.per_run)
-        self.weight_N = ((effective_R - 1) / count_R)[run]
-        self.degrees = float((effective_R - 1).sum())
+        self.run_N = self.rows["run"]
+        self.size_R = np.bincount(self.run_N)
+        self.first_R = np.concatenate([[0], np.cumsum(self.size_R)[:-1]])
+        self.n_runs, self.n_rows = len(self.size_R), len(self.run_N)
+        self.single = bool((self.size_R == 1).all())
+        self.degrees_R = np.minimum(self.size_R, self.per_run) - 1.0
         self.log_loss_N = np.log(self.rows["loss"])
         self.early_N = (~self.rows["final"]).astype(float)
 
     def residuals(self, phi_KF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean residual of each run, and each row's deviation from it."""
         p = self.n_coordinates
-        r_KN = (
-            self.log_loss_N
-            - self.log_law(phi_KF[:, :p], self.rows)
-            - np.log1p(np.maximum(phi_KF[:, p : p + 1], 0)) * self.early_N
-        )
+        r_KN = self.log_loss_N - self.log_law(phi_KF[:, :p], self.rows)
+        r_KN = r_KN - np.log1p(np.exp(phi_KF[:, p : p + 1])) * self.early_N
         if self.single:
             return r_KN, np.zeros_like(r_KN)
-        mean_KR = r_KN @ self.average_RN.T
-        return mean_KR, r_KN - mean_KR[:, self.rows["run"]]
+        mean_KR = self._mean(r_KN)
+        return mean_KR, r_KN - mean_KR[:, self.run_N]
 
-    def value(self, phi_KF: np.ndarray) -> np.ndarray:
-        """(K,) negative log posterior; infinite where the gap is negative or the law overflows."""
+    def _mean(self, values: np.ndarray) -> np.ndarray:
+        """Means over each run's rows along axis 1."""
+        shape = (-1,) + (1,) * (values.ndim - 2)
+        return np.add.reduceat(values, self.first_R, axis=1) / self.size_R.reshape(shape)
+
+    def value(self, phi_KF: np.ndarray, counts_KR: np.ndarray | None = None) -> np.ndarray:
+        """(K,) negative log posterior; infinite where the law overflows."""
         with np.errstate(over="ignore", invalid="ignore"):
-            value_K = self._value(phi_KF, *self.residuals(phi_KF))
-            return np.where((phi_KF[:, self.n_coordinates] >= 0) & np.isfinite(value_K), value_K, np.inf)
+            value_K = self._value(phi_KF, *self.residuals(phi_KF), counts_KR)
+            return np.where(np.isfinite(value_K), value_K, np.inf)
 
-    def _value(self, phi_KF: np.ndarray, mean_KR: np.ndarray, deviation_KN: np.ndarray) -> np.ndarray:
-        p, delta = self.n_coordinates, self.delta
-        between_K, within_K = phi_KF[:, p + 1], phi_KF[:, p + 2]
-        value_K = huber(mean_KR, delta).sum(1) * np.exp(-between_K) + self.n_runs * log_norm(between_K, delta)
-        if self.degrees:
-            misfit_K = (huber(deviation_KN, delta) * self.weight_N).sum(1)
-            value_K = value_K + misfit_K * np.exp(-within_K) + self.degrees * log_norm(within_K, delta)
-        return value_K + 0.5 * (((phi_KF - self.prior.mean_F) / self.prior.sd_F) ** 2).sum(1)
+    def _value(
+        self, phi_KF: np.ndarray, mean_KR: np.ndarray, deviation_KN: np.ndarray, counts_KR: np.ndarray | None
+    ) -> np.ndarray:
+        total_K = 0.5 * (((phi_KF - self.prior.mean_F) / self.prior.sd_F) ** 2).sum(1)
+        for column, misfit_K, number in self._scales(mean_KR, deviation_KN, counts_KR):
+            log_scale_K = phi_KF[:, column]
+            total_K = total_K + misfit_K * np.exp(-log_scale_K) + number * log_norm(log_scale_K, self.delta)
+        return total_K
 
-    def value_and_gradient(self, phi_F: np.ndarray) -> tuple[float, np.ndarray]:
-        p, delta = self.n_coordinates, self.delta
-        jacobian_NF = self._jacobian(phi_F)
-        mean_KR, deviation_KN = self.residuals(phi_F[None])
-        mean_R, deviation_N = mean_KR[0], deviation_KN[0]
-        slope_R = np.clip(mean_R / delta, -1, 1) * np.exp(-phi_F[p + 1])
-        value = float(self._value(phi_F[None], mean_KR, deviation_KN)[0])
-        if self.single:
-            gradient_F = -slope_R @ jacobian_NF
-        else:
-            slope_N = np.clip(deviation_N / delta, -1, 1) * self.weight_N * np.exp(-phi_F[p + 2])
-            back_N = (
-                slope_R @ self.average_RN
-                + slope_N
-                - (slope_N @ self.average_RN.T * np.bincount(self.rows["run"])) @ self.average_RN
-            )
-            gradient_F = -back_N @ jacobian_NF
-        gradient_F = gradient_F + (phi_F - self.prior.mean_F) * self.prior.precision_F()
-        for index, total, number in (
-            (p + 1, huber(mean_R, delta).sum(), self.n_runs),
-            (p + 2, (huber(deviation_N, delta) * self.weight_N).sum(), self.degrees),
-        ):
-            if number:
-                step = 1e-6
-                slope = (log_norm(phi_F[index] + step, delta) - log_norm(phi_F[index] - step, delta)) / (
-                    2 * step
-                )
-                gradient_F[index] += -total * np.exp(-phi_F[index]) + number * slope
-        return value, gradient_F
-
-    def _jacobian(self, phi_F: np.ndarray) -> np.ndarray:
-        """d (log law + log(1 + gap) early) / d phi, shape NF."""
+    def _scales(
+        self, mean_KR: np.ndarray, deviation_KN: np.ndarray, counts_KR: np.ndarray | None
+    ) -> list[Any]:
+        """(coordinate, misfit_K, number of observations) of the two scales."""
         p = self.n_coordinates
-        jacobian_NF = np.zeros((self.n_rows, len(phi_F)))
-        jacobian_NF[:, :p] = self.gradient(phi_F[:p], self.rows)
-        jacobian_NF[:, p] = self.early_N / (1 + max(phi_F[p], 0))
-        return jacobian_NF
-
-    def information(self, phi_F: np.ndarray) -> np.ndarray:
-        """Expected information plus prior precision, FF: the curvature used to scatter the first walkers."""
-        p, jacobian_NF = self.n_coordinates, self._jacobian(phi_F)
-        mean_RF = self.average_RN @ jacobian_NF
-        between, within = np.exp(phi_F[p + 1]) + self.delta, np.exp(phi_F[p + 2]) + self.delta
-        total = mean_RF.T @ mean_RF / between**2
+        counts = np.ones((1, self.n_runs)) if counts_KR is None else counts_KR
+        found = [(p + 1, (huber(mean_KR, self.delta) * counts).sum(1), counts.sum(1))]
         if not self.single:
-            deviation_NF = jacobian_NF - mean_RF[self.rows["run"]]
-            total = total + (deviation_NF * self.weight_N[:, None]).T @ deviation_NF / within**2
-        total[p + 1, p + 1] += self.n_runs
-        total[p + 2, p + 2] += self.degrees
-        return total + np.diag(self.prior.precision_F())
+            within_KR = self._mean(huber(deviation_KN, self.delta)) * self.degrees_R
+            found.append((p + 2, (within_KR * counts).sum(1), (self.degrees_R * counts).sum(1)))
+        return found
+
+    def value_and_gradient(
+        self, phi_KF: np.ndarray, counts_KR: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(K,) and KF."""
+        p, delta = self.n_coordinates, self.delta
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean_KR, deviation_KN = self.residuals(phi_KF)
+            value_K = self._value(phi_KF, mean_KR, deviation_KN, counts_KR)
+            counts = np.ones((1, self.n_runs)) if counts_KR is None else counts_KR
+            # d value / d residual: of a run's mean, and of a row's deviation from it
+            back_KR = counts * np.clip(mean_KR / delta, -1, 1) * np.exp(-phi_KF[:, p + 1 : p + 2])
+            if self.single:
+                back_KN = back_KR
+            else:
+                pull_KN = np.clip(deviation_KN / delta, -1, 1) * np.exp(-phi_KF[:, p + 2 : p + 3])
+                pull_KN = pull_KN - self._mean(pull_KN)[:, self.run_N]
+                back_KN = (back_KR / self.size_R)[:, self.run_N] + pull_KN * (
+                    counts * self.degrees_R / self.size_R
+                )[:, self.run_N]
+            gradient_KF = (phi_KF - self.prior.mean_F) / self.prior.sd_F**2
+            gradient_KF[:, : p + 1] -= np.einsum("kn,knf->kf", back_KN, self._jacobian(phi_KF))
+            step = 1e-5
+            for column, misfit_K, number in self._scales(mean_KR, deviation_KN, counts_KR):
+                log_scale_K = phi_KF[:, column]
+                slope_K = log_norm(log_scale_K + step, delta) - log_norm(log_scale_K - step, delta)
+                gradient_KF[:, column] += number * slope_K / (2 * step) - misfit_K * np.exp(-log_scale_K)
+        good_K = np.isfinite(value_K) & np.isfinite(gradient_KF).all(1)
+        return np.where(good_K, value_K, np.inf), np.where(good_K[:, None], gradient_KF, 0.0)
+
+    def _jacobian(self, phi_KF: np.ndarray) -> np.ndarray:
+        """d (log law + log(1 + gap) early) / d (theta, log gap), shape KN(P+1)."""
+        p = self.n_coordinates
+        gap_K = np.exp(phi_KF[:, p])
+        gap_KN = (gap_K / (1 + gap_K))[:, None] * self.early_N
+        return np.concatenate([self.gradient(phi_KF[:, :p], self.rows), gap_KN[..., None]], axis=2)
+
+    def information(self, phi_KF: np.ndarray) -> np.ndarray:
+        """Expected information plus prior precision, KFF: where searches and samplers start from."""
+        p = self.n_coordinates
+        jacobian_KNF = self._jacobian(phi_KF)
+        mean_KRF = self._mean(jacobian_KNF)
+        scale_K2 = np.exp(phi_KF[:, p + 1 :]) + self.delta
+        total = np.zeros((*phi_KF.shape, phi_KF.shape[1]))
+        total[:, : p + 1, : p + 1] = np.einsum("krf,krg,k->kfg", mean_KRF, mean_KRF, scale_K2[:, 0] ** -2.0)
+        if not self.single:
+            own_KNF = jacobian_KNF - mean_KRF[:, self.run_N]
+            weight_N = (self.degrees_R / self.size_R)[self.run_N]
+            total[:, : p + 1, : p + 1] += np.einsum(
+                "knf,kng,n,k->kfg", own_KNF, own_KNF, weight_N, scale_K2[:, 1] ** -2.0
+            )
+        total[:, p + 1, p + 1] += self.n_runs
+        total[:, p + 2, p + 2] += self.degrees_R.sum()
+        return total + np.diag(1 / self.prior.sd_F**2)
 
 
-def minimise(problem: Problem, starts_SF: np.ndarray, bounds: Any) -> np.ndarray:
-    """The best of L-BFGS runs: a short one from every start, the two best to convergence.
+def minimise(
+    problem: Problem, starts_KF: np.ndarray, counts_KR: np.ndarray | None = None, iterations: int = 400
+) -> tuple[np.ndarray, np.ndarray]:
+    """The K minima (KF) reached from K starts, and their values.
 
-    Tolerances are tight, and the sum rather than the mean is minimised.
+    BFGS on all of them at once, with the weak Wolfe line search of Lewis & Overton 2013 (Math. Program.
+    141:135) that also serves objectives with near-kinks, as Huber's with a small delta. The inverse Hessian
+    starts from the expected information. (A library's L-BFGS takes one at a time, and on matrices this small
+    its threads cost more than the work.)
     """
-
-    def descend(start_F: np.ndarray, iterations: int) -> tuple[float, np.ndarray]:
-        options = {"maxiter": iterations, "maxfun": 10 * iterations, "ftol": 1e-14, "gtol": 1e-9, "maxls": 50}
-        found = minimize(
-            problem.value_and_gradient, start_F, jac=True, method="L-BFGS-B", bounds=bounds, options=options
+    phi = starts_KF.astype(float).copy()
+    value, slope = problem.value_and_gradient(phi, counts_KR)
+    inverse = np.linalg.inv(problem.information(phi) + 1e-9 * np.eye(phi.shape[1]))
+    still = np.zeros(len(phi), dtype=int)  # iterations without progress
+    for _ in range(iterations):
+        live = np.flatnonzero(still < 3)
+        if not len(live):
+            break
+        counts = None if counts_KR is None else counts_KR[live]
+        here, f0, g0, h = phi[live], value[live], slope[live], inverse[live]
+        direction = -np.einsum("kfg,kg->kf", h, g0)
+        down = (direction * g0).sum(1)
+        flat = ~(down < 0)
+        direction[flat], down[flat] = -g0[flat], -(g0[flat] ** 2).sum(1)
+        step, low, high = np.ones(len(live)), np.zeros(len(live)), np.full(len(live), np.inf)
+        there, f1, g1 = here, f0, g0
+        for _ in range(30):
+            there = here + step[:, None] * direction
+            f1, g1 = problem.value_and_gradient(there, counts)
+            too_far = ~(f1 <= f0 + 1e-4 * step * down)
+            too_near = ~too_far & ((g1 * direction).sum(1) < 0.9 * down)
+            if not (too_far | too_near).any():
+                break
+            high, low = np.where(too_far, step, high), np.where(too_near, step, low)
+            doubled = np.where(np.isinf(high), 2 * low, (low + high) / 2)
+            step = np.where(too_far | too_near, doubled, step)
+        moved = f1 < f0
+        s, y = there - here, g1 - g0
+        curve = (s * y).sum(1)
+        turn = moved & (curve > 1e-12 * np.sqrt((s**2).sum(1) * (y**2).sum(1)))
+        rho = np.where(turn, 1 / np.where(turn, curve, 1), 0)
+        left = np.eye(phi.shape[1]) - rho[:, None, None] * s[:, :, None] * y[:, None, :]
+        updated = (
+            np.einsum("kab,kbc,kdc->kad", left, h, left) + rho[:, None, None] * s[:, :, None] * s[:, None, :]
         )
-        return float(found.fun), found.x
-
-    short = [descend(start_F, 40) for start_F in starts_SF] if len(starts_SF) > 1 else [(0.0, starts_SF[0])]
-    short.sort(key=lambda item: item[0])
-    return min((descend(start_F, 3000) for _, start_F in short[:2]), key=lambda item: item[0])[1]
+        inverse[live] = np.where(turn[:, None, None], updated, h)
+        phi[live] = np.where(moved[:, None], there, here)
+        value[live], slope[live] = np.where(moved, f1, f0), np.where(moved[:, None], g1, g0)
+        gain = np.where(moved, f0 - f1, 0)
+        still[live] = np.where(gain > 1e-11 * np.maximum(1, np.abs(f0)), 0, still[live] + 1)
+    return phi, value
 
 
 def sample_posterior(
@@ -209,15 +260,14 @@ def sample_posterior(
     steps: int = 400,
 ) -> np.ndarray:
     """Draws KF by the stretch move: halves of the ensemble propose along lines to the other half."""
-    free = np.isfinite(problem.prior.sd_F) | (np.abs(np.diag(problem.information(best_F))) > 1e-12)
-    information = problem.information(best_F)[np.ix_(free, free)]
+    information = problem.information(best_F[None])[0]
+    free = np.diag(information) > 1e-12
+    information = information[np.ix_(free, free)]
     values, vectors = np.linalg.eigh(information)
     scatter = vectors / np.sqrt(np.maximum(values, 1e-12))
     n_free = int(free.sum())
     phi_KF = np.tile(best_F, (walkers, 1))
     phi_KF[:, free] += rng.normal(size=(walkers, n_free)) @ scatter.T
-    gap = problem.n_coordinates
-    phi_KF[:, gap] = np.abs(phi_KF[:, gap])
     density_K = -problem.value(phi_KF)
     half, kept = walkers // 2, []
     thin = max((steps // 2) * walkers // max(n_draws, 1), 1)
@@ -242,19 +292,10 @@ def sample_posterior(
     return draws_KF[rng.permutation(len(draws_KF))[:n_draws]]
 
 
-def bootstrap(
-    problem: Problem, best_F: np.ndarray, rng: np.random.Generator, bounds: Any, *, n_draws: int
-) -> np.ndarray:
+def bootstrap(problem: Problem, best_F: np.ndarray, rng: np.random.Generator, *, n_draws: int) -> np.ndarray:
     """Draws KF: runs resampled with replacement, the law refitted from the best fit each time."""
-    members = [np.flatnonzero(problem.rows["run"] == r) for r in range(problem.n_runs)]
-    draws = []
-    for _ in range(n_draws):
-        picked = rng.integers(problem.n_runs, size=problem.n_runs)
-        index_N = np.concatenate([members[r] for r in picked])
-        rows = {name: column[index_N] for name, column in problem.rows.items()}
-        rows["run"] = np.repeat(np.arange(len(picked)), [len(members[r]) for r in picked])
-        again = Problem(
-            problem.log_law, problem.gradient, rows, problem.prior, problem.delta, problem.per_run
-        )
-        draws.append(minimise(again, best_F[None], bounds))
-    return np.array(draws)
+    runs = problem.n_runs
+    counts_KR = np.stack([np.bincount(rng.integers(runs, size=runs), minlength=runs) for _ in range(n_draws)])
+    size = max(1, 500_000 // (problem.n_rows * len(best_F)))  # bounds the memory of the Jacobians
+    parts = [counts_KR[i : i + size].astype(float) for i in range(0, n_draws, size)]
+    return np.concatenate([minimise(problem, np.tile(best_F, (len(c), 1)), c)[0] for c in parts])

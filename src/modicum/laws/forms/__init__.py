@@ -82,8 +82,8 @@ class Law(Method):
         """log loss_KN at rows `x`, whose columns are divided by their reference (so 1 is the middle)."""
 
     @abstractmethod
-    def gradient(self, theta_P: np.ndarray, x: Table) -> np.ndarray:
-        """d log loss / d theta, shape NP."""
+    def gradient(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
+        """d log loss / d theta, shape KNP."""
 
     @abstractmethod
     def priors(self, x: Table) -> tuple[np.ndarray, np.ndarray]:
@@ -153,25 +153,23 @@ class Law(Method):
         }
         problem = self._problem(x)
         starts_SP = self.starts(x)
-        noise = [np.log(self.config.noise), np.log(self.config.noise)]
-        starts_SF = np.column_stack(
-            [starts_SP, np.full(len(starts_SP), self.config.gap), np.tile(noise, (len(starts_SP), 1))]
-        )
-        bounds = [(-30.0, 30.0)] * n_coordinates + [(0.0, 1.0), (-14.0, 1.0), (-14.0, 1.0)]
-        best_F = estimate.minimise(problem, starts_SF, bounds)
+        rest = np.log([self.config.gap, self.config.noise, self.config.noise])
+        starts_KF = np.column_stack([starts_SP, np.tile(rest, (len(starts_SP), 1))])
+        found_KF, value_K = estimate.minimise(problem, starts_KF)
+        best_F = found_KF[value_K.argmin()]
         rng = np.random.default_rng(seed)
         by_bootstrap = self.config.interval == "bootstrap" or (
             self.config.interval == "auto" and n_runs >= self.config.bootstrap_from
         )
         if by_bootstrap:
-            draws_KF = estimate.bootstrap(problem, best_F, rng, bounds, n_draws=min(self.config.draws, 200))
+            draws_KF = estimate.bootstrap(problem, best_F, rng, n_draws=min(self.config.draws, 200))
         else:
             draws_KF = estimate.sample_posterior(problem, best_F, rng, n_draws=self.config.draws)
         draws_KP = draws_KF[:, :n_coordinates]
         found = self.to_parameters(best_F[None, :n_coordinates], reference)
         drawn = self.to_parameters(draws_KP, reference)
         mean_KR, deviation_KN = problem.residuals(best_F[None])
-        residual = np.abs(mean_KR if problem.single else mean_KR[:, x["run"]] + deviation_KN).mean()
+        residual = np.abs(mean_KR if problem.single else mean_KR[:, problem.run_N] + deviation_KN).mean()
         return Fit(
             law=type(self).__module__.rsplit(".", 1)[-1],
             parameters={k: float(v[0]) for k, v in found.items()},
@@ -187,7 +185,7 @@ class Law(Method):
             points=len(table["loss"]),
             runs=n_runs,
             seed=seed,
-            gap=float(best_F[n_coordinates]) if not x["final"].all() else 0.0,
+            gap=float(np.exp(best_F[n_coordinates])) if not x["final"].all() else 0.0,
             residual=float(residual),
             knobs=dataclasses.asdict(self.config),
         )
@@ -196,12 +194,9 @@ class Law(Method):
         mean_P, sd_P = self.priors(x)
         if self.config.prior == "none":
             sd_P = np.full_like(sd_P, np.inf)
-        log_noise = np.log(self.config.noise)
-        # The gap is bounded at zero, so its prior is a half-normal; scales are known to a factor of four.
-        prior = estimate.Prior(
-            np.concatenate([mean_P, [self.config.gap, log_noise, log_noise]]),
-            np.concatenate([sd_P, [self.config.gap, 0.7, 0.7]]),
-        )
+        # The gap is known to within a factor of seven, the scales to within a factor of four (95%).
+        rest = np.log([self.config.gap, self.config.noise, self.config.noise])
+        prior = estimate.Prior(np.concatenate([mean_P, rest]), np.concatenate([sd_P, [1.0, 0.7, 0.7]]))
         return estimate.Problem(
             self.log_loss, self.gradient, x, prior, self.config.delta, self.config.per_run
         )

@@ -64,14 +64,14 @@ def check_gradient(key: str) -> None:
     law = _law(key)
     x = {n: np.array([0.2, 1.0, 7.0]) for n in ("parameters", "tokens", "flops")}
     theta = law.from_parameters(law.example, {n: 1e7 for n in x})
-    given, step = law.gradient(theta, x), 1e-6
+    theta_KP = np.stack([theta, theta + 0.1])
+    given_KNP, step = law.gradient(theta_KP, x), 1e-6
+    assert given_KNP.shape == (2, 3, len(theta)), f"the gradient's shape is {given_KNP.shape}, not KNP"
     for p in range(len(theta)):
         shift = np.eye(len(theta))[p] * step
-        numeric = (law.log_loss((theta + shift)[None], x) - law.log_loss((theta - shift)[None], x))[0] / (
-            2 * step
-        )
-        assert np.allclose(given[:, p], numeric, rtol=1e-4, atol=1e-8), (
-            f"d log loss / d {law.coordinates[p]} is {given[:, p]}, finite differences give {numeric}"
+        numeric = (law.log_loss(theta_KP + shift, x) - law.log_loss(theta_KP - shift, x)) / (2 * step)
+        assert np.allclose(given_KNP[:, :, p], numeric, rtol=1e-4, atol=1e-8), (
+            f"d log loss / d {law.coordinates[p]} is {given_KNP[:, :, p]}, finite differences give {numeric}"
         )
 
 

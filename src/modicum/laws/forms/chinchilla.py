@@ -2,18 +2,19 @@
 
     L(N, D) = E + A / N^alpha + B / D^beta
 
-fitted by Huber loss (delta 1e-3) on log residuals with L-BFGS, computed by logsumexp, from several starts.
-The lowest loss at C = 6 N D FLOPs is at N = G (C/6)^(beta/(alpha+beta)), with
-G = (alpha A / (beta B))^(1/(alpha+beta)).
+fitted by Huber loss (delta 1e-3) on log residuals by a quasi-Newton search, computed by logsumexp, from
+several starts. The lowest loss at C = 6 N D FLOPs is at N = G (C/6)^(beta/(alpha+beta)), with G = (alpha
+A / (beta B))^(1/(alpha+beta)).
 
 Hoffmann et al. 2022, arXiv:2203.15556, section 3.3 (approach 3) and appendix D; replication by Besiroglu
 et al. 2024, arXiv:2404.10102. Departs from the paper: (1) starts are chosen by solving for E, A, B (a
-non-negative linear problem) on a grid of exponents, the eight best are refined; (2) coordinates are centred
-on the geometric mean of the data, so exponents and prefactors are nearly uncorrelated; (3) weak priors, which
-many runs overrule and three runs need: alpha around 0.34 within a factor 1.6 (95%), beta around 0.31 within a
-factor 1.8 (published fits: 0.34/0.28 Hoffmann, 0.35/0.37 Besiroglu, 0.35/0.35 Muennighoff et al. 2023),
-E around 1.7 nats within a factor 2.7, the other two terms each about a third of the loss within a factor 7;
-(4) the noise scale is estimated with the law, rows of one run share an error (see `laws.estimate`).
+non-negative linear problem) on a grid of exponents, the eight best are refined, by BFGS rather than
+L-BFGS (five coordinates need no limited memory); (2) coordinates are centred on the geometric mean of
+the data, so exponents and prefactors are nearly uncorrelated; (3) weak priors, which many runs overrule
+and three runs need: alpha around 0.34 within a factor 1.6 (95%), beta around 0.31 within a factor 1.8
+(published fits: 0.34/0.28 Hoffmann, 0.35/0.37 Besiroglu, 0.35/0.35 Muennighoff et al. 2023), E around
+1.7 nats within a factor 2.7, the other two terms each about a third of the loss within a factor 7; (4)
+the noise scale is estimated with the law, rows of one run share an error (see `laws.estimate`).
 `prior=none` is the paper's fit.
 """
 
@@ -55,20 +56,12 @@ class Chinchilla(Law):
         terms = self._terms(theta_KP, x)
         return np.logaddexp(np.logaddexp(terms[0], terms[1]), terms[2])
 
-    def gradient(self, theta_P: np.ndarray, x: Table) -> np.ndarray:
-        terms = self._terms(theta_P[None], x)[:, 0]
-        share_3N = np.exp(terms - np.logaddexp(np.logaddexp(terms[0], terms[1]), terms[2]))
-        alpha, beta = np.exp(theta_P[3]), np.exp(theta_P[4])
-        return np.stack(
-            [
-                share_3N[0],
-                share_3N[1],
-                share_3N[2],
-                -share_3N[1] * alpha * np.log(x["parameters"]),
-                -share_3N[2] * beta * np.log(x["tokens"]),
-            ],
-            axis=1,
-        )
+    def gradient(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
+        terms = self._terms(theta_KP, x)
+        share_3KN = np.exp(terms - np.logaddexp(np.logaddexp(terms[0], terms[1]), terms[2]))
+        by_alpha = -share_3KN[1] * np.exp(theta_KP[:, 3:4]) * np.log(x["parameters"])
+        by_beta = -share_3KN[2] * np.exp(theta_KP[:, 4:5]) * np.log(x["tokens"])
+        return np.stack([share_3KN[0], share_3KN[1], share_3KN[2], by_alpha, by_beta], axis=2)
 
     def priors(self, x: Table) -> tuple[np.ndarray, np.ndarray]:
         third = np.log(x["loss"]).mean() - np.log(3)

@@ -51,11 +51,11 @@ class Power(Law):
         log_x = np.log(x[self.config.x])
         return np.logaddexp(theta_KP[:, 0:1], theta_KP[:, 1:2] - np.exp(theta_KP[:, 2:3]) * log_x)
 
-    def gradient(self, theta_P: np.ndarray, x: Table) -> np.ndarray:
-        log_x, gamma = np.log(x[self.config.x]), np.exp(theta_P[2])
-        falling = theta_P[1] - gamma * log_x
-        share_N = np.exp(falling - np.logaddexp(theta_P[0], falling))
-        return np.stack([1 - share_N, share_N, -share_N * gamma * log_x], axis=1)
+    def gradient(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
+        log_x, gamma_K1 = np.log(x[self.config.x]), np.exp(theta_KP[:, 2:3])
+        falling_KN = theta_KP[:, 1:2] - gamma_K1 * log_x
+        share_KN = np.exp(falling_KN - np.logaddexp(theta_KP[:, 0:1], falling_KN))
+        return np.stack([1 - share_KN, share_KN, -share_KN * gamma_K1 * log_x], axis=2)
 
     def priors(self, x: Table) -> tuple[np.ndarray, np.ndarray]:
         half = np.log(x["loss"]).mean() - np.log(2)
