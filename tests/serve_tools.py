@@ -13,6 +13,8 @@ from modicum.model.folder import save_model
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 
+torch.set_num_threads(1)  # models this small are slower on two
+
 TEXT = (
     "The cache holds keys and values; the scheduler says who runs. Größe, naïve, 日本語のテキスト, "
     "emoji 👩‍👩‍👧 🚀, and def f(x):\n    return x + 1\n"

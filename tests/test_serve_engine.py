@@ -35,7 +35,7 @@ COMMON = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-NEW = 20
+NEW = 14
 MODES: dict[str, dict[str, Any]] = {
     "plain": {"prefix_cache": False},
     "prefix": {},

@@ -132,10 +132,6 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.requests)
 
-    @property
-    def waiting(self) -> int:
-        return len(self.scheduler.waiting)
-
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],

@@ -8,7 +8,7 @@ import random
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from modicum.core.errors import UserError
@@ -185,10 +185,6 @@ class Request:
         given = self.params.seed
         self.seed = secrets.randbits(63) if given is None else given
 
-    @property
-    def finished(self) -> bool:
-        return len(self.sequences) == self.params.n and all(s.finish for s in self.sequences)
-
 
 @dataclass(slots=True, eq=False)
 class Sample:
@@ -240,7 +236,3 @@ def collect(requests: Sequence[Request], updates: Mapping[int, list[Update]]) ->
                 c.seconds = sample.last_token - request.arrival
         outputs.append(Output(request.id, len(request.prompt), request.cached, completions))
     return outputs
-
-
-def with_limit(params: SamplingParams, max_tokens: int) -> SamplingParams:
-    return replace(params, max_tokens=max_tokens)
