@@ -323,6 +323,9 @@ def test_mistakes(source: Path, tmp_path: Path) -> None:
     fails("Did you mean 'threshold'", config=CurateConfig(steps=["minhash:treshold=1"]))
     fails("must be a share", config=CurateConfig(heldout=1.5))
     fails("vocab_size=10 is too small", config=CurateConfig(vocab_size=10, steps=["keep"]))
+    (tmp_path / "file").write_text("")
+    fails("cannot write to", out=tmp_path / "file")
+    fails("cannot write to", out=tmp_path / "file" / "below")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "tokenizer.json").write_text("{}")

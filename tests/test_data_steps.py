@@ -197,7 +197,7 @@ def test_quality_prose_rules() -> None:
 def test_quality_other_languages() -> None:
     german = ("Der Ausschuss hat einen Bericht über den Zustand der Leitungen vorgelegt, und die Kosten sind "
               "nicht gering. Die meisten Rohre wurden vor dem Krieg verlegt, und ihr Ersatz dauert mit Mühe "
-              "zwanzig Jahre. Ein Beirat soll nun prüfen, welche Straßen an der Reihe sind, und wer zahlt. " * 2)
+              "zwanzig Jahre. Ein Beirat soll prüfen, welche Straßen dran sind, und wer zahlt. " * 2)
     chinese = "委员会发布了一份关于供水状况和维修费用的报告。大多数管道是战前铺设的，更换它们需要二十年。" * 2
     greek = "Η επιτροπή δημοσίευσε έκθεση για την κατάσταση και το κόστος των επισκευών. " * 6
     for text in (german, chinese, greek):

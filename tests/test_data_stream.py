@@ -92,8 +92,9 @@ def test_shards_hold_the_documents(shards: TokenShards, tokenizer: Tokenizer,
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    wide = Tokenizer(tokenizer.backend.from_str(tokenizer.backend.to_str()), eos=tokenizer.eos_token)
-    wide.backend.add_tokens([f"<extra{i}>" for i in range(70_000 - wide.vocab_size)])
+    backend = tokenizer.backend.from_str(tokenizer.backend.to_str())
+    backend.add_tokens([f"<extra{i}>" for i in range(70_000 - tokenizer.vocab_size)])
+    wide = Tokenizer(backend, eos=tokenizer.eos_token)
     got = write_shards(tmp_path, [Document("x", "alpha <extra69000> beta")], wide)
     assert got.dtype == np.uint32 and wide.decode(got.tokens("prose", 0)[1:-1]) == "alpha <extra69000> beta"
 

@@ -116,7 +116,8 @@ def test_pairs() -> None:
     assert found["What does `json.loads` do?"].startswith("Deserialize ``s``")
     call = found["How is `json.loads` called?"]
     assert call.startswith("`json.loads(s, *, cls=None")
-    assert [a for q, a in found.items() if q.startswith("Which function does this? Deserialize ``s``")] == [call]
+    which = "Which function does this? Deserialize ``s``"
+    assert [a for q, a in found.items() if q.startswith(which)] == [call]
     text = {p.question: p.answer for p in pairs(MARKDOWN)}
     assert text["Is it safe?"].startswith("Yes, if you let")
     assert text["What does 'Kettle' say about 'Care'?"].startswith("Rinse it")

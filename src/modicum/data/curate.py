@@ -134,6 +134,8 @@ def curate(sources: str | Sequence[str], folder: str | Path, config: CurateConfi
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise UserError(no_space(error)) from None
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+                raise UserError(f"cannot write to {folder}: {error.strerror}; give another folder") from None
             raise
     for book in books["steps"]:
         events.emit("step", **book)

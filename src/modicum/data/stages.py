@@ -19,7 +19,7 @@ from modicum.core.errors import UserError
 from modicum.core.events import Events
 from modicum.core.files import atomic_file, read_json, write_json
 from modicum.data import engines, pipeline
-from modicum.data.document import document_files, read_parquet, write_documents
+from modicum.data.document import Document, document_files, read_parquet, write_documents
 from modicum.data.readers import Unit
 from modicum.data.shards import write_manifest, write_part
 from modicum.data.split import heldout_rows
@@ -43,6 +43,7 @@ class Run:
         self.machine, self.sources = machine, sources
         self.books: list[pipeline.Book] = []
         self.drop_files: list[Path] = []
+        self.split_bytes: list[dict[str, int]] = []   # text bytes of each part by split
         self.start = time.monotonic()
 
     def all(self) -> dict[str, Any]:
@@ -55,12 +56,12 @@ class Run:
         manifests = self._tokenize(tokenizer)
         return self._books(tokenizer, manifests)
 
-    def _tasks(self, label: str, function: str, tasks: list[dict[str, Any]], weights: Sequence[float],
-               unit: str = "B") -> list[dict[str, Any]]:
+    def _tasks(self, label: str, function: str, tasks: list[dict[str, Any]],
+               weights: Sequence[float]) -> list[dict[str, Any]]:
         """Results of tasks, those with a marker (`stem`.json) read from it."""
         results: list[dict[str, Any] | None] = [pipeline.finished(Path(t["stem"])) for t in tasks]
         todo = [i for i, result in enumerate(results) if result is None]
-        with self.events.progress(label, sum(weights) or None, unit) as progress:
+        with self.events.progress(label, sum(weights) or None, "B") as progress:
             progress.resume_at(sum(w for w, r in zip(weights, results, strict=True) if r is not None))
             for k, result in self.machine.run(function, [tasks[i] for i in todo]):
                 results[todo[k]] = result
@@ -88,7 +89,7 @@ class Run:
                     task |= {"input": f"{before[g].resolve()}.parquet", "decisions": str(decisions[g])}
                 tasks.append(task)
             what = ", ".join(["read"] * (number == 0) + [c.method for c in line]
-                             + ([f"{corpus.method} signatures"] if corpus else ["gather"] * (not line)))
+                             + ([f"{corpus.method} signatures"] if corpus else ["decisions"] * (not line)))
             results = self._tasks(f"curate: {what}", "modicum.data.pipeline:run_group", tasks, weights)
             books: dict[int, pipeline.Book] = {}
             for result in results:
@@ -163,7 +164,8 @@ class Run:
                           "stem": str((place / f"part-{g:05d}").resolve())})
             weights.append(float(sizes[at:at + n].sum()))
             at += n
-        self._tasks("curate: held-out split", "modicum.data.stages:write_split", tasks, weights)
+        results = self._tasks("curate: held-out split", "modicum.data.stages:write_split", tasks, weights)
+        self.split_bytes = [result["bytes"] for result in results]
         return held
 
     def _tokenizer(self, stems: list[Path], held: np.ndarray) -> Tokenizer:
@@ -200,12 +202,13 @@ class Run:
             place = self.work / f"tokens-{split}"
             place.mkdir(exist_ok=True)
             files = document_files(self.folder, split)
+            sizes = [float(self.split_bytes[int(f.stem.split("-")[1])][split]) for f in files]
             tasks = [{"input": str(f.resolve()), "part": int(f.stem.split("-")[1]),
                       "out": str((self.folder / "tokens" / split).resolve()),
                       "tokenizer": str(self.folder.resolve()),
                       "stem": str((place / f.stem).resolve())} for f in files]
-            entries = self._tasks(f"curate: tokens, {split}", "modicum.data.stages:tokenize_part", tasks,
-                                  [float(f.stat().st_size) for f in files], "B (packed)")
+            label = f"curate: tokens, {split}"
+            entries = self._tasks(label, "modicum.data.stages:tokenize_part", tasks, sizes)
             manifests[split] = write_manifest(self.folder / "tokens" / split, [e["domains"] for e in entries],
                                               tokenizer)
         return manifests
@@ -239,15 +242,21 @@ def _choice(choice: Choice) -> dict[str, Any]:
 def write_split(task: dict[str, Any]) -> dict[str, Any]:
     """One part's documents, by split. A file is absent where a split has none of them."""
     held = set(task["heldout"])
-    counts = {}
+    sizes = dict.fromkeys(SPLITS, 0)
+
+    def chosen(split: str) -> Iterator[Document]:
+        for row, document in enumerate(pipeline.undecided(task["input"], None)):
+            if (row in held) == (split == "heldout"):
+                sizes[split] += document.nbytes
+                yield document
+
     for split in SPLITS:
-        chosen = (document for row, document in enumerate(pipeline.undecided(task["input"], None))
-                  if (row in held) == (split == "heldout"))
         path = Path(task["out"]) / "documents" / f"{split}-{task['part']:05d}.parquet"
         path.parent.mkdir(exist_ok=True)
-        counts[split] = write_documents(path, chosen)
-    write_json(f"{task['stem']}.json", counts)
-    return counts
+        write_documents(path, chosen(split))
+    result = {"bytes": sizes}
+    write_json(f"{task['stem']}.json", result)
+    return result
 
 
 def tokenize_part(task: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Chat templates are run by jinja2's sandbox, because a template is code that came
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -64,12 +65,12 @@ class Tokenizer:
     def start_id(self) -> int:
         return self.eos_id if self.bos_id is None else self.bos_id
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id, added tokens included."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits that name the vocabulary and its rules."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
