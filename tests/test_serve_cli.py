@@ -11,14 +11,19 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from modicum.adapt.peft_format import save_peft
 from modicum.cli import app
 from modicum.core.errors import UserError
+from modicum.model.attach import attach, merge
 from modicum.serve.chat import Conversation, local, remote
+from modicum.serve.config import EngineConfig
+from modicum.serve.engine import Engine
 from modicum.serve.request import SamplingParams
-from modicum.serve.server import BackgroundServer, ServerConfig
-from serve_tools import engine, folder
+from modicum.serve.server import BackgroundServer, Server, ServerConfig
+from serve_tools import engine, folder, tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -89,6 +94,31 @@ def test_conversation_remembers_and_drops_the_oldest() -> None:
     assert [m["role"] for m in talk.messages] == ["system"]
 
 
+def test_serve_takes_an_adapter_and_a_form(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is served is the model with the adapter merged in, held in the form that was asked for."""
+    trained = tiny()
+    made = attach(trained, {"layers.*.attention.*": "lora:rank=4"})
+    with torch.no_grad():
+        for i, form in enumerate(made.values()):
+            for parameter in form.trainable():
+                parameter.normal_(generator=torch.Generator().manual_seed(i)).mul_(0.3)
+    save_peft(trained, tmp_path / "adapter")
+    served: list[Engine] = []
+    monkeypatch.setattr(Server, "serve_until_stopped", lambda self: served.append(self.worker.engine))
+    run(monkeypatch, "serve", str(model), "--port", "0", "--adapter", str(tmp_path / "adapter"))
+    run(monkeypatch, "serve", str(model), "--port", "0", "--adapter", str(tmp_path / "adapter"), "--form", "int8")
+    config = EngineConfig(cache="1ktok")
+    want = Engine(trained, None, config).generate([[1, 2, 3]], GREEDY)[0].tokens
+    assert served[0].generate([[1, 2, 3]], GREEDY)[0].tokens == want
+    assert want != Engine(tiny(), None, config).generate([[1, 2, 3]], GREEDY)[0].tokens
+    merge(trained)
+    attach(trained, {"layers.*": "int8"})
+    assert (
+        served[1].generate([[1, 2, 3]], GREEDY)[0].tokens
+        == Engine(trained, None, config).generate([[1, 2, 3]], GREEDY)[0].tokens
+    )
+
+
 def test_mistakes_are_one_line(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for arguments in (
         ["serve", str(tmp_path / "nowhere")],
@@ -131,9 +161,7 @@ def test_serve_until_control_c(model: Path) -> None:
         body = {"model": "tiny", "prompt": "The", "max_tokens": 150, "ignore_eos": True}
         answers: list[int] = []
         thread = threading.Thread(
-            target=lambda: answers.append(
-                httpx.post(url + "/v1/completions", json=body, timeout=60).status_code
-            )
+            target=lambda: answers.append(httpx.post(url + "/v1/completions", json=body, timeout=60).status_code)
         )
         until = time.monotonic() + 60
         while time.monotonic() < until:

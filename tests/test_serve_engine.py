@@ -53,9 +53,7 @@ def _prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Decoder, list[list[int]]]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, list[list[int]]]:
     """A random model as read by us, and what transformers.generate says to the prompts."""
     import transformers
 
@@ -98,22 +96,16 @@ def test_random_arrivals_change_nothing() -> None:
     asks = [
         (
             [rng.randrange(400) for _ in range(rng.randint(1, 60))],
-            SamplingParams(
-                temperature=rng.choice((0, 0.8)), seed=i, max_tokens=rng.randint(1, 30), ignore_eos=True
-            ),
+            SamplingParams(temperature=rng.choice((0, 0.8)), seed=i, max_tokens=rng.randint(1, 30), ignore_eos=True),
         )
         for i in range(24)
     ]
-    alone = Engine(
-        model, None, EngineConfig(block_size=8, cache="2ktok", prefix_cache=False, max_sequences=1)
-    )
+    alone = Engine(model, None, EngineConfig(block_size=8, cache="2ktok", prefix_cache=False, max_sequences=1))
     want = [alone.generate([p], s)[0].tokens for p, s in asks]
     crowd = Engine(
         model,
         None,
-        EngineConfig(
-            block_size=8, cache="160tok", max_sequences=6, chunked_prefill=True, max_batch_tokens=32
-        ),
+        EngineConfig(block_size=8, cache="160tok", max_sequences=6, chunked_prefill=True, max_batch_tokens=32),
     )
     requests = [Request(p, s) for p, s in asks]
     heard: dict[int, list[int]] = {r.id: [] for r in requests}
@@ -162,9 +154,7 @@ def test_text_stops_and_limits() -> None:
     assert whole.completions[0].first_token_seconds is not None
     assert whole.completions[0].seconds >= whole.completions[0].first_token_seconds  # type: ignore[operator]
     stop = whole.text[len(whole.text) // 2 :][:2]
-    cut = e.generate(
-        ["The cache"], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=(stop,))
-    )[0]
+    cut = e.generate(["The cache"], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=(stop,)))[0]
     assert cut.finish == "stop" and cut.text == whole.text[: whole.text.index(stop)]
     token = e.generate(
         ["The cache"],
@@ -206,9 +196,7 @@ def test_failing_step_fails_its_requests_only() -> None:
         return hidden(*args, **more)
 
     e.model.hidden = broken  # type: ignore[method-assign]
-    requests = [
-        Request([1, 2, 3 + i], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)) for i in range(4)
-    ]
+    requests = [Request([1, 2, 3 + i], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)) for i in range(4)]
     for request in requests:
         e.add(request)
     updates: list[Update] = []
@@ -294,6 +282,7 @@ def test_impossible_sampling_parameters(field: dict[str, Any]) -> None:
         ({"kv": "half"}, UserError),
         ({"block_size": 0}, UserError),
         ({"dtype": "int8"}, UserError),
+        ({"max_length": 257}, UserError),
     ],
 )
 def test_impossible_engines(config: dict[str, Any], error: type[Exception]) -> None:
@@ -336,9 +325,7 @@ def test_load_engine_reads_a_folder(tmp_path: Path) -> None:
 def test_bfloat16_model_runs() -> None:
     shape = llama_like(400, 64, 2, heads=4, kv_heads=2, context_length=128)
     model = lively(Decoder(shape, torch.Generator().manual_seed(0))).to(torch.bfloat16)
-    e = Engine(
-        model, None, EngineConfig(block_size=16, cache="1ktok", chunked_prefill=True, max_batch_tokens=20)
-    )
+    e = Engine(model, None, EngineConfig(block_size=16, cache="1ktok", chunked_prefill=True, max_batch_tokens=20))
     out = e.generate([[1] * 50, [2] * 9], SamplingParams(max_tokens=12, seed=0))
     assert all(len(o.tokens) == 12 for o in out)
     assert_clean(e)

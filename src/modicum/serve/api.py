@@ -127,15 +127,11 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def say(text: str, more: bool = True) -> None:
-            await send(
-                {"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more}
-            )
+            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
 
         async with _watched(self._ticket, receive):
             try:
-                await send(
-                    {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-                )
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 try:
                     async for event in self._events:
                         await say(json.dumps(event, ensure_ascii=False))
@@ -164,10 +160,7 @@ class Api:
             ("/health", self.health, "GET"),
         ]
         return Starlette(
-            routes=[
-                Route(path, self._guarded(path, handler), methods=[method])
-                for path, handler, method in routes
-            ],
+            routes=[Route(path, self._guarded(path, handler), methods=[method]) for path, handler, method in routes],
             exception_handlers={HTTPException: self._http_error},
         )
 
@@ -193,9 +186,7 @@ class Api:
                 response = _error(499, "the client went away")
             except Exception as error:
                 log.exception("a handler failed")
-                response = _error(
-                    500, f"{type(error).__name__}: {error}", "server_error", code="internal_error"
-                )
+                response = _error(500, f"{type(error).__name__}: {error}", "server_error", code="internal_error")
             self.metrics.requests.labels(path, str(response.status_code)).inc()
             return response
 
@@ -225,9 +216,7 @@ class Api:
 
     async def health(self, request: HttpRequest) -> Response:
         ok = self.worker.accepting
-        return JSONResponse(
-            {"status": "ok" if ok else "stopping", "model": self.config.model}, 200 if ok else 503
-        )
+        return JSONResponse({"status": "ok" if ok else "stopping", "model": self.config.model}, 200 if ok else 503)
 
     async def figures(self, request: HttpRequest) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")

@@ -85,9 +85,7 @@ class StepAttend:
                 at = np.arange(w.start, w.start + w.n)
                 rows[w.at : w.at + w.n] = self.table[w.sample.slot, at // P] * P + at % P
         self._rows_T = torch.from_numpy(rows).to(self.storage.device)
-        self._rows_LGT = (
-            self._scattered(works, rows) if any(w.sample.pages is not None for w in works) else None
-        )
+        self._rows_LGT = self._scattered(works, rows) if any(w.sample.pages is not None for w in works) else None
 
     def _grouped(self, works: Sequence[Work]) -> list[_Group]:
         """Neighbours whose numbers of blocks are within a factor of two, or eight blocks."""
@@ -216,8 +214,7 @@ class StepAttend:
                 k_GSE, v_GSE = k_GTE, v_GTE
             else:
                 k_GSE, v_GSE = (
-                    self._read(x[layer], blocks, 1)[:, 0, span]
-                    for x in (self.storage.k_LGNPE, self.storage.v_LGNPE)
+                    self._read(x[layer], blocks, 1)[:, 0, span] for x in (self.storage.k_LGNPE, self.storage.v_LGNPE)
                 )
         k_GSE, v_GSE, R = k_GSE.to(q_GRTE.dtype), v_GSE.to(q_GRTE.dtype), q_GRTE.shape[1]
         out_GRTE = attention(
@@ -308,9 +305,7 @@ class _Thinned:
         self._count_LGB = torch.stack([p.count_LG + 1 for p in pages], dim=2).to(storage.device)
         self._position_B = torch.tensor([w.start for w in works], device=storage.device)
 
-    def __call__(
-        self, layer: int, q_GRBE: Tensor, window: int | None, scale: float, softcap: float | None
-    ) -> Tensor:
+    def __call__(self, layer: int, q_GRBE: Tensor, window: int | None, scale: float, softcap: float | None) -> Tensor:
         """Returns out_BGRE."""
         table_GBN = self._table_LGBN[layer]
         k_GBSE, v_GBSE = (
@@ -327,9 +322,7 @@ class _Thinned:
         return out_GBRE.transpose(0, 1)
 
 
-def _piece_of_pages(
-    storage: Storage, layer: int, w: Work, window: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _piece_of_pages(storage: Storage, layer: int, w: Work, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values (G, S, E) and mask (G, 1, T, S) for several tokens of a thinned sequence."""
     pages = w.sample.pages
     assert pages is not None

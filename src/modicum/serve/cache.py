@@ -56,9 +56,7 @@ class Cache:
         P = self.block_size
         sample.blocks = self.blocks.find(sample.names[: sample.job.hit // P])
         if len(sample.blocks) * P != sample.job.hit:
-            raise ModicumError(
-                f"{sample.job.hit} cached tokens were promised, {len(sample.blocks) * P} are there"
-            )
+            raise ModicumError(f"{sample.job.hit} cached tokens were promised, {len(sample.blocks) * P} are there")
         self.blocks.hold(sample.blocks)
         sample.slot = self.slots.pop()
         sample.published = len(sample.blocks)

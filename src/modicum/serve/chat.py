@@ -82,9 +82,7 @@ def remote(url: str, model: str | None, params: SamplingParams, api_key: str | N
         except openai.APIStatusError as error:
             raise UserError(f"{base} refused: {error.message}") from None
         except openai.APIConnectionError as error:
-            raise UserError(
-                f"{base} cannot be reached ({error.__cause__ or error}); is the server running?"
-            ) from None
+            raise UserError(f"{base} cannot be reached ({error.__cause__ or error}); is the server running?") from None
         except openai.APIError as error:
             raise ModicumError(f"{base} failed: {error.message}") from None
 

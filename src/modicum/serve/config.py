@@ -68,8 +68,7 @@ def cache_blocks(config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype,
     quantity = kind_of(str(config.cache))
     if quantity is None or quantity[0] not in ("bytes", "tokens", "number"):
         raise UserError(
-            f"cache={config.cache!r} is not a size; write auto, a size such as 512MiB, or tokens such as "
-            "20ktok"
+            f"cache={config.cache!r} is not a size; write auto, a size such as 512MiB, or tokens such as 20ktok"
         )
     size = quantity[1] * (token if quantity[0] == "tokens" else 1)
     if size < block:
@@ -134,6 +133,6 @@ def longest(config: EngineConfig, shape: DecoderConfig, policy: KVPolicy, capaci
         # here holds many sequences: those that are short would change with their neighbours.
         most = min(most, int(shape.rope.options.get("original_max_position_embeddings") or most))
     given = config.max_length or most
-    if not (policy.unbounded and shape.position == "rope"):
-        given = min(given, most)
+    if given > most and not (policy.unbounded and shape.position == "rope"):
+        raise UserError(f"max_length={given} is beyond the {most} tokens this model can be served with; ask for less")
     return given if policy.drops else min(given, capacity)

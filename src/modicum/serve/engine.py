@@ -89,9 +89,7 @@ class Engine:
         if min(prompt) < 0 or max(prompt) >= vocab:
             raise InvalidRequest(f"the prompt holds token ids outside 0 to {vocab - 1}", "prompt")
         if any(not 0 <= t < vocab for t in (*params.logit_bias, *params.stop_token_ids)):
-            raise InvalidRequest(
-                f"logit_bias or stop_token_ids hold token ids outside 0 to {vocab - 1}", "logit_bias"
-            )
+            raise InvalidRequest(f"logit_bias or stop_token_ids hold token ids outside 0 to {vocab - 1}", "logit_bias")
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer; this engine has none", "stop")
 
@@ -110,9 +108,7 @@ class Engine:
                 sample.stream = TextStream(self.tokenizer, params.stop, prompt)
             if params.penalised:
                 sample.penalties = Penalties(prompt, (), vocab, self.model.device)
-            sample.policy = (
-                self.policy.begin(len(prompt)) if self.policy.drops or self.policy.observes else None
-            )
+            sample.policy = self.policy.begin(len(prompt)) if self.policy.drops or self.policy.observes else None
             samples.append(sample)
         request.sequences = samples
         self.samples |= {sample.id: sample for sample in samples}
@@ -200,9 +196,7 @@ class Engine:
         try:
             self._hint()
             late = self.scheduler.waiting[0] if self.scheduler.waiting else None
-            if (
-                late is not None and late.length > self.cache.capacity
-            ):  # only a policy that drops lets it get so long
+            if late is not None and late.length > self.cache.capacity:  # only a policy that drops lets it get so long
                 updates += self.fail(
                     [self.samples[late.id].request.id],
                     f"its cache was needed by others, and "
@@ -216,9 +210,7 @@ class Engine:
             elif self.scheduler.pending() and not self.scheduler.running:
                 self._idle += 1
                 if self._idle >= PATIENCE:
-                    raise ModicumError(
-                        f"{self.scheduler.pending()} sequences wait and the scheduler starts none"
-                    )
+                    raise ModicumError(f"{self.scheduler.pending()} sequences wait and the scheduler starts none")
         except Exception as error:
             ids = [w.sample.id for w in works] or [j.id for j in self.scheduler.running] or list(self.samples)
             updates += self._failed({self.samples[i].request.id for i in ids if i in self.samples}, error)
@@ -325,9 +317,7 @@ class Engine:
         now = time.monotonic()
         for i, sample in enumerate(samples):
             if sample.id in broken:
-                updates += self.fail(
-                    [sample.request.id], "the model's output is not a number (NaN or infinite)"
-                )
+                updates += self.fail([sample.request.id], "the model's output is not a number (NaN or infinite)")
             elif sample.finish is None:
                 self.scheduler.advance(sample.id, 0, 1)
                 try:
@@ -341,9 +331,7 @@ class Engine:
         sample.first_token, sample.last_token = sample.first_token or now, now
         sample.tokens.append(token)
         self.counters["generated_tokens"] += 1
-        update = Update(
-            sample.request.id, sample.index, tokens=[token], logprobs=[logprob] if logprob else []
-        )
+        update = Update(sample.request.id, sample.index, tokens=[token], logprobs=[logprob] if logprob else [])
         if first:
             update.cached = sample.request.cached
             if sample.index == 0:

@@ -42,9 +42,7 @@ class _EngineFigures(Collector):
             yield CounterMetricFamily(f"modicum_{name}", text, value=stats[name])
         for name, text in GAUGES.items():
             yield GaugeMetricFamily(f"modicum_{name}", text, value=stats[name])
-        yield GaugeMetricFamily(
-            "modicum_queued_requests", "Requests without a first token.", value=self._worker.queued
-        )
+        yield GaugeMetricFamily("modicum_queued_requests", "Requests without a first token.", value=self._worker.queued)
 
 
 class Metrics:
@@ -59,9 +57,7 @@ class Metrics:
             ("path", "status"),
             registry=self._registry,
         )
-        self.aborted = Counter(
-            "modicum_aborted_requests", "Requests whose client went away.", registry=self._registry
-        )
+        self.aborted = Counter("modicum_aborted_requests", "Requests whose client went away.", registry=self._registry)
         self.first_token = Histogram(
             "modicum_time_to_first_token_seconds",
             "From arrival to the first token.",

@@ -49,9 +49,7 @@ class Pages:
 class Storage:
     """Raises `UserError` when the memory cannot be had."""
 
-    def __init__(
-        self, config: DecoderConfig, n_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, config: DecoderConfig, n_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
         self.layers, self.heads = config.layers, config.kv_heads
         self.n_blocks, self.block_size = n_blocks, block_size
         self.block_bytes = block_bytes(config, block_size, dtype)
@@ -95,9 +93,7 @@ class Storage:
 
     def entries_of_blocks(self, layer: int, blocks: Sequence[int], count: int) -> Entries:
         index = torch.tensor(list(blocks[: -(-count // self.block_size)]), device=self.device)
-        k_GSE, v_GSE = (
-            x[layer].index_select(1, index).flatten(1, 2)[:, :count] for x in (self.k_LGNPE, self.v_LGNPE)
-        )
+        k_GSE, v_GSE = (x[layer].index_select(1, index).flatten(1, 2)[:, :count] for x in (self.k_LGNPE, self.v_LGNPE))
         position_GS = torch.arange(count, device=self.device).expand(self.heads, count)
         return Entries(k_GSE, v_GSE, position_GS, [count] * self.heads)
 

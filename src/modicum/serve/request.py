@@ -89,9 +89,7 @@ class SamplingParams:
             raise InvalidRequest(f"stop must be up to {MOST_STOPS} strings, none of them empty", "stop")
         for token, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
-                raise InvalidRequest(
-                    f"logit_bias of token {token} is {bias}, outside -100 to 100", "logit_bias"
-                )
+                raise InvalidRequest(f"logit_bias of token {token} is {bias}, outside -100 to 100", "logit_bias")
 
     @property
     def penalised(self) -> bool:

@@ -82,9 +82,7 @@ def draw(logits_RV: Tensor, params: Sequence[SamplingParams], uniform: Sequence[
 def filtered(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Logits over temperature, the largest at 0, those that the filters leave out at -inf. Shape (R, V)."""
     device = logits_RV.device
-    knobs_R4 = torch.tensor(
-        [(p.temperature, p.top_p, p.min_p, float(p.top_k)) for p in params], device=device
-    )
+    knobs_R4 = torch.tensor([(p.temperature, p.top_p, p.min_p, float(p.top_k)) for p in params], device=device)
     scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / knobs_R4[:, :1]
     threshold_R = knobs_R4[:, 2].log()  # log(0) = -inf: no limit
     if any(p.top_k or p.top_p < 1 for p in params):
@@ -160,12 +158,8 @@ def _logprobs(raw_BV: Tensor, params: Sequence[SamplingParams], tokens: list[int
     most = min(max(p.logprobs or 0 for p in params), logprob_RV.shape[-1])
     best = logprob_RV.topk(most)
     values, indices = best.values.tolist(), best.indices.tolist()
-    chosen = logprob_RV.gather(1, torch.tensor([[tokens[i]] for i in rows], device=raw_BV.device))[
-        :, 0
-    ].tolist()
+    chosen = logprob_RV.gather(1, torch.tensor([[tokens[i]] for i in rows], device=raw_BV.device))[:, 0].tolist()
     return {
-        i: TokenLogprob(
-            tokens[i], chosen[r], list(zip(indices[r], values[r], strict=True))[: params[i].logprobs]
-        )
+        i: TokenLogprob(tokens[i], chosen[r], list(zip(indices[r], values[r], strict=True))[: params[i].logprobs])
         for r, i in enumerate(rows)
     }

@@ -191,14 +191,10 @@ def parse_body(data: bytes, kind: type[CompletionBody] | type[ChatBody]) -> Any:
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON ({error})", code="invalid_json") from None
     if not isinstance(value, dict):
-        raise ApiError(
-            400, f"the body must be a JSON object, not {type(value).__name__}", code="invalid_json"
-        )
+        raise ApiError(400, f"the body must be a JSON object, not {type(value).__name__}", code="invalid_json")
     for name, harmless in kind.refused.items():
         if name in value and value.pop(name) not in harmless:
-            raise ApiError(
-                400, f"{name} is not served here; leave it out", param=name, code="unsupported_parameter"
-            )
+            raise ApiError(400, f"{name} is not served here; leave it out", param=name, code="unsupported_parameter")
     value = {k: v for k, v in value.items() if k not in UNUSED}
     try:
         return kind.model_validate(value)
@@ -206,9 +202,7 @@ def parse_body(data: bytes, kind: type[CompletionBody] | type[ChatBody]) -> Any:
         # Of a union's complaints the one that went deepest is about the shape that was meant.
         field = error.errors()[0]["loc"][:1]
         first = max((e for e in error.errors() if e["loc"][:1] == field), key=lambda e: len(e["loc"]))
-        name = ".".join(
-            str(p) for p in first["loc"] if isinstance(p, int) or p in value or p in kind.model_fields
-        )
+        name = ".".join(str(p) for p in first["loc"] if isinstance(p, int) or p in value or p in kind.model_fields)
         code = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}.get(
             first["type"], "invalid_type"
         )
@@ -280,9 +274,7 @@ class Format:
             "logprobs": self.logprobs(logprobs, offset),
         }
         if self.chat:
-            choice["delta"] = (
-                {"role": "assistant", "content": text} if first else {"content": text} if text else {}
-            )
+            choice["delta"] = {"role": "assistant", "content": text} if first else {"content": text} if text else {}
         else:
             choice["text"] = text
         return self._shell("chat.completion.chunk" if self.chat else "text_completion", [choice])

@@ -44,9 +44,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, engine: Engine, config: ServerConfig):
         if engine.tokenizer is None:
-            raise UserError(
-                "the server needs a tokenizer; load the engine from a folder that has a tokenizer.json"
-            )
+            raise UserError("the server needs a tokenizer; load the engine from a folder that has a tokenizer.json")
         self.settings = config
         self.socket = listen(config)
         self.worker = Worker(engine, config.max_queue)
@@ -92,9 +90,7 @@ class BackgroundServer:
     def __init__(self, engine: Engine, config: ServerConfig | None = None):
         self.server = Server(engine, config or ServerConfig(port=0))
         self.url = self.server.url
-        self._thread = threading.Thread(
-            target=self.server.serve_until_stopped, daemon=True, name="modicum-server"
-        )
+        self._thread = threading.Thread(target=self.server.serve_until_stopped, daemon=True, name="modicum-server")
 
     def __enter__(self) -> BackgroundServer:
         self._thread.start()

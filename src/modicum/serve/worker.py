@@ -112,9 +112,7 @@ class Worker:
                     self.engine.add(value)
                 except Exception as error:  # checked before: a fault of ours, and this request's alone
                     log.exception("a request could not be added")
-                    self._deliver(
-                        [Update(value.id, 0, finish="error", error=f"{type(error).__name__}: {error}")]
-                    )
+                    self._deliver([Update(value.id, 0, finish="error", error=f"{type(error).__name__}: {error}")])
             elif kind == "abort":
                 self._forget(value)
                 self.engine.abort(value)

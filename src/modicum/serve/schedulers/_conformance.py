@@ -68,9 +68,7 @@ class World:
             left = job.left if id in running else job.length - job.hit
             assert 1 <= n <= left, f"{n} tokens planned of {left} left"
         total = sum(n for _, n in plan.run)
-        assert total <= s.token_limit or len(plan.run) == 1, (
-            f"{total} tokens planned, {s.token_limit} allowed"
-        )
+        assert total <= s.token_limit or len(plan.run) == 1, f"{total} tokens planned, {s.token_limit} allowed"
 
 
 def build(

@@ -44,9 +44,7 @@ class FirstComeFirstServed(Scheduler):
         planned = dict(plan.run)
         # Running sequences are counted with all their known tokens, admitted prompts with their whole
         # length, even if only a piece comes now: half prompts that block each other end in preemption.
-        free = state.free_blocks - sum(
-            job.blocks(max(job.left, 1), state.block_size) for job in state.running
-        )
+        free = state.free_blocks - sum(job.blocks(max(job.left, 1), state.block_size) for job in state.running)
         return Plan(plan.run + tuple(self._admit(state, free, state.token_limit - sum(planned.values()))))
 
     def _go_on(self, state: State) -> Plan:
@@ -58,11 +56,7 @@ class FirstComeFirstServed(Scheduler):
             run: list[tuple[int, int]] = []
             need, tokens = 0, state.token_limit
             for job in keep:
-                n = (
-                    min(job.left, tokens)
-                    if self.config.chunked or job.left <= tokens
-                    else job.left * (not run)
-                )
+                n = min(job.left, tokens) if self.config.chunked or job.left <= tokens else job.left * (not run)
                 if n > 0:
                     run.append((job.id, n))
                     need += job.blocks(n, state.block_size)
