@@ -28,15 +28,15 @@ from modicum.train.part import Part
 class Scale:
     """Size of a measurement that trains. Given --model, the vocabulary and the shape are that model's."""
 
-    tokens: int = 300_000
+    tokens: int = 500_000
     corpus_bytes: int = 3_000_000
     heldout_bytes: int = 120_000
     vocabulary: int = 2048
-    width: int = 128
-    layers: int = 4
-    sequence_length: int = 256
-    batch_sequences: int = 8
-    rate: float = 4e-3  # peak learning rate
+    width: int = 96
+    layers: int = 3
+    sequence_length: int = 128
+    batch_sequences: int = 4
+    rate: float = 5e-3  # peak learning rate
     dtype: str = "bfloat16"
 
 

@@ -28,9 +28,9 @@ AXES = Axes(quality=Axis("bits_per_token"), cost=Axis("prefill_seconds", "lower"
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
-    sequence_length: int = 1024
+    sequence_length: int = 512
     batch_sequences: int = 2
-    lengths: tuple[int, ...] = (256, 512, 1024)  # the last is the one judged
+    lengths: tuple[int, ...] = (128, 256, 512)  # the last is the one judged
     sequences: int = 8  # of each length
     repeats: int = 5  # timed passes, of which the fastest counts
     block: int = 64

@@ -29,7 +29,7 @@ LIMITS = training.LIMITS
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
-    adapt_tokens: int = 60_000
+    adapt_tokens: int = 100_000
     rates: tuple[float, ...] = (0.1, 0.5, 2.0)
 
 

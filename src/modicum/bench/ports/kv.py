@@ -33,9 +33,8 @@ AXES = Axes(quality=Axis("bits_per_token"), cost=Axis("held_bytes", "lower", "by
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
-    tokens: int = 150_000
     sequence_length: int = 512
-    batch_sequences: int = 4
+    batch_sequences: int = 2
     prompt: int = 384
     answer: int = 64
     sequences: int = 12

@@ -29,9 +29,8 @@ AXES = Axes(quality=Axis("ttft_p90", "lower", "s"), cost=Axis("tokens_per_second
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
-    tokens: int = 60_000
     sequence_length: int = 512
-    batch_sequences: int = 4
+    batch_sequences: int = 2
     requests: int = 60
     prompt: int = 96  # median tokens
     answer: int = 24
