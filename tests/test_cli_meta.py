@@ -135,14 +135,22 @@ def test_interrupted_bench_ends_with_130_and_its_table(typed: Typed, monkeypatch
     assert code == 130 and "2 measured" in out and "what was measured is kept" in err
 
 
+def test_every_port_in_turn(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: harness.benches()[name] for name in ("law", "schedule")}
+    monkeypatch.setattr(harness, "benches", lambda: few)
+    code, out, err = typed("bench", "all", "--quick", "--seeds", "0", "--evidence", "evidence")
+    assert code == 0 and "chinchilla" in out and "cosine" in out, err
+    code, _, err = typed("bench", "all", "--quick", "--scale", "tokens=600", "--seeds", "0", "--evidence", "evidence")
+    assert code == 1 and "not everything could be measured: law" in err  # a law has no such knob
+    assert typed("bench", "all", "--json")[0] == 2
+
+
 def test_check_reads_well(typed: Typed) -> None:
     code, out, _ = typed("check", "schedule", "cosine")
     assert code == 0 and "schedule/cosine" in out and re.search(r"(\d+) of \1 checks hold", out)
 
 
-def test_a_broken_plugin_does_not_conform(
-    typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_plugin_does_not_conform(typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From `new --to` to `check`, with one line changed for the worse."""
     code, out, err = typed("new", "schedule", "broken-line", "--to", "plug")
     assert code == 0 and "pip install -e plug" in out, err

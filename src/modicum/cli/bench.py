@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def bench(
-    port: Annotated[str, typer.Argument(help="A port, e.g. optimizer.")],
+    port: Annotated[str, typer.Argument(help="A port, e.g. optimizer, or all.")],
     method: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[METHOD]...", help="Methods, KEY or KEY:knob=value,...; all of the port if left out."
-        ),
+        typer.Argument(metavar="[METHOD]...", help="Methods, KEY or KEY:knob=value,...; all of the port if left out."),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, e.g. 0,1,2 or 0-4.")] = "0,1,2",
     budget: Annotated[str | None, typer.Option(help="Limit of each measurement, e.g. 60s or 2Mtok.")] = None,
@@ -42,9 +40,24 @@ def bench(
     from modicum.bench import harness, plots, record, stats
     from modicum.budget import Budget
     from modicum.core.choice import Choice
-    from modicum.core.errors import ModicumError
+    from modicum.core.errors import ModicumError, UserError
     from modicum.core.events import Progress
 
+    if port == "all":
+        if method or plot or as_json:
+            raise UserError("all measures every method of every port; leave METHOD, --plot and --json out")
+        every_port(
+            seeds=seeds,
+            budget=budget,
+            quick=quick,
+            scale=scale,
+            data=data,
+            model=model,
+            device=device,
+            evidence=evidence,
+            resume=resume,
+        )
+        return
     numbers = parse_seeds(seeds)
     limits = Budget.parse(budget)
     loaded = harness.load(port)
@@ -90,9 +103,24 @@ def bench(
         print("stopped: what was measured is kept; the same command with --resume goes on", file=sys.stderr)
         raise KeyboardInterrupt
     if outcome.failures:
-        raise ModicumError(
-            f"{len(outcome.failures)} of {len(choices)} methods could not be measured; see above"
-        )
+        raise ModicumError(f"{len(outcome.failures)} of {len(choices)} methods could not be measured; see above")
+
+
+def every_port(**options: Any) -> None:
+    """`bench` for each port in turn; one that fails leaves the others."""
+    from modicum.bench import harness
+    from modicum.core.errors import ModicumError
+
+    failed = []
+    for name in harness.benches():
+        print(f"\n{name}")
+        try:
+            bench(name, **options)
+        except ModicumError as error:
+            print(f"modicum: {error}", file=sys.stderr)
+            failed.append(name)
+    if failed:
+        raise ModicumError(f"not everything could be measured: {', '.join(failed)}")
 
 
 def parse_seeds(text: str) -> list[int]:
