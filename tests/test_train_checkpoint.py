@@ -23,9 +23,7 @@ KNOBS = {"steps": 12, "checkpoint_every": 3, "keep": 3}
 
 
 def _train(folder, **knobs):
-    return train(
-        decoder(), stream(), config(**KNOBS | knobs), folder, events=Events(folder / "events.jsonl"), label=""
-    )
+    return train(decoder(), stream(), config(**KNOBS | knobs), folder, events=Events(folder / "events.jsonl"), label="")
 
 
 def _truncate(path):
@@ -99,9 +97,7 @@ def test_what_is_written(tmp_path):
     assert set(weights) == {n for n, _ in decoder().named_parameters()}
     state = json.loads((path / "state.json").read_text())
     assert state["step"] == 12 and state["finished"] and state["config"]["optimizer"]["method"] == "adamw"
-    assert (
-        state["stream"]["domains"].keys() == {"prose", "code"} and state["result"]["tokens"] == result.tokens
-    )
+    assert state["stream"]["domains"].keys() == {"prose", "code"} and state["result"]["tokens"] == result.tokens
 
 
 def _in_child(target, *args):
@@ -193,7 +189,6 @@ def test_sigkill_at_random_moments_leaves_the_same_curve(tmp_path):
     resumed = [e["step"] for e in read_events(path / "events.jsonl", "resume")]
     assert resumed == sorted(resumed) and resumed[-1] > 0
     ends = [
-        next((p / "checkpoints").glob("step-00000060")) / "model.safetensors"
-        for p in (tmp_path / "straight", path)
+        next((p / "checkpoints").glob("step-00000060")) / "model.safetensors" for p in (tmp_path / "straight", path)
     ]
     assert ends[0].read_bytes() == ends[1].read_bytes()

@@ -27,9 +27,7 @@ from train_toys import LENGTH, config, corpus, decoder, losses, stream
 def _run(folder, *, model=None, data=None, events="events.jsonl", **knobs):
     more = {k: knobs.pop(k) for k in ("deadline", "heldout", "parts") if k in knobs}
     model = model or decoder()
-    result = train(
-        model, data or stream(), config(**knobs), folder, events=Events(folder / events), label="", **more
-    )
+    result = train(model, data or stream(), config(**knobs), folder, events=Events(folder / events), label="", **more)
     return model, result
 
 
@@ -46,9 +44,7 @@ class StopAfter(Part):
 
 @pytest.mark.parametrize(("dtype", "masters"), [("float32", True), ("bfloat16", True), ("bfloat16", False)])
 def test_it_learns_and_a_finished_run_returns_at_once(tmp_path, dtype, masters):
-    model, result = _run(
-        tmp_path, steps=60, dtype=dtype, masters=masters, heldout=stream(epochs=1, shuffle=False)
-    )
+    model, result = _run(tmp_path, steps=60, dtype=dtype, masters=masters, heldout=stream(epochs=1, shuffle=False))
     curve = losses(tmp_path / "events.jsonl")
     assert result.finished and result.steps == 60 == len(curve) and result.tokens == 60 * 8 * LENGTH
     assert curve[1] > 4.0 and result.loss < 3.0 and result.heldout_loss < 2.6
@@ -371,9 +367,7 @@ def test_mean_loss_is_the_mean_over_targets_and_leaves_the_stream_alone():
     data.next_batch(3)
     place = data.state()
     told = mean_loss(model, data, rows=5, sequences=12)
-    assert (
-        data.state() == place and not any(p.grad is not None for p in model.parameters()) and model.training
-    )
+    assert data.state() == place and not any(p.grad is not None for p in model.parameters()) and model.training
     batch = data.next_batch(12)
     logits = model(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT).double()
     assert told == pytest.approx(

@@ -74,9 +74,7 @@ def test_bf16_logits_lose_no_more_than_their_rounding():
     head.weight.data = weight
     total, count = cross_entropy(h.requires_grad_(), targets, head)
     with torch.no_grad():  # the same rounded logits, the rest in float64
-        exact = F.cross_entropy(
-            head(h).double().view(-1, 50), targets.view(-1), reduction="sum", ignore_index=-100
-        )
+        exact = F.cross_entropy(head(h).double().view(-1, 50), targets.view(-1), reduction="sum", ignore_index=-100)
     assert total.dtype == torch.float32 and abs(total.item() - exact.item()) < 1e-3 * count
 
 
@@ -106,7 +104,5 @@ def test_any_module_that_gives_logits_will_do():
     total.backward()
     grad = model[1].weight.grad.clone()
     model.zero_grad()
-    F.cross_entropy(
-        model(batch.tokens_BT).flatten(0, 1), batch.targets_BT.flatten(), reduction="sum"
-    ).backward()
+    F.cross_entropy(model(batch.tokens_BT).flatten(0, 1), batch.targets_BT.flatten(), reduction="sum").backward()
     assert count == 64 and torch.allclose(grad, model[1].weight.grad, atol=1e-4)

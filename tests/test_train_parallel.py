@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,14 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modicum import cli
 from modicum.core.events import Events, read_events
+from modicum.model.folder import load_model
 from modicum.train.checkpoint import Checkpoints
 from modicum.train.loop import train
-from train_toys import config, decoder, losses, stream
+from train_toys import MIXTURES, PRETRAIN, config, decoder, losses, stream
+from train_toys import curated as make_curated
 
 HERE = Path(__file__).parent
 ONE_TWO_ONE = {"dtype": "float32", "schedule": "constant"}
-MIXTURES = ("fixed:weights={prose: 3, code: 1}", "fixed:weights={prose: 1, code: 3}")
 
 
 def _one(folder, mixture="natural", heldout=None, **knobs):
@@ -34,7 +37,12 @@ def _one(folder, mixture="natural", heldout=None, **knobs):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def curated(tmp_path_factory):
+    return make_curated(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, curated):
     """One torchrun of everything that needs two processes, after one process began `one_two_one`."""
     folder = tmp_path_factory.mktemp("two")
     _one(folder / "one_two_one", MIXTURES[0], steps=4, **ONE_TWO_ONE)
@@ -48,6 +56,7 @@ def two(tmp_path_factory):
             "--nproc-per-node=2",
             str(HERE / "train_two_processes.py"),
             str(folder),
+            str(curated),
         ],
         capture_output=True,
         text=True,
@@ -56,6 +65,7 @@ def two(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    (folder / "pretrain.json").write_text(done.stdout)
     return folder
 
 
@@ -64,9 +74,7 @@ def test_same_losses_as_one_process(two, tmp_path):
     alone, both = losses(tmp_path / "events.jsonl"), losses(two / "two" / "events.jsonl")
     assert alone.keys() == both.keys() and len(alone) == 12
     assert max(abs(alone[k] - both[k]) for k in alone) < 1e-4
-    norms = [
-        [e["grad_norm"] for e in read_events(p / "events.jsonl", "train")] for p in (tmp_path, two / "two")
-    ]
+    norms = [[e["grad_norm"] for e in read_events(p / "events.jsonl", "train")] for p in (tmp_path, two / "two")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     (heldout,) = read_events(two / "two" / "events.jsonl", "heldout")
     assert heldout["loss"] == pytest.approx(result.heldout_loss, abs=1e-4)
@@ -76,8 +84,7 @@ def test_their_checkpoint_is_whole(two, tmp_path):
     _one(tmp_path, dtype="float32", micro_batch=8, clip=0.5)
     for name in ("model", "optimizer"):
         alone, both = (
-            load_file(p / "checkpoints" / "step-00000012" / f"{name}.safetensors")
-            for p in (tmp_path, two / "two")
+            load_file(p / "checkpoints" / "step-00000012" / f"{name}.safetensors") for p in (tmp_path, two / "two")
         )
         assert alone.keys() == both.keys()
         for key in alone:
@@ -104,3 +111,18 @@ def test_bf16_goes_on_from_one_process_near_the_same_curve(two, tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_refused(two):
     assert "a batch of 3 sequences cannot be shared by 2 processes" in (two / "odd.txt").read_text()
+
+
+def test_the_verb_writes_the_same_model_under_torchrun(two, curated, tmp_path, monkeypatch, capsys):
+    told = json.loads((two / "pretrain.json").read_text())  # rank 0 alone speaks
+    monkeypatch.setattr(sys, "argv", ["modicum", "pretrain", str(curated), "--out", str(tmp_path), *PRETRAIN])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert not done.value.code
+    alone = json.loads(capsys.readouterr().out)
+    assert told["finished"] and told["steps"] == alone["steps"] == 6
+    assert abs(told["loss"] - alone["loss"]) < 1e-4
+    assert abs(told["heldout_loss"] - alone["heldout_loss"]) < 1e-4
+    ours, theirs = load_model(told["folder"]), load_model(alone["folder"])
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)

@@ -1,38 +1,27 @@
-"""Pretraining as a user does it: new models and given ones, tokens and time, one and two processes."""
+"""Pretraining as a user does it: new models and given ones, tokens and time."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-import sysconfig
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from modicum.cli import main
 from modicum.core.files import read_json
-from modicum.data.curate import CurateConfig, curate
 from modicum.data.tokenizer import Tokenizer
 from modicum.model.folder import load_config, load_model
 from modicum.train.curve import curve
-
-SMALL = ["--sequence-length", "64", "--batch", "512tok", "--parameters", "120k", "--device", "cpu"]
+from train_toys import SMALL
+from train_toys import curated as make_curated
 
 
 @pytest.fixture(scope="module")
 def curated(tmp_path_factory):
-    """A few modules of the standard library."""
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "text").mkdir()
-    for name in ("textwrap.py", "string.py", "heapq.py", "bisect.py", "shlex.py", "csv.py"):
-        shutil.copy(Path(sysconfig.get_paths()["stdlib"]) / name, folder / "text")
-    curate(str(folder / "text"), folder / "curated", CurateConfig(vocab_size=400, heldout=0.1), processes=1)
-    return folder / "curated"
+    return make_curated(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture
@@ -60,9 +49,7 @@ def model(curated, tmp_path_factory):
     return pretrain(
         curated,
         out,
-        PretrainConfig(
-            parameters=1.2e5, steps=30, sequence_length=64, train={"batch_tokens": 512, "device": "cpu"}
-        ),
+        PretrainConfig(parameters=1.2e5, steps=30, sequence_length=64, train={"batch_tokens": 512, "device": "cpu"}),
     ).folder
 
 
@@ -114,9 +101,7 @@ def test_from_scratch_to_a_folder_that_transformers_loads(modicum, curated, tmp_
         *SMALL,
     )
     assert code == 0 and time.monotonic() - began < 5
-    assert (
-        json.loads(again)["loss"] == told["loss"] and len(curve(tmp_path / "events.jsonl")) == told["steps"]
-    )
+    assert json.loads(again)["loss"] == told["loss"] and len(curve(tmp_path / "events.jsonl")) == told["steps"]
 
 
 def test_a_time_budget_becomes_tokens_once(modicum, curated, tmp_path):
@@ -150,42 +135,8 @@ def test_going_on_from_a_model(modicum, curated, model, tmp_path):
     told = json.loads(out)
     assert code == 0 and told["lr"] == 1e-4 and told["parameters"] == load_config(model).parameters()
     assert curve(tmp_path / "events.jsonl")[0]["loss"] < 5.7  # it did not start over
-    for (name, a), b in zip(
-        load_model(model).named_parameters(), load_model(told["folder"]).parameters(), strict=True
-    ):
+    for (name, a), b in zip(load_model(model).named_parameters(), load_model(told["folder"]).parameters(), strict=True):
         assert a.ndim == 1 or not torch.equal(a, b), name  # (bf16 rounds four small steps of a norm away)
-
-
-def test_two_processes_write_the_same_model(modicum, curated, tmp_path):
-    """`torchrun --no-python modicum pretrain`."""
-    words = [str(curated), "--steps", "6", "--dtype", "float32", "--micro-batch", "4", *SMALL]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "--no-python",
-    ]
-    command = [sys.executable, "-c", "from modicum.cli import main; main()", "pretrain"]
-    done = subprocess.run(
-        [*torchrun, *command, *words, "--out", str(tmp_path / "two"), "--json"],
-        text=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)  # rank 0 alone speaks
-    code, out, _ = modicum("pretrain", *words, "--out", tmp_path / "one", "--json")
-    one = json.loads(out)
-    assert code == 0
-    assert abs(told["loss"] - one["loss"]) < 1e-4 and abs(told["heldout_loss"] - one["heldout_loss"]) < 1e-4
-    for a, b in zip(
-        load_model(told["folder"]).parameters(), load_model(one["folder"]).parameters(), strict=True
-    ):
-        assert torch.allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ from modicum.model.decoder import Decoder
 from modicum.train.config import TrainConfig
 
 VOCAB, LENGTH = 64, 32
+MIXTURES = ("fixed:weights={prose: 3, code: 1}", "fixed:weights={prose: 1, code: 3}")
+SMALL = ["--sequence-length", "64", "--batch", "512tok", "--parameters", "120k", "--device", "cpu"]
+PRETRAIN = ["--steps", "6", "--dtype", "float32", "--micro-batch", "4", "--json", *SMALL]
 
 
 def corpus(documents: int = 120) -> MemoryDocuments:
@@ -46,6 +51,7 @@ def config(**knobs: object) -> TrainConfig:
         "lr": 5e-3,
         "checkpoint_every": 5,
         "device": "cpu",
+        "eval_sequences": 32,
     }
     if "tokens" in knobs:
         defaults.pop("steps")
@@ -56,3 +62,14 @@ def losses(path: Path) -> dict[int, float]:
     from modicum.train.curve import curve
 
     return {event["step"]: event["loss"] for event in curve(path)}
+
+
+def curated(folder: Path) -> Path:
+    """A few modules of the standard library, curated."""
+    from modicum.data.curate import CurateConfig, curate
+
+    (folder / "text").mkdir()
+    for name in ("textwrap.py", "string.py", "heapq.py", "bisect.py", "shlex.py", "csv.py"):
+        shutil.copy(Path(sysconfig.get_paths()["stdlib"]) / name, folder / "text")
+    curate(str(folder / "text"), folder / "curated", CurateConfig(vocab_size=400, heldout=0.1), processes=1)
+    return folder / "curated"
