@@ -243,6 +243,14 @@ def test_plots_hold_every_method(tmp_path: Path) -> None:
     assert best in front
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (2.31, 2.32), (70_000, 140_000), (1e-4, 9e-4), (-3, 11)])
+def test_ticks_are_few_round_and_within(low: float, high: float) -> None:
+    found = plots.ticks(low, high)
+    assert 3 <= len(found) <= 8 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
+    assert len({f"{t:.6g}" for t in found}) == len(found)
+    assert all(float(f"{t:.4g}") == pytest.approx(t) for t in found), found
+
+
 def test_pareto_front_is_the_undominated() -> None:
     axes = {
         "quality": {"metric": "q", "better": "higher", "unit": ""},

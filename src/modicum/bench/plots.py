@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from modicum.bench.stats import Row, number, quantity, spread_text
+from modicum.bench.stats import Row, number, spread_text
 from modicum.core.files import write_text
 
 COLOURS = (
@@ -41,11 +41,12 @@ def front(rows: list[Row]) -> list[Row]:
 
 
 def axis_title(axis: dict[str, str]) -> str:
-    unit = f" ({axis['unit']})" if axis["unit"] else ""
+    told = not axis["unit"] or axis["unit"] in axis["metric"].split("_")
+    unit = "" if told else f" ({axis['unit']})"
     return f"{axis['metric'].replace('_', ' ')}{unit}, {axis['better']} is better"
 
 
-def figure(port: str, rows: list[Row]) -> Any:
+def figure(rows: list[Row]) -> Any:
     """The plotly figure of a comparison."""
     import plotly.graph_objects as go
 
@@ -84,13 +85,12 @@ def figure(port: str, rows: list[Row]) -> Any:
             )
         )
     drawing.update_layout(
-        title={"text": f"{port}: quality against cost, mean and spread over seeds"},
         xaxis_title=axis_title(axes["cost"]),
         yaxis_title=axis_title(axes["quality"]),
         template="plotly_white",
         font={"size": 14},
         legend={"orientation": "h", "y": -0.2},
-        margin={"l": 70, "r": 30, "t": 70, "b": 60},
+        margin={"l": 70, "r": 20, "t": 20, "b": 60},
     )
     return drawing
 
@@ -99,8 +99,8 @@ def write_page(path: Path, port: str, parts: list[list[Row]]) -> None:
     """A self-contained page with one figure for each pair of axes: it opens without network."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = [
-        figure(port, rows).to_html(
-            include_plotlyjs=i == 0, full_html=False, config={"responsive": True, "displaylogo": False}
+        figure(rows).to_html(
+            include_plotlyjs=i == 0, full_html=False, config={"responsive": True, "displayModeBar": False}
         )
         for i, rows in enumerate(parts)
     ]
@@ -108,7 +108,10 @@ def write_page(path: Path, port: str, parts: list[list[Row]]) -> None:
         path,
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>modicum bench {html.escape(port)}</title></head><body>{''.join(figures)}</body></html>",
+        "<style>body { font-family: sans-serif; max-width: 70rem; margin: 1rem auto; padding: 0 0.5rem; }</style>"
+        f"<title>modicum bench {html.escape(port)}</title></head><body><h1>{html.escape(port)}</h1><p>Mean and "
+        f"standard deviation over seeds {', '.join(str(s) for s in parts[0][0].seeds)}.</p>"
+        f"{''.join(figures)}</body></html>",
     )
 
 
@@ -129,13 +132,16 @@ def svg(port: str, rows: list[Row], width: int = 640, height: int = 360) -> str:
         f'font-size="12" role="img" aria-label="{html.escape(port)}: quality against cost">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
-    for i in range(5):
-        xv, yv = xs[0] + (xs[1] - xs[0]) * i / 4, ys[0] + (ys[1] - ys[0]) * i / 4
+    for value in ticks(*ys):
+        at = y(value)
         parts.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{y(yv):.1f}" y2="{y(yv):.1f}" stroke="#e2e8f0"/>'
-            f'<text x="{left - 6}" y="{y(yv) + 4:.1f}" text-anchor="end" fill="#475569">{number(yv)}</text>'
-            f'<text x="{x(xv):.1f}" y="{height - bottom + 18}" text-anchor="middle" fill="#475569">'
-            f"{_tick(xv, axes['cost'])}</text>"
+            f'<line x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}" stroke="#e2e8f0"/>'
+            f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end" fill="#475569">{number(value)}</text>'
+        )
+    for value in ticks(*xs):
+        parts.append(
+            f'<text x="{x(value):.1f}" y="{height - bottom + 18}" text-anchor="middle" fill="#475569">'
+            f"{number(value)}</text>"
         )
     line = front(rows)
     if len(line) > 1:
@@ -174,5 +180,9 @@ def _range(spreads: list[Any]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _tick(value: float, axis: dict[str, str]) -> str:
-    return quantity(max(value, 0.0), "bytes") if axis["unit"] == "bytes" else number(value)
+def ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers (1, 2 or 5 times a power of ten apart) from low to high."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step *= next((m for m in (5, 2) if (high - low) / (step * m) >= 3), 1)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -180,5 +180,5 @@ def spread_text(spread: Spread, unit: str) -> str:
     """`2.310 ± 0.012 bits/byte`; the spread is left out with one seed."""
     if unit == "bytes":
         return quantity(spread.mean, unit)
-    more = f" ± {spread.std:.2g}" if spread.std is not None else ""
+    more = f" ± {spread.std:.2g}" if spread.std else ""   # counts do not vary
     return f"{number(spread.mean)}{more} {unit}".rstrip()
