@@ -118,7 +118,7 @@ def test_metrics_agree_with_a_naive_computation(k):
     relevant = [{int(i): float(g) for i, g in zip(rng.permutation(40)[:n], rng.integers(0, 4, n), strict=True)}
                 for n in rng.integers(0, 9, 50)]
     expected = np.array([naive_metrics(row, grade, k) for row, grade in zip(ids.tolist(), relevant, strict=True)])
-    got = [metrics.reciprocal_ranks(ids, relevant, k), metrics.recalls(ids, relevant, k), metrics.ndcgs(ids, relevant, k)]
+    got = [metric(ids, relevant, k) for metric in (metrics.reciprocal_ranks, metrics.recalls, metrics.ndcgs)]
     assert np.allclose(np.stack(got, axis=1), expected)
 
 

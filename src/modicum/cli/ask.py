@@ -12,11 +12,11 @@ def ask(index: Annotated[str, typer.Argument(help="A folder made by `modicum ind
         question: Annotated[str, typer.Argument(help="What you want to know.")],
         model: Annotated[str | None, typer.Option(help="A model folder to answer with; with --url, the name of a model "
                                                        "that the server has.")] = None,
-        url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1.")] = None,
+        url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server: http://127.0.0.1:8000/v1.")] = None,
         k: Annotated[int, typer.Option("-k", help="Passages to ground on.")] = 5,
-        mode: Annotated[str | None, typer.Option(help="bm25, dense or fused; the best the index has if left out.")] = None,
-        prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt, sources included; what the model's context "
-                                                               "leaves, at most 2048, if left out.")] = None,
+        mode: Annotated[str | None, typer.Option(help="bm25, dense or fused (if there is an encoder).")] = None,
+        prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt with its sources; what the model's "
+                                                               "context leaves, at most 2048, if left out.")] = None,
         max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
         temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
         encoder: Annotated[str | None, typer.Option(help="Where the encoder's model is now, if it moved.")] = None,
@@ -34,11 +34,12 @@ def ask(index: Annotated[str, typer.Argument(help="A folder made by `modicum ind
         generate = ground.openai_generator(url, model=model, max_tokens=max_tokens, temperature=temperature)
     else:
         from modicum.cli._local import local_generator
-        generate, count, context = local_generator(str(model), max_tokens=max_tokens, temperature=temperature, device=device)
+        generate, count, context = local_generator(str(model), max_tokens=max_tokens, temperature=temperature,
+                                                   device=device)
         room = context - max_tokens
         if prompt_tokens is not None and prompt_tokens > room:
-            raise UserError(f"--prompt-tokens {prompt_tokens} and --max-tokens {max_tokens} exceed the model's context of "
-                            f"{context}; their sum must stay within it")
+            raise UserError(f"--prompt-tokens {prompt_tokens} and --max-tokens {max_tokens} exceed the model's context "
+                            f"of {context}; their sum must stay within it")
         prompt_tokens = prompt_tokens or min(2048, room)
 
     def show(piece: str) -> None:
@@ -55,5 +56,5 @@ def ask(index: Annotated[str, typer.Argument(help="A folder made by `modicum ind
     for source in answer.sources:
         print(f" {'*' if source.cited else ' '}[{source.number}] {source.title or source.id}  ({source.source})")
     if answer.unknown_citations:
-        print(f"The answer also cites {answer.unknown_citations}, which are not sources: do not trust those statements.")
+        print(f"The answer also cites {answer.unknown_citations}, which are not sources: distrust those statements.")
     print(f"{answer.prompt_tokens} prompt tokens, {answer.seconds:.1f} s")

@@ -10,13 +10,13 @@ import typer
 def index(source: Annotated[str, typer.Argument(help="A folder or file of text, a folder made by `modicum curate`, "
                                                      "`python`, or a corpus.parquet with id and text.")],
           out: Annotated[str, typer.Option("--out", help="Folder to write.")],
-          encoder: Annotated[str | None, typer.Option(help="A model folder or hub id for dense vectors (BM25 alone if "
-                                                           "left out); decoder:FOLDER forces a language model.")] = None,
-          method: Annotated[str, typer.Option("--index", help="Vector index: exact, or for example hnsw:M=32.")] = "exact",
-          knobs: Annotated[str | None, typer.Option("--encoder-knobs", help="For example layers=[0,1],max_tokens=256.")] = None,
+          encoder: Annotated[str | None, typer.Option(help="A model folder or hub id for dense vectors, or lsa for "
+                                                           "none; BM25 alone if left out.")] = None,
+          method: Annotated[str, typer.Option("--index", help="Vector index: exact, or hnsw:M=32.")] = "exact",
+          knobs: Annotated[str | None, typer.Option("--encoder-knobs", help="Such as layers=[0,1],share=0.5.")] = None,
           device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
           memory: Annotated[str | None, typer.Option(help="Refuse vectors that need more memory, e.g. 2GiB.")] = None,
-          time: Annotated[str | None, typer.Option(help="Stop encoding after so long and keep the work, e.g. 10m.")] = None,
+          time: Annotated[str | None, typer.Option(help="Stop encoding after so long, keep the work: 10m.")] = None,
           as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """Index a folder, a curated folder or a collection, for search and grounded answers."""
     from modicum.budget import units
@@ -33,7 +33,8 @@ def index(source: Annotated[str, typer.Argument(help="A folder or file of text, 
     header = build_index(read_passages(source, skipped), out, encoder=made, index=choice, budget=budget,
                          deadline=Deadline(budget.seconds))
     if as_json:
-        print(json.dumps({k: v for k, v in header.items() if k != "files"} | {"out": out, "skipped": skipped}, indent=2))
+        shown = {k: v for k, v in header.items() if k != "files"}
+        print(json.dumps(shown | {"out": out, "skipped": skipped}, indent=2))
         return
     sizes = ", ".join(f"{name} {units.bytes_text(n)}" for name, n in header["bytes"].items())
     print(f"{out}: {header['passages']} passages in {header['seconds']:.1f} s ({sizes})")

@@ -10,7 +10,7 @@ import typer
 def search(index: Annotated[str, typer.Argument(help="A folder made by `modicum index`.")],
            query: Annotated[str, typer.Argument(help="What to look for.")],
            k: Annotated[int, typer.Option("-k", help="Results to show.")] = 5,
-           mode: Annotated[str | None, typer.Option(help="bm25, dense or fused; the best the index has if left out.")] = None,
+           mode: Annotated[str | None, typer.Option(help="bm25, dense or fused (if there is an encoder).")] = None,
            encoder: Annotated[str | None, typer.Option(help="Where the encoder's model is now, if it moved.")] = None,
            device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
            full: Annotated[bool, typer.Option("--full", help="Print whole passages.")] = False,

@@ -121,7 +121,7 @@ class BM25:
         except (OSError, ValueError, KeyError) as error:
             raise CorruptError(f"{folder} does not open ({error}); build the index again") from None
         if model.scores["num_docs"] != n_rows:
-            raise CorruptError(f"{folder} holds {model.scores['num_docs']} rows, {n_rows} were expected; build it again")
+            raise CorruptError(f"{folder} holds {model.scores['num_docs']} rows, not {n_rows}; build it again")
         return cls(model, n_rows)
 
     def nbytes(self) -> int:

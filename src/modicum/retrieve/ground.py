@@ -125,7 +125,7 @@ def compose(question: str, hits: Sequence[Hit], budget: int, count: Callable[[st
     fixed = tokens([])
     if fixed + (MIN_SOURCE_TOKENS if hits else 0) > budget:
         raise BudgetError(f"the instructions and the question take {fixed} tokens, the prompt budget is {budget} and a "
-                          f"source needs {MIN_SOURCE_TOKENS}; ask for a shorter answer, a shorter question or a larger budget")
+                          f"source needs {MIN_SOURCE_TOKENS}; ask a shorter question or allow a longer prompt")
     blocks: list[str] = []
     sources: list[Source] = []
     for place, hit in enumerate(hits):
@@ -192,7 +192,7 @@ _CITATION = re.compile(r"\[(\d{1,3}(?:\s*[,;]\s*\d{1,3})*)\]")
 
 
 def citations(text: str, n_sources: int) -> tuple[list[int], list[int]]:
-    """(cited, unknown): numbers in square brackets outside code, in order of first mention; unknown ones exceed n_sources."""
+    """(cited, unknown): numbers in square brackets outside code, by first mention; unknown ones name no source."""
     found = dict.fromkeys(int(number) for group in _CITATION.findall(_CODE.sub(" ", text))
                           for number in re.findall(r"\d+", group))
     return [n for n in found if 1 <= n <= n_sources], [n for n in found if not 1 <= n <= n_sources]
@@ -235,6 +235,7 @@ def openai_generator(url: str | None = None, *, model: str | None = None, api_ke
             raise kind(f"{client.base_url} refused ({error.status_code}): {error.message}") from None
         except openai.APIError as error:
             raise ModicumError(f"{client.base_url} failed while answering: {error.message}; ask again") from None
-        return Generated("".join(pieces), getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
+        return Generated("".join(pieces), getattr(usage, "prompt_tokens", None),
+                         getattr(usage, "completion_tokens", None))
 
     return generate

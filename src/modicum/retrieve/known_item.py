@@ -35,8 +35,8 @@ def known_item(passages: Sequence[Passage] | Passages, *, encoder: Encoder | str
     """{variant: {mode: {"mrr@10": {"mean", "error"}, "recall@1", ...}}} with "queries", "passages", "examples".
 
     At most `limit` queries, drawn with `seed`; "ambiguous" counts the sentences that `known_items` leaves out. The
-    indexes are built under `folder` (kept there: a second call with the same input is then quick to resume) or a temporary one.
-    `as_is`: an index of the same passages that exists already, to save building it.
+    indexes are built under `folder` (kept there: a second call with the same input is then quick to resume)
+    or a temporary one. `as_is`: an index of the same passages that exists already, to save building it.
     """
     for name in variants:
         if name not in ("as_is", "withheld"):
@@ -61,7 +61,8 @@ def known_item(passages: Sequence[Passage] | Passages, *, encoder: Encoder | str
     return result
 
 
-def known_items(passages: Iterable[Passage], limit: int | None = None, seed: int = 0) -> tuple[list[str], list[int], int]:
+def known_items(passages: Iterable[Passage], limit: int | None = None,
+                seed: int = 0) -> tuple[list[str], list[int], int]:
     """(queries, the row each was taken from, sentences left out): at most `limit`, drawn with `seed`.
 
     A sentence that several passages share names no one of them and is left out.
@@ -97,7 +98,8 @@ def compare_modes(searcher: Searcher, queries: Sequence[str], relevant: metrics.
             began = time.perf_counter()
             found[mode].append(searcher.rank(queries[start:start + batch], max(k, 10), mode).ids_QK)
             seconds[mode] += time.perf_counter() - began
-    return {mode: metrics.summarize(np.concatenate(parts), relevant, mrr=(k,), ndcg=(k,), recall=sorted({1, 5, k}), seed=seed)
+    cuts: dict[str, Any] = {"mrr": (k,), "ndcg": (k,), "recall": sorted({1, 5, k})}
+    return {mode: metrics.summarize(np.concatenate(parts), relevant, **cuts, seed=seed)
             | {"queries_per_second": len(queries) / max(seconds[mode], 1e-9)} for mode, parts in found.items()}
 
 

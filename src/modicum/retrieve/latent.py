@@ -3,11 +3,11 @@
 Shape letters: N passages, V terms, D latent directions.
 
     x[t] = (1 + ln tf) * ln(1 + (n - df + 0.5) / (df + 0.5)), divided by the length of x
-    X = U diag(s) W^T, the D largest s          y = x W diag(s)^(-1/2)
+    X = U diag(s) W^T, the D largest s          y = x W
 
-Deerwester et al. 1990 (JASIS 41), with terms as BM25 cuts them and its idf; the square root sits halfway between
-their projection and full whitening. W comes from a randomized SVD (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4) of
-at most `SAMPLE` passages drawn evenly from the stream, so memory is bounded whatever their number.
+Deerwester et al. 1990 (JASIS 41), with terms as BM25 cuts them and its idf. W comes from a randomized SVD
+(Halko et al. 2011, arXiv:0909.4061, algorithm 4.4) of at most `SAMPLE` passages drawn evenly from the stream,
+so memory is bounded whatever their number.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Latent:
 
 
 def _directions(x_NV: Any, dim: int, seed: int) -> np.ndarray:
-    """W diag(s)^(-1/2) of the `dim` largest singular values, shape (V, D)."""
+    """W of the `dim` largest singular values, shape (V, D)."""
     dim = min(dim, *x_NV.shape)
     if dim < 1:
         return np.empty((x_NV.shape[1], 0))
@@ -111,4 +111,4 @@ def _directions(x_NV: Any, dim: int, seed: int) -> np.ndarray:
         q_NR = x_NV @ np.linalg.qr(x_NV.T @ q_NR)[0]
     _, s_R, w_RV = np.linalg.svd((x_NV.T @ np.linalg.qr(q_NR)[0]).T, full_matrices=False)
     kept = s_R[:dim] > 1e-4 * max(float(s_R[0]), 1e-30)
-    return np.asarray(w_RV[:dim][kept].T / np.sqrt(s_R[:dim][kept]))
+    return np.asarray(w_RV[:dim][kept].T)

@@ -25,7 +25,8 @@ def verify(folder: Path, listed: dict[str, dict[str, Any]], *, everything: bool 
         if not path.is_file():
             raise CorruptError(f"{path} is missing; build the index again with: modicum index SOURCE --out FOLDER")
         if path.stat().st_size != expected["bytes"]:
-            raise CorruptError(f"{path} has {path.stat().st_size} bytes, {expected['bytes']} were written; build the index again")
+            raise CorruptError(f"{path} has {path.stat().st_size} bytes, {expected['bytes']} were written; "
+                               "build the index again")
         if (everything or expected["bytes"] <= FULL_BYTES) and files.sha256(path) != expected["sha256"]:
             raise CorruptError(f"{path} does not match its checksum; build the index again")
 

@@ -40,8 +40,8 @@ def ndcgs(ids_QK: np.ndarray, relevant: Relevant, k: int = 10) -> np.ndarray:
     """nDCG@k per query, shape (Q,); 0 for a query without a relevant document."""
     gain_QK = grades(ids_QK[:, :k], relevant)
     discount = 1 / np.log2(np.arange(2, max(k, gain_QK.shape[1]) + 2))
-    ideal_Q = np.array([sum(g * d for g, d in zip(sorted((g for g in found.values() if g > 0), reverse=True)[:k], discount, strict=False))
-                        for found in relevant], float)
+    best = [sorted((g for g in found.values() if g > 0), reverse=True)[:k] for found in relevant]
+    ideal_Q = np.array([np.dot(grades, discount[:len(grades)]) for grades in best], float)
     return np.divide(gain_QK @ discount[:gain_QK.shape[1]], ideal_Q, out=np.zeros(len(gain_QK)), where=ideal_Q > 0)
 
 

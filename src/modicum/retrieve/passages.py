@@ -24,8 +24,12 @@ T = TypeVar("T")
 
 
 def indexed_text(passage: Passage, *, withheld: bool = False) -> str:
-    """What is searched of a passage: title and text, or title and body (the text without its first sentence)."""
-    text = passage.body if withheld else passage.text
+    """What is searched of a passage: its title and text.
+
+    withheld: the body in place of the text, which is the text without its first sentence; a passage that has no
+    summary sentence has nothing to withhold.
+    """
+    text = passage.body if withheld and passage.summary else passage.text
     return f"{passage.title}\n{text}" if passage.title else text
 
 
@@ -75,7 +79,8 @@ class Passages(Sequence[Passage]):
 
     def _read_group(self, group: int) -> list[Passage]:
         columns = self._file.read_row_group(group, columns=list(COLUMNS)).to_pydict()
-        return [Passage(**dict(zip(COLUMNS, row, strict=True))) for row in zip(*(columns[n] for n in COLUMNS), strict=True)]
+        rows = zip(*(columns[name] for name in COLUMNS), strict=True)
+        return [Passage(**dict(zip(COLUMNS, row, strict=True))) for row in rows]
 
     def __len__(self) -> int:
         return int(self._starts[-1])

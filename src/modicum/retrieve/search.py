@@ -49,8 +49,8 @@ class Hit:
 
 
 def build_index(passages: Iterable[Passage], out: str | Path, *, encoder: Encoder | str | None = None,
-                index: str | dict[str, Any] | Choice = "exact", withheld: bool = False, k1: float = 1.5, b: float = 0.75,
-                device: str = "cpu", budget: Budget | None = None, deadline: Deadline | None = None,
+                index: str | dict[str, Any] | Choice = "exact", withheld: bool = False, k1: float = 1.5,
+                b: float = 0.75, device: str = "cpu", budget: Budget | None = None, deadline: Deadline | None = None,
                 events: Events | None = None) -> dict[str, Any]:
     """Index a stream of passages into folder `out` and return its manifest.
 
@@ -92,7 +92,7 @@ def _build(passages: Iterable[Passage], out: Path, work: Path, encoder: Encoder 
         header |= {"index": choice.resolved(), "encoder": encoder.settings()}
         key = fingerprint([digest.hexdigest(), header["encoder"], withheld, SHARD])
         for width in _pool_shards(encoder, rows, work / "vectors", key, withheld, deadline, events):
-            budget.require(dense.cost(count, width), f"an index of {count} vectors")   # before the long work, not after it
+            budget.require(dense.cost(count, width), f"an index of {count} vectors")   # before the long work
         encoder.fit(_shards(work / "vectors"))
     with atomic_directory(out) as staged:
         BM25.build((indexed_text(p, withheld=withheld) for p in rows), **lexical).save(staged / "bm25")
@@ -133,8 +133,8 @@ def _pool_shards(encoder: Encoder, rows: Passages, folder: Path, key: str, withh
                 progress.resume_at(progress.done + len(group))
                 continue
             if deadline.passed:
-                raise ModicumError(f"the deadline stopped the encoding at {i * SHARD} of {len(rows)} passages; they are "
-                                  "kept, and the same command goes on from there with more time")
+                raise ModicumError(f"the deadline stopped the encoding at {i * SHARD} of {len(rows)} passages; they "
+                                  "are kept, and the same command goes on from there with more time")
             pooled_NE = encoder.pool([indexed_text(p, withheld=withheld) for p in group])
             with atomic_file(path) as file:
                 np.save(file, pooled_NE)
@@ -155,7 +155,7 @@ def _blocks(encoder: Encoder, folder: Path) -> Iterator[tuple[np.ndarray, np.nda
 
 
 class Searcher:
-    """A saved folder, opened: `search` for hits, `rank` for many queries at once. The encoder loads when first needed."""
+    """A saved folder, opened: `search` for hits, `rank` for many queries. The encoder loads when first needed."""
 
     def __init__(self, folder: str | Path, *, device: str = "cpu", model: str | None = None, check: bool = False):
         """`model`: where the encoder's model is now, if it moved. `check` reads every byte against its checksum;
@@ -198,7 +198,8 @@ class Searcher:
         depth = max(100, 4 * k) if mode == "fused" else k
         rows_S = None if subset is None else np.unique(np.fromiter(subset, np.int64))
         if rows_S is not None and len(rows_S) and not 0 <= rows_S[0] <= rows_S[-1] < len(self):
-            raise UserError(f"the subset names row {rows_S[-1] if rows_S[0] >= 0 else rows_S[0]}; rows are 0 to {len(self) - 1}")
+            wrong = rows_S[-1] if rows_S[0] >= 0 else rows_S[0]
+            raise UserError(f"the subset names row {wrong}; rows are 0 to {len(self) - 1}")
         found: dict[str, Hits] = {}
         if mode != "dense":
             found["bm25"] = self.bm25.search(list(queries), depth, rows_S)
@@ -208,11 +209,13 @@ class Searcher:
             found["fused"] = fusion.fuse([found["bm25"], found["dense"]], k)
         return found
 
-    def rank(self, queries: Sequence[str], k: int, mode: str | None = None, subset: Iterable[int] | None = None) -> Hits:
+    def rank(self, queries: Sequence[str], k: int, mode: str | None = None,
+             subset: Iterable[int] | None = None) -> Hits:
         """Row numbers and scores, shape (queries, k)."""
         return self.rankings(queries, k, mode, subset)[mode or self.modes[-1]]
 
-    def search(self, query: str, k: int = 10, mode: str | None = None, subset: Iterable[int] | None = None) -> list[Hit]:
+    def search(self, query: str, k: int = 10, mode: str | None = None,
+               subset: Iterable[int] | None = None) -> list[Hit]:
         """The k best passages for a query, best first; fewer when fewer match. `subset`: row numbers to search in."""
         if not query.strip():
             raise UserError("the query is empty; write what to look for")

@@ -5,9 +5,10 @@ Shape letters: N vectors, E dimensions before, D after.
     mean, C = mean and covariance of the vectors          C = U diag(s) U^T, s falling
     y = diag((s + floor)^(-power / 2)) U^T (x - mean)     the first `remove` columns of U left out
 
-`dims` keeps the leading ones only. power 0 rotates only, 1 whitens fully: every direction then counts alike (Su et al. 2021, arXiv:2103.15316). `remove` drops the
-directions that all vectors share (Mu and Viswanath 2018, arXiv:1702.01417). The floor, a share `shrink` of the mean of s,
-keeps directions that are all noise from being blown up, as with fewer vectors than dimensions.
+`dims` keeps the leading ones only. power 0 rotates only, 1 whitens fully: every direction then counts alike
+(Su et al. 2021, arXiv:2103.15316). `remove` drops the directions that all vectors share (Mu and Viswanath
+2018, arXiv:1702.01417). The floor, a share `shrink` of the mean of s, keeps directions that are all noise
+from being blown up, as with fewer vectors than dimensions.
 """
 
 from __future__ import annotations

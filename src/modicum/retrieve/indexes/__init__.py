@@ -167,7 +167,7 @@ class Index(registry.Method):
 
     @abstractmethod
     def _search(self, queries_QD: np.ndarray, k: int, rows_S: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """(rows_QK, scores_QK), rows into `ids_N`, best first, -1 where missing; `rows_S` (sorted) limits the search."""
+        """(rows_QK, scores_QK), rows into `ids_N`, best first, -1 where missing; within `rows_S` (sorted) if given."""
 
     @abstractmethod
     def _write(self, folder: Path) -> None: ...

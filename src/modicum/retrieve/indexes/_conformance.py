@@ -1,4 +1,4 @@
-"""What holds for any index: exhaustive settings are exact, updates and subsets behave, a saved index answers the same."""
+"""What holds for any index: exhaustive settings are exact, updates and subsets behave, saving changes nothing."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def check_remove(key: str) -> None:
         assert len(index) == N - last
     index.add(ids_N[:20], vectors_ND[:20])
     keep = np.r_[290:N, 0:20]
-    _same(index.search(queries_QD, 12), _truth(ids_N[keep], vectors_ND[keep], queries_QD, 12), "after adding removed ids again")
+    _same(index.search(queries_QD, 12), _truth(ids_N[keep], vectors_ND[keep], queries_QD, 12), "added again")
     index.remove(ids_N.tolist())
     assert len(index) == 0 and (index.search(queries_QD, 3).ids_QK == -1).all(), "everything removed"
 
@@ -142,7 +142,8 @@ def check_save_and_load(key: str) -> None:
         _same(loaded.search(queries_QD, 9), _truth(ids_N, vectors_ND, queries_QD, 9), "add after load")
         loaded.remove(ids_N[100:].tolist())
         loaded.save(path)   # over the files it was opened from
-        _same(open_index(path).search(queries_QD, 9), _truth(ids_N[:100], vectors_ND[:100], queries_QD, 9), "saved again")
+        true = _truth(ids_N[:100], vectors_ND[:100], queries_QD, 9)
+        _same(open_index(path).search(queries_QD, 9), true, "saved again")
         victim = max((p for p in path.iterdir() if p.name != "index.json"), key=lambda p: p.stat().st_size)
         data = victim.read_bytes()
         for damaged in (data[:-1], data[:-1] + bytes([data[-1] ^ 1])):

@@ -3,9 +3,9 @@
     score(q, x) = q . x        top k over all stored x
 
 The truth that other indexes are measured against. `faiss` scans the vectors block by block with SIMD or BLAS
-(the kernel of its `IndexFlatIP`), straight from a memory-mapped file, so a saved index of any size opens at once and needs
-no more memory than the pages it touches. A build spills to an unnamed temporary file and holds one block.
-A subset is gathered and scanned in blocks: its time grows with the subset, not with the index.
+(the kernel of its `IndexFlatIP`), straight from a memory-mapped file, so a saved index of any size opens at
+once and needs no more memory than the pages it touches. A build spills to an unnamed temporary file and holds
+one block. A subset is gathered and scanned in blocks: its time grows with the subset, not with the index.
 
 Douze et al. 2024, arXiv:2401.08281 (faiss). `add` and `remove` copy the vectors: O(N D) each; give them in batches.
 """

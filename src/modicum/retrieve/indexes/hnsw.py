@@ -1,15 +1,16 @@
 """hnsw: walk a layered graph of near neighbours.
 
-Every vector is linked to about `M` near ones on each layer it lives on (2 M on the lowest); layers thin out geometrically. A search
-descends greedily from the sparse top layer and, on the lowest, keeps a beam of the `ef_search` best candidates.
+Every vector is linked to about `M` near ones on each layer it lives on (2 M on the lowest); layers thin out
+geometrically. A search descends greedily from the sparse top layer and, on the lowest, keeps a beam of the
+`ef_search` best candidates.
 
     visited  ~  ef_search * M        recall rises with ef_search, and with M and ef_construction at build time
 
 Malkov and Yashunin 2016, arXiv:1603.09320, algorithms 1-5; the graph is `faiss.IndexHNSWFlat`.
-Departs from the paper: a removed vector stays in the graph as a stepping stone that is never returned; the graph is built
-anew once more than `rebuild` of it is removed. A small subset is scanned exactly instead of walked; a larger
-one is filtered during the walk with a beam widened in proportion. On several threads the links, hence results at small
-`ef_search`, may differ between builds.
+Departs from the paper: a removed vector stays in the graph as a stepping stone that is never returned; the
+graph is built anew once more than `rebuild` of it is removed. A small subset is scanned exactly instead of
+walked; a larger one is filtered during the walk with a beam widened in proportion. On several threads the
+links, hence results at small `ef_search`, may differ between builds.
 """
 
 from __future__ import annotations

@@ -1,0 +1,177 @@
+"""A language model as an encoder, with a head in closed form.
+
+Shape letters: N texts, B batch, T tokens, D width of the model, E dimensions of pooled vectors, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modicum.core.errors import CorruptError, UserError, unknown
+from modicum.retrieve.encoder import Encoder, unit
+from modicum.retrieve.latent import Latent
+from modicum.retrieve.passages import grouped
+from modicum.retrieve.whiten import Whitener
+
+SMALL = 100_000_000   # parameters
+
+
+class DecoderEncoder(Encoder):
+    """Hidden states of a decoder, averaged with frequency weights, whitened on the passages, beside their latent terms.
+
+        v(s) = sum_t w(t) h_t / sum_t w(t)        w(t) = sif / (sif + p(t))        p from the passages
+        u(s) = [sqrt(1 - share) * unit(W (v(s) - mean)),  sqrt(share) * unit(latent(s))]
+
+    so that the inner product of two texts is a weighted mean of two cosines: of what the model makes of them, and
+    of the words they use in the passages' own terms (see `Latent`). The weights are SIF's (Arora et al. 2017,
+    ICLR), the removal of what all vectors share is Mu and Viswanath's (2018, arXiv:1702.01417), whitening and
+    the mix of a low and a high layer are WhiteningBERT's (Huang et al. 2021, arXiv:2104.01767). Nothing is
+    trained. Departs from them: every h_t is scaled to length 1 first, so that the few huge states a decoder
+    makes do not drown the rest; a start token is put in front and left out of the average; the latent terms
+    are added, which carry a small model.
+
+    layers: 0 is the embeddings, i the output of layer i, -1 the state after the final norm; layers above the highest
+    one named are not computed. None takes (0, 1) below `SMALL` parameters, where the upper layers were found to add
+    nothing, and (1, -1) from there on. latent: number of latent directions, 0 for the hidden states alone. share: their
+    weight. dims: most dimensions kept of the hidden states. Texts are cut to `max_tokens` for the model.
+    `batch_tokens` bounds the padded tokens of one forward pass.
+    """
+
+    kind = "decoder"
+
+    def __init__(self, model: str | Path, *, layers: Sequence[int] | None = None, sif: float = 1e-3,
+                 whiten: float = 1.0, remove: int = 0, dims: int = 512, latent: int = 512, share: float = 0.6,
+                 max_tokens: int = 512, batch_tokens: int = 8192, device: str = "cpu"):
+        import torch
+
+        from modicum.data.tokenizer import Tokenizer
+        from modicum.model.folder import find_folder, load_model
+        self.model = str(model)
+        place = find_folder(self.model)
+        self.tokenizer = Tokenizer.load(place)
+        self._decoder = load_model(place, dtype=torch.float32 if device == "cpu" else None, device=device).eval()
+        config = self._decoder.config
+        depth = config.layers
+        if layers is None:
+            layers = (0, 1) if sum(p.numel() for p in self._decoder.parameters()) < SMALL else (1, -1)
+        for layer in layers:
+            if not -1 <= layer <= depth:
+                raise unknown("layer", layer, range(-1, depth + 1), f"{model} has {depth} layers; -1 is the last state")
+        if not layers:
+            raise UserError("layers=() takes no hidden state; write for example layers=(1, -1)")
+        self.layers, self.sif, self.batch_tokens = tuple(layers), sif, batch_tokens
+        self.max_tokens = min(max_tokens, config.context_length - 1)
+        if not 0 <= share <= 1:
+            raise UserError(f"share={share} is not between 0 (hidden states alone) and 1 (latent terms alone)")
+        self.whitener, self.share = Whitener(power=whiten, remove=remove, dims=dims), share
+        self.latent = Latent(latent if share else 0)
+        self.counts_V = np.zeros(config.vocab_size, np.int64)
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "layers": list(self.layers), "sif": self.sif, "whiten": self.whitener.power, "remove": self.whitener.remove,
+            "dims": self.whitener.dims, "latent": self.latent.wanted, "share": self.share,
+            "max_tokens": self.max_tokens, "batch_tokens": self.batch_tokens}
+
+    def _tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # Cut characters first: a text of megabytes would be tokenized for its first max_tokens only.
+        heads = [t[: 16 * self.max_tokens] for t in texts]
+        encoded = self.tokenizer.encode_batch(heads, specials=False)
+        return [np.array(ids[: self.max_tokens], np.int64) for ids in encoded]
+
+    def count(self, texts: Iterable[str]) -> None:
+        self.counts_V[:] = 0
+        for group in grouped(self.latent.watch(texts) if self.latent.wanted else texts, 1024):
+            ids = np.concatenate(self._tokens(group)) if group else np.empty(0, np.int64)
+            self.counts_V += np.bincount(ids, minlength=len(self.counts_V))
+
+    def weights(self) -> np.ndarray:
+        """weights_V, float32; a token never counted weighs 1, the most."""
+        p_V = self.counts_V / max(int(self.counts_V.sum()), 1)
+        return (self.sif / (self.sif + p_V)).astype(np.float32)
+
+    def pool(self, texts: Sequence[str]) -> np.ndarray:
+        import torch
+        rows = self._tokens(texts)
+        weights_V = torch.from_numpy(self.weights())
+        pooled_NE = np.zeros((len(rows), self._hidden), np.float32)
+        with torch.inference_mode():
+            for batch in self._batches([len(r) for r in rows]):
+                lengths_B = torch.tensor([len(rows[i]) for i in batch])
+                T = int(lengths_B.max())
+                tokens_BT = torch.full((len(batch), T + 1), self.tokenizer.start_id)
+                for b, i in enumerate(batch):   # padding stands on the right, where causal states do not see it
+                    tokens_BT[b, 1:len(rows[i]) + 1] = torch.from_numpy(rows[i])
+                w_BT = weights_V[tokens_BT[:, 1:]] * (torch.arange(T) < lengths_B[:, None])
+                w_BT = (w_BT / w_BT.sum(1, keepdim=True)).to(self._decoder.device)
+                parts = [torch.einsum("bt,btd->bd", w_BT, torch.nn.functional.normalize(h_BTD[:, 1:].float(), dim=-1))
+                         for h_BTD in self._states(tokens_BT.to(self._decoder.device))]
+                pooled_NE[batch] = torch.cat(parts, dim=-1).cpu().numpy()
+        return np.hstack([pooled_NE, self.latent(texts)]) if self.latent.dim else pooled_NE
+
+    @property
+    def _hidden(self) -> int:
+        """Columns of a pooled vector that come from hidden states; the rest are latent terms."""
+        return len(self.layers) * int(self._decoder.config.width)
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Indices of texts that have tokens, alike in length, at most `batch_tokens` with padding."""
+        batch: list[int] = []
+        for i in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: lengths[i]):
+            if batch and (len(batch) + 1) * (lengths[i] + 1) > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _states(self, tokens_BT: Any) -> list[Any]:
+        """h_BTD of each chosen layer; layers above the highest chosen one are not computed."""
+        kept: dict[int, Any] = {}
+        hooks = []
+        highest = max(self.layers) if -1 not in self.layers else None
+
+        def keep(layer: int, state: Any) -> None:
+            kept[layer] = state
+            if layer == highest:
+                raise _Enough
+
+        for layer in {i for i in self.layers if i >= 0}:
+            module = self._decoder.embed if layer == 0 else self._decoder.layers[layer - 1]
+            hooks.append(module.register_forward_hook(lambda _m, _i, out, layer=layer: keep(layer, out)))
+        try:
+            kept[-1] = self._decoder.hidden(tokens_BT)
+        except _Enough:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [kept[layer] for layer in self.layers]
+
+    def fit(self, blocks: Iterable[np.ndarray]) -> None:
+        self.whitener.fit(pooled_NE[:, :self._hidden] for pooled_NE in blocks)
+
+    def finish(self, pooled_NE: np.ndarray) -> np.ndarray:
+        hidden_NE, latent_NE = unit(self.whitener(pooled_NE[:, :self._hidden])), pooled_NE[:, self._hidden:]
+        if not latent_NE.shape[1]:
+            return hidden_NE
+        return unit(np.hstack([(1 - self.share) ** 0.5 * hidden_NE, self.share ** 0.5 * unit(latent_NE)]))
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"counts": self.counts_V} | self.whitener.state() | self.latent.state()
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        if state["counts"].shape != self.counts_V.shape:
+            raise CorruptError(f"the encoder's statistics are for {state['counts'].shape[0]} tokens, {self.model} has "
+                               f"{len(self.counts_V)}; build the index again")
+        self.counts_V = state["counts"].copy()
+        self.whitener.set_state(state)
+        self.latent.set_state(state)
+
+
+class _Enough(Exception):
+    """The last hidden state that is wanted has been computed."""
