@@ -149,6 +149,19 @@ def test_wrong_input_leaves_nothing_behind(tmp_path):
     with pytest.raises(BudgetError, match="memory"):
         build_index(corpus(), tmp_path / "i", encoder=HashedWords(), budget=Budget(memory_bytes=1000))
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        build_index(corpus(), tmp_path / "file" / "i")
+
+
+def test_a_full_disk_gets_one_line_and_leaves_no_index(tmp_path, monkeypatch):
+    def full(*args, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(search, "write_json", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        build_index(corpus(), tmp_path / "i", encoder=HashedWords())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["passages.parquet", "bm25/data.csc.index.npy", "dense/vectors.npy",
@@ -361,8 +374,10 @@ def test_index_search_and_ask_on_the_command_line(judged, server, run):
 def test_a_model_folder_encodes_and_answers(tmp_path, run):
     model, out, source = str(random_llama(tmp_path / "model", context=512)), str(tmp_path / "i"), tmp_path / "docs"
     source.mkdir()
-    (source / "pets.md").write_text("# Cats\n\nThe cat sat on the mat and slept.\n\n# Dogs\n\nA dog chased the cat away.")
-    (source / "tool.py").write_text('def load(path):\n    """Open a file and parse it.\n\n    Reads its lines in order."""\n')
+    (source / "pets.md").write_text("# Cats\n\nThe cat sat on the mat and slept.\n\n"
+                                    "# Dogs\n\nA dog chased the cat away.")
+    (source / "tool.py").write_text('def load(path):\n    """Open a file and parse it.\n\n'
+                                    '    Reads its lines in order."""\n')
     made = run("index", str(source), "--out", out, "--encoder", model, "--index", "hnsw:M=4", "--json",
                "--encoder-knobs", "latent=4,layers=[1]")
     assert made.exit_code == 0, made.output

@@ -64,15 +64,18 @@ def build_index(passages: Iterable[Passage], out: str | Path, *, encoder: Encode
         encoder = make_encoder(encoder, device=device)
     work = out.with_name(f".{out.name}.work")
     begun = work.exists()
-    work.mkdir(parents=True, exist_ok=True)
-    for stale in out.parent.glob(f".{out.name}.*.part"):   # what a killed build had begun to assemble
-        shutil.rmtree(stale, ignore_errors=True)
     try:
+        work.mkdir(parents=True, exist_ok=True)
+        for stale in out.parent.glob(f".{out.name}.*.part"):   # what a killed build had begun to assemble
+            shutil.rmtree(stale, ignore_errors=True)
         header = _build(passages, out, work, encoder, choice, withheld, {"k1": k1, "b": b}, budget or Budget(),
                         deadline or Deadline(None), events or Events())
-    except UserError:
+    except (UserError, OSError) as error:
         if not begun:   # a mistake leaves nothing behind; an interruption keeps its shards
             shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{out} cannot be written ({error.strerror or error}); free space there or choose another "
+                            "folder with --out") from None
         raise
     shutil.rmtree(work)
     return header
