@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CPU_BYTES, CPU_ROWS = 8 << 20, 128  # slices that stay in a CPU's cache, with rows enough for its matrix product
+CUDA_BYTES = 512 << 20
 NO_LOSS = -100  # a target without loss, as in torch.nn.functional.cross_entropy
 Head = Callable[[Tensor], Tensor]
 
 
-def token_loss(model: nn.Module, batch: Any, *, logits_bytes: int = 64 << 20) -> tuple[Tensor, Tensor]:
+def token_loss(model: nn.Module, batch: Any, *, logits_bytes: int | None = None) -> tuple[Tensor, Tensor]:
     """Summed negative log-likelihood of `batch.targets_BT` (nats, float32) and the number of targets.
 
     A decoder gives hidden states and head by themselves (`hidden`, `head`); any other module is called
@@ -32,22 +34,31 @@ def token_loss(model: nn.Module, batch: Any, *, logits_bytes: int = 64 << 20) ->
 
 
 def cross_entropy(
-    h_BTD: Tensor, targets_BT: Tensor, head: Head | None, logits_bytes: int = 64 << 20
+    h_BTD: Tensor, targets_BT: Tensor, head: Head | None, logits_bytes: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(head(h))[target] over targets that are not NO_LOSS, and how many those are.
 
-    head=None: `h_BTD` are the logits. At most `logits_bytes` of float32 logits exist at once. The
-    gradient is computed slice by slice during the forward pass, so nothing is recomputed in the
-    backward pass; it may be taken once, and not differentiated again.
+    head=None: `h_BTD` are the logits. At most `logits_bytes` of float32 logits exist at once (None: see
+    `slice_rows`). The gradient is computed slice by slice during the forward pass, so nothing is
+    recomputed in the backward pass; it may be taken once, and not differentiated again.
     """
     h_ND, targets_N = h_BTD.flatten(0, -2), targets_BT.flatten()
     count = (targets_N != NO_LOSS).sum()
     vocabulary, weights = (h_ND.shape[1], []) if head is None else _probe(head, h_ND)
-    rows = max(1, logits_bytes // (4 * vocabulary))
+    rows = slice_rows(vocabulary, h_ND.device, logits_bytes)
     if not torch.is_grad_enabled():
         slices = zip(h_ND.split(rows), targets_N.split(rows), strict=True)
         return torch.stack([_slice_loss(h, t, head)[0] for h, t in slices]).sum(), count
     return _Sliced.apply(h_ND, targets_N, head, rows, *weights), count
+
+
+def slice_rows(vocabulary: int, device: torch.device, logits_bytes: int | None = None) -> int:
+    """Rows of logits at a time: what `logits_bytes` hold in float32, or by default what runs fast here."""
+    if logits_bytes is not None:
+        return max(1, logits_bytes // (4 * vocabulary))
+    if device.type == "cpu":
+        return max(CPU_ROWS, CPU_BYTES // (4 * vocabulary))
+    return max(CPU_ROWS, CUDA_BYTES // (4 * vocabulary))
 
 
 def _slice_loss(h_ND: Tensor, targets_N: Tensor, head: Head | None) -> tuple[Tensor, ...]:

@@ -21,10 +21,10 @@ from modicum.train.objectives import Loss, Objective, Step
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    logits_bytes: int = 64 << 20  # bound on the float32 logits that exist at once
+    logits_bytes: int | None = None  # bound on the float32 logits that exist at once; None: what runs fast
 
     def __post_init__(self) -> None:
-        if self.logits_bytes < 1:
+        if self.logits_bytes is not None and self.logits_bytes < 1:
             raise ValueError(f"logits_bytes={self.logits_bytes} must be positive")
 
 
