@@ -30,9 +30,7 @@ def test_plain_fit_minimises_the_papers_objective():
     def objective(p):
         e, a, b, alpha, beta = p
         log_loss = np.log(
-            np.exp(e)
-            + np.exp(a - alpha * np.log(runs["parameters"]))
-            + np.exp(b - beta * np.log(runs["tokens"]))
+            np.exp(e) + np.exp(a - alpha * np.log(runs["parameters"])) + np.exp(b - beta * np.log(runs["tokens"]))
         )
         r = np.abs(np.log(runs["loss"]) - log_loss)
         return np.where(r <= 1e-3, 0.5 * r**2, 1e-3 * (r - 0.5e-3)).sum()
@@ -83,9 +81,7 @@ def test_objective_gradient(single):
     table = as_table(runs, law.reads)
     x = {n: table[n] / np.exp(np.log(table[n]).mean()) for n in law.reads}
     problem = law._problem(x | {n: table[n] for n in ("loss", "run", "final")})
-    phi = np.array(
-        [[0.5, -0.3, -0.5, -1.0, -1.1, -3.5, -5.0, -5.3], [0.4, -0.2, -0.6, -1.1, -0.9, -4.0, -4.0, -5.0]]
-    )
+    phi = np.array([[0.5, -0.3, -0.5, -1.0, -1.1, -3.5, -5.0, -5.3], [0.4, -0.2, -0.6, -1.1, -0.9, -4.0, -4.0, -5.0]])
     counts = np.random.default_rng(0).integers(0, 3, (2, 12 if single else 4)).astype(float)
     for count in (None, counts):
         value, given = problem.value_and_gradient(phi, count)

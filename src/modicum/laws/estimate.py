@@ -44,9 +44,7 @@ def huber(r: np.ndarray, delta: float) -> np.ndarray:
 def log_norm(log_scale: np.ndarray, delta: float) -> np.ndarray:
     """log Z(s): the integral of exp(-huber(r) / s) over all r."""
     s = np.exp(log_scale)
-    return np.log(
-        np.sqrt(2 * np.pi * s * delta) * erf(np.sqrt(delta / (2 * s))) + 2 * s * np.exp(-delta / (2 * s))
-    )
+    return np.log(np.sqrt(2 * np.pi * s * delta) * erf(np.sqrt(delta / (2 * s))) + 2 * s * np.exp(-delta / (2 * s)))
 
 
 def draw_noise(scale_K: np.ndarray, delta: float, rng: np.random.Generator) -> np.ndarray:
@@ -130,9 +128,7 @@ class Problem:
             total_K = total_K + misfit_K * np.exp(-log_scale_K) + number * log_norm(log_scale_K, self.delta)
         return total_K
 
-    def _scales(
-        self, mean_KR: np.ndarray, deviation_KN: np.ndarray, counts_KR: np.ndarray | None
-    ) -> list[Any]:
+    def _scales(self, mean_KR: np.ndarray, deviation_KN: np.ndarray, counts_KR: np.ndarray | None) -> list[Any]:
         """(coordinate, misfit_K, number of observations) of the two scales."""
         p = self.n_coordinates
         counts = np.ones((1, self.n_runs)) if counts_KR is None else counts_KR
@@ -158,9 +154,9 @@ class Problem:
             else:
                 pull_KN = np.clip(deviation_KN / delta, -1, 1) * np.exp(-phi_KF[:, p + 2 : p + 3])
                 pull_KN = pull_KN - self._mean(pull_KN)[:, self.run_N]
-                back_KN = (back_KR / self.size_R)[:, self.run_N] + pull_KN * (
-                    counts * self.degrees_R / self.size_R
-                )[:, self.run_N]
+                back_KN = (back_KR / self.size_R)[:, self.run_N] + pull_KN * (counts * self.degrees_R / self.size_R)[
+                    :, self.run_N
+                ]
             gradient_KF = (phi_KF - self.prior.mean_F) / self.prior.sd_F**2
             gradient_KF[:, : p + 1] -= np.einsum("kn,knf->kf", back_KN, self._jacobian(phi_KF))
             step = 1e-5
@@ -239,9 +235,7 @@ def minimise(
         turn = moved & (curve > 1e-12 * np.sqrt((s**2).sum(1) * (y**2).sum(1)))
         rho = np.where(turn, 1 / np.where(turn, curve, 1), 0)
         left = np.eye(phi.shape[1]) - rho[:, None, None] * s[:, :, None] * y[:, None, :]
-        updated = (
-            np.einsum("kab,kbc,kdc->kad", left, h, left) + rho[:, None, None] * s[:, :, None] * s[:, None, :]
-        )
+        updated = np.einsum("kab,kbc,kdc->kad", left, h, left) + rho[:, None, None] * s[:, :, None] * s[:, None, :]
         inverse[live] = np.where(turn[:, None, None], updated, h)
         phi[live] = np.where(moved[:, None], there, here)
         value[live], slope[live] = np.where(moved, f1, f0), np.where(moved[:, None], g1, g0)
@@ -280,10 +274,7 @@ def sample_posterior(
             moved_HF = partner_HF + z_H[:, None] * (here_HF - partner_HF)
             proposed_H = -problem.value(moved_HF)
             with np.errstate(invalid="ignore"):
-                accept_H = (
-                    np.log(rng.random(len(here_HF)))
-                    < (n_free - 1) * np.log(z_H) + proposed_H - density_K[mine]
-                )
+                accept_H = np.log(rng.random(len(here_HF))) < (n_free - 1) * np.log(z_H) + proposed_H - density_K[mine]
             phi_KF[mine] = np.where(accept_H[:, None], moved_HF, here_HF)
             density_K[mine] = np.where(accept_H, proposed_H, density_K[mine])
         if step >= steps // 2 and (step - steps // 2) % every == every - 1:

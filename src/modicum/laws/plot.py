@@ -32,9 +32,7 @@ def figure(
     two = set(law.reads) == {"parameters", "tokens"}
 
     def across(rows: Any) -> np.ndarray:
-        return (
-            (FLOPS_PER_PARAMETER_TOKEN * rows["parameters"] * rows["tokens"]) if two else rows[law.reads[0]]
-        )
+        return (FLOPS_PER_PARAMETER_TOKEN * rows["parameters"] * rows["tokens"]) if two else rows[law.reads[0]]
 
     chart = go.Figure()
     ahead = as_table(points, law.reads, loss=False) if points is not None else None

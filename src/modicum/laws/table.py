@@ -26,8 +26,7 @@ def read_runs(path: str | Path) -> dict[str, list[Any]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"no file {path}; give run records as .jsonl, .csv or .parquet with the columns "
-            "parameters, tokens and loss"
+            f"no file {path}; give run records as .jsonl, .csv or .parquet with the columns parameters, tokens and loss"
         )
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -104,9 +103,7 @@ def as_table(runs: Runs, columns: Sequence[str], *, loss: bool = True) -> Table:
         labels = [str(v) for v in names] if names is not None else [str(i) for i in range(n_rows)]
         order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
         table["run"] = np.array([order[label] for label in labels])
-        table["final"] = (
-            np.array([_truth(v) for v in given["final"]]) if "final" in given else np.ones(n_rows, bool)
-        )
+        table["final"] = np.array([_truth(v) for v in given["final"]]) if "final" in given else np.ones(n_rows, bool)
     return table
 
 
@@ -119,9 +116,7 @@ def _numbers(name: str, values: Any) -> np.ndarray:
         numbers = np.array([float(v) for v in values])
     except (TypeError, ValueError):
         bad = next(v for v in values if not _is_number(v))
-        raise UserError(
-            f"column {name!r} holds {bad!r}, which is not a number; every row needs one"
-        ) from None
+        raise UserError(f"column {name!r} holds {bad!r}, which is not a number; every row needs one") from None
     wrong = ~(np.isfinite(numbers) & (numbers > 0))
     if wrong.any():
         raise UserError(

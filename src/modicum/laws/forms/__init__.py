@@ -55,9 +55,7 @@ class LawConfig:
         if self.interval not in ("auto", "posterior", "bootstrap"):
             raise ValueError(f"interval={self.interval!r}: allowed are auto, posterior, bootstrap")
         if min(self.delta, self.entropy, self.noise, self.gap) <= 0 or self.draws < 50 or self.per_run < 1:
-            raise ValueError(
-                "delta, entropy, noise and gap must be above 0, draws at least 50, per_run at least 1"
-            )
+            raise ValueError("delta, entropy, noise and gap must be above 0, draws at least 50, per_run at least 1")
 
 
 class Law(Method):
@@ -65,7 +63,8 @@ class Law(Method):
 
     columns: ClassVar[tuple[str, ...]] = ("parameters", "tokens")
     coordinates: ClassVar[tuple[str, ...]]
-    example: ClassVar[dict[str, float]]  # parameters of a plausible law: conformance generates data from it
+    example: ClassVar[dict[str, float]]  # parameters that runs of 1e7 to 1e9 parameters determine: conformance
+    small_example: ClassVar[dict[str, float]]  # a plausible law of runs of about 1e6 parameters and tokens
 
     def __init__(self, config: Any):
         self.config = config
@@ -120,9 +119,7 @@ class Law(Method):
         rows = np.arange(len(theta_KP))
         before, here, after = (loss_KG[rows, middle + shift] for shift in (-1, 0, 1))
         bend = before - 2 * here + after
-        found = log_n_G[middle] + step * np.where(
-            bend > 0, (before - after) / (2 * np.maximum(bend, 1e-300)), 0
-        )
+        found = log_n_G[middle] + step * np.where(bend > 0, (before - after) / (2 * np.maximum(bend, 1e-300)), 0)
         return np.exp(np.where(near == middle, found, log_n_G[near]))
 
     # What is common -------------------------------------------------------------------------------
@@ -197,9 +194,7 @@ class Law(Method):
         # The gap is known to within a factor of seven, the scales to within a factor of four (95%).
         rest = np.log([self.config.gap, self.config.noise, self.config.noise])
         prior = estimate.Prior(np.concatenate([mean_P, rest]), np.concatenate([sd_P, [1.0, 0.7, 0.7]]))
-        return estimate.Problem(
-            self.log_loss, self.gradient, x, prior, self.config.delta, self.config.per_run
-        )
+        return estimate.Problem(self.log_loss, self.gradient, x, prior, self.config.delta, self.config.per_run)
 
     def predict(self, fit: Fit, points: Runs, level: float = 0.95) -> Prediction:
         """Loss of a new, finished run at each of `points`: a prediction interval.
@@ -220,9 +215,7 @@ class Law(Method):
         error_K = estimate.draw_noise(scale_K, self.config.delta, rng)
         if fit.within_K.any():
             error_K = error_K + estimate.draw_noise(np.repeat(fit.within_K, repeats), self.config.delta, rng)
-        drift_KN = (
-            rng.normal(size=len(scale_K))[:, None] * self.config.drift * decades_outside(table, fit.range)
-        )
+        drift_KN = rng.normal(size=len(scale_K))[:, None] * self.config.drift * decades_outside(table, fit.range)
         low_N, high_N = fit.interval(np.exp(log_loss_KN + error_K[:, None] + drift_KN), level)
         return Prediction(np.exp(log_loss_KN).mean(0), low_N, high_N, level)
 

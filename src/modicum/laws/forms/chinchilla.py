@@ -21,6 +21,7 @@ the noise scale is estimated with the law, rows of one run share an error (see `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from scipy.optimize import nnls
@@ -42,8 +43,9 @@ TOY = Config(draws=300)
 class Chinchilla(Law):
     config: Config
     columns = ("parameters", "tokens")
-    coordinates = ("log E", "log A/N0^alpha", "log B/D0^beta", "log alpha", "log beta")
+    coordinates: ClassVar[tuple[str, ...]] = ("log E", "log A/N0^alpha", "log B/D0^beta", "log alpha", "log beta")
     example = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
+    small_example = {"E": 1.8, "A": 60.0, "B": 200.0, "alpha": 0.35, "beta": 0.34}
 
     def _terms(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
         """Logs of the three terms, shape (3, K, N)."""
@@ -75,15 +77,13 @@ class Chinchilla(Law):
         loss_N, found = x["loss"], []
         for alpha in np.geomspace(0.1, 1.5, 12):
             for beta in np.geomspace(0.1, 1.5, 12):
-                basis_N3 = np.stack(
-                    [np.ones_like(loss_N), x["parameters"] ** -alpha, x["tokens"] ** -beta], axis=1
-                )
+                basis_N3 = np.stack([np.ones_like(loss_N), x["parameters"] ** -alpha, x["tokens"] ** -beta], axis=1)
                 solution, misfit = nnls(basis_N3 / loss_N[:, None], np.ones_like(loss_N))
                 solution = np.log(np.maximum(solution, 1e-3 * loss_N.mean()))
                 found.append((misfit, [*solution, np.log(alpha), np.log(beta)]))
         found.sort(key=lambda item: item[0])
         mean_P, _ = self.priors(x)
-        return np.array([theta for _, theta in found[:8]] + [mean_P])
+        return np.array([theta for _, theta in found[:8]] + [mean_P[:5]])
 
     def to_parameters(self, theta_KP: np.ndarray, reference: dict[str, float]) -> dict[str, np.ndarray]:
         alpha, beta = np.exp(theta_KP[:, 3]), np.exp(theta_KP[:, 4])

@@ -42,6 +42,7 @@ class Power(Law):
     columns = ("flops",)
     coordinates = ("log E", "log A/x0^gamma", "log gamma")
     example = {"E": 1.8, "A": 1500.0, "gamma": 0.17}
+    small_example = {"E": 1.8, "A": 470.0, "gamma": 0.17}
 
     @property
     def reads(self) -> tuple[str, ...]:
