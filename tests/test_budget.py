@@ -50,7 +50,8 @@ def test_a_deadline_passes():
 def test_the_meter_sees_a_peak_that_is_gone_again():
     code = ("from modicum.budget import Meter\nfrom modicum.budget.meter import resident_now\n"
             "before = resident_now()\n"
-            "with Meter() as meter:\n    block = bytearray(300 * 2**20); block[::4096] = b'x' * len(block[::4096]); del block\n"
+            "with Meter() as meter:\n    block = bytearray(300 * 2**20)\n"
+            "    block[::4096] = b'x' * len(block[::4096])\n    del block\n"
             "print(meter.peak_bytes - before)")
     grown = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert grown == pytest.approx(300 * 2**20, rel=0.02)

@@ -115,4 +115,5 @@ def test_progress_shows_share_rate_metrics_and_time_left(capsys):
 
 
 def test_fingerprint_ignores_order_and_sees_values():
-    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1}) != fingerprint({"a": 1, "b": [2, 1]})
+    one = fingerprint({"a": 1, "b": [1, 2]})
+    assert one == fingerprint({"b": [1, 2], "a": 1}) != fingerprint({"a": 1, "b": [2, 1]})

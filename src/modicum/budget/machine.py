@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +48,3 @@ def free_disk(folder: str | Path) -> int:
         path = path.parent
     return shutil.disk_usage(path).free
 
-
-@functools.cache
-def import_bytes(*modules: str) -> int:
-    """Resident bytes of a fresh interpreter that has imported `modules`: every stage starts with these."""
-    code = "".join(f"import {m}\n" for m in ("psutil", *modules)) + "print(psutil.Process().memory_info().rss)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout.strip().splitlines()[-1])

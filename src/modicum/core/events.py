@@ -27,7 +27,7 @@ class Events:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _drop_torn_line(self.path)
-            self._file = open(self.path, "a", encoding="utf-8")
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - stays open for the run
         record = {"time": round(time.time(), 3), "stage": self.stage, "kind": kind} | fields
         self._file.write(json.dumps(record, ensure_ascii=False, default=float) + "\n")
         self._file.flush()

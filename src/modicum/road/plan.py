@@ -1,9 +1,9 @@
 """The bill of a recipe, before anything is spent.
 
 Each stage's `plan(planner)` returns its `Cost` and its decisions (sizes the stage must then keep to).
-Memory comes from tracing the real training step on tensors without data, on top of what an interpreter
-with the stage's imports weighs; seconds come from running a few real steps, or a small sample, here and
-now. The planner runs in a process of its own, so that what it measures is not disturbed.
+The fixed part comes from walking a miniature of the road (`road.rehearse`). On top of it, memory comes from
+tracing the real training step on tensors without data; seconds come from running a few real steps, or a
+small sample, here and now. The planner runs in a process of its own, so that what it measures is not disturbed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +31,11 @@ class Planner:
 
     recipe: Recipe
     machine: dict[str, Any]
+    scratch: Path                                        # a folder for measuring, removed afterwards
     say: Callable[[str], None] = lambda line: None
     decisions: dict[str, dict[str, Any]] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
+    fixed: dict[str, Cost] = field(default_factory=dict)  # by stage: what it takes on a miniature (road.rehearse)
     memo: dict[str, Any] = field(default_factory=dict)   # measurements that several stages share
 
     def once(self, key: Any, measure: Callable[[], Any]) -> Any:
@@ -45,31 +48,48 @@ class Planner:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """cost; decisions: what the stage must keep to; basis: one line on where the figures come from."""
+    """cost: beyond the stage's fixed one, unless whole. decisions: what the stage must keep to.
+    basis: one line on where the figures come from."""
 
     cost: Cost
     decisions: dict[str, Any] = field(default_factory=dict)
     basis: str = ""
+    whole: bool = False
 
 
 def plan_here(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Plan every stage in this process: {"machine", "stages": {name: {cost, decisions, basis}}, "total"}."""
-    planner = Planner(recipe, machine.describe(), say)
+    from modicum.road.rehearse import fixed_costs
+    say("rehearsing every stage on a miniature")
+    with tempfile.TemporaryDirectory(prefix="modicum-plan-") as scratch:
+        planner = Planner(recipe, machine.describe(), Path(scratch), say, fixed=fixed_costs(recipe))
+        return _plan_stages(planner)
+
+
+def _plan_stages(planner: Planner) -> dict[str, Any]:
     stages: dict[str, Any] = {}
     total = Cost()
-    for name in stages_of(recipe):
-        say(f"planning {name}")
+    for name in stages_of(planner.recipe):
+        planner.say(f"planning {name}")
         made: StagePlan = stage_module(name).plan(planner)
-        planner.decisions[name], planner.costs[name] = made.decisions, made.cost
-        stages[name] = {"cost": made.cost.as_dict(), "decisions": made.decisions, "basis": made.basis}
-        total = total.then(made.cost)
+        cost = made.cost if made.whole else _above(planner.fixed[name], made.cost)
+        planner.decisions[name], planner.costs[name] = made.decisions, cost
+        stages[name] = {"cost": cost.as_dict(), "decisions": made.decisions, "basis": made.basis}
+        total = total.then(cost)
     return {"machine": planner.machine, "stages": stages, "total": total.as_dict()}
+
+
+def _above(fixed: Cost, grown: Cost) -> Cost:
+    """The work's own cost, with the fixed part of time and memory under it."""
+    return Cost(**grown.as_dict() | {"seconds": fixed.seconds + grown.seconds,
+                                     "peak_bytes": fixed.peak_bytes + grown.peak_bytes})
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
     """Plan in a process of its own. Raises the planner's own errors."""
+    from modicum.road.worker import environment
     done = subprocess.run([sys.executable, "-m", "modicum.road.plan"], input=recipe.model_dump_json(),
-                          stdout=subprocess.PIPE, text=True, check=False)
+                          stdout=subprocess.PIPE, text=True, check=False, env=environment())
     try:
         told = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):

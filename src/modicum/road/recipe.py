@@ -50,9 +50,9 @@ class Limits(Section):
 
 
 class Curate(Section):
-    steps: list[method("step")] = ["python-split", "normalise", "exact-dedup", "minhash", "quality"]  # type: ignore[valid-type]
+    steps: list[method("step")] = ["normalise", "quality", "python-split", "exact-dedup", "minhash"]  # type: ignore[valid-type]
     vocab_size: int = Field(4096, ge=258)
-    heldout: float = Field(0.02, gt=0, lt=0.5)
+    heldout: float = Field(0.05, gt=0, lt=0.5)
     max_bytes: Bytes | None = None
     processes: int = Field(2, ge=1)
     engine: str = "local"
@@ -70,7 +70,7 @@ class Pretrain(Section):
     time: Seconds | None = 210.0                   # with tokens None: as many as fit in this time
     tokens: Tokens | None = None
     sequence_length: int = Field(256, ge=16)
-    batch_tokens: int = Field(4096, ge=64)
+    batch_tokens: int = Field(1024, ge=64)
     micro_batch: int | None = None                 # sequences of one forward pass; None: the whole batch
     lr: float | None = None                        # None: from the model's width
     optimizer: method("optimizer") = "adamw"       # type: ignore[valid-type]

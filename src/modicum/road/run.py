@@ -17,6 +17,7 @@ from modicum.core.files import read_json, write_json, write_text
 from modicum.road import plan as planning
 from modicum.road.context import Run, stage_fingerprint, stages_of
 from modicum.road.recipe import Recipe, resolved
+from modicum.road.worker import environment
 
 
 class StageFailed(ModicumError):
@@ -73,7 +74,7 @@ def _run_stage(run: Run, name: str, plan: dict[str, Any], deadline: Deadline, sa
     say(f"{name}: planned {seconds_text(planned.get('seconds', 0))}")
     command = [sys.executable, "-m", "modicum.road.worker", str(run.folder), name, str(deadline.left),
                str(os.getpid())]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=environment())
     try:
         code = process.wait()
     except KeyboardInterrupt:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from modicum.budget import Cost, machine
+from modicum.budget import Cost
 from modicum.budget.trace import trace
 from modicum.core.errors import UserError
 from modicum.data.curate import Curation
 from modicum.data.stream import Batch, Stream
 from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.decoder import Decoder
-from modicum.model.folder import load_config, load_model
+from modicum.model.folder import load_config, load_model, save_model
 from modicum.road.plan import Planner
 from modicum.road.recipe import Recipe
 from modicum.train.config import TrainConfig
@@ -23,16 +23,15 @@ from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, step_cost
 from modicum.train.objectives import Step
 
-EVAL_SEQUENCES = 128       # held-out sequences behind every loss of a run
+EVAL_SEQUENCES = 512       # held-out sequences behind every loss of a run
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "bfloat16": "bfloat16", "float32": "float32"}
-IMPORTS = ("modicum.road.stages.pretrain", "modicum.train.loop", "modicum.model.folder", "modicum.data.curate")
 
 
 def learning_rate(recipe: Recipe, shape: DecoderConfig) -> float:
-    """The recipe's, or 1 / width bounded to [3e-4, 4e-3] from scratch, 1e-4 for a pretrained model."""
+    """The recipe's, or 0.2 / width but at most 2e-3 from scratch (found on another seed), 1e-4 for a given model."""
     if recipe.pretrain.lr is not None:
         return recipe.pretrain.lr
-    return 1e-4 if recipe.model else min(4e-3, max(3e-4, 1.0 / shape.width))
+    return 1e-4 if recipe.model else min(2e-3, 0.2 / shape.width)
 
 
 def train_config(recipe: Recipe, shape: DecoderConfig, tokens: float, **more: Any) -> TrainConfig:
@@ -56,7 +55,8 @@ def heldout_stream(recipe: Recipe, curation: Curation) -> Stream:
                   sequence_length=recipe.pretrain.sequence_length, seed=0, epochs=1)
 
 
-def shape_of(recipe: Recipe, width_and_layers: tuple[int, int] | None = None, vocab_size: int | None = None) -> DecoderConfig:
+def shape_of(recipe: Recipe, width_and_layers: tuple[int, int] | None = None,
+             vocab_size: int | None = None) -> DecoderConfig:
     """The given model's shape, or a Llama-style one of this width and depth."""
     if recipe.model:
         return load_config(recipe.model)
@@ -95,17 +95,17 @@ def step_seconds(planner: Planner, shape: DecoderConfig, config: TrainConfig, st
     return planner.once((name, shape, config.sequences, config.sequence_length), measure)
 
 
-def training_cost(planner: Planner, shape: DecoderConfig, config: TrainConfig) -> Cost:
-    """Planned cost of one run: steps timed here, memory traced, plus the interpreter and its imports."""
+def training_cost(planner: Planner, shape: DecoderConfig, config: TrainConfig, evaluations: int = 1) -> Cost:
+    """What one run takes beyond a stage's fixed cost: steps timed here, memory traced."""
     traced = planner.once(("trace", shape, config.sequences, config.sequence_length, config.micro_batch),
                           lambda: step_cost(lambda: blank(shape), config, shape.vocab_size,
                                             masked=_masked(planner.recipe)))
-    seconds = config.total_steps * step_seconds(planner, shape, config)
-    rows = config.micro_batch or config.sequences
-    seconds += EVAL_SEQUENCES / rows * step_seconds(planner, shape, config) / 3 * rows / config.sequences
+    step = step_seconds(planner, shape, config)
+    seconds = config.total_steps * step
+    seconds += evaluations * EVAL_SEQUENCES / config.sequences * step / 3   # forward only
     state = shape.parameters() * (4 + 4 + 8)   # checkpoint: masters and AdamW's moments in float32
     return Cost(parameters=shape.parameters(), tokens=config.total_tokens, flops=config.total_steps * traced.flops,
-                seconds=seconds, peak_bytes=machine.import_bytes(*IMPORTS) + traced.peak_bytes, disk_bytes=state)
+                seconds=seconds, peak_bytes=traced.peak_bytes, disk_bytes=state)
 
 
 def _masked(recipe: Recipe) -> bool:
@@ -117,6 +117,17 @@ def main_shape(planner: Planner) -> DecoderConfig:
     """The shape that the pretrain stage decided on."""
     size = planner.decisions["pretrain"]["shape"]
     return shape_of(planner.recipe, size and (size["width"], size["layers"]), planner.decisions["curate"]["vocab_size"])
+
+
+def scratch_model(planner: Planner) -> str:
+    """A model folder of the main shape with the sample's tokenizer, for measuring with."""
+    if planner.recipe.model:
+        return planner.recipe.model
+    folder = planner.scratch / "model"
+    if not folder.is_dir():
+        model = Decoder(main_shape(planner)).to(getattr(torch, DTYPES[planner.recipe.pretrain.dtype]))
+        save_model(model, folder, tokenizer_folder=planner.decisions["curate"]["sample"])
+    return str(folder)
 
 
 def forward_cost(planner: Planner, shape: DecoderConfig, tokens: int, length: int) -> Cost:
@@ -160,6 +171,5 @@ def adapted_cost(planner: Planner, config: Any) -> tuple[DecoderConfig, Cost, in
     trainable = sum(p.numel() for p in real.parameters() if p.requires_grad)
     seconds = step_seconds(planner, shape, told, make=lambda: real, name="adapt")
     traced = step_cost(lambda: adapted(blank(shape)), told, shape.vocab_size, masked=True)
-    base = machine.import_bytes("modicum.road.stages.adapt")
     return shape, Cost(parameters=trainable, tokens=tokens, flops=traced.flops * told.total_steps,
-                       seconds=told.total_steps * seconds, peak_bytes=base + traced.peak_bytes), trainable
+                       seconds=told.total_steps * seconds, peak_bytes=traced.peak_bytes), trainable

@@ -49,7 +49,7 @@ DUPLICATE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 _BULLET = re.compile(r"^\s*[-*•‣·●▪]\s")
 _GENERATED = re.compile(r"auto-?generated|automatically generated|generated automatically|"
-                        r"this file (?:is|was) generated|do not edit", re.IGNORECASE)
+                        r"this file (?:is|was) generated|generated from ['\"]|do not edit", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ def figure(traces: list[dict[str, Any]], x: str, y: str, **layout: Any) -> dict[
 
 
 def line(name: str, x: list[Any], y: list[Any], color: str, **more: Any) -> dict[str, Any]:
-    return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": {"color": color, "width": 2}} | more
+    width = {"color": color, "width": 2}
+    return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": width} | more
 
 
 def loss_curve(run: Run) -> dict[str, Any] | None:
@@ -61,7 +62,8 @@ def law(run: Run) -> dict[str, Any] | None:
     if run.done("pretrain"):
         traces.append({"type": "scatter", "mode": "markers", "name": "measured afterwards", "x": [x],
                        "y": [run.figures("pretrain")["heldout_loss"]],
-                       "marker": {"color": GREEN, "size": 13, "symbol": "x-thin", "line": {"color": GREEN, "width": 3}}})
+                       "marker": {"color": GREEN, "size": 13, "symbol": "x-thin",
+                                  "line": {"color": GREEN, "width": 3}}})
     return figure(traces, "training FLOPs (6 · parameters · tokens)", "held-out loss", xaxis={"type": "log"})
 
 

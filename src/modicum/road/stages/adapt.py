@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from modicum.adapt.run import AdaptConfig, adapt
+from modicum.adapt.examples import encode, sample
+from modicum.adapt.run import HELDOUT_PAIRS, AdaptConfig, adapt
+from modicum.adapt.sources import load_sides
 from modicum.budget import Cost
 from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError
 from modicum.core.files import tree_bytes
+from modicum.data.tokenizer import Tokenizer
 from modicum.road import training
 from modicum.road.context import Context
 from modicum.road.plan import Planner, StagePlan
 from modicum.road.recipe import Recipe
 
 NEEDS = ("curate", "pretrain")
-ROWS = 16   # sequences of a step
+ROWS = 16       # sequences of a step
+HELDOUT = 0.05  # of the pairs
 
 
 def uses(recipe: Recipe) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def _config(recipe: Recipe) -> AdaptConfig:
     merge = "merge" in _form(recipe).supports
     return AdaptConfig(form=a.form, targets=tuple(a.targets), tokens=max(a.tokens, ROWS * a.sequence_length),
                        sequence_length=a.sequence_length, batch_sequences=ROWS, lr=a.lr, limit=a.pairs, merge=merge,
-                       heldout=0.05, seed=recipe.seed, dtype=training.DTYPES[recipe.pretrain.dtype])
+                       heldout=HELDOUT, seed=recipe.seed, dtype=training.DTYPES[recipe.pretrain.dtype])
 
 
 def _form(recipe: Recipe) -> Any:
@@ -42,6 +47,17 @@ def plan(planner: Planner) -> StagePlan:
     """Timed as steps of the whole model; an adapter's step costs about two thirds of one (no weight gradients)."""
     recipe = planner.recipe
     shape, cost, trainable = training.adapted_cost(planner, _config(recipe))
+    curate = planner.decisions["curate"]
+    began = time.perf_counter()
+    _, held = load_sides(curate["sample"], HELDOUT, recipe.seed)
+    share = curate["sample_share"]
+    reading = (time.perf_counter() - began) / share
+    tokenizer = Tokenizer.load(curate["sample"])
+    some = sample(held, 64)
+    scored = sum(len(encode(x, tokenizer)) for x in some) / max(len(some), 1)
+    forward = training.forward_cost(planner, shape, 4096, recipe.adapt.sequence_length if recipe.adapt else 256)
+    passes = 2 * min(len(held) / share, HELDOUT_PAIRS) * scored / 4096 * forward.seconds
+    cost = Cost(**cost.as_dict() | {"seconds": cost.seconds + reading + passes})
     return StagePlan(Cost(**cost.as_dict() | {"disk_bytes": shape.parameters() * 2 + 16 * trainable}), {},
                      "steps timed, memory traced")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from modicum.budget import Cost, machine
+from modicum.budget import Cost
 from modicum.compress.run import compress, weight_bytes
 from modicum.core import registry
 from modicum.core.choice import Choice
@@ -30,11 +30,11 @@ def plan(planner: Planner) -> StagePlan:
     stored = 0.0
     for form in recipe.compress.forms:
         choice = Choice.parse("form", form)
-        per = registry.load("form", choice.method).cls.cost(choice.config(), (shape.width, shape.width)).disk_bytes
+        kind: Any = registry.load("form", choice.method).cls
+        per = kind.cost(choice.config(), (shape.width, shape.width)).disk_bytes
         stored += weights * per / shape.width**2
-    base = machine.import_bytes("modicum.road.stages.compress")
-    return StagePlan(Cost(parameters=weights, disk_bytes=stored, seconds=2 + len(recipe.compress.forms) * weights / RATE,
-                          peak_bytes=base + weights * 6), {}, "weights and one layer in float32 at a time")
+    return StagePlan(Cost(parameters=weights, disk_bytes=stored, seconds=len(recipe.compress.forms) * weights / RATE,
+                          peak_bytes=weights * 6), {}, "weights and one layer in float32 at a time")
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -53,4 +53,5 @@ def run(context: Context) -> dict[str, Any]:
 
 def _embeds(choice: Choice) -> bool:
     """Whether the form can hold a token embedding: half of a small model's bytes are there."""
-    return "embedding" in registry.load("form", choice.method).cls.supports
+    kind: Any = registry.load("form", choice.method).cls
+    return "embedding" in kind.supports

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from modicum.budget import Cost, Meter
@@ -48,13 +46,11 @@ def plan(planner: Planner) -> StagePlan:
     recipe = planner.recipe
     total = _corpus(recipe.corpus, _limit(recipe))[1]
     processes = recipe.curate.processes
-    points = []
+    points: list[tuple[int, float, float]] = []
     for size in (min(total, 1 << 20), min(total, 3 << 20)):
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()), \
-                Meter(children=True) as meter:
-            made = curate(recipe.corpus, Path(folder) / "sample", _config(recipe, size, group_bytes=size // processes),
-                          processes=processes)
-            vocab = made.tokenizer().vocab_size
+        with contextlib.redirect_stderr(io.StringIO()), Meter(children=True) as meter:
+            made = curate(recipe.corpus, planner.scratch / f"sample-{len(points)}",
+                          _config(recipe, size, group_bytes=size // processes), processes=processes)
         points.append((size, meter.seconds, meter.peak_bytes))
     (s1, t1, m1), (s2, t2, m2) = points
     rate = max((t2 - t1) / (s2 - s1), 0.5 * t2 / s2) if s2 > s1 else 0.0
@@ -65,9 +61,10 @@ def plan(planner: Planner) -> StagePlan:
     cost = Cost(tokens=(tokens["train"] + tokens["heldout"]) * scale, seconds=t2 + rate * (total - s2),
                 peak_bytes=m2 + growth * max(busy - s2, 0),
                 disk_bytes=_bytes(made) * scale)
-    return StagePlan(cost, {"train_tokens": tokens["train"] * scale, "vocab_size": vocab,
-                            "bytes_per_token": made.count("bytes") / made.count("tokens")},
-                     f"samples of {s1 / 2**20:.0f} and {s2 / 2**20:.0f} MiB, corpus {total / 2**20:.1f} MiB")
+    return StagePlan(cost, {"train_tokens": tokens["train"] * scale, "vocab_size": made.tokenizer().vocab_size,
+                            "bytes_per_token": made.count("bytes") / made.count("tokens"),
+                            "sample": str(made.folder), "sample_share": s2 / total},
+                     whole=True, basis=f"{s1 / 2**20:.0f} and {s2 / 2**20:.0f} of {total / 2**20:.1f} MiB curated")
 
 
 def _bytes(made: Curation) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from modicum.budget import Cost, machine
+from modicum.budget import Cost
 from modicum.compress.yardstick import yardsticks
 from modicum.core.choice import Choice
 from modicum.data.curate import Curation
@@ -34,10 +34,10 @@ def plan(planner: Planner) -> StagePlan:
     heldout = curate["train_tokens"] * curate["bytes_per_token"] * recipe.curate.heldout
     tokens = min(recipe.evaluate.bytes, heldout) / curate["bytes_per_token"]
     forward = training.forward_cost(planner, shape, BATCH_TOKENS, recipe.pretrain.sequence_length)
-    seconds = variants * tokens * forward.seconds / BATCH_TOKENS + 3
-    peak = machine.import_bytes("modicum.road.stages.evaluate", "zstandard") + forward.peak_bytes
+    seconds = variants * tokens * forward.seconds / BATCH_TOKENS
     return StagePlan(Cost(tokens=variants * tokens, flops=variants * tokens * shape.flops_per_token(
-        recipe.pretrain.sequence_length), seconds=seconds, peak_bytes=peak), {}, "one forward pass timed and traced")
+        recipe.pretrain.sequence_length), seconds=seconds, peak_bytes=forward.peak_bytes), {},
+                     "one forward pass timed and traced")
 
 
 def heldout_texts(curation: Curation, limit: float) -> list[str]:

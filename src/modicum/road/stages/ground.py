@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
+import time
 from collections.abc import Iterator
 from typing import Any
 
-from modicum.budget import Cost, machine
+from modicum.budget import Cost, Meter
 from modicum.core.files import tree_bytes
 from modicum.data.curate import Curation
 from modicum.data.passages import Passage, passages
@@ -25,39 +29,37 @@ def uses(recipe: Recipe) -> dict[str, Any]:
 
 
 def plan(planner: Planner) -> StagePlan:
-    """Encoding dominates: every passage passes the model twice (with and without its summary)."""
+    """Does the stage's work on two small parts of the sample; time and memory grow in proportion from there."""
     recipe, curate = planner.recipe, planner.decisions["curate"]
     assert recipe.ground
-    shape = training.main_shape(planner)
-    text = curate["train_tokens"] * curate["bytes_per_token"] / (1 - recipe.curate.heldout)
-    count = min(recipe.ground.passages or 1e18, text / 900)
-    tokens = count * min(900 / curate["bytes_per_token"], 256)
-    forward = training.forward_cost(planner, shape, 4096, 256)
-    vectors = count * shape.width * 4
-    return StagePlan(Cost(tokens=2 * tokens, flops=2 * tokens * shape.flops_per_token(256),
-                          seconds=2 * tokens * forward.seconds / 4096 + text / 4e6 + 8,
-                          peak_bytes=machine.import_bytes("modicum.road.stages.ground", "faiss", "bm25s", "scipy.sparse")
-                          + forward.peak_bytes + 4 * vectors + 3 * count * 900,
-                          disk_bytes=2 * (vectors + count * 1200)), {}, f"about {count:,.0f} passages")
+    encoder = recipe.ground.encoder or training.scratch_model(planner)
+    began = time.perf_counter()
+    found = list(itertools.islice(_passages(Curation.load(curate["sample"])), recipe.ground.passages))
+    reading = (time.perf_counter() - began) / curate["sample_share"]
+    count = min(recipe.ground.passages or 1e18, len(found) / curate["sample_share"])
+    points = []
+    for number, size in enumerate((len(found) // 8, len(found) // 3)):
+        folder = planner.scratch / f"ground-{number}"
+        with contextlib.redirect_stderr(io.StringIO()), Meter() as meter:
+            known_item(found[:size], encoder=encoder, index=recipe.ground.index, limit=32, folder=folder, examples=0)
+        points.append((size, meter.seconds, meter.peak_bytes, tree_bytes(folder)))
+    (n1, t1, m1, _), (n2, t2, m2, d2) = points
+    rate, growth = max(t2 - t1, 0.5 * t2) / max(n2 - n1, 1), max(m2 - m1, 0) / max(n2 - n1, 1)
+    return StagePlan(Cost(seconds=reading + rate * count, peak_bytes=growth * count, disk_bytes=d2 / n2 * count), {},
+                     f"{n1} and {n2} passages indexed, about {count:,.0f} expected")
 
 
-def _passages(context: Context) -> Iterator[Passage]:
-    curation = Curation.load(context.figures("curate")["folder"])
-    limit = context.recipe.ground.passages if context.recipe.ground else None
-    count = 0
+def _passages(curation: Curation) -> Iterator[Passage]:
     for split in ("train", "heldout"):
         for document in curation.documents(split):
-            for passage in passages(document):
-                if limit is not None and count >= limit:
-                    return
-                count += 1
-                yield passage
+            yield from passages(document)
 
 
 def run(context: Context) -> dict[str, Any]:
     recipe = context.recipe
     assert recipe.ground
-    found = list(_passages(context))
+    curation = Curation.load(context.figures("curate")["folder"])
+    found = list(itertools.islice(_passages(curation), recipe.ground.passages))
     encoder = recipe.ground.encoder or context.figures("pretrain")["folder"]
     result = known_item(found, encoder=encoder, index=recipe.ground.index, limit=recipe.ground.queries,
                         seed=recipe.seed, folder=context.folder, events=context.events, examples=4)

@@ -21,6 +21,7 @@ NEEDS = ("curate",)
 SHAPES = ((64, 2), (96, 3), (128, 3), (128, 4), (192, 4), (192, 6), (256, 6), (320, 8), (384, 8), (512, 8), (512, 12),
           (768, 12), (1024, 16), (1024, 24))   # width and layers the planner chooses from
 TOKENS_PER_PARAMETER = 1.0   # least tokens per parameter: what a run of minutes should still see
+EVALUATIONS = 3              # held-out losses of a run, the last one at its end
 EPOCHS = 4.0                 # most passes over the corpus
 
 
@@ -37,7 +38,7 @@ def plan(planner: Planner) -> StagePlan:
         candidates = [min(candidates, key=lambda c: abs(c.parameters() - float(recipe.pretrain.parameters or 0)))]
     shape, tokens = _choose(planner, candidates, curate["train_tokens"] * EPOCHS)
     config = training.train_config(recipe, shape, tokens)
-    cost = training.training_cost(planner, shape, config)
+    cost = training.training_cost(planner, shape, config, EVALUATIONS)
     cost = Cost(**cost.as_dict() | {"disk_bytes": cost.disk_bytes * 2 + shape.parameters() * 2})
     step = training.step_seconds(planner, shape, config)
     return StagePlan(cost, {"shape": None if recipe.model else {"width": shape.width, "layers": shape.layers},
@@ -75,7 +76,7 @@ def run(context: Context) -> dict[str, Any]:
     size = decided["shape"] and (decided["shape"]["width"], decided["shape"]["layers"])
     shape = training.shape_of(recipe, size, curation.tokenizer().vocab_size)
     config = training.train_config(recipe, shape, decided["tokens"], checkpoint_every=100,
-                                   eval_every=max(decided["tokens"] // recipe.pretrain.batch_tokens // 6, 1))
+                                   eval_every=-(-int(decided["tokens"]) // recipe.pretrain.batch_tokens // EVALUATIONS))
     model = training.make_model(recipe, shape)
     result = train(model, training.training_stream(recipe, curation, config.total_tokens), config, context.folder,
                    events=context.events, deadline=context.deadline,

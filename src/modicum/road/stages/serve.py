@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from modicum.budget import Cost, machine
+from modicum.budget import Cost
 from modicum.data.tokenizer import Tokenizer
 from modicum.model.folder import load_model
 from modicum.retrieve.ground import Answer, ask, openai_generator
@@ -38,9 +38,8 @@ def plan(planner: Planner) -> StagePlan:
     forward = training.forward_cost(planner, shape, 2048, 256)
     tokens = questions * (recipe.serve.max_tokens + 512)
     decode = questions * recipe.serve.max_tokens * (shape.weight_bytes() / 10e9 + shape.layers * 3e-4)
-    base = machine.import_bytes("modicum.road.stages.serve", "faiss", "bm25s", "scipy.sparse", "openai", "uvicorn")
-    return StagePlan(Cost(parameters=shape.parameters(), tokens=tokens, seconds=5 + forward.seconds * questions + decode,
-                          peak_bytes=base + forward.peak_bytes + 2 * 64 * 2**20), {}, "weights, cache and passages")
+    return StagePlan(Cost(parameters=shape.parameters(), tokens=tokens, seconds=forward.seconds * questions + decode,
+                          peak_bytes=forward.peak_bytes + 64 * 2**20), {}, "weights, cache and passages")
 
 
 def questions_of(searcher: Searcher, seed: int) -> list[str]:
@@ -50,7 +49,7 @@ def questions_of(searcher: Searcher, seed: int) -> list[str]:
     for row in rng.permutation(len(searcher.passages)):
         passage = searcher.passages[int(row)]
         name = passage.title.split("(")[0].strip()
-        if len(passage.summary.split()) >= 5 and name and " " not in name and "_" != name.split(".")[-1][:1]:
+        if len(passage.summary.split()) >= 5 and name and " " not in name and not name.split(".")[-1].startswith("_"):
             wanted.append(f"What does {name} do?")
         if len(wanted) == ASKED:
             return wanted
