@@ -19,9 +19,9 @@ from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError, UserError, unknown
 
 
-def quantity(kind: str) -> Any:
-    """A pydantic type that reads a quantity of `kind` with its unit."""
-    return Annotated[float, BeforeValidator(lambda value: units.parse(value, kind))]
+Bytes = Annotated[float, BeforeValidator(lambda value: units.parse(value, "bytes"))]
+Seconds = Annotated[float, BeforeValidator(lambda value: units.parse(value, "seconds"))]
+Tokens = Annotated[float, BeforeValidator(lambda value: units.parse(value, "tokens"))]
 
 
 def method(port: str) -> Any:
@@ -32,9 +32,6 @@ def method(port: str) -> Any:
         return value
 
     return Annotated[str | dict[str, Any], BeforeValidator(check)]
-
-
-Bytes, Seconds, Tokens, Flops = (quantity(k) for k in ("bytes", "seconds", "tokens", "flops"))
 
 
 class Section(BaseModel):

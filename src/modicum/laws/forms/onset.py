@@ -23,11 +23,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from modicum.laws.forms import Law, Table
-from modicum.laws.forms import chinchilla as plain
+from modicum.laws.forms.chinchilla import Chinchilla
+from modicum.laws.forms.chinchilla import Config as PlainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(plain.Config):
+class Config(PlainConfig):
     vocabulary: int = 32000  # of the tokenizer: the loss before training is its logarithm
     ratio: float = 2.0  # prior median and log standard deviation of D0 over its anchor
     ratio_spread: float = 1.0
@@ -41,9 +42,9 @@ class Config(plain.Config):
 TOY = Config(draws=300)
 
 
-class Onset(plain.Chinchilla):
+class Onset(Chinchilla):
     config: Config
-    coordinates = (*plain.Chinchilla.coordinates, "log ratio")
+    coordinates = (*Chinchilla.coordinates, "log ratio")
     example = {"E": 1.8, "A": 480.0, "B": 9000.0, "alpha": 0.35, "beta": 0.37, "D0": 3e8}
     small_example = {"E": 1.6, "A": 60.0, "B": 120.0, "alpha": 0.33, "beta": 0.28, "D0": 6e4}
 
