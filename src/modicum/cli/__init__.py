@@ -10,10 +10,10 @@ import ast
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from modicum.core.errors import ModicumError, unknown
 
@@ -30,14 +30,14 @@ def verbs() -> list[str]:
 class Verbs(TyperGroup):
     """Loads a verb's module only when that verb is asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return verbs()
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, name: str) -> Any:
         if name not in verbs():
             raise unknown("verb", name, verbs(), "Type: modicum --help")
         if not ctx.resilient_parsing and (len(sys.argv) < 2 or name not in sys.argv):
-            return click.Command(name, help=_help(name))
+            return TyperCommand(name, help=_help(name))
         module = importlib.import_module(f"modicum.cli.{name}")
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         app.command(name=name)(getattr(module, name))

@@ -65,9 +65,7 @@ def examine() -> dict:
     memory, disk = psutil.virtual_memory().available, shutil.disk_usage(".").free
     problems = []
     if memory < 4 * 2**30:
-        problems.append(
-            "less than 4 GiB of memory are free, which the quickstart may need; close something"
-        )
+        problems.append("less than 4 GiB of memory are free, which the quickstart may need; close something")
     if disk < 5 * 2**30:
         problems.append(
             "less than 5 GiB of disk are free here, where runs are written; start from another disk"

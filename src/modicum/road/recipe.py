@@ -18,7 +18,6 @@ from modicum.budget import Budget, units
 from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError, UserError, unknown
 
-
 Bytes = Annotated[float, BeforeValidator(lambda value: units.parse(value, "bytes"))]
 Seconds = Annotated[float, BeforeValidator(lambda value: units.parse(value, "seconds"))]
 Tokens = Annotated[float, BeforeValidator(lambda value: units.parse(value, "tokens"))]
