@@ -31,6 +31,7 @@ def run_recipe(recipe: Recipe, folder: str | Path, say: Callable[[str], None] = 
     run = Run(Path(folder).resolve())
     with run.lock("run"):
         stages = stages_of(recipe)
+        stage_fingerprint(recipe, stages[0])   # finds the corpus, or refuses it before anything is measured
         deadline = Deadline(recipe.budget.time)
         plan = _plan(recipe, run, say)
         for name in stages:

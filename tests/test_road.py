@@ -1,0 +1,158 @@
+"""The road: recipes, what is refused, and (slow) the whole walk with a kill in every stage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from modicum.budget import Cost
+from modicum.core.errors import BudgetError, UserError
+from modicum.road import ROAD
+from modicum.road.context import Run, stage_fingerprint, stages_of
+from modicum.road.plan import bill_text, require_fits
+from modicum.road.recipe import load, parse, resolved
+from modicum.road.run import check_folder
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+SMALL = ["pretrain.tokens=120ktok", "pretrain.parameters=3e5", "curate.vocab_size=512", "curate.heldout=0.2",
+         "adapt.tokens=20ktok", "adapt.pairs=200", "ground.passages=200", "ground.queries=20", "evaluate.bytes=20kB",
+         "serve.max_tokens=8", "budget.time=1h", "pretrain.sequence_length=64", "adapt.sequence_length=64"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_read_and_says_its_stages(path):
+    recipe = load(path)
+    assert stages_of(recipe)[0] == "curate"
+    import yaml
+    assert resolved(parse(yaml.safe_load(resolved(recipe)))) == resolved(recipe)
+
+
+@pytest.mark.parametrize("override, says", [
+    ("pretrain.tokes=5", "Did you mean 'pretrain.tokens'"), ("pretrian.tokens=5", "Did you mean 'pretrain'"),
+    ("pretrain.time=5GiB", "a time such as"), ("pretrain.optimizer=adamv", "Did you mean 'adamw'"),
+    ("pretrain.optimizer=adamw:beta9=1", "Did you mean 'beta"), ("curate.heldout=2", "not valid"),
+    ("nothing", "KEY=VALUE"), ("corpus.deep=1", "has no keys inside")])
+def test_a_wrong_override_is_explained_in_one_line(override, says):
+    with pytest.raises(UserError, match=says) as caught:
+        parse({"corpus": "python"}, [override])
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_a_missing_recipe_names_those_that_are_there(tmp_path):
+    (tmp_path / "mine.yaml").write_text("corpus: python")
+    with pytest.raises(UserError, match=r"mine\.yaml"):
+        load(tmp_path / "yours.yaml")
+    (tmp_path / "broken.yaml").write_text("corpus: [")
+    with pytest.raises(UserError, match="not a YAML file"):
+        load(tmp_path / "broken.yaml")
+
+
+def test_a_stage_without_the_one_it_reads_is_refused():
+    with pytest.raises(UserError, match="serve but not ground"):
+        stages_of(parse({}, ["ground=null"]))
+    assert stages_of(parse({}, ["ground=null", "serve=null", "predict=null"])) == [
+        s for s in ROAD if s not in ("predict", "ground", "serve")]
+
+
+def test_fingerprints_follow_what_a_stage_reads(tmp_path):
+    (tmp_path / "a.txt").write_text("some text that is long enough to be read\n" * 20)
+    base = parse({"corpus": str(tmp_path)})
+    later = parse({"corpus": str(tmp_path)}, ["ground.queries=7"])
+    changed = [s for s in ROAD if stage_fingerprint(base, s) != stage_fingerprint(later, s)]
+    assert changed == ["ground", "serve"]
+    reseeded = parse({"corpus": str(tmp_path)}, ["seed=1"])
+    assert all(stage_fingerprint(base, s) != stage_fingerprint(reseeded, s) for s in ROAD)
+
+
+def test_what_does_not_fit_is_refused_with_the_arithmetic(tmp_path):
+    cost = Cost(peak_bytes=3 * 2**30, seconds=10, disk_bytes=1e6)
+    plan = {"machine": {"memory_bytes": 2**40}, "total": cost.as_dict(),
+            "stages": {"pretrain": {"cost": cost.as_dict(), "basis": "traced", "decisions": {}}}}
+    require_fits(parse({}), plan, tmp_path)
+    with pytest.raises(BudgetError, match=r"pretrain \(traced\) needs 3.00 GiB of memory, the budget is 2.00 GiB"):
+        require_fits(parse({}, ["budget.memory=2GiB"]), plan, tmp_path)
+    with pytest.raises(BudgetError, match=r"needs 10 s of time"):
+        require_fits(parse({}, ["budget.time=9s"]), plan, tmp_path)
+    plan["machine"]["memory_bytes"] = 2**30
+    with pytest.raises(BudgetError, match=r"this machine has 1\.00 GiB"):
+        require_fits(parse({}), plan, tmp_path)
+    assert "pretrain" in bill_text(plan) and "3.00 GiB" in bill_text(plan)
+
+
+def test_foreign_folders_are_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="no run of modicum"):
+        check_folder(tmp_path)
+    check_folder(tmp_path / "new")
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with Run(tmp_path).lock("run"), pytest.raises(UserError, match="another process"), Run(tmp_path).lock("run"):
+        pass
+
+
+def _modicum(*arguments: str, **more: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-m", "modicum.cli", *arguments], text=True, **more)
+
+
+def test_mistakes_exit_with_two_and_leave_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for arguments in (["run", str(RECIPES[0]), "corpis=x"], ["run", "no.yaml"],
+                      ["run", str(RECIPES[0]), f"corpus={tmp_path / 'empty'}", "--out", str(tmp_path / "out")]):
+        done = _modicum(*arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        _, err = done.communicate()
+        lines = [line for line in err.splitlines() if line.startswith("modicum: ")]
+        assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in err, err
+    assert not (tmp_path / "out" / "plan.json").exists() and not (tmp_path / "out" / "stages").exists()
+
+
+def _figures(folder: Path) -> dict[str, object]:
+    """Figures of every stage, without what a clock or a path says."""
+    timed = {"seconds", "ttft", "tokens_per_second", "folder", "description", "steps", "model", "adapter", "stats",
+             "queries_per_second", "milliseconds"}
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if k not in timed}
+        return [plain(v) for v in value] if isinstance(value, list) else value
+
+    return {s: plain(json.loads((folder / "stages" / s / "done.json").read_text())["figures"]) for s in ROAD}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_kill_in_every_stage_ends_with_the_same_figures(tmp_path):
+    """Two walks over a small corpus: one undisturbed, one whose every stage is killed once while it works."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name in ("json", "argparse", "textwrap", "heapq", "ast", "inspect", "typing", "random", "string", "shutil"):
+        source = __import__(name).__file__
+        (corpus / f"{name}.py").write_text(Path(source).read_text())
+    command = ["run", str(RECIPES[0].parent / "quickstart.yaml"), f"corpus={corpus}", *SMALL]
+    assert _modicum(*command, "--out", str(tmp_path / "whole")).wait() == 0
+    killed: list[str] = []
+    cut = tmp_path / "cut"
+    (cut).mkdir()
+    for name in ("plan.json", "run.yaml"):   # the same sizes: a plan depends on the machine's mood
+        (cut / name).write_text((tmp_path / "whole" / name).read_text())
+    for stage in ROAD:
+        process = _modicum(*command, "--out", str(cut))
+        while process.poll() is None:
+            worker = subprocess.run(["pgrep", "-f", f"road.worker {cut} {stage} "], capture_output=True, text=True)
+            if worker.stdout.strip():
+                time.sleep(3.5)
+                process.send_signal(signal.SIGKILL)
+                killed.append(stage)
+                break
+            time.sleep(0.05)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, f"{stage} was not caught at work"
+    assert killed == list(ROAD)
+    assert _modicum(*command, "--out", str(cut)).wait() == 0
+    assert _figures(cut) == _figures(tmp_path / "whole")
+    assert (cut / "report.html").stat().st_size > 10_000 and not os.path.exists(cut / "stages" / "failed.json")
