@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from modicum.budget import Cost
+from modicum.budget import Cost, Meter
+from modicum.budget.meter import resident_now
 from modicum.compress.yardstick import yardsticks
 from modicum.core.choice import Choice
 from modicum.data.curate import Curation
@@ -34,10 +35,16 @@ def plan(planner: Planner) -> StagePlan:
     heldout = curate["train_tokens"] * curate["bytes_per_token"] * recipe.curate.heldout
     tokens = min(recipe.evaluate.bytes, heldout) / curate["bytes_per_token"]
     forward = training.forward_cost(planner, shape, BATCH_TOKENS, recipe.pretrain.sequence_length)
-    seconds = variants * tokens * forward.seconds / BATCH_TOKENS
+    sample = Curation.load(curate["sample"])
+    with Meter() as meter:   # the compressors on the sample; their dictionary takes longer the more text there is
+        before = resident_now()
+        yardsticks(heldout_texts(sample, recipe.evaluate.bytes), _training_texts(sample))
+    more = min(1 / curate["sample_share"], max(DICTIONARY_TEXT / max(sample.count("bytes"), 1), 1))
+    seconds = variants * tokens * forward.seconds / BATCH_TOKENS + meter.seconds * more
+    peak = max(forward.peak_bytes, (meter.peak_bytes - before) * more)
     return StagePlan(Cost(tokens=variants * tokens, flops=variants * tokens * shape.flops_per_token(
-        recipe.pretrain.sequence_length), seconds=seconds, peak_bytes=forward.peak_bytes), {},
-                     "one forward pass timed and traced")
+        recipe.pretrain.sequence_length), seconds=seconds, peak_bytes=peak), {},
+                     "one forward pass timed and traced, compressors timed")
 
 
 def heldout_texts(curation: Curation, limit: float) -> list[str]:
@@ -49,6 +56,17 @@ def heldout_texts(curation: Curation, limit: float) -> list[str]:
         text = document.text.encode()[:left].decode(errors="ignore")
         texts.append(text)
         left -= document.nbytes
+    return texts
+
+
+def _training_texts(curation: Curation) -> list[str]:
+    """Whole training documents in order, about `DICTIONARY_TEXT` bytes of them."""
+    texts, left = [], DICTIONARY_TEXT
+    for document in curation.documents("train"):
+        texts.append(document.text)
+        left -= document.nbytes
+        if left <= 0:
+            break
     return texts
 
 
@@ -72,14 +90,7 @@ def run(context: Context) -> dict[str, Any]:
         context.events.emit("score", **rows[-1])
         tokens, flops = tokens + score.tokens, flops + score.tokens * model.config.flops_per_token(
             recipe.pretrain.sequence_length)
-    left = DICTIONARY_TEXT
-    sample = []
-    for document in curation.documents("train"):
-        sample.append(document.text)
-        left -= document.nbytes
-        if left <= 0:
-            break
-    figures = {"variants": rows, "yardsticks": yardsticks(texts, sample), "documents": len(texts),
+    figures = {"variants": rows, "yardsticks": yardsticks(texts, _training_texts(curation)), "documents": len(texts),
                "text_bytes": sum(len(t.encode()) for t in texts), "tasks": _tasks(context),
                "cost": {"tokens": tokens, "flops": flops}}
     return figures
