@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/modicum run recipes/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests

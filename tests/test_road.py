@@ -156,3 +156,47 @@ def test_a_kill_in_every_stage_ends_with_the_same_figures(tmp_path):
     assert _modicum(*command, "--out", str(cut)).wait() == 0
     assert _figures(cut) == _figures(tmp_path / "whole")
     assert (cut / "report.html").stat().st_size > 10_000 and not os.path.exists(cut / "stages" / "failed.json")
+
+
+def _corpus(folder: Path, *modules: str) -> Path:
+    folder.mkdir()
+    for name in modules:
+        (folder / f"{name}.py").write_text(Path(__import__(name).__file__ or "").read_text())
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_a_folder_and_a_real_model_take_the_same_road(tmp_path):
+    """corpus=FOLDER model=FOLDER with a small random Qwen3 in the format its makers publish."""
+    import torch
+    import transformers
+
+    from modicum.data.tokenizer import Tokenizer
+    from modicum.model.folder import load_config
+    corpus = _corpus(tmp_path / "notes", "json", "argparse", "textwrap", "heapq", "string", "shutil")
+    texts = [p.read_text() for p in corpus.iterdir()]
+    (corpus / "picture.txt").write_bytes(bytes(range(256)) * 40)   # what is no text is left out, and said
+    tokenizer = Tokenizer.train(texts, 600)
+    shape = transformers.Qwen3Config(vocab_size=640, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                     num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                                     max_position_embeddings=512, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    transformers.Qwen3ForCausalLM(shape).to(torch.bfloat16).save_pretrained(tmp_path / "qwen3")
+    tokenizer.save(tmp_path / "qwen3")
+    out = tmp_path / "run"
+    process = _modicum("run", str(RECIPES[0].parent / "quickstart.yaml"), f"corpus={corpus}",
+                       f"model={tmp_path / 'qwen3'}", *SMALL, "pretrain.parameters=null", "pretrain.tokens=60ktok", "pretrain.lr=3e-3",
+                       "--out", str(out), "--json", stdout=subprocess.PIPE)
+    told, _ = process.communicate()
+    assert process.returncode == 0
+    figures = {s: json.loads((out / "stages" / s / "done.json").read_text())["figures"] for s in ROAD}
+    assert "went on from" in figures["pretrain"]["description"]
+    assert load_config(figures["pretrain"]["folder"]).family == "qwen3"
+    after = transformers.AutoModelForCausalLM.from_pretrained(figures["adapt"]["folder"])
+    assert type(after).__name__ == "Qwen3ForCausalLM"
+    losses = [p["loss"] for p in figures["predict"]["proxies"]]
+    assert figures["pretrain"]["heldout_loss"] < losses[0] < 6.46    # log 640: what random weights say
+    assert len(figures["serve"]["answers"]) == 3 and all(a["sources"] for a in figures["serve"]["answers"])
+    assert figures["curate"]["drops"].get("binary") == 1, figures["curate"]["drops"]
+    assert {"qwen3"} == {load_config(v["folder"]).family for v in figures["evaluate"]["variants"]}
+    assert list(json.loads(told)) and (out / "report.html").is_file()

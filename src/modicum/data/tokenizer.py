@@ -111,10 +111,9 @@ class Tokenizer:
         if template is None:
             template = CHAT if all(self.backend.token_to_id(r) is not None for r in ROLES) else PLAIN_CHAT
         try:
-            compiled = _sandbox().from_string(template)
-            return str(compiled.render(messages=list(messages), add_generation_prompt=generate,
-                                       eos_token=self.eos_token, bos_token=self.bos_token or "",
-                                       pad_token=self.pad_token, **variables))
+            return str(_compiled(template).render(messages=list(messages), add_generation_prompt=generate,
+                                                  eos_token=self.eos_token, bos_token=self.bos_token or "",
+                                                  pad_token=self.pad_token, **variables))
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template does not accept these messages: {error}") from None
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -217,6 +216,12 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
         named = {t["name"]: t["template"] for t in value if isinstance(t, dict) and "template" in t}
         value = named.get("default") or next(iter(named.values()), None)
     return value if isinstance(value, str) else None
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> Any:
+    """Compiling takes milliseconds, and a set of pairs asks for the same template tens of thousands of times."""
+    return _sandbox().from_string(template)
 
 
 def _sandbox() -> Any:

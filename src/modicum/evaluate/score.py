@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from modicum.data.tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192  # tokens of one forward pass, padding included
-HEAD_VALUES = 32 << 20  # logits held at once: positions x vocabulary
+HEAD_VALUES = {"cpu": 2 << 20, "cuda": 64 << 20}  # logits at once (positions x vocabulary): a CPU's cache holds them
 
 Row = tuple[Sequence[int], int]  # tokens, and how many of the last of them are scored
 Advance = Callable[[int], Any]  # called with the number of tokens done
@@ -71,7 +71,7 @@ def score_rows(
                 sizes.append(scored)
             h_BTD = model.hidden(tokens_BT.to(model.device))
             h_SD = h_BTD.reshape(-1, h_BTD.shape[-1])[torch.cat(place_S).to(h_BTD.device)]
-            nats_S, greedy_S = _chosen(model, h_SD, torch.cat(target_S).to(h_BTD.device))
+            nats_S, greedy_S = chosen(model, h_SD, torch.cat(target_S).to(h_BTD.device))
             for i, nats, greedy in zip(
                 picked, nats_S.cpu().split(sizes), greedy_S.cpu().split(sizes), strict=True
             ):
@@ -83,10 +83,10 @@ def score_rows(
     return results
 
 
-def _chosen(model: Any, h_SD: Tensor, target_S: Tensor) -> tuple[Tensor, Tensor]:
+def chosen(model: Any, h_SD: Tensor, target_S: Tensor) -> tuple[Tensor, Tensor]:
     """log softmax(head(h))[target], in float32 at least, and whether the target is the argmax."""
     nats, greedy = [], []
-    step = max(1, HEAD_VALUES // model.config.vocab_size)
+    step = max(128, HEAD_VALUES.get(h_SD.device.type, HEAD_VALUES["cuda"]) // model.config.vocab_size)
     for start in range(0, len(target_S), step):
         logits_SV = model.head(h_SD[start : start + step])
         logits_SV = logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()

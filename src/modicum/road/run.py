@@ -17,7 +17,7 @@ from modicum.core.files import read_json, write_json, write_text
 from modicum.road import plan as planning
 from modicum.road.context import Run, stage_fingerprint, stages_of
 from modicum.road.recipe import Recipe, resolved
-from modicum.road.worker import environment
+from modicum.road.worker import DISK_FULL, environment
 
 
 class StageFailed(ModicumError):
@@ -29,24 +29,46 @@ class StageFailed(ModicumError):
 def run_recipe(recipe: Recipe, folder: str | Path, say: Callable[[str], None] = print) -> Run:
     """Carry out `recipe` in `folder` and return the run. Raises `ModicumError` where it cannot go on."""
     run = Run(Path(folder).resolve())
-    with run.lock("run"):
-        stages = stages_of(recipe)
-        stage_fingerprint(recipe, stages[0])   # finds the corpus, or refuses it before anything is measured
-        deadline = Deadline(recipe.budget.time)
-        plan = _plan(recipe, run, say)
-        for name in stages:
-            record = run.done(name)
-            if record and record["fingerprint"] == stage_fingerprint(recipe, name):
-                say(f"{name}: done already, {seconds_text(record['measured']['seconds'])}")
-                continue
-            if deadline.passed:
-                raise StageFailed(f"budget.time={seconds_text(recipe.budget.time or 0)} is used up before {name}; "
-                                  "finished stages are kept, the same command goes on", 1)
-            _run_stage(run, name, plan, deadline, say)
-        _write_ledger(run, stages, plan)
-        from modicum.road.report import write_report
-        write_report(run)
+    fresh = not run.folder.exists()
+    try:
+        with run.lock("run"):
+            stages = stages_of(recipe)
+            _require_inputs(recipe, stages)
+            deadline = Deadline(recipe.budget.time)
+            plan = _plan(recipe, run, say)
+            _walk(recipe, run, stages, plan, deadline, say)
+    finally:
+        if fresh and [p.name for p in run.folder.iterdir()] == [".run.lock"]:   # refused: leave nothing behind
+            (run.folder / ".run.lock").unlink()
+            run.folder.rmdir()
     return run
+
+
+def _require_inputs(recipe: Recipe, stages: list[str]) -> None:
+    """Refuse a corpus or a model that cannot be read before anything is measured."""
+    stage_fingerprint(recipe, stages[0])
+    if recipe.model:
+        from modicum.data.tokenizer import Tokenizer
+        from modicum.model.folder import find_folder, load_config
+        folder = find_folder(recipe.model)
+        load_config(folder)
+        Tokenizer.load(folder)
+
+
+def _walk(recipe: Recipe, run: Run, stages: list[str], plan: dict[str, Any], deadline: Deadline,
+          say: Callable[[str], None]) -> None:
+    for name in stages:
+        record = run.done(name)
+        if record and record["fingerprint"] == stage_fingerprint(recipe, name):
+            say(f"{name}: done already, {seconds_text(record['measured']['seconds'])}")
+            continue
+        if deadline.passed:
+            raise StageFailed(f"budget.time={seconds_text(recipe.budget.time or 0)} is used up before {name}; "
+                              "finished stages are kept, the same command goes on", 1)
+        _run_stage(run, name, plan, deadline, say)
+    _write_ledger(run, stages, plan)
+    from modicum.road.report import write_report
+    write_report(run)
 
 
 def _plan(recipe: Recipe, run: Run, say: Callable[[str], None]) -> dict[str, Any]:
@@ -88,6 +110,9 @@ def _run_stage(run: Run, name: str, plan: dict[str, Any], deadline: Deadline, sa
         if failed.is_file():
             told = read_json(failed)
             raise StageFailed(f"{name}: {told['message']}", told["exit_code"])
+        if code == DISK_FULL:
+            raise StageFailed(f"{name}: the disk is full where {run.folder} is; free space, and the same command "
+                              "goes on, or choose another folder with --out", 2)
         killed = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         hint = " (the system may have run out of memory)" if code == -9 else ""
         raise StageFailed(f"{name} {killed}{hint}; finished work is kept, the same command goes on from there", 1)

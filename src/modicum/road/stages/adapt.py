@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-from modicum.adapt.examples import encode, sample
+from modicum.adapt.examples import prepare, sample
+from modicum.adapt.examples import rows as pack_rows
 from modicum.adapt.run import HELDOUT_PAIRS, AdaptConfig, adapt
 from modicum.adapt.sources import load_sides
-from modicum.budget import Cost
+from modicum.budget import Cost, Meter
+from modicum.budget.meter import resident_now
 from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError
 from modicum.core.files import tree_bytes
@@ -44,22 +45,27 @@ def _form(recipe: Recipe) -> Any:
 
 
 def plan(planner: Planner) -> StagePlan:
-    """Timed as steps of the whole model; an adapter's step costs about two thirds of one (no weight gradients)."""
-    recipe = planner.recipe
-    shape, cost, trainable = training.adapted_cost(planner, _config(recipe))
-    curate = planner.decisions["curate"]
-    began = time.perf_counter()
-    _, held = load_sides(curate["sample"], HELDOUT, recipe.seed)
-    share = curate["sample_share"]
-    reading = (time.perf_counter() - began) / share
-    tokenizer = Tokenizer.load(curate["sample"])
-    some = sample(held, 64)
-    scored = sum(len(encode(x, tokenizer)) for x in some) / max(len(some), 1)
-    forward = training.forward_cost(planner, shape, 4096, recipe.adapt.sequence_length if recipe.adapt else 256)
-    passes = 2 * min(len(held) / share, HELDOUT_PAIRS) * scored / 4096 * forward.seconds
-    cost = Cost(**cost.as_dict() | {"seconds": cost.seconds + reading + passes})
-    return StagePlan(Cost(**cost.as_dict() | {"disk_bytes": shape.parameters() * 2 + 16 * trainable}), {},
-                     "steps timed, memory traced")
+    """Steps timed, pairs made from the sample for real; two held-out passes."""
+    recipe, curate = planner.recipe, planner.decisions["curate"]
+    config = _config(recipe)
+    shape, cost, trainable = training.adapted_cost(planner, config)
+    share, tokenizer = curate["sample_share"], Tokenizer.load(curate["sample"])
+    before = resident_now()
+    with Meter() as meter:
+        learn, held = load_sides(curate["sample"], HELDOUT, recipe.seed)
+        prepared = prepare(sample(learn, recipe.adapt.pairs if recipe.adapt else None), tokenizer,
+                           config.sequence_length)
+    scored = prepare(sample(held, 64), tokenizer, config.sequence_length).examples
+    lengths = [len(e) for e in scored]
+    rows = len(list(pack_rows(lengths, range(len(lengths)), config.sequence_length))) / max(len(lengths), 1)
+    passed = min(len(held) / share, HELDOUT_PAIRS) * rows * config.sequence_length
+    forward = training.forward_cost(planner, shape, ROWS * config.sequence_length, config.sequence_length)
+    passes = 2 * passed / (ROWS * config.sequence_length) * forward.seconds
+    del prepared
+    return StagePlan(Cost(**cost.as_dict() | {
+        "seconds": cost.seconds + meter.seconds / share + passes,
+        "peak_bytes": cost.peak_bytes + max(meter.peak_bytes - before, 0) / share,
+        "disk_bytes": shape.parameters() * 2 + 16 * trainable}), {}, "steps and pairs timed, memory traced")
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from modicum.road.recipe import Recipe
 
 NEEDS: tuple[str, ...] = ()
 GROUP = 4 << 20   # bytes that one process works on at a time (data.curate)
+SAMPLES = 1 << 20, 4 << 20   # bytes that the planner curates
 
 
 @functools.cache
@@ -42,29 +43,28 @@ def _config(recipe: Recipe, limit: int | None, **more: Any) -> CurateConfig:
 
 
 def plan(planner: Planner) -> StagePlan:
-    """Curates two small samples for real; time and memory beyond them are taken to grow in proportion."""
+    """Curates two small samples for real; beyond the fixed part, time and memory grow in proportion."""
     recipe = planner.recipe
     total = _corpus(recipe.corpus, _limit(recipe))[1]
     processes = recipe.curate.processes
     points: list[tuple[int, float, float]] = []
-    for size in (min(total, 1 << 20), min(total, 3 << 20)):
+    for size in SAMPLES:
+        size = min(total, size)
         with contextlib.redirect_stderr(io.StringIO()), Meter(children=True) as meter:
             made = curate(recipe.corpus, planner.scratch / f"sample-{len(points)}",
                           _config(recipe, size, group_bytes=size // processes), processes=processes)
         points.append((size, meter.seconds, meter.peak_bytes))
     (s1, t1, m1), (s2, t2, m2) = points
-    rate = max((t2 - t1) / (s2 - s1), 0.5 * t2 / s2) if s2 > s1 else 0.0
+    rate = max((t2 - t1) / (s2 - s1), 0.5 * t2 / s2) if s2 > s1 else t2 / s2
     growth = max((m2 - m1) / (s2 - s1), 0.0) if s2 > s1 else 0.0
-    busy = min(total, GROUP * processes)
     tokens = {split: made.count("tokens", split) for split in ("train", "heldout")}
     scale = total / s2
-    cost = Cost(tokens=(tokens["train"] + tokens["heldout"]) * scale, seconds=t2 + rate * (total - s2),
-                peak_bytes=m2 + growth * max(busy - s2, 0),
-                disk_bytes=_bytes(made) * scale)
+    cost = Cost(tokens=(tokens["train"] + tokens["heldout"]) * scale, seconds=rate * total,
+                peak_bytes=growth * min(total, GROUP * processes), disk_bytes=_bytes(made) * scale)
     return StagePlan(cost, {"train_tokens": tokens["train"] * scale, "vocab_size": made.tokenizer().vocab_size,
                             "bytes_per_token": made.count("bytes") / made.count("tokens"),
                             "sample": str(made.folder), "sample_share": s2 / total},
-                     whole=True, basis=f"{s1 / 2**20:.0f} and {s2 / 2**20:.0f} of {total / 2**20:.1f} MiB curated")
+                     f"{s1 / 2**20:.0f} and {s2 / 2**20:.0f} of {total / 2**20:.1f} MiB curated")
 
 
 def _bytes(made: Curation) -> float:

@@ -20,7 +20,8 @@ from modicum.road.plan import Planner, StagePlan
 from modicum.road.recipe import Recipe
 
 NEEDS = ("curate", "pretrain")
-DICTIONARY_TEXT = 8 << 20   # bytes of training text that zstd's dictionary is made from
+OVERLAP = 0.25              # of a window, scored before: context only
+DICTIONARY_TEXT = 3 << 20   # bytes of training text that zstd's dictionary is made from
 
 
 def uses(recipe: Recipe) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def plan(planner: Planner) -> StagePlan:
     shape = training.main_shape(planner)
     variants = 1 + (len(recipe.compress.forms) if recipe.compress else 0)
     heldout = curate["train_tokens"] * curate["bytes_per_token"] * recipe.curate.heldout
-    tokens = min(recipe.evaluate.bytes, heldout) / curate["bytes_per_token"]
+    tokens = min(recipe.evaluate.bytes, heldout) / curate["bytes_per_token"] / (1 - OVERLAP)
     forward = training.forward_cost(planner, shape, BATCH_TOKENS, recipe.pretrain.sequence_length)
     sample = Curation.load(curate["sample"])
     with Meter() as meter:   # the compressors on the sample; their dictionary takes longer the more text there is
@@ -85,7 +86,7 @@ def run(context: Context) -> dict[str, Any]:
         with context.events.progress(f"score {variant['name']}", total, "tok") as progress:
             began = time.perf_counter()
             score = bits_per_byte(model, tokenizer, texts, sequence_length=recipe.pretrain.sequence_length,
-                                  overlap=0.25, advance=lambda n, bar=progress: bar.update(n))  # type: ignore[misc]
+                                  overlap=OVERLAP, advance=lambda n, bar=progress: bar.update(n))  # type: ignore[misc]
         rows.append(variant | score.as_dict() | {"seconds": time.perf_counter() - began, "bytes": variant["bytes"]})
         context.events.emit("score", **rows[-1])
         tokens, flops = tokens + score.tokens, flops + score.tokens * model.config.flops_per_token(

@@ -10,6 +10,7 @@ from typing import Any
 
 from modicum.budget import Cost
 from modicum.core import registry
+from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError, UserError
 from modicum.data.curate import Curation
 from modicum.model.config import DecoderConfig
@@ -62,6 +63,13 @@ def _smaller(recipe: Recipe, shape: DecoderConfig, share: float) -> DecoderConfi
     return min(made, key=lambda c: abs(body(c) / body(shape) - share))
 
 
+def _law(given: Any, vocabulary: int) -> Choice:
+    """The recipe's law; one that asks for the vocabulary is told the tokenizer's, unless the recipe says another."""
+    choice = Choice.parse("law", given)
+    asks = hasattr(choice.config(), "vocabulary") and "vocabulary" not in choice.knobs
+    return Choice("law", choice.method, choice.knobs | ({"vocabulary": vocabulary} if asks else {}))
+
+
 def run(context: Context) -> dict[str, Any]:
     recipe = context.recipe
     assert recipe.predict
@@ -83,7 +91,7 @@ def run(context: Context) -> dict[str, Any]:
                      "loss": result.heldout_loss})
         proxies.append(rows[-1] | {"seconds": result.seconds})
         flops, tokens = flops + result.flops, tokens + result.tokens
-    law = registry.build("law", recipe.predict.law)
+    law = registry.build("law", _law(recipe.predict.law, vocab))
     fit = law.fit(rows, seed=recipe.seed)
     main = context.plan["main"]
     point = {"parameters": [main["parameters"]], "tokens": [main["tokens"]]}

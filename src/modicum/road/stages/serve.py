@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from modicum.budget import Cost
+from modicum.budget import Cost, Meter
 from modicum.data.tokenizer import Tokenizer
 from modicum.model.folder import load_model
 from modicum.retrieve.ground import Answer, ask, openai_generator
@@ -18,6 +18,7 @@ from modicum.road.recipe import Recipe
 from modicum.road.stages.ground import excerpt
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
+from modicum.serve.request import SamplingParams
 from modicum.serve.server import BackgroundServer, ServerConfig
 
 NEEDS = ("pretrain", "ground")
@@ -31,15 +32,25 @@ def uses(recipe: Recipe) -> dict[str, Any]:
 
 
 def plan(planner: Planner) -> StagePlan:
+    """One question's worth of prompt and answer through the real engine, on weights that say nothing."""
     recipe = planner.recipe
     assert recipe.serve
     shape = training.main_shape(planner)
-    questions = len(recipe.serve.questions) or ASKED
-    forward = training.forward_cost(planner, shape, 2048, 256)
-    tokens = questions * (recipe.serve.max_tokens + 512)
-    decode = questions * recipe.serve.max_tokens * (shape.weight_bytes() / 10e9 + shape.layers * 3e-4)
-    return StagePlan(Cost(parameters=shape.parameters(), tokens=tokens, seconds=forward.seconds * questions + decode,
-                          peak_bytes=forward.peak_bytes + 64 * 2**20), {}, "weights, cache and passages")
+    questions, answer = len(recipe.serve.questions) or ASKED, recipe.serve.max_tokens
+
+    def measure() -> tuple[float, float]:
+        model = load_model(training.scratch_model(planner), dtype=training.DTYPES[recipe.pretrain.dtype])
+        engine = Engine(model, None, EngineConfig(cache=CACHE, max_length=min(1024, shape.context_length)))
+        prompt = min(engine.max_length - answer, 1024 - answer, shape.context_length - answer) // 2
+        with Meter() as meter:
+            engine.generate([[1] * max(prompt, 1)], SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True))
+        return meter.seconds, float(prompt)
+
+    seconds, prompt = planner.once(("serve", shape, answer), measure)
+    forward = training.forward_cost(planner, shape, 1024, 256)
+    return StagePlan(Cost(parameters=shape.parameters(), tokens=questions * (answer + prompt),
+                          seconds=seconds * questions, peak_bytes=forward.peak_bytes + 64 * 2**20),
+                     {}, "an answer timed; weights, cache and passages")
 
 
 def questions_of(searcher: Searcher, seed: int) -> list[str]:
