@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(tmp_path):
     plan = {"machine": {"memory_bytes": 2**40}, "total": cost.as_dict(),
             "stages": {"pretrain": {"cost": cost.as_dict(), "basis": "traced", "decisions": {}}}}
     require_fits(parse({}), plan, tmp_path)
-    with pytest.raises(BudgetError, match=r"pretrain \(traced\) needs 3.00 GiB of memory, the budget is 2.00 GiB"):
+    with pytest.raises(BudgetError, match=r"pretrain \(traced\) needs 3.00 GiB of memory, the budget is 2\.00 GiB"):
         require_fits(parse({}, ["budget.memory=2GiB"]), plan, tmp_path)
     with pytest.raises(BudgetError, match=r"needs 10 s of time"):
         require_fits(parse({}, ["budget.time=9s"]), plan, tmp_path)
@@ -109,6 +109,51 @@ def test_mistakes_exit_with_two_and_leave_nothing(tmp_path):
         lines = [line for line in err.splitlines() if line.startswith("modicum: ")]
         assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in err, err
     assert not (tmp_path / "out" / "plan.json").exists() and not (tmp_path / "out" / "stages").exists()
+
+
+def test_a_missing_model_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "a.txt").write_text("some text that is long enough to be read\n" * 20)
+    done = _modicum("run", str(RECIPES[0]), f"corpus={tmp_path / 'a.txt'}", f"model={tmp_path / 'none'}",
+                    "--out", str(tmp_path / "out"), stderr=subprocess.PIPE)
+    _, err = done.communicate()
+    assert done.returncode == 2 and err.count("\n") == 1 and "no model at" in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_over_the_budget_leaves_nothing(tmp_path, monkeypatch):
+    from modicum.road import plan, run
+    (tmp_path / "a.txt").write_text("some text that is long enough to be read\n" * 20)
+    cost = Cost(peak_bytes=3 * 2**30, seconds=10, disk_bytes=1e6).as_dict()
+    bill = {"machine": {"memory_bytes": 2**40}, "total": cost,
+            "stages": {"pretrain": {"cost": cost, "basis": "traced", "decisions": {}}}}
+    monkeypatch.setattr(plan, "make_plan", lambda recipe: bill)
+    recipe = parse({"corpus": str(tmp_path / "a.txt")}, ["budget.memory=2GiB"])
+    with pytest.raises(BudgetError, match=r"3\.00 GiB of memory, the budget is 2\.00 GiB"):
+        run.run_recipe(recipe, tmp_path / "out", say=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_ends_a_stage_in_one_line(tmp_path):
+    """On a file system of 300 kB; the plan on it was made where there was room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        corpus = _corpus(tmp_path / "notes", "json", "argparse", "textwrap", "heapq", "string", "shutil")
+        overrides = [f"corpus={corpus}", *SMALL]
+        (disk / "run").mkdir()
+        recipe = load(RECIPES[0].parent / "quickstart.yaml", overrides)
+        (disk / "run" / "run.yaml").write_text(resolved(recipe))
+        (disk / "run" / "plan.json").write_text('{"stages": {}}')
+        done = _modicum("run", str(RECIPES[0].parent / "quickstart.yaml"), *overrides, "--out", str(disk / "run"),
+                        stderr=subprocess.PIPE)
+        _, err = done.communicate()
+        told = [line for line in err.splitlines() if line.startswith("modicum: ")]
+        assert done.returncode == 2 and len(told) == 1 and "disk is full" in told[0] and "Traceback" not in err, err
+        assert not (disk / "run" / "stages" / "curate" / "done.json").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
 
 
 def _figures(folder: Path) -> dict[str, object]:
@@ -185,8 +230,8 @@ def test_a_folder_and_a_real_model_take_the_same_road(tmp_path):
     tokenizer.save(tmp_path / "qwen3")
     out = tmp_path / "run"
     process = _modicum("run", str(RECIPES[0].parent / "quickstart.yaml"), f"corpus={corpus}",
-                       f"model={tmp_path / 'qwen3'}", *SMALL, "pretrain.parameters=null", "pretrain.tokens=60ktok", "pretrain.lr=3e-3",
-                       "--out", str(out), "--json", stdout=subprocess.PIPE)
+                       f"model={tmp_path / 'qwen3'}", *SMALL, "pretrain.parameters=null", "pretrain.tokens=60ktok",
+                       "pretrain.lr=3e-3", "--out", str(out), "--json", stdout=subprocess.PIPE)
     told, _ = process.communicate()
     assert process.returncode == 0
     figures = {s: json.loads((out / "stages" / s / "done.json").read_text())["figures"] for s in ROAD}
