@@ -14,9 +14,9 @@ BLUE, ORANGE, GREEN, GREY, RED = "#3b7dd8", "#e07b39", "#3f9e6b", "#8a8f98", "#c
 def figure(traces: list[dict[str, Any]], x: str, y: str, **layout: Any) -> dict[str, Any]:
     axis = {"gridcolor": "rgba(128,128,128,.18)", "zeroline": False, "automargin": True}
     base: dict[str, Any] = {
-        "margin": {"l": 8, "r": 12, "t": 12, "b": 8}, "height": 340, "paper_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 8, "r": 12, "t": 44, "b": 8}, "height": 340, "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)", "font": {"family": "inherit", "size": 13, "color": GREY},
-        "legend": {"orientation": "h", "y": -0.22, "x": 0}, "hovermode": "closest",
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, "hovermode": "closest",
         "xaxis": axis | {"title": {"text": x}} | layout.pop("xaxis", {}),
         "yaxis": axis | {"title": {"text": y}} | layout.pop("yaxis", {})}
     return {"data": traces, "layout": base | layout, "config": {"displayModeBar": False, "responsive": True}}
@@ -74,7 +74,7 @@ def compression(run: Run) -> dict[str, Any] | None:
     colours = [BLUE, GREEN, ORANGE, RED, "#8a63c9", "#b59b2a"]
     traces: list[dict[str, Any]] = [
         {"type": "scatter", "mode": "markers+text", "name": v["name"], "x": [v["bytes"] / 1e6],
-         "y": [v["bits_per_byte"]], "text": [v["name"]], "textposition": "top center",
+         "y": [v["bits_per_byte"]], "text": [v["name"]], "textposition": "middle right",
          "error_y": {"type": "data", "array": [2 * v.get("stderr", 0)], "color": colours[i % 6]},
          "marker": {"color": colours[i % 6], "size": 11}, "showlegend": False} for i, v in enumerate(variants)]
     widest = max(v["bytes"] for v in variants) / 1e6 * 1.15

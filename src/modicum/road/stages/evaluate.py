@@ -20,7 +20,7 @@ from modicum.road.plan import Planner, StagePlan
 from modicum.road.recipe import Recipe
 
 NEEDS = ("curate", "pretrain")
-OVERLAP = 0.25              # of a window, scored before: context only
+OVERLAP = 0.0               # of a window, scored before and context only: small models gain nothing by it
 DICTIONARY_TEXT = 3 << 20   # bytes of training text that zstd's dictionary is made from
 
 

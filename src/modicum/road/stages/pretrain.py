@@ -21,7 +21,7 @@ NEEDS = ("curate",)
 SHAPES = ((64, 2), (96, 3), (128, 3), (128, 4), (192, 4), (192, 6), (256, 6), (320, 8), (384, 8), (512, 8), (512, 12),
           (768, 12), (1024, 16), (1024, 24))   # width and layers the planner chooses from
 TOKENS_PER_PARAMETER = 1.0   # least tokens per parameter: what a run of minutes should still see
-EVALUATIONS = 3              # held-out losses of a run, the last one at its end
+EVALUATIONS = 2              # held-out losses of a run, the last one at its end
 EPOCHS = 4.0                 # most passes over the corpus
 
 

@@ -61,7 +61,7 @@ def questions_of(searcher: Searcher, seed: int) -> list[str]:
         passage = searcher.passages[int(row)]
         name = passage.title.split("(")[0].strip()
         if len(passage.summary.split()) >= 5 and name and " " not in name and not name.split(".")[-1].startswith("_"):
-            wanted.append(f"What does {name} do?")
+            wanted.append(f"What does `{name}` do?")   # as the pairs ask that it was adapted to
         if len(wanted) == ASKED:
             return wanted
     for row in rng.permutation(len(searcher.passages))[: ASKED - len(wanted)]:
