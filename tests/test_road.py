@@ -179,12 +179,12 @@ def test_a_kill_in_every_stage_ends_with_the_same_figures(tmp_path):
         source = __import__(name).__file__
         (corpus / f"{name}.py").write_text(Path(source).read_text())
     command = ["run", str(RECIPES[0].parent / "quickstart.yaml"), f"corpus={corpus}", *SMALL]
-    assert _modicum(*command, "--out", str(tmp_path / "whole")).wait() == 0
+    assert _modicum(*command, "--out", str(tmp_path / "calm")).wait() == 0
     killed: list[str] = []
-    cut = tmp_path / "cut"
+    cut = tmp_path / "kill"
     (cut).mkdir()
     for name in ("plan.json", "run.yaml"):   # the same sizes: a plan depends on the machine's mood
-        (cut / name).write_text((tmp_path / "whole" / name).read_text())
+        (cut / name).write_text((tmp_path / "calm" / name).read_text())
     for stage in ROAD:
         process = _modicum(*command, "--out", str(cut))
         while process.poll() is None:
@@ -199,7 +199,7 @@ def test_a_kill_in_every_stage_ends_with_the_same_figures(tmp_path):
         assert process.returncode == -signal.SIGKILL, f"{stage} was not caught at work"
     assert killed == list(ROAD)
     assert _modicum(*command, "--out", str(cut)).wait() == 0
-    assert _figures(cut) == _figures(tmp_path / "whole")
+    assert _figures(cut) == _figures(tmp_path / "calm")
     assert (cut / "report.html").stat().st_size > 10_000 and not os.path.exists(cut / "stages" / "failed.json")
 
 

@@ -64,7 +64,8 @@ def slice_rows(vocabulary: int, device: torch.device, logits_bytes: int | None =
 def _slice_loss(h_ND: Tensor, targets_N: Tensor, head: Head | None) -> tuple[Tensor, ...]:
     """Loss sum, logits, log-probabilities (float32), target columns, mask, of one slice."""
     logits_NV = h_ND if head is None else head(h_ND)
-    logp_NV = torch.log_softmax(logits_NV.detach(), -1, dtype=torch.float32)
+    # Cast first: the kernel that casts on the way is ten times slower on a CPU.
+    logp_NV = torch.log_softmax(logits_NV.detach().float(), -1)
     valid_N1 = (targets_N != NO_LOSS)[:, None]
     columns_N1 = targets_N.clamp_min(0)[:, None]
     loss = -torch.where(valid_N1, logp_NV.gather(1, columns_N1), 0.0).sum()
@@ -91,7 +92,7 @@ class _Sliced(torch.autograd.Function):
             total += loss
             delta = logp.exp_()
             delta.scatter_add_(1, columns, torch.full_like(columns, -1, dtype=delta.dtype))
-            delta.masked_fill_(~valid, 0.0)
+            delta.mul_(valid)   # a masked fill takes ten times as long
             if head is None:
                 grad_h[part] = delta
                 continue
