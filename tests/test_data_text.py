@@ -7,11 +7,9 @@ import json
 from pathlib import Path
 
 from modicum.data.document import Document
-from modicum.data.pairs import choose, examples, pairs, shorten
+from modicum.data.pairs import pairs, shorten
 from modicum.data.passages import passages, sections
 from modicum.data.python_source import first_sentence, functions, module_name
-from modicum.data.stream import NO_LOSS, Stream
-from modicum.data.tokenizer import Tokenizer
 
 JSON = Document("python/json/__init__.py", Path(json.__file__).read_text(), "code", "python/json/__init__.py",
                 {"language": "python"})
@@ -127,25 +125,8 @@ def test_pairs() -> None:
     assert list(pairs(Document("c", "x = 1", "code", "c", {"language": "go"}))) == []
 
 
-def test_shorten_and_choose() -> None:
+def test_shorten_cuts_at_a_paragraph_sentence_or_word() -> None:
     text = "First part.\n\nSecond part is longer. It has two sentences."
     assert shorten(text, 1000) == text and shorten(text, 14) == "First part."
     assert shorten("x" * 50, 10) == "x" * 10
-    guides = [Document(f"d{k}", GUIDE, "prose", "", {"format": "markdown"}) for k in range(300)]
-    many = list(pairs(guides))
-    rest, chosen = choose(many, 0.2)
-    assert len(rest) + len(chosen) == len(many) and 0.12 < len(chosen) / len(many) < 0.28
-    assert not {p.source for p in rest} & {p.source for p in chosen}
 
-
-def test_examples_learn_the_answer_alone() -> None:
-    tokenizer = Tokenizer.train([JSON.text, GUIDE], 500)
-    found = list(pairs(MARKDOWN))
-    data = examples(found, tokenizer)
-    stream = Stream(data, packing="concat:mask=true", sequence_length=2000, epochs=1, shuffle=False)
-    batch = stream.next_batch(1)
-    learnt = [int(t) for t in batch.targets_BT[0] if t != NO_LOSS]
-    want = [i for p in found for i in [*tokenizer.encode(p.answer, specials=False), tokenizer.eos_id]]
-    assert learnt == want
-    short = examples(found, tokenizer, most_tokens=40)
-    assert short.documents("pairs") and short.lengths("pairs").max() <= 40

@@ -90,12 +90,14 @@ class Progress:
         self._live = self._stream.isatty()
         self._last_shown = -1e9
         self._offset = 0.0
+        self._written, self._shown_at = "", -1.0
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._show(final=True)
+        if self._live or not self._written or self.done != self._shown_at:
+            self._show(final=True)
 
     def resume_at(self, done: float) -> None:
         """Start counting from work done by an earlier process; the rate leaves it out."""
@@ -133,6 +135,7 @@ class Progress:
             self._stream.write("\r\x1b[K" + text[:_columns()] + ("\n" if final else ""))
         else:
             self._stream.write(text + "\n")
+        self._written, self._shown_at = text, self.done
         self._stream.flush()
 
 

@@ -7,15 +7,12 @@ first sentence asks for the rest.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from modicum.data.document import Document
 from modicum.data.passages import is_python, sections
 from modicum.data.python_source import Function, first_sentence, functions
-from modicum.data.shards import MemoryDocuments
-from modicum.data.tokenizer import Tokenizer
 
 ANSWER = 600      # characters; longer answers are cut at a paragraph, sentence or word
 QUESTION = 300
@@ -85,30 +82,3 @@ def shorten(text: str, most: int) -> str:
         if at > 0:
             return text[:at + keep].rstrip()
     return text[:most]
-
-
-def examples(items: Iterable[Pair], tokenizer: Tokenizer, *, domain: str = "pairs",
-             most_tokens: int | None = None) -> MemoryDocuments:
-    """Pairs as conversations for a `Stream`: the chat template's prompt is given, the answer is learnt.
-
-    Answers are cut so that an example has at most `most_tokens`; a pair whose prompt leaves no room for an
-    answer is left out.
-    """
-    rows = []
-    for pair in items:
-        prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": pair.question}]))
-        answer = [*tokenizer.encode(pair.answer, specials=False), tokenizer.eos_id]
-        if most_tokens is not None and len(prompt) + len(answer) > most_tokens:
-            answer = answer[:max(0, most_tokens - len(prompt))]
-        if answer:
-            rows.append(([*prompt, *answer], len(prompt)))
-    return MemoryDocuments({domain: rows})
-
-
-def choose(items: Iterable[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
-    """(rest, chosen): about a share of the pairs, by a hash of their sources: none is on both sides."""
-    sides: tuple[list[Pair], list[Pair]] = ([], [])
-    for pair in items:
-        digest = hashlib.blake2b(pair.source.encode(), digest_size=8).digest()
-        sides[int.from_bytes(digest, "little") < share * 2**64].append(pair)
-    return sides
