@@ -18,9 +18,10 @@ from modicum.road.recipe import Recipe
 from modicum.train.loop import train
 
 NEEDS = ("curate",)
-SHAPES = ((64, 2), (96, 3), (128, 3), (128, 4), (192, 4), (192, 6), (256, 6), (320, 8), (384, 8), (512, 8), (512, 12),
-          (768, 12), (1024, 16), (1024, 24))   # width and layers the planner chooses from
-TOKENS_PER_PARAMETER = 1.0   # least tokens per parameter: what a run of minutes should still see
+SHAPES = ((64, 2), (96, 2), (128, 2), (192, 2), (256, 2), (256, 4), (320, 6), (384, 8), (512, 8), (512, 12),
+          (768, 12), (1024, 16), (1024, 24))   # width and layers the planner chooses from; at few tokens two
+#                                                layers learn as much per token as four, for half the time
+TOKENS_PER_PARAMETER = 3.0   # least tokens per parameter: what a run of minutes should still see
 EVALUATIONS = 2              # held-out losses of a run, the last one at its end
 EPOCHS = 4.0                 # most passes over the corpus
 
