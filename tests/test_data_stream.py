@@ -236,8 +236,8 @@ def test_natural_ends_all_domains_together() -> None:
     stream = Stream(data, sequence_length=64)
     while stream.done < stream.epoch_tokens * 0.98:
         stream.next_batch(1)
-    assert all(d.epoch + d.drawn / d.documents > 0.93 for d in stream.domains.values())
-    assert all(d.epoch == 0 or d.drawn < 0.05 * d.documents for d in stream.domains.values())
+    assert all(d.epoch + d.drawn / d.stretches > 0.93 for d in stream.domains.values())
+    assert all(d.epoch == 0 or d.drawn < 0.05 * d.stretches for d in stream.domains.values())
 
 
 def test_epochs_differ_in_order() -> None:
@@ -247,6 +247,34 @@ def test_epochs_differ_in_order() -> None:
     assert sorted(first) == sorted(second) and first != second
     still = Stream(data, sequence_length=10, shuffle=False).next_batch(2).tokens_BT.flatten().tolist()
     assert still[:5] == list(range(5)), "shuffle=False keeps the order"
+
+
+def test_a_long_document_is_spread_over_the_epoch() -> None:
+    """One document of half of all tokens: no batch is filled by it, and every token comes exactly once."""
+    long = list(range(1000, 5001))
+    data = MemoryDocuments({"a": [(long, 1), *[([i] * 41, 1) for i in range(100)]]})
+    stream = Stream(data, sequence_length=50, epochs=1)
+    shares, total = [], Counter()
+    for batch in stream.batches(8):
+        shares.append((batch.tokens_BT >= 1000).float().mean().item())
+        total += seen(batch)
+    assert total == everything(data)
+    assert max(shares[:-1]) < 0.95 and min(shares[:-1]) > 0.1, shares
+    whole = [batch.tokens_BT for batch in Stream(data, sequence_length=50, epochs=1, stretch=5000).batches(8)]
+    assert max((tokens >= 1000).float().mean().item() for tokens in whole) == 1, "one stretch: as one document"
+
+
+def test_stretches_hold_when_the_sequence_length_changes() -> None:
+    data = MemoryDocuments({"a": [(list(range(n, n + 700)), 1) for n in range(0, 20_000, 1000)]})
+    total: Counter[tuple[int, int]] = Counter()
+    first = Stream(data, sequence_length=64, epochs=1)
+    for _ in range(9):
+        total += seen(first.next_batch(3))
+    second = Stream(data, sequence_length=200, epochs=1)
+    second.load_state(json.loads(json.dumps(first.state())))
+    for batch in second.batches(2):
+        total += seen(batch)
+    assert total == everything(data)
 
 
 def test_loss_only_on_answers() -> None:

@@ -138,7 +138,7 @@ def test_a_new_mixture_repeats_and_loses_nothing(tmp_path):
     seen = second.state()["domains"]
     alone = {name: stream(f"fixed:weights={{{name}: 1}}") for name in seen}
     for name, one in alone.items():  # what each domain gave is the beginning of its own order
-        while one.state()["domains"][name]["documents"] < seen[name]["documents"]:
+        while one.state()["domains"][name]["drawn"] < seen[name]["drawn"]:
             one.next_batch(1)
         assert abs(one.state()["domains"][name]["tokens"] - seen[name]["tokens"]) <= 60 + LENGTH
     assert seen["prose"]["tokens"] + seen["code"]["tokens"] == 10 * 8 * LENGTH

@@ -1,6 +1,7 @@
 """The order in which documents are trained on, and the batches made of them.
 
-    per domain and epoch    a seeded permutation of its documents
+    per domain and epoch    a seeded permutation of its documents; of those longer than a stretch, of their
+                            stretches, so that one long document does not fill batch after batch
     between domains         always the domain furthest behind its share of the mixture
     within a row            the packing
 
@@ -71,16 +72,28 @@ class Batch:
 
 @dataclass
 class _Domain:
-    """One domain's place: `drawn` documents of epoch `epoch`; `served` predictions put into batches."""
+    """One domain's place: `drawn` stretches of epoch `epoch`; `served` predictions put into batches.
+
+    lengths: predictions of each document; ends: how many stretches it and those before it have.
+    """
 
     name: str
-    documents: int
     lengths: np.ndarray
+    ends: np.ndarray
     epoch: int = 0
     drawn: int = 0
     served: int = 0
     credit: float = 0.0
     order: np.ndarray | None = None
+
+    @property
+    def stretches(self) -> int:
+        return int(self.ends[-1])
+
+    def piece(self, number: int, stretch: int) -> Piece:
+        document = int(np.searchsorted(self.ends, number, side="right"))
+        start = (number - (int(self.ends[document - 1]) if document else 0)) * stretch
+        return Piece(self.name, document, start, min(stretch, int(self.lengths[document]) - start))
 
 
 class Stream:
@@ -88,20 +101,22 @@ class Stream:
 
     mixture, packing: choices (`"fixed:weights={prose: 3}"`). epochs: None to go on for ever.
     total: predictions the run will make, for mixtures that change over the run.
+    stretch: most predictions of one document in a row of the order (default: sequence_length).
     """
 
     def __init__(self, shards: Documents, mixture: Any = "natural", packing: Any = "concat", *,
                  sequence_length: int, seed: int = 0, epochs: int | None = None, total: float | None = None,
-                 shuffle: bool = True):
+                 shuffle: bool = True, stretch: int | None = None):
         if sequence_length < 1:
             raise UserError(f"sequence_length={sequence_length} must be at least 1")
         self.shards, self.sequence_length, self.seed = shards, sequence_length, seed
         self.epochs, self.total, self.shuffle = epochs, total, shuffle
-        self.domains = {}
+        self.stretch = stretch or sequence_length
+        self.domains: dict[str, _Domain] = {}
         for name in shards.domains:
             lengths = shards.lengths(name) - 1
             if len(lengths) and int(lengths.sum()) > 0:
-                self.domains[name] = _Domain(name, len(lengths), lengths)
+                self.domains[name] = _Domain(name, lengths, _ends(lengths, self.stretch))
         if not self.domains:
             raise UserError("the data has no tokens to train on; curate more text, or with fewer steps")
         self.sizes = {name: int(d.lengths.sum()) for name, d in self.domains.items()}
@@ -120,37 +135,33 @@ class Stream:
         return sum(d.served for d in self.domains.values())
 
     def _order(self, domain: _Domain) -> np.ndarray:
-        """Permutation of the domain's documents in its present epoch, the same on every machine."""
+        """Permutation of the domain's stretches in its present epoch, the same on every machine."""
         if domain.order is None:
-            numbers = np.arange(domain.documents, dtype=np.uint64)
+            numbers = np.arange(domain.stretches, dtype=np.uint64)
             if self.shuffle:
                 name = f"{self.seed}/{domain.epoch}/{domain.name}".encode()
                 key = np.frombuffer(hashlib.blake2b(name, digest_size=8).digest(), "<u8")
                 numbers = np.argsort(_mix(numbers ^ key), kind="stable").astype(np.uint64)
-            domain.order = numbers.astype(np.uint32) if domain.documents < 1 << 32 else numbers
+            domain.order = numbers.astype(np.uint32) if domain.stretches < 1 << 32 else numbers
         return domain.order
 
     def _draw(self) -> Piece | None:
-        """The next whole document: of the domain with the most credit."""
-        while True:
-            weights = self.mixture.weights(sum(d.served for d in self.domains.values()), self.total)
-            open_ = [d for d in self.domains.values()
-                     if weights.get(d.name, 0) > 0 and (self.epochs is None or d.epoch < self.epochs)]
-            if not open_:
-                return None
-            chosen = max(open_, key=lambda d: d.credit)
-            i = int(self._order(chosen)[chosen.drawn])
-            chosen.drawn += 1
-            if chosen.drawn == chosen.documents:
-                chosen.epoch, chosen.drawn, chosen.order = chosen.epoch + 1, 0, None
-            length = int(chosen.lengths[i])
-            if length < 1:
-                continue
-            whole = sum(weights[d.name] for d in open_)
-            for d in open_:
-                d.credit += length * weights[d.name] / whole
-            chosen.credit -= length
-            return Piece(chosen.name, i, 0, length)
+        """The next stretch: of the domain with the most credit."""
+        weights = self.mixture.weights(sum(d.served for d in self.domains.values()), self.total)
+        open_ = [d for d in self.domains.values()
+                 if weights.get(d.name, 0) > 0 and (self.epochs is None or d.epoch < self.epochs)]
+        if not open_:
+            return None
+        chosen = max(open_, key=lambda d: d.credit)
+        piece = chosen.piece(int(self._order(chosen)[chosen.drawn]), self.stretch)
+        chosen.drawn += 1
+        if chosen.drawn == chosen.stretches:
+            chosen.epoch, chosen.drawn, chosen.order = chosen.epoch + 1, 0, None
+        whole = sum(weights[d.name] for d in open_)
+        for d in open_:
+            d.credit += piece.length * weights[d.name] / whole
+        chosen.credit -= piece.length
+        return piece
 
     def next_batch(self, n: int) -> Batch:
         """The next `n` sequences of the global order; fewer at the end, then EndOfData."""
@@ -196,31 +207,37 @@ class Stream:
             yield batch
 
     def state(self) -> dict[str, Any]:
-        """JSON-able place: per domain its epoch, documents drawn in it and tokens consumed in all, and the
-        pieces of drawn documents that are not consumed yet ([domain, document, start, length])."""
-        domains = {d.name: {"epoch": d.epoch, "documents": d.drawn, "tokens": d.served, "credit": d.credit,
-                            "of": [d.documents, self.sizes[d.name]]} for d in self.domains.values()}
-        return {"version": 1, "seed": self.seed, "shuffle": self.shuffle, "domains": domains,
+        """JSON-able place: per domain its epoch, stretches drawn in it and tokens consumed in all, and the
+        pieces of documents that were drawn and not consumed yet ([domain, document, start, length])."""
+        domains = {d.name: {"epoch": d.epoch, "drawn": d.drawn, "tokens": d.served, "credit": d.credit,
+                            "of": [len(d.lengths), self.sizes[d.name]]} for d in self.domains.values()}
+        return {"version": 2, "stretch": self.stretch, "seed": self.seed, "shuffle": self.shuffle, "domains": domains,
                 "pending": [list(p) for p in self.pending]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, whose seed holds. Mixture, packing and sequence length may have changed.
+        """Go on from `state`, whose seed and stretch hold. Mixture, packing, sequence length may have changed.
 
         Raises UserError if the data has: a domain may be new, but none gone or of another size.
         """
         for name, saved in state["domains"].items():
             domain = self.domains.get(name)
-            if domain is None or [domain.documents, self.sizes[name]] != list(saved["of"]):
+            if domain is None or [len(domain.lengths), self.sizes[name]] != list(saved["of"]):
                 had = "{} documents, {} tokens".format(*saved["of"])
-                have = "is gone" if domain is None else f"has {domain.documents}, {self.sizes[name]}"
+                have = "is gone" if domain is None else f"has {len(domain.lengths)}, {self.sizes[name]}"
                 raise UserError(f"cannot go on: domain {name!r} had {had} and now {have}; "
                                 "give the same data, or start a new run folder")
-        self.seed, self.shuffle = state["seed"], state["shuffle"]
+        self.seed, self.shuffle, self.stretch = state["seed"], state["shuffle"], state["stretch"]
+        for domain in self.domains.values():
+            domain.ends, domain.order = _ends(domain.lengths, self.stretch), None
         for name, saved in state["domains"].items():
             domain = self.domains[name]
-            domain.epoch, domain.drawn = saved["epoch"], saved["documents"]
-            domain.served, domain.credit, domain.order = saved["tokens"], saved["credit"], None
+            domain.epoch, domain.drawn = saved["epoch"], saved["drawn"]
+            domain.served, domain.credit = saved["tokens"], saved["credit"]
         self.pending = [Piece(*p) for p in state["pending"]]
+
+
+def _ends(lengths: np.ndarray, stretch: int) -> np.ndarray:
+    return np.cumsum(-(-np.maximum(lengths, 0) // stretch))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

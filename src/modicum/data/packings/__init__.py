@@ -41,7 +41,7 @@ class Packing(Method):
     def row(self, draw: Callable[[], Piece | None], pending: list[Piece], length: int) -> list[Piece]:
         """The pieces of the next sequence, at most `length` predictions; the rest of it is padding.
 
-        draw() gives the next whole document (None when the data has ended). What was drawn and not
-        used stays in `pending`, which the stream saves. An empty list ends the data.
+        draw() gives the next document, or a stretch of a long one; None when the data has ended. What was
+        drawn and not used stays in `pending`, which the stream saves. An empty list ends the data.
         """
         raise NotImplementedError
