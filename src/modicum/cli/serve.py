@@ -40,6 +40,10 @@ def serve(
     ] = None,
     scheduler: Annotated[str, typer.Option(help="KEY or KEY:knob=value; see modicum ls scheduler.")] = "fcfs",
     kv: Annotated[str, typer.Option(help="KEY or KEY:knob=value; see modicum ls kv.")] = "full",
+    drafter: Annotated[
+        str, typer.Option(help="Guess tokens ahead; KEY or KEY:knob=value, see modicum ls drafter.")
+    ] = "none",
+    draft_tokens: Annotated[int, typer.Option(help="Guessed tokens of one step, shared by its sequences.")] = 96,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
     ] = None,
@@ -66,6 +70,8 @@ def serve(
         chunked_prefill=chunked_prefill,
         scheduler=scheduler,
         kv=kv,
+        drafter=drafter,
+        draft_tokens=draft_tokens,
     )
     if drain < 0 or max_queue < 1:
         raise UserError(

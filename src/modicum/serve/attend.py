@@ -20,18 +20,24 @@ import torch
 from torch import Tensor
 
 from modicum.model.attend import attention
+from modicum.serve.drafters import Tree
 from modicum.serve.pages import Storage
 from modicum.serve.request import Sample
+from modicum.serve.trees import TreeAttend
 
 
 @dataclass(slots=True)
 class Work:
-    """`n` tokens of a sequence of which `start` are cached; they are row places `at` .. `at + n - 1`."""
+    """`n` tokens of a sequence of which `start` are cached; they are row places `at` .. `at + n - 1`.
+
+    With a `tree` the first is the sequence's last known token and the others are drafted below it.
+    """
 
     sample: Sample
     start: int
     n: int
     at: int = 0
+    tree: Tree | None = None
 
 
 @dataclass(slots=True)
@@ -70,8 +76,10 @@ class StepAttend:
         """`works` in row order: see `arrange`."""
         P = self.storage.block_size
         self._observers = list(works) if observe else []
-        self._pieces = [w for w in works if w.n > 1]
-        singles = works[: len(works) - len(self._pieces)]
+        trees = [w for w in works if w.tree is not None]
+        self._pieces = [w for w in works if w.n > 1 and w.tree is None]
+        singles = works[: len(works) - len(self._pieces) - len(trees)]
+        self._trees = TreeAttend(self, trees) if trees else None
         self._groups = self._grouped([w for w in singles if w.sample.pages is None])
         thinned = [w for w in singles if w.sample.pages is not None]
         self._thinned = _Thinned(thinned, self.storage) if thinned else None
@@ -80,11 +88,11 @@ class StepAttend:
         for g in self._groups:
             at = g.lengths_B - 1
             rows[g.first : g.last] = self.table[g.slots_B, at // P] * P + at % P
-        for w in self._pieces:
+        for w in (*trees, *self._pieces):
             if w.sample.pages is None:
                 at = np.arange(w.start, w.start + w.n)
                 rows[w.at : w.at + w.n] = self.table[w.sample.slot, at // P] * P + at % P
-        self._rows_T = torch.from_numpy(rows).to(self.storage.device)
+        self.rows_T = torch.from_numpy(rows).to(self.storage.device)
         self._rows_LGT = self._scattered(works, rows) if any(w.sample.pages is not None for w in works) else None
 
     def _grouped(self, works: Sequence[Work]) -> list[_Group]:
@@ -146,6 +154,9 @@ class StepAttend:
         if self._thinned:
             first, last = self._thinned.first, self._thinned.last
             out_TGRE[first:last] = self._thinned(layer, q_GRTE[:, :, first:last], window, scale, softcap)
+        if self._trees:
+            first, last = self._trees.first, self._trees.last
+            out_TGRE[first:last] = self._trees(layer, q_GRTE[:, :, first:last], window, scale, softcap)
         for i, w in enumerate(self._pieces):
             places = slice(w.at, w.at + w.n)
             out_TGRE[places] = self._piece(
@@ -160,8 +171,8 @@ class StepAttend:
         s = self.storage
         k_GTE, v_GTE = k_GTE.to(s.k_LGNPE.dtype), v_GTE.to(s.v_LGNPE.dtype)
         if self._rows_LGT is None:
-            s.k_LGNPE[layer].flatten(1, 2).index_copy_(1, self._rows_T, k_GTE)
-            s.v_LGNPE[layer].flatten(1, 2).index_copy_(1, self._rows_T, v_GTE)
+            s.k_LGNPE[layer].flatten(1, 2).index_copy_(1, self.rows_T, k_GTE)
+            s.v_LGNPE[layer].flatten(1, 2).index_copy_(1, self.rows_T, v_GTE)
         else:
             rows, E = self._rows_LGT[layer].flatten(), k_GTE.shape[-1]
             s.k_LGNPE.view(-1, E).index_copy_(0, rows, k_GTE.reshape(-1, E))
@@ -281,8 +292,9 @@ class StepAttend:
 
 
 def arrange(works: list[Work]) -> list[Work]:
-    """Row order: single tokens (whole caches by length, then thinned ones), then pieces; places set."""
-    works.sort(key=lambda w: (w.n > 1, w.sample.pages is not None, w.start))
+    """Row order: single tokens (whole caches by length, then thinned ones), trees by size, pieces; places set."""
+    works.sort(key=lambda w: ((w.n > 1) + (w.n > 1 and w.tree is None), w.sample.pages is not None,
+                              w.n if w.tree is not None else 0, w.start))
     at = 0
     for w in works:
         w.at = at

@@ -80,6 +80,17 @@ class Cache:
         self._measure(sample)
         return True
 
+    def trim(self, sample: Sample) -> None:
+        """Give back the blocks past what is computed: drafts had them. Not for thinned sequences."""
+        kept = -(-sample.job.computed // self.block_size)
+        spare = sample.blocks[kept:]
+        if spare:
+            del sample.blocks[kept:]
+            self.blocks.release(spare)
+            self.attend.hold(sample.slot, kept, sample.blocks[:1] * len(spare))
+            sample.job.own -= len(spare)
+            self._measure(sample)
+
     def _measure(self, sample: Sample) -> None:
         """Tell the scheduler's job what the sequence has room for and would give back."""
         job = sample.job

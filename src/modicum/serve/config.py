@@ -26,8 +26,9 @@ class EngineConfig:
 
     max_batch_tokens: tokens of one step (a longer prompt is computed alone, unless prefill is chunked).
     max_length: prompt and answer together; None: the model's context length. dtype: of the cache; None: the
-    model's. chunked_prefill: turns the scheduler's knob `chunked`; None: leaves it. scheduler and kv choose
-    methods with their knobs, as `fcfs:reserve=0.05`.
+    model's. chunked_prefill: turns the scheduler's knob `chunked`; None: leaves it. scheduler, kv and drafter
+    choose methods with their knobs, as `fcfs:reserve=0.05`. draft_tokens: drafted tokens of one step, shared among
+    its sequences.
     """
 
     block_size: int = 16
@@ -40,9 +41,11 @@ class EngineConfig:
     dtype: str | None = None
     scheduler: Any = "fcfs"
     kv: Any = "full"
+    drafter: Any = "none"
+    draft_tokens: int = 96
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_batch_tokens", "max_sequences", "max_length"):
+        for name in ("block_size", "max_batch_tokens", "max_sequences", "max_length", "draft_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")

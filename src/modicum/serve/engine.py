@@ -34,6 +34,8 @@ from modicum.serve.config import (
     make_scheduler,
     parse_cache_dtype,
 )
+from modicum.serve.draft import COUNTERS as DRAFT_COUNTERS
+from modicum.serve.draft import Drafting, make_drafter
 from modicum.serve.request import InvalidRequest, Output, Request, Sample, SamplingParams, Update, collect
 from modicum.serve.sampling import Choices, Penalties, choose
 from modicum.serve.schedulers import Job, Plan
@@ -59,6 +61,7 @@ class Engine:
         n_blocks = cache_blocks(config, shape, dtype, device)
         self.scheduler = make_scheduler(config, n_blocks)
         self.policy = make_policy(config, shape, self.scheduler)
+        drafter = make_drafter(config, shape.vocab_size, self.policy)
         self.cache = Cache(shape, config, n_blocks, dtype, device, self.policy)
         self.storage, self.blocks, self.pages = self.cache.storage, self.cache.blocks, self.cache.pages
         self.max_length = longest(config, shape, self.policy, self.cache.capacity)
@@ -68,7 +71,8 @@ class Engine:
         self._ids = itertools.count()
         self._hinted: list[Job] = []
         self._idle = 0
-        self.counters = dict.fromkeys((*COUNTERS, "failures"), 0)
+        self.counters = dict.fromkeys((*COUNTERS, *DRAFT_COUNTERS, "failures"), 0)
+        self.drafting = Drafting(self, drafter) if drafter is not None else None
 
     # requests -------------------------------------------------------------------------------------
 
@@ -109,6 +113,8 @@ class Engine:
             if params.penalised:
                 sample.penalties = Penalties(prompt, (), vocab, self.model.device)
             sample.policy = self.policy.begin(len(prompt)) if self.policy.drops or self.policy.observes else None
+            if self.drafting is not None:
+                self.drafting.begin(sample)
             samples.append(sample)
         request.sequences = samples
         self.samples |= {sample.id: sample for sample in samples}
@@ -205,7 +211,9 @@ class Engine:
             plan = self.scheduler.plan(self.scheduler.state(self.blocks.free, time.monotonic()))
             works = self._apply(plan)
             if works:
-                self._run(works, updates)
+                run = self._run if self.drafting is None else self.drafting.run
+                run(works, updates)
+                self.counters["steps"] += 1
                 self._idle = 0
             elif self.scheduler.pending() and not self.scheduler.running:
                 self._idle += 1
@@ -301,7 +309,6 @@ class Engine:
         self, works: list[Work], samples: list[Sample], logits_BV: Tensor | None, updates: list[Update]
     ) -> None:
         """Book what was computed, sample the next token of `samples`, end what is finished."""
-        self.counters["steps"] += 1
         chosen = choose(logits_BV, samples) if logits_BV is not None else Choices([], [], {})
         broken = {s.id for s, ok in zip(samples, chosen.finite, strict=True) if not ok}
         for w in works:
@@ -378,10 +385,13 @@ class Engine:
             self.abort(id)
         self.blocks.clear()
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Counts since the start, and what the cache holds now."""
         used = self.blocks.n_blocks - self.blocks.free
+        generated = self.counters["generated_tokens"]
         return self.counters | {
+            # Of one sequence: every pass gives it a token, and one more for each draft that was right.
+            "tokens_per_forward": generated / max(1, generated - self.counters["accepted_tokens"]),
             "thinnings": self.cache.thinnings,
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),

@@ -18,6 +18,8 @@ COUNTERS = {
     "computed_tokens": "Tokens run through the model.",
     "cached_tokens": "Prompt tokens found in the prefix cache.",
     "generated_tokens": "Tokens sampled.",
+    "drafted_tokens": "Tokens that a drafter guessed.",
+    "accepted_tokens": "Guessed tokens that were right.",
     "preemptions": "Sequences whose cache was taken away.",
     "failures": "Steps that failed.",
     "thinnings": "Times a KV policy thinned a sequence's cache.",
@@ -29,6 +31,7 @@ GAUGES = {
     "free_blocks": "Blocks not held by a sequence.",
     "remembered_blocks": "Free blocks whose prefix can be found again.",
     "used_bytes": "Bytes of held blocks.",
+    "tokens_per_forward": "Tokens that a forward pass gave a sequence, on average since the start.",
 }
 
 

@@ -202,6 +202,7 @@ class Sample:
     names: list[bytes] = field(default_factory=list)
     published: int = 0
     policy: Any = None
+    drafter: Any = None
     penalties: Penalties | None = None
     finish: str | None = None
     first_token: float | None = None

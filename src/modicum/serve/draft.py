@@ -1,0 +1,206 @@
+"""Drafting in the engine: trees under the tokens that are computed anyway, and walking along them.
+
+A step with drafts gives sequences that are about to compute one token a tree below it, runs all of it through the
+decoder at once, and then does what the engine always does, level by level: sample the next token of every sequence
+from the logits of its place in the tree, say it, and go on at the child that holds it, until there is none. Because
+each token is drawn from the logits of exactly the tokens before it, with the sequence's own next random number,
+every output is that of an engine without drafts: greedy, sampled, penalised, with stops, whatever is asked for
+(Chen et al. 2023, arXiv:2302.01318, for a draft that is certain of itself).
+
+Trees take free blocks only and give them back within the step; nothing is preempted for them. A step has at most
+`draft_tokens` of them, which bounds its logits too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modicum.core import registry
+from modicum.core.choice import Choice
+from modicum.core.errors import UserError
+from modicum.serve.attend import Work, arrange
+from modicum.serve.config import EngineConfig
+from modicum.serve.drafters import Drafter, Tree
+from modicum.serve.kv import KVPolicy
+from modicum.serve.request import Sample, Update
+from modicum.serve.trees import child, layout, move
+
+if TYPE_CHECKING:
+    from modicum.serve.engine import Engine
+
+COUNTERS = ("drafted_tokens", "accepted_tokens")
+ROWS = 256  # prompt tokens whose logits exist at a time, for a drafter that learns from them
+
+
+def make_drafter(config: EngineConfig, vocab_size: int, policy: KVPolicy) -> Drafter | None:
+    """None for a method that drafts nothing. Raises `UserError` for a policy that drafts cannot go with."""
+    drafter: Drafter = registry.build("drafter", config.drafter, vocab_size)
+    if not drafter.drafts:
+        return None
+    if policy.drops or policy.observes:
+        raise UserError(
+            f"drafter={config.drafter} cannot be combined with kv={config.kv}, which would see or keep tokens that are "
+            "taken back; choose kv=full, or drafter=none"
+        )
+    return drafter
+
+
+class Drafting:
+    """Steps of an engine that has a drafter."""
+
+    def __init__(self, engine: Engine, drafter: Drafter):
+        self.engine, self.drafter = engine, drafter
+
+    def begin(self, sample: Sample) -> None:
+        sample.drafter = self.drafter.begin(sample.request.prompt)
+
+    def run(self, works: list[Work], updates: list[Update]) -> None:
+        """In place of the engine's own `_run`."""
+        engine, drafter = self.engine, self.drafter
+        trees = self._extend(works)
+        if not trees and drafter.learns == "nothing":
+            engine._run(works, updates)
+            return
+        device = engine.model.device
+        tokens_1T = torch.from_numpy(np.concatenate([_tokens(w) for w in works])[None]).to(device)
+        positions_1T = torch.from_numpy(np.concatenate([_positions(w) for w in works])[None]).to(device)
+        engine.cache.attend.begin(works)
+        h_TD = engine.model.hidden(tokens_1T, positions_BT=positions_1T, attend=engine.cache.attend)[0]
+        if trees and not math.isfinite(float(h_TD.sum(dtype=torch.float32))):
+            # Perhaps a guess no one asked for: the step is done again without any, and nothing of them stays.
+            self._withdraw(trees)
+            engine._run(arrange(works), updates)
+            return
+        rows_R, at = _rows(works)
+        logits_RV = h_TD.new_empty(0)
+        if len(rows_R):
+            index_R = torch.from_numpy(rows_R).to(device)
+            logits_RV = engine.model.head(h_TD if len(rows_R) == len(h_TD) else h_TD[index_R])
+        if drafter.learns == "all":
+            self._learn(works, tokens_1T[0], h_TD)
+        if drafter.learns != "nothing" and len(rows_R):
+            drafter.observe(tokens_1T[0, index_R], logits_RV)
+        self._walk(works, trees, logits_RV, at, updates)
+
+    def _extend(self, works: list[Work]) -> list[Work]:
+        """Give tokens that are computed singly their trees, as far as there is room; returns these works."""
+        config = self.engine.config
+        single = [w for w in works if w.n == 1 and w.start + 1 == w.sample.job.length]
+        budget = min(config.draft_tokens, config.max_batch_tokens - sum(w.n for w in works))
+        trees = []
+        for i, w in enumerate(single):
+            sample, job = w.sample, w.sample.job
+            deepest = sample.limit - len(sample.tokens) - 1  # a node below would follow the last token
+            each = budget // (len(single) - i)
+            if deepest < 1 or each < 1:
+                continue
+            tree: Tree = sample.drafter.propose(sample.tokens, each)
+            if len(tree) and int(layout(tree).depth_X.max()) > deepest:
+                tree = _within(tree, deepest)
+            if len(tree) and not self.engine.cache.room(sample, 1 + len(tree)):
+                tree = tree.first(job.capacity - w.start - 1)
+            if len(tree):
+                w.tree, w.n = tree, 1 + len(tree)
+                budget -= len(tree)
+                trees.append(w)
+        if trees:
+            arrange(works)
+            trees.sort(key=lambda w: w.at)
+        return trees
+
+    def _learn(self, works: Sequence[Work], tokens_T: Tensor, h_TD: Tensor) -> None:
+        """Show the drafter the logits of prompts' tokens, a slice at a time (their last one is in `run`)."""
+        for w in works:
+            if w.tree is None and w.n > 1:
+                for first in range(w.at, w.at + w.n, ROWS):
+                    last = min(first + ROWS, w.at + w.n)
+                    self.drafter.observe(tokens_T[first:last], self.engine.model.head(h_TD[first:last]))
+
+    def _walk(
+        self, works: list[Work], trees: list[Work], logits_RV: Tensor, at: dict[int, int], updates: list[Update]
+    ) -> None:
+        """Say a token of every sequence whose place has logits; go on with those that find it in their tree."""
+        engine = self.engine
+        here = {w.sample.id: 0 for w in trees}
+        ready = [w for w in works if w.sample.id in at]
+        level = [Work(w.sample, w.start, 1, w.at) if w.tree is not None else w for w in works]
+        rows = [at[w.sample.id] for w in ready]
+        moves: list[tuple[int, int]] = []
+        accepted, depth = 0, 0
+        try:
+            while ready:
+                logits_BV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
+                engine._commit(level, [w.sample for w in ready], logits_BV, updates)
+                depth += 1
+                ready, rows = [], []
+                for w in trees:
+                    sample, place = w.sample, here.pop(w.sample.id, -1)
+                    if place < 0 or sample.finish is not None:
+                        continue
+                    assert w.tree is not None
+                    place = child(w.tree, place, sample.tokens[-1])
+                    if place:
+                        here[sample.id] = place
+                        ready.append(w)
+                        rows.append(at[sample.id] + place)
+                        if place != depth:
+                            moves.append((w.at + place, w.at + depth))
+                level = [Work(w.sample, w.start + depth, 1, w.at) for w in ready]
+                accepted += len(ready)
+            if not at:
+                engine._commit(level, [], None, updates)
+        finally:  # what has been published above must be true, whatever happened since
+            if moves:
+                places = engine.cache.attend.rows_T[torch.tensor(moves, device=engine.storage.device)]
+                move(engine.storage, places[:, 0], places[:, 1])
+        for w in trees:
+            if w.sample.finish is None:
+                engine.cache.trim(w.sample)
+        drafted = sum(len(w.tree) for w in trees if w.tree is not None)
+        engine.counters["drafted_tokens"] += drafted
+        engine.counters["accepted_tokens"] += accepted
+        engine.counters["computed_tokens"] += drafted - accepted
+
+    def _withdraw(self, trees: list[Work]) -> None:
+        """Take the drafts out of a step and zero what they left."""
+        attend, storage = self.engine.cache.attend, self.engine.storage
+        for w in trees:
+            rows = attend.rows_T[w.at + 1 : w.at + w.n]
+            for x_LGNPE in (storage.k_LGNPE, storage.v_LGNPE):
+                x_LGNPE.flatten(2, 3).index_fill_(2, rows, 0)
+            w.tree, w.n = None, 1
+
+
+def _tokens(w: Work) -> np.ndarray:
+    known = np.array(w.sample.tokens[w.start : w.start + (w.n if w.tree is None else 1)], dtype=np.int64)
+    return known if w.tree is None else np.concatenate([known, w.tree.tokens_N])
+
+
+def _positions(w: Work) -> np.ndarray:
+    return w.start + (np.arange(w.n, dtype=np.int64) if w.tree is None else layout(w.tree).depth_X)
+
+
+def _rows(works: Sequence[Work]) -> tuple[np.ndarray, dict[int, int]]:
+    """Row places whose logits are wanted, and where those of each sequence begin among them."""
+    rows, at, n = [], {}, 0
+    for w in works:
+        known = w.n if w.tree is None else 1
+        if w.start + known == w.sample.job.length:
+            first = w.at + known - 1
+            rows.append(np.arange(first, w.at + w.n, dtype=np.int64))
+            at[w.sample.id] = n
+            n += w.at + w.n - first
+    return (np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)), at
+
+
+def _within(tree: Tree, depth: int) -> Tree:
+    """The nodes down to a depth."""
+    kept_N = layout(tree).depth_X[1:] <= depth
+    place_N = np.append(kept_N.cumsum() - 1, -1)
+    return Tree(tree.tokens_N[kept_N], place_N[tree.parents_N[kept_N]])

@@ -1,0 +1,156 @@
+"""Drafted trees in a step: who sees whom, attention of many trees, and putting accepted keys in order.
+
+Shapes: as in `serve.attend`, and X = 1 + N row places of a tree: the last known token, then its N nodes.
+
+A tree's tokens take the X places after a sequence's cached tokens, in the tree's own order; their positions are those
+of their depths. Place i sees the cached tokens and its ancestors, both within the layer's window. Afterwards the keys
+and values of the accepted branch are moved to the front places, which is where a sequence without drafts has them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modicum.model.attend import attention
+from modicum.serve.drafters import Tree
+from modicum.serve.pages import Storage
+
+if TYPE_CHECKING:
+    from modicum.serve.attend import StepAttend, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Of a tree with the last known token as place 0."""
+
+    depth_X: np.ndarray
+    sees_XX: np.ndarray  # ancestors and itself
+
+
+def layout(tree: Tree) -> Layout:
+    return _layout(tree.parents_N.tobytes())
+
+
+@functools.lru_cache(maxsize=512)
+def _layout(parents: bytes) -> Layout:
+    parents_N = np.frombuffer(parents, dtype=np.int64)
+    depth_X = np.zeros(len(parents_N) + 1, dtype=np.int64)
+    sees_XX = np.eye(len(parents_N) + 1, dtype=bool)
+    for i, parent in enumerate(parents_N.tolist(), 1):
+        depth_X[i] = depth_X[parent + 1] + 1
+        sees_XX[i] |= sees_XX[parent + 1]
+    return Layout(depth_X, sees_XX)
+
+
+def child(tree: Tree, place: int, token: int) -> int:
+    """The place below `place` that holds `token`; 0 if there is none."""
+    found = np.flatnonzero((tree.parents_N == place - 1) & (tree.tokens_N == token))
+    return int(found[0]) + 1 if len(found) else 0
+
+
+@dataclass(slots=True)
+class _Group:
+    """Trees of one size over caches of similar length, at row places first .. last - 1."""
+
+    first: int
+    last: int
+    slots_B: np.ndarray
+    starts_B: np.ndarray
+    depth_BX: np.ndarray
+    sees_BXX: np.ndarray
+
+
+class TreeAttend:
+    """Attention of a step's trees: a group of B is one call, (G, B, R * X, E) queries on (G, B, S, E) keys."""
+
+    def __init__(self, step: StepAttend, works: Sequence[Work]):
+        self._step, self.storage = step, step.storage
+        self.first, self.last = works[0].at, works[-1].at + works[-1].n
+        self._groups = [self._group(some) for some in self._split(works)]
+        self._reaches: dict[tuple[int, int | None, torch.dtype], tuple[slice | Tensor, slice, Tensor]] = {}
+
+    def _split(self, works: Sequence[Work]) -> list[list[Work]]:
+        """Neighbours of one size whose numbers of blocks are within a factor of two, or eight blocks."""
+        groups: list[list[Work]] = []
+        for w in works:
+            blocks = w.start // self.storage.block_size + 1
+            if not groups or groups[-1][0].n != w.n or blocks > limit:
+                groups.append([])
+                limit = max(2 * blocks, blocks + 8)
+            groups[-1].append(w)
+        return groups
+
+    def _group(self, works: list[Work]) -> _Group:
+        layouts = [layout(w.tree) for w in works if w.tree is not None]
+        return _Group(
+            works[0].at,
+            works[-1].at + works[-1].n,
+            np.array([w.sample.slot for w in works]),
+            np.array([w.start for w in works]),
+            np.stack([one.depth_X for one in layouts]),
+            np.stack([one.sees_XX for one in layouts]),
+        )
+
+    def __call__(self, layer: int, q_GRTE: Tensor, window: int | None, scale: float, softcap: float | None) -> Tensor:
+        """Queries of the trees' row places; returns out_TGRE."""
+        outs = []
+        for i, group in enumerate(self._groups):
+            key = (i, window, q_GRTE.dtype)
+            if key not in self._reaches:
+                self._reaches[key] = self._reach(group, window, q_GRTE.shape[1], q_GRTE.dtype)
+            blocks, span, mask = self._reaches[key]
+            B, X = group.depth_BX.shape
+            k_GBSE, v_GBSE = (
+                self._step._read(x[layer], blocks, B)[:, :, span].to(q_GRTE.dtype)
+                for x in (self.storage.k_LGNPE, self.storage.v_LGNPE)
+            )
+            q_GRBXE = q_GRTE[:, :, group.first - self.first : group.last - self.first].unflatten(2, (B, X))
+            out = attention(
+                q_GRBXE.transpose(1, 2).flatten(2, 3), k_GBSE, v_GBSE, scale=scale, softcap=softcap, mask=mask
+            )
+            outs.append(out.unflatten(2, (-1, X)).permute(1, 3, 0, 2, 4).flatten(0, 1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _reach(
+        self, group: _Group, window: int | None, R: int, dtype: torch.dtype
+    ) -> tuple[slice | Tensor, slice, Tensor]:
+        """Blocks, the range of entries within them, and the additive mask (1, B, R * X, S)."""
+        P, device, table = self.storage.block_size, self.storage.device, self._step.table
+        B, X = group.depth_BX.shape
+        starts_B, ends_B = group.starts_B, group.starts_B + X
+        low_B = np.zeros_like(starts_B) if window is None else np.maximum(0, starts_B + 1 - window)
+        first_B, last_B = low_B // P, -(-ends_B // P)
+        width = int((last_B - first_B).max())
+        span, blocks = slice(None), None
+        if B == 1:
+            blocks = self._step._blocks(int(group.slots_B[0]), int(first_B[0]), int(last_B[0]))
+            span = slice(int(low_B[0] - first_B[0] * P), int(ends_B[0] - first_B[0] * P))
+        else:
+            columns_BN = np.minimum(first_B[:, None] + np.arange(width), table.shape[1] - 1)
+            blocks = torch.from_numpy(table[group.slots_B[:, None], columns_BN].ravel()).to(device)
+        place_BS = first_B[:, None] * P + np.arange(width * P)
+        seen_BXS = np.broadcast_to((place_BS < starts_B[:, None])[:, None], (B, X, width * P)).copy()
+        sees_BXX = group.sees_BXX
+        if window is not None:
+            position_BX = starts_B[:, None] + group.depth_BX
+            seen_BXS &= place_BS[:, None] > position_BX[:, :, None] - window
+            sees_BXX = sees_BXX & (group.depth_BX[:, None] > group.depth_BX[:, :, None] - window)
+        for b, at in enumerate(starts_B - first_B * P):
+            seen_BXS[b, :, at : at + X] = sees_BXX[b]
+        seen = torch.from_numpy(seen_BXS[:, :, span]).to(device)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+        return blocks, span, mask[None, :, None].expand(1, B, R, X, -1).flatten(2, 3)
+
+
+def move(storage: Storage, source: Tensor, target: Tensor) -> None:
+    """Keys and values of the flat places `source` to `target`, in all layers and heads."""
+    for x_LGNPE in (storage.k_LGNPE, storage.v_LGNPE):
+        x_LGSE = x_LGNPE.flatten(2, 3)
+        x_LGSE.index_copy_(2, target, x_LGSE.index_select(2, source))
