@@ -43,7 +43,10 @@ def serve(
     drafter: Annotated[
         str, typer.Option(help="Guess tokens ahead; KEY or KEY:knob=value, see modicum ls drafter.")
     ] = "none",
-    draft_tokens: Annotated[int, typer.Option(help="Guessed tokens of one step, shared by its sequences.")] = 96,
+    draft_tokens: Annotated[
+        int, typer.Option(help="Guessed tokens of one step, shared by its sequences.")
+    ] = 96,
+    draft_when: Annotated[str, typer.Option(help="pays (judged by the clock) or always.")] = "pays",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
     ] = None,
@@ -72,6 +75,7 @@ def serve(
         kv=kv,
         drafter=drafter,
         draft_tokens=draft_tokens,
+        draft_when=draft_when,
     )
     if drain < 0 or max_queue < 1:
         raise UserError(

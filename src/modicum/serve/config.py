@@ -28,7 +28,7 @@ class EngineConfig:
     max_length: prompt and answer together; None: the model's context length. dtype: of the cache; None: the
     model's. chunked_prefill: turns the scheduler's knob `chunked`; None: leaves it. scheduler, kv and drafter
     choose methods with their knobs, as `fcfs:reserve=0.05`. draft_tokens: drafted tokens of one step, shared among
-    its sequences.
+    its sequences. draft_when: `pays` (by the clock, see `serve.payoff`) or `always`.
     """
 
     block_size: int = 16
@@ -43,8 +43,11 @@ class EngineConfig:
     kv: Any = "full"
     drafter: Any = "none"
     draft_tokens: int = 96
+    draft_when: str = "pays"
 
     def __post_init__(self) -> None:
+        if self.draft_when not in ("pays", "always"):
+            raise UserError(f"draft_when={self.draft_when} is neither pays nor always; write one of them")
         for name in ("block_size", "max_batch_tokens", "max_sequences", "max_length", "draft_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -8,12 +8,13 @@ every output is that of an engine without drafts: greedy, sampled, penalised, wi
 (Chen et al. 2023, arXiv:2302.01318, for a draft that is certain of itself).
 
 Trees take free blocks only and give them back within the step; nothing is preempted for them. A step has at most
-`draft_tokens` of them, which bounds its logits too.
+`draft_tokens` drafted tokens, which bounds its logits too. `serve.payoff` says when drafts cost more than they bring.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,12 @@ import torch
 from torch import Tensor
 
 from modicum.core import registry
-from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.serve.attend import Work, arrange
 from modicum.serve.config import EngineConfig
 from modicum.serve.drafters import Drafter, Tree
 from modicum.serve.kv import KVPolicy
+from modicum.serve.payoff import Payoff
 from modicum.serve.request import Sample, Update
 from modicum.serve.trees import child, layout, move
 
@@ -56,14 +57,32 @@ class Drafting:
 
     def __init__(self, engine: Engine, drafter: Drafter):
         self.engine, self.drafter = engine, drafter
+        self.payoff = Payoff() if engine.config.draft_when == "pays" else None
 
     def begin(self, sample: Sample) -> None:
         sample.drafter = self.drafter.begin(sample.request.prompt)
 
     def run(self, works: list[Work], updates: list[Update]) -> None:
-        """In place of the engine's own `_run`."""
+        """In place of the engine's own `_run`: with drafts, or without while they do not pay."""
+        single = sum(w.n == 1 for w in works)
+        if self.payoff is None or not single:
+            self._run(works, updates, True)
+            return
+        drafts = self.payoff.wants(single)
+        if single < len(works):  # pieces of prompts among them: says nothing of either
+            self._run(works, updates, drafts)
+            return
+        start, before = time.perf_counter(), self.engine.counters["generated_tokens"]
+        if drafts:
+            self._run(works, updates, True)
+        else:
+            self.engine._run(works, updates)
+        generated = self.engine.counters["generated_tokens"] - before
+        self.payoff.note(single, drafts, time.perf_counter() - start, generated)
+
+    def _run(self, works: list[Work], updates: list[Update], drafts: bool) -> None:
         engine, drafter = self.engine, self.drafter
-        trees = self._extend(works)
+        trees = self._extend(works) if drafts else []
         if not trees and drafter.learns == "nothing":
             engine._run(works, updates)
             return

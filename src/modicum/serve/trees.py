@@ -79,6 +79,7 @@ class TreeAttend:
     def _split(self, works: Sequence[Work]) -> list[list[Work]]:
         """Neighbours of one size whose numbers of blocks are within a factor of two, or eight blocks."""
         groups: list[list[Work]] = []
+        limit = -1
         for w in works:
             blocks = w.start // self.storage.block_size + 1
             if not groups or groups[-1][0].n != w.n or blocks > limit:
@@ -128,7 +129,7 @@ class TreeAttend:
         low_B = np.zeros_like(starts_B) if window is None else np.maximum(0, starts_B + 1 - window)
         first_B, last_B = low_B // P, -(-ends_B // P)
         width = int((last_B - first_B).max())
-        span, blocks = slice(None), None
+        span = slice(None)
         if B == 1:
             blocks = self._step._blocks(int(group.slots_B[0]), int(first_B[0]), int(last_B[0]))
             span = slice(int(low_B[0] - first_B[0] * P), int(ends_B[0] - first_B[0] * P))

@@ -42,11 +42,13 @@ class Config:
 class PromptLookup(Drafter):
     config: Config
 
+    def __init__(self, config: Config, vocab_size: int):
+        super().__init__(config, vocab_size)
+        self._known = np.empty(0, dtype=np.int32)
+        self._n = 0
+
     def begin(self, prompt: Sequence[int]) -> PromptLookup:
-        drafter = PromptLookup(self.config, self.vocab_size)
-        drafter._known = np.array(prompt, dtype=np.int32)
-        drafter._n = len(prompt)
-        return drafter
+        return PromptLookup(self.config, self.vocab_size)
 
     def propose(self, tokens: Sequence[int], budget: int) -> Tree:
         known, length = self._extend(tokens), min(self.config.length, budget)
