@@ -345,3 +345,22 @@ def test_steps_without_drafts_when_they_do_not_pay() -> None:
     engine.drafting.drafter = Fixed(Tree(np.arange(90), np.arange(-1, 89)))  # dear and never right
     assert tokens(engine.generate(PROMPTS[:1], params)) == tokens(want)
     assert 0 < engine.counters["drafted_tokens"] < 40 * 90
+
+
+def test_sixteen_bits_and_figures() -> None:
+    """In bfloat16 the machinery is the same, roundings apart; what was drafted is to be read at /metrics."""
+    from modicum.serve.metrics import Metrics
+    from modicum.serve.worker import Worker
+
+    model = tiny().bfloat16()
+    engine = with_drafter(model, None, Fixed(Tree(np.arange(40), np.full(40, -1))), block_size=8, cache="2ktok")
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    assert all(len(o.tokens) == 20 for o in engine.generate(PROMPTS, params))
+    assert_clean(engine)
+    worker = Worker(engine)
+    text = Metrics(worker).text().decode()
+    worker.close()
+    figures = dict(line.split() for line in text.splitlines() if line.startswith("modicum_") and "{" not in line)
+    assert float(figures["modicum_drafted_tokens_total"]) == engine.counters["drafted_tokens"] > 0
+    assert float(figures["modicum_accepted_tokens_total"]) == engine.counters["accepted_tokens"]
+    assert float(figures["modicum_tokens_per_forward"]) >= 1

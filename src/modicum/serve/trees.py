@@ -68,7 +68,10 @@ class _Group:
 
 
 class TreeAttend:
-    """Attention of a step's trees: a group of B is one call, (G, B, R * X, E) queries on (G, B, S, E) keys."""
+    """Attention of a step's trees: a group of B is one call, (G, B, R * X, E) queries on (G, B, S, E) keys.
+
+    A tree alone is (G, R, X, E) on (G, 1, S, E), read in place if its blocks lie side by side.
+    """
 
     def __init__(self, step: StepAttend, works: Sequence[Work]):
         self._step, self.storage = step, step.storage
@@ -103,51 +106,72 @@ class TreeAttend:
         """Queries of the trees' row places; returns out_TGRE."""
         outs = []
         for i, group in enumerate(self._groups):
+            B, X = group.depth_BX.shape
             key = (i, window, q_GRTE.dtype)
             if key not in self._reaches:
-                self._reaches[key] = self._reach(group, window, q_GRTE.shape[1], q_GRTE.dtype)
+                reach = self._alone if B == 1 else self._together
+                self._reaches[key] = reach(group, window, q_GRTE)
             blocks, span, mask = self._reaches[key]
-            B, X = group.depth_BX.shape
             k_GBSE, v_GBSE = (
                 self._step._read(x[layer], blocks, B)[:, :, span].to(q_GRTE.dtype)
                 for x in (self.storage.k_LGNPE, self.storage.v_LGNPE)
             )
-            q_GRBXE = q_GRTE[:, :, group.first - self.first : group.last - self.first].unflatten(2, (B, X))
-            out = attention(
-                q_GRBXE.transpose(1, 2).flatten(2, 3), k_GBSE, v_GBSE, scale=scale, softcap=softcap, mask=mask
-            )
-            outs.append(out.unflatten(2, (-1, X)).permute(1, 3, 0, 2, 4).flatten(0, 1))
+            some_GRTE = q_GRTE[:, :, group.first - self.first : group.last - self.first]
+            if B == 1:  # the query heads of a KV head as heads, its keys the same for all of them
+                R = q_GRTE.shape[1]
+                k_GRSE, v_GRSE = k_GBSE.expand(-1, R, -1, -1), v_GBSE.expand(-1, R, -1, -1)
+                out_GRTE = attention(some_GRTE, k_GRSE, v_GRSE, scale=scale, softcap=softcap, mask=mask)
+                outs.append(out_GRTE.permute(2, 0, 1, 3))
+                continue
+            q_GBQE = some_GRTE.unflatten(2, (B, X)).transpose(1, 2).flatten(2, 3)  # Q = R * X
+            out_GBQE = attention(q_GBQE, k_GBSE, v_GBSE, scale=scale, softcap=softcap, mask=mask)
+            outs.append(out_GBQE.unflatten(2, (-1, X)).permute(1, 3, 0, 2, 4).flatten(0, 1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _reach(
-        self, group: _Group, window: int | None, R: int, dtype: torch.dtype
-    ) -> tuple[slice | Tensor, slice, Tensor]:
-        """Blocks, the range of entries within them, and the additive mask (1, B, R * X, S)."""
+    def _alone(self, group: _Group, window: int | None, q_GRTE: Tensor) -> tuple[slice | Tensor, slice, Tensor]:
+        """Of a single tree: blocks, the range of entries within them, and the additive mask (1, 1, X, S)."""
+        P, X, start = self.storage.block_size, group.depth_BX.shape[1], int(group.starts_B[0])
+        low = 0 if window is None else max(0, start + 1 - window)
+        first = low // P
+        mask_XS = torch.zeros((X, start + X - low), dtype=q_GRTE.dtype, device=q_GRTE.device)
+        mask_XS[:, start - low :].masked_fill_(_hidden(group, window)[0].to(mask_XS.device), float("-inf"))
+        if window is not None:
+            last_X1 = torch.from_numpy(start + group.depth_BX[0] - window)[:, None].to(mask_XS.device)
+            cached = torch.arange(low, start, device=mask_XS.device)
+            mask_XS[:, : start - low].masked_fill_(cached <= last_X1, float("-inf"))
+        blocks = self._step._blocks(int(group.slots_B[0]), first, -(-(start + X) // P))
+        return blocks, slice(low - first * P, start + X - first * P), mask_XS[None, None]
+
+    def _together(self, group: _Group, window: int | None, q_GRTE: Tensor) -> tuple[slice | Tensor, slice, Tensor]:
+        """Of several trees: blocks, all entries within them, and the additive mask (1, B, R * X, S)."""
         P, device, table = self.storage.block_size, self.storage.device, self._step.table
         B, X = group.depth_BX.shape
-        starts_B, ends_B = group.starts_B, group.starts_B + X
+        starts_B = group.starts_B
         low_B = np.zeros_like(starts_B) if window is None else np.maximum(0, starts_B + 1 - window)
-        first_B, last_B = low_B // P, -(-ends_B // P)
-        width = int((last_B - first_B).max())
-        span = slice(None)
-        if B == 1:
-            blocks = self._step._blocks(int(group.slots_B[0]), int(first_B[0]), int(last_B[0]))
-            span = slice(int(low_B[0] - first_B[0] * P), int(ends_B[0] - first_B[0] * P))
-        else:
-            columns_BN = np.minimum(first_B[:, None] + np.arange(width), table.shape[1] - 1)
-            blocks = torch.from_numpy(table[group.slots_B[:, None], columns_BN].ravel()).to(device)
+        first_B = low_B // P
+        width = int((-(-(starts_B + X) // P) - first_B).max())
+        columns_BN = np.minimum(first_B[:, None] + np.arange(width), table.shape[1] - 1)
+        blocks = torch.from_numpy(table[group.slots_B[:, None], columns_BN].ravel()).to(device)
         place_BS = first_B[:, None] * P + np.arange(width * P)
-        seen_BXS = np.broadcast_to((place_BS < starts_B[:, None])[:, None], (B, X, width * P)).copy()
-        sees_BXX = group.sees_BXX
+        hidden_BXS = np.broadcast_to((place_BS >= starts_B[:, None])[:, None], (B, X, width * P)).copy()
         if window is not None:
             position_BX = starts_B[:, None] + group.depth_BX
-            seen_BXS &= place_BS[:, None] > position_BX[:, :, None] - window
-            sees_BXX = sees_BXX & (group.depth_BX[:, None] > group.depth_BX[:, :, None] - window)
+            hidden_BXS |= place_BS[:, None] <= position_BX[:, :, None] - window
+        hidden_BXX = _hidden(group, window).numpy()
         for b, at in enumerate(starts_B - first_B * P):
-            seen_BXS[b, :, at : at + X] = sees_BXX[b]
-        seen = torch.from_numpy(seen_BXS[:, :, span]).to(device)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
-        return blocks, span, mask[None, :, None].expand(1, B, R, X, -1).flatten(2, 3)
+            hidden_BXS[b, :, at : at + X] = hidden_BXX[b]
+        mask_BXS = torch.zeros(hidden_BXS.shape, dtype=q_GRTE.dtype, device=device)
+        mask_BXS.masked_fill_(torch.from_numpy(hidden_BXS).to(device), float("-inf"))
+        mask = mask_BXS[None, :, None].expand(-1, -1, q_GRTE.shape[1], -1, -1).flatten(2, 3)
+        return blocks, slice(None), mask
+
+
+def _hidden(group: _Group, window: int | None) -> Tensor:
+    """Which places of its own tree each place does not see, (B, X, X)."""
+    sees_BXX = group.sees_BXX
+    if window is not None:
+        sees_BXX = sees_BXX & (group.depth_BX[:, None] > group.depth_BX[:, :, None] - window)
+    return torch.from_numpy(~sees_BXX)
 
 
 def move(storage: Storage, source: Tensor, target: Tensor) -> None:

@@ -32,7 +32,7 @@ CLAIM = {
     "where": "Table 1",
     "scale": "7B parameters, one A100, greedy, batch of one",
 }
-SWEEP = ("nodes=16", "nodes=80")
+SWEEP = ("nodes=6", "nodes=16", "nodes=80")
 
 # Children of every node, level by level in the order of the nodes; a node left out at the end has none.
 CHILDREN = (
@@ -49,7 +49,7 @@ HIT = 0.6  # how likely the best candidate is thought to be, where the tree must
 @dataclass(frozen=True, kw_only=True)
 class Config:
     k: int = 8  # candidates kept per token
-    nodes: int = 24  # of the tree's 80
+    nodes: int = 16  # of the tree's 80
     prompts: bool = True  # learn from prompts as well: the output layer runs on their tokens
 
     def __post_init__(self) -> None:
