@@ -35,7 +35,7 @@ class Layout:
 
 
 def layout(tree: Tree) -> Layout:
-    return _layout(tree.parents_N.tobytes())
+    return _layout(np.ascontiguousarray(tree.parents_N, dtype=np.int64).tobytes())
 
 
 @functools.lru_cache(maxsize=512)
