@@ -1,0 +1,207 @@
+"""The real engine beside the simulator: measuring its step times, and playing a trace on it.
+
+`calibrate` times steps of random composition (pieces of prompts behind any context, decodes with any context,
+both) and fits `pace.StepTime` to four fifths of them; the rest says how well it predicts. `play` gives the
+engine a trace's requests at their times, with random tokens; idle time is skipped, not slept.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from modicum.budget.machine import cpu_name
+from modicum.core.errors import ModicumError, UserError
+from modicum.model.decoder import Decoder
+from modicum.serve.config import EngineConfig
+from modicum.serve.engine import Engine
+from modicum.serve.pace import Load, StepTime, errors, fit
+from modicum.serve.request import Request, SamplingParams
+from modicum.serve.schedulers import Plan, Scheduler, State
+from modicum.serve.simulate import Played
+from modicum.serve.traces import Trace
+
+HELD_OUT = 0.2
+Works = list[tuple[int, int]]  # (cached tokens, tokens to compute) of each sequence
+
+
+class _Told(Scheduler):
+    """Plans what it is told."""
+
+    told = Plan()
+
+    def plan(self, state: State) -> Plan:
+        return self.told
+
+
+def compositions(count: int, config: EngineConfig, longest: int, capacity: int, seed: int = 0) -> list[Works]:
+    """Random steps: decodes alone, pieces alone, both; sizes spread over orders of magnitude."""
+    rng = random.Random(seed)
+    longest -= 2  # so that no sequence ends with the token that the step samples
+
+    def between(low: int, high: int) -> int:
+        return round(math.exp(rng.uniform(math.log(low), math.log(max(low, high)))))
+
+    found = []
+    for i in range(count):
+        works: Works = []
+        kind = i % 4  # decodes, pieces, and both twice
+        tokens, room = config.max_batch_tokens, capacity
+        if kind != 0:
+            most = between(2, tokens)
+            for _ in range(rng.choice((1, 1, 1, 2, 4))):
+                n = min(between(2, most), longest - 2, tokens)
+                start = 0 if rng.random() < 0.5 else between(1, longest - n - 1)
+                if n < 2 or start + n + 2 * config.block_size > room:
+                    break
+                works.append((start, n))
+                tokens, room = tokens - n, room - start - n - 2 * config.block_size
+        if kind != 1:
+            typical = between(1, longest - 2)
+            for _ in range(between(1, config.max_sequences - len(works))):
+                start = min(longest - 2, max(1, round(typical * math.exp(rng.gauss(0, 0.5)))))
+                if tokens < 1 or start + 2 * config.block_size > room:
+                    break
+                works.append((start, 1))
+                tokens, room = tokens - 1, room - start - 2 * config.block_size
+        if works:
+            found.append(works)
+    return found
+
+
+def time_step(engine: Engine, works: Works, repeat: int = 3) -> float:
+    """Median seconds of a step that computes `n` tokens behind `start` for each of `works`.
+
+    What is cached is not computed before: its place is taken, and holds whatever is there.
+    """
+    scheduler = engine.scheduler
+    assert isinstance(scheduler, _Told)
+    vocab = engine.model.config.vocab_size
+    requests = [
+        Request([(7 * i + j) % vocab for j in range(start + n)], SamplingParams(temperature=0, ignore_eos=True))
+        for i, (start, n) in enumerate(works)
+    ]
+    try:
+        for request, (start, _n) in zip(requests, works, strict=True):
+            engine.add(request)
+            sample = request.sequences[0]
+            engine.cache.load(sample)
+            scheduler.commit(Plan(((sample.id, 1),)))
+            if start and not engine.cache.room(sample, start):
+                raise ModicumError(f"a step of {works} does not fit the cache")
+            scheduler.advance(sample.id, start, 0)
+        taken = []
+        scheduler.told = Plan(tuple((r.sequences[0].id, n) for r, (_, n) in zip(requests, works, strict=True)))
+        for _ in range(repeat):
+            began = time.perf_counter()
+            updates = engine.step()
+            taken.append(time.perf_counter() - began)
+            fault = next((u.error for u in updates if u.error), None)
+            if fault or len(updates) != len(requests):
+                raise ModicumError(f"a step could not be timed: {fault or 'not all of it was computed'}")
+            for request, (start, n) in zip(requests, works, strict=True):
+                sample = request.sequences[0]  # back to where it was, its blocks held
+                sample.tokens.pop()
+                sample.job.length, sample.job.computed = start + n, start
+        return float(np.median(taken))
+    finally:
+        scheduler.told = Plan()
+        for request in requests:
+            engine.abort(request.id)
+
+
+def calibrate(
+    model: Decoder,
+    config: EngineConfig,
+    *,
+    steps: int = 240,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> StepTime:
+    """Step times of this model on this machine, with the errors on held-out steps in `about`."""
+    if steps < 50:
+        raise UserError(f"{steps} steps are too few to calibrate on; time at least 50")
+    engine = Engine(model, None, config)
+    if engine.policy.drops or engine.policy.observes:
+        raise UserError(f"kv={config.kv}: the simulator knows whole caches only; choose kv=full")
+    engine.scheduler = _Told(
+        None, config.block_size, engine.blocks.n_blocks, config.max_batch_tokens, config.max_sequences
+    )
+    engine.storage.wipe(range(engine.blocks.n_blocks))
+    drawn = compositions(steps, config, engine.max_length, engine.cache.capacity, seed)
+    for works in drawn[: max(4, steps // 20)]:  # the first calls of each shape are slow
+        time_step(engine, works, 1)
+    loads, seconds = [], []
+    for works in drawn:
+        loads.append(Load.of(works))
+        seconds.append(time_step(engine, works))
+        if progress is not None:
+            progress(1)
+    order = random.Random(seed).sample(range(len(loads)), len(loads))
+    cut = round(len(order) * HELD_OUT)
+    held, used = order[:cut], order[cut:]
+    found = fit([loads[i] for i in used], [seconds[i] for i in used])
+    wrong = errors(found, [loads[i] for i in held], [seconds[i] for i in held])
+    shape = model.config
+    about: dict[str, Any] = {
+        "model": f"{shape.layers} layers of {shape.width}, {shape.heads}/{shape.kv_heads} heads",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "machine": cpu_name() if model.device.type == "cpu" else str(model.device),
+        "steps": len(used),
+        "held_out": len(held),
+        "error_median": float(np.median(wrong)),
+        "error_p90": float(np.quantile(wrong, 0.9)),
+        "error_max": float(wrong.max()),
+        "max_length": engine.max_length,
+        "max_batch_tokens": config.max_batch_tokens,
+        "max_sequences": config.max_sequences,
+        "block_size": config.block_size,
+        "bytes_per_token": shape.kv_bytes_per_token(engine.storage.k_LGNPE.dtype),
+    }
+    engine.close()
+    return StepTime(found.coefficients, found.spread, about)
+
+
+def play(engine: Engine, trace: Trace, seed: int = 0) -> Played:
+    """Give the engine the trace's requests. Its steps take the time they take; waiting for arrivals takes none."""
+    if trace.arrival_N is None:
+        raise UserError(f"{trace.name} has no arrival times; give a rate and draw them: --rate 1 --poisson")
+    rng = np.random.default_rng(seed)
+    played = Played(trace)
+    number: dict[int, int] = {}  # of a request, by its id in the engine
+    waiting: set[int] = set()
+    before = dict(engine.counters)
+    clock, come = 0.0, 0
+    while come < len(trace) or engine.busy:
+        if not engine.busy:
+            clock = max(clock, float(trace.arrival_N[come]))
+        while come < len(trace) and trace.arrival_N[come] <= clock:
+            prompt = rng.integers(1, engine.model.config.vocab_size, trace.prompt_N[come]).tolist()
+            params = SamplingParams(temperature=0, max_tokens=int(trace.output_N[come]), ignore_eos=True)
+            request = Request(prompt, params, arrival=float(trace.arrival_N[come]))
+            number[engine.add(request)] = come
+            waiting.add(request.id)
+            come += 1
+        began, computed = time.perf_counter(), engine.counters["computed_tokens"]
+        updates = engine.step()
+        seconds = time.perf_counter() - began
+        for id in [i for i in waiting if i not in engine.requests or engine.requests[i].sequences[0].slot >= 0]:
+            played.started[number[id]] = clock
+            waiting.remove(id)
+        clock += seconds
+        played.busy += seconds
+        played.computed += engine.counters["computed_tokens"] - computed
+        played.peak_blocks = max(played.peak_blocks, engine.blocks.n_blocks - engine.blocks.free)
+        for update in updates:
+            if update.error:
+                raise ModicumError(f"the engine failed: {update.error}")
+            played.times[number[update.request]].extend([clock] * len(update.tokens))
+    played.seconds = clock
+    played.steps = engine.counters["steps"] - before["steps"]
+    played.preemptions = engine.counters["preemptions"] - before["preemptions"]
+    return played
