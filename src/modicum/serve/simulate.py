@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
+from modicum.core import registry
+from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError, UserError
 from modicum.serve.blocks import BlockPool
 from modicum.serve.pace import Load, StepTime
@@ -22,6 +24,7 @@ from modicum.serve.schedulers import Job, Plan, Scheduler
 from modicum.serve.traces import Trace
 
 PERCENTILES = (50, 90, 99)
+STRICT = 5  # a step with prompts in it may last this many times one of decodes alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,22 @@ class SLO:
     def __post_init__(self) -> None:
         if min(self.tbt, self.ttft, self.delay) <= 0 or not 0 < self.share < 1:
             raise UserError(f"{self}: seconds must be above 0, and the share between 0 and 1")
+
+
+def strict_tbt(pace: StepTime, trace: Trace, sequences: int) -> float:
+    """Seconds between tokens for an `SLO`: five times a step of decodes alone, of up to 32 sequences of the
+    trace's mean context (the strict one of Sarathi-Serve, section 5, there with 4096 tokens of context)."""
+    context = int(trace.prompt_N.mean() + trace.output_N.mean() / 2)
+    return STRICT * pace.seconds(Load.of([(context, 1)] * min(32, sequences)))
+
+
+def aimed(choice: Any, slo: SLO) -> Choice:
+    """A choice of a scheduler; one with a knob `tbt` that is left open is given the promise's."""
+    found = Choice.parse("scheduler", choice)
+    names = {f.name for f in fields(registry.load("scheduler", found.method).config)}
+    if "tbt" not in names or {"tbt", "budget"} & set(found.knobs):
+        return found
+    return Choice("scheduler", found.method, found.knobs | {"tbt": float(f"{slo.tbt:.4g}")})
 
 
 @dataclass(eq=False)
@@ -185,7 +204,7 @@ def simulate(trace: Trace, scheduler: Scheduler, pace: StepTime, slo: SLO | None
             if len(times) >= output[job.id]:
                 s.remove(job.id)
                 pool.release(held.pop(job.id))
-        if doomed:
+        if doomed:  # a promise is asked for, and is broken by now
             return None
     played.seconds = clock
     return played

@@ -23,7 +23,7 @@ from modicum.serve.engine import Engine
 from modicum.serve.pace import Load, StepTime, errors, fit
 from modicum.serve.request import Request, SamplingParams
 from modicum.serve.schedulers import Plan, Scheduler, State
-from modicum.serve.simulate import Played
+from modicum.serve.simulate import SLO, Doomed, Played
 from modicum.serve.traces import Trace
 
 HELD_OUT = 0.2
@@ -167,8 +167,11 @@ def calibrate(
     return StepTime(found.coefficients, found.spread, about)
 
 
-def play(engine: Engine, trace: Trace, seed: int = 0) -> Played:
-    """Give the engine the trace's requests. Its steps take the time they take; waiting for arrivals takes none."""
+def play(engine: Engine, trace: Trace, seed: int = 0, slo: SLO | None = None) -> Played | None:
+    """Give the engine the trace's requests. Its steps take the time they take; waiting for arrivals takes none.
+
+    None as soon as it is clear that `slo` is not met. Raises `ModicumError` if a request fails.
+    """
     if trace.arrival_N is None:
         raise UserError(f"{trace.name} has no arrival times; give a rate and draw them: --rate 1 --poisson")
     rng = np.random.default_rng(seed)
@@ -176,6 +179,7 @@ def play(engine: Engine, trace: Trace, seed: int = 0) -> Played:
     number: dict[int, int] = {}  # of a request, by its id in the engine
     waiting: set[int] = set()
     before = dict(engine.counters)
+    doomed = Doomed(trace, slo) if slo else None
     clock, come = 0.0, 0
     while come < len(trace) or engine.busy:
         if not engine.busy:
@@ -193,6 +197,8 @@ def play(engine: Engine, trace: Trace, seed: int = 0) -> Played:
         for id in [i for i in waiting if i not in engine.requests or engine.requests[i].sequences[0].slot >= 0]:
             played.started[number[id]] = clock
             waiting.remove(id)
+            if doomed is not None:
+                doomed.start(clock - float(trace.arrival_N[number[id]]))
         clock += seconds
         played.busy += seconds
         played.computed += engine.counters["computed_tokens"] - computed
@@ -200,7 +206,13 @@ def play(engine: Engine, trace: Trace, seed: int = 0) -> Played:
         for update in updates:
             if update.error:
                 raise ModicumError(f"the engine failed: {update.error}")
-            played.times[number[update.request]].extend([clock] * len(update.tokens))
+            times = played.times[number[update.request]]
+            if doomed is not None and times:
+                doomed.gap(clock - times[-1])
+            times.extend([clock] * len(update.tokens))
+        if doomed:
+            engine.close()
+            return None
     played.seconds = clock
     played.steps = engine.counters["steps"] - before["steps"]
     played.preemptions = engine.counters["preemptions"] - before["preemptions"]

@@ -124,7 +124,7 @@ class Scheduler(Method):
         if self.learner is not None:
             if self._load is not None:
                 self.learner.add(self._load, now - self._asked)
-                self.pace, self._load = self.learner.model, None
+                self.pace, self._load = self.learner.model or self.pace, None
             self._asked = now
         return State(
             self.waiting,
