@@ -88,7 +88,7 @@ def test_sarathi_serve_chooses_the_largest_piece_within_the_time() -> None:
         seconds = pace.seconds(Load.of([(5, 1), (35, n)]))
         assert (seconds <= 0.05) == (n <= 32)
     slow = SarathiServe(ServeConfig(tbt=0.05, least=1), 16, 1000, 512, 8)
-    slow.pace = StepTime(pace.coefficients, spread=2.0)  # once in twenty a step takes twice as long
+    slow.pace = StepTime(pace.coefficients, spread=2.0)  # a slow step takes twice as long
     _arrive(slow, 100)
     assert _step(slow) == {0: 15}  # 2 (10 + 15) = 50
 

@@ -79,7 +79,7 @@ class Load(NamedTuple):
 class StepTime:
     """Coefficients in seconds, in the order of `TERMS`.
 
-    `spread`: the measured step is longer than predicted by more than this factor once in twenty steps.
+    `spread`: the measured step is longer than predicted by more than this factor once in a hundred steps.
     `about`: what was measured, and how well the model does on held-out steps.
     """
 
@@ -94,9 +94,14 @@ class StepTime:
             )
 
     def seconds(self, load: Load) -> float:
-        if not load.tokens:
+        """Written out, since plans ask for it many times; `Load.terms` says the same."""
+        t, p, a, b, r, d, h = load
+        if not t:
             return 0.0
-        return sum(map(float.__mul__, self.coefficients, map(float, load.terms())))
+        x = self.coefficients
+        few = sum(c * (t if t < k else k) for c, k in zip(x[2 : 2 + len(KNEES)], KNEES, strict=True) if c)
+        y = x[2 + len(KNEES) :]
+        return x[0] + x[1] * t + few + y[0] * p + y[1] * a + y[2] * b + y[3] * r + y[4] * d + y[5] * h
 
     def most(self, load: Load, start: int, left: int, limit: float) -> int:
         """The most tokens (0 to `left`) behind `start` that keep `load` with them within `limit` seconds."""
@@ -147,7 +152,7 @@ def fit(loads: Sequence[Load], seconds: Sequence[float]) -> StepTime:
         keep = off <= max(4 * float(np.median(off)), 0.2)
         if keep.sum() < A.shape[1]:
             break
-    return StepTime(tuple(map(float, x / scale)), max(1.0, float(np.quantile(ratio, 0.95))))
+    return StepTime(tuple(map(float, x / scale)), max(1.0, float(np.quantile(ratio, 0.99))))
 
 
 def errors(model: StepTime, loads: Sequence[Load], seconds: Sequence[float]) -> np.ndarray:
@@ -160,6 +165,8 @@ class Learner:
     """Fits the model while serving: from the last `memory` steps, anew after every `every`."""
 
     def __init__(self, memory: int = 512, every: int = 64, least: int = 24):
+        import scipy.optimize  # noqa: F401  (now, not in the midst of serving)
+
         self.loads: deque[Load] = deque(maxlen=memory)
         self.seconds: deque[float] = deque(maxlen=memory)
         self.every, self.least = every, least

@@ -257,9 +257,14 @@ def capacity(
 
 
 def search(
-    run: Callable[[float], Played | None], requests: int, slo: SLO, start: float, tolerance: float
+    run: Callable[[float], Played | None],
+    requests: int,
+    slo: SLO,
+    start: float,
+    tolerance: float,
+    stride: float = 2.0,
 ) -> tuple[float, Played | None]:
-    """Bracket by doubling and halving, then bisect; `run` gives a run at a rate, or None if it was doomed."""
+    """Bracket by factors that start at `stride`, then bisect; `run` gives a run at a rate, or None if doomed."""
     low, best, high = 0.0, None, math.inf
     rate = start
     while high / max(low, 1e-300) > 1 + tolerance:
@@ -269,11 +274,11 @@ def search(
         else:
             high = rate
         if math.isinf(high):
-            rate = 2 * low
-            if requests / rate < 2 * slo.delay:  # all are there before half of them can have waited too long
+            rate, stride = stride * low, min(2.0, stride * stride)
+            if requests / rate < slo.delay / 4:  # all are there before half of them can have waited too long
                 return math.inf, best
         elif low == 0.0:
-            rate = high / 2
+            rate, stride = high / stride, min(2.0, stride * stride)
             if rate < start / 4096:
                 return 0.0, None
         else:
