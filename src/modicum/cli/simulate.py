@@ -117,6 +117,7 @@ def simulate(
         from modicum.serve.simulate_engine import play
 
         ways["engine"] = on_engine
+    guess = 1.0
     for choice in choices:
         for how, way in ways.items():
             row: dict[str, Any] = {"scheduler": str(choice), "how": how}
@@ -125,8 +126,11 @@ def simulate(
                 def at(rate: float, way: Any = way, choice: Any = choice) -> Any:
                     return way(choice, played.at_rate(rate, seeds))
 
-                tolerance = 0.02 if how == "simulated" else 0.05
-                best, found = sim.search(at, len(played), slo, played.rate or 1.0, tolerance)
+                if how == "simulated":
+                    best, found = sim.search(at, len(played), slo, played.rate or 1.0, 0.02)
+                    guess = best if 0 < best < math.inf else 1.0
+                else:  # real runs take their time: start from what the simulator found
+                    best, found = sim.search(at, len(played), slo, guess, 0.05, 1.15)
                 # None: the trace is over before a queue can form, at any rate
                 row["sustained_rate"] = best if math.isfinite(best) else None
             else:
