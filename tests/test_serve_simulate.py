@@ -355,6 +355,8 @@ def test_a_model_is_calibrated_and_played(files: dict[str, str], monkeypatch: py
     limits = ["--max-batch-tokens", "64", "--max-sequences", "8", "--cache", "2ktok", "--steps", "50"]
     out = run(monkeypatch, "--calibrate", "--model", model, "--cost", cost, *limits)
     assert "held-out" in out and StepTime.load(cost).about["max_sequences"] == 8
+    wider = run(monkeypatch, files["trace"], "--cost", cost, "--max-sequences", "9", "--scheduler", "fcfs")
+    assert "max_sequences beyond what was timed" in wider
     options = ["--model", model, "--cost", cost, "--engine", "--scheduler", "fcfs", "--requests", "8", "--json"]
     rows = json.loads(run(monkeypatch, files["trace"], *options, "--rate", "50", "--cache", "2ktok"))["rows"]
     assert [row["how"] for row in rows] == ["simulated", "engine"]

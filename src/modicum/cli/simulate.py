@@ -81,6 +81,9 @@ def simulate(
             f"steps: median {about['error_median']:.1%}, nine in ten below {about['error_p90']:.1%}, "
             f"largest {about['error_max']:.1%}" + (f"; written to {cost}" if calibrate and cost else "")
         )
+    beyond = [name for name in ("max_batch_tokens", "max_sequences") if limits[name] > about.get(name, 1 << 62)]
+    if beyond and not as_json:
+        print(f"{', '.join(beyond)} beyond what was timed: such steps are extrapolated; --calibrate with these limits")
     if trace is None:
         if as_json:
             print(json.dumps(result, indent=2))

@@ -163,7 +163,7 @@ def _seconds(table: Any, name: str, unit: str | None, path: Path) -> np.ndarray:
         except pa.ArrowException:
             raise UserError(f"{path}: column {name} holds neither numbers nor dates; name another one") from None
     if pa.types.is_timestamp(column.type):
-        return column.cast(pa.timestamp("ns")).cast(pa.int64()).to_numpy() * 1e-9 - 0.0
+        return column.cast(pa.timestamp("ns")).cast(pa.int64()).to_numpy() * 1e-9
     seconds_N = _numbers(table, name, path) * UNITS[unit or ("ms" if name.lower().endswith("_ms") else "s")]
     if not np.isfinite(seconds_N).all():
         raise UserError(f"{path}: column {name} has times that are missing")
