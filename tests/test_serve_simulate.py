@@ -293,6 +293,19 @@ def test_calibration_of_a_real_model() -> None:
     assert strict_tbt(pace, random_trace(10), 8) > pace.seconds(few)
     with pytest.raises(UserError, match="at least 50"):
         calibrate(tiny(), config, steps=3)
+    with pytest.raises(UserError, match="Allowed: cpu, wall"):
+        calibrate(tiny(), config, by="sun")
+
+
+def test_the_engine_is_on_the_clock_of_the_arrivals() -> None:
+    """Waiting is skipped: hours of a trace take seconds, and the scheduler and first tokens are on its clock."""
+    engine = Engine(tiny(), None, EngineConfig(block_size=8, cache="1ktok", prefix_cache=False))
+    plan, seen, before = engine.scheduler.plan, [], engine.clock
+    engine.scheduler.plan = lambda state: (seen.append(state.now), plan(state))[1]  # type: ignore[method-assign]
+    played = play(engine, trace_of((0.0, 9, 3), (5000.0, 9, 3)))
+    assert played is not None and engine.clock is before
+    assert seen[0] < 100 and 5000 <= seen[-1] < 5100 and 5000 <= played.times[1][0] < 5100
+    assert played.busy < 100 < played.seconds
 
 
 def test_compositions_keep_to_the_limits() -> None:

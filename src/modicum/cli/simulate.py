@@ -43,6 +43,9 @@ def simulate(
     block_size: Annotated[int | None, typer.Option(help="Tokens per cache block.")] = None,
     columns: Annotated[str, typer.Option(help="Unusual columns: arrival=NAME,prompt=NAME,output=NAME.")] = "",
     unit: Annotated[str | None, typer.Option(help="Of numeric arrivals: s, ms, us or ns.")] = None,
+    timer: Annotated[
+        str, typer.Option(help="wall, or cpu: CPU time, for one thread on a machine with other work.")
+    ] = "wall",
     device: Annotated[str, typer.Option(help="cpu or cuda, with --model.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -70,7 +73,7 @@ def simulate(
         "max_sequences": max_sequences or about.get("max_sequences", 64),
     }
     decoder: Any = _decoder(model, device) if model and (known is None or engine) else None
-    pace = known or _calibrated(decoder, limits, cache, max_length, steps, seed)
+    pace = known or _calibrated(decoder, limits, cache, max_length, steps, seed, timer)
     about = pace.about
     if calibrate and cost is not None:
         pace.save(cost)
@@ -111,7 +114,7 @@ def simulate(
     def on_engine(choice: Any, requests: Any) -> Any:
         size = f"{n_blocks * limits['block_size']}tok"
         config = EngineConfig(cache=size, scheduler=choice, prefix_cache=False, **limits)
-        return play(Engine(decoder, None, config), requests, seed, promised)
+        return play(Engine(decoder, None, config), requests, seed, promised, timer)
 
     ways = {"simulated": simulated}
     if engine:
@@ -160,14 +163,16 @@ def _decoder(model: str, device: str) -> Any:
     return load_model(find_folder(model), device=device)
 
 
-def _calibrated(decoder: Any, limits: dict, cache: str, max_length: int | None, steps: int, seed: int) -> Any:
+def _calibrated(
+    decoder: Any, limits: dict, cache: str, max_length: int | None, steps: int, seed: int, timer: str
+) -> Any:
     from modicum.core.events import Progress
     from modicum.serve.config import EngineConfig
     from modicum.serve.simulate_engine import calibrate
 
     config = EngineConfig(cache=cache, max_length=max_length, prefix_cache=False, **limits)
     with Progress("timing steps", steps, "steps") as progress:
-        return calibrate(decoder, config, steps=steps, seed=seed, progress=lambda n: progress.update(n))
+        return calibrate(decoder, config, steps=steps, seed=seed, by=timer, progress=lambda n: progress.update(n))
 
 
 def _blocks(cache: str, block_size: int, about: dict) -> int:

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from modicum.budget.machine import cpu_name
-from modicum.core.errors import ModicumError, UserError
+from modicum.core.errors import ModicumError, UserError, unknown
 from modicum.model.decoder import Decoder
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
@@ -27,6 +28,7 @@ from modicum.serve.simulate import SLO, Doomed, Played
 from modicum.serve.traces import Trace
 
 HELD_OUT = 0.2
+TIMERS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: for one thread on a machine with other work
 Works = list[tuple[int, int]]  # (cached tokens, tokens to compute) of each sequence
 
 
@@ -74,7 +76,20 @@ def compositions(count: int, config: EngineConfig, longest: int, capacity: int, 
     return found
 
 
-def time_step(engine: Engine, works: Works, repeat: int = 3) -> float:
+def timer(name: str) -> Callable[[], float]:
+    """A clock for steps. Raises `UserError` for CPU time where it is not the time that a step takes."""
+    if name not in TIMERS:
+        raise unknown("timer", name, TIMERS)
+    if name == "cpu" and torch.get_num_threads() != 1:
+        raise UserError(
+            f"CPU time would count {torch.get_num_threads()} threads together; set OMP_NUM_THREADS=1, or time by wall"
+        )
+    return TIMERS[name]
+
+
+def time_step(
+    engine: Engine, works: Works, repeat: int = 3, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Median seconds of a step that computes `n` tokens behind `start` for each of `works`.
 
     What is cached is not computed before: its place is taken, and holds whatever is there.
@@ -98,9 +113,9 @@ def time_step(engine: Engine, works: Works, repeat: int = 3) -> float:
         taken = []
         scheduler.told = Plan(tuple((r.sequences[0].id, n) for r, (_, n) in zip(requests, works, strict=True)))
         for _ in range(repeat):
-            began = time.perf_counter()
+            began = clock()
             updates = engine.step()
-            taken.append(time.perf_counter() - began)
+            taken.append(clock() - began)
             fault = next((u.error for u in updates if u.error), None)
             if fault or len(updates) != len(requests):
                 raise ModicumError(f"a step could not be timed: {fault or 'not all of it was computed'}")
@@ -121,12 +136,13 @@ def calibrate(
     *,
     steps: int = 240,
     seed: int = 0,
+    by: str = "wall",
     progress: Callable[[int], None] | None = None,
 ) -> StepTime:
     """Step times of this model on this machine, with the errors on held-out steps in `about`."""
     if steps < 50:
         raise UserError(f"{steps} steps are too few to calibrate on; time at least 50")
-    engine = Engine(model, None, config)
+    engine, clock = Engine(model, None, config), timer(by)
     if engine.policy.drops or engine.policy.observes:
         raise UserError(f"kv={config.kv}: the simulator knows whole caches only; choose kv=full")
     engine.scheduler = _Told(
@@ -135,11 +151,11 @@ def calibrate(
     engine.storage.wipe(range(engine.blocks.n_blocks))
     drawn = compositions(steps, config, engine.max_length, engine.cache.capacity, seed)
     for works in drawn[: max(4, steps // 20)]:  # the first calls of each shape are slow
-        time_step(engine, works, 1)
+        time_step(engine, works, 1, clock)
     loads, seconds = [], []
     for works in drawn:
         loads.append(Load.of(works))
-        seconds.append(time_step(engine, works))
+        seconds.append(time_step(engine, works, clock=clock))
         if progress is not None:
             progress(1)
     order = random.Random(seed).sample(range(len(loads)), len(loads))
@@ -152,6 +168,7 @@ def calibrate(
         "model": f"{shape.layers} layers of {shape.width}, {shape.heads}/{shape.kv_heads} heads",
         "dtype": str(model.dtype).removeprefix("torch."),
         "machine": cpu_name() if model.device.type == "cpu" else str(model.device),
+        "timer": by,
         "steps": len(used),
         "held_out": len(held),
         "error_median": float(np.median(wrong)),
@@ -167,7 +184,9 @@ def calibrate(
     return StepTime(found.coefficients, found.spread, about)
 
 
-def play(engine: Engine, trace: Trace, seed: int = 0, slo: SLO | None = None) -> Played | None:
+def play(
+    engine: Engine, trace: Trace, seed: int = 0, slo: SLO | None = None, by: str = "wall"
+) -> Played | None:
     """Give the engine the trace's requests. Its steps take the time they take; waiting for arrivals takes none.
 
     None as soon as it is clear that `slo` is not met. Raises `ModicumError` if a request fails.
@@ -180,7 +199,9 @@ def play(engine: Engine, trace: Trace, seed: int = 0, slo: SLO | None = None) ->
     waiting: set[int] = set()
     before = dict(engine.counters)
     doomed = Doomed(trace, slo) if slo else None
-    clock, come = 0.0, 0
+    clock, come, now, shown = 0.0, 0, timer(by), engine.clock
+    began = now()
+    engine.clock = lambda: clock + now() - began  # what the scheduler and the requests see
     while come < len(trace) or engine.busy:
         if not engine.busy:
             clock = max(clock, float(trace.arrival_N[come]))
@@ -191,15 +212,15 @@ def play(engine: Engine, trace: Trace, seed: int = 0, slo: SLO | None = None) ->
             number[engine.add(request)] = come
             waiting.add(request.id)
             come += 1
-        began, computed = time.perf_counter(), engine.counters["computed_tokens"]
+        began, computed = now(), engine.counters["computed_tokens"]
         updates = engine.step()
-        seconds = time.perf_counter() - began
+        seconds = now() - began
         for id in [i for i in waiting if i not in engine.requests or engine.requests[i].sequences[0].slot >= 0]:
             played.started[number[id]] = clock
             waiting.remove(id)
             if doomed is not None:
                 doomed.start(clock - float(trace.arrival_N[number[id]]))
-        clock += seconds
+        began, clock = now(), clock + seconds
         played.busy += seconds
         played.computed += engine.counters["computed_tokens"] - computed
         played.peak_blocks = max(played.peak_blocks, engine.blocks.n_blocks - engine.blocks.free)
@@ -212,7 +233,9 @@ def play(engine: Engine, trace: Trace, seed: int = 0, slo: SLO | None = None) ->
             times.extend([clock] * len(update.tokens))
         if doomed:
             engine.close()
+            engine.clock = shown
             return None
+    engine.clock = shown
     played.seconds = clock
     played.steps = engine.counters["steps"] - before["steps"]
     played.preemptions = engine.counters["preemptions"] - before["preemptions"]

@@ -57,6 +57,7 @@ class Scale:
     cache: str = "24ktok"
     batch_tokens: int = 512
     sequences: int = 32
+    timer: str = "wall"  # cpu: steps are timed by CPU time, for one thread on a machine with other work
 
 
 QUICK = Scale(
@@ -79,9 +80,9 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         return simulate(trace.at_rate(rate, seed), registry.build("scheduler", method, *limits), pace, slo)
 
     def on_engine(rate: float) -> Played | None:
-        return play(Engine(model, None, config), trace.at_rate(rate, seed), seed, slo)
+        return play(Engine(model, None, config), trace.at_rate(rate, seed), seed, slo, scale.timer)
 
-    at_once = play(Engine(model, None, config), trace.at_rate(1e9, seed), seed)
+    at_once = play(Engine(model, None, config), trace.at_rate(1e9, seed), seed, by=scale.timer)
     assert at_once is not None
     guess, _run = search(simulated, len(trace), slo, 1.0, 0.02)
     start = guess if 0 < guess < np.inf else 1.0
@@ -125,7 +126,7 @@ def prepared(scale: Scale, name: str | None, device: str, data: str | None) -> t
     else:
         shape = llama_like(scale.vocabulary, scale.width, scale.layers, context_length=scale.context)
         model = Decoder(shape, lab.seeded(0)).to(device)
-    pace = calibrate(model, engine_config(scale), steps=scale.steps)
+    pace = calibrate(model, engine_config(scale), steps=scale.steps, by=scale.timer)
     return model, pace, strict_tbt(pace, requests(scale, data, 0), scale.sequences)
 
 
