@@ -136,7 +136,7 @@ class StepTime:
             ) from None
 
 
-def fit(loads: Sequence[Load], seconds: Sequence[float]) -> StepTime:
+def fit(loads: Sequence[Load], seconds: Sequence[float] | np.ndarray) -> StepTime:
     """Nonnegative least squares of relative errors; steps out of all proportion are left out once."""
     from scipy.optimize import nnls
 
@@ -155,7 +155,7 @@ def fit(loads: Sequence[Load], seconds: Sequence[float]) -> StepTime:
     return StepTime(tuple(map(float, x / scale)), max(1.0, float(np.quantile(ratio, 0.99))))
 
 
-def errors(model: StepTime, loads: Sequence[Load], seconds: Sequence[float]) -> np.ndarray:
+def errors(model: StepTime, loads: Sequence[Load], seconds: Sequence[float] | np.ndarray) -> np.ndarray:
     """|predicted - measured| / measured, of each step."""
     predicted = np.array([model.seconds(load) for load in loads])
     return np.asarray(np.abs(predicted - seconds) / seconds)

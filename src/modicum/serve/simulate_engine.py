@@ -28,6 +28,7 @@ from modicum.serve.simulate import SLO, Doomed, Played
 from modicum.serve.traces import Trace
 
 HELD_OUT = 0.2
+PASSES = 3  # each composition is timed so often
 TIMERS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: for one thread on a machine with other work
 Works = list[tuple[int, int]]  # (cached tokens, tokens to compute) of each sequence
 
@@ -87,10 +88,8 @@ def timer(name: str) -> Callable[[], float]:
     return TIMERS[name]
 
 
-def time_step(
-    engine: Engine, works: Works, repeat: int = 3, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Median seconds of a step that computes `n` tokens behind `start` for each of `works`.
+def time_step(engine: Engine, works: Works, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of a step that computes `n` tokens behind `start` for each of `works`.
 
     What is cached is not computed before: its place is taken, and holds whatever is there.
     """
@@ -110,20 +109,14 @@ def time_step(
             if start and not engine.cache.room(sample, start):
                 raise ModicumError(f"a step of {works} does not fit the cache")
             scheduler.advance(sample.id, start, 0)
-        taken = []
         scheduler.told = Plan(tuple((r.sequences[0].id, n) for r, (_, n) in zip(requests, works, strict=True)))
-        for _ in range(repeat):
-            began = clock()
-            updates = engine.step()
-            taken.append(clock() - began)
-            fault = next((u.error for u in updates if u.error), None)
-            if fault or len(updates) != len(requests):
-                raise ModicumError(f"a step could not be timed: {fault or 'not all of it was computed'}")
-            for request, (start, n) in zip(requests, works, strict=True):
-                sample = request.sequences[0]  # back to where it was, its blocks held
-                sample.tokens.pop()
-                sample.job.length, sample.job.computed = start + n, start
-        return float(np.median(taken))
+        began = clock()
+        updates = engine.step()
+        seconds = clock() - began
+        fault = next((u.error for u in updates if u.error), None)
+        if fault or len(updates) != len(requests):
+            raise ModicumError(f"a step could not be timed: {fault or 'not all of it was computed'}")
+        return seconds
     finally:
         scheduler.told = Plan()
         for request in requests:
@@ -148,21 +141,24 @@ def calibrate(
     engine.scheduler = _Told(
         None, config.block_size, engine.blocks.n_blocks, config.max_batch_tokens, config.max_sequences
     )
-    engine.storage.wipe(range(engine.blocks.n_blocks))
+    rng, every = random.Random(seed), engine.blocks.take(engine.blocks.n_blocks)
+    engine.storage.wipe(every)  # memory that was never written would be read faster
+    for block in rng.sample(every, len(every)):  # as they lie after a while of service
+        engine.blocks.release([block])
     drawn = compositions(steps, config, engine.max_length, engine.cache.capacity, seed)
     for works in drawn[: max(4, steps // 20)]:  # the first calls of each shape are slow
-        time_step(engine, works, 1, clock)
-    loads, seconds = [], []
-    for works in drawn:
-        loads.append(Load.of(works))
-        seconds.append(time_step(engine, works, clock=clock))
-        if progress is not None:
-            progress(1)
-    order = random.Random(seed).sample(range(len(loads)), len(loads))
+        time_step(engine, works, clock)
+    loads, taken = [Load.of(works) for works in drawn], np.zeros((len(drawn), PASSES))
+    for i in range(PASSES):  # not one step several times: it would find its keys in the processor's cache
+        for j in rng.sample(range(len(drawn)), len(drawn)):
+            taken[j, i] = time_step(engine, drawn[j], clock)
+            if progress is not None:
+                progress(1 / PASSES)
+    order = rng.sample(range(len(loads)), len(loads))
     cut = round(len(order) * HELD_OUT)
     held, used = order[:cut], order[cut:]
-    found = fit([loads[i] for i in used], [seconds[i] for i in used])
-    wrong = errors(found, [loads[i] for i in held], [seconds[i] for i in held])
+    found = fit([loads[j] for j in used for _ in range(PASSES)], taken[used].ravel())
+    wrong = errors(found, [loads[j] for j in held], np.median(taken[held], axis=1))
     shape = model.config
     about: dict[str, Any] = {
         "model": f"{shape.layers} layers of {shape.width}, {shape.heads}/{shape.kv_heads} heads",
