@@ -18,7 +18,7 @@ def simulate(
     model: Annotated[str | None, typer.Option(help="A model folder: its steps are timed on this machine.")] = None,
     cost: Annotated[Path | None, typer.Option(help="Step times: read, or written with --calibrate.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Time the model's steps anew.")] = False,
-    steps: Annotated[int, typer.Option(help="Steps to time for a calibration.")] = 240,
+    steps: Annotated[int, typer.Option(help="Different steps to time for a calibration.")] = 240,
     rate: Annotated[float | None, typer.Option(help="Requests per second; default: as in the trace.")] = None,
     find_rate: Annotated[
         bool, typer.Option("--find-rate", help="Search the largest rate that keeps to the SLO.")
@@ -168,10 +168,10 @@ def _calibrated(
 ) -> Any:
     from modicum.core.events import Progress
     from modicum.serve.config import EngineConfig
-    from modicum.serve.simulate_engine import calibrate
+    from modicum.serve.simulate_engine import PASSES, calibrate
 
     config = EngineConfig(cache=cache, max_length=max_length, prefix_cache=False, **limits)
-    with Progress("timing steps", steps, "steps") as progress:
+    with Progress("timing steps", steps * PASSES, "steps") as progress:
         return calibrate(decoder, config, steps=steps, seed=seed, by=timer, progress=lambda n: progress.update(n))
 
 

@@ -153,7 +153,7 @@ def calibrate(
         for j in rng.sample(range(len(drawn)), len(drawn)):
             taken[j, i] = time_step(engine, drawn[j], clock)
             if progress is not None:
-                progress(1 / PASSES)
+                progress(1)
     order = rng.sample(range(len(loads)), len(loads))
     cut = round(len(order) * HELD_OUT)
     held, used = order[:cut], order[cut:]
