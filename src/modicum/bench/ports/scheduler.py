@@ -36,6 +36,7 @@ from modicum.serve.traces import Trace
 
 AXES = Axes(quality=Axis("rate", "higher", "1/s"), cost=Axis("tokens_per_second", "higher", "1/s"))
 LIMITS: set[str] = set()
+AT_ONCE = 1e9  # requests per second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,24 +77,26 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     n_blocks = cache_blocks(config, model.config, model.dtype, model.device)
     limits = (config.block_size, n_blocks, config.max_batch_tokens, config.max_sequences)
 
-    def simulated(rate: float) -> Played | None:
-        return simulate(trace.at_rate(rate, seed), registry.build("scheduler", method, *limits), pace, slo)
+    def simulated(rate: float, promise: SLO | None = slo) -> Played | None:
+        return simulate(trace.at_rate(rate, seed), registry.build("scheduler", method, *limits), pace, promise)
 
     def on_engine(rate: float) -> Played | None:
         return play(Engine(model, None, config), trace.at_rate(rate, seed), seed, slo, scale.timer)
 
-    at_once = play(Engine(model, None, config), trace.at_rate(1e9, seed), seed, by=scale.timer)
-    assert at_once is not None
+    at_once = play(Engine(model, None, config), trace.at_rate(AT_ONCE, seed), seed, by=scale.timer)
+    at_once_simulated = simulated(AT_ONCE, None)
+    assert at_once is not None and at_once_simulated is not None
     guess, _run = search(simulated, len(trace), slo, 1.0, 0.02)
     start = guess if 0 < guess < np.inf else 1.0
     rate, best = search(on_engine, len(trace), slo, start, scale.tolerance, 1.15)
     found = best.report(slo) if best else {}
     return Measurement(
         metrics={
-            # A rate without bound would mean that the whole trace is over before a queue can form.
+            # No more than what is done when everything waits: a short trace can be over before a queue forms.
             "rate": float(min(rate, len(trace) / at_once.seconds)),
             "tokens_per_second": at_once.report()["tokens_per_second"],
-            "rate_simulated": float(guess) if np.isfinite(guess) else -1.0,
+            "rate_simulated": float(min(guess, len(trace) / at_once_simulated.seconds)),
+            "tokens_per_second_simulated": at_once_simulated.report()["tokens_per_second"],
             "tbt_limit": tbt,
             "calibration_error": float(pace.about["error_median"]),
             "preemptions": at_once.preemptions,
