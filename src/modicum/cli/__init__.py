@@ -19,7 +19,7 @@ from modicum.core.errors import ModicumError, unknown
 
 HERE = Path(__file__).parent
 ORDER = ("run", "plan", "curate", "predict", "pretrain", "adapt", "compress", "index", "search", "ask", "serve",
-         "chat", "eval", "bench", "ls", "show", "new", "check", "doctor")
+         "simulate", "chat", "eval", "bench", "ls", "show", "new", "check", "doctor")
 
 
 def verbs() -> list[str]:

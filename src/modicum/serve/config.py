@@ -92,16 +92,17 @@ def cache_blocks(config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype,
 
 def make_scheduler(config: EngineConfig, n_blocks: int) -> Scheduler:
     choice = Choice.parse("scheduler", config.scheduler)
-    if config.chunked_prefill is not None:
-        if not hasattr(choice.config(), "chunked"):
-            raise UserError(
-                f"chunked_prefill={config.chunked_prefill}: the scheduler {choice.method!r} has no knob "
-                "'chunked' to turn; leave chunked_prefill out, or choose scheduler=fcfs"
-            )
-        choice = Choice(choice.port, choice.method, choice.knobs | {"chunked": config.chunked_prefill})
+    wanted = config.chunked_prefill
+    if wanted is not None and hasattr(choice.config(), "chunked"):
+        choice = Choice(choice.port, choice.method, choice.knobs | {"chunked": wanted})
     scheduler: Scheduler = registry.build(
         "scheduler", choice, config.block_size, n_blocks, config.max_batch_tokens, config.max_sequences
     )
+    if wanted is not None and scheduler.chunks != wanted:
+        raise UserError(
+            f"chunked_prefill={wanted}: the scheduler {choice.method!r} {'never' if wanted else 'always'} cuts "
+            "prompts and has no knob 'chunked' to turn; leave chunked_prefill out, or choose scheduler=fcfs"
+        )
     return scheduler
 
 

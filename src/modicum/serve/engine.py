@@ -68,6 +68,7 @@ class Engine:
         self.eos = frozenset(tokenizer.stop_ids if tokenizer is not None else shape.eos_ids)
         self.samples: dict[int, Sample] = {}
         self.requests: dict[int, Request] = {}
+        self.clock: Callable[[], float] = time.monotonic  # that of the requests' arrivals
         self._ids = itertools.count()
         self._hinted: list[Job] = []
         self._idle = 0
@@ -208,7 +209,7 @@ class Engine:
                     f"its cache was needed by others, and "
                     f"{late.length} tokens are too many to compute anew in {self.cache.capacity}",
                 )
-            plan = self.scheduler.plan(self.scheduler.state(self.blocks.free, time.monotonic()))
+            plan = self.scheduler.plan(self.scheduler.state(self.blocks.free, self.clock()))
             works = self._apply(plan)
             if works:
                 run = self._run if self.drafting is None else self.drafting.run
@@ -321,7 +322,7 @@ class Engine:
                 self.cache.publish(sample)
                 if self.policy.drops and not self.cache.thin(sample, w.n):
                     self._preempt(sample)
-        now = time.monotonic()
+        now = self.clock()
         for i, sample in enumerate(samples):
             if sample.id in broken:
                 updates += self.fail([sample.request.id], "the model's output is not a number (NaN or infinite)")

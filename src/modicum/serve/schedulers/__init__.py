@@ -19,6 +19,7 @@ from typing import Any
 
 from modicum.core.errors import ModicumError
 from modicum.core.registry import Method
+from modicum.serve.pace import Learner, Load, StepTime
 
 BASELINE = "fcfs"
 
@@ -71,6 +72,7 @@ class State:
     token_limit: int  # tokens one step should not exceed
     sequence_limit: int  # sequences that may run at once
     now: float  # seconds, on the clock of the arrivals
+    pace: StepTime | None = None  # how long a step takes, if that is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +90,14 @@ class Scheduler(Method):
     """Base of the methods, constructed as `cls(config, block_size, n_blocks, token_limit, sequence_limit)`.
 
     `supports`: "chunked-prefill" (a prompt may be computed over several steps), "prefix-cache".
+    `stall_free`: a running sequence that decodes is in every step, unless it is preempted for its blocks.
+    A method that needs to know how long steps take sets `pace` (a calibration) or `learner` (then the steps
+    that `state` and `commit` tell of are timed by the clock they are given); `plan` finds it in its state.
     What every method must keep: the oldest job makes progress, so nobody starves; one sequence that fits
     the cache alone is never refused; never more blocks than are free, never more sequences than allowed.
     """
+
+    stall_free = False
 
     def __init__(self, config: Any, block_size: int, n_blocks: int, token_limit: int, sequence_limit: int):
         self.config = config
@@ -99,6 +106,10 @@ class Scheduler(Method):
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.jobs: dict[int, Job] = {}
+        self.pace: StepTime | None = None
+        self.learner: Learner | None = None
+        self._asked = 0.0  # when the last plan was asked for
+        self._load: Load | None = None  # of the step that is under way, while a learner wants to know
 
     @property
     def chunks(self) -> bool:
@@ -110,6 +121,11 @@ class Scheduler(Method):
         raise NotImplementedError
 
     def state(self, free_blocks: int, now: float) -> State:
+        if self.learner is not None:
+            if self._load is not None:
+                self.learner.add(self._load, now - self._asked)
+                self.pace, self._load = self.learner.model or self.pace, None
+            self._asked = now
         return State(
             self.waiting,
             self.running,
@@ -119,9 +135,12 @@ class Scheduler(Method):
             self.token_limit,
             self.sequence_limit,
             now,
+            self.pace,
         )
 
     def add(self, job: Job) -> None:
+        if not self.jobs:
+            self._load = None  # nobody was there: the time since the last step says nothing of it
         self.jobs[job.id] = job
         insort(self.waiting, job, key=lambda j: (j.arrival, j.id))
 
@@ -142,6 +161,8 @@ class Scheduler(Method):
                     job = self.jobs[id]
                     job.computed = job.capacity = job.hit
                     self.running.append(job)
+        if self.learner is not None:
+            self._load = Load.of((self.jobs[id].computed, n) for id, n in plan.run) if plan.run else None
 
     def advance(self, id: int, computed: int, new: int) -> None:
         """`computed` more tokens are cached, `new` more are known."""
