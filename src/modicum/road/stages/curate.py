@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
+import subprocess
+import sys
 from typing import Any
 
 from modicum.budget import Cost, Meter
-from modicum.core.files import fingerprint
+from modicum.core.errors import ModicumError
+from modicum.core.files import fingerprint, write_json, write_text
 from modicum.data.curate import CurateConfig, Curation, curate
 from modicum.data.readers import ReadConfig, find
-from modicum.road.context import Context
+from modicum.road.context import Context, Run
 from modicum.road.plan import Planner, StagePlan
-from modicum.road.recipe import Recipe
+from modicum.road.recipe import Recipe, resolved
+from modicum.road.worker import environment
 
 NEEDS: tuple[str, ...] = ()
 GROUP = 4 << 20   # bytes that one process works on at a time (data.curate)
@@ -47,16 +52,17 @@ def plan(planner: Planner) -> StagePlan:
     recipe = planner.recipe
     total = _corpus(recipe.corpus, _limit(recipe))[1]
     processes = recipe.curate.processes
-    points: list[tuple[int, float, float]] = []
+    points: list[tuple[int, float]] = []
     for size in SAMPLES:
         size = min(total, size)
-        with contextlib.redirect_stderr(io.StringIO()), Meter(children=True) as meter:
+        with contextlib.redirect_stderr(io.StringIO()), Meter() as meter:
             made = curate(recipe.corpus, planner.scratch / f"sample-{len(points)}",
                           _config(recipe, size, group_bytes=size // processes), processes=processes)
-        points.append((size, meter.seconds, meter.peak_bytes))
-    (s1, t1, m1), (s2, t2, m2) = points
+        points.append((size, meter.seconds))
+    (s1, t1), (s2, t2) = points
     rate = max((t2 - t1) / (s2 - s1), 0.5 * t2 / s2) if s2 > s1 else t2 / s2
-    growth = max((m2 - m1) / (s2 - s1), 0.0) if s2 > s1 else 0.0
+    fixed = planner.fixed["curate"].peak_bytes if planner.fixed else 0.0
+    growth = max(_peak(planner, s2) - fixed, 0.0) / s2   # of one process with a sample of its own
     tokens = {split: made.count("tokens", split) for split in ("train", "heldout")}
     scale = total / s2
     cost = Cost(tokens=(tokens["train"] + tokens["heldout"]) * scale, seconds=rate * total,
@@ -65,6 +71,21 @@ def plan(planner: Planner) -> StagePlan:
                             "bytes_per_token": made.count("bytes") / made.count("tokens"),
                             "sample": str(made.folder), "sample_share": s2 / total},
                      f"{s1 / 2**20:.0f} and {s2 / 2**20:.0f} of {total / 2**20:.1f} MiB curated")
+
+
+def _peak(planner: Planner, size: int) -> float:
+    """Peak bytes of this stage, run by itself as it will be, on `size` bytes."""
+    run = Run(planner.scratch / "curate-alone")
+    recipe = planner.recipe.model_dump()
+    recipe["curate"]["max_bytes"] = size
+    write_text(run.folder / "run.yaml", resolved(Recipe.model_validate(recipe)))
+    write_json(run.folder / "plan.json", {"stages": {}})
+    subprocess.run([sys.executable, "-m", "modicum.road.worker", str(run.folder), "curate", "600", str(os.getpid())],
+                   capture_output=True, check=False, env=environment())
+    record = run.done("curate")
+    if record is None:
+        raise ModicumError("the curation of a sample failed; type: modicum curate CORPUS --out FOLDER to see why")
+    return float(record["measured"]["peak_bytes"])
 
 
 def _bytes(made: Curation) -> float:

@@ -12,7 +12,6 @@ from modicum.core.choice import Choice
 from modicum.data.curate import Curation
 from modicum.data.tokenizer import Tokenizer
 from modicum.evaluate.lm import bits_per_byte
-from modicum.evaluate.score import BATCH_TOKENS
 from modicum.model.folder import load_model
 from modicum.road import training
 from modicum.road.context import Context
@@ -20,6 +19,7 @@ from modicum.road.plan import Planner, StagePlan
 from modicum.road.recipe import Recipe
 
 NEEDS = ("curate", "pretrain")
+BATCH_TOKENS = 2048         # of one forward pass: as fast as more on a CPU, and little memory
 OVERLAP = 0.0               # of a window, scored before and context only: small models gain nothing by it
 DICTIONARY_TEXT = 3 << 20   # bytes of training text that zstd's dictionary is made from
 
@@ -86,7 +86,8 @@ def run(context: Context) -> dict[str, Any]:
         with context.events.progress(f"score {variant['name']}", total, "tok") as progress:
             began = time.perf_counter()
             score = bits_per_byte(model, tokenizer, texts, sequence_length=recipe.pretrain.sequence_length,
-                                  overlap=OVERLAP, advance=lambda n, bar=progress: bar.update(n))  # type: ignore[misc]
+                                  overlap=OVERLAP, batch_tokens=BATCH_TOKENS,
+                                  advance=lambda n, bar=progress: bar.update(n))  # type: ignore[misc]
         rows.append(variant | score.as_dict() | {"seconds": time.perf_counter() - began, "bytes": variant["bytes"]})
         context.events.emit("score", **rows[-1])
         tokens, flops = tokens + score.tokens, flops + score.tokens * model.config.flops_per_token(
