@@ -48,7 +48,7 @@ def _config(recipe: Recipe, limit: int | None, **more: Any) -> CurateConfig:
 
 
 def plan(planner: Planner) -> StagePlan:
-    """Curates two small samples for real; beyond the fixed part, time and memory grow in proportion."""
+    """Curates two small samples for real; beyond the fixed part, time grows in proportion."""
     recipe = planner.recipe
     total = _corpus(recipe.corpus, _limit(recipe))[1]
     processes = recipe.curate.processes
@@ -62,11 +62,11 @@ def plan(planner: Planner) -> StagePlan:
     (s1, t1), (s2, t2) = points
     rate = max((t2 - t1) / (s2 - s1), 0.5 * t2 / s2) if s2 > s1 else t2 / s2
     fixed = planner.fixed["curate"].peak_bytes if planner.fixed else 0.0
-    growth = max(_peak(planner, s2) - fixed, 0.0) / s2   # of one process with a sample of its own
+    peak = _peak(planner, min(total, GROUP * processes))   # every process at work: more text takes no more
     tokens = {split: made.count("tokens", split) for split in ("train", "heldout")}
     scale = total / s2
     cost = Cost(tokens=(tokens["train"] + tokens["heldout"]) * scale, seconds=rate * total,
-                peak_bytes=growth * min(total, GROUP * processes), disk_bytes=_bytes(made) * scale)
+                peak_bytes=max(peak - fixed, 0.0), disk_bytes=_bytes(made) * scale)
     return StagePlan(cost, {"train_tokens": tokens["train"] * scale, "vocab_size": made.tokenizer().vocab_size,
                             "bytes_per_token": made.count("bytes") / made.count("tokens"),
                             "sample": str(made.folder), "sample_share": s2 / total},
