@@ -75,7 +75,7 @@ class StepAttend:
     def begin(self, works: Sequence[Work], observe: bool = False) -> None:
         """`works` in row order: see `arrange`."""
         P = self.storage.block_size
-        self._observers = list(works) if observe else []
+        self._observers = [w for w in works if w.sample.policy.wants(w.start, w.n)] if observe else []
         trees = [w for w in works if w.tree is not None]
         self._pieces = [w for w in works if w.n > 1 and w.tree is None]
         singles = works[: len(works) - len(self._pieces) - len(trees)]
@@ -164,7 +164,7 @@ class StepAttend:
             )
         for w in self._observers:
             places = slice(w.at, w.at + w.n)
-            w.sample.policy.observe(layer, q_HTE[:, places], k_GTE[:, places], v_GTE[:, places])
+            w.sample.policy.observe(layer, w.start, q_HTE[:, places], k_GTE[:, places], v_GTE[:, places])
         return out_TGRE.view(T, H, E).transpose(0, 1)[None]
 
     def _write(self, layer: int, k_GTE: Tensor, v_GTE: Tensor) -> None:

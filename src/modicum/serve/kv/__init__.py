@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from modicum.core.errors import UserError
 from modicum.core.registry import Method
 
 BASELINE = "full"
@@ -28,6 +30,28 @@ class CacheShape:
     head_dim: int
     block_size: int
     windows: tuple[int | None, ...]  # per layer: keys a query sees, itself included; None: all
+    scales: tuple[float, ...] = ()  # per layer: what multiplies q k; empty: head_dim ** -0.5
+    softcap: float | None = None
+
+    def scores(self, layer: int, q_XTE: Tensor, k_XSE: Tensor) -> Tensor:
+        """Attention scores (X, T, S) in float32 before any mask, as the model computes them."""
+        scale = self.scales[layer] if self.scales else self.head_dim**-0.5
+        scores_XTS = q_XTE.float() @ k_XSE.float().transpose(-1, -2) * scale
+        return scores_XTS if self.softcap is None else self.softcap * torch.tanh(scores_XTS / self.softcap)
+
+
+def entries_of(budget: float, tokens: int) -> int:
+    """A budget as a number of entries: up to 1 it is a share of `tokens`, above 1 it is that number."""
+    return max(1, round(budget * tokens)) if budget <= 1 else int(budget)
+
+
+def check_budget(method: str, budget: float) -> None:
+    """Raise `UserError` for a budget that is neither a share nor a number of entries."""
+    if budget <= 0 or (budget > 1 and budget != int(budget)):
+        raise UserError(
+            f"{method}: budget={budget:g} must be a share above 0 and at most 1 (0.3), or a whole number of "
+            "entries above 1 (1024)"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +75,8 @@ class KVPolicy(Method):
     """Base of the methods, constructed once per engine as `cls(config, shape)`.
 
     `supports`: "prefix-cache", "chunked-prefill", "window" (layers with a sliding window), "gqa"; the
-    engine refuses at start-up what is not named. `observes`: whether `observe` is to be called.
+    engine refuses at start-up what is not named. `observes`: whether `observe` is to be called, for the
+    steps of which `wants` says so.
     `drops`: whether `keep` may leave anything out; False spares the question. `tail`: tokens at the end
     of a prompt that a sequence computes itself even where the prefix cache has them, to be observed.
     `unbounded`: rotary positions may go past the model's context length (the policy sees to distances).
@@ -77,8 +102,12 @@ class KVPolicy(Method):
         """
         raise NotImplementedError
 
-    def observe(self, layer: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
-        """Queries, keys and values of this step's tokens, after position encoding, in order."""
+    def wants(self, start: int, n: int) -> bool:
+        """Whether to observe a step that computes the tokens at places `start` .. `start + n - 1`."""
+        return self.observes
+
+    def observe(self, layer: int, start: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
+        """Queries, keys and values of this step's tokens from place `start` on, after position encoding."""
 
     def keep(self, layer: int, entries: Entries) -> Keep:
         """What stays of `entries`; at most `allow` of them per head."""

@@ -49,7 +49,8 @@ def check_keep_is_within_allow(key: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in range(2):
         q, k, v = (torch.randn(h, 40, 8, generator=generator) for h in (4, 2, 2))
-        policy.observe(layer, q, k, v)
+        if policy.wants(0, 40):
+            policy.observe(layer, 0, q, k, v)
         position = torch.arange(40).expand(2, 40)
         kept = policy.keep(layer, Entries(k, v, position, [40, 40])).heads
         allowed = policy.allow(layer, 40)
