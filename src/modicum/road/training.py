@@ -44,8 +44,15 @@ def train_config(recipe: Recipe, shape: DecoderConfig, tokens: float, **more: An
                        eval_sequences=EVAL_SEQUENCES, **more)
 
 
-def training_stream(recipe: Recipe, curation: Curation, total: float) -> Stream:
+def training_stream(recipe: Recipe, curation: Curation, total: float) -> Any:
     p = recipe.pretrain
+    if p.recall is not None:
+        from modicum.evaluate.recall import RecallConfig, RecallStream
+
+        knobs = p.recall.model_dump(exclude={"vocabulary"})
+        config = RecallConfig(**knobs | {name: tuple(knobs[name]) for name in ("lengths", "shares")})
+        return RecallStream(config, curation.tokenizer(), curation.shards("train"),
+                            sequence_length=p.sequence_length, total=total, seed=recipe.seed)
     return Stream(curation.shards("train"), p.mixture, p.packing, sequence_length=p.sequence_length,
                   seed=recipe.seed, total=total)
 

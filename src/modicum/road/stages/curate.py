@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+from pathlib import Path
 from typing import Any
 
 from modicum.budget import Cost, Meter
-from modicum.core.files import fingerprint
+from modicum.core.files import atomic_file, fingerprint
 from modicum.data.curate import CurateConfig, Curation, curate
 from modicum.data.readers import ReadConfig, find
 from modicum.road.context import Context
@@ -33,8 +34,22 @@ def _limit(recipe: Recipe) -> int | None:
 
 def uses(recipe: Recipe) -> dict[str, Any]:
     section = recipe.curate.model_dump(exclude={"processes", "engine"})
+    recall = recipe.pretrain.recall
     return {"corpus": recipe.corpus, "files": _corpus(recipe.corpus, _limit(recipe))[0], "curate": section,
-            "tokenizer": recipe.model}
+            "tokenizer": recipe.model} | ({"recall": recall.vocabulary} if recall else {})
+
+
+def _sources(recipe: Recipe, folder: Path) -> list[str]:
+    """The corpus and, for a model that learns to recall, a sample of that text: its words belong in the vocabulary."""
+    if recipe.pretrain.recall is None:
+        return [recipe.corpus]
+    from modicum.evaluate.recall import sample
+
+    path = folder / "playground.txt"
+    if not path.is_file():
+        with atomic_file(path, "w") as file:
+            file.write("\n\n".join(sample(recipe.seed, int(recipe.pretrain.recall.vocabulary))))
+    return [recipe.corpus, str(path)]
 
 
 def _config(recipe: Recipe, limit: int | None, **more: Any) -> CurateConfig:
@@ -51,7 +66,7 @@ def plan(planner: Planner) -> StagePlan:
     for size in SAMPLES:
         size = min(total, size)
         with contextlib.redirect_stderr(io.StringIO()), Meter(children=True) as meter:
-            made = curate(recipe.corpus, planner.scratch / f"sample-{len(points)}",
+            made = curate(_sources(recipe, planner.scratch), planner.scratch / f"sample-{len(points)}",
                           _config(recipe, size, group_bytes=size // processes), processes=processes)
         points.append((size, meter.seconds, meter.peak_bytes))
     (s1, t1, m1), (s2, t2, m2) = points
@@ -73,7 +88,7 @@ def _bytes(made: Curation) -> float:
 
 def run(context: Context) -> dict[str, Any]:
     recipe = context.recipe
-    made = curate(recipe.corpus, context.folder / "data", _config(recipe, _limit(recipe)), events=context.events,
+    made = curate(_sources(recipe, context.folder), context.folder / "data", _config(recipe, _limit(recipe)), events=context.events,
                   engine=recipe.curate.engine, processes=recipe.curate.processes)
     steps = [{"name": b["step"], "documents_in": b["documents_in"], "documents_out": b["documents_out"],
               "seconds": b["seconds"]} for b in made.books["steps"]]
