@@ -2,7 +2,7 @@
 
 One document of a task asks one question. To learn from as few tokens as possible, a document here asks about
 all of its facts, in the words of `needle` and `multikey`, or is a list and its copy; only what can be known is
-learnt (the questions with their answers), never the random text before them. Rows begin short and end at
+learnt (the answers), never the random text around them. Rows begin short and end at
 the run's sequence length, with the tokens of a step unchanged: recall is found in minutes on short rows and
 then stretched. Everything is drawn from (seed, step, row), by generators that no graded document uses.
 
@@ -31,6 +31,9 @@ FACTS = 40  # most facts of a document
 COPIED = 200  # most words of a list to copy
 
 
+Document = list[tuple[str, str]]  # (given, learnt), one after another
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecallConfig:
     """lengths: tokens of a row, one after another over the run, for `shares` of it (the last ends it).
@@ -54,29 +57,28 @@ class RecallConfig:
                 raise UserError(f"recall: {name}={getattr(self, name)} must be a share, at least 0 and below 1")
 
 
-def facts_and_questions(rng: Random, tokens: int) -> tuple[str, str]:
-    """(text with facts, all of them asked), of about `tokens` tokens together."""
+def facts_and_questions(rng: Random, tokens: int) -> Document:
+    """Facts scattered in a text, then all of them asked; about `tokens` tokens together."""
     n = max(1, min(rng.randint(1, FACTS), tokens // 16))
     words = rng.choice((1, 1, 2))
     drawn = rng.sample(NOUNS, n * (1 + words))
     pairs = [(drawn[i], " ".join(drawn[n + i * words : n + (i + 1) * words])) for i in range(n)]
-    text = [f"The secret of {key} is {value}." for key, value in pairs]
     asked = [
-        f" The secret of {key} is {value}." if rng.random() < 0.6 else f" The secrets of {key} : {value}."
+        (f" The secret of {key} is" if rng.random() < 0.6 else f" The secrets of {key} :", f" {value}.")
         for key, value in rng.sample(pairs, n)
     ]
-    room = int(WORDS * tokens) - sum(len(q.split()) for q in asked)
-    return scatter(rng, text, max(room, 1)), "".join(asked)
+    room = int(WORDS * tokens) - sum(len((q + a).split()) for q, a in asked)
+    text = scatter(rng, [f"The secret of {key} is {value}." for key, value in pairs], max(room, 1))
+    return [(text + asked[0][0], asked[0][1]), *asked[1:]]
 
 
-def list_and_copy(rng: Random, tokens: int) -> tuple[str, str]:
+def list_and_copy(rng: Random, tokens: int) -> Document:
     n = max(4, min(rng.randint(8, COPIED), tokens // 2 - 3))
     words = " ".join(rng.choices(NOUNS, k=n))
-    return f"Copy: {words}. Again:", f" {words}."
+    return [(f"Copy: {words}. Again:", f" {words}.")]
 
 
-def document(rng: Random, tokens: int, copies: float) -> tuple[str, str]:
-    """(given, learnt): a document of about `tokens` tokens."""
+def document(rng: Random, tokens: int, copies: float) -> Document:
     return (list_and_copy if rng.random() < copies else facts_and_questions)(rng, tokens)
 
 
@@ -84,7 +86,7 @@ def sample(seed: int, n_bytes: int) -> Iterator[str]:
     """Documents as plain text, about `n_bytes` in all: what a tokenizer must have seen."""
     rng, size = Random(f"recall/sample/{seed}"), 0
     while size < n_bytes:
-        text = "".join(document(rng, 256, 0.5))
+        text = "".join(given + learnt for given, learnt in document(rng, 256, 0.5))
         size += len(text) + 1
         yield text
 
@@ -143,7 +145,7 @@ class RecallStream:
         return Batch(tokens, targets, documents, positions)
 
     def _rows(self, rng: Random, rows: int, T: int) -> Batch:
-        texts: list[tuple[str, str]] = []
+        texts: list[Document] = []
         of_row: list[int] = []
         for row in range(rows):
             room = T
@@ -152,23 +154,30 @@ class RecallStream:
                 texts.append(document(rng, size, self.config.copies))
                 of_row.append(row)
                 room -= size
-        given, learnt = (self.tokenizer.encode_batch([t[i] for t in texts], specials=False) for i in (0, 1))
+        flat = [part for text in texts for pair in text for part in pair]
+        ids_of = iter(self.tokenizer.encode_batch(flat, specials=False))
         tokens, targets = np.full((rows, T), self.tokenizer.pad_id, np.int64), np.full((rows, T), NO_LOSS, np.int64)
         documents, positions = np.full((rows, T), -1, np.int64), np.zeros((rows, T), np.int64)
         at, held = [0] * rows, [0] * rows
-        for row, before, after in zip(of_row, given, learnt, strict=True):
+        for row, text in zip(of_row, texts, strict=True):
             # A prompt may come with or without a start token, so both are seen.
-            start = [self.tokenizer.start_id] if rng.random() < 0.5 else []
-            ids = [*start, *before, *after, self.tokenizer.eos_id]
+            ids = [self.tokenizer.start_id] if rng.random() < 0.5 else []
+            learns = [False] * len(ids)
+            for _ in text:
+                for learnt in (False, True):
+                    part = next(ids_of)
+                    ids += part
+                    learns += [learnt] * len(part)
+            ids.append(self.tokenizer.eos_id)
+            learns.append(True)
             first, last = at[row], min(at[row] + len(ids) - 1, T)
-            if last <= first:
+            n = last - first
+            if n <= 0:
                 continue
-            tokens[row, first:last] = ids[: last - first]
-            learns = first + len(start) + len(before) - 1  # predicts the first learnt token
-            if learns < last:
-                targets[row, learns:last] = ids[learns - first + 1 : last - first + 1]
+            tokens[row, first:last] = ids[:n]
+            targets[row, first:last] = np.where(learns[1 : n + 1], ids[1 : n + 1], NO_LOSS)
             documents[row, first:last] = held[row]
-            positions[row, first:last] = np.arange(last - first)
+            positions[row, first:last] = np.arange(n)
             at[row], held[row] = last, held[row] + 1
         return Batch(*(torch.from_numpy(x) for x in (tokens, targets, documents, positions)))
 

@@ -128,6 +128,8 @@ class StepAttend:
                 rows_LGT[:, :, w.at : w.at + w.n] = s.rows_of_pages(w.sample.pages, w.n)
         rows_LGT = rows_LGT.to(s.device)
         s.position_AP.view(-1)[rows_LGT] = position_T.to(s.device)
+        if s.weight_AP is not None:
+            s.weight_AP.view(-1)[rows_LGT] = 1.0
         return rows_LGT
 
     def __call__(
@@ -216,7 +218,7 @@ class StepAttend:
         key = (-1 - i, window, q_GRTE.dtype)
         mask: Tensor | None
         if w.sample.pages is not None:
-            k_GSE, v_GSE, mask = _piece_of_pages(self.storage, layer, w, window)
+            k_GSE, v_GSE, mask = _piece_of_pages(self.storage, layer, w, window, q_GRTE.dtype)
         else:
             if key not in self._reaches:
                 self._reaches[key] = self._piece_reach(w, window)
@@ -328,13 +330,22 @@ class _Thinned:
         seen_GBS = place_S < self._count_LGB[layer][:, :, None]
         if window is not None:
             seen_GBS &= self.storage.position_AP[table_GBN].flatten(2) > self._position_B[:, None] - window
-        out_GBRE = attention(
-            q_GRBE.transpose(1, 2), k_GBSE, v_GBSE, scale=scale, softcap=softcap, mask=seen_GBS[:, :, None]
-        )
+        mask = _weighted(self.storage, table_GBN, seen_GBS, q_GRBE.dtype)[:, :, None]
+        out_GBRE = attention(q_GRBE.transpose(1, 2), k_GBSE, v_GBSE, scale=scale, softcap=softcap, mask=mask)
         return out_GBRE.transpose(0, 1)
 
 
-def _piece_of_pages(storage: Storage, layer: int, w: Work, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _weighted(storage: Storage, table_XN: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask `seen` (..., S), with log(n) for entries that stand for n tokens."""
+    if storage.weight_AP is None:
+        return seen
+    bias_XS = storage.weight_AP[table_XN].flatten(-2).log().to(dtype)
+    return torch.where(seen, bias_XS if seen.dim() == bias_XS.dim() else bias_XS.unsqueeze(-2), float("-inf"))
+
+
+def _piece_of_pages(
+    storage: Storage, layer: int, w: Work, window: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values (G, S, E) and mask (G, 1, T, S) for several tokens of a thinned sequence."""
     pages = w.sample.pages
     assert pages is not None
@@ -347,4 +358,4 @@ def _piece_of_pages(storage: Storage, layer: int, w: Work, window: int | None) -
     seen_GTS = held_GS[:, None] & (position_GS[:, None] <= query_T1)
     if window is not None:
         seen_GTS &= position_GS[:, None] > query_T1 - window
-    return k_GSE, v_GSE, seen_GTS[:, None]
+    return k_GSE, v_GSE, _weighted(storage, table_GN, seen_GTS, dtype)[:, None]

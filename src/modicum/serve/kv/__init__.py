@@ -9,13 +9,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from modicum.core.errors import UserError
 from modicum.core.registry import Method
+
+if TYPE_CHECKING:
+    from modicum.model.decoder import Decoder
 
 BASELINE = "full"
 
@@ -62,13 +65,28 @@ class Entries:
     v_GSE: Tensor
     position_GS: Tensor  # int64: place of each entry in the sequence
     counts: Sequence[int]  # entries per KV head
+    weight_GS: Tensor | None = None  # float32: tokens that each entry stands for; None: one each
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """M entries in the place of dropped ones. One that stands for n tokens has log(n) added to its scores."""
+
+    k_ME: Tensor
+    v_ME: Tensor
+    position_M: Tensor
+    weight_M: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Per KV head the entries that stay: ascending indices (int64) into its S entries."""
+    """Per KV head the entries that stay: ascending indices (int64) into its S entries.
+
+    `merged`, if given, holds for each head the new entries that are put before those, or None.
+    """
 
     heads: Sequence[Tensor]
+    merged: Sequence[Merged | None] | None = None
 
 
 class KVPolicy(Method):
@@ -94,8 +112,11 @@ class KVPolicy(Method):
         """The policy of one sequence whose prompt has `prompt` tokens, with state of its own."""
         return copy.copy(self)
 
-    def allow(self, layer: int, n_tokens: int) -> int:
-        """Most entries each KV head of `layer` may hold when `n_tokens` have been computed.
+    def prepare(self, model: Decoder) -> None:
+        """Called once, before any sequence begins: look at the model, measure its heads."""
+
+    def allow(self, layer: int, n_tokens: int) -> int | Sequence[int]:
+        """Most entries each KV head of `layer` may hold when `n_tokens` have been computed (or one each).
 
         The engine asks for `keep` at the end of the prompt, and then whenever a block more than this
         is held. A policy that must see the whole prompt first allows everything before its end.
@@ -112,3 +133,8 @@ class KVPolicy(Method):
     def keep(self, layer: int, entries: Entries) -> Keep:
         """What stays of `entries`; at most `allow` of them per head."""
         raise NotImplementedError
+
+    def allowed(self, layer: int, n_tokens: int) -> list[int]:
+        """`allow` as one number for each KV head."""
+        most = self.allow(layer, n_tokens)
+        return [most] * self.shape.kv_heads if isinstance(most, int) else list(most)
