@@ -97,10 +97,13 @@ class KVPolicy(Method):
     steps of which `wants` says so.
     `drops`: whether `keep` may leave anything out; False spares the question. `tail`: tokens at the end
     of a prompt that a sequence computes itself even where the prefix cache has them, to be observed.
+    `attends`: whether sequences of more than `exact` tokens attend by the policy's own `attend`.
     `unbounded`: rotary positions may go past the model's context length (the policy sees to distances).
     """
 
     observes: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
+    exact: int = 0
     drops: ClassVar[bool] = True
     unbounded: ClassVar[bool] = False
     tail: int = 1
@@ -132,6 +135,25 @@ class KVPolicy(Method):
 
     def keep(self, layer: int, entries: Entries) -> Keep:
         """What stays of `entries`; at most `allow` of them per head."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        layer: int,
+        q_GBRTE: Tensor,
+        k_GBSE: Tensor,
+        v_GBSE: Tensor,
+        at_BT: Tensor,
+        position_GBS: Tensor,
+        held_GBS: Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """out_GBRTE of B sequences with T queries each, at places `at_BT`, over what the cache holds.
+
+        R query heads share a KV head; entries have their places and whether they are held (not padding).
+        """
         raise NotImplementedError
 
     def allowed(self, layer: int, n_tokens: int) -> list[int]:
