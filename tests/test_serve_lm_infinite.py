@@ -28,8 +28,9 @@ class Pairs:
         self.k: dict[int, list[Tensor]] = {}
         self.v: dict[int, list[Tensor]] = {}
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: object, scale: float,
-                 softcap: object) -> Tensor:
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: object, scale: float, softcap: object
+    ) -> Tensor:
         angles = self.model.rope_tables()[layer].angles.double()
         out = torch.empty_like(q)
         for t in range(q.shape[2]):
@@ -82,7 +83,7 @@ def test_outputs_are_those_of_capped_distances(piece: int | None, ceiling: int) 
 
 def test_the_cap_matters() -> None:
     model, prompt = tiny(), _prompt(60)
-    assert _naive(model, prompt, 20, WINDOW) != _naive(model, prompt, 20, 10_000)
+    assert _naive(model, prompt, 8, WINDOW) != _naive(model, prompt, 8, 10_000)
 
 
 def test_a_stream_of_fifty_contexts_in_constant_memory() -> None:
@@ -95,7 +96,7 @@ def test_a_stream_of_fifty_contexts_in_constant_memory() -> None:
     )
     held = []
     params = SamplingParams(temperature=0, max_tokens=length - 4, ignore_eos=True)
-    for update in engine.stream([1, 2, 3, 4], params):
+    for _ in engine.stream([1, 2, 3, 4], params):
         held.append(engine.stats()["used_blocks"])
     assert len(held) == length - 4
     assert max(held) == max(held[:100]) <= -(-(2 + 16) // 4) + 2

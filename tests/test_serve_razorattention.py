@@ -62,8 +62,9 @@ class Lists:
         ]
         self.ranked, self.prompt, self.n, self.block = policy.ranked, prompt, 0, block
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: object, scale: float,
-                 softcap: object) -> Tensor:
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: object, scale: float, softcap: object
+    ) -> Tensor:
         out, G = torch.empty_like(q), k.shape[1]
         for t in range(q.shape[2]):
             for g in range(G):
@@ -137,7 +138,7 @@ def test_retrieval_heads_keep_all_and_the_others_a_buffer_with_its_compensation(
 
 def test_a_budget_is_the_mean_over_heads() -> None:
     shape = CacheShape(layers=4, heads=4, kv_heads=4, head_dim=8, block_size=4, windows=(None,) * 4)
-    for budget, full in ((0.5, 2), (0.3, 2), (0.2, 1), (0.05, 0), (1.0, 16), (300, 2)):
+    for budget, full in ((0.5, 2), (0.3, 2), (0.2, 2), (0.1, 1), (0.05, 0), (1.0, 16), (300, 2)):
         policy = RazorAttention(Config(budget=budget), shape)
         policy.ranked = [(1, 0), (2, 3)]
         mine = policy.begin(1000)

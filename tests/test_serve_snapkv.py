@@ -18,7 +18,9 @@ from serve_tools import tiny
 SHAPE = CacheShape(layers=1, heads=4, kv_heads=2, head_dim=8, block_size=4, windows=(None,))
 
 
-def naive(q: torch.Tensor, k: torch.Tensor, window: int, kernel: int, pooling: str, scale: float, seen: int | None = None) -> list[list[float]]:
+def naive(
+    q: torch.Tensor, k: torch.Tensor, window: int, kernel: int, pooling: str, scale: float, seen: int | None = None
+) -> list[list[float]]:
     """Votes per KV head and old place; every vote is one number."""
     H, n, G = q.shape[0], k.shape[1], k.shape[0]
     old, R = n - window, H // G

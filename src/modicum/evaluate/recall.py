@@ -188,5 +188,3 @@ class RecallStream:
         self.done = state["done"]
         for n, stream in self.streams.items():
             stream.load_state(state["text"][str(n)])
-
-

@@ -11,12 +11,11 @@ right answers, and the bytes held while answering. That says something of a mode
     modicum run recipes/playground-recall.yaml
     modicum bench kv --model runs/playground-recall/stages/pretrain/model --scale questions=100
 
-With `stream` a policy that bounds its cache also reads that many times the prompt's length without an end.
+With `stream` a policy that bounds its cache also reads a text of so many times `sequence_length` on end.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import time
@@ -55,7 +54,6 @@ class Scale(training.Scale):
     keys: int = 8
     copied: int = 64  # words to copy
     stream: int = 0  # times `sequence_length` that an unbounded policy reads; 0: not
-    stream_piece: int = 256  # tokens of a step of it
 
 
 QUICK = Scale(
@@ -83,9 +81,7 @@ class Watched(Engine):
     def held_bytes(self) -> int:
         """Bytes of the cache that are taken: whole blocks, less the pages of broken ones that are free."""
         page = self.storage.block_bytes / self.storage.pages_per_block
-        return int(
-            (self.blocks.n_blocks - self.blocks.free) * self.storage.block_bytes - self.pages.free * page
-        )
+        return int((self.blocks.n_blocks - self.blocks.free) * self.storage.block_bytes - self.pages.free * page)
 
 
 class Forced(Watched):
@@ -170,52 +166,37 @@ def recall(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, 
     return found | {"held_bytes": sum(every) / len(every), "peak_held_bytes": float(max(every))}
 
 
-class Reading(Watched):
-    """An engine that notes how likely every token of a prompt was, and what it held while reading."""
-
-    nats: list[float]
-
-    def _run(self, works: list[Work], updates: list[Update]) -> None:
-        (work,) = works
-        known = work.sample.tokens[work.start + 1 : work.start + work.n + 1]
-        hidden, keep = self.model.hidden, []
-
-        def noting(*args: Any, **more: Any) -> Tensor:
-            keep.append(hidden(*args, **more))
-            return keep[0]
-
-        self.model.hidden = noting  # type: ignore[method-assign]
-        try:
-            super()._run(works, updates)
-        finally:
-            del self.model.hidden
-        logits_TV = self.model.head(keep[0][0, : len(known)]).float()
-        self.nats += torch.nn.functional.cross_entropy(logits_TV, torch.tensor(known), reduction="none").tolist()
-        self.held.append(self.held_bytes())
-
-
 def stream(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, seed: int) -> dict[str, float]:
-    """Bits per token of a text read as one prompt in pieces: its first stretch, its last tenth; bytes at most."""
+    """Bits per token of a text read token by token without an end, and the same text in pieces of the usual length.
+
+    Nothing for policies that bound neither cache nor distances.
+    """
     cls: Any = registry.load("kv", choice.method).cls
     if not cls.unbounded:
         return {}
+    T, length = scale.sequence_length, scale.stream * scale.sequence_length
     text = [t for d in bench.corpus.heldout for t in bench.tokenizer.encode(d.text, specials=False)]
-    length = scale.stream * scale.sequence_length
     start = int(torch.randint(len(text), (1,), generator=lab.seeded(seed)))
-    rows = (text[start:] + text * (length // len(text) + 1))[: length + 1]
-    config = _engine_config(scale, choice, length + 2)
-    engine = Reading(model, dataclasses.replace(config, chunked_prefill=True, max_batch_tokens=scale.stream_piece))
-    engine.nats = []
-    engine.generate([rows], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
-    nats, tenth = engine.nats, length // 10
-    halves = engine.held[len(engine.held) // 2 :]
+    tokens = (text[start:] + text * (length // len(text) + 1))[:length]
+    engine = Forced(model, _engine_config(scale, choice, length + 1))
+    request = Request(tokens[: scale.prompt], SamplingParams(max_tokens=length - scale.prompt, ignore_eos=True))
+    engine.answers[request.id] = tokens[scale.prompt :]
+    engine.add(request)
+    while engine.requests:
+        engine.step()
+    tenth, middle = length // 10 // T * T or T, len(engine.held) // 2
+    rows_BT = torch.tensor(tokens[-tenth:]).view(-1, T)
+    with torch.inference_mode():
+        pieces = [
+            float(torch.nn.functional.cross_entropy(model(row[None])[0, :-1].float(), row[1:])) for row in rows_BT
+        ]
     return {
         "stream_tokens": float(length),
-        "stream_bits_within": sum(nats[: scale.sequence_length]) / scale.sequence_length / math.log(2),
-        "stream_bits_first": sum(nats[:tenth]) / tenth / math.log(2),
-        "stream_bits_last": sum(nats[-tenth:]) / tenth / math.log(2),
+        "stream_bits_first": sum(engine.nats[:tenth]) / tenth / math.log(2),
+        "stream_bits_last": sum(engine.nats[-tenth:]) / tenth / math.log(2),
+        "stream_bits_last_in_pieces": sum(pieces) / len(pieces) / math.log(2),
         "stream_held_bytes": float(max(engine.held)),
-        "stream_held_growth": float(max(halves) - max(engine.held[: len(engine.held) // 2])),
+        "stream_held_growth": float(max(engine.held[middle:]) - max(engine.held[:middle])),
     }
 
 

@@ -88,8 +88,8 @@ def _bytes(made: Curation) -> float:
 
 def run(context: Context) -> dict[str, Any]:
     recipe = context.recipe
-    made = curate(_sources(recipe, context.folder), context.folder / "data", _config(recipe, _limit(recipe)), events=context.events,
-                  engine=recipe.curate.engine, processes=recipe.curate.processes)
+    made = curate(_sources(recipe, context.folder), context.folder / "data", _config(recipe, _limit(recipe)),
+                  events=context.events, engine=recipe.curate.engine, processes=recipe.curate.processes)
     steps = [{"name": b["step"], "documents_in": b["documents_in"], "documents_out": b["documents_out"],
               "seconds": b["seconds"]} for b in made.books["steps"]]
     drops: dict[str, int] = {}

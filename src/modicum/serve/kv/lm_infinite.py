@@ -114,7 +114,8 @@ class LMInfinite(KVPolicy):
             q_GBRTE = torch.cat([q_GBRTE, ceiling_GBRTE], dim=-1)
             none_GBFE, none_GBSE = torch.zeros_like(turned_GBFE), torch.zeros_like(k_GBSE)
             k_GBSE = torch.cat([torch.cat([none_GBFE, turned_GBFE], -1), torch.cat([k_GBSE, none_GBSE], -1)], dim=2)
-            v_GBSE = torch.cat([torch.cat([v_GBSE[:, :, :sinks], v_GBSE], dim=2), torch.zeros_like(k_GBSE[..., E:])], -1)
+            v_GBSE = torch.cat([v_GBSE[:, :, :sinks], v_GBSE], dim=2)
+            v_GBSE = torch.cat([v_GBSE, torch.zeros_like(v_GBSE)], dim=-1)
             far_GBTF, early_GBTF = beyond_GBTF > 0, seen_GBTS[..., :sinks]
             seen_GBTS = torch.cat([early_GBTF & far_GBTF, early_GBTF & ~far_GBTF, seen_GBTS[..., sinks:]], dim=-1)
         S = k_GBSE.shape[2]

@@ -13,7 +13,7 @@ drops is averaged into one compensation token, which counts as often as tokens w
 Tang et al. 2024, arXiv:2407.15891, sections 3.2 and 3.3, equations 4 and 5, algorithm 1. Departs: a KV head
 scores as its best query head, and the shares are of KV heads; the compensation token goes on taking in what
 leaves the buffer while tokens are generated; `budget` sets the buffer from what the whole cache may hold
-(retrieval heads then take at most half of it). Layers with a sliding window are not served.
+(retrieval heads then take at most three quarters of it). Layers with a sliding window are not served.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from modicum.serve.kv import CacheShape, Entries, Keep, KVPolicy, Merged, check_
 if TYPE_CHECKING:
     from modicum.model.decoder import Decoder
 
+RETRIEVAL = 0.75  # of a budget: what the heads that retrieve may take
 ROWS = 128  # queries whose scores exist at once while heads are measured
 
 
@@ -76,7 +77,7 @@ class RazorAttention(KVPolicy):
         full = len(self.ranked)
         if self.config.budget:
             share = entries_of(self.config.budget, prompt) / prompt
-            full = heads if share >= 1 else min(full, int(share * heads / 2))
+            full = heads if share >= 1 else min(full, int(share * heads * RETRIEVAL))
         policy.ranked = self.ranked[:full]
         if full == heads and self.config.budget:
             policy.ranked = [(i, g) for i in range(self.shape.layers) for g in range(self.shape.kv_heads)]
@@ -127,11 +128,19 @@ def scores(model: Decoder, config: Config) -> tuple[Tensor, Tensor]:
     length = max(2, min(config.probe, c.context_length // config.times))
     generator = torch.Generator().manual_seed(0)
     said = torch.randint(c.vocab_size, (length,), generator=generator).repeat(config.times)
-    probe = _Probe(CacheShape(
-        layers=c.layers, heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, block_size=1,
-        windows=tuple(c.window(i) for i in range(c.layers)),
-        scales=tuple(c.attention_scale(i) for i in range(c.layers)), softcap=c.attention_softcap,
-    ), length)
+    probe = _Probe(
+        CacheShape(
+            layers=c.layers,
+            heads=c.heads,
+            kv_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            block_size=1,
+            windows=tuple(c.window(i) for i in range(c.layers)),
+            scales=tuple(c.attention_scale(i) for i in range(c.layers)),
+            softcap=c.attention_softcap,
+        ),
+        length,
+    )
     model.hidden(said[None].to(model.device), attend=probe)
     both_LHG = torch.stack(probe.found)  # (L, 2, G)
     return both_LHG[:, 0], both_LHG[:, 1]
@@ -155,8 +164,17 @@ class _Probe:
         self.shape, self.length = shape, length
         self.found: list[Tensor] = []
 
-    def __call__(self, layer: int, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, window: int | None,
-                 scale: float, softcap: float | None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q_BHTE: Tensor,
+        k_BGSE: Tensor,
+        v_BGSE: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         q_HTE, k_GSE, v_GSE = q_BHTE[0], k_BGSE[0], v_BGSE[0]
         H, T, _ = q_HTE.shape
         G = k_GSE.shape[0]
