@@ -68,8 +68,10 @@ def shape_of(recipe: Recipe, width_and_layers: tuple[int, int] | None = None,
     if recipe.model:
         return load_config(recipe.model)
     assert width_and_layers
+    # A model that learns to recall knows no distance beyond its rows, and what serves it should know that.
+    length = recipe.pretrain.sequence_length
     return llama_like(vocab_size or recipe.curate.vocab_size, *width_and_layers,
-                      context_length=max(2048, recipe.pretrain.sequence_length))
+                      context_length=length if recipe.pretrain.recall else max(2048, length))
 
 
 def make_model(recipe: Recipe, shape: DecoderConfig) -> Decoder:

@@ -50,7 +50,12 @@ class Config:
 
 
 TOY = Config(sinks=2, window=10)
-SWEEP = ("window=512", "window=307", "window=205", "window=102", "window=51")
+CLAIM = {
+    "figure": "fluent to 32K tokens, decoding 2.72 times as fast",
+    "where": "abstract",
+    "scale": "models with relative positions trained on 2K to 4K tokens",
+}
+SWEEP = ("window=1014", "window=512", "window=307", "window=205", "window=102", "window=51")
 
 
 class LMInfinite(KVPolicy):
