@@ -73,6 +73,7 @@ class Recall(Section):
 
 class Pretrain(Section):
     parameters: float | None = None                # None: the planner chooses
+    shape: tuple[int, int] | None = None           # width and layers, for who wants to say them
     time: Seconds | None = 210.0                   # with tokens None: as many as fit in this time
     tokens: Tokens | None = None
     sequence_length: int = Field(256, ge=16)
