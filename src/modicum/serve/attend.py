@@ -79,10 +79,10 @@ class StepAttend:
         trees = [w for w in works if w.tree is not None]
         singles = [w for w in works if w.n == 1 and w.tree is None]
         # Single tokens that attend in their policy's way from whole blocks: rare, and computed as pieces.
-        own = [w for w in singles if w.sample.pages is None and _attends(w)]
+        own = [w for w in singles if w.sample.pages is None and by_policy(w)]
         self._pieces = own + [w for w in works if w.n > 1 and w.tree is None]
         self._trees = TreeAttend(self, trees) if trees else None
-        self._groups = self._grouped([w for w in singles if w.sample.pages is None and not _attends(w)])
+        self._groups = self._grouped([w for w in singles if w.sample.pages is None and not by_policy(w)])
         thinned = [w for w in singles if w.sample.pages is not None]
         self._thinned = _Thinned(thinned, self.storage) if thinned else None
         self._reaches: dict[tuple[int, int | None, torch.dtype], _Reach] = {}
@@ -219,7 +219,7 @@ class StepAttend:
         """Several tokens of one sequence; returns out_TGRE."""
         key = (-1 - i, window, q_GRTE.dtype)
         mask: Tensor | None
-        if _attends(w):
+        if by_policy(w):
             return self._by_policy(layer, w, q_GRTE, scale, softcap)
         if w.sample.pages is not None:
             k_GSE, v_GSE, mask = _piece_of_pages(self.storage, layer, w, window, q_GRTE.dtype)
@@ -335,7 +335,7 @@ class _Thinned:
 
     def __init__(self, works: Sequence[Work], storage: Storage):
         self.storage = storage
-        self.policy = works[0].sample.policy if _attends(works[0]) else None
+        self.policy = works[0].sample.policy if by_policy(works[0]) else None
         self.first, self.last = works[0].at, works[-1].at + 1
         pages = [w.sample.pages for w in works if w.sample.pages is not None]
         width = max(p.table_LGN.shape[2] for p in pages)
@@ -410,7 +410,7 @@ def _entries_of_piece(storage: Storage, layer: int, w: Work) -> tuple[Tensor, Te
     return k_GSE, v_GSE, position_GS, held_GS
 
 
-def _attends(w: Work) -> bool:
+def by_policy(w: Work) -> bool:
     """Whether a sequence's policy attends in its own way by now."""
     policy = w.sample.policy
     return policy is not None and policy.attends and w.start + w.n > policy.exact
