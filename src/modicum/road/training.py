@@ -49,8 +49,8 @@ def training_stream(recipe: Recipe, curation: Curation, total: float) -> Any:
     if p.recall is not None:
         from modicum.evaluate.recall import RecallConfig, RecallStream
 
-        knobs = p.recall.model_dump(exclude={"vocabulary"})
-        config = RecallConfig(**knobs | {name: tuple(knobs[name]) for name in ("lengths", "shares")})
+        knobs = p.recall.model_dump(exclude={"vocabulary"}) | {"shares": tuple(p.recall.shares)}
+        config = RecallConfig(**knobs | {"lengths": tuple(min(n, p.sequence_length) for n in p.recall.lengths)})
         return RecallStream(config, curation.tokenizer(), curation.shards("train"),
                             sequence_length=p.sequence_length, total=total, seed=recipe.seed)
     return Stream(curation.shards("train"), p.mixture, p.packing, sequence_length=p.sequence_length,
