@@ -82,7 +82,7 @@ def document(rng: Random, tokens: int, copies: float) -> Document:
     return (list_and_copy if rng.random() < copies else facts_and_questions)(rng, tokens)
 
 
-def sample(seed: int, n_bytes: int) -> Iterator[str]:
+def sample(seed: int | str, n_bytes: int) -> Iterator[str]:
     """Documents as plain text, about `n_bytes` in all: what a tokenizer must have seen."""
     rng, size = Random(f"recall/sample/{seed}"), 0
     while size < n_bytes:

@@ -17,6 +17,7 @@ from modicum.road.plan import Planner, StagePlan
 from modicum.road.recipe import Recipe
 
 NEEDS: tuple[str, ...] = ()
+PARTS = 32        # files of a sample, so that both sides of the held-out split get some
 GROUP = 4 << 20   # bytes that one process works on at a time (data.curate)
 SAMPLES = 1 << 20, 4 << 20   # bytes that the planner curates
 
@@ -45,10 +46,12 @@ def _sources(recipe: Recipe, folder: Path) -> list[str]:
         return [recipe.corpus]
     from modicum.evaluate.recall import sample
 
-    path = folder / "playground.txt"
-    if not path.is_file():
-        with atomic_file(path, "w") as file:
-            file.write("\n\n".join(sample(recipe.seed, int(recipe.pretrain.recall.vocabulary))))
+    path = folder / "playground"
+    for i in range(PARTS):
+        file = path / f"{i:02}.txt"
+        if not file.is_file():
+            with atomic_file(file, "w") as handle:
+                handle.write("\n\n".join(sample(f"{recipe.seed}/{i}", int(recipe.pretrain.recall.vocabulary) // PARTS)))
     return [recipe.corpus, str(path)]
 
 
