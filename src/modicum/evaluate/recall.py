@@ -37,7 +37,8 @@ Document = list[tuple[str, str]]  # (given, learnt), one after another
 @dataclass(frozen=True, kw_only=True)
 class RecallConfig:
     """lengths: tokens of a row, one after another over the run, for `shares` of it (the last ends it).
-    text: share of the rows that hold the corpus instead, from the second length on. copies: share of the documents that are lists."""
+    text: share of the rows that hold the corpus instead, from the second length on. copies: share of the
+    documents that are lists."""
 
     lengths: tuple[int, ...] = (64, 256, 1024)
     shares: tuple[float, ...] = (0.5, 0.25, 0.25)
@@ -134,7 +135,7 @@ class RecallStream:
         rows = n * self.sequence_length // T
         rng = Random(f"recall/{self.seed}/{self.done}")
         # Recall is found sooner without the corpus, whose every token is learnt and drowns the few answers.
-        early = T == self.config.lengths[0] and len(self.config.lengths) > 1
+        early = self.config.lengths[0] == T and len(self.config.lengths) > 1
         corpus = 0 if early or not self.streams else sum(rng.random() < self.config.text for _ in range(rows))
         made = [self._rows(rng, rows - corpus, T)] if corpus < rows else []
         if corpus:
