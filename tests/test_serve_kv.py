@@ -41,7 +41,7 @@ class Ladder(KVPolicy):
         policy.prompt, policy.seen = prompt, 0
         return policy
 
-    def observe(self, layer: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
+    def observe(self, layer: int, start: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
         assert q_HTE.shape[1] == k_GTE.shape[1] == v_GTE.shape[1]
         self.seen += q_HTE.shape[1] * (layer == 0)
 

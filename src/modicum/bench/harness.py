@@ -73,13 +73,15 @@ class Measurement:
 
     metrics holds the axes' metrics and any other number worth keeping. `cost` may leave seconds and
     peak_bytes at zero: the harness then puts in what its own meter saw around the whole call.
-    `model` holds name, shape, parameters and checksum; `data` name, bytes and checksum.
+    `model` holds name, shape, parameters and checksum; `data` name, bytes and checksum. `axes`, if given,
+    replace the bench's: where the settings decide what can be judged.
     """
 
     metrics: dict[str, float]
     cost: Cost = field(default_factory=Cost)
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    axes: Axes | None = None
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def run(
             seconds=made.cost.seconds,
             peak_bytes=made.cost.peak_bytes,
             flops=made.cost.flops,
-            axes=asdict(bench.axes_of(choice)),
+            axes=asdict(made.axes or bench.axes_of(choice)),
             machine=machine,
             versions=records.versions(),
             commit=records.commit(),

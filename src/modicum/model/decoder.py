@@ -123,6 +123,10 @@ class Decoder(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def rope_tables(self) -> list[RopeTable | None]:
+        """The rotary table of each layer; None where a layer does not rotate."""
+        return [None if index is None else self._ropes[index] for index in self._rope_index]
+
     @property
     def device(self) -> torch.device:
         return self._first().device

@@ -61,8 +61,19 @@ class Predict(Section):
     level: float = Field(0.95, gt=0.5, lt=1)
 
 
+class Recall(Section):
+    """Rows of the playground's recall tasks beside the corpus, growing longer (evaluate.recall)."""
+
+    lengths: list[int] = [64, 256, 1024]           # tokens of a row, one after another over the run
+    shares: list[float] = [0.5, 0.25, 0.25]        # of the run, for each length
+    text: float = Field(0.15, ge=0, lt=1)          # share of the rows that hold the corpus
+    copies: float = Field(0.25, ge=0, lt=1)        # share of the documents that are a list and its copy
+    vocabulary: Bytes = 2.0 * 2**20                # such text among what the tokenizer is trained on
+
+
 class Pretrain(Section):
     parameters: float | None = None                # None: the planner chooses
+    shape: tuple[int, int] | None = None           # width and layers, for who wants to say them
     time: Seconds | None = 210.0                   # with tokens None: as many as fit in this time
     tokens: Tokens | None = None
     sequence_length: int = Field(256, ge=16)
@@ -75,6 +86,7 @@ class Pretrain(Section):
     mixture: method("mixture") = "natural"         # type: ignore[valid-type]
     packing: method("packing") = "concat"          # type: ignore[valid-type]
     dtype: str = "bf16"
+    recall: Recall | None = None                   # learn to recall from the context as well
 
 
 class Adapt(Section):

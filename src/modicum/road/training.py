@@ -44,8 +44,15 @@ def train_config(recipe: Recipe, shape: DecoderConfig, tokens: float, **more: An
                        eval_sequences=EVAL_SEQUENCES, **more)
 
 
-def training_stream(recipe: Recipe, curation: Curation, total: float) -> Stream:
+def training_stream(recipe: Recipe, curation: Curation, total: float) -> Any:
     p = recipe.pretrain
+    if p.recall is not None:
+        from modicum.evaluate.recall import RecallConfig, RecallStream
+
+        knobs = p.recall.model_dump(exclude={"vocabulary"}) | {"shares": tuple(p.recall.shares)}
+        config = RecallConfig(**knobs | {"lengths": tuple(min(n, p.sequence_length) for n in p.recall.lengths)})
+        return RecallStream(config, curation.tokenizer(), curation.shards("train"),
+                            sequence_length=p.sequence_length, total=total, seed=recipe.seed)
     return Stream(curation.shards("train"), p.mixture, p.packing, sequence_length=p.sequence_length,
                   seed=recipe.seed, total=total)
 
@@ -61,8 +68,10 @@ def shape_of(recipe: Recipe, width_and_layers: tuple[int, int] | None = None,
     if recipe.model:
         return load_config(recipe.model)
     assert width_and_layers
+    # A model that learns to recall knows no distance beyond its rows, and what serves it should know that.
+    length = recipe.pretrain.sequence_length
     return llama_like(vocab_size or recipe.curate.vocab_size, *width_and_layers,
-                      context_length=max(2048, recipe.pretrain.sequence_length))
+                      context_length=length if recipe.pretrain.recall else max(2048, length))
 
 
 def make_model(recipe: Recipe, shape: DecoderConfig) -> Decoder:

@@ -75,12 +75,14 @@ class StepAttend:
     def begin(self, works: Sequence[Work], observe: bool = False) -> None:
         """`works` in row order: see `arrange`."""
         P = self.storage.block_size
-        self._observers = list(works) if observe else []
+        self._observers = [w for w in works if w.sample.policy.wants(w.start, w.n)] if observe else []
         trees = [w for w in works if w.tree is not None]
-        self._pieces = [w for w in works if w.n > 1 and w.tree is None]
-        singles = works[: len(works) - len(self._pieces) - len(trees)]
+        singles = [w for w in works if w.n == 1 and w.tree is None]
+        # Single tokens that attend in their policy's way from whole blocks: rare, and computed as pieces.
+        own = [w for w in singles if w.sample.pages is None and by_policy(w)]
+        self._pieces = own + [w for w in works if w.n > 1 and w.tree is None]
         self._trees = TreeAttend(self, trees) if trees else None
-        self._groups = self._grouped([w for w in singles if w.sample.pages is None])
+        self._groups = self._grouped([w for w in singles if w.sample.pages is None and not by_policy(w)])
         thinned = [w for w in singles if w.sample.pages is not None]
         self._thinned = _Thinned(thinned, self.storage) if thinned else None
         self._reaches: dict[tuple[int, int | None, torch.dtype], _Reach] = {}
@@ -128,6 +130,8 @@ class StepAttend:
                 rows_LGT[:, :, w.at : w.at + w.n] = s.rows_of_pages(w.sample.pages, w.n)
         rows_LGT = rows_LGT.to(s.device)
         s.position_AP.view(-1)[rows_LGT] = position_T.to(s.device)
+        if s.weight_AP is not None:
+            s.weight_AP.view(-1)[rows_LGT] = 1.0
         return rows_LGT
 
     def __call__(
@@ -164,7 +168,7 @@ class StepAttend:
             )
         for w in self._observers:
             places = slice(w.at, w.at + w.n)
-            w.sample.policy.observe(layer, q_HTE[:, places], k_GTE[:, places], v_GTE[:, places])
+            w.sample.policy.observe(layer, w.start, q_HTE[:, places], k_GTE[:, places], v_GTE[:, places])
         return out_TGRE.view(T, H, E).transpose(0, 1)[None]
 
     def _write(self, layer: int, k_GTE: Tensor, v_GTE: Tensor) -> None:
@@ -215,8 +219,10 @@ class StepAttend:
         """Several tokens of one sequence; returns out_TGRE."""
         key = (-1 - i, window, q_GRTE.dtype)
         mask: Tensor | None
+        if by_policy(w):
+            return self._by_policy(layer, w, q_GRTE, scale, softcap)
         if w.sample.pages is not None:
-            k_GSE, v_GSE, mask = _piece_of_pages(self.storage, layer, w, window)
+            k_GSE, v_GSE, mask = _piece_of_pages(self.storage, layer, w, window, q_GRTE.dtype)
         else:
             if key not in self._reaches:
                 self._reaches[key] = self._piece_reach(w, window)
@@ -238,6 +244,28 @@ class StepAttend:
             causal=mask is None,
         )
         return out_GRTE.permute(2, 0, 1, 3)
+
+    def _by_policy(self, layer: int, w: Work, q_GRTE: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """Several tokens of one sequence whose policy attends itself; returns out_TGRE."""
+        s, pages, end = self.storage, w.sample.pages, w.start + w.n
+        if pages is None:
+            e = s.entries_of_blocks(layer, w.sample.blocks, end)
+            k_GSE, v_GSE, position_GS = e.k_GSE, e.v_GSE, e.position_GS
+            held_GS = torch.ones_like(position_GS, dtype=torch.bool)
+        else:
+            k_GSE, v_GSE, position_GS, held_GS = _entries_of_piece(s, layer, w)
+        out_GBRTE = w.sample.policy.attend(
+            layer,
+            q_GRTE[:, None],
+            k_GSE[:, None].to(q_GRTE.dtype),
+            v_GSE[:, None].to(q_GRTE.dtype),
+            torch.arange(w.start, end, device=s.device)[None],
+            position_GS[:, None],
+            held_GS[:, None],
+            scale=scale,
+            softcap=softcap,
+        )
+        return out_GBRTE[:, 0].permute(2, 0, 1, 3)
 
     def _read(self, x_GNPE: Tensor, blocks: slice | Tensor, B: int) -> Tensor:
         """Keys or values of blocks, as (G, B, S, E); a view for a slice."""
@@ -307,6 +335,7 @@ class _Thinned:
 
     def __init__(self, works: Sequence[Work], storage: Storage):
         self.storage = storage
+        self.policy = works[0].sample.policy if by_policy(works[0]) else None
         self.first, self.last = works[0].at, works[-1].at + 1
         pages = [w.sample.pages for w in works if w.sample.pages is not None]
         width = max(p.table_LGN.shape[2] for p in pages)
@@ -326,25 +355,62 @@ class _Thinned:
         k_GBSE, v_GBSE = k_GBSE.to(q_GRBE.dtype), v_GBSE.to(q_GRBE.dtype)
         place_S = torch.arange(k_GBSE.shape[2], device=q_GRBE.device)
         seen_GBS = place_S < self._count_LGB[layer][:, :, None]
+        if self.policy is not None:
+            position_GBS = self.storage.position_AP[table_GBN].flatten(2)
+            out_GBRTE = self.policy.attend(
+                layer,
+                q_GRBE.transpose(1, 2)[:, :, :, None],
+                k_GBSE,
+                v_GBSE,
+                self._position_B[:, None],
+                position_GBS,
+                seen_GBS,
+                scale=scale,
+                softcap=softcap,
+            )
+            return out_GBRTE[:, :, :, 0].transpose(0, 1)
         if window is not None:
             seen_GBS &= self.storage.position_AP[table_GBN].flatten(2) > self._position_B[:, None] - window
-        out_GBRE = attention(
-            q_GRBE.transpose(1, 2), k_GBSE, v_GBSE, scale=scale, softcap=softcap, mask=seen_GBS[:, :, None]
-        )
+        mask = _weighted(self.storage, table_GBN, seen_GBS, q_GRBE.dtype)[:, :, None]
+        out_GBRE = attention(q_GRBE.transpose(1, 2), k_GBSE, v_GBSE, scale=scale, softcap=softcap, mask=mask)
         return out_GBRE.transpose(0, 1)
 
 
-def _piece_of_pages(storage: Storage, layer: int, w: Work, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _weighted(storage: Storage, table_XN: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask `seen` (..., S), with log(n) for entries that stand for n tokens."""
+    if storage.weight_AP is None:
+        return seen
+    bias_XS = storage.weight_AP[table_XN].flatten(-2).log().to(dtype)
+    return torch.where(seen, bias_XS if seen.dim() == bias_XS.dim() else bias_XS.unsqueeze(-2), float("-inf"))
+
+
+def _piece_of_pages(
+    storage: Storage, layer: int, w: Work, window: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values (G, S, E) and mask (G, 1, T, S) for several tokens of a thinned sequence."""
+    k_GSE, v_GSE, position_GS, held_GS = _entries_of_piece(storage, layer, w)
+    query_T1 = torch.arange(w.start, w.start + w.n, device=storage.device)[:, None]
+    seen_GTS = held_GS[:, None] & (position_GS[:, None] <= query_T1)
+    if window is not None:
+        seen_GTS &= position_GS[:, None] > query_T1 - window
+    assert w.sample.pages is not None
+    table_GN = w.sample.pages.table_LGN[layer].to(storage.device)
+    return k_GSE, v_GSE, _weighted(storage, table_GN, seen_GTS, dtype)[:, None]
+
+
+def _entries_of_piece(storage: Storage, layer: int, w: Work) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values (G, S, E), places and whether held (G, S) of a thinned sequence, this step's tokens included."""
     pages = w.sample.pages
     assert pages is not None
     table_GN = pages.table_LGN[layer].to(storage.device)
     k_GSE, v_GSE = (x.flatten(0, 2)[table_GN].flatten(1, 2) for x in (storage.k_LGNPE, storage.v_LGNPE))
     position_GS = storage.position_AP[table_GN].flatten(1)
-    query_T1 = torch.arange(w.start, w.start + w.n, device=storage.device)[:, None]
     count_G1 = (pages.count_LG[layer] + w.n).to(storage.device)[:, None]
     held_GS = torch.arange(position_GS.shape[1], device=storage.device) < count_G1
-    seen_GTS = held_GS[:, None] & (position_GS[:, None] <= query_T1)
-    if window is not None:
-        seen_GTS &= position_GS[:, None] > query_T1 - window
-    return k_GSE, v_GSE, seen_GTS[:, None]
+    return k_GSE, v_GSE, position_GS, held_GS
+
+
+def by_policy(w: Work) -> bool:
+    """Whether a sequence's policy attends in its own way by now."""
+    policy = w.sample.policy
+    return policy is not None and policy.attends and w.start + w.n > policy.exact

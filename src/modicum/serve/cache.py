@@ -122,13 +122,9 @@ class Cache:
         if not ended and job.computed // P == (job.computed - n) // P:
             return True
         layers = range(self.storage.layers)
-        allowed = [sample.policy.allow(layer, job.computed) for layer in layers]
-        if sample.pages is None:
-            held = [job.computed] * len(allowed)
-        else:
-            held = sample.pages.count_LG.max(dim=1).values.tolist()
-        slack = 0 if ended else P
-        if all(has <= may + slack for has, may in zip(held, allowed, strict=True)):
+        allowed_LG = torch.tensor([sample.policy.allowed(layer, job.computed) for layer in layers])
+        held_LG = job.computed if sample.pages is None else sample.pages.count_LG
+        if bool((held_LG <= allowed_LG + (0 if ended else P)).all()):
             return True
         lifted = []
         for layer in layers:

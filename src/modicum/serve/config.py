@@ -116,6 +116,8 @@ def make_policy(config: EngineConfig, shape: DecoderConfig, scheduler: Scheduler
         head_dim=shape.head_dim,
         block_size=config.block_size,
         windows=windows,
+        scales=tuple(shape.attention_scale(i) for i in range(shape.layers)),
+        softcap=shape.attention_softcap,
     )
     policy: KVPolicy = registry.build("kv", config.kv, cache)
     wanted = {

@@ -61,6 +61,7 @@ class Engine:
         n_blocks = cache_blocks(config, shape, dtype, device)
         self.scheduler = make_scheduler(config, n_blocks)
         self.policy = make_policy(config, shape, self.scheduler)
+        self.policy.prepare(self.model)
         drafter = make_drafter(config, shape.vocab_size, self.policy)
         self.cache = Cache(shape, config, n_blocks, dtype, device, self.policy)
         self.storage, self.blocks, self.pages = self.cache.storage, self.cache.blocks, self.cache.pages

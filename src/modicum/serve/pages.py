@@ -22,6 +22,8 @@ from modicum.model.config import DecoderConfig
 from modicum.serve.blocks import PagePool
 from modicum.serve.kv import Entries, Keep
 
+Lifted = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # k, v, position, weight of one head's entries
+
 
 def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block: keys and values of `block_size` tokens in all layers."""
@@ -63,6 +65,7 @@ class Storage:
                 f"{device} ({str(error).splitlines()[0]}); ask for less with cache=SIZE"
             ) from None
         self._position_AP: Tensor | None = None
+        self.weight_AP: Tensor | None = None  # tokens each entry stands for; made with the first merged entry
         self.device = device
 
     @property
@@ -105,19 +108,31 @@ class Storage:
             x[index].flatten(1, 2)[:, :most]
             for x in (self.k_LGNPE.flatten(0, 2), self.v_LGNPE.flatten(0, 2), self.position_AP)
         )
-        return Entries(k_GSE, v_GSE, position_GS.long(), counts)
+        weight_GS = None if self.weight_AP is None else self.weight_AP[index].flatten(1, 2)[:, :most]
+        return Entries(k_GSE, v_GSE, position_GS.long(), counts, weight_GS)
 
-    def lift(self, entries: Entries, keep: Keep) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Copies of what is kept, per head (k, v, position); the cache may then be given back."""
-        lifted = []
+    def lift(self, entries: Entries, keep: Keep) -> list[Lifted]:
+        """Copies of what is kept, per head (k, v, position, weight); the cache may then be given back."""
+        lifted: list[Lifted] = []
         for g, index in enumerate(keep.heads):
             index = index.to(self.device)
-            lifted.append((entries.k_GSE[g, index], entries.v_GSE[g, index], entries.position_GS[g, index]))
+            weight = None if entries.weight_GS is None else entries.weight_GS[g, index]
+            head: Lifted = (entries.k_GSE[g, index], entries.v_GSE[g, index], entries.position_GS[g, index], weight)
+            new = keep.merged[g] if keep.merged is not None else None
+            if new is not None:
+                ones = torch.ones(len(index), device=self.device) if weight is None else weight
+                head = (
+                    torch.cat([new.k_ME.to(head[0].dtype), head[0]]),
+                    torch.cat([new.v_ME.to(head[1].dtype), head[1]]),
+                    torch.cat([new.position_M.to(head[2].dtype), head[2]]),
+                    torch.cat([new.weight_M.float(), ones]),
+                )
+            lifted.append(head)
         return lifted
 
-    def lay(self, lifted: Sequence[Sequence[tuple[Tensor, Tensor, Tensor]]], pool: PagePool) -> Pages:
+    def lay(self, lifted: Sequence[Sequence[Lifted]], pool: PagePool) -> Pages:
         """Put lifted entries (per layer, per head) into fresh pages. Raises `OutOfBlocks`, taking nothing."""
-        count_LG = torch.tensor([[len(k) for k, _, _ in heads] for heads in lifted])
+        count_LG = torch.tensor([[len(head[0]) for head in heads] for heads in lifted])
         pages_LG = (-(-count_LG // self.block_size)).clamp_(min=1)
         numbers = torch.tensor(pool.take(int(pages_LG.sum())))
         table_LGN = torch.zeros((self.layers, self.heads, int(pages_LG.max())), dtype=torch.int64)
@@ -126,13 +141,19 @@ class Storage:
             self.k_LGNPE.view(-1, self.k_LGNPE.shape[-1]),
             self.v_LGNPE.view(-1, self.v_LGNPE.shape[-1]),
         )
+        if self.weight_AP is None and any(head[3] is not None for heads in lifted for head in heads):
+            self.weight_AP = torch.ones(self.position_AP.shape, device=self.device)
         for layer, heads in enumerate(lifted):
             rows = torch.cat(
-                [self._rows(table_LGN[layer, g], torch.arange(len(k))) for g, (k, _, _) in enumerate(heads)]
+                [self._rows(table_LGN[layer, g], torch.arange(len(head[0]))) for g, head in enumerate(heads)]
             ).to(self.device)
-            flat_k[rows] = torch.cat([k for k, _, _ in heads])
-            flat_v[rows] = torch.cat([v for _, v, _ in heads])
-            self.position_AP.view(-1)[rows] = torch.cat([p for _, _, p in heads]).int()
+            flat_k[rows] = torch.cat([head[0] for head in heads])
+            flat_v[rows] = torch.cat([head[1] for head in heads])
+            self.position_AP.view(-1)[rows] = torch.cat([head[2] for head in heads]).int()
+            if self.weight_AP is not None:
+                self.weight_AP.view(-1)[rows] = torch.cat(
+                    [head[0].new_ones(len(head[0])).float() if head[3] is None else head[3] for head in heads]
+                )
         return Pages(table_LGN, count_LG, pages_LG)
 
     def grow(self, pages: Pages, n_tokens: int, pool: PagePool) -> None:

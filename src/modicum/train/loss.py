@@ -44,6 +44,9 @@ def cross_entropy(
     """
     h_ND, targets_N = h_BTD.flatten(0, -2), targets_BT.flatten()
     count = (targets_N != NO_LOSS).sum()
+    if targets_N.device.type == "cpu" and type(targets_N) is Tensor and 0 < 2 * int(count) < len(targets_N):
+        learnt = (targets_N != NO_LOSS).nonzero()[:, 0]  # most rows carry no loss: they need no logits either
+        h_ND, targets_N = h_ND[learnt], targets_N[learnt]
     vocabulary, weights = (h_ND.shape[1], []) if head is None else _probe(head, h_ND)
     rows = slice_rows(vocabulary, h_ND.device, logits_bytes)
     if not torch.is_grad_enabled():

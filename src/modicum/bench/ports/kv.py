@@ -1,9 +1,17 @@
-"""kv: how well a decoder continues text from the cache a policy keeps, against the bytes it really holds.
+"""kv: how well a decoder works from the cache a policy keeps, against the bytes it really holds.
 
 Held-out text is cut into prompts and continuations. The engine computes each prompt, the
 policy keeps what it keeps, and the continuation is then forced token by token: its bits per token, and how
 often the most likely token is that of the full cache. Bytes are those of the cache taken before the last
 token, the mean over pieces, and at most.
+
+With `questions` the playground's needle, multikey and copy are asked as well and judge the policy: share of
+right answers, and the bytes held while answering. That says something of a model that can recall:
+
+    modicum run recipes/playground-recall.yaml
+    modicum bench kv --model runs/playground-recall/stages/pretrain/model --scale questions=100
+
+With `stream` a policy that bounds its cache also reads a text of so many times `sequence_length` on end.
 """
 
 from __future__ import annotations
@@ -12,6 +20,7 @@ import functools
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +38,7 @@ from modicum.serve.engine import Engine
 from modicum.serve.request import Request, Sample, SamplingParams, Update
 
 AXES = Axes(quality=Axis("bits_per_token"), cost=Axis("held_bytes", "lower", "bytes"))
+RECALL = Axes(quality=Axis("needle", "higher"), cost=Axis("held_bytes", "lower", "bytes"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,11 @@ class Scale(training.Scale):
     answer: int = 64
     sequences: int = 12
     block_size: int = 16
+    questions: int = 0  # of each of the playground's tasks; 0: not asked
+    words: int = 870  # of the text in which a needle or the keys lie
+    keys: int = 8
+    copied: int = 64  # words to copy
+    stream: int = 0  # times `sequence_length` that an unbounded policy reads; 0: not
 
 
 QUICK = Scale(
@@ -50,15 +65,33 @@ QUICK = Scale(
 )
 
 
-class Forced(Engine):
-    """An engine that says given answers, and notes what it would have said and how likely the answer was."""
+class Watched(Engine):
+    """An engine that notes what its cache holds before each token."""
 
     def __init__(self, model: Decoder, config: EngineConfig):
         super().__init__(model, None, config)
+        self.held: list[int] = []  # bytes before each token
+
+    def _commit(
+        self, works: list[Work], samples: list[Sample], logits_BV: Tensor | None, updates: list[Update]
+    ) -> None:
+        self.held += [self.held_bytes()] * len(samples)
+        super()._commit(works, samples, logits_BV, updates)
+
+    def held_bytes(self) -> int:
+        """Bytes of the cache that are taken: whole blocks, less the pages of broken ones that are free."""
+        page = self.storage.block_bytes / self.storage.pages_per_block
+        return int((self.blocks.n_blocks - self.blocks.free) * self.storage.block_bytes - self.pages.free * page)
+
+
+class Forced(Watched):
+    """An engine that says given answers, and notes what it would have said and how likely the answer was."""
+
+    def __init__(self, model: Decoder, config: EngineConfig):
+        super().__init__(model, config)
         self.answers: dict[int, list[int]] = {}  # request -> tokens to say
         self.nats: list[float] = []
         self.best: list[int] = []
-        self.held: list[int] = []  # bytes before each token
 
     def _commit(
         self, works: list[Work], samples: list[Sample], logits_BV: Tensor | None, updates: list[Update]
@@ -69,17 +102,9 @@ class Forced(Engine):
             logits_V = logits_BV[row].float()
             self.nats.append(float(torch.logsumexp(logits_V, 0) - logits_V[token]))
             self.best.append(int(logits_V.argmax()))
-            self.held.append(self.held_bytes())
             logits_BV[row] = 0.0
             logits_BV[row, token] = 1.0
         super()._commit(works, samples, logits_BV, updates)
-
-    def held_bytes(self) -> int:
-        """Bytes of the cache that are taken: whole blocks, less the pages of broken ones that are free."""
-        page = self.storage.block_bytes / self.storage.pages_per_block
-        return int(
-            (self.blocks.n_blocks - self.blocks.free) * self.storage.block_bytes - self.pages.free * page
-        )
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
@@ -96,11 +121,95 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         "peak_held_bytes": max(engine.held),
         "agreement": sum(a == b for a, b in zip(engine.best, truth, strict=True)) / len(truth),
     }
+    if scale.questions:
+        metrics = {("text_" if "held" in name else "") + name: value for name, value in metrics.items()}
+        metrics |= recall(model, bench, scale, choice, seed)
+    if scale.stream:
+        metrics |= stream(model, bench, scale, choice, seed)
     return Measurement(
         metrics=metrics,
         cost=Cost(seconds=seconds, tokens=len(engine.nats)),
         data=bench.corpus.record,
         model=bench.model_record(model, "small decoder, trained"),
+        axes=RECALL if scale.questions else None,
+    )
+
+
+def recall(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, seed: int) -> dict[str, float]:
+    """Right answers of each task, and mean bytes held before an answer's last token, task by task and of all."""
+    asked = {
+        "needle": f"needle:length={scale.words}",
+        "multikey": f"multikey:length={scale.words},keys={scale.keys}",
+        "copy": f"copy:length={scale.copied}",
+    }
+    found: dict[str, float] = {}
+    every: list[int] = []
+    for name, task_choice in asked.items():
+        task = registry.build("task", task_choice)
+        docs = list(task.docs("test", scale.questions, seed))
+        requests = [task.requests(doc, ())[0] for doc in docs]
+        prompts = [bench.tokenizer.encode(r.prompt, specials=False) for r in requests]
+        most = max(r.max_new_tokens for r in requests)
+        longest = max(len(p) for p in prompts) + most + 1
+        engine = Watched(model, _engine_config(scale, choice, longest))
+        last, grades = [], []
+        for doc, request, prompt in zip(docs, requests, prompts, strict=True):
+            # an answer never needs more tokens than the right one, and no wrong one becomes right by going on
+            need = len(bench.tokenizer.encode(f" {doc['answer']}.", specials=False)) + 1
+            params = SamplingParams(temperature=0, max_tokens=min(need, request.max_new_tokens), ignore_eos=True)
+            text = bench.tokenizer.decode(engine.generate([prompt], params)[0].tokens)
+            cut = min((text.index(s) for s in request.stop if s in text), default=len(text))
+            grades.append(task.grade(doc, [text[:cut]])["accuracy"])
+            last.append(engine.held[-1])
+        found |= {name: sum(grades) / len(grades), f"{name}_held_bytes": sum(last) / len(last)}
+        every += last
+    return found | {"held_bytes": sum(every) / len(every), "peak_held_bytes": float(max(every))}
+
+
+def stream(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, seed: int) -> dict[str, float]:
+    """Bits per token of a text read token by token without an end, and the same text in pieces of the usual length.
+
+    Nothing for policies that bound neither cache nor distances.
+    """
+    cls: Any = registry.load("kv", choice.method).cls
+    if not cls.unbounded:
+        return {}
+    T, length = scale.sequence_length, scale.stream * scale.sequence_length
+    text = [t for d in bench.corpus.heldout for t in bench.tokenizer.encode(d.text, specials=False)]
+    start = int(torch.randint(len(text), (1,), generator=lab.seeded(seed)))
+    tokens = (text[start:] + text * (length // len(text) + 1))[:length]
+    engine = Forced(model, _engine_config(scale, choice, length + 1))
+    request = Request(tokens[: scale.prompt], SamplingParams(max_tokens=length - scale.prompt, ignore_eos=True))
+    engine.answers[request.id] = tokens[scale.prompt :]
+    engine.add(request)
+    while engine.requests:
+        engine.step()
+    tenth, middle = length // 10 // T * T or T, len(engine.held) // 2
+    rows_BT = torch.tensor(tokens[-tenth:]).view(-1, T)
+    with torch.inference_mode():
+        pieces = [
+            float(torch.nn.functional.cross_entropy(model(row[None])[0, :-1].float(), row[1:])) for row in rows_BT
+        ]
+    return {
+        "stream_tokens": float(length),
+        "stream_bits_first": sum(engine.nats[:tenth]) / tenth / math.log(2),
+        "stream_bits_last": sum(engine.nats[-tenth:]) / tenth / math.log(2),
+        "stream_bits_last_in_pieces": sum(pieces) / len(pieces) / math.log(2),
+        "stream_held_bytes": float(max(engine.held)),
+        "stream_held_growth": float(max(engine.held[middle:]) - max(engine.held[:middle])),
+    }
+
+
+def _engine_config(scale: Scale, policy: Choice | str, longest: int) -> EngineConfig:
+    """One sequence at a time, with room for a few."""
+    return EngineConfig(
+        block_size=scale.block_size,
+        cache=f"{4 * min(longest, 4 * scale.sequence_length)}tok",
+        max_batch_tokens=longest,
+        max_sequences=1,
+        prefix_cache=False,
+        kv=policy,
+        max_length=longest,
     )
 
 
@@ -127,18 +236,7 @@ def pieces(bench: training.Bench, scale: Scale, seed: int) -> list[list[int]]:
 
 def play(model: Decoder, rows: list[list[int]], scale: Scale, policy: Choice | str) -> Forced:
     """Each piece by itself through the engine, its answer forced."""
-    engine = Forced(
-        model,
-        EngineConfig(
-            block_size=scale.block_size,
-            cache=f"{4 * (scale.prompt + scale.answer)}tok",
-            max_batch_tokens=scale.prompt,
-            max_sequences=1,
-            prefix_cache=False,
-            kv=policy,
-            max_length=scale.prompt + scale.answer + 1,
-        ),
-    )
+    engine = Forced(model, _engine_config(scale, policy, scale.prompt + scale.answer + 1))
     for row in rows:
         params = SamplingParams(temperature=0, max_tokens=scale.answer, ignore_eos=True)
         request = Request(row[: scale.prompt], params)

@@ -8,11 +8,12 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from modicum.budget import Cost, Meter
 from modicum.core.errors import ModicumError
-from modicum.core.files import fingerprint, write_json, write_text
+from modicum.core.files import atomic_file, fingerprint, write_json, write_text
 from modicum.data.curate import CurateConfig, Curation, curate
 from modicum.data.readers import ReadConfig, find
 from modicum.road.context import Context, Run
@@ -21,6 +22,7 @@ from modicum.road.recipe import Recipe, resolved
 from modicum.road.worker import environment
 
 NEEDS: tuple[str, ...] = ()
+PARTS = 32        # files of a sample, so that both sides of the held-out split get some
 GROUP = 4 << 20   # bytes that one process works on at a time (data.curate)
 SAMPLES = 1 << 20, 4 << 20   # bytes that the planner curates
 
@@ -38,8 +40,24 @@ def _limit(recipe: Recipe) -> int | None:
 
 def uses(recipe: Recipe) -> dict[str, Any]:
     section = recipe.curate.model_dump(exclude={"processes", "engine"})
+    recall = recipe.pretrain.recall
     return {"corpus": recipe.corpus, "files": _corpus(recipe.corpus, _limit(recipe))[0], "curate": section,
-            "tokenizer": recipe.model}
+            "tokenizer": recipe.model} | ({"recall": recall.vocabulary} if recall else {})
+
+
+def _sources(recipe: Recipe, folder: Path) -> list[str]:
+    """The corpus and, for a model that learns to recall, a sample of that text: its words belong in the vocabulary."""
+    if recipe.pretrain.recall is None:
+        return [recipe.corpus]
+    from modicum.evaluate.recall import sample
+
+    path = folder / "playground"
+    for i in range(PARTS):
+        file = path / f"{i:02}.txt"
+        if not file.is_file():
+            with atomic_file(file, "w") as handle:
+                handle.write("\n\n".join(sample(f"{recipe.seed}/{i}", int(recipe.pretrain.recall.vocabulary) // PARTS)))
+    return [recipe.corpus, str(path)]
 
 
 def _config(recipe: Recipe, limit: int | None, **more: Any) -> CurateConfig:
@@ -56,7 +74,7 @@ def plan(planner: Planner) -> StagePlan:
     for size in SAMPLES:
         size = min(total, size)
         with contextlib.redirect_stderr(io.StringIO()), Meter() as meter:
-            made = curate(recipe.corpus, planner.scratch / f"sample-{len(points)}",
+            made = curate(_sources(recipe, planner.scratch), planner.scratch / f"sample-{len(points)}",
                           _config(recipe, size, group_bytes=size // processes), processes=processes)
         points.append((size, meter.seconds))
     (s1, t1), (s2, t2) = points
@@ -94,8 +112,8 @@ def _bytes(made: Curation) -> float:
 
 def run(context: Context) -> dict[str, Any]:
     recipe = context.recipe
-    made = curate(recipe.corpus, context.folder / "data", _config(recipe, _limit(recipe)), events=context.events,
-                  engine=recipe.curate.engine, processes=recipe.curate.processes)
+    made = curate(_sources(recipe, context.folder), context.folder / "data", _config(recipe, _limit(recipe)),
+                  events=context.events, engine=recipe.curate.engine, processes=recipe.curate.processes)
     steps = [{"name": b["step"], "documents_in": b["documents_in"], "documents_out": b["documents_out"],
               "seconds": b["seconds"]} for b in made.books["steps"]]
     drops: dict[str, int] = {}

@@ -34,7 +34,8 @@ def plan(planner: Planner) -> StagePlan:
     """Choose the largest shape that sees enough tokens in the time (unless the recipe fixes them)."""
     recipe, curate = planner.recipe, planner.decisions["curate"]
     candidates = [training.shape_of(recipe)] if recipe.model else [
-        training.shape_of(recipe, s, curate["vocab_size"]) for s in SHAPES]
+        training.shape_of(recipe, s, curate["vocab_size"]) for s in ([recipe.pretrain.shape] if recipe.pretrain.shape
+                                                                     else SHAPES)]
     if recipe.pretrain.parameters and not recipe.model:
         candidates = [min(candidates, key=lambda c: abs(c.parameters() - float(recipe.pretrain.parameters or 0)))]
     shape, tokens = _choose(planner, candidates, curate["train_tokens"] * EPOCHS)

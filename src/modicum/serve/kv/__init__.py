@@ -9,11 +9,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from modicum.core.errors import UserError
 from modicum.core.registry import Method
+
+if TYPE_CHECKING:
+    from modicum.model.decoder import Decoder
 
 BASELINE = "full"
 
@@ -28,6 +33,28 @@ class CacheShape:
     head_dim: int
     block_size: int
     windows: tuple[int | None, ...]  # per layer: keys a query sees, itself included; None: all
+    scales: tuple[float, ...] = ()  # per layer: what multiplies q k; empty: head_dim ** -0.5
+    softcap: float | None = None
+
+    def scores(self, layer: int, q_XTE: Tensor, k_XSE: Tensor) -> Tensor:
+        """Attention scores (X, T, S) in float32 before any mask, as the model computes them."""
+        scale = self.scales[layer] if self.scales else self.head_dim**-0.5
+        scores_XTS = q_XTE.float() @ k_XSE.float().transpose(-1, -2) * scale
+        return scores_XTS if self.softcap is None else self.softcap * torch.tanh(scores_XTS / self.softcap)
+
+
+def entries_of(budget: float, tokens: int) -> int:
+    """A budget as a number of entries: up to 1 it is a share of `tokens`, above 1 it is that number."""
+    return max(1, round(budget * tokens)) if budget <= 1 else int(budget)
+
+
+def check_budget(method: str, budget: float) -> None:
+    """Raise `UserError` for a budget that is neither a share nor a number of entries."""
+    if budget <= 0 or (budget > 1 and budget != int(budget)):
+        raise UserError(
+            f"{method}: budget={budget:g} must be a share above 0 and at most 1 (0.3), or a whole number of "
+            "entries above 1 (1024)"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,26 +65,45 @@ class Entries:
     v_GSE: Tensor
     position_GS: Tensor  # int64: place of each entry in the sequence
     counts: Sequence[int]  # entries per KV head
+    weight_GS: Tensor | None = None  # float32: tokens that each entry stands for; None: one each
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """M entries in the place of dropped ones. One that stands for n tokens has log(n) added to its scores."""
+
+    k_ME: Tensor
+    v_ME: Tensor
+    position_M: Tensor
+    weight_M: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Per KV head the entries that stay: ascending indices (int64) into its S entries."""
+    """Per KV head the entries that stay: ascending indices (int64) into its S entries.
+
+    `merged`, if given, holds for each head the new entries that are put before those, or None.
+    """
 
     heads: Sequence[Tensor]
+    merged: Sequence[Merged | None] | None = None
 
 
 class KVPolicy(Method):
     """Base of the methods, constructed once per engine as `cls(config, shape)`.
 
     `supports`: "prefix-cache", "chunked-prefill", "window" (layers with a sliding window), "gqa"; the
-    engine refuses at start-up what is not named. `observes`: whether `observe` is to be called.
+    engine refuses at start-up what is not named. `observes`: whether `observe` is to be called, for the
+    steps of which `wants` says so.
     `drops`: whether `keep` may leave anything out; False spares the question. `tail`: tokens at the end
     of a prompt that a sequence computes itself even where the prefix cache has them, to be observed.
+    `attends`: whether sequences of more than `exact` tokens attend by the policy's own `attend`.
     `unbounded`: rotary positions may go past the model's context length (the policy sees to distances).
     """
 
     observes: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
+    exact: int = 0
     drops: ClassVar[bool] = True
     unbounded: ClassVar[bool] = False
     tail: int = 1
@@ -69,17 +115,48 @@ class KVPolicy(Method):
         """The policy of one sequence whose prompt has `prompt` tokens, with state of its own."""
         return copy.copy(self)
 
-    def allow(self, layer: int, n_tokens: int) -> int:
-        """Most entries each KV head of `layer` may hold when `n_tokens` have been computed.
+    def prepare(self, model: Decoder) -> None:
+        """Called once, before any sequence begins: look at the model, measure its heads."""
+
+    def allow(self, layer: int, n_tokens: int) -> int | Sequence[int]:
+        """Most entries each KV head of `layer` may hold when `n_tokens` have been computed (or one each).
 
         The engine asks for `keep` at the end of the prompt, and then whenever a block more than this
         is held. A policy that must see the whole prompt first allows everything before its end.
         """
         raise NotImplementedError
 
-    def observe(self, layer: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
-        """Queries, keys and values of this step's tokens, after position encoding, in order."""
+    def wants(self, start: int, n: int) -> bool:
+        """Whether to observe a step that computes the tokens at places `start` .. `start + n - 1`."""
+        return self.observes
+
+    def observe(self, layer: int, start: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
+        """Queries, keys and values of this step's tokens from place `start` on, after position encoding."""
 
     def keep(self, layer: int, entries: Entries) -> Keep:
         """What stays of `entries`; at most `allow` of them per head."""
         raise NotImplementedError
+
+    def attend(
+        self,
+        layer: int,
+        q_GBRTE: Tensor,
+        k_GBSE: Tensor,
+        v_GBSE: Tensor,
+        at_BT: Tensor,
+        position_GBS: Tensor,
+        held_GBS: Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """out_GBRTE of B sequences with T queries each, at places `at_BT`, over what the cache holds.
+
+        R query heads share a KV head; entries have their places and whether they are held (not padding).
+        """
+        raise NotImplementedError
+
+    def allowed(self, layer: int, n_tokens: int) -> list[int]:
+        """`allow` as one number for each KV head."""
+        most = self.allow(layer, n_tokens)
+        return [most] * self.shape.kv_heads if isinstance(most, int) else list(most)

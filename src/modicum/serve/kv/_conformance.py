@@ -40,6 +40,7 @@ def _policy(key: str) -> KVPolicy:
     policy: KVPolicy = loaded.cls(
         config, CacheShape(layers=2, heads=4, kv_heads=2, head_dim=8, block_size=4, windows=(None, None))
     )
+    policy.prepare(_model())
     return policy
 
 
@@ -49,13 +50,15 @@ def check_keep_is_within_allow(key: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in range(2):
         q, k, v = (torch.randn(h, 40, 8, generator=generator) for h in (4, 2, 2))
-        policy.observe(layer, q, k, v)
+        if policy.wants(0, 40):
+            policy.observe(layer, 0, q, k, v)
         position = torch.arange(40).expand(2, 40)
-        kept = policy.keep(layer, Entries(k, v, position, [40, 40])).heads
-        allowed = policy.allow(layer, 40)
-        assert len(kept) == 2, f"{len(kept)} heads were answered for, there are 2"
-        for index in kept:
-            assert len(index) <= allowed, f"{len(index)} entries are kept, {allowed} were allowed"
+        keep = policy.keep(layer, Entries(k, v, position, [40, 40]))
+        kept, merged = keep.heads, keep.merged or [None, None]
+        assert len(kept) == len(merged) == 2, f"{len(kept)} heads were answered for, there are 2"
+        for index, new, allowed in zip(kept, merged, policy.allowed(layer, 40), strict=True):
+            held = len(index) + (0 if new is None else len(new.k_ME))
+            assert held <= allowed, f"{held} entries are kept, {allowed} were allowed"
             assert len(index) > 0 and bool((index.diff() > 0).all()), "kept entries must ascend"
             assert int(index[0]) >= 0 and int(index[-1]) < 40, "a kept entry does not exist"
 
@@ -65,7 +68,7 @@ def check_short_sequences_are_exact(key: str) -> None:
     policy = _policy(key).begin(3)
     short = [[5, 9, 2]]
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    if all(policy.allow(layer, n) >= n for layer in range(2) for n in range(1, 8)):
+    if all(min(policy.allowed(layer, n)) >= n for layer in range(2) for n in range(1, 8)):
         want = _engine("full").generate(short, params)[0].tokens
         got = _engine(key).generate(short, params)[0].tokens
         assert got == want, f"{got} instead of {want}, although nothing had to go"
@@ -98,7 +101,7 @@ def _check_held(engine: Engine, key: str) -> None:
         else:
             pages = sample.pages.pages_LG.flatten().tolist()
         for i, held in enumerate(pages):
-            allowed = policy.allow(i // 2, sample.job.computed)
+            allowed = policy.allowed(i // 2, sample.job.computed)[i % 2]
             assert held <= -(-allowed // size) + 2, (
                 f"a head of layer {i // 2} holds {held} pages of {size}, {allowed} entries were allowed"
             )
