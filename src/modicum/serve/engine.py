@@ -37,6 +37,7 @@ from modicum.serve.config import (
 from modicum.serve.draft import COUNTERS as DRAFT_COUNTERS
 from modicum.serve.draft import Drafting, make_drafter
 from modicum.serve.request import InvalidRequest, Output, Request, Sample, SamplingParams, Update, collect
+from modicum.serve.runner import make_runner
 from modicum.serve.sampling import Choices, Penalties, choose
 from modicum.serve.schedulers import Job, Plan
 from modicum.serve.text import TextStream
@@ -64,6 +65,7 @@ class Engine:
         self.policy.prepare(self.model)
         drafter = make_drafter(config, shape.vocab_size, self.policy)
         self.cache = Cache(shape, config, n_blocks, dtype, device, self.policy)
+        self.runner = make_runner(model, self.cache.attend)
         self.storage, self.blocks, self.pages = self.cache.storage, self.cache.blocks, self.cache.pages
         self.max_length = longest(config, shape, self.policy, self.cache.capacity)
         self.eos = frozenset(tokenizer.stop_ids if tokenizer is not None else shape.eos_ids)
@@ -294,17 +296,8 @@ class Engine:
         self.counters["preemptions"] += 1
 
     def _run(self, works: list[Work], updates: list[Update]) -> None:
-        device = self.model.device
-        tokens = [t for w in works for t in w.sample.tokens[w.start : w.start + w.n]]
-        positions = [p for w in works for p in range(w.start, w.start + w.n)]
-        tokens_1T, positions_1T = torch.tensor([tokens, positions], device=device).split(1)
-        self.cache.attend.begin(works, self.policy.observes)
-        h_1TD = self.model.hidden(tokens_1T, positions_BT=positions_1T, attend=self.cache.attend)
         ready = [w for w in works if w.start + w.n == w.sample.job.length]
-        logits_BV: Tensor | None = None
-        if ready:
-            last = torch.tensor([w.at + w.n - 1 for w in ready], device=device)
-            logits_BV = self.model.head(h_1TD[0] if len(ready) == h_1TD.shape[1] else h_1TD[0, last])
+        logits_BV = self.runner(works, [w.at + w.n - 1 for w in ready], self.policy.observes)
         self._commit(works, [w.sample for w in ready], logits_BV, updates)
 
     def _commit(

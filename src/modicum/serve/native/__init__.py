@@ -1,0 +1,169 @@
+"""Own kernels for the CPU: C compiled once for this machine, kept in the user's cache, loaded by ctypes.
+
+`library()` gives the loaded kernels or None, `reason()` says why there are none: nothing here raises, since
+everything also runs without (`serve.runner`). What is compiled is named by a hash of the sources, the
+compiler and the processor's abilities, so a cache shared between machines, or an upgrade, cannot mix them up.
+
+Environment: MODICUM_NATIVE=0 turns the kernels off; CC names the compiler; XDG_CACHE_HOME moves the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
+USEFUL = ("avx512_bf16", "avx512_vnni")
+I64, F32, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, I64) for name in ("kind", "out_", "in_", "group", "groups", "scale_kind")),
+        *((name, POINTER) for name in ("weight", "scale", "zero", "bias")),
+    ]
+
+
+class Rope(ctypes.Structure):
+    _fields_ = [("angles", POINTER), ("scale", F32), ("unused", F32)]
+
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+NORMS = ("attention_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm", "q_norm", "k_norm")
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, Matrix) for name in MATRICES),
+        *((name, POINTER) for name in NORMS),
+        ("rope", I64),
+        ("window", I64),
+        ("scale", F32),
+        ("unused", F32),
+    ]
+
+
+COUNTS = (
+    *("layers", "width", "heads", "kv_heads", "head_dim", "mlp_width", "rotated", "activation", "qk_norm_full"),
+    *("half", "ropes", "cache_kind", "block_size", "n_blocks", "threads"),
+)
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((name, I64) for name in COUNTS),
+        ("eps", F32),
+        ("softcap", F32),
+        ("layer", ctypes.POINTER(Layer)),
+        ("rope", ctypes.POINTER(Rope)),
+        ("final_norm", POINTER),
+        ("head", Matrix),
+        ("k_cache", POINTER),
+        ("v_cache", POINTER),
+    ]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [
+        *((name, I64) for name in ("rows", "ready", "table_stride")),
+        *((name, POINTER) for name in ("x", "position", "slot", "table", "ready_row", "logits")),
+    ]
+
+
+def processor() -> tuple[str, ...]:
+    """What this processor can do of what the kernels know to use."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((set(line.split(":")[1].split()) for line in file if line.startswith("flags")), set())
+    except OSError:
+        return ()
+    return tuple(flag for flag in (*NEEDED, *USEFUL) if flag in flags)
+
+
+def library() -> ctypes.CDLL | None:
+    return _load(os.environ.get("MODICUM_NATIVE", "1"))[0]
+
+
+def reason() -> str:
+    """One line: what is in use, or why not."""
+    return _load(os.environ.get("MODICUM_NATIVE", "1"))[1]
+
+
+@functools.cache
+def _load(wanted: str) -> tuple[ctypes.CDLL | None, str]:
+    if wanted.lower() in ("0", "no", "off", "false"):
+        return None, f"off (MODICUM_NATIVE={wanted})"
+    lacking = [flag for flag in NEEDED if flag not in processor()]
+    if platform.system() != "Linux" or lacking:
+        return None, f"none for this processor ({'lacks ' + ', '.join(lacking) if lacking else platform.system()})"
+    compiler = os.environ.get("CC") or next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
+    if compiler is None:
+        return None, "no C compiler found; install gcc or clang, or name one in CC"
+    try:
+        path = build(compiler)
+        import torch  # noqa: F401  its OpenMP runtime first: one team of threads for both
+
+        found = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        return None, f"{compiler} could not build them: {said[0] if said else type(error).__name__}"
+    found.modicum_open.restype = POINTER
+    found.modicum_open.argtypes = (ctypes.POINTER(Model),)
+    found.modicum_close.argtypes = (POINTER,)
+    found.modicum_step.argtypes = (POINTER, ctypes.POINTER(Step))
+    found.modicum_layout.restype = I64
+    found.modicum_layout.argtypes = (I64,)
+    for i, kind in enumerate((Matrix, Rope, Layer, Model, Step)):
+        if found.modicum_layout(i) != ctypes.sizeof(kind):
+            return None, f"the compiled {kind.__name__} has another size than Python's"
+    return found, f"AVX-512 ({', '.join(f for f in USEFUL if f in processor()) or 'plain'}), {path}"
+
+
+def folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "modicum" / "native"
+
+
+def build(compiler: str) -> Path:
+    """The shared library, compiled if this machine has not got it yet. Raises OSError, SubprocessError."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.c")])
+    stamp = hashlib.sha256(repr((version, FLAGS, processor(), platform.machine())).encode())
+    for source in sources:
+        stamp.update(source.name.encode() + b"\0" + source.read_bytes())
+    where = folder()
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home to write to: a folder of this user's own, for this boot
+        where = Path(tempfile.gettempdir()) / f"modicum-{os.getuid()}"
+        where.mkdir(mode=0o700, exist_ok=True)
+        if where.stat().st_uid != os.getuid():
+            raise
+    path = where / f"step-{stamp.hexdigest()[:24]}.so"
+    if not path.exists():
+        descriptor, fresh = tempfile.mkstemp(suffix=".so", dir=where)
+        os.close(descriptor)
+        try:
+            subprocess.run(
+                [compiler, *FLAGS, str(HERE / "step.c"), "-o", fresh, "-lm"],
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=True,
+            )
+            os.replace(fresh, path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+    return path

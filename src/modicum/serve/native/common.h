@@ -1,0 +1,147 @@
+/* Types shared with Python (see __init__.py), vector helpers, the barrier.
+ *
+ * Letters: T rows (tokens) of a tile, D width, H query heads, G KV heads, R = H / G, E head_dim, S keys,
+ * K inputs of a matrix, P block size. All activations between products are float32.
+ */
+#pragma once
+#include <immintrin.h>
+#include <math.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define ALIGN 64
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
+
+typedef struct {          /* one linear layer: (out, in), row-major, as the module stores it */
+    int64_t kind, out, in, group, groups, scale_kind;
+    const void *weight, *scale, *zero;
+    const float *bias;
+} Matrix;
+
+typedef struct {
+    const float *angles;                      /* rotated / 2 of them */
+    float scale, unused;
+} Rope;
+
+typedef struct {
+    Matrix q, k, v, o, gate, up, down;        /* weight == NULL: there is none */
+    const float *attention_norm, *mlp_norm, *attention_out_norm, *mlp_out_norm, *q_norm, *k_norm;
+    int64_t rope, window;                     /* which rotation, -1: none; keys seen, itself included, 0: all */
+    float scale, unused;
+} Layer;
+
+typedef struct {
+    int64_t layers, width, heads, kv_heads, head_dim, mlp_width, rotated, activation, qk_norm_full, half, ropes;
+    int64_t cache_kind, block_size, n_blocks, threads;
+    float eps, softcap;
+    const Layer *layer;
+    const Rope *rope;
+    const float *final_norm;
+    Matrix head;
+    void *k_cache, *v_cache;                  /* (layers, G, n_blocks, P, E) */
+} Model;
+
+typedef struct {
+    int64_t rows, ready, table_stride;
+    float *x;                                 /* (rows, D): embeddings in, hidden states before the norm out */
+    const int64_t *position, *slot, *table;   /* per row; the table of blocks by slot */
+    const int64_t *ready_row;                 /* rows whose logits are wanted */
+    float *logits;                            /* (ready, V) */
+} Step;
+
+INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+INLINE __mmask16 tail16(int64_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
+INLINE __mmask32 tail32(int64_t left) { return left >= 32 ? 0xffffffffu : (__mmask32)((1u << left) - 1); }
+INLINE __mmask64 tail64(int64_t left) { return left >= 64 ? ~0ull : (1ull << left) - 1; }
+
+INLINE __m512 widen(__m256i bf16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+}
+
+/* Sixteen floats of a float32 or bfloat16 array. */
+INLINE __m512 load_as_float(const void *base, int64_t at, int64_t kind, __mmask16 mask) {
+    if (kind == FLOAT32) return _mm512_maskz_loadu_ps(mask, (const float *)base + at);
+    return widen(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)base + at));
+}
+
+INLINE __m256i narrow(__m512 x) {             /* to bfloat16, to nearest even; NaN stays NaN */
+#ifdef __AVX512BF16__
+    return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(up, nan, 0x7fc0));
+#endif
+}
+
+INLINE void store_from_float(void *base, int64_t at, int64_t kind, __mmask16 mask, __m512 x) {
+    if (kind == FLOAT32) _mm512_mask_storeu_ps((float *)base + at, mask, x);
+    else _mm256_mask_storeu_epi16((uint16_t *)base + at, mask, narrow(x));
+}
+
+/* The sums of sixteen vectors, as one vector. */
+INLINE __m512 sums(const __m512 *v) {
+    __m512 a[8], b[4], c[2];
+    UNROLL for (int i = 0; i < 8; i++)
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    UNROLL for (int i = 0; i < 4; i++) {
+        __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    UNROLL for (int i = 0; i < 2; i++)
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+}
+
+/* exp within 2 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; below -87 it is 0. */
+INLINE __m512 exp16(__m512 x) {
+    const __m512 low = _mm512_set1_ps(-87.3f), high = _mm512_set1_ps(88.3f);
+    __mmask16 zero = _mm512_cmp_ps_mask(x, low, _CMP_LT_OQ);
+    x = _mm512_min_ps(high, _mm512_max_ps(low, x));    /* in this order a NaN in x comes through */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_mask_mov_ps(_mm512_scalef_ps(p, n), zero, _mm512_setzero_ps());
+}
+
+INLINE __m512 tanh16(__m512 x) {              /* 1 - 2 / (exp(2x) + 1) */
+    __m512 e = exp16(_mm512_add_ps(x, x)), one = _mm512_set1_ps(1.0f);
+    return _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, one)));
+}
+
+/* Threads meet here many times per step: they spin, and yield when somebody is long in coming. */
+typedef struct {
+    int waiting __attribute__((aligned(64)));
+    int round __attribute__((aligned(64)));
+} Barrier;
+
+static void meet(Barrier *b, int threads) {
+    if (threads == 1) return;
+    int round = __atomic_load_n(&b->round, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&b->waiting, 1, __ATOMIC_ACQ_REL) == threads) {
+        __atomic_store_n(&b->waiting, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&b->round, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int spins = 0; __atomic_load_n(&b->round, __ATOMIC_ACQUIRE) == round; spins++) {
+        if (spins < 4096) _mm_pause();
+        else sched_yield();
+    }
+}

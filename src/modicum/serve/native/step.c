@@ -1,0 +1,280 @@
+/* One engine step through all layers of a decoder, in one call: threads stay together from the first layer
+ * to the logits and meet at barriers. Rows are computed in tiles of TILE, so working memory does not grow with
+ * the number of rows; a tile's rows see each other's keys through the cache.
+ */
+#include "common.h"
+#include "products.h"
+#include "attention.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define TILE 64
+
+typedef struct {
+    Act act;
+    Decoded decoded;
+    float *norm, *one, *two, *score;
+    int64_t score_size;
+} Thread;
+
+typedef struct {
+    Model m;
+    int64_t phases, score_stride;
+    float *qkv, *mixed, *hidden, *branch, *turn;
+    int64_t *next;                            /* per phase, the first output nobody has taken */
+    Thread *thread;
+    Barrier barrier;
+} State;
+
+static void *room(int64_t bytes) { return aligned_alloc(ALIGN, round_up(bytes + 256, 4096)); }
+
+static int64_t widest(const Model *m) {
+    return most(most(m->width, m->mlp_width), m->heads * m->head_dim);
+}
+
+static int64_t most_groups(const Model *m) {
+    int64_t n = m->head.groups;
+    for (int64_t i = 0; i < m->layers; i++) {
+        const Matrix *all = &m->layer[i].q;
+        for (int j = 0; j < 7; j++) n = most(n, all[j].groups);
+    }
+    return padded_groups(n);
+}
+
+/* Returns NULL when memory is short. The arrays that `model` points to must outlive the state. */
+State *modicum_open(const Model *model) {
+    State *s = room(sizeof(State));
+    if (!s) return NULL;
+    memset(s, 0, sizeof(State));
+    s->m = *model;
+    Model *m = &s->m;
+    int64_t heads = (m->heads + 2 * m->kv_heads) * m->head_dim, wide = widest(m), G = most_groups(m);
+    s->phases = 9 * m->layers + 1;
+    s->qkv = room(4 * TILE * heads), s->mixed = room(4 * TILE * m->heads * m->head_dim);
+    s->hidden = room(4 * TILE * m->mlp_width), s->branch = room(4 * TILE * m->width);
+    s->turn = room(4 * TILE * m->rotated * m->ropes), s->next = room(8 * s->phases);
+    s->thread = calloc(m->threads, sizeof(Thread));
+    for (int64_t t = 0; s->thread && t < m->threads; t++) {
+        Thread *own = &s->thread[t];
+        own->act.data = room(4 * TILE * (round_up(wide, 128) + 64));
+        own->act.step = room(4 * TILE), own->act.total = room(4 * TILE * G);
+        own->decoded.scale = room(16 * G), own->decoded.zero = room(16 * G), own->decoded.weight = room(16 * wide + 256);
+        own->norm = room(4 * TILE * m->width), own->one = room(4 * TILE * 64), own->two = room(4 * TILE * 64);
+    }
+    return s;
+}
+
+void modicum_close(State *s) {
+    for (int64_t t = 0; t < s->m.threads; t++) {
+        Thread *own = &s->thread[t];
+        free(own->act.data), free(own->act.step), free(own->act.total), free(own->decoded.scale);
+        free(own->decoded.zero), free(own->decoded.weight), free(own->norm), free(own->one), free(own->two);
+        free(own->score);
+    }
+    free(s->thread), free(s->qkv), free(s->mixed), free(s->hidden), free(s->branch), free(s->turn), free(s->next);
+    free(s);
+}
+
+INLINE __m512 activate(__m512 x, int64_t kind) {    /* silu, gelu, gelu_tanh, relu */
+    const __m512 one = _mm512_set1_ps(1.0f), half = _mm512_set1_ps(0.5f);
+    if (kind == 0) return _mm512_div_ps(x, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+    if (kind == 3) return _mm512_max_ps(_mm512_setzero_ps(), x);
+    if (kind == 2) {
+        __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+        __m512 inner = _mm512_mul_ps(_mm512_set1_ps(0.7978845608f), _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, x));
+        return _mm512_mul_ps(_mm512_mul_ps(half, x), _mm512_add_ps(one, tanh16(inner)));
+    }
+    float lanes[16];
+    _mm512_storeu_ps(lanes, x);
+    for (int i = 0; i < 16; i++) lanes[i] = 0.5f * lanes[i] * (1.0f + erff(lanes[i] * 0.70710678f));
+    return _mm512_loadu_ps(lanes);
+}
+
+/* The next outputs for this thread of a phase with `n` of them; -1 when all are taken. */
+INLINE int64_t take(State *s, int64_t phase, int64_t chunk, int64_t n) {
+    int64_t at = __atomic_fetch_add(&s->next[phase], chunk, __ATOMIC_RELAXED);
+    return at < n ? at : -1;
+}
+
+static const float *normed(State *s, Thread *own, const float *x, const float *weight, int64_t rows) {
+    int64_t D = s->m.width;
+    if (!weight) return x;
+    for (int64_t n = 0; n < rows; n++)
+        scale_by(own->norm + n * D, x + n * D, weight, rms_scale(x + n * D, D, s->m.eps), D);
+    return own->norm;
+}
+
+/* One product of a phase; `own->act` holds x in the shape of the matrix before if that is `same`. */
+static void ready(State *s, Thread *own, const Matrix *m, const Matrix *before, const float *x, int64_t ldx, int64_t rows) {
+    Shape shape = shape_for(m, rows, s->m.half);
+    if (before && before->in == m->in && before->group == m->group && own->act.shape == shape) return;
+    prepare(&own->act, shape, m, x, ldx, rows);
+}
+
+/* x += norm(branch), or the branch itself was added already when there is no norm after it. */
+static void add_branch(State *s, float *x, const float *weight, int64_t rows, int64_t phase) {
+    int64_t D = s->m.width;
+    for (int64_t n; (n = take(s, phase, 1, rows)) >= 0;) {
+        float *b = s->branch + n * D;
+        scale_by(b, b, weight, rms_scale(b, D, s->m.eps), D);
+        for (int64_t d = 0; d < D; d++) x[n * D + d] += b[d];
+    }
+}
+
+/* Outputs of a branch's last matrix: added to x, or kept apart for a norm. */
+static void fold(State *s, Thread *own, const Matrix *m, const float *from, int64_t ldx, float *x, int apart,
+                 int64_t rows, int64_t phase, int64_t chunk) {
+    int64_t D = s->m.width;
+    ready(s, own, m, NULL, from, ldx, rows);
+    for (int64_t o; (o = take(s, phase, chunk, m->out)) >= 0;) {
+        int64_t end = least(o + chunk, m->out);
+        product(m, &own->act, o, end, own->one, chunk, &own->decoded);
+        for (int64_t n = 0; n < rows; n++)
+            for (int64_t i = 0; i < end - o; i++) {
+                if (apart) s->branch[n * D + o + i] = own->one[n * chunk + i];
+                else x[n * D + o + i] += own->one[n * chunk + i];
+            }
+    }
+}
+
+/* Angles of all rotations for the rows of a tile: cosines, then sines. */
+static void turns(State *s, const Step *step, int64_t rows, int id, int threads) {
+    int64_t half = s->m.rotated / 2;
+    for (int64_t job = id; job < s->m.ropes * rows; job += threads) {
+        const Rope *rope = &s->m.rope[job / rows];
+        float *turn = s->turn + (job / rows * TILE + job % rows) * 2 * half;
+        for (int64_t r = 0; r < half; r++) {
+            float angle = (float)step->position[job % rows] * rope->angles[r];
+            turn[r] = cosf(angle) * rope->scale, turn[half + r] = sinf(angle) * rope->scale;
+        }
+    }
+}
+
+static void attention(State *s, Thread *own, const Step *step, float *x, int64_t i, int64_t rows, int64_t phase,
+                      int64_t chunk, int id, int threads) {
+    const Model *m = &s->m;
+    const Layer *l = &m->layer[i];
+    int64_t D = m->width, E = m->head_dim, HE = m->heads * E, GE = m->kv_heads * E, QKV = HE + 2 * GE;
+    const Matrix *parts[3] = {&l->q, &l->k, &l->v};
+    const float *input = normed(s, own, x, l->attention_norm, rows);
+    for (int64_t p = 0, at = 0; p < 3; at += parts[p]->out, p++) {
+        ready(s, own, parts[p], p ? parts[p - 1] : NULL, input, D, rows);
+        for (int64_t o; (o = take(s, phase + p, chunk, parts[p]->out)) >= 0;)
+            product(parts[p], &own->act, o, least(o + chunk, parts[p]->out), s->qkv + at + o, QKV, &own->decoded);
+    }
+    meet(&s->barrier, threads);
+    for (int64_t n; (n = take(s, phase + 3, 1, rows)) >= 0;) {
+        float *q = s->qkv + n * QKV, q_scale = 0, k_scale = 0;
+        if (l->q_norm && m->qk_norm_full)
+            q_scale = rms_scale(q, HE, m->eps), k_scale = rms_scale(q + HE, GE, m->eps);
+        const float *turn = l->rope < 0 ? NULL : s->turn + (l->rope * TILE + n) * m->rotated;
+        for (int64_t g = 0; g < m->kv_heads; g++)
+            place(m, l, i, step, n, g, q, q + HE, q + HE + GE, q_scale, k_scale, turn);
+    }
+    meet(&s->barrier, threads);
+    for (int64_t n = 0, job = 0; n < rows;) {
+        int64_t many = 1;
+        while (many < QUERY_ROWS && n + many < rows && step->slot[n + many] == step->slot[n]
+               && step->position[n + many] == step->position[n] + many) many++;
+        for (int64_t g = 0; g < m->kv_heads; g++, job++)
+            if (job % threads == id)
+                attend(m, l, i, step, n, many, g, s->qkv + n * QKV, QKV, s->mixed + n * HE, HE, own->score,
+                       s->score_stride);
+        n += many;
+    }
+    meet(&s->barrier, threads);
+    fold(s, own, &l->o, s->mixed, HE, x, l->attention_out_norm != NULL, rows, phase + 4, chunk);
+    meet(&s->barrier, threads);
+    if (!l->attention_out_norm) return;
+    add_branch(s, x, l->attention_out_norm, rows, phase + 5);
+    meet(&s->barrier, threads);
+}
+
+static void mlp(State *s, Thread *own, float *x, int64_t i, int64_t rows, int64_t phase, int64_t chunk, int threads) {
+    const Model *m = &s->m;
+    const Layer *l = &m->layer[i];
+    int64_t F = m->mlp_width;
+    const int gated = l->gate.weight != NULL;    /* Python sees to gate and up being held alike */
+    const Matrix *first = gated ? &l->gate : &l->up;
+    ready(s, own, first, NULL, normed(s, own, x, l->mlp_norm, rows), m->width, rows);
+    for (int64_t o; (o = take(s, phase, chunk, F)) >= 0;) {
+        int64_t end = least(o + chunk, F);
+        product(first, &own->act, o, end, own->one, chunk, &own->decoded);
+        if (gated) product(&l->up, &own->act, o, end, own->two, chunk, &own->decoded);
+        for (int64_t n = 0; n < rows; n++)
+            for (int64_t k = 0; k < end - o; k += 16) {
+                __mmask16 mask = tail16(end - o - k);
+                __m512 v = activate(_mm512_maskz_loadu_ps(mask, own->one + n * chunk + k), m->activation);
+                if (gated) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, own->two + n * chunk + k));
+                _mm512_mask_storeu_ps(s->hidden + n * F + o + k, mask, v);
+            }
+    }
+    meet(&s->barrier, threads);
+    fold(s, own, &l->down, s->hidden, F, x, l->mlp_out_norm != NULL, rows, phase + 1, chunk);
+    meet(&s->barrier, threads);
+    if (!l->mlp_out_norm) return;
+    add_branch(s, x, l->mlp_out_norm, rows, phase + 2);
+    meet(&s->barrier, threads);
+}
+
+static void tile(State *s, const Step *whole, int64_t from, int64_t rows, int id, int threads) {
+    const Model *m = &s->m;
+    Thread *own = &s->thread[id];
+    int64_t chunk = rows < 8 ? 16 : 32;
+    float *x = whole->x + from * m->width;
+    Step step = *whole;
+    step.position += from, step.slot += from;
+    meet(&s->barrier, threads);
+    if (id == 0) memset(s->next, 0, 8 * s->phases);
+    meet(&s->barrier, threads);
+    turns(s, &step, rows, id, threads);
+    for (int64_t i = 0; i < m->layers; i++) {
+        attention(s, own, &step, x, i, rows, 9 * i, chunk, id, threads);
+        mlp(s, own, x, i, rows, 9 * i + 6, chunk, threads);
+    }
+    int64_t first = 0, last, D = m->width, V = m->head.out;
+    while (first < whole->ready && whole->ready_row[first] < from) first++;
+    for (last = first; last < whole->ready && whole->ready_row[last] < from + rows; last++) {
+        const float *row = whole->x + whole->ready_row[last] * D;
+        float *to = own->norm + (last - first) * D;
+        if (m->final_norm) scale_by(to, row, m->final_norm, rms_scale(row, D, m->eps), D);
+        else memcpy(to, row, 4 * D);
+    }
+    if (last == first) return;
+    ready(s, own, &m->head, NULL, own->norm, D, last - first);
+    for (int64_t o; (o = take(s, 9 * m->layers, 32, V)) >= 0;)
+        product(&m->head, &own->act, o, least(o + 32, V), whole->logits + first * V + o, V, &own->decoded);
+}
+
+/* Returns 0, or 1 when memory for the scores is short (nothing is computed then). */
+int modicum_step(State *s, const Step *step) {
+    int64_t longest = 0;
+    for (int64_t n = 0; n < step->rows; n++) longest = most(longest, step->position[n] + 1);
+    int64_t stride = round_up(longest + 16, 16), queries = QUERY_ROWS * (s->m.heads / s->m.kv_heads);
+    if (stride > s->score_stride) {
+        stride = most(stride, 2 * s->score_stride);
+        s->score_stride = 0;
+        for (int64_t t = 0; t < s->m.threads; t++) {
+            free(s->thread[t].score);
+            if (!(s->thread[t].score = room(4 * queries * stride))) return 1;
+        }
+        s->score_stride = stride;
+    }
+    s->barrier.waiting = 0;
+#pragma omp parallel num_threads((int)s->m.threads)
+    {
+        int id = 0, threads = 1;
+#ifdef _OPENMP
+        id = omp_get_thread_num(), threads = omp_get_num_threads();
+#endif
+        for (int64_t from = 0; from < step->rows; from += TILE)
+            tile(s, step, from, least(TILE, step->rows - from), id, threads);
+    }
+    return 0;
+}
+
+int64_t modicum_layout(int64_t which) {    /* sizes Python checks its own idea of the structures against */
+    const int64_t sizes[] = {sizeof(Matrix), sizeof(Rope), sizeof(Layer), sizeof(Model), sizeof(Step)};
+    return which < 5 ? sizes[which] : 0;
+}

@@ -1,0 +1,255 @@
+"""Runs a step's tokens through the model: by own kernels where they serve, else by the decoder as it is written.
+
+Both give the logits of the wanted rows. `Eager` is the truth and runs everywhere; `Native` covers decoders of
+the Llama kind (RMSNorm, rotary positions, a sequential block) on a CPU with AVX-512 whose linear layers are
+plain, int8 or int4, and hands steps it has no kernels for to `Eager`: sequences thinned by a KV policy, and
+policies that observe. It computes between the matrices in float32 and reads weights where the modules hold
+them: nothing is stored twice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modicum.model.config import DecoderConfig
+from modicum.model.decoder import Decoder
+from modicum.model.forms import LinearForm
+from modicum.model.layers import RMSNorm
+from modicum.serve import native
+from modicum.serve.attend import StepAttend, Work
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of native/step.c
+KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+
+
+class Eager:
+    """The decoder's own forward pass with the step's attention."""
+
+    name = "eager"
+
+    def __init__(self, model: Decoder, attend: StepAttend):
+        self.model, self.attend = model, attend
+
+    def __call__(self, works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:
+        """Logits (len(rows), V) of the given places of the step's row of tokens; None for no rows."""
+        device = self.model.device
+        tokens_1T, positions_1T = torch.tensor([tokens_of(works), positions_of(works)], device=device).split(1)
+        self.attend.begin(works, observe)
+        h_1TD = self.model.hidden(tokens_1T, positions_BT=positions_1T, attend=self.attend)
+        if not rows:
+            return None
+        if len(rows) == h_1TD.shape[1]:
+            return self.model.head(h_1TD[0])
+        return self.model.head(h_1TD[0, torch.tensor(list(rows), device=device)])
+
+
+class Native:
+    """The same by `serve/native`. Made by `make_runner`, which asks `unserved` first."""
+
+    name = "native"
+
+    def __init__(self, model: Decoder, attend: StepAttend, library: ctypes.CDLL):
+        self.model, self.attend, self.library = model, attend, library
+        self.eager = Eager(model, attend)
+        self.threads = 0
+        self._keep: list[Any] = []
+        self._shape = self._describe(model, attend)
+        self._state = 0
+
+    def __call__(self, works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:
+        if observe or any(w.sample.pages is not None for w in works):
+            return self.eager(works, rows, observe)
+        self._open()
+        slots = np.repeat([w.sample.slot for w in works], [w.n for w in works])
+        return self.run(tokens_of(works), np.array(positions_of(works), dtype=np.int64), slots, rows)
+
+    def run(
+        self, tokens: Sequence[int], position_T: np.ndarray, slot_T: np.ndarray, rows: Sequence[int]
+    ) -> Tensor | None:
+        """Tokens of the sequences in `slot_T`, whose blocks the table names; neighbours in order of position."""
+        config, table = self.model.config, self.attend.table
+        x_TD = self.model.embed(torch.tensor(tokens))
+        if config.embed_scale is not None:
+            x_TD = x_TD * torch.tensor(config.embed_scale, dtype=x_TD.dtype)
+        x_TD = x_TD.float()
+        ready_R = np.array(rows, dtype=np.int64)
+        logits_RV = torch.empty(len(rows), config.vocab_size)
+        slot_T = np.ascontiguousarray(slot_T, dtype=np.int64)
+        step = native.Step(
+            len(tokens),
+            len(rows),
+            table.shape[1],
+            x_TD.data_ptr(),
+            position_T.ctypes.data,
+            slot_T.ctypes.data,
+            table.ctypes.data,
+            ready_R.ctypes.data,
+            logits_RV.data_ptr(),
+        )
+        if self.library.modicum_step(self._state, ctypes.byref(step)):
+            raise MemoryError("no memory for attention scores of a sequence this long")
+        if not rows:
+            return None
+        cap = config.logit_softcap
+        return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
+
+    def _open(self) -> None:
+        """Working memory for as many threads as PyTorch uses now."""
+        if self.threads == torch.get_num_threads():
+            return
+        if self._state:
+            self._finalizer()
+        self.threads = self._shape.threads = torch.get_num_threads()
+        self._state = self.library.modicum_open(ctypes.byref(self._shape))
+        if not self._state:
+            raise MemoryError("no memory for the working arrays of a step")
+        self._finalizer = weakref.finalize(self, self.library.modicum_close, self._state)
+
+    def _describe(self, model: Decoder, attend: StepAttend) -> native.Model:
+        c, storage = model.config, attend.storage
+        layers = (native.Layer * c.layers)()
+        for i, block in enumerate(model.layers):
+            layer, a, m = layers[i], block.attention, block.mlp
+            for name, module in zip(
+                native.MATRICES, (a.q, a.k, a.v, a.o, getattr(m, "gate", None), m.up, m.down), strict=True
+            ):
+                setattr(layer, name, self._matrix(module))
+            for name in native.NORMS:
+                norm = getattr(block if "out" in name or name.endswith("p_norm") or "att" in name else a, name, None)
+                setattr(layer, name, self._norm(norm))
+            index = model._rope_index[i]
+            layer.rope = -1 if index is None else index
+            layer.window, layer.scale = c.window(i) or 0, c.attention_scale(i)
+        ropes = (native.Rope * max(1, len(model._ropes)))()
+        for rope, table in zip(ropes, model._ropes, strict=False):
+            rope.angles, rope.scale = self._floats(table.angles), table.scale
+        self._keep += [layers, ropes, storage]
+        return native.Model(
+            layers=c.layers,
+            width=c.width,
+            heads=c.heads,
+            kv_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            mlp_width=c.mlp_width,
+            rotated=2 * max((len(t.angles) for t in model._ropes), default=0),
+            activation=ACTIVATIONS.index(c.activation),
+            qk_norm_full=c.qk_norm == "full",
+            half=model.dtype == torch.bfloat16,
+            ropes=len(model._ropes),
+            cache_kind=KINDS[storage.k_LGNPE.dtype],
+            block_size=storage.block_size,
+            n_blocks=storage.n_blocks,
+            eps=c.norm_eps,
+            softcap=c.attention_softcap or 0.0,
+            layer=layers,
+            rope=ropes,
+            final_norm=self._norm(model.norm if c.final_norm else None),
+            head=self._matrix(model.lm_head),
+            k_cache=storage.k_LGNPE.data_ptr(),
+            v_cache=storage.v_LGNPE.data_ptr(),
+        )
+
+    def _floats(self, tensor: Tensor) -> int:
+        kept = tensor.detach().float().contiguous()
+        self._keep.append(kept)
+        return kept.data_ptr()
+
+    def _norm(self, norm: nn.Module | None) -> int | None:
+        if norm is None:
+            return None
+        assert isinstance(norm, RMSNorm)
+        return self._floats(norm.weight.float() + 1 if norm.plus_one else norm.weight)
+
+    def _matrix(self, module: nn.Module | None) -> native.Matrix:
+        if module is None:
+            return native.Matrix()
+        found = _stored(module)
+        assert found is not None
+        kind, weight, scale, zero = found
+        out, group, groups = module.out_features, 0, 0
+        if scale is not None:
+            group, groups = module.group, module.n_groups
+            if scale.dtype not in KINDS:
+                scale, zero = scale.float(), None if zero is None else zero.float()
+        self._keep += [weight, scale, zero]
+        bias = module.bias
+        return native.Matrix(
+            kind,
+            out,
+            module.in_features,
+            group,
+            groups,
+            0 if scale is None else KINDS[scale.dtype],
+            weight.data_ptr(),
+            None if scale is None else scale.data_ptr(),
+            None if zero is None else zero.data_ptr(),
+            None if bias is None else self._floats(bias),
+        )
+
+
+def tokens_of(works: Sequence[Work]) -> list[int]:
+    return [t for w in works for t in w.sample.tokens[w.start : w.start + w.n]]
+
+
+def positions_of(works: Sequence[Work]) -> list[int]:
+    return [p for w in works for p in range(w.start, w.start + w.n)]
+
+
+def _stored(module: nn.Module) -> tuple[int, Tensor, Tensor | None, Tensor | None] | None:
+    """Kind, weight, scale and zero of a linear layer the kernels can read; None for any other."""
+    from modicum.model.forms.dense import Dense
+    from modicum.model.forms.int4 import Int4
+    from modicum.model.forms.int8 import Int8
+
+    if type(module) in (nn.Linear, Dense):
+        weight = module.weight
+        ok = weight.dtype in KINDS and weight.is_contiguous() and weight.device.type == "cpu"
+        return (KINDS[weight.dtype], weight, None, None) if ok else None
+    if type(module) is Int8 and (module.n_groups == 1 or module.group % 64 == 0):
+        return native.INT8, module.codes, module.scale, None
+    if type(module) is Int4 and (module.group in (32, 64) or module.group % 128 == 0) and module.in_features % 16 == 0:
+        return native.INT4, module.packed, module.scale, module.zero
+    return None
+
+
+def unserved(model: Decoder, cache: torch.dtype) -> str | None:
+    """Why the kernels cannot run this model, in a few words; None if they can."""
+    c: DecoderConfig = model.config
+    odd = {
+        "not on the CPU": model.device.type != "cpu",
+        f"{model.dtype} weights": model.dtype not in KINDS,
+        f"a {cache} cache": cache not in KINDS,
+        f"norm {c.norm!r}": c.norm == "layer",
+        f"{c.norm_place!r} norms": c.norm_place == "after",
+        "parallel blocks": c.parallel,
+        "learned positions": c.position != "rope",
+        "longrope positions": any(table.long is not None for table in model._ropes),
+        "projected embeddings": c.embed_width not in (None, c.width),
+    }
+    for words, wrong in odd.items():
+        if wrong:
+            return words
+    for name, module in model.named_modules():
+        held = isinstance(module, nn.Linear | LinearForm)
+        if held and name.endswith((".q", ".k", ".v", ".o", ".gate", ".up", ".down", "lm_head")) and not _stored(module):
+            return f"{name} is {type(module).__name__}"
+    for i, block in enumerate(model.layers):
+        if c.gated:
+            gate, up = block.mlp.gate, block.mlp.up
+            if type(gate) is not type(up) or getattr(gate, "group", 0) != getattr(up, "group", 0):
+                return f"gate and up of layer {i} are held differently"
+    return None
+
+
+def make_runner(model: Decoder, attend: StepAttend) -> Eager | Native:
+    library = native.library()
+    if library is None or unserved(model, attend.storage.k_LGNPE.dtype) is not None:
+        return Eager(model, attend)
+    return Native(model, attend, library)
