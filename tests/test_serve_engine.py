@@ -38,6 +38,7 @@ COMMON = {
 NEW = 14
 MODES: dict[str, dict[str, Any]] = {
     "plain": {"prefix_cache": False},
+    "eager": {"prefix_cache": False},
     "prefix": {},
     "chunked": {"chunked_prefill": True, "max_batch_tokens": 16},
     "one by one": {"prefix_cache": False, "max_sequences": 1},
@@ -76,8 +77,12 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_greedy_output_is_that_of_transformers(pair: tuple[Decoder, list[list[int]]], mode: str) -> None:
+def test_greedy_output_is_that_of_transformers(
+    pair: tuple[Decoder, list[list[int]]], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, want = pair
+    if mode == "eager":
+        monkeypatch.setenv("MODICUM_NATIVE", "0")
     under_test = Engine(model, None, EngineConfig(**{"block_size": 8, "cache": "2ktok"} | MODES[mode]))
     params = SamplingParams(temperature=0, max_tokens=NEW)
     for turn in range(2):
@@ -186,16 +191,16 @@ def test_streaming_joins_to_the_whole_and_early_exit_frees() -> None:
 
 def test_failing_step_fails_its_requests_only() -> None:
     e = engine(max_sequences=2, prefix_cache=True)
-    hidden = e.model.hidden
+    runner = e.runner
     calls = []
 
     def broken(*args: Any, **more: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise RuntimeError("no")
-        return hidden(*args, **more)
+        return runner(*args, **more)
 
-    e.model.hidden = broken  # type: ignore[method-assign]
+    e.runner = broken  # type: ignore[assignment]
     requests = [Request([1, 2, 3 + i], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)) for i in range(4)]
     for request in requests:
         e.add(request)
@@ -210,7 +215,7 @@ def test_failing_step_fails_its_requests_only() -> None:
     ]
     assert e.counters["failures"] == 1
     assert_clean(e)
-    e.model.hidden = hidden  # type: ignore[method-assign]
+    e.runner = runner
     decode = e.tokenizer.decode
     e.tokenizer.decode = lambda ids: 1 / 0 if len(ids) > 2 else decode(ids)  # type: ignore[method-assign]
     with pytest.raises(ModicumError, match="generation failed"):

@@ -275,19 +275,19 @@ def test_storm_leaks_nothing(server: BackgroundServer) -> None:
 def test_failing_step_is_a_500_and_the_server_goes_on(
     server: BackgroundServer, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = server.server.worker.engine.model
-    hidden = model.hidden
+    under_test = server.server.worker.engine
+    runner = under_test.runner
     calls = []
 
     def broken(*args: object, **more: object) -> object:
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("a bit fell over")
-        return hidden(*args, **more)
+        return runner(*args, **more)
 
     ask = {"model": "tiny", "prompt": "The", "temperature": 0, "max_tokens": 9}
     want = client.completions.create(**ask).choices[0].text
-    monkeypatch.setattr(model, "hidden", broken)
+    monkeypatch.setattr(under_test, "runner", broken)
     with pytest.raises(openai.InternalServerError, match="a bit fell over"):
         client.completions.create(**ask)
     calls.clear()
@@ -322,13 +322,13 @@ def test_full_queue_is_429() -> None:
 def test_shutdown_under_load_drains_or_says_so() -> None:
     slow = engine()
     server = BackgroundServer(slow, ServerConfig(port=0, model="tiny", drain=2.0)).__enter__()
-    hidden = slow.model.hidden
+    runner = slow.runner
 
     def sleepy(*args: object, **more: object) -> object:
         time.sleep(0.03)
-        return hidden(*args, **more)
+        return runner(*args, **more)
 
-    slow.model.hidden = sleepy  # type: ignore[method-assign]
+    slow.runner = sleepy  # type: ignore[assignment]
     outcomes: list[object] = []
 
     def ask(tokens: int, stream: bool) -> None:

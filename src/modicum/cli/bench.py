@@ -11,7 +11,7 @@ import typer
 
 
 def bench(
-    port: Annotated[str, typer.Argument(help="A port, e.g. optimizer, or all.")],
+    port: Annotated[str, typer.Argument(help="A port, all, or engine: serving speed beside other engines.")],
     method: Annotated[
         list[str] | None,
         typer.Argument(metavar="[METHOD]...", help="Methods, KEY or KEY:knob=value,...; all of the port if left out."),
@@ -43,6 +43,11 @@ def bench(
     from modicum.core.errors import ModicumError, UserError
     from modicum.core.events import Progress
 
+    if port == "engine":
+        if plot or data or model or budget or scale or resume:
+            raise UserError("bench engine makes its own model; it takes METHOD (whom to measure), --quick and --json")
+        engine(method or [], parse_seeds(seeds)[0], quick=quick, evidence=evidence, as_json=as_json)
+        return
     if port == "all":
         if method or plot or as_json:
             raise UserError("all measures every method of every port; leave METHOD, --plot and --json out")
@@ -104,6 +109,45 @@ def bench(
         raise KeyboardInterrupt
     if outcome.failures:
         raise ModicumError(f"{len(outcome.failures)} of {len(choices)} methods could not be measured; see above")
+
+
+def engine(names: list[str], seed: int, *, quick: bool, evidence: Path | None, as_json: bool) -> None:
+    """`bench engine`: modicum's engine beside others, as tables on the terminal or as JSON."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from modicum.bench import engine as bench_engine
+    from modicum.bench import record
+    from modicum.core.errors import UserError
+
+    known = ("modicum", "transformers", "llama.cpp")
+    if odd := [name for name in names if name not in known]:
+        raise UserError(f"bench engine knows {', '.join(known)}; got {', '.join(odd)}")
+    size = bench_engine.QUICK if quick else bench_engine.Size()
+    found = bench_engine.measure(
+        size, engines=names or None, seed=seed, progress=lambda text: print(text, file=sys.stderr)
+    )
+    path = record.folder(evidence) / "engine.jsonl"
+    if not quick:
+        bench_engine.append(found, path, seed)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    table = Table("engine", "column", "tokens/s", "spread", "ratio", box=None, pad_edge=False, header_style="bold")
+    for row in sorted(found["rows"], key=lambda r: (r["column"], -r["tokens_per_s"])):
+        ratio = "—" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        table.add_row(row["engine"], row["column"], f"{row['tokens_per_s']:.1f}", f"{row['spread']:.0%}", ratio)
+    Console(width=110).print(table)
+    reached = ", ".join(f"{form} {share:.0%}" for form, share in found["share_of_read"].items())
+    read = found["ceilings"]["read_bytes_per_s"] / 1e9
+    print(f"memory is read at {read:.1f} GB/s; decoding reaches of it: {reached}")
+    print(f"bfloat16 products at {found['ceilings']['matmul_bfloat16_flop_per_s'] / 1e9:.0f} GFLOP/s")
+    print(f"kernels: {found['native']}; threads: {found['threads']}")
+    if checks := found["checks"]:
+        errors = ", ".join(f"{name} {error:.2g}" for name, error in checks["bf16_logit_error"].items())
+        print(f"greedy float32 tokens equal to transformers': {checks['float32_tokens_equal']}; logit error: {errors}")
+    for name, why in found["skipped"].items():
+        print(f"{name} left out: {why}", file=sys.stderr)
 
 
 def every_port(**options: Any) -> None:

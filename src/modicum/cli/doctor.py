@@ -24,6 +24,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
     lines.append(("disk here", f"{bytes_text(found['disk_free_bytes'])} free"))
     lines.append(("gpu", ", ".join(machine["gpus"]) or "none: everything runs on the CPU"))
     lines.append(("bfloat16", found["bfloat16"]))
+    lines.append(("serving kernels", found["native"]))
     lines.append(("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())))
     for device, rates in found["ceilings"].items():
         text = ", ".join(
@@ -58,6 +59,7 @@ def examine() -> dict:
     import torch
 
     from modicum.bench import ceilings, record
+    from modicum.serve import native
 
     machine = record.machine()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -75,6 +77,7 @@ def examine() -> dict:
         "memory_free_bytes": memory,
         "disk_free_bytes": disk,
         "bfloat16": bfloat16(rates["cpu"]),
+        "native": native.reason(),
         "versions": record.versions(),
         "extras": extras(),
         "ceilings": rates,

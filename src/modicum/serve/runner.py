@@ -61,6 +61,7 @@ class Native:
         self.threads = 0
         self._keep: list[Any] = []
         self._shape = self._describe(model, attend)
+        native.use_large_pages((t.data_ptr(), t.nbytes) for t in self._keep if isinstance(t, Tensor))
         self._state = 0
 
     def __call__(self, works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:

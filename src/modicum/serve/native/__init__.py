@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -167,3 +168,27 @@ def build(compiler: str) -> Path:
             with contextlib.suppress(OSError):
                 os.unlink(fresh)
     return path
+
+
+def use_large_pages(tensors: Iterable[tuple[int, int]]) -> None:
+    """Ask the system to put memory (address, bytes) that lies side by side into large pages, in place.
+
+    Weights are read end to end for every token, and looking up 4 KiB pages costs a share of that. A system that will
+    not, or cannot (MADV_COLLAPSE is Linux 6.1), changes nothing.
+    """
+    page = 2**21
+    spans: list[list[int]] = []
+    for start, size in sorted(tensors):
+        if spans and start - spans[-1][1] < 2**16:
+            spans[-1][1] = max(spans[-1][1], start + size)
+        else:
+            spans.append([start, start + size])
+    try:
+        advise = ctypes.CDLL(None, use_errno=True).madvise
+    except (OSError, AttributeError):
+        return
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for start, end in spans:
+        first, last = -(-start // page) * page, end // page * page
+        if last > first:
+            advise(first, last - first, 25)  # MADV_COLLAPSE

@@ -98,8 +98,8 @@ static void softmax(float *score, int64_t low, int64_t high, int64_t first, int6
     __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
     for (int64_t s = low; s < high; s += 16) {
         __mmask16 mask = tail16(high - s);
-        __m512i key = _mm512_add_epi32(_mm512_set1_epi32((int)s), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
-                                                                                   12, 13, 14, 15));
+        const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        __m512i key = _mm512_add_epi32(_mm512_set1_epi32((int)s), steps);
         __mmask16 seen = _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32((int)first)) &
                          _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32((int)last));
         __m512 v = _mm512_maskz_loadu_ps(mask & seen, score + s - low);

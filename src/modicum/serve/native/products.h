@@ -3,106 +3,12 @@
  * One accumulator per (output, row) runs over all inputs, whatever the number of rows: a row's result does not depend
  * on its company. One row reads W row by row; more rows take blocks of four outputs by four rows, which is
  * what the registers hold. Prefetching far ahead matters more than anything else here.
- *
- * Activations come in four shapes (`Act`): float32; bfloat16; and for codes, fixed point of sixteen bits split into
- * two planes of signed bytes, x ~ step * (256 high + low), so that the byte products of AVX512-VNNI are exact. With
- * step = max|x| / 32512 the error of x is at most step / 2, and the error of the whole vector is below that of
- * rounding it to bfloat16.
  */
 #pragma once
-#include "common.h"
+#include "activations.h"
 
 #define NEAR 16384        /* bytes ahead, into the first cache, one row */
 #define FAR 32768         /* bytes ahead, into the second, more rows */
-#define ROWS_FROM_CODES 8 /* int4: from here on decoding a block to bfloat16 is cheaper */
-
-typedef enum { AS_FLOAT, AS_HALF, AS_BYTES, AS_NIBBLES } Shape;
-
-typedef struct {
-    Shape shape;
-    int64_t rows, in, stride, group, groups;  /* stride: of a row, in elements of its type */
-    void *data;
-    float *step, *total;                      /* (rows), and sums of codes (rows, groups padded to 16) */
-} Act;
-
-INLINE int64_t padded_groups(int64_t groups) { return round_up(groups, 16) + 16; }
-
-static Shape shape_for(const Matrix *m, int64_t rows, int64_t half) {
-#ifdef __AVX512BF16__
-    if (m->kind == BFLOAT16) return AS_HALF;
-#ifdef __AVX512VNNI__
-    if (half && m->kind == INT8) return AS_BYTES;
-    if (half && m->kind == INT4) return rows < ROWS_FROM_CODES ? AS_NIBBLES : AS_HALF;
-#endif
-#endif
-    (void)m, (void)rows, (void)half;
-    return AS_FLOAT;
-}
-
-/* The row's largest absolute value over 32512, so that both planes stay within a signed byte. */
-static float fixed_step(const float *x, int64_t n) {
-    __m512 top = _mm512_setzero_ps();
-    for (int64_t k = 0; k < n; k += 16) {
-        /* max keeps its second operand if one is NaN: the NaN must survive into the step */
-        __m512 v = _mm512_abs_ps(_mm512_maskz_loadu_ps(tail16(n - k), x + k));
-        top = _mm512_mask_mov_ps(_mm512_max_ps(top, v), _mm512_cmp_ps_mask(top, top, _CMP_UNORD_Q), top);
-    }
-    float lanes[16], largest = 0;
-    _mm512_storeu_ps(lanes, top);
-    for (int i = 0; i < 16; i++) largest = lanes[i] > largest || lanes[i] != lanes[i] ? lanes[i] : largest;
-    return largest / 32512.0f;
-}
-
-INLINE __m512i fixed16(const float *x, int64_t k, int64_t n, __m512 inverse) {
-    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(tail16(n - k), x + k), inverse));
-}
-
-/* Bring `rows` rows of x (stride ldx) into the shape that `m` multiplies with. */
-static void prepare(Act *a, Shape shape, const Matrix *m, const float *x, int64_t ldx, int64_t rows) {
-    int64_t in = m->in;
-    a->shape = shape, a->rows = rows, a->in = in, a->group = m->group, a->groups = m->groups;
-    if (shape == AS_FLOAT || shape == AS_HALF) {
-        /* One line more than a multiple of 4 KiB, lest the rows fall on the same sets of the first cache. */
-        a->stride = round_up(in, 64) + (shape == AS_FLOAT ? 16 : 32);
-        for (int64_t n = 0; n < rows; n++)
-            for (int64_t k = 0; k < round_up(in, 32); k += 16) {
-                __m512 v = _mm512_maskz_loadu_ps(k < in ? tail16(in - k) : 0, x + n * ldx + k);
-                if (shape == AS_FLOAT) _mm512_store_ps((float *)a->data + n * a->stride + k, v);
-                else _mm256_store_si256((__m256i *)((uint16_t *)a->data + n * a->stride + k), narrow(v));
-            }
-        return;
-    }
-    int64_t plane = round_up(in, 128), G = padded_groups(m->groups);
-    a->stride = 2 * plane + 64;
-    for (int64_t n = 0; n < rows; n++) {
-        const float *row = x + n * ldx;
-        int8_t *out = (int8_t *)a->data + n * a->stride;
-        float step = fixed_step(row, in);
-        __m512 inverse = _mm512_set1_ps(step > 0 ? 1.0f / step : 0.0f);
-        a->step[n] = step;
-        memset(a->total + n * G, 0, G * sizeof(float));
-        const int half_plane = shape == AS_NIBBLES;
-        for (int64_t k = 0; k < plane; k += 16) {
-            __m512i code = k < in ? fixed16(row, k, in, inverse) : _mm512_setzero_si512();
-            __m512i high = _mm512_srai_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(128)), 8);
-            __m512i low = _mm512_sub_epi32(code, _mm512_slli_epi32(high, 8));
-            if (k < in) a->total[n * G + k / m->group] += (float)_mm512_reduce_add_epi32(code);
-            __m128i h = _mm512_cvtepi32_epi8(high), l = _mm512_cvtepi32_epi8(low);
-            if (!half_plane) {
-                _mm_store_si128((__m128i *)(out + k), h);
-                _mm_store_si128((__m128i *)(out + plane + k), l);
-                continue;
-            }
-            /* even inputs, then odd ones: they share a byte of the weight */
-            const __m128i split = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-            h = _mm_shuffle_epi8(h, split), l = _mm_shuffle_epi8(l, split);
-            _mm_storel_epi64((__m128i *)(out + k / 2), h);
-            _mm_storel_epi64((__m128i *)(out + plane / 2 + k / 2), _mm_srli_si128(h, 8));
-            _mm_storel_epi64((__m128i *)(out + plane + k / 2), l);
-            _mm_storel_epi64((__m128i *)(out + plane + plane / 2 + k / 2), _mm_srli_si128(l, 8));
-        }
-    }
-}
 
 #define EACH_M UNROLL for (int m = 0; m < M; m++)
 #define EACH_N UNROLL for (int n = 0; n < N; n++)
@@ -165,7 +71,8 @@ INLINE void start_from_zeros(const int M, const int N, const Act *a, int64_t at,
     EACH_M EACH_N out[m * N + n] = _mm512_setzero_ps();
     for (int64_t g = 0; g < a->groups; g += 16)
         EACH_M { __m512 z = _mm512_load_ps(zero + m * G + g);
-                 EACH_N out[m * N + n] = _mm512_fmadd_ps(z, _mm512_load_ps(a->total + (at + n) * G + g), out[m * N + n]); }
+                 EACH_N { __m512 total = _mm512_load_ps(a->total + (at + n) * G + g);
+                          out[m * N + n] = _mm512_fmadd_ps(z, total, out[m * N + n]); } }
 }
 
 INLINE __m512 joined(__m512i high, __m512i low) {
@@ -225,33 +132,51 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
 }
 #endif
 
-/* One block: M outputs times N rows into y (row stride ldy). */
-#define BLOCK(NAME, KERNEL, M, N, AHEAD) \
-    static void NAME(ARGS0) { \
-        __m512 v[16]; \
-        KERNEL(M, N, AHEAD, w, ldw, a, at, scale, zero, v); \
-        if (M * N == 1) { y[0] = _mm512_reduce_add_ps(v[0]); return; } \
-        UNROLL for (int i = M * N; i < 16; i++) v[i] = _mm512_setzero_ps(); \
-        float total[16]; \
+/* Blocks of results, into y[row * ldy + output]. Few rows: up to LINE / N outputs, one after the other as they lie in
+ * memory, so that their sums are taken together. More rows: four outputs times N rows from `at` on.
+ */
+#define LINE 16
+#define BLOCK_ARGS const char *w, int64_t ldw, const Act *a, int64_t at, const float *scale, const float *zero, \
+                   int64_t outs, float *y, int64_t ldy
+typedef void (*Block)(BLOCK_ARGS);
+
+#define SCATTER(OUTS) do { \
+        float total[LINE]; \
         _mm512_storeu_ps(total, sums(v)); \
-        for (int m = 0; m < M; m++) for (int n = 0; n < N; n++) y[n * ldy + m] = total[m * N + n]; \
+        for (int64_t m = 0; m < (OUTS); m++) for (int n = 0; n < N_; n++) y[n * ldy + m] = total[m * N_ + n]; \
+    } while (0)
+#define STREAM(KERNEL, N) \
+    static void KERNEL##_stream##N(BLOCK_ARGS) { \
+        enum { N_ = N }; \
+        __m512 v[LINE]; \
+        int64_t G = padded_groups(a->groups); \
+        for (int64_t m = 0; m < outs; m++) \
+            KERNEL(1, N, NEAR, w + m * ldw, ldw, a, at, scale + m * G, zero + m * G, v + m * N); \
+        for (int64_t i = outs * N; i < LINE; i++) v[i] = _mm512_setzero_ps(); \
+        SCATTER(outs); \
     }
-#define ARGS0 const char *w, int64_t ldw, const Act *a, int64_t at, const float *scale, const float *zero, float *y, \
-              int64_t ldy
-typedef void (*Block)(ARGS0);
-/* [number of outputs: 1, 4][prefetching?][rows - 1] */
+#define BLOCK(KERNEL, NAME, M, N, AHEAD) \
+    static void KERNEL##_##NAME(BLOCK_ARGS) { \
+        enum { N_ = N }; \
+        __m512 v[LINE]; \
+        (void)outs; \
+        KERNEL(M, N, AHEAD, w, ldw, a, at, scale, zero, v); \
+        UNROLL for (int i = M * N; i < LINE; i++) v[i] = _mm512_setzero_ps(); \
+        SCATTER(M); \
+    }
+/* [streamed; four outputs; four outputs and prefetching][rows - 1] */
 #define FAMILY(KERNEL) \
-    BLOCK(KERNEL##_11, KERNEL, 1, 1, NEAR) BLOCK(KERNEL##_12, KERNEL, 1, 2, NEAR) BLOCK(KERNEL##_13, KERNEL, 1, 3, NEAR) \
-    BLOCK(KERNEL##_14, KERNEL, 1, 4, FAR) BLOCK(KERNEL##_41, KERNEL, 4, 1, 0) BLOCK(KERNEL##_42, KERNEL, 4, 2, 0) \
-    BLOCK(KERNEL##_43, KERNEL, 4, 3, 0) BLOCK(KERNEL##_44, KERNEL, 4, 4, 0) BLOCK(KERNEL##_44f, KERNEL, 4, 4, FAR) \
-    static const Block KERNEL##_blocks[3][4] = {{KERNEL##_11, KERNEL##_12, KERNEL##_13, KERNEL##_14}, \
-        {KERNEL##_41, KERNEL##_42, KERNEL##_43, KERNEL##_44}, {KERNEL##_41, KERNEL##_42, KERNEL##_43, KERNEL##_44f}};
+    STREAM(KERNEL, 1) STREAM(KERNEL, 2) STREAM(KERNEL, 3) STREAM(KERNEL, 4) BLOCK(KERNEL, 1, 4, 1, 0) \
+    BLOCK(KERNEL, 2, 4, 2, 0) BLOCK(KERNEL, 3, 4, 3, 0) BLOCK(KERNEL, 4, 4, 4, 0) BLOCK(KERNEL, far, 4, 4, FAR) \
+    static const Block KERNEL##_blocks[3][4] = { \
+        {KERNEL##_stream1, KERNEL##_stream2, KERNEL##_stream3, KERNEL##_stream4}, \
+        {KERNEL##_1, KERNEL##_2, KERNEL##_3, KERNEL##_4}, {KERNEL##_1, KERNEL##_2, KERNEL##_3, KERNEL##_far}};
 /* Two rows at a time where each needs two accumulators per output. */
 #define PAIR_FAMILY(KERNEL) \
-    BLOCK(KERNEL##_11, KERNEL, 1, 1, NEAR) BLOCK(KERNEL##_12, KERNEL, 1, 2, NEAR) BLOCK(KERNEL##_41, KERNEL, 4, 1, 0) \
-    BLOCK(KERNEL##_42, KERNEL, 4, 2, 0) BLOCK(KERNEL##_42f, KERNEL, 4, 2, FAR) \
-    static const Block KERNEL##_blocks[3][4] = {{KERNEL##_11, KERNEL##_12, 0, 0}, \
-        {KERNEL##_41, KERNEL##_42, 0, 0}, {KERNEL##_41, KERNEL##_42f, 0, 0}};
+    STREAM(KERNEL, 1) STREAM(KERNEL, 2) BLOCK(KERNEL, 1, 4, 1, 0) BLOCK(KERNEL, 2, 4, 2, 0) \
+    BLOCK(KERNEL, far, 4, 2, FAR) \
+    static const Block KERNEL##_blocks[3][4] = {{KERNEL##_stream1, KERNEL##_stream2, 0, 0}, \
+        {KERNEL##_1, KERNEL##_2, 0, 0}, {KERNEL##_1, KERNEL##_far, 0, 0}};
 
 FAMILY(float_kernel)
 FAMILY(widening_kernel)
@@ -270,7 +195,8 @@ static void read_scales(const Matrix *m, int64_t o, float *scale, float *zero) {
         __mmask16 mask = g < m->groups ? tail16(m->groups - g) : 0;
         __m512 s = load_as_float(m->scale, o * m->groups + g, m->scale_kind, mask), z;
         if (m->kind == INT8) z = _mm512_mul_ps(s, _mm512_set1_ps(-128.0f));
-        else z = _mm512_fnmadd_ps(s, _mm512_set1_ps(8.0f), load_as_float(m->zero, o * m->groups + g, m->scale_kind, mask));
+        else z = _mm512_fnmadd_ps(s, _mm512_set1_ps(8.0f),
+                                  load_as_float(m->zero, o * m->groups + g, m->scale_kind, mask));
         _mm512_store_ps(scale + g, s);
         _mm512_store_ps(zero + g, z);
     }
@@ -298,27 +224,34 @@ static void decode(const Matrix *m, int64_t o, const float *scale, const float *
 }
 
 typedef struct {
-    float *scale, *zero;   /* four outputs' */
-    char *weight;          /* four decoded outputs */
+    float *scale, *zero;   /* LINE outputs' */
+    char *weight;          /* LINE decoded outputs */
 } Decoded;
 
+INLINE int64_t row_bytes(const Matrix *m) {
+    const int64_t each[] = {4 * m->in, 2 * m->in, m->in, m->groups * m->group / 2};
+    return each[m->kind];
+}
+
 /* y[n * ldy + o - first] for outputs first .. last - 1 and all rows of `a`. */
-static void product(const Matrix *m, Act *a, int64_t first, int64_t last, float *y, int64_t ldy, const Decoded *room) {
+static void product(const Matrix *m, const Act *a, int64_t first, int64_t last, float *y, int64_t ldy,
+                    const Decoded *room) {
     const int coded = m->kind == INT8 || m->kind == INT4, direct = a->shape == AS_BYTES || a->shape == AS_NIBBLES;
-    const Block (*blocks)[4] = float_kernel_blocks;
-    int64_t bytes = m->in * 4, G = padded_groups(m->groups), width = 4;
-    if (!coded && m->kind == BFLOAT16) blocks = widening_kernel_blocks, bytes = m->in * 2;
+    const Block (*blocks)[4] = !coded && m->kind == BFLOAT16 ? widening_kernel_blocks : float_kernel_blocks;
+    int64_t bytes = coded && !direct ? (a->shape == AS_HALF ? 2 : 4) * m->in : row_bytes(m);
+    int64_t G = padded_groups(m->groups), width = direct ? 2 : 4;
 #ifdef __AVX512BF16__
-    if (a->shape == AS_HALF) blocks = half_kernel_blocks, bytes = m->in * 2;
+    if (a->shape == AS_HALF) blocks = half_kernel_blocks;
 #ifdef __AVX512VNNI__
-    if (a->shape == AS_BYTES) blocks = byte_kernel_blocks, bytes = m->in, width = 2;
-    if (a->shape == AS_NIBBLES) blocks = nibble_kernel_blocks, bytes = m->groups * m->group / 2, width = 2;
+    if (a->shape == AS_BYTES) blocks = byte_kernel_blocks;
+    if (a->shape == AS_NIBBLES) blocks = nibble_kernel_blocks;
 #endif
 #endif
-    int64_t together = a->rows < width + (width == 2) ? 1 : 4;
-    for (int64_t o = first; o < last;) {
-        int64_t M = last - o >= together ? together : 1;
-        const char *w = (const char *)m->weight + o * bytes;
+    const int few = a->rows < (direct ? 3 : 4);
+    for (int64_t o = first, M; o < last; o += M) {
+        const int streamed = few || last - o < 4;
+        M = !streamed ? 4 : least(last - o, LINE / least(width, a->rows));
+        const char *w = (const char *)m->weight + o * row_bytes(m);
         if (coded) for (int64_t i = 0; i < M; i++) {
             read_scales(m, o + i, room->scale + i * G, room->zero + i * G);
             if (!direct) decode(m, o + i, room->scale + i * G, room->zero + i * G,
@@ -326,14 +259,27 @@ static void product(const Matrix *m, Act *a, int64_t first, int64_t last, float 
         }
         if (coded && !direct) w = room->weight;
         for (int64_t n = 0; n < a->rows; n += width) {
-            int64_t N = least(width, a->rows - n);
-            int way = M == 1 ? 0 : n == 0 && (!coded || direct) ? 2 : 1;
-            blocks[way][N - 1](w, bytes, a, n, room->scale, room->zero, y + n * ldy + o - first, ldy);
+            int way = streamed ? 0 : n == 0 && (!coded || direct) ? 2 : 1;
+            Block block = blocks[way][least(width, a->rows - n) - 1];
+            block(w, bytes, a, n, room->scale, room->zero, M, y + n * ldy + o - first, ldy);
         }
-        o += M;
     }
-    if (direct) for (int64_t n = 0; n < a->rows; n++)
-        for (int64_t o = 0; o < last - first; o++) y[n * ldy + o] *= a->step[n];
-    if (m->bias) for (int64_t n = 0; n < a->rows; n++)
-        for (int64_t o = 0; o < last - first; o++) y[n * ldy + o] += m->bias[first + o];
+    for (int64_t n = 0; n < a->rows; n++) {
+        if (direct) for (int64_t o = 0; o < last - first; o++) y[n * ldy + o] *= a->step[n];
+        if (m->bias) for (int64_t o = 0; o < last - first; o++) y[n * ldy + o] += m->bias[first + o];
+    }
+}
+
+/* This thread's outputs of a matrix: one run of them, since prefetching pays within a run. */
+INLINE void share(int64_t n, int id, int threads, int64_t *first, int64_t *last) {
+    int64_t lines = (n + LINE - 1) / LINE;
+    *first = least(n, lines * id / threads * LINE), *last = least(n, lines * (id + 1) / threads * LINE);
+}
+
+/* Bring the beginning of this thread's share nearer while it waits for the others. */
+static void announce(const Matrix *m, int id, int threads) {
+    int64_t first, last, bytes = row_bytes(m);
+    share(m->out, id, threads, &first, &last);
+    const char *from = (const char *)m->weight + first * bytes;
+    for (int64_t i = 0; i < least(FAR, (last - first) * bytes); i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
 }

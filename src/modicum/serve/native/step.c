@@ -10,6 +10,7 @@
 #endif
 
 #define TILE 64
+#define CHUNK 32                              /* outputs of a product before what follows it */
 
 typedef struct {
     Act act;
@@ -20,9 +21,8 @@ typedef struct {
 
 typedef struct {
     Model m;
-    int64_t phases, score_stride;
+    int64_t score_stride;
     float *qkv, *mixed, *hidden, *branch, *turn;
-    int64_t *next;                            /* per phase, the first output nobody has taken */
     Thread *thread;
     Barrier barrier;
 } State;
@@ -50,17 +50,17 @@ State *modicum_open(const Model *model) {
     s->m = *model;
     Model *m = &s->m;
     int64_t heads = (m->heads + 2 * m->kv_heads) * m->head_dim, wide = widest(m), G = most_groups(m);
-    s->phases = 9 * m->layers + 1;
     s->qkv = room(4 * TILE * heads), s->mixed = room(4 * TILE * m->heads * m->head_dim);
     s->hidden = room(4 * TILE * m->mlp_width), s->branch = room(4 * TILE * m->width);
-    s->turn = room(4 * TILE * m->rotated * m->ropes), s->next = room(8 * s->phases);
+    s->turn = room(4 * TILE * m->rotated * m->ropes);
     s->thread = calloc(m->threads, sizeof(Thread));
     for (int64_t t = 0; s->thread && t < m->threads; t++) {
         Thread *own = &s->thread[t];
         own->act.data = room(4 * TILE * (round_up(wide, 128) + 64));
         own->act.step = room(4 * TILE), own->act.total = room(4 * TILE * G);
-        own->decoded.scale = room(16 * G), own->decoded.zero = room(16 * G), own->decoded.weight = room(16 * wide + 256);
-        own->norm = room(4 * TILE * m->width), own->one = room(4 * TILE * 64), own->two = room(4 * TILE * 64);
+        own->decoded.scale = room(4 * LINE * G), own->decoded.zero = room(4 * LINE * G);
+        own->decoded.weight = room(4 * LINE * wide);
+        own->norm = room(4 * TILE * m->width), own->one = room(4 * TILE * CHUNK), own->two = room(4 * TILE * CHUNK);
     }
     return s;
 }
@@ -72,7 +72,7 @@ void modicum_close(State *s) {
         free(own->decoded.zero), free(own->decoded.weight), free(own->norm), free(own->one), free(own->two);
         free(own->score);
     }
-    free(s->thread), free(s->qkv), free(s->mixed), free(s->hidden), free(s->branch), free(s->turn), free(s->next);
+    free(s->thread), free(s->qkv), free(s->mixed), free(s->hidden), free(s->branch), free(s->turn);
     free(s);
 }
 
@@ -82,19 +82,14 @@ INLINE __m512 activate(__m512 x, int64_t kind) {    /* silu, gelu, gelu_tanh, re
     if (kind == 3) return _mm512_max_ps(_mm512_setzero_ps(), x);
     if (kind == 2) {
         __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
-        __m512 inner = _mm512_mul_ps(_mm512_set1_ps(0.7978845608f), _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, x));
+        __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, x);
+        __m512 inner = _mm512_mul_ps(_mm512_set1_ps(0.7978845608f), sum);
         return _mm512_mul_ps(_mm512_mul_ps(half, x), _mm512_add_ps(one, tanh16(inner)));
     }
     float lanes[16];
     _mm512_storeu_ps(lanes, x);
     for (int i = 0; i < 16; i++) lanes[i] = 0.5f * lanes[i] * (1.0f + erff(lanes[i] * 0.70710678f));
     return _mm512_loadu_ps(lanes);
-}
-
-/* The next outputs for this thread of a phase with `n` of them; -1 when all are taken. */
-INLINE int64_t take(State *s, int64_t phase, int64_t chunk, int64_t n) {
-    int64_t at = __atomic_fetch_add(&s->next[phase], chunk, __ATOMIC_RELAXED);
-    return at < n ? at : -1;
 }
 
 static const float *normed(State *s, Thread *own, const float *x, const float *weight, int64_t rows) {
@@ -106,34 +101,38 @@ static const float *normed(State *s, Thread *own, const float *x, const float *w
 }
 
 /* One product of a phase; `own->act` holds x in the shape of the matrix before if that is `same`. */
-static void ready(State *s, Thread *own, const Matrix *m, const Matrix *before, const float *x, int64_t ldx, int64_t rows) {
+static void ready(State *s, Thread *own, const Matrix *m, const Matrix *before, const float *x, int64_t ldx,
+                  int64_t rows) {
     Shape shape = shape_for(m, rows, s->m.half);
     if (before && before->in == m->in && before->group == m->group && own->act.shape == shape) return;
     prepare(&own->act, shape, m, x, ldx, rows);
 }
 
-/* x += norm(branch), or the branch itself was added already when there is no norm after it. */
-static void add_branch(State *s, float *x, const float *weight, int64_t rows, int64_t phase) {
+/* x += norm(branch) for this thread's rows; without a norm `fold` has added the branch already. */
+static void add_branch(State *s, float *x, const float *weight, int64_t rows, int id, int threads) {
     int64_t D = s->m.width;
-    for (int64_t n; (n = take(s, phase, 1, rows)) >= 0;) {
+    if (!weight) return;
+    for (int64_t n = id; n < rows; n += threads) {
         float *b = s->branch + n * D;
         scale_by(b, b, weight, rms_scale(b, D, s->m.eps), D);
         for (int64_t d = 0; d < D; d++) x[n * D + d] += b[d];
     }
+    meet(&s->barrier, threads);
 }
 
 /* Outputs of a branch's last matrix: added to x, or kept apart for a norm. */
 static void fold(State *s, Thread *own, const Matrix *m, const float *from, int64_t ldx, float *x, int apart,
-                 int64_t rows, int64_t phase, int64_t chunk) {
-    int64_t D = s->m.width;
+                 int64_t rows, int id, int threads) {
+    int64_t D = s->m.width, first, last;
+    share(m->out, id, threads, &first, &last);
     ready(s, own, m, NULL, from, ldx, rows);
-    for (int64_t o; (o = take(s, phase, chunk, m->out)) >= 0;) {
-        int64_t end = least(o + chunk, m->out);
-        product(m, &own->act, o, end, own->one, chunk, &own->decoded);
+    for (int64_t o = first; o < last; o += CHUNK) {
+        int64_t n_out = least(CHUNK, last - o);
+        product(m, &own->act, o, o + n_out, own->one, CHUNK, &own->decoded);
         for (int64_t n = 0; n < rows; n++)
-            for (int64_t i = 0; i < end - o; i++) {
-                if (apart) s->branch[n * D + o + i] = own->one[n * chunk + i];
-                else x[n * D + o + i] += own->one[n * chunk + i];
+            for (int64_t i = 0; i < n_out; i++) {
+                if (apart) s->branch[n * D + o + i] = own->one[n * CHUNK + i];
+                else x[n * D + o + i] += own->one[n * CHUNK + i];
             }
     }
 }
@@ -151,20 +150,21 @@ static void turns(State *s, const Step *step, int64_t rows, int id, int threads)
     }
 }
 
-static void attention(State *s, Thread *own, const Step *step, float *x, int64_t i, int64_t rows, int64_t phase,
-                      int64_t chunk, int id, int threads) {
+static void attention(State *s, Thread *own, const Step *step, float *x, int64_t i, int64_t rows, int id, int threads) {
     const Model *m = &s->m;
     const Layer *l = &m->layer[i];
     int64_t D = m->width, E = m->head_dim, HE = m->heads * E, GE = m->kv_heads * E, QKV = HE + 2 * GE;
     const Matrix *parts[3] = {&l->q, &l->k, &l->v};
     const float *input = normed(s, own, x, l->attention_norm, rows);
     for (int64_t p = 0, at = 0; p < 3; at += parts[p]->out, p++) {
+        int64_t first, last;
+        share(parts[p]->out, id, threads, &first, &last);
         ready(s, own, parts[p], p ? parts[p - 1] : NULL, input, D, rows);
-        for (int64_t o; (o = take(s, phase + p, chunk, parts[p]->out)) >= 0;)
-            product(parts[p], &own->act, o, least(o + chunk, parts[p]->out), s->qkv + at + o, QKV, &own->decoded);
+        product(parts[p], &own->act, first, last, s->qkv + at + first, QKV, &own->decoded);
     }
+    announce(&l->o, id, threads);
     meet(&s->barrier, threads);
-    for (int64_t n; (n = take(s, phase + 3, 1, rows)) >= 0;) {
+    for (int64_t n = id; n < rows; n += threads) {
         float *q = s->qkv + n * QKV, q_scale = 0, k_scale = 0;
         if (l->q_norm && m->qk_norm_full)
             q_scale = rms_scale(q, HE, m->eps), k_scale = rms_scale(q + HE, GE, m->eps);
@@ -184,56 +184,53 @@ static void attention(State *s, Thread *own, const Step *step, float *x, int64_t
         n += many;
     }
     meet(&s->barrier, threads);
-    fold(s, own, &l->o, s->mixed, HE, x, l->attention_out_norm != NULL, rows, phase + 4, chunk);
+    fold(s, own, &l->o, s->mixed, HE, x, l->attention_out_norm != NULL, rows, id, threads);
+    announce(l->gate.weight ? &l->gate : &l->up, id, threads);
     meet(&s->barrier, threads);
-    if (!l->attention_out_norm) return;
-    add_branch(s, x, l->attention_out_norm, rows, phase + 5);
-    meet(&s->barrier, threads);
+    add_branch(s, x, l->attention_out_norm, rows, id, threads);
 }
 
-static void mlp(State *s, Thread *own, float *x, int64_t i, int64_t rows, int64_t phase, int64_t chunk, int threads) {
+static void mlp(State *s, Thread *own, float *x, int64_t i, int64_t rows, int id, int threads) {
     const Model *m = &s->m;
     const Layer *l = &m->layer[i];
-    int64_t F = m->mlp_width;
+    int64_t F = m->mlp_width, from, to;
     const int gated = l->gate.weight != NULL;    /* Python sees to gate and up being held alike */
     const Matrix *first = gated ? &l->gate : &l->up;
     ready(s, own, first, NULL, normed(s, own, x, l->mlp_norm, rows), m->width, rows);
-    for (int64_t o; (o = take(s, phase, chunk, F)) >= 0;) {
-        int64_t end = least(o + chunk, F);
-        product(first, &own->act, o, end, own->one, chunk, &own->decoded);
-        if (gated) product(&l->up, &own->act, o, end, own->two, chunk, &own->decoded);
+    share(F, id, threads, &from, &to);
+    for (int64_t o = from; o < to; o += CHUNK) {
+        int64_t n_out = least(CHUNK, to - o);
+        product(first, &own->act, o, o + n_out, own->one, CHUNK, &own->decoded);
+        if (gated) product(&l->up, &own->act, o, o + n_out, own->two, CHUNK, &own->decoded);
         for (int64_t n = 0; n < rows; n++)
-            for (int64_t k = 0; k < end - o; k += 16) {
-                __mmask16 mask = tail16(end - o - k);
-                __m512 v = activate(_mm512_maskz_loadu_ps(mask, own->one + n * chunk + k), m->activation);
-                if (gated) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, own->two + n * chunk + k));
+            for (int64_t k = 0; k < n_out; k += 16) {
+                __mmask16 mask = tail16(n_out - k);
+                __m512 v = activate(_mm512_maskz_loadu_ps(mask, own->one + n * CHUNK + k), m->activation);
+                if (gated) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, own->two + n * CHUNK + k));
                 _mm512_mask_storeu_ps(s->hidden + n * F + o + k, mask, v);
             }
     }
+    announce(&l->down, id, threads);
     meet(&s->barrier, threads);
-    fold(s, own, &l->down, s->hidden, F, x, l->mlp_out_norm != NULL, rows, phase + 1, chunk);
+    fold(s, own, &l->down, s->hidden, F, x, l->mlp_out_norm != NULL, rows, id, threads);
+    announce(i + 1 < m->layers ? &m->layer[i + 1].q : &m->head, id, threads);
     meet(&s->barrier, threads);
-    if (!l->mlp_out_norm) return;
-    add_branch(s, x, l->mlp_out_norm, rows, phase + 2);
-    meet(&s->barrier, threads);
+    add_branch(s, x, l->mlp_out_norm, rows, id, threads);
 }
 
 static void tile(State *s, const Step *whole, int64_t from, int64_t rows, int id, int threads) {
     const Model *m = &s->m;
     Thread *own = &s->thread[id];
-    int64_t chunk = rows < 8 ? 16 : 32;
     float *x = whole->x + from * m->width;
     Step step = *whole;
     step.position += from, step.slot += from;
     meet(&s->barrier, threads);
-    if (id == 0) memset(s->next, 0, 8 * s->phases);
-    meet(&s->barrier, threads);
     turns(s, &step, rows, id, threads);
     for (int64_t i = 0; i < m->layers; i++) {
-        attention(s, own, &step, x, i, rows, 9 * i, chunk, id, threads);
-        mlp(s, own, x, i, rows, 9 * i + 6, chunk, threads);
+        attention(s, own, &step, x, i, rows, id, threads);
+        mlp(s, own, x, i, rows, id, threads);
     }
-    int64_t first = 0, last, D = m->width, V = m->head.out;
+    int64_t first = 0, last, low, high, D = m->width, V = m->head.out;
     while (first < whole->ready && whole->ready_row[first] < from) first++;
     for (last = first; last < whole->ready && whole->ready_row[last] < from + rows; last++) {
         const float *row = whole->x + whole->ready_row[last] * D;
@@ -242,9 +239,9 @@ static void tile(State *s, const Step *whole, int64_t from, int64_t rows, int id
         else memcpy(to, row, 4 * D);
     }
     if (last == first) return;
+    share(V, id, threads, &low, &high);
     ready(s, own, &m->head, NULL, own->norm, D, last - first);
-    for (int64_t o; (o = take(s, 9 * m->layers, 32, V)) >= 0;)
-        product(&m->head, &own->act, o, least(o + 32, V), whole->logits + first * V + o, V, &own->decoded);
+    product(&m->head, &own->act, low, high, whole->logits + first * V + low, V, &own->decoded);
 }
 
 /* Returns 0, or 1 when memory for the scores is short (nothing is computed then). */

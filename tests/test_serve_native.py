@@ -1,0 +1,201 @@
+"""The compiled kernels against the same layers computed in float64, and the engine that chooses them."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from modicum.model.attach import attach
+from modicum.model.config import llama_like
+from modicum.model.decoder import Decoder
+from modicum.serve import native
+from modicum.serve.config import EngineConfig
+from modicum.serve.engine import Engine
+from modicum.serve.request import SamplingParams
+from modicum.serve.runner import Eager, Native, unserved
+from serve_tools import engine, lively, tiny
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.reason()}")
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "windows and caps": {
+        "windows": (None, 9),
+        "attention_softcap": 5.0,
+        "logit_softcap": 8.0,
+        "norm_place": "sandwich",
+    },
+    "biases, half rotation": {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "activation": "gelu_tanh"},
+    "norms of heads": {"qk_norm": "head", "norm": "rms_plus_one", "embed_scale": 3.0, "activation": "gelu"},
+    "norms of all heads": {"qk_norm": "full", "norm_place": "output", "activation": "relu"},
+    "no gate, odd sizes": {"gated": False, "head_dim": 20},
+}
+
+
+def decoder(name: str = "plain", width: int = 128, **more: Any) -> Decoder:
+    given = SHAPES[name] | more
+    shape = llama_like(199, width, 2, 4, 2, 192, head_dim=given.pop("head_dim", 32), context_length=256, **given)
+    model = lively(Decoder(shape, torch.Generator().manual_seed(0)), 2.0)
+    with torch.no_grad():
+        for name_, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name_))) * 0.2)
+    return model
+
+
+def logits_of(model: Decoder, prompts: list[list[int]], steps: int = 3, dtype: str | None = None) -> tuple[Tensor, Any]:
+    """Logits of each step of all prompts at once, and the tokens that were fed; by the engine's own runner."""
+    e = Engine(model, None, EngineConfig(block_size=8, cache="2ktok", prefix_cache=False, dtype=dtype))
+    caught: list[Tensor] = []
+    runner = e.runner
+
+    def watched(*args: Any) -> Any:
+        caught.append(runner(*args))
+        return caught[-1]
+
+    e.runner = watched  # type: ignore[assignment]
+    params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
+    tokens = [o.tokens for o in e.generate(prompts, params)]
+    assert isinstance(runner, Native)
+    return torch.stack([c.double() for c in caught], 1), tokens  # (prompts, steps, V)
+
+
+def exact(model: Decoder, prompts: list[list[int]], tokens: list[list[int]]) -> Tensor:
+    """The same logits by the decoder in float64, codes decoded, each sequence whole and alone."""
+    from modicum.model.attach import forms
+
+    wide = Decoder(model.config, init=False).double()
+    state = {name: value for name, value in model.state_dict().items() if name in wide.state_dict()}
+    for name, form in forms(model).items():
+        state[f"{name}.weight"] = form.decode(torch.float64)  # type: ignore[operator]
+    wide.load_state_dict({name: value.double() for name, value in state.items()})
+    rows = []
+    for prompt, said in zip(prompts, tokens, strict=True):
+        with torch.no_grad():
+            rows.append(wide(torch.tensor([prompt + said[:-1]]))[0, len(prompt) - 1 :])
+    return torch.stack(rows)
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+PROMPTS = [[5, 6, 7], list(range(40)), [9] * 17, list(range(90, 160)), [3]]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", SHAPES)
+def test_float32_shapes(name: str) -> None:
+    model = decoder(name)
+    got, tokens = logits_of(model, PROMPTS)
+    assert distance(got, exact(model, PROMPTS, tokens)) < 2e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", ["int8", "int8:group=64", "int4:group=32", "int4:group=64", "int4:group=128"])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_codes_are_multiplied_as_they_decode(form: str, count: int) -> None:
+    """float32: as exact as float32; bfloat16: int8 far closer than bfloat16 activations could be."""
+    model = decoder()
+    attach(model, {"layers.*": form, "lm_head": form})
+    got, tokens = logits_of(model, PROMPTS[:count])
+    assert distance(got, exact(model, PROMPTS[:count], tokens)) < 2e-6
+    half = decoder().to(torch.bfloat16)
+    attach(half, {"layers.*": form, "lm_head": form})
+    got, tokens = logits_of(half, PROMPTS[:count], dtype="float32")
+    error = distance(got, exact(half, PROMPTS[:count], tokens))
+    assert error < (3e-4 if form.startswith("int8") else 2e-2)
+
+
+@needs_kernels
+def test_bfloat16_is_no_further_from_exact_than_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder().to(torch.bfloat16)
+    got, tokens = logits_of(model, PROMPTS)
+    want = exact(model, PROMPTS, tokens)
+    with torch.no_grad():
+        eager = torch.stack(
+            [model(torch.tensor([p + t[:-1]]))[0, len(p) - 1 :] for p, t in zip(PROMPTS, tokens, strict=True)]
+        )
+    assert distance(got, want) < distance(eager.double(), want)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_company_does_not_change_a_bit(dtype: torch.dtype) -> None:
+    model = decoder().to(dtype)
+    together, tokens = logits_of(model, PROMPTS[1:3])
+    for i, prompt in enumerate(PROMPTS[1:3]):
+        alone, said = logits_of(model, [prompt])
+        assert said == [tokens[i]] and torch.equal(alone[0], together[i])
+
+
+@needs_kernels
+def test_threads_do_not_change_a_bit() -> None:
+    model, before = decoder(), torch.get_num_threads()
+    one, _ = logits_of(model, PROMPTS)
+    try:
+        torch.set_num_threads(3)
+        many, _ = logits_of(model, PROMPTS)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, many)
+
+
+@needs_kernels
+def test_long_sequences_grow_the_scores() -> None:
+    model = decoder()
+    prompts = [[7] * 10, [i % 199 for i in range(240)]]
+    for prompt in prompts:
+        got, tokens = logits_of(model, [prompt])
+        assert distance(got, exact(model, [prompt], tokens)) < 2e-6
+
+
+def test_what_is_not_served_falls_back() -> None:
+    why = unserved(tiny(), torch.float16)
+    assert why is not None and "float16" in why
+    lora = tiny()
+    attach(lora, {"layers.*.attention.*": "lora:rank=2"})
+    assert "lora" in (unserved(lora, torch.float32) or "").lower()
+    assert isinstance(Engine(lora, None, EngineConfig(cache="1ktok")).runner, Eager)
+    assert unserved(tiny(), torch.float32) is None
+
+
+def test_off_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODICUM_NATIVE", "0")
+    assert native.library() is None and "MODICUM_NATIVE" in native.reason()
+    assert isinstance(engine().runner, Eager)
+
+
+@needs_kernels
+def test_no_compiler_means_the_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", str(tmp_path / "nothing"))
+    native._load.cache_clear()
+    try:
+        assert native.library() is None and "could not build" in native.reason()
+        assert isinstance(engine().runner, Eager)
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()
+
+
+@needs_kernels
+def test_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = native.build("cc")
+    stamp = path.stat().st_mtime_ns
+    assert native.build("cc") == path and path.stat().st_mtime_ns == stamp
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@needs_kernels
+def test_structures_have_one_layout() -> None:
+    library = native.library()
+    assert library is not None
+    sizes = [library.modicum_layout(i) for i in range(5)]
+    assert sizes == [ctypes.sizeof(k) for k in (native.Matrix, native.Rope, native.Layer, native.Model, native.Step)]
+    assert np.dtype(np.int64).itemsize == ctypes.sizeof(native.I64)
