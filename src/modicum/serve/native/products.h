@@ -20,13 +20,13 @@
 INLINE void float_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const float *x = (const float *)a->data + at * a->stride;
     (void)scale, (void)zero;
-    EACH_M EACH_N out[m * N + n] = _mm512_setzero_ps();
+    EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
     for (int64_t k = 0; k < a->in; k += 16) {
         __mmask16 mask = tail16(a->in - k);
         __m512 wv[4];
         EACH_M { wv[m] = _mm512_maskz_loadu_ps(mask, (const float *)(w + m * ldw) + k); FETCH(w + m * ldw + 4 * k); }
         EACH_N { __m512 xv = _mm512_load_ps(x + n * a->stride + k);
-                 EACH_M out[m * N + n] = _mm512_fmadd_ps(wv[m], xv, out[m * N + n]); }
+                 EACH_M out[n * M + m] = _mm512_fmadd_ps(wv[m], xv, out[n * M + m]); }
     }
 }
 
@@ -34,13 +34,13 @@ INLINE void float_kernel(const int M, const int N, const int AHEAD, ARGS) {
 INLINE void widening_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const float *x = (const float *)a->data + at * a->stride;
     (void)scale, (void)zero;
-    EACH_M EACH_N out[m * N + n] = _mm512_setzero_ps();
+    EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
     for (int64_t k = 0; k < a->in; k += 16) {
         __mmask16 mask = tail16(a->in - k);
         __m512 wv[4];
         EACH_M { wv[m] = load_as_float(w + m * ldw, k, BFLOAT16, mask); FETCH(w + m * ldw + 2 * k); }
         EACH_N { __m512 xv = _mm512_load_ps(x + n * a->stride + k);
-                 EACH_M out[m * N + n] = _mm512_fmadd_ps(wv[m], xv, out[m * N + n]); }
+                 EACH_M out[n * M + m] = _mm512_fmadd_ps(wv[m], xv, out[n * M + m]); }
     }
 }
 
@@ -48,17 +48,17 @@ INLINE void widening_kernel(const int M, const int N, const int AHEAD, ARGS) {
 INLINE void half_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const uint16_t *x = (const uint16_t *)a->data + at * a->stride;
     (void)scale, (void)zero;
-    EACH_M EACH_N out[m * N + n] = _mm512_setzero_ps();
+    EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
     int64_t whole = a->in / 32 * 32;
     for (int64_t k = 0; k < whole; k += 32) {
         __m512bh wv[4];
         EACH_M { wv[m] = (__m512bh)_mm512_loadu_si512(w + m * ldw + 2 * k); FETCH(w + m * ldw + 2 * k); }
         EACH_N { __m512bh xv = (__m512bh)_mm512_load_si512(x + n * a->stride + k);
-                 EACH_M out[m * N + n] = _mm512_dpbf16_ps(out[m * N + n], wv[m], xv); }
+                 EACH_M out[n * M + m] = _mm512_dpbf16_ps(out[n * M + m], wv[m], xv); }
     }
     if (whole < a->in) EACH_M {
         __m512bh wv = (__m512bh)_mm512_maskz_loadu_epi16(tail32(a->in - whole), w + m * ldw + 2 * whole);
-        EACH_N out[m * N + n] = _mm512_dpbf16_ps(out[m * N + n], wv,
+        EACH_N out[n * M + m] = _mm512_dpbf16_ps(out[n * M + m], wv,
                                                  (__m512bh)_mm512_load_si512(x + n * a->stride + whole));
     }
 }
@@ -68,11 +68,11 @@ INLINE void half_kernel(const int M, const int N, const int AHEAD, ARGS) {
 /* What zero points (and the 128 that makes a signed code unsigned) add: zero[m, g] times the sums of x's codes. */
 INLINE void start_from_zeros(const int M, const int N, const Act *a, int64_t at, const float *zero, __m512 *out) {
     int64_t G = padded_groups(a->groups);
-    EACH_M EACH_N out[m * N + n] = _mm512_setzero_ps();
+    EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
     for (int64_t g = 0; g < a->groups; g += 16)
         EACH_M { __m512 z = _mm512_load_ps(zero + m * G + g);
                  EACH_N { __m512 total = _mm512_load_ps(a->total + (at + n) * G + g);
-                          out[m * N + n] = _mm512_fmadd_ps(z, total, out[m * N + n]); } }
+                          out[n * M + m] = _mm512_fmadd_ps(z, total, out[n * M + m]); } }
 }
 
 INLINE __m512 joined(__m512i high, __m512i low) {
@@ -85,7 +85,7 @@ INLINE void byte_kernel(const int M, const int N, const int AHEAD, ARGS) {
     start_from_zeros(M, N, a, at, zero, out);
     for (int64_t g = 0; g < a->groups; g++) {
         __m512i high[8], low[8];
-        EACH_M EACH_N high[m * N + n] = low[m * N + n] = _mm512_setzero_si512();
+        EACH_M EACH_N high[n * M + m] = low[n * M + m] = _mm512_setzero_si512();
         int64_t end = least(a->in, (g + 1) * a->group);
         for (int64_t k = g * a->group; k < end; k += 64) {
             __m512i wv[4];
@@ -94,11 +94,11 @@ INLINE void byte_kernel(const int M, const int N, const int AHEAD, ARGS) {
                                               _mm512_set1_epi8((char)0x80)); FETCH(w + m * ldw + k); }
             EACH_N { __m512i h = _mm512_maskz_loadu_epi8(mask, x + n * a->stride + k);
                      __m512i l = _mm512_maskz_loadu_epi8(mask, x + n * a->stride + plane + k);
-                     EACH_M { high[m * N + n] = _mm512_dpbusd_epi32(high[m * N + n], wv[m], h);
-                              low[m * N + n] = _mm512_dpbusd_epi32(low[m * N + n], wv[m], l); } }
+                     EACH_M { high[n * M + m] = _mm512_dpbusd_epi32(high[n * M + m], wv[m], h);
+                              low[n * M + m] = _mm512_dpbusd_epi32(low[n * M + m], wv[m], l); } }
         }
-        EACH_M EACH_N out[m * N + n] = _mm512_fmadd_ps(joined(high[m * N + n], low[m * N + n]),
-                                                       _mm512_set1_ps(scale[m * G + g]), out[m * N + n]);
+        EACH_M EACH_N out[n * M + m] = _mm512_fmadd_ps(joined(high[n * M + m], low[n * M + m]),
+                                                       _mm512_set1_ps(scale[m * G + g]), out[n * M + m]);
     }
 }
 
@@ -127,7 +127,7 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
                           __m512i l = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even[m], le);
                           h = _mm512_dpbusd_epi32(h, odd[m], ho), l = _mm512_dpbusd_epi32(l, odd[m], lo);
                           __m512i both = _mm512_add_epi32(_mm512_slli_epi32(h, 8), l);
-                          out[m * N + n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), s[m], out[m * N + n]); } }
+                          out[n * M + m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), s[m], out[n * M + m]); } }
     }
 }
 #endif
@@ -140,29 +140,28 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
                    int64_t outs, float *y, int64_t ldy
 typedef void (*Block)(BLOCK_ARGS);
 
-#define SCATTER(OUTS) do { \
-        float total[LINE]; \
-        _mm512_storeu_ps(total, sums(v)); \
-        for (int64_t m = 0; m < (OUTS); m++) for (int n = 0; n < N_; n++) y[n * ldy + m] = total[m * N_ + n]; \
-    } while (0)
 #define STREAM(KERNEL, N) \
     static void KERNEL##_stream##N(BLOCK_ARGS) { \
-        enum { N_ = N }; \
         __m512 v[LINE]; \
+        float total[LINE]; \
         int64_t G = padded_groups(a->groups); \
         for (int64_t m = 0; m < outs; m++) \
             KERNEL(1, N, NEAR, w + m * ldw, ldw, a, at, scale + m * G, zero + m * G, v + m * N); \
         for (int64_t i = outs * N; i < LINE; i++) v[i] = _mm512_setzero_ps(); \
-        SCATTER(outs); \
+        _mm512_storeu_ps(total, sums(v)); \
+        for (int64_t m = 0; m < outs; m++) for (int n = 0; n < N; n++) y[n * ldy + m] = total[m * N + n]; \
     }
 #define BLOCK(KERNEL, NAME, M, N, AHEAD) \
     static void KERNEL##_##NAME(BLOCK_ARGS) { \
-        enum { N_ = N }; \
         __m512 v[LINE]; \
         (void)outs; \
         KERNEL(M, N, AHEAD, w, ldw, a, at, scale, zero, v); \
         UNROLL for (int i = M * N; i < LINE; i++) v[i] = _mm512_setzero_ps(); \
-        SCATTER(M); \
+        __m512 total = sums(v); \
+        _mm_storeu_ps(y, _mm512_castps512_ps128(total)); \
+        if (N > 1) _mm_storeu_ps(y + ldy, _mm512_extractf32x4_ps(total, 1)); \
+        if (N > 2) _mm_storeu_ps(y + 2 * ldy, _mm512_extractf32x4_ps(total, 2)); \
+        if (N > 3) _mm_storeu_ps(y + 3 * ldy, _mm512_extractf32x4_ps(total, 3)); \
     }
 /* [streamed; four outputs; four outputs and prefetching][rows - 1] */
 #define FAMILY(KERNEL) \
