@@ -28,13 +28,18 @@ from modicum.core.files import fingerprint
 from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.decoder import Decoder
 
-FORMS = {"bf16": {}, "int8": {"layers.*": "int8", "lm_head": "int8"}, "int4": {"layers.*": "int4", "lm_head": "int8"}}
+FORMS: dict[str, dict[str, str]] = {
+    "bf16": {},
+    "int8": {"layers.*": "int8", "lm_head": "int8"},
+    "int4": {"layers.*": "int4", "lm_head": "int8"},
+}
 BASE = "transformers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is measured. prompt: before decoding; tokens: decoded; prefill: prompt of the prefill column."""
+    """What is measured. prompt: before decoding; tokens: decoded; prefill: prompt of the prefill column; answer: tokens
+    of each of `requests` at once (and of one alone), their prompts' time included."""
 
     layers: int = 24
     width: int = 1024
@@ -46,10 +51,13 @@ class Size:
     tokens: int = 48
     prefill: int = 512
     requests: int = 16
-    rounds: int = 5
+    answer: int = 128
+    rounds: int = 3
 
 
-QUICK = Size(layers=4, width=256, heads=4, kv_heads=2, mlp_width=704, vocab=4000, tokens=16, prefill=128, rounds=2)
+QUICK = Size(
+    layers=4, width=256, heads=4, kv_heads=2, mlp_width=704, vocab=4000, tokens=16, prefill=128, answer=16, rounds=2
+)
 
 
 @dataclass
@@ -100,7 +108,7 @@ def modicum(folder: Path, size: Size, form: str) -> dict[str, Callable[[], float
     model = load_model(folder)
     if FORMS[form]:
         attach(model, FORMS[form])
-    cache = f"{4 * (size.prefill + 64 * size.requests)}tok"
+    cache = f"{size.prefill + (size.prompt + size.answer + 16) * size.requests}tok"
     engine = Engine(model, None, EngineConfig(cache=cache, prefix_cache=False))
 
     def run(prompts: list[list[int]], tokens: int) -> list[Any]:
@@ -115,12 +123,12 @@ def modicum(folder: Path, size: Size, form: str) -> dict[str, Callable[[], float
         return size.prefill / _seconds(lambda: run([list(range(1, size.prefill + 1))], 1))
 
     def together(prompts: list[list[int]]) -> float:
-        return len(prompts) * size.tokens / _seconds(lambda: run(prompts, size.tokens))
+        return len(prompts) * size.answer / _seconds(lambda: run(prompts, size.answer))
 
     many = [[i + 1] * size.prompt for i in range(size.requests)]
     found: dict[str, Callable[[], float]] = {f"decode {form}": decode, f"prefill {form}": prefill}
-    found[f"{size.requests} at once {form}"] = lambda: together(many)
     if form == "bf16":
+        found[f"{size.requests} at once bf16"] = lambda: together(many)
         found["one by one bf16"] = lambda: together(many[:1])
     return found
 
@@ -267,9 +275,14 @@ def identical(folder: Path, size: Size) -> dict[str, Any]:
     same = engine.generate([ids[0].tolist()], params)[0].tokens == said[0, size.prompt :].tolist()
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     engine = Engine(load_model(folder), None, EngineConfig(cache=cache))
-    caught: list[torch.Tensor] = []
+    caught: list[Any] = []
     runner = engine.runner
-    engine.runner = lambda *a: caught.append(runner(*a)) or caught[-1]  # type: ignore[assignment,func-returns-value]
+
+    def watched(*given: Any) -> Any:
+        caught.append(runner(*given))
+        return caught[-1]
+
+    engine.runner = watched  # type: ignore[assignment]
     engine.generate([ids[0].tolist()], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
     with torch.inference_mode():
         errors = {

@@ -6,7 +6,7 @@
 #pragma once
 #include "common.h"
 
-#define ROWS_FROM_CODES 8 /* int4: from here on decoding a block to bfloat16 is cheaper */
+#define ROWS_FROM_CODES 8 /* from here on decoding codes to bfloat16 costs less than multiplying with them */
 
 typedef enum { AS_FLOAT, AS_HALF, AS_BYTES, AS_NIBBLES } Shape;
 
@@ -21,10 +21,11 @@ INLINE int64_t padded_groups(int64_t groups) { return round_up(groups, 16) + 16;
 
 static Shape shape_for(const Matrix *m, int64_t rows, int64_t half) {
 #ifdef __AVX512BF16__
+    if (m->kind == FLOAT32) return AS_FLOAT;
     if (m->kind == BFLOAT16) return AS_HALF;
 #ifdef __AVX512VNNI__
-    if (half && m->kind == INT8) return AS_BYTES;
-    if (half && m->kind == INT4) return rows < ROWS_FROM_CODES ? AS_NIBBLES : AS_HALF;
+    if (half && rows >= ROWS_FROM_CODES) return AS_HALF;
+    if (half) return m->kind == INT8 ? AS_BYTES : AS_NIBBLES;
 #endif
 #endif
     (void)m, (void)rows, (void)half;

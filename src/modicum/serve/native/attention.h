@@ -60,8 +60,8 @@ static void place(const Model *m, const Layer *l, int64_t layer, const Step *s, 
     }
 }
 
-/* Scores of four queries (pointers) with four keys (places in the cache): 16 numbers, query by query. */
-INLINE __m512 scores16(const float *const *q, const void *keys, const int64_t *at, int64_t kind, int64_t E) {
+/* Scores of four queries with four keys (places in the cache): 16 numbers, query by query. */
+INLINE __m512 scores16(const void *const *q, const void *keys, const int64_t *at, int64_t kind, int64_t E) {
     __m512 acc[16];
     UNROLL for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
     for (int64_t e = 0; e < E; e += 16) {
@@ -69,12 +69,31 @@ INLINE __m512 scores16(const float *const *q, const void *keys, const int64_t *a
         __m512 kv[4];
         UNROLL for (int j = 0; j < 4; j++) kv[j] = load_as_float(keys, at[j] + e, kind, mask);
         UNROLL for (int i = 0; i < 4; i++) {
-            __m512 qv = _mm512_maskz_loadu_ps(mask, q[i] + e);
+            __m512 qv = _mm512_maskz_loadu_ps(mask, (const float *)q[i] + e);
             UNROLL for (int j = 0; j < 4; j++) acc[4 * i + j] = _mm512_fmadd_ps(qv, kv[j], acc[4 * i + j]);
         }
     }
     return sums(acc);
 }
+
+#ifdef __AVX512BF16__
+/* The same for queries and keys in bfloat16. */
+INLINE __m512 half_scores16(const void *const *q, const void *keys, const int64_t *at, int64_t E) {
+    __m512 acc[16];
+    UNROLL for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
+    for (int64_t e = 0; e < E; e += 32) {
+        __mmask32 mask = tail32(E - e);
+        __m512bh kv[4];
+        UNROLL for (int j = 0; j < 4; j++)
+            kv[j] = (__m512bh)_mm512_maskz_loadu_epi16(mask, (const uint16_t *)keys + at[j] + e);
+        UNROLL for (int i = 0; i < 4; i++) {
+            __m512bh qv = (__m512bh)_mm512_maskz_loadu_epi16(mask, (const uint16_t *)q[i] + e);
+            UNROLL for (int j = 0; j < 4; j++) acc[4 * i + j] = _mm512_dpbf16_ps(acc[4 * i + j], qv, kv[j]);
+        }
+    }
+    return sums(acc);
+}
+#endif
 
 /* Weights of keys first .. last - 1 in place of their scores (0 elsewhere in low .. high - 1); divided by their sum. */
 static void softmax(float *score, int64_t low, int64_t high, int64_t first, int64_t last, float softcap) {
@@ -113,20 +132,41 @@ static void attend(const Model *m, const Layer *l, int64_t layer, const Step *s,
     int64_t E = m->head_dim, R = m->heads / m->kv_heads, Q = n * R;
     int64_t high = s->position[row + n - 1] + 1;
     int64_t low = l->window ? most(0, s->position[row] + 1 - l->window) : 0;
-    const float *q_of[4];
-    int64_t at[4];
-    for (int64_t i = low; i < high; i += 4) {
-        for (int j = 0; j < 4; j++) at[j] = cache_at(m, layer, g, s, row, least(i + j, high - 1));
-        for (int64_t a = 0; a < Q; a += 4) {
-            for (int j = 0; j < 4; j++) {
-                int64_t b = least(a + j, Q - 1);
-                q_of[j] = q + (b / R) * ldq + (g * R + b % R) * E;
+    const void *q_of[Q + 3];                  /* the last one again for what is missing to a multiple of four */
+    int half = 0;
+#ifdef __AVX512BF16__
+    half = m->half && m->cache_kind == BFLOAT16;
+#endif
+    uint16_t narrowed[half ? Q * E : 1];
+    for (int64_t a = 0; a < Q + 3; a++) {
+        int64_t b = least(a, Q - 1);
+        q_of[a] = q + (b / R) * ldq + (g * R + b % R) * E;
+        if (half && a < Q) for (int64_t e = 0; e < E; e += 16) {
+            __mmask16 mask = tail16(E - e);
+            __m512 v = _mm512_maskz_loadu_ps(mask, (const float *)q_of[a] + e);
+            store_from_float(narrowed, a * E + e, BFLOAT16, mask, v);
+        }
+        if (half) q_of[a] = narrowed + b * E;
+    }
+    const __m512 scale = _mm512_set1_ps(l->scale);
+    for (int64_t i = low, end; i < high; i = end) {
+        int64_t base = cache_at(m, layer, g, s, row, i), from = i;
+        end = least(high, (i / m->block_size + 1) * m->block_size);
+        for (; i < end; i += 4) {
+            int64_t at[4];
+            for (int j = 0; j < 4; j++) at[j] = base + (least(i + j, end - 1) - from) * E;
+            for (int64_t a = 0; a < Q; a += 4) {
+                __m512 sixteen;
+#ifdef __AVX512BF16__
+                if (half) sixteen = half_scores16(q_of + a, m->k_cache, at, E);
+                else
+#endif
+                sixteen = scores16(q_of + a, m->k_cache, at, m->cache_kind, E);
+                float each[16];
+                _mm512_storeu_ps(each, _mm512_mul_ps(sixteen, scale));
+                for (int j = 0; j < 4 && a + j < Q; j++)    /* up to three places too many: the next keys' or spare */
+                    _mm_storeu_ps(score + (a + j) * stride + i - low, _mm_loadu_ps(each + 4 * j));
             }
-            float sixteen[16];
-            _mm512_storeu_ps(sixteen, _mm512_mul_ps(scores16(q_of, m->k_cache, at, m->cache_kind, E),
-                                                    _mm512_set1_ps(l->scale)));
-            for (int j = 0; j < 4 && a + j < Q; j++)    /* up to three places past the last key: room is there */
-                _mm_storeu_ps(score + (a + j) * stride + i - low, _mm_loadu_ps(sixteen + 4 * j));
         }
     }
     for (int64_t a = 0; a < Q; a++) {

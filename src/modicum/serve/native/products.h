@@ -87,16 +87,17 @@ INLINE void byte_kernel(const int M, const int N, const int AHEAD, ARGS) {
         __m512i high[8], low[8];
         EACH_M EACH_N high[n * M + m] = low[n * M + m] = _mm512_setzero_si512();
         int64_t end = least(a->in, (g + 1) * a->group);
-        for (int64_t k = g * a->group; k < end; k += 64) {
-            __m512i wv[4];
-            __mmask64 mask = tail64(end - k);
-            EACH_M { wv[m] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w + m * ldw + k),
-                                              _mm512_set1_epi8((char)0x80)); FETCH(w + m * ldw + k); }
-            EACH_N { __m512i h = _mm512_maskz_loadu_epi8(mask, x + n * a->stride + k);
-                     __m512i l = _mm512_maskz_loadu_epi8(mask, x + n * a->stride + plane + k);
-                     EACH_M { high[n * M + m] = _mm512_dpbusd_epi32(high[n * M + m], wv[m], h);
-                              low[n * M + m] = _mm512_dpbusd_epi32(low[n * M + m], wv[m], l); } }
-        }
+        int64_t k = g * a->group;
+#define BYTES(LOAD) do { \
+            __m512i wv[4]; \
+            EACH_M { wv[m] = _mm512_xor_si512(LOAD, _mm512_set1_epi8((char)0x80)); FETCH(w + m * ldw + k); } \
+            EACH_N { __m512i h = _mm512_loadu_si512(x + n * a->stride + k); \
+                     __m512i l = _mm512_loadu_si512(x + n * a->stride + plane + k); \
+                     EACH_M { high[n * M + m] = _mm512_dpbusd_epi32(high[n * M + m], wv[m], h); \
+                              low[n * M + m] = _mm512_dpbusd_epi32(low[n * M + m], wv[m], l); } } \
+        } while (0)
+        for (; k + 64 <= end; k += 64) BYTES(_mm512_loadu_si512(w + m * ldw + k));
+        if (k < end) BYTES(_mm512_maskz_loadu_epi8(tail64(end - k), w + m * ldw + k));    /* x is 0 past its end */
         EACH_M EACH_N out[n * M + m] = _mm512_fmadd_ps(joined(high[n * M + m], low[n * M + m]),
                                                        _mm512_set1_ps(scale[m * G + g]), out[n * M + m]);
     }
@@ -112,23 +113,28 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const __m512i of_lane = a->group >= 128 ? _mm512_setzero_si512()
                                             : _mm512_srlv_epi32(lane, _mm512_set1_epi32(a->group == 64 ? 6 : 5));
     start_from_zeros(M, N, a, at, zero, out);
-    for (int64_t k = 0; k < a->in; k += 128) {
-        __m512i even[4], odd[4];
-        __m512 s[4];
-        __mmask64 mask = tail64((a->in - k) / 2);
-        EACH_M { __m512i b = _mm512_maskz_loadu_epi8(mask, w + m * ldw + k / 2); FETCH(w + m * ldw + k / 2);
-                 even[m] = _mm512_and_si512(b, low_bits);
-                 odd[m] = _mm512_and_si512(_mm512_srli_epi16(b, 4), low_bits);
-                 s[m] = _mm512_permutexvar_ps(of_lane, _mm512_loadu_ps(scale + m * G + k / a->group)); }
-        EACH_N { const int8_t *p = x + n * a->stride + k / 2;
-                 __m512i he = _mm512_loadu_si512(p), ho = _mm512_loadu_si512(p + plane / 2);
-                 __m512i le = _mm512_loadu_si512(p + plane), lo = _mm512_loadu_si512(p + plane + plane / 2);
-                 EACH_M { __m512i h = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even[m], he);
-                          __m512i l = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even[m], le);
-                          h = _mm512_dpbusd_epi32(h, odd[m], ho), l = _mm512_dpbusd_epi32(l, odd[m], lo);
-                          __m512i both = _mm512_add_epi32(_mm512_slli_epi32(h, 8), l);
-                          out[n * M + m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), s[m], out[n * M + m]); } }
-    }
+    /* Every `wait` vectors the scales move on by `move` groups (a division here would cost more than the products). */
+    const int64_t wait = most(1, a->group / 128), move = a->group < 128 ? 128 / a->group : 1;
+    int64_t g = 0, waited = 0, k = 0;
+#define NIBBLES(LOAD) do { \
+        __m512i even[4], odd[4]; \
+        __m512 s[4]; \
+        EACH_M { __m512i b = LOAD; FETCH(w + m * ldw + k / 2); \
+                 even[m] = _mm512_and_si512(b, low_bits); \
+                 odd[m] = _mm512_and_si512(_mm512_srli_epi16(b, 4), low_bits); \
+                 s[m] = _mm512_permutexvar_ps(of_lane, _mm512_loadu_ps(scale + m * G + g)); } \
+        EACH_N { const int8_t *p = x + n * a->stride + k / 2; \
+                 __m512i he = _mm512_loadu_si512(p), ho = _mm512_loadu_si512(p + plane / 2); \
+                 __m512i le = _mm512_loadu_si512(p + plane), lo = _mm512_loadu_si512(p + plane + plane / 2); \
+                 EACH_M { __m512i h = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even[m], he); \
+                          __m512i l = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even[m], le); \
+                          h = _mm512_dpbusd_epi32(h, odd[m], ho), l = _mm512_dpbusd_epi32(l, odd[m], lo); \
+                          __m512i both = _mm512_add_epi32(_mm512_slli_epi32(h, 8), l); \
+                          out[n * M + m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), s[m], out[n * M + m]); } } \
+        if (++waited == wait) waited = 0, g += move; \
+    } while (0)
+    for (; k + 128 <= a->in; k += 128) NIBBLES(_mm512_loadu_si512(w + m * ldw + k / 2));
+    if (k < a->in) NIBBLES(_mm512_maskz_loadu_epi8(tail64((a->in - k) / 2), w + m * ldw + k / 2));
 }
 #endif
 
@@ -187,11 +193,15 @@ PAIR_FAMILY(nibble_kernel)
 #endif
 #endif
 
-/* Scales and zero points of output o as floats; zero may be NULL. Places past the groups are 0. */
+INLINE int64_t row_bytes(const Matrix *m) {
+    const int64_t each[] = {4 * m->in, 2 * m->in, m->in, m->groups * m->group / 2};
+    return each[m->kind];
+}
+
+/* Scales and zero points of output o as floats. */
 static void read_scales(const Matrix *m, int64_t o, float *scale, float *zero) {
-    int64_t G = padded_groups(m->groups);
-    for (int64_t g = 0; g < G; g += 16) {
-        __mmask16 mask = g < m->groups ? tail16(m->groups - g) : 0;
+    for (int64_t g = 0; g < m->groups; g += 16) {    /* places past the groups meet codes that are 0 */
+        __mmask16 mask = tail16(m->groups - g);
         __m512 s = load_as_float(m->scale, o * m->groups + g, m->scale_kind, mask), z;
         if (m->kind == INT8) z = _mm512_mul_ps(s, _mm512_set1_ps(-128.0f));
         else z = _mm512_fnmadd_ps(s, _mm512_set1_ps(8.0f),
@@ -203,22 +213,23 @@ static void read_scales(const Matrix *m, int64_t o, float *scale, float *zero) {
 
 /* Row o of a matrix of codes as floats or bfloat16 (`as`), `scale` and `zero` as `read_scales` gave them. */
 static void decode(const Matrix *m, int64_t o, const float *scale, const float *zero, int64_t as, void *to) {
-    for (int64_t k = 0; k < m->in; k += 16) {
-        __mmask16 mask = tail16(m->in - k);
-        __m512 code, w;
-        if (m->kind == INT8) {
-            code = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
-                _mm_maskz_loadu_epi8(mask, (const int8_t *)m->weight + o * m->in + k)));
-            w = _mm512_mul_ps(code, _mm512_set1_ps(scale[k / m->group]));
-        } else {
-            __m128i pair = _mm_maskz_loadu_epi8(mask & 0xff,
-                                                (const uint8_t *)m->weight + (o * m->groups * m->group + k) / 2);
-            __m128i even = _mm_and_si128(pair, _mm_set1_epi8(15));
-            __m128i odd = _mm_and_si128(_mm_srli_epi16(pair, 4), _mm_set1_epi8(15));
-            code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd)));
-            w = _mm512_fmadd_ps(code, _mm512_set1_ps(scale[k / m->group]), _mm512_set1_ps(zero[k / m->group]));
+    const uint8_t *row = (const uint8_t *)m->weight + o * row_bytes(m);
+    for (int64_t g = 0; g < m->groups; g++) {
+        __m512 step = _mm512_set1_ps(scale[g]), start = _mm512_set1_ps(zero[g]);
+        for (int64_t k = g * m->group, end = least(m->in, k + m->group); k < end; k += 16) {
+            __mmask16 mask = tail16(end - k);
+            __m512 w;
+            if (m->kind == INT8) {
+                __m512i code = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, row + k));
+                w = _mm512_mul_ps(_mm512_cvtepi32_ps(code), step);
+            } else {
+                __m128i pair = _mm_loadl_epi64((const __m128i *)(row + k / 2)), low = _mm_set1_epi8(15);
+                __m128i odd = _mm_and_si128(_mm_srli_epi16(pair, 4), low);
+                __m512i code = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_and_si128(pair, low), odd));
+                w = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), step, start);
+            }
+            store_from_float(to, k, as, mask, w);
         }
-        store_from_float(to, k, as, mask, w);
     }
 }
 
@@ -226,11 +237,6 @@ typedef struct {
     float *scale, *zero;   /* LINE outputs' */
     char *weight;          /* LINE decoded outputs */
 } Decoded;
-
-INLINE int64_t row_bytes(const Matrix *m) {
-    const int64_t each[] = {4 * m->in, 2 * m->in, m->in, m->groups * m->group / 2};
-    return each[m->kind];
-}
 
 /* y[n * ldy + o - first] for outputs first .. last - 1 and all rows of `a`. */
 static void product(const Matrix *m, const Act *a, int64_t first, int64_t last, float *y, int64_t ldy,

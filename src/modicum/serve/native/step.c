@@ -9,7 +9,7 @@
 #include <omp.h>
 #endif
 
-#define TILE 64
+#define TILE 128
 #define CHUNK 32                              /* outputs of a product before what follows it */
 
 typedef struct {
