@@ -12,6 +12,7 @@ the machine's own ceilings: reading memory, and bfloat16 products. Ratios are to
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import statistics
 import tempfile
@@ -181,7 +182,7 @@ def measure(
         folder = Path(place) / "model"
         make_folder(size, folder, seed)
         makers: dict[str, Callable[[], dict[str, Callable[[], float]]]] = {
-            f"modicum {form}": (lambda form=form: modicum(folder, size, form)) for form in FORMS
+            f"modicum {form}": functools.partial(modicum, folder, size, form) for form in FORMS
         }
         makers[BASE] = lambda: transformers(folder, size)
         for name, (reason, maker) in engine_peers.peers(folder, size).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import json
 import time
@@ -23,7 +24,8 @@ def peers(folder: Path, size: Size) -> dict[str, tuple[str | None, Callable[[], 
     lacking = [p for p in ("llama_cpp", "gguf") if importlib.util.find_spec(p) is None]
     why = f"{' and '.join(lacking)} not installed; to add: pip install 'modicum[peers]'" if lacking else None
     found: dict[str, tuple[str | None, Callable[[], Columns]]] = {
-        f"llama.cpp {form}": (why, lambda form=form: llama_cpp(folder, size, form)) for form in ("bf16", "int8", "int4")
+        f"llama.cpp {form}": (why, functools.partial(llama_cpp, folder, size, form))
+        for form in ("bf16", "int8", "int4")
     }
     found["openvino"] = (
         "openvino-genai reads only models exported by optimum-intel, which is not part of the extra",

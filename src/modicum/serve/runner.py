@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
 from modicum.model.forms import LinearForm
-from modicum.model.layers import RMSNorm
+from modicum.model.layers import Block, RMSNorm
 from modicum.serve import native
 from modicum.serve.attend import StepAttend, Work
 
@@ -63,6 +63,7 @@ class Native:
         self._shape = self._describe(model, attend)
         native.use_large_pages((t.data_ptr(), t.nbytes) for t in self._keep if isinstance(t, Tensor))
         self._state = 0
+        self._finalizer: weakref.finalize | None = None
 
     def __call__(self, works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:
         if observe or any(w.sample.pages is not None for w in works):
@@ -105,7 +106,7 @@ class Native:
         """Working memory for as many threads as PyTorch uses now."""
         if self.threads == torch.get_num_threads():
             return
-        if self._state:
+        if self._finalizer:
             self._finalizer()
         self.threads = self._shape.threads = torch.get_num_threads()
         self._state = self.library.modicum_open(ctypes.byref(self._shape))
@@ -117,6 +118,7 @@ class Native:
         c, storage = model.config, attend.storage
         layers = (native.Layer * c.layers)()
         for i, block in enumerate(model.layers):
+            assert isinstance(block, Block)
             layer, a, m = layers[i], block.attention, block.mlp
             for name, module in zip(
                 native.MATRICES, (a.q, a.k, a.v, a.o, getattr(m, "gate", None), m.up, m.down), strict=True
@@ -168,7 +170,7 @@ class Native:
         assert isinstance(norm, RMSNorm)
         return self._floats(norm.weight.float() + 1 if norm.plus_one else norm.weight)
 
-    def _matrix(self, module: nn.Module | None) -> native.Matrix:
+    def _matrix(self, module: Any) -> native.Matrix:
         if module is None:
             return native.Matrix()
         found = _stored(module)
@@ -203,7 +205,7 @@ def positions_of(works: Sequence[Work]) -> list[int]:
     return [p for w in works for p in range(w.start, w.start + w.n)]
 
 
-def _stored(module: nn.Module) -> tuple[int, Tensor, Tensor | None, Tensor | None] | None:
+def _stored(module: Any) -> tuple[int, Tensor, Tensor | None, Tensor | None] | None:
     """Kind, weight, scale and zero of a linear layer the kernels can read; None for any other."""
     from modicum.model.forms.dense import Dense
     from modicum.model.forms.int4 import Int4
@@ -242,7 +244,7 @@ def unserved(model: Decoder, cache: torch.dtype) -> str | None:
         if held and name.endswith((".q", ".k", ".v", ".o", ".gate", ".up", ".down", "lm_head")) and not _stored(module):
             return f"{name} is {type(module).__name__}"
     for i, block in enumerate(model.layers):
-        if c.gated:
+        if c.gated and isinstance(block, Block):
             gate, up = block.mlp.gate, block.mlp.up
             if type(gate) is not type(up) or getattr(gate, "group", 0) != getattr(up, "group", 0):
                 return f"gate and up of layer {i} are held differently"
