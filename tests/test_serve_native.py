@@ -39,7 +39,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def decoder(name: str = "plain", width: int = 128, **more: Any) -> Decoder:
     given = SHAPES[name] | more
-    shape = llama_like(199, width, 2, 4, 2, 192, head_dim=given.pop("head_dim", 32), context_length=256, **given)
+    given = {"head_dim": 32, "context_length": 256, "tied": False} | given
+    shape = llama_like(199, width, 2, 4, 2, 192, **given)
     model = lively(Decoder(shape, torch.Generator().manual_seed(0)), 2.0)
     with torch.no_grad():
         for name_, parameter in model.named_parameters():

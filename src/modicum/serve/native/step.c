@@ -10,7 +10,7 @@
 #endif
 
 #define TILE 128
-#define CHUNK 32                              /* outputs of a product before what follows it */
+#define CHUNK 32                              /* outputs of a product before what follows it, at TILE rows */
 
 typedef struct {
     Act act;
@@ -92,6 +92,9 @@ INLINE __m512 activate(__m512 x, int64_t kind) {    /* silu, gelu, gelu_tanh, re
     return _mm512_loadu_ps(lanes);
 }
 
+/* Outputs at a time for fewer rows: as many as the room holds, since a stream that is left has to start anew. */
+INLINE int64_t chunk_for(int64_t rows) { return TILE * CHUNK / rows / LINE * LINE; }
+
 static const float *normed(State *s, Thread *own, const float *x, const float *weight, int64_t rows) {
     int64_t D = s->m.width;
     if (!weight) return x;
@@ -123,16 +126,16 @@ static void add_branch(State *s, float *x, const float *weight, int64_t rows, in
 /* Outputs of a branch's last matrix: added to x, or kept apart for a norm. */
 static void fold(State *s, Thread *own, const Matrix *m, const float *from, int64_t ldx, float *x, int apart,
                  int64_t rows, int id, int threads) {
-    int64_t D = s->m.width, first, last;
+    int64_t D = s->m.width, chunk = chunk_for(rows), first, last;
     share(m->out, id, threads, &first, &last);
     ready(s, own, m, NULL, from, ldx, rows);
-    for (int64_t o = first; o < last; o += CHUNK) {
-        int64_t n_out = least(CHUNK, last - o);
-        product(m, &own->act, o, o + n_out, own->one, CHUNK, &own->decoded);
+    for (int64_t o = first; o < last; o += chunk) {
+        int64_t n_out = least(chunk, last - o);
+        product(m, &own->act, o, o + n_out, own->one, chunk, &own->decoded);
         for (int64_t n = 0; n < rows; n++)
             for (int64_t i = 0; i < n_out; i++) {
-                if (apart) s->branch[n * D + o + i] = own->one[n * CHUNK + i];
-                else x[n * D + o + i] += own->one[n * CHUNK + i];
+                if (apart) s->branch[n * D + o + i] = own->one[n * chunk + i];
+                else x[n * D + o + i] += own->one[n * chunk + i];
             }
     }
 }
@@ -193,20 +196,20 @@ static void attention(State *s, Thread *own, const Step *step, float *x, int64_t
 static void mlp(State *s, Thread *own, float *x, int64_t i, int64_t rows, int id, int threads) {
     const Model *m = &s->m;
     const Layer *l = &m->layer[i];
-    int64_t F = m->mlp_width, from, to;
+    int64_t F = m->mlp_width, chunk = chunk_for(rows), from, to;
     const int gated = l->gate.weight != NULL;    /* Python sees to gate and up being held alike */
     const Matrix *first = gated ? &l->gate : &l->up;
     ready(s, own, first, NULL, normed(s, own, x, l->mlp_norm, rows), m->width, rows);
     share(F, id, threads, &from, &to);
-    for (int64_t o = from; o < to; o += CHUNK) {
-        int64_t n_out = least(CHUNK, to - o);
-        product(first, &own->act, o, o + n_out, own->one, CHUNK, &own->decoded);
-        if (gated) product(&l->up, &own->act, o, o + n_out, own->two, CHUNK, &own->decoded);
+    for (int64_t o = from; o < to; o += chunk) {
+        int64_t n_out = least(chunk, to - o);
+        product(first, &own->act, o, o + n_out, own->one, chunk, &own->decoded);
+        if (gated) product(&l->up, &own->act, o, o + n_out, own->two, chunk, &own->decoded);
         for (int64_t n = 0; n < rows; n++)
             for (int64_t k = 0; k < n_out; k += 16) {
                 __mmask16 mask = tail16(n_out - k);
-                __m512 v = activate(_mm512_maskz_loadu_ps(mask, own->one + n * CHUNK + k), m->activation);
-                if (gated) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, own->two + n * CHUNK + k));
+                __m512 v = activate(_mm512_maskz_loadu_ps(mask, own->one + n * chunk + k), m->activation);
+                if (gated) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, own->two + n * chunk + k));
                 _mm512_mask_storeu_ps(s->hidden + n * F + o + k, mask, v);
             }
     }
