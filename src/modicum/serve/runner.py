@@ -3,7 +3,7 @@
 Both give the logits of the wanted rows. `Eager` is the truth and runs everywhere; `Native` covers decoders of
 the Llama kind (RMSNorm, rotary positions, a sequential block) on a CPU with AVX-512 whose linear layers are
 plain, int8 or int4, and hands steps it has no kernels for to `Eager`: sequences thinned by a KV policy, and
-policies that observe. It computes between the matrices in float32 and reads weights where the modules hold
+policies that observe or attend in their own way. It computes between the matrices in float32 and reads weights where the modules hold
 them: nothing is stored twice.
 """
 
@@ -23,7 +23,7 @@ from modicum.model.decoder import Decoder
 from modicum.model.forms import LinearForm
 from modicum.model.layers import Block, RMSNorm
 from modicum.serve import native
-from modicum.serve.attend import StepAttend, Work
+from modicum.serve.attend import StepAttend, Work, by_policy
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of native/step.c
 KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
@@ -66,7 +66,7 @@ class Native:
         self._finalizer: weakref.finalize | None = None
 
     def __call__(self, works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:
-        if observe or any(w.sample.pages is not None for w in works):
+        if observe or any(w.sample.pages is not None or by_policy(w) for w in works):
             return self.eager(works, rows, observe)
         self._open()
         slots = np.repeat([w.sample.slot for w in works], [w.n for w in works])
