@@ -3,8 +3,8 @@
 Both give the logits of the wanted rows. `Eager` is the truth and runs everywhere; `Native` covers decoders of
 the Llama kind (RMSNorm, rotary positions, a sequential block) on a CPU with AVX-512 whose linear layers are
 plain, int8 or int4, and hands steps it has no kernels for to `Eager`: sequences thinned by a KV policy, and
-policies that observe or attend in their own way. It computes between the matrices in float32 and reads weights where the modules hold
-them: nothing is stored twice.
+policies that observe or attend in their own way. It computes between the matrices in float32 and reads weights
+where the modules hold them: nothing is stored twice.
 """
 
 from __future__ import annotations
