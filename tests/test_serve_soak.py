@@ -101,16 +101,16 @@ def soak(seconds: float, scheduler: str) -> dict[str, Any]:
         cache="640tok", max_batch_tokens=128, max_sequences=12, scheduler=scheduler, max_length=256
     )
     process, rss, counts, faults = psutil.Process(), [], Counter[str](), []
-    forward, fail = made.model.hidden, threading.Event()
+    runner, fail = made.runner, threading.Event()
 
-    def hidden(*given: Any, **more: Any) -> Any:
+    def broken(*given: Any, **more: Any) -> Any:
         if fail.is_set():
             fail.clear()
             counts["steps that raised"] += 1
             raise Fault("soak: this step fails")
-        return forward(*given, **more)
+        return runner(*given, **more)
 
-    made.model.hidden = hidden  # type: ignore[method-assign]
+    made.runner = broken  # type: ignore[assignment]
     rng, ignored = random.Random(1), threading.excepthook
     threading.excepthook = lambda args: None if args.exc_type is Fault else ignored(args)
     logging.getLogger("modicum.serve").setLevel(logging.CRITICAL)

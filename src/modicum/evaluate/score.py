@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modicum.core.errors import UserError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from modicum.data.tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192  # tokens of one forward pass, padding included
+PAD = 128  # rows of logits are computed by as many
 HEAD_VALUES = {"cpu": 2 << 20, "cuda": 64 << 20}  # logits at once (positions x vocabulary): a CPU's cache holds them
 
 Row = tuple[Sequence[int], int]  # tokens, and how many of the last of them are scored
@@ -88,7 +90,10 @@ def chosen(model: Any, h_SD: Tensor, target_S: Tensor) -> tuple[Tensor, Tensor]:
     nats, greedy = [], []
     step = max(128, HEAD_VALUES.get(h_SD.device.type, HEAD_VALUES["cuda"]) // model.config.vocab_size)
     for start in range(0, len(target_S), step):
-        logits_SV = model.head(h_SD[start : start + step])
+        part_SD = h_SD[start : start + step]
+        n = len(part_SD)
+        # Few different shapes: the CPU's matrix library keeps something for every one it has met.
+        logits_SV = model.head(F.pad(part_SD, (0, 0, 0, -n % PAD)))[:n]
         logits_SV = logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
         target = target_S[start : start + step, None]
         nats.append(logits_SV.gather(1, target)[:, 0] - logits_SV.logsumexp(1))

@@ -61,6 +61,9 @@ def fixed_costs(recipe: Recipe) -> dict[str, Cost]:
     path = cache_folder() / f"rehearsal-{name}.json"
     if path.is_file():
         return {stage: Cost(**cost) for stage, cost in read_json(path).items()}
+    if recipe.serve:
+        from modicum.serve import native
+        native.library()   # compiled once for this machine, before anything is timed
     measured = _walk(recipe)
     write_json(path, measured)
     return {stage: Cost(**cost) for stage, cost in measured.items()}

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from modicum.budget import Cost, Meter
+from modicum.budget import Cost
 from modicum.core.errors import ModicumError
 from modicum.core.files import atomic_file, fingerprint, write_json, write_text
 from modicum.data.curate import CurateConfig, Curation, curate
@@ -24,7 +24,7 @@ from modicum.road.worker import environment
 NEEDS: tuple[str, ...] = ()
 PARTS = 32        # files of a sample, so that both sides of the held-out split get some
 GROUP = 4 << 20   # bytes that one process works on at a time (data.curate)
-SAMPLES = 1 << 20, 4 << 20   # bytes that the planner curates
+SAMPLE = 4 << 20  # bytes that the planner curates for the stages that follow
 
 
 @functools.cache
@@ -66,33 +66,29 @@ def _config(recipe: Recipe, limit: int | None, **more: Any) -> CurateConfig:
 
 
 def plan(planner: Planner) -> StagePlan:
-    """Curates two small samples for real; beyond the fixed part, time grows in proportion."""
+    """Curates a small sample for the stages that follow, and runs the stage itself on a larger one."""
     recipe = planner.recipe
     total = _corpus(recipe.corpus, _limit(recipe))[1]
     processes = recipe.curate.processes
-    points: list[tuple[int, float]] = []
-    for size in SAMPLES:
-        size = min(total, size)
-        with contextlib.redirect_stderr(io.StringIO()), Meter() as meter:
-            made = curate(_sources(recipe, planner.scratch), planner.scratch / f"sample-{len(points)}",
-                          _config(recipe, size, group_bytes=size // processes), processes=processes)
-        points.append((size, meter.seconds))
-    (s1, t1), (s2, t2) = points
-    rate = max((t2 - t1) / (s2 - s1), 0.5 * t2 / s2) if s2 > s1 else t2 / s2
-    fixed = planner.fixed["curate"].peak_bytes if planner.fixed else 0.0
-    peak = _peak(planner, min(total, GROUP * processes))   # every process at work: more text takes no more
+    size = min(total, SAMPLE)
+    with contextlib.redirect_stderr(io.StringIO()):
+        made = curate(_sources(recipe, planner.scratch), planner.scratch / "sample",
+                      _config(recipe, size, group_bytes=size // processes), processes=processes)
+    busy = min(total, GROUP * processes)   # every process at work: more text takes more time and no more memory
+    alone, fixed = _alone(planner, busy), planner.fixed.get("curate", Cost())
     tokens = {split: made.count("tokens", split) for split in ("train", "heldout")}
-    scale = total / s2
-    cost = Cost(tokens=(tokens["train"] + tokens["heldout"]) * scale, seconds=rate * total,
-                peak_bytes=max(peak - fixed, 0.0), disk_bytes=_bytes(made) * scale)
+    scale = total / size
+    seconds = max(alone.seconds - fixed.seconds, 0.0) * total / busy
+    cost = Cost(tokens=(tokens["train"] + tokens["heldout"]) * scale, seconds=seconds,
+                peak_bytes=max(alone.peak_bytes - fixed.peak_bytes, 0.0), disk_bytes=_bytes(made) * scale)
     return StagePlan(cost, {"train_tokens": tokens["train"] * scale, "vocab_size": made.tokenizer().vocab_size,
                             "bytes_per_token": made.count("bytes") / made.count("tokens"),
-                            "sample": str(made.folder), "sample_share": s2 / total},
-                     f"{s1 / 2**20:.0f} and {s2 / 2**20:.0f} of {total / 2**20:.1f} MiB curated")
+                            "sample": str(made.folder), "sample_share": size / total},
+                     f"{busy / 2**20:.0f} of {total / 2**20:.1f} MiB curated")
 
 
-def _peak(planner: Planner, size: int) -> float:
-    """Peak bytes of this stage, run by itself as it will be, on `size` bytes."""
+def _alone(planner: Planner, size: int) -> Cost:
+    """What this stage costs on `size` bytes, run by itself as it will be."""
     run = Run(planner.scratch / "curate-alone")
     recipe = planner.recipe.model_dump()
     recipe["curate"]["max_bytes"] = size
@@ -103,7 +99,7 @@ def _peak(planner: Planner, size: int) -> float:
     record = run.done("curate")
     if record is None:
         raise ModicumError("the curation of a sample failed; type: modicum curate CORPUS --out FOLDER to see why")
-    return float(record["measured"]["peak_bytes"])
+    return Cost(**record["measured"])
 
 
 def _bytes(made: Curation) -> float:

@@ -17,6 +17,7 @@ from modicum.road import training
 from modicum.road.context import Context
 from modicum.road.plan import Planner, StagePlan
 from modicum.road.recipe import Recipe
+from modicum.road.worker import trim_allocator
 
 NEEDS = ("curate", "pretrain")
 BATCH_TOKENS = 2048         # of one forward pass: as fast as more on a CPU, and little memory
@@ -84,10 +85,13 @@ def run(context: Context) -> dict[str, Any]:
         model = load_model(variant["folder"], dtype=training.DTYPES[recipe.pretrain.dtype])
         total = sum(len(t) for t in tokenizer.encode_batch(texts, specials=False))
         with context.events.progress(f"score {variant['name']}", total, "tok") as progress:
+            def advance(n: int, bar: Any = progress) -> None:
+                bar.update(n)
+                trim_allocator()
+
             began = time.perf_counter()
             score = bits_per_byte(model, tokenizer, texts, sequence_length=recipe.pretrain.sequence_length,
-                                  overlap=OVERLAP, batch_tokens=BATCH_TOKENS,
-                                  advance=lambda n, bar=progress: bar.update(n))  # type: ignore[misc]
+                                  overlap=OVERLAP, batch_tokens=BATCH_TOKENS, advance=advance)
         rows.append(variant | score.as_dict() | {"seconds": time.perf_counter() - began, "bytes": variant["bytes"]})
         context.events.emit("score", **rows[-1])
         tokens, flops = tokens + score.tokens, flops + score.tokens * model.config.flops_per_token(

@@ -42,6 +42,7 @@ def plan(planner: Planner) -> StagePlan:
         model = load_model(training.scratch_model(planner), dtype=training.DTYPES[recipe.pretrain.dtype])
         engine = Engine(model, None, EngineConfig(cache=CACHE, max_length=min(1024, shape.context_length)))
         prompt = min(engine.max_length - answer, 1024 - answer, shape.context_length - answer) // 2
+        engine.generate([[1]], SamplingParams(temperature=0, max_tokens=2))
         with Meter() as meter:
             engine.generate([[1] * max(prompt, 1)], SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True))
         return meter.seconds, float(prompt)
