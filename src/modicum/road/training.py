@@ -18,6 +18,7 @@ from modicum.model.decoder import Decoder
 from modicum.model.folder import load_config, load_model, save_model
 from modicum.road.plan import Planner
 from modicum.road.recipe import Recipe
+from modicum.road.worker import trim_allocator
 from modicum.train.config import TrainConfig
 from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, step_cost
@@ -159,6 +160,7 @@ def forward_cost(planner: Planner, shape: DecoderConfig, tokens: int, length: in
         for _ in range(3):
             began = time.perf_counter()
             work(lambda: model)
+            trim_allocator()   # as scoring does
             taken.append(time.perf_counter() - began)
         traced = trace(lambda: work(lambda: blank(shape)))
         return Cost(seconds=statistics.median(taken), peak_bytes=traced.peak_bytes)
