@@ -207,9 +207,7 @@ def _train(source: Path, stream: PairStream, heldout: PairStream | None, config:
         events.emit("heldout", step=0, tokens=0, loss=before)
     run = trainer.run()
     after = run.heldout_loss if heldout is None or not run.stopped else mean_loss(model, heldout, rows=rows)
-    own = dict(model.named_parameters())
-    for name, master in trainer.named.items():      # float32, where the model was trained in bfloat16
-        own[name].data = master.detach().clone()
+    _take_masters(model, trainer)   # float32, where the model was trained in bfloat16
     present = attach.forms(model)
     low_rank = all(form.low_rank() is not None for form in present.values() if form.trainable())
     adapter = save_peft(model, folder / "adapter", base_model=str(source)) if low_rank else None

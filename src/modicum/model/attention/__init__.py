@@ -53,3 +53,14 @@ class AttentionPattern(Method):
         A cache may free everything below it.
         """
         return 0
+
+
+def block_spans(q_len: int, k_len: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(first, last) query position of each row of blocks, and (first, last) key position of each column.
+
+    As (rows, 1) and (1, columns), to be compared with each other; queries are the last `q_len` of `k_len` positions.
+    """
+    first_q = torch.arange(0, q_len, size)[:, None] + (k_len - q_len)
+    first_k = torch.arange(0, k_len, size)[None, :]
+    last_q, last_k = ((first + size - 1).clamp(max=k_len - 1) for first in (first_q, first_k))
+    return first_q, last_q, first_k, last_k

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modicum.core.errors import UserError
-from modicum.model.attention import ALL, NONE, SOME, AttentionPattern
+from modicum.model.attention import ALL, NONE, SOME, AttentionPattern, block_spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,7 @@ class Lambda(AttentionPattern):
 
     def blocks(self, q_len: int, k_len: int, size: int) -> Tensor:
         window, sinks = self.config.window, self.config.sinks
-        first_q = torch.arange(0, q_len, size)[:, None] + (k_len - q_len)
-        last_q = (first_q + size - 1).clamp(max=k_len - 1)
-        first_k = torch.arange(0, k_len, size)[None, :]
-        last_k = (first_k + size - 1).clamp(max=k_len - 1)
+        first_q, last_q, first_k, last_k = block_spans(q_len, k_len, size)
         some = (first_k <= last_q) & ((last_k > first_q - window) | (first_k < sinks))
         # All: every key is early, or the first one that is not lies in the last query's window.
         every = (last_k <= first_q) & ((last_k < sinks) | (first_k.clamp(min=sinks) > last_q - window))

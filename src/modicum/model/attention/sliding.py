@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modicum.core.errors import UserError
-from modicum.model.attention import ALL, NONE, SOME, AttentionPattern
+from modicum.model.attention import ALL, NONE, SOME, AttentionPattern, block_spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,7 @@ class Sliding(AttentionPattern):
 
     def blocks(self, q_len: int, k_len: int, size: int) -> Tensor:
         window = self.config.window
-        first_q = torch.arange(0, q_len, size)[:, None] + (k_len - q_len)
-        last_q = (first_q + size - 1).clamp(max=k_len - 1)
-        first_k = torch.arange(0, k_len, size)[None, :]
-        last_k = (first_k + size - 1).clamp(max=k_len - 1)
+        first_q, last_q, first_k, last_k = block_spans(q_len, k_len, size)
         some = torch.where((first_k <= last_q) & (last_k > first_q - window), SOME, NONE)
         return torch.where((last_k <= first_q) & (first_k > last_q - window), ALL, some).to(torch.uint8)
 
