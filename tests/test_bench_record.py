@@ -121,6 +121,13 @@ def test_paired_difference_is_students() -> None:
     )
 
 
+def test_quantile_is_students() -> None:
+    from scipy.stats import t
+
+    for freedom in (1, 2, 5, 10, 11, 15, 40, 1000):
+        assert stats.student_975(freedom) == pytest.approx(float(t.ppf(0.975, freedom)), abs=2e-4)
+
+
 def test_one_seed_has_no_interval_and_no_seed_no_difference() -> None:
     found = stats.paired({0: 1.0}, {0: 2.0})
     assert found is not None and (found.mean, found.low, found.clear) == (-1.0, None, False)
