@@ -36,7 +36,6 @@ from modicum.model.forms import LinearForm
 from modicum.train.config import TrainConfig
 from modicum.train.evaluate import mean_loss
 from modicum.train.loop import Trainer
-from modicum.train.part import Part
 
 HELDOUT_PAIRS = 1000   # at most so many are read for the held-out loss
 
@@ -123,28 +122,6 @@ class AdaptResult:
         return dataclasses.asdict(self)
 
 
-class Forms(Part):
-    """Tells forms of each finished step, and keeps what of them is no parameter in the checkpoints."""
-
-    trainer: Any = None
-
-    def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:
-        present = attach.forms(model)
-        for name, layout in (state or {}).get("layouts", {}).items():
-            present[name].set_layout(layout)
-        return model
-
-    def start(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def after_step(self, trainer: Any) -> None:
-        attach.after_step(trainer.model, trainer.steps_done, trainer.config.total_steps)
-
-    def state_dict(self) -> dict[str, Any]:
-        layouts = {name: form.layout() for name, form in attach.forms(self.trainer.model).items()}
-        return {"layouts": {name: layout for name, layout in layouts.items() if layout}}
-
-
 def adapt(model_folder: str | Path, pairs: Any, config: AdaptConfig, folder: str | Path, *,
           events: Events | None = None, deadline: Deadline | None = None,
           tokenizer: Tokenizer | None = None) -> AdaptResult:
@@ -199,7 +176,7 @@ def _train(source: Path, stream: PairStream, heldout: PairStream | None, config:
         raise UserError(f"the form {config.form} trains nothing; choose one that does, such as lora:rank=8")
     told = _train_config(config, stream, heldout)
     trainer = Trainer(model, stream, told, folder, events=events, deadline=deadline, heldout=heldout,
-                      parts={"forms": Forms()}, label="adapt")
+                      label="adapt")
     model.to(trainer.device, getattr(torch, told.dtype))
     rows = config.micro_batch or config.batch_sequences
     before = None if heldout is None else mean_loss(model, heldout, rows=rows)

@@ -85,7 +85,10 @@ def paired(method: dict[int, float], baseline: dict[int, float]) -> Difference |
 
 
 # Importing scipy.stats for one quantile would take longer than everything else `modicum ls` does.
-STUDENT_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+STUDENT_975 = (
+    12.7062047, 4.3026527, 3.1824463, 2.7764451, 2.5705818,
+    2.4469118, 2.3646243, 2.3060041, 2.2621572, 2.2281389,
+)  # fmt: skip
 
 
 def student_975(freedom: int) -> float:

@@ -43,7 +43,12 @@ def pretrain(
     eval_every: Annotated[
         int, typer.Option(help="Steps between held-out losses, 0 for only at the end.")
     ] = 100,
-    recompute: Annotated[bool, typer.Option(help="Recompute activations, to save memory.")] = False,
+    memory: Annotated[
+        list[str] | None, typer.Option(help="A memory saver, e.g. recompute or cce; may be given again.")
+    ] = None,
+    surgery: Annotated[str, typer.Option(help="What changes the model while it trains.")] = "none",
+    form: Annotated[str | None, typer.Option(help="A linear form to train in, e.g. sltrain:rank=32.")] = None,
+    targets: Annotated[str, typer.Option(help="The layers that get it: globs, with commas.")] = "layers.*",
     compile_: Annotated[bool, typer.Option("--compile", help="Compile the layers.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
@@ -70,13 +75,16 @@ def pretrain(
         seed=seed,
         mixture=mixture,
         packing=packing,
-        recompute=recompute,
         train={
             "batch_tokens": batch,
             "micro_batch": micro_batch,
             "optimizer": optimizer,
             "schedule": schedule,
             "objective": objective,
+            "memory": memory or (),
+            "surgery": surgery,
+            "form": form,
+            "targets": targets.split(","),
             "clip": clip,
             "dtype": dtype,
             "nonfinite": nonfinite,

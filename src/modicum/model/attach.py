@@ -24,7 +24,7 @@ from modicum.budget.trace import has_data
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
-from modicum.model.forms import LinearForm, LinearShape
+from modicum.model.forms import Gradient, LinearForm, LinearShape
 
 
 class FormEmbedding(nn.Module):
@@ -203,12 +203,27 @@ def _announce(model: nn.Module, made: Mapping[str, LinearForm]) -> None:
         cls.after_attach(model, {name: form for name, form in present.items() if type(form) is cls})
 
 
+def fills(cls: type[LinearForm], hook: str) -> bool:
+    """Whether a form's class does something in `hook` (before_step, after_step)."""
+    return getattr(cls, hook).__func__ is not getattr(LinearForm, hook).__func__
+
+
+def _by_class(model: nn.Module, hook: str) -> list[tuple[type[LinearForm], dict[str, LinearForm]]]:
+    present = forms(model)
+    return [(cls, {name: form for name, form in present.items() if type(form) is cls})
+            for cls in dict.fromkeys(type(form) for form in present.values()) if fills(cls, hook)]
+
+
+def before_step(model: nn.Module, gradient: Gradient, step: int, total: int) -> None:
+    """Let forms read or change their gradients: once per class, before the optimizer's step."""
+    for cls, mine in _by_class(model, "before_step"):
+        cls.before_step(mine, gradient, step, total)
+
+
 def after_step(model: nn.Module, step: int, total: int) -> None:
     """Let forms that change while training do so: once per class, after the optimizer's step."""
-    present = forms(model)
-    for cls in dict.fromkeys(type(form) for form in present.values()):
-        if cls.after_step.__func__ is not LinearForm.after_step.__func__:   # type: ignore[attr-defined]
-            cls.after_step({name: form for name, form in present.items() if type(form) is cls}, step, total)
+    for cls, mine in _by_class(model, "after_step"):
+        cls.after_step(mine, step, total)
 
 
 def freeze(model: nn.Module) -> list[nn.Parameter]:

@@ -83,6 +83,12 @@ class Pretrain(Section):
     optimizer: method("optimizer") = "adamw"       # type: ignore[valid-type]
     schedule: method("schedule") = "wsd"           # type: ignore[valid-type]
     objective: method("objective") = "next-token"  # type: ignore[valid-type]
+    memory: list[method("memory")] = []            # type: ignore[valid-type]
+    surgery: method("surgery") = "none"            # type: ignore[valid-type]
+    form: method("form") | None = None             # type: ignore[valid-type]
+    targets: list[str] = ["layers.*"]              # the linear layers that get the form
+    clip: float = Field(1.0, ge=0)                 # limit of the gradient's norm, 0 for none
+    masters: bool = True                           # float32 weights behind bf16 ones
     mixture: method("mixture") = "natural"         # type: ignore[valid-type]
     packing: method("packing") = "concat"          # type: ignore[valid-type]
     dtype: str = "bf16"
@@ -169,9 +175,23 @@ def parse(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "rec
             raise UserError(f"{override!r} is not an override; write KEY=VALUE, for example budget.time=5m")
         _set(data, name.split("."), yaml.safe_load(text) if text else None, override)
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except pydantic.ValidationError as error:
         raise _explain(error, where) from None
+    _check_pairs(recipe.pretrain, where)
+    return recipe
+
+
+def _check_pairs(pretrain: Pretrain, where: str) -> None:
+    """Refuse methods of the pretraining that cannot be combined, before anything is planned."""
+    from modicum.train.config import TrainConfig, check_supports
+
+    asked = pretrain.model_dump(include={"sequence_length", "batch_tokens", "micro_batch", "optimizer", "schedule",
+                                         "objective", "memory", "surgery", "form", "targets", "clip", "masters"})
+    try:
+        check_supports(TrainConfig(steps=1, **asked, dtype=pretrain.dtype))
+    except UserError as error:
+        raise UserError(f"{where}: pretrain: {error}") from None
 
 
 def _set(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

@@ -41,7 +41,9 @@ def train_config(recipe: Recipe, shape: DecoderConfig, tokens: float, **more: An
         raise UserError(f"pretrain.dtype={p.dtype!r} is not allowed; write bf16 or fp32")
     return TrainConfig(tokens=tokens, sequence_length=p.sequence_length, batch_tokens=p.batch_tokens,
                        micro_batch=p.micro_batch, lr=learning_rate(recipe, shape), optimizer=p.optimizer,
-                       schedule=p.schedule, objective=p.objective, dtype=DTYPES[p.dtype], seed=recipe.seed,
+                       schedule=p.schedule, objective=p.objective, memory=p.memory, surgery=p.surgery,
+                       form=p.form, targets=p.targets, clip=p.clip, masters=p.masters,
+                       dtype=DTYPES[p.dtype], seed=recipe.seed,
                        eval_sequences=EVAL_SEQUENCES, **more)
 
 
@@ -88,7 +90,7 @@ def step_seconds(planner: Planner, shape: DecoderConfig, config: TrainConfig, st
 
     def measure() -> float:
         engine = TrainEngine(make() if make else Decoder(shape), config)
-        engine.bind(engine.model)
+        engine.build()
         tokens_BT = torch.randint(shape.vocab_size, (config.sequences, config.sequence_length))
         positions_BT = torch.arange(config.sequence_length).expand_as(tokens_BT)
         documents_BT = (positions_BT >= config.sequence_length // 2).long() if _masked(planner.recipe) else None
@@ -98,6 +100,7 @@ def step_seconds(planner: Planner, shape: DecoderConfig, config: TrainConfig, st
             began = time.perf_counter()
             scales = engine.schedule.scale(config.step_tokens / 2, config.total_tokens)
             engine.gradients(batch, config.step_tokens, Step(index, 0, config.total_tokens, config.seed))
+            engine.before_step()
             engine.norm()
             engine.update(scales, 0.5)
             taken.append(time.perf_counter() - began)

@@ -1,1 +1,1 @@
-"""Room train: one loop, exact checkpoints, and the ports optimizer, schedule and objective."""
+"""Room train: one loop, exact checkpoints, forms, and ports for all that decides what a run costs and learns."""

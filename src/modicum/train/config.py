@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from modicum.core.choice import Choice
 from modicum.core.errors import UserError, unknown
 
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
-PORTS = ("optimizer", "schedule", "objective")
+PORTS = ("optimizer", "schedule", "objective", "surgery")
 # What may differ when a run goes on: it changes how far, where or how often, not what is learnt per token.
 LOOSE = frozenset(
     {
@@ -39,6 +39,8 @@ class TrainConfig:
     tokens or steps: the whole run, one of the two; the tokens are rounded down to whole steps.
     batch_tokens or batch_sequences: one step, over all processes and micro-batches (default 32 sequences).
     micro_batch: sequences of one forward pass of one process (default: all of its share).
+    memory: memory savers, any number of them. surgery: what changes the model while it trains.
+    form: a linear form that the layers named by `targets` (globs over module names) get before training.
     clip: limit of the gradient's global norm, 0 for none.
     dtype: bfloat16 computes in bf16; `masters` then keeps float32 weights for the optimizer to work on.
     eval_every: steps between held-out losses, 0 for only at the end; eval_sequences: how many to read.
@@ -56,6 +58,10 @@ class TrainConfig:
     optimizer: Any = "adamw"
     schedule: Any = "cosine"
     objective: Any = "next-token"
+    memory: Sequence[Any] = ()
+    surgery: Any = "none"
+    form: Any = None
+    targets: Sequence[str] = ("layers.*",)
     clip: float = 1.0
     dtype: str = "bfloat16"
     masters: bool = True
@@ -108,6 +114,13 @@ class TrainConfig:
             )
         for port in PORTS:
             Choice.parse(port, getattr(self, port))
+        for name in ("memory", "targets"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str | dict) else tuple(value))
+        for choice in self.memory:
+            Choice.parse("memory", choice)
+        if self.form is not None:
+            Choice.parse("form", self.form)
         if self.total_steps < 1:
             raise UserError(
                 f"tokens={self.tokens:g} is less than one step of {self.step_tokens} ({self.sequences} "
@@ -134,7 +147,7 @@ class TrainConfig:
         return self.total_steps * self.step_tokens
 
     def build(self, port: str, *runtime: Any, **more: Any) -> Any:
-        """The chosen method of `port` (optimizer, schedule or objective)."""
+        """The chosen method of `port` (optimizer, schedule, objective or surgery)."""
         return registry.build(port, getattr(self, port), *runtime, **more)
 
     def resolved(self) -> dict[str, Any]:
@@ -142,6 +155,9 @@ class TrainConfig:
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for port in PORTS:
             plain[port] = Choice.parse(port, plain[port]).resolved()
+        plain["memory"] = [Choice.parse("memory", choice).resolved() for choice in self.memory]
+        plain["form"] = None if self.form is None else Choice.parse("form", self.form).resolved()
+        plain["targets"] = list(self.targets)
         plain["batch_sequences"], plain["batch_tokens"] = self.sequences, self.step_tokens
         return plain
 
@@ -173,15 +189,18 @@ def refuse_changes(
     return found
 
 
-def _supports(port: str, key: str) -> frozenset[str]:
-    cls: Any = registry.load(port, key).cls
-    return cls.supports
+def _method(port: str, choice: Any) -> tuple[str, Any]:
+    """("surgery 'spdf'", its class)."""
+    parsed = Choice.parse(port, choice)
+    return f"{port} {parsed.method!r}", registry.load(port, parsed.method).cls
 
 
 def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any] | None = None) -> None:
     """Refuse before anything is built what cannot be combined with the methods; the error names the pair."""
-    chosen = {port: Choice.parse(port, getattr(config, port)).method for port in PORTS}
-    able = {port: _supports(port, key) for port, key in chosen.items()}
+    chosen = [_method(port, getattr(config, port)) for port in PORTS]
+    savers = [_method("memory", choice) for choice in config.memory]
+    (optimizer, able), (surgery, cutter) = chosen[0], chosen[PORTS.index("surgery")]
+    forms = [] if config.form is None else [_method("form", config.form)]
     share = config.sequences // world
     for word, wanted, what, otherwise in (
         (
@@ -198,15 +217,29 @@ def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any]
             "set masters=false or dtype=float32",
         ),
     ):
-        if wanted and word not in able["optimizer"]:
-            raise UserError(f"optimizer {chosen['optimizer']!r} cannot be combined with {what}; {otherwise}")
+        if wanted and word not in able.supports:
+            raise UserError(f"{optimizer} cannot be combined with {what}; {otherwise}")
+    everyone = [*chosen, *savers, *forms, *(parts or {}).items()]
+    for name, method in everyone:
+        if getattr(method, "needs_gradients", False) and "clip" not in able.supports:
+            raise UserError(
+                f"{optimizer} cannot be combined with {name}, which needs the gradients of a whole step at once; "
+                "leave one of them out"
+            )
+    if forms and "form" not in cutter.supports:
+        raise UserError(f"{surgery} cannot be combined with {forms[0][0]}; leave one of them out")
+    for number, (name, method) in enumerate(savers):
+        for other, before in savers[:number]:
+            if method.saves == before.saves:
+                raise UserError(f"{other} cannot be combined with {name}: both act on the {method.saves}; name one")
+        if config.compile and "compile" not in method.supports:
+            raise UserError(f"{name} cannot be combined with compile=true; set compile=false")
     if world == 1:
         return
-    for name, words in [*able.items(), *((n, p.supports) for n, p in (parts or {}).items())]:
-        if "fsdp" not in words:
+    for name, method in everyone:
+        if "fsdp" not in method.supports:
             raise UserError(
-                f"{name} {chosen.get(name, '')!r} cannot be combined with {world} processes (FSDP2); "
-                "run it in one process"
+                f"{name} cannot be combined with {world} processes (FSDP2); run it in one process"
             )
     if config.sequences % world:
         raise UserError(

@@ -7,21 +7,27 @@ tensors without data (`train.forecast`) to learn what it will need.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modicum.core import registry
+from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.data.stream import Batch
+from modicum.model import attach
 from modicum.train import parallel
 from modicum.train.config import TrainConfig, check_supports
+from modicum.train.forms import Forms, with_form
+from modicum.train.memory import MemorySaver
 from modicum.train.objectives import Objective, Step
 from modicum.train.optimizers import Optimizer
 from modicum.train.part import Part
 from modicum.train.precision import Masters
 from modicum.train.schedules import Schedule
+from modicum.train.surgery import Surgery
 
 
 class TrainEngine:
@@ -32,16 +38,24 @@ class TrainEngine:
     named: dict[str, Tensor]
 
     def __init__(self, model: nn.Module, config: TrainConfig, parts: Mapping[str, Part] | None = None):
-        self.model, self.config = model, config
+        self.model, self.config = with_form(model, config), config
         self.device = parallel.pick_device(config.device)
         self.ranks = parallel.current(self.device)
         self.extra = dict(parts or {})
-        if taken := {"model", "optimizer", "objective", "schedule"} & self.extra.keys():
+        self.surgery: Surgery = config.build("surgery")
+        self.savers: dict[str, MemorySaver] = {
+            f"memory.{Choice.parse('memory', choice).method}": registry.build("memory", choice)
+            for choice in config.memory
+        }
+        own = {"forms": Forms(self.model)} if attach.forms(self.model) else {}
+        if taken := {"model", "optimizer", "objective", "schedule", "surgery", "forms"} & self.extra.keys():
             raise UserError(f"a part cannot be named {sorted(taken)[0]!r}; choose another name")
-        check_supports(config, self.ranks.world, parts)
+        self.extra |= own
+        check_supports(config, self.ranks.world, self.extra)
         self.objective: Objective = config.build("objective")
         self.schedule: Schedule = config.build("schedule")
         self.masters: Masters | None = None
+        self.steps_done = 0
         self.row_flops = 0.0  # forward and backward of one sequence
 
     @property
@@ -51,8 +65,15 @@ class TrainEngine:
             "optimizer": self.optimizer,
             "objective": self.objective,
             "schedule": self.schedule,
+            "surgery": self.surgery,
         }
-        return own | self.extra
+        return own | self.savers | self.extra
+
+    def build(self, saved: Callable[[str], dict[str, Any]] | None = None) -> None:
+        """Let the parts prepare the model (`saved(name)`: their states, when resumed), then `bind` it."""
+        for name, part in {**self.extra, **self.savers, "surgery": self.surgery}.items():
+            self.model = part.prepare(self.model, saved(name) if saved else None)
+        self.bind(self.model)
 
     def bind(self, model: nn.Module) -> None:
         """Place `model` (device, dtype, shards) and build an optimizer over what it trains."""
@@ -75,6 +96,7 @@ class TrainEngine:
         if dtype != torch.float32 and self.config.masters and not sharded:
             self.masters = Masters(trainable)
         self.named = dict(self.masters.named if self.masters else trainable)
+        self._names = {id(p): name for name, p in trainable.items()}
         self.optimizer = self.config.build("optimizer", self.named.items(), lr=self.config.lr)
         self.row_flops = 3 * flops_per_token(model, self.config.sequence_length) * self.config.sequence_length
         self.whole.train()
@@ -149,6 +171,16 @@ class TrainEngine:
             for name, value in more.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach().double()
         return sums, metrics
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The summed gradient of one of the model's parameters: its master's, under bf16 training."""
+        name = self._names.get(id(parameter))
+        return None if name is None else self.named[name].grad
+
+    def before_step(self) -> None:
+        """Let the parts see and change the summed gradients."""
+        for part in self.parts.values():
+            part.before_step(self)
 
     def norm(self) -> Tensor:
         """Global 2-norm of the gradients, float32, over all processes."""

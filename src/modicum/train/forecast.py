@@ -55,14 +55,12 @@ def step_cost(
         documents_BT = torch.zeros_like(tokens_BT) if masked else None
         batch = Batch(tokens_BT, tokens_BT.clone(), documents_BT, torch.arange(length).expand(rows, length))
         engine = TrainEngine(make_model(), config, make_parts() if make_parts else None)
-        model = engine.model
-        for part in engine.extra.values():
-            model = part.prepare(model, None)
-        engine.bind(model)
+        engine.build()
         for index in range(2):
             scales = engine.schedule.scale(config.step_tokens / 2, config.total_tokens)
             engine.optimizer.begin(scales)
             engine.gradients(batch, rows * length, Step(index, 0, config.total_tokens, config.seed))
+            engine.before_step()
             engine.norm()
             engine.update(scales, 0.5)
 

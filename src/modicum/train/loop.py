@@ -147,9 +147,7 @@ class Trainer(TrainEngine):
                 tokens=saved.state["tokens"],
                 changed={k: list(v) for k, v in changed.items()},
             )
-        for name, part in self.extra.items():
-            self.model = part.prepare(self.model, saved.part(name) if saved else None)
-        self.bind(self.model)
+        self.build(saved.part if saved else None)
         if saved:
             self.load_tensors(saved.tensors("model"), saved.folder)
             try:
@@ -231,6 +229,7 @@ class Trainer(TrainEngine):
         sums, metrics = self.gradients(
             batch, targets, Step(self.steps_done, self.tokens, config.total_tokens, config.seed)
         )
+        self.before_step()
         norm = self.norm()
         self.ranks.sum(sums)
         loss_sum, count, norm_value = torch.cat([sums, norm.double().view(1)]).tolist()
@@ -245,7 +244,7 @@ class Trainer(TrainEngine):
             self._not_finite(loss, norm_value)
         self.steps_done += 1
         self.tokens += config.step_tokens
-        self.flops += self.row_flops * config.sequences
+        self.flops += self.surgery.flops(self.model, self.row_flops) * config.sequences
         for part in self.parts.values():
             part.after_step(self)
         seconds = time.perf_counter() - began

@@ -5,7 +5,9 @@ Shapes: B sequences, T tokens, N = B T rows, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +17,18 @@ CPU_BYTES, CPU_ROWS = 8 << 20, 128  # slices that stay in a CPU's cache, with ro
 CUDA_BYTES = 512 << 20
 NO_LOSS = -100  # a target without loss, as in torch.nn.functional.cross_entropy
 Head = Callable[[Tensor], Tensor]
+CrossEntropy = Callable[[Tensor, Tensor, Head | None], tuple[Tensor, Tensor]]   # as `cross_entropy`
+_OTHER: ContextVar[CrossEntropy | None] = ContextVar("cross_entropy", default=None)
+
+
+@contextlib.contextmanager
+def using(other: CrossEntropy) -> Iterator[None]:
+    """Within the context `cross_entropy` computes gradients with `other` (a memory saver's)."""
+    token = _OTHER.set(other)
+    try:
+        yield
+    finally:
+        _OTHER.reset(token)
 
 
 def token_loss(model: nn.Module, batch: Any, *, logits_bytes: int | None = None) -> tuple[Tensor, Tensor]:
@@ -42,6 +56,9 @@ def cross_entropy(
     `slice_rows`). The gradient is computed slice by slice during the forward pass, so nothing is
     recomputed in the backward pass; it may be taken once, and not differentiated again.
     """
+    other = _OTHER.get()
+    if other is not None and torch.is_grad_enabled():
+        return other(h_BTD, targets_BT, head)
     h_ND, targets_N = h_BTD.flatten(0, -2), targets_BT.flatten()
     count = (targets_N != NO_LOSS).sum()
     if targets_N.device.type == "cpu" and type(targets_N) is Tensor and 0 < 2 * int(count) < len(targets_N):

@@ -3,8 +3,8 @@
 Optimizers, schedules, objectives and whatever else is handed to `train(parts=...)` (something that saves
 memory, grows or prunes the model, averages weights) are parts. Every hook does nothing unless filled, and
 gets the `train.loop.Trainer`. Order of a run: `prepare`, (checkpoint loaded), `start`, then for each step:
-`around` once per micro-batch, `after_step`; `finish` once, before the last held-out loss. What
-`state_dict` gives goes into every checkpoint.
+`around` once per micro-batch, `before_step`, (clipping, optimizer), `after_step`; `finish` once, before the
+last held-out loss. What `state_dict` gives goes into every checkpoint.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class Part:
     """No-op hooks. `supports` lists what the part can be combined with; see `config.check_supports`."""
 
     supports: ClassVar[frozenset[str]] = frozenset()
+    #: `before_step` is filled, so the gradients of a whole step must be there after its backward passes.
+    needs_gradients: bool = False
 
     def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:
         """Change or replace the model before the optimizer is built and a checkpoint's weights are read.
@@ -36,6 +38,9 @@ class Part:
     def around(self, trainer: TrainEngine) -> contextlib.AbstractContextManager[Any]:
         """A context around forward and backward of one micro-batch."""
         return contextlib.nullcontext()
+
+    def before_step(self, trainer: TrainEngine) -> None:
+        """The step's gradients are summed (`trainer.named[name].grad`) and may be changed in place."""
 
     def after_step(self, trainer: TrainEngine) -> None:
         """A step is finished; `trainer.replace(model, ...)` may be called here."""

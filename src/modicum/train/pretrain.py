@@ -31,6 +31,7 @@ from modicum.model.folder import find_folder, load_config, load_model, save_mode
 from modicum.train import parallel
 from modicum.train.checkpoint import Checkpoints
 from modicum.train.config import TrainConfig
+from modicum.train.forms import merged, with_form
 from modicum.train.loop import Trainer, TrainResult, train
 
 PARAMETERS = 5e6  # of a new model, when nothing is said
@@ -41,8 +42,8 @@ PROBE_SHARE = 0.03  # of a time budget spent on measuring the speed
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """parameters: size of a new model; model: folder or hub id of one to go on from. tokens, steps or
-    seconds: the whole run. lr None: by the model's width, see `peak_rate`. recompute: activations are
-    recomputed in the backward pass. train: further knobs of TrainConfig."""
+    seconds: the whole run. lr None: by the model's width, see `peak_rate`. train: further knobs of
+    TrainConfig."""
 
     parameters: float | None = None
     model: str | None = None
@@ -54,7 +55,6 @@ class PretrainConfig:
     seed: int = 0
     mixture: Any = "natural"
     packing: Any = "concat"
-    recompute: bool = False
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -140,9 +140,8 @@ def pretrain(
     if run.finished:
         folder = str(out / "model")
         if ranks.first:
-            save_model(
-                model if ranks.world == 1 else _whole(config, shape, told, out), folder, curation.folder
-            )
+            whole = model if ranks.world == 1 else _whole(config, shape, told, out)
+            save_model(merged(whole) if told.form else whole, folder, curation.folder)
         ranks.wait()
     return PretrainResult(folder, shape.parameters(), lr, run)
 
@@ -176,11 +175,8 @@ def shape_for(config: PretrainConfig, curation: Curation) -> DecoderConfig:
 def make_model(config: PretrainConfig, shape: DecoderConfig) -> Decoder:
     """Fresh weights from the seed, or the given model's."""
     if config.model is not None:
-        model = load_model(config.model)
-    else:
-        model = Decoder(shape, torch.Generator().manual_seed(config.seed))
-    model.checkpoint_layers = config.recompute
-    return model
+        return load_model(config.model)
+    return Decoder(shape, torch.Generator().manual_seed(config.seed))
 
 
 def _tokens_in(
@@ -244,8 +240,8 @@ def _whole(config: PretrainConfig, shape: DecoderConfig, told: TrainConfig, out:
     """The trained model, unsharded, from its last checkpoint (on one process)."""
     saved = Checkpoints(out / "checkpoints").latest()
     assert saved
-    model = make_model(config, shape)
-    parameters = dict(model.named_parameters())
+    model = with_form(make_model(config, shape), told)
+    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, value in saved.tensors("model"):
             parameters[name].data = value.to(getattr(torch, told.dtype))

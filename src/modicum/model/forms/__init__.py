@@ -23,6 +23,7 @@ from modicum.core.choice import Choice
 from modicum.core.registry import Method
 
 BASELINE = "dense"
+Gradient = Callable[[nn.Parameter], Tensor | None]   # the summed gradient of one of a form's parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +127,14 @@ class LinearForm(Method, nn.Module):
         share parameters between them, unfreeze norms, divide a budget."""
 
     @classmethod
+    def before_step(cls, forms: dict[str, LinearForm], gradient: Gradient, step: int, total: int) -> None:
+        """Called before every optimizer step (1..total): `gradient(parameter)` gives the step's summed gradient,
+        to be read (a sensitivity) or changed in place (a regulariser, a rate of its own)."""
+
+    @classmethod
     def after_step(cls, forms: dict[str, LinearForm], step: int, total: int) -> None:
-        """Called after every optimizer step (1..total) with gradients still there: change values, masks or
-        `requires_grad`, not the set of parameters (reserve those in `__init__`), so that optimizers and
-        checkpoints need not know."""
+        """Called after every optimizer step (1..total): change values, masks or `requires_grad`, not the set of
+        parameters (reserve those in `__init__`), so that optimizers and checkpoints need not know."""
 
     # --- what holds for all -----------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from modicum.road import training
 from modicum.road.context import Context
 from modicum.road.plan import Planner, StagePlan
 from modicum.road.recipe import Recipe
+from modicum.train.forms import merged
 from modicum.train.loop import train
 
 NEEDS = ("curate",)
@@ -88,7 +89,7 @@ def run(context: Context) -> dict[str, Any]:
                            f"{count_text(config.total_tokens)} tokens; the checkpoint is kept, and the same command "
                            "with a larger budget.time goes on from it")
     folder = context.folder / "model"
-    save_model(model, folder, tokenizer_folder=curation.folder)
+    save_model(merged(model) if recipe.pretrain.form else model, folder, tokenizer_folder=curation.folder)
     what = "went on from " + str(recipe.model) if recipe.model else \
         f"a Llama-style decoder of {shape.layers} layers and width {shape.width}"
     return {"folder": str(folder), "parameters": shape.parameters(), "tokens": result.tokens, "loss": result.loss,

@@ -1,0 +1,64 @@
+"""Linear forms in training: attached before the first step, told of every step, kept in checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from modicum.core.errors import UserError
+from modicum.model import attach
+from modicum.train.part import Part
+
+if TYPE_CHECKING:
+    from modicum.train.config import TrainConfig
+    from modicum.train.engine import TrainEngine
+
+
+class Forms(Part):
+    """The forms of the model that trains: those it has already, or `config.form` where `config.targets` say.
+
+    What of a form is no parameter and no buffer (the rank that one has grown to, for one) is its layout,
+    which checkpoints keep.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        kinds = {type(form) for form in attach.forms(model).values()}
+        self.supports = frozenset.intersection(*(kind.supports for kind in kinds))  # type: ignore[misc]
+        self.needs_gradients = any(attach.fills(kind, "before_step") for kind in kinds)
+
+    def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:
+        present = attach.forms(model)
+        for name, layout in (state or {}).get("layouts", {}).items():
+            present[name].set_layout(layout)
+        return model
+
+    def before_step(self, trainer: TrainEngine) -> None:
+        attach.before_step(self.model, trainer.gradient, trainer.steps_done + 1, trainer.config.total_steps)
+
+    def after_step(self, trainer: TrainEngine) -> None:
+        attach.after_step(self.model, trainer.steps_done, trainer.config.total_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        layouts = {name: form.layout() for name, form in attach.forms(self.model).items()}
+        return {"layouts": {name: layout for name, layout in layouts.items() if layout}}
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """`model`, changed in place: forms that are linear become plain layers, so that any program can read it."""
+    if all("merge" in form.supports for form in attach.forms(model).values()):
+        attach.merge(model)
+    return model
+
+
+def with_form(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """`model`, changed in place: `config.form`, if any, stands in the layers that `config.targets` name."""
+    if config.form is None:
+        return model
+    generator = torch.Generator().manual_seed(config.seed)
+    made = attach.attach(model, dict.fromkeys(config.targets, config.form), generator=generator)
+    if not any(form.trainable() for form in made.values()):
+        raise UserError(f"the form {config.form} trains nothing; choose one that does, such as lora:rank=8")
+    return model
