@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from modicum.train.part import Part
 if TYPE_CHECKING:
     from modicum.train.config import TrainConfig
     from modicum.train.engine import TrainEngine
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Forms(Part):
@@ -46,14 +49,14 @@ class Forms(Part):
         return {"layouts": {name: layout for name, layout in layouts.items() if layout}}
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merged(model: M) -> M:
     """`model`, changed in place: forms that are linear become plain layers, so that any program can read it."""
     if all("merge" in form.supports for form in attach.forms(model).values()):
         attach.merge(model)
     return model
 
 
-def with_form(model: nn.Module, config: TrainConfig) -> nn.Module:
+def with_form(model: M, config: TrainConfig) -> M:
     """`model`, changed in place: `config.form`, if any, stands in the layers that `config.targets` name."""
     if config.form is None:
         return model

@@ -36,5 +36,5 @@ class Recompute(MemorySaver):
     def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:
         if not hasattr(model, "checkpoint_layers"):
             raise UserError(f"memory/recompute: {type(model).__name__} cannot recompute its layers; leave it out")
-        model.checkpoint_layers = True
+        setattr(model, "checkpoint_layers", True)  # noqa: B010  (no nn.Module declares it)
         return model
