@@ -11,7 +11,7 @@ from modicum.compress.yardstick import yardsticks
 from modicum.core.choice import Choice
 from modicum.data.curate import Curation
 from modicum.data.tokenizer import Tokenizer
-from modicum.evaluate.lm import bits_per_byte
+from modicum.evaluate.lm import LMScore, bits_per_byte
 from modicum.model.folder import load_model
 from modicum.road import training
 from modicum.road.context import Context
@@ -22,6 +22,7 @@ from modicum.road.worker import trim_allocator
 NEEDS = ("curate", "pretrain")
 BATCH_TOKENS = 2048         # of one forward pass: as fast as more on a CPU, and little memory
 OVERLAP = 0.0               # of a window, scored before and context only: small models gain nothing by it
+TIMED_BYTES = 100_000       # of the sample's held-out text: scored for the plan
 DICTIONARY_TEXT = 3 << 20   # bytes of training text that zstd's dictionary is made from
 
 
@@ -42,11 +43,26 @@ def plan(planner: Planner) -> StagePlan:
         before = resident_now()
         yardsticks(heldout_texts(sample, recipe.evaluate.bytes), _training_texts(sample))
     more = min(1 / curate["sample_share"], max(DICTIONARY_TEXT / max(sample.count("bytes"), 1), 1))
-    seconds = variants * tokens * forward.seconds / BATCH_TOKENS + meter.seconds * more
+    seconds = variants * tokens * _token_seconds(planner, sample) + meter.seconds * more
     peak = max(forward.peak_bytes, (meter.peak_bytes - before) * more)
     return StagePlan(Cost(tokens=variants * tokens, flops=variants * tokens * shape.flops_per_token(
         recipe.pretrain.sequence_length), seconds=seconds, peak_bytes=peak), {},
-                     "one forward pass timed and traced, compressors timed")
+                     "scoring and compressors timed on the sample, a forward pass traced")
+
+
+def _token_seconds(planner: Planner, sample: Curation) -> float:
+    """Seconds that scoring takes per token: of the sample's held-out text, with what is not the forward pass."""
+    model = load_model(training.scratch_model(planner), dtype=training.DTYPES[planner.recipe.pretrain.dtype])
+    texts, tokenizer = heldout_texts(sample, TIMED_BYTES), sample.tokenizer()
+    score(model, tokenizer, texts[:1], planner.recipe)   # first calls take longer
+    began = time.perf_counter()
+    scored = score(model, tokenizer, texts, planner.recipe, lambda n: trim_allocator())
+    return (time.perf_counter() - began) / max(scored.tokens, 1)
+
+
+def score(model: Any, tokenizer: Tokenizer, texts: list[str], recipe: Recipe, advance: Any = None) -> LMScore:
+    return bits_per_byte(model, tokenizer, texts, sequence_length=recipe.pretrain.sequence_length, overlap=OVERLAP,
+                         batch_tokens=BATCH_TOKENS, advance=advance)
 
 
 def heldout_texts(curation: Curation, limit: float) -> list[str]:
@@ -90,11 +106,10 @@ def run(context: Context) -> dict[str, Any]:
                 trim_allocator()
 
             began = time.perf_counter()
-            score = bits_per_byte(model, tokenizer, texts, sequence_length=recipe.pretrain.sequence_length,
-                                  overlap=OVERLAP, batch_tokens=BATCH_TOKENS, advance=advance)
-        rows.append(variant | score.as_dict() | {"seconds": time.perf_counter() - began, "bytes": variant["bytes"]})
+            found = score(model, tokenizer, texts, recipe, advance)
+        rows.append(variant | found.as_dict() | {"seconds": time.perf_counter() - began, "bytes": variant["bytes"]})
         context.events.emit("score", **rows[-1])
-        tokens, flops = tokens + score.tokens, flops + score.tokens * model.config.flops_per_token(
+        tokens, flops = tokens + found.tokens, flops + found.tokens * model.config.flops_per_token(
             recipe.pretrain.sequence_length)
     figures = {"variants": rows, "yardsticks": yardsticks(texts, _training_texts(curation)), "documents": len(texts),
                "text_bytes": sum(len(t.encode()) for t in texts), "tasks": _tasks(context),
