@@ -24,13 +24,13 @@ from torch import Tensor
 
 from modicum.core import registry
 from modicum.core.errors import UserError
-from modicum.serve.attend import Work, arrange
 from modicum.serve.config import EngineConfig
 from modicum.serve.drafters import Drafter, Tree
 from modicum.serve.kv import KVPolicy
 from modicum.serve.payoff import Payoff
 from modicum.serve.request import Sample, Update
 from modicum.serve.trees import child, layout, move
+from modicum.serve.work import Work, arrange
 
 if TYPE_CHECKING:
     from modicum.serve.engine import Engine

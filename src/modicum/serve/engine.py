@@ -24,7 +24,6 @@ from torch import Tensor
 
 from modicum.core.errors import ModicumError, UserError
 from modicum.model.decoder import Decoder
-from modicum.serve.attend import Work, arrange
 from modicum.serve.cache import Cache
 from modicum.serve.config import (
     EngineConfig,
@@ -41,6 +40,7 @@ from modicum.serve.runner import make_runner
 from modicum.serve.sampling import Choices, Penalties, choose
 from modicum.serve.schedulers import Job, Plan
 from modicum.serve.text import TextStream
+from modicum.serve.work import Work, arrange
 
 log = logging.getLogger("modicum.serve")
 COUNTERS = ("steps", "prompt_tokens", "computed_tokens", "cached_tokens", "generated_tokens", "preemptions")

@@ -23,7 +23,8 @@ from modicum.model.decoder import Decoder
 from modicum.model.forms import LinearForm
 from modicum.model.layers import Block, RMSNorm
 from modicum.serve import native
-from modicum.serve.attend import StepAttend, Work, by_policy
+from modicum.serve.attend import StepAttend
+from modicum.serve.work import Work, by_policy
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of native/step.c
 KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}

@@ -23,7 +23,8 @@ from modicum.serve.drafters import Tree
 from modicum.serve.pages import Storage
 
 if TYPE_CHECKING:
-    from modicum.serve.attend import StepAttend, Work
+    from modicum.serve.attend import StepAttend
+    from modicum.serve.work import Work
 
 
 @dataclass(frozen=True, slots=True)

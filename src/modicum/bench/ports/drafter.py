@@ -22,10 +22,10 @@ from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.model.decoder import Decoder
-from modicum.serve.attend import Work
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 from modicum.serve.request import Request, Sample, SamplingParams, Update
+from modicum.serve.work import Work
 
 AXES = Axes(
     quality=Axis("tokens_per_forward", "higher"), cost=Axis("seconds_per_token", "lower", "s")

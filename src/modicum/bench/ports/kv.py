@@ -32,10 +32,10 @@ from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.model.decoder import Decoder
-from modicum.serve.attend import Work
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 from modicum.serve.request import Request, Sample, SamplingParams, Update
+from modicum.serve.work import Work
 
 AXES = Axes(quality=Axis("bits_per_token"), cost=Axis("held_bytes", "lower", "bytes"))
 RECALL = Axes(quality=Axis("needle", "higher"), cost=Axis("held_bytes", "lower", "bytes"))
