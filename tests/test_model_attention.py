@@ -8,6 +8,7 @@ from modicum.model.attend import BlockAttend, DenseAttend, attention
 from modicum.model.attention.sliding import Config, Sliding
 from modicum.model.config import Rope, llama_like
 from modicum.model.decoder import Decoder, default_positions
+from modicum.model.flex import FlexAttend, pattern_attend
 from modicum.model.layers import RMSNorm
 from modicum.model.rope import RopeTable, frequencies, rotate
 from modicum.model.tiled import tiled_attention
@@ -178,3 +179,22 @@ def test_autocast_trains():
         grads.append([p.grad for p in model.parameters()])
     for exact, cast in zip(*grads, strict=True):
         assert (exact - cast).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("choice", ["causal", "sliding:window=9", "lambda:sinks=3,window=8"])
+@pytest.mark.parametrize("T, window, softcap", [(37, None, None), (11, 6, None), (37, 12, 0.7)])
+def test_flexattention_sees_what_the_pattern_allows(choice, T, window, softcap):
+    q, k, v = qkv(T=T, dtype=torch.float32)
+    pattern = registry.build("attention", choice)
+    out = FlexAttend(pattern, size=8, compiled=False)(0, q, k, v, window=window, scale=0.3, softcap=softcap)
+    q_pos, k_pos = torch.arange(37 - T, 37)[:, None], torch.arange(37)[None]
+    seen = pattern.allowed(q_pos, k_pos) & (q_pos - k_pos < (window or 99))
+    torch.testing.assert_close(out.double(), naive(q.double(), k.double(), v.double(), 0.3, seen, softcap),
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_each_device_gets_its_faster_way():
+    pattern = registry.build("attention", "causal")
+    assert isinstance(pattern_attend(pattern, "cpu"), BlockAttend)
+    assert isinstance(pattern_attend(pattern, "cuda:0"), FlexAttend)

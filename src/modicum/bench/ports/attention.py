@@ -20,8 +20,9 @@ from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
-from modicum.model.attend import BlockAttend
+from modicum.model.attend import Attend
 from modicum.model.decoder import Decoder
+from modicum.model.flex import pattern_attend
 
 AXES = Axes(quality=Axis("bits_per_token"), cost=Axis("prefill_seconds", "lower", "s"))
 
@@ -65,8 +66,9 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         first = (seed * 977) % max(1, len(text) - rows * length)
         tokens_BT = torch.tensor(text[first : first + rows * length + 1])[: rows * length].view(rows, length)
         tokens_BT = tokens_BT.to(model.device)
-        loss, best_BT, seconds = prefill(model, tokens_BT, BlockAttend(pattern, scale.block), scale.repeats)
-        _, truth_BT, _ = prefill(model, tokens_BT, BlockAttend(causal, scale.block), 1)
+        ours, plain = (pattern_attend(p, settings.device, scale.block) for p in (pattern, causal))
+        loss, best_BT, seconds = prefill(model, tokens_BT, ours, scale.repeats)
+        _, truth_BT, _ = prefill(model, tokens_BT, plain, 1)
         metrics |= {
             f"agreement_{length}": float((best_BT == truth_BT).float().mean()),
             f"prefill_seconds_{length}": seconds,
@@ -83,7 +85,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
 
 
 def prefill(
-    model: Decoder, tokens_BT: Tensor, attend: BlockAttend, repeats: int
+    model: Decoder, tokens_BT: Tensor, attend: Attend, repeats: int
 ) -> tuple[float, Tensor, float]:
     """(bits per token, most likely next token BT, seconds of the fastest pass)."""
     seconds = []
