@@ -29,6 +29,7 @@ from modicum.evaluate.playground import NOUNS, scatter
 WORDS = 0.8  # words per token of the playground's text, for guessing lengths
 FACTS = 40  # most facts of a document
 COPIED = 200  # most words of a list to copy
+TEXT_TARGETS = 1 / 16  # share of the corpus's tokens that are learnt: about what an answer is of its document
 
 
 Document = list[tuple[str, str]]  # (given, learnt), one after another
@@ -134,12 +135,12 @@ class RecallStream:
         T = self.length
         rows = n * self.sequence_length // T
         rng = Random(f"recall/{self.seed}/{self.done}")
-        # Recall is found sooner without the corpus, whose every token is learnt and drowns the few answers.
+        # Recall is found sooner without the corpus: all of its tokens learnt would drown the few answers.
         early = self.config.lengths[0] == T and len(self.config.lengths) > 1
         corpus = 0 if early or not self.streams else sum(rng.random() < self.config.text for _ in range(rows))
         made = [self._rows(rng, rows - corpus, T)] if corpus < rows else []
         if corpus:
-            made.append(self.streams[T].next_batch(corpus))
+            made.append(_thinned(self.streams[T].next_batch(corpus), rng))
         self.done += n * self.sequence_length
         tokens, targets, documents, positions = (
             torch.cat([getattr(b, name) for b in made])
@@ -191,3 +192,10 @@ class RecallStream:
         self.done = state["done"]
         for n, stream in self.streams.items():
             stream.load_state(state["text"][str(n)])
+
+
+def _thinned(batch: Batch, rng: Random) -> Batch:
+    """The batch with a loss on some of its tokens only."""
+    drawn = torch.rand(batch.targets_BT.shape, generator=torch.Generator().manual_seed(rng.getrandbits(62)))
+    targets_BT = torch.where(drawn < TEXT_TARGETS, batch.targets_BT, NO_LOSS)
+    return Batch(batch.tokens_BT, targets_BT, batch.documents_BT, batch.positions_BT)
