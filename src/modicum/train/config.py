@@ -199,7 +199,8 @@ def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any]
     """Refuse before anything is built what cannot be combined with the methods; the error names the pair."""
     chosen = [_method(port, getattr(config, port)) for port in PORTS]
     savers = [_method("memory", choice) for choice in config.memory]
-    (optimizer, able), (surgery, cutter) = chosen[0], chosen[PORTS.index("surgery")]
+    (optimizer, stepper), (surgery, cutter) = chosen[0], chosen[PORTS.index("surgery")]
+    able = stepper.able(Choice.parse("optimizer", config.optimizer).config())
     forms = [] if config.form is None else [_method("form", config.form)]
     share = config.sequences // world
     for word, wanted, what, otherwise in (
@@ -217,11 +218,11 @@ def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any]
             "set masters=false or dtype=float32",
         ),
     ):
-        if wanted and word not in able.supports:
+        if wanted and word not in able:
             raise UserError(f"{optimizer} cannot be combined with {what}; {otherwise}")
     everyone = [*chosen, *savers, *forms, *(parts or {}).items()]
     for name, method in everyone:
-        if getattr(method, "needs_gradients", False) and "clip" not in able.supports:
+        if getattr(method, "needs_gradients", False) and "clip" not in able:
             raise UserError(
                 f"{optimizer} cannot be combined with {name}, which needs the gradients of a whole step at once; "
                 "leave one of them out"
@@ -237,7 +238,7 @@ def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any]
     if world == 1:
         return
     for name, method in everyone:
-        if "fsdp" not in method.supports:
+        if "fsdp" not in (able if method is stepper else method.supports):
             raise UserError(
                 f"{name} cannot be combined with {world} processes (FSDP2); run it in one process"
             )

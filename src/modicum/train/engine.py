@@ -192,7 +192,7 @@ class TrainEngine:
         square = torch.zeros((), device=self.device)
         if grads:
             square = torch.stack(list(torch._foreach_norm(grads, 2, dtype=torch.float32))).square().sum()
-        return self.ranks.sum(square).sqrt()
+        return self.ranks.sum(square + self.optimizer.spent()).sqrt()
 
     def update(self, scales: Mapping[str, float], factor: float = 1.0) -> None:
         """Multiply the gradients by `factor`, let the optimizer step, and drop the gradients."""

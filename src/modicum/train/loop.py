@@ -326,13 +326,13 @@ class Trainer(TrainEngine):
         """Raise, or count the step as skipped; its gradients are dropped and its tokens stay consumed."""
         what = f"loss {loss:g}, gradient norm {norm:g} at step {self.steps_done + 1}"
         self.events.emit("nonfinite", step=self.steps_done + 1, loss=str(loss), grad_norm=str(norm))
-        if self.config.nonfinite == "skip" and "clip" in self.optimizer.supports:
+        if self.config.nonfinite == "skip" and "clip" in self.optimizer.able(self.optimizer.config):
             self.skipped += 1
             self.drop_gradients()
             return
         kept = self.checkpoints.all() if self.checkpoints else []
         hint = "lower lr or lengthen the warm-up" + (
-            ", or set nonfinite=skip" if "clip" in self.optimizer.supports else ""
+            ", or set nonfinite=skip" if "clip" in self.optimizer.able(self.optimizer.config) else ""
         )
         raise ModicumError(
             f"training diverged: {what} (after {count_text(self.tokens)} tokens)"

@@ -149,6 +149,33 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
     return full.to(like.device, copy=True)
 
 
+def rows_like(rows: Tensor, like: Tensor) -> Tensor:
+    """`rows`, this process's part of a tensor with as many rows as `like`, placed as `like` is; else as they are."""
+    if is_sharded(like):
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(like, DTensor)
+        shape = torch.Size((like.shape[0], *rows.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            rows, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+        )
+    return rows
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, on every process, which must all call; any other tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def agreed(value: Tensor, like: Tensor) -> Tensor:
+    """Rank 0's `value` where `like` is sharded, so that no rounding sets the processes apart; else as it is."""
+    if is_sharded(like):
+        value = value.contiguous()
+        dist.broadcast(value, 0)
+    return value
+
+
 def gather(tensor: Tensor, keep: bool = True) -> Tensor:
     """The whole tensor on the CPU; every process must call. keep=False gives an empty one."""
     tensor = tensor.detach()

@@ -9,11 +9,13 @@ Under bf16 training the parameters handed over are float32 master weights (see t
 method needs no code for that; with FSDP2 they are DTensors, sharded by rows.
 
 Words in `supports`:
-    fsdp           works on sharded parameters, and its state tensors are sharded like their parameter
+    fsdp           works on sharded parameters; a state tensor is sharded like its parameter, or whole and
+                   the same on every process
     accumulation   a step may have several backward passes
     clip           gradients are there after the backward pass, so that their norm can be limited
     masters        updates happen in `step` alone, so that bf16 weights can follow float32 masters
-A method that updates layer by layer during the backward pass lacks the last three.
+A method that updates layer by layer during the backward pass lacks the last three, and tells the loop of the
+gradients it used up in `spent`. Where a knob decides, `able(config)` says which words are left.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from modicum.train.part import Part
 
 BASELINE = "adamw"
 EMBEDDINGS = ("embed", "wte", "wpe")  # how a name's dotted part begins when it is an embedding table
+HEADS = ("lm_head", "head", "score")  # a dotted part of the name of what gives logits
 
 
 @dataclass
@@ -74,6 +77,15 @@ class Optimizer(Method, Part):
     def begin(self, scales: Mapping[str, float]) -> None:
         """Called before the step's first backward pass, for methods that update during it."""
 
+    @classmethod
+    def able(cls, config: Any) -> frozenset[str]:
+        """`supports` under these knobs: an option may take words away."""
+        return cls.supports
+
+    def spent(self) -> Tensor | float:
+        """Sum of squares of the gradients used up during this step's backward pass, for the global norm."""
+        return 0.0
+
     @abstractmethod
     def step(self, scales: Mapping[str, float]) -> None:
         """Update the parameters from their `.grad`; a parameter without one is left as it is."""
@@ -91,3 +103,7 @@ class Optimizer(Method, Part):
 
 def is_embedding(name: str) -> bool:
     return any(part.startswith(EMBEDDINGS) for part in name.split("."))
+
+
+def is_head(name: str) -> bool:
+    return any(part in HEADS for part in name.split("."))

@@ -21,6 +21,8 @@ def _parameters(seed: int = 0) -> dict[str, nn.Parameter]:
         "layers.0.mlp.up.weight": (40, 16),
         "layers.0.mlp.down.weight": (16, 40),
         "layers.0.mlp.down.bias": (16,),
+        "layers.0.mlp.gate.A": (4, 16),  # factors of one matrix
+        "layers.0.mlp.gate.B": (40, 4),
         "norm.weight": (16,),
     }
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
