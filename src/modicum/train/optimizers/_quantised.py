@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,6 +37,22 @@ def code_points(signed: bool) -> tuple[float, ...]:
     return tuple(sorted(points))
 
 
+@functools.cache
+def _search(signed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(codes_65536, upper_256): where the search for a float32 begins, by its upper 16 bits, and where a code ends.
+
+    The upper bits (sign, exponent, 7 bits of mantissa) leave an interval with one boundary between codes at
+    most: a look-up and a comparison find the nearest point, several times as fast as a binary search.
+    """
+    points = np.array(code_points(signed))
+    ends = ((points[1:] + points[:-1]) / 2).astype(np.float32)
+    patterns = np.arange(65536, dtype=np.uint32) << 16
+    negative = patterns >= 1 << 31
+    least = np.where(negative, patterns | 0xFFFF, patterns).astype(np.uint32).view(np.float32)
+    codes = np.searchsorted(ends, np.nan_to_num(least)).astype(np.int16)
+    return codes, np.append(ends, np.float32(np.inf))
+
+
 def blocks_of(columns: int, block: int) -> int:
     return math.ceil(columns / block)
 
@@ -48,16 +65,23 @@ def quantise(x_RC: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
     x_RNW = F.pad(x_RC, (0, n * width - columns)).view(rows, n, width)
     scales_RN = x_RNW.abs().amax(2)
     divisors_RN = torch.where(scales_RN > 0, scales_RN, 1.0)
-    points = torch.tensor(code_points(signed), device=x_RC.device)
-    codes = torch.bucketize(x_RNW / divisors_RN[:, :, None], (points[1:] + points[:-1]) / 2, out_int32=True)
-    return codes.view(rows, n * width)[:, :columns].to(torch.uint8), scales_RN
+    shares_RC = (x_RNW / divisors_RN[:, :, None]).view(rows, n * width)[:, :columns].contiguous()
+    starts, ends = (torch.from_numpy(table).to(x_RC.device) for table in _search(signed))
+    codes = _look_up(starts, shares_RC.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF))
+    codes += shares_RC > _look_up(ends, codes.int())
+    return codes.to(torch.uint8), scales_RN
 
 
 def dequantise(codes_RC: Tensor, scales_RN: Tensor, block: int, signed: bool) -> Tensor:
     """The float32 matrix that `quantise` stored."""
     points = torch.tensor(code_points(signed), device=codes_RC.device)
-    values_RC = points[codes_RC.int()]
+    values_RC = _look_up(points, codes_RC.int())
     columns, n = codes_RC.shape[1], scales_RN.shape[1]
     if n == 1:
         return values_RC.mul_(scales_RN)
     return values_RC.mul_(scales_RN.repeat_interleave(block, 1)[:, :columns])
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index] for int32 indices; on a CPU many times as fast as indexing."""
+    return F.embedding(index, table[:, None]).squeeze(-1)
