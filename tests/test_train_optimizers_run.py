@@ -174,7 +174,7 @@ from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, step_cost
 from modicum.train.objectives import Step
 
-shape = llama_like(2048, 384, 4)
+shape = llama_like(2048, 384, 2)
 
 def formed(model, choice):
     if choice.startswith("refactor"):

@@ -169,8 +169,8 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tu
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found |= {f"{key}.{k}": v for k, v in changes(old, new).items()}
-        elif old != new:
-            found[key] = (old, new)
+        elif (list(old) if isinstance(old, tuple) else old) != (list(new) if isinstance(new, tuple) else new):
+            found[key] = (old, new)  # a tuple comes back from a checkpoint as a list
     return found
 
 
