@@ -423,7 +423,7 @@ def test_what_cannot_be_is_refused(choice, told):
 
 
 def test_factors_larger_than_their_matrix_are_refused():
-    with pytest.raises(UserError, match="layers.0.q.A has rank 5, larger than its matrix of 9 x 4"):
+    with pytest.raises(UserError, match=r"layers.0.q.A has rank 5, larger than its matrix of 9 x 4"):
         _optimizer("refactor-reset", {"layers.0.q.A": _matrix(5, 4), "layers.0.q.B": _matrix(9, 5)})
 
 

@@ -150,7 +150,7 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def rows_like(rows: Tensor, like: Tensor) -> Tensor:
-    """`rows`, this process's part of a tensor with as many rows as `like`, placed as `like` is; else as they are."""
+    """A tensor with as many rows as `like`, placed as `like` is, of this process's `rows`; else those."""
     if is_sharded(like):
         from torch.distributed.tensor import DTensor
 
@@ -169,7 +169,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def agreed(value: Tensor, like: Tensor) -> Tensor:
-    """Rank 0's `value` where `like` is sharded, so that no rounding sets the processes apart; else as it is."""
+    """Rank 0's `value` where `like` is sharded, so that no rounding sets processes apart; else as it is."""
     if is_sharded(like):
         value = value.contiguous()
         dist.broadcast(value, 0)

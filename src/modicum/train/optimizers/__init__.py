@@ -51,6 +51,8 @@ class Optimizer(Method, Part):
     """Base class. Subclasses fill `step`, the state functions and `cost`; `groups` where they differ."""
 
     supports: ClassVar[frozenset[str]] = frozenset({"accumulation", "clip", "masters"})
+    #: What the model must have: "factors" are pairs of parameters NAME.A and NAME.B of a form W = B A.
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any, named: Iterable[tuple[str, Tensor]], *, lr: float = 1e-3):
         pairs = list(named)

@@ -41,15 +41,15 @@ def rank_of(method: str, rank: int | float, name: str, shape: tuple[int, ...], k
 
 
 def is_projected(name: str, ndim: int) -> bool:
-    """Matrices of the layers: neither embedding table nor head, as the papers project attention and MLP alone."""
+    """Matrices of the layers; the papers project neither embedding table nor head."""
     return ndim == 2 and not is_embedding(name) and not is_head(name)
 
 
 def bases(method: str, name: str, g_AB: Tensor, k: int, sides: str = "one") -> dict[str, Tensor]:
     """The first `k` singular vectors of `g_AB`, float32: `left` (A, k), `right` (k, B), or both.
 
-    sides: "both", or "one", which is `right` for A >= B and else `left`. Raises `ModicumError` for a gradient that
-    is not finite.
+    sides: "both", or "one", which is `right` for A >= B and else `left`. Raises `ModicumError` for a gradient
+    that is not finite.
     """
     try:
         u, _, vh = torch.linalg.svd(g_AB.float(), full_matrices=False)

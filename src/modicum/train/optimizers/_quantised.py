@@ -39,7 +39,7 @@ def code_points(signed: bool) -> tuple[float, ...]:
 
 @functools.cache
 def _search(signed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(codes_65536, upper_256): where the search for a float32 begins, by its upper 16 bits, and where a code ends.
+    """(codes_65536, ends_256): the code a float32's search begins at, by its upper 16 bits; where a code ends.
 
     The upper bits (sign, exponent, 7 bits of mantissa) leave an interval with one boundary between codes at
     most: a look-up and a comparison find the nearest point, several times as fast as a binary search.
