@@ -133,7 +133,7 @@ def search(
         raise UserError(f"rates={list(rates)} must be positive factors of the rate; write rates=[0.3, 1, 3]")
     if len(rates) == 1 and len(decays) < 2:
         return rates[0], decays[0] if decays else None, 0
-    tried = {(factor, None): bits(factor, None) for factor in sorted(rates)}
+    tried: dict[tuple[float, float | None], float] = {(f, None): bits(f, None) for f in sorted(rates)}
     runs = len(tried)
     ratio = (max(rates) / min(rates)) ** (1 / (len(rates) - 1)) if len(rates) > 1 else 1.0
     for _ in range(widen if ratio > 1 else 0):
@@ -145,14 +145,13 @@ def search(
         tried[further, None] = bits(further, None)
         runs += 1
     best = min(tried, key=lambda point: tried[point])[0]
-    outcome: dict[tuple[float, float | None], float] = dict(tried)
     for decay in decays:
-        outcome[best, decay] = bits(best, decay)
+        tried[best, decay] = bits(best, decay)
         runs += 1
-    factor, chosen = min(outcome, key=lambda point: outcome[point])
-    if not math.isfinite(outcome[factor, chosen]):
-        factors = ", ".join(f"{f:g}" for f, _ in tried)
-        raise UserError(f"training diverged at every rate tried ({factors} times the scale's); lower --scale rate")
+    factor, chosen = min(tried, key=lambda point: tried[point])
+    if not math.isfinite(tried[factor, chosen]):
+        told = ", ".join(f"{f:g}" for f in sorted({f for f, _ in tried}))
+        raise UserError(f"training diverged at every rate tried ({told} times the scale's); lower --scale rate")
     return factor, chosen, runs
 
 
@@ -162,7 +161,7 @@ def _run(
     """One training run: held-out bits per byte, what the loop says of it, and the optimizer's state."""
     knobs = choice.knobs | ({} if decay is None else {"weight_decay": decay})
     method: Any = registry.load("optimizer", choice.method).cls
-    form = bench.scale.form if "factors" in method.needs else None
+    form = bench.settings.scale.form if "factors" in method.needs else None
     model, gauge = bench.model(seed), Gauge()
     result = bench.train(
         model,

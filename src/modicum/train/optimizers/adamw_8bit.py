@@ -84,7 +84,8 @@ class AdamW8bit(Optimizer):
     def _update(self, name: str, p: Tensor, g: Tensor, rate: float, decay: float) -> None:
         p_RC, g_RC = p.flatten(1), g.flatten(1)
         if name not in self.moments:
-            self.moments[name], self.steps[name] = self.adam.fresh(tuple(p_RC.shape), p.device), 0
+            self.moments[name] = self.adam.fresh((p_RC.shape[0], p_RC.shape[1]), p.device)
+            self.steps[name] = 0
         self.steps[name] += 1
         rows = max(1, SLICE // max(p_RC.shape[1], 1))
         for first in range(0, len(p_RC), rows):
