@@ -36,7 +36,7 @@ def has_data(tensor: torch.Tensor) -> bool:
     return not tensor.is_meta and not isinstance(tensor, FakeTensor) and not isinstance(tensor.data, FakeTensor)
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Counts the bytes of all storages made inside, until each is released."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ def trace(work: Callable[[], Any], device: str = "cpu") -> Traced:
     must not read tensor values (`.item()`, boolean indexing): such work states its cost by hand.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.device(device):
-        live = _Live()
+        live = Live()
         with live, FlopCounterMode(display=False) as counter:
             result = work()
         kept = live.live

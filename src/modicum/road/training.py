@@ -21,8 +21,8 @@ from modicum.road.recipe import Recipe
 from modicum.road.worker import trim_allocator
 from modicum.train.config import TrainConfig
 from modicum.train.engine import TrainEngine
-from modicum.train.forecast import blank, step_cost
-from modicum.train.objectives import Step
+from modicum.train.forecast import blank, phases, step_cost
+from modicum.train.forecast import step as train_step
 
 EVAL_SEQUENCES = 512       # held-out sequences behind every loss of a run
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "bfloat16": "bfloat16", "float32": "float32"}
@@ -86,25 +86,26 @@ def make_model(recipe: Recipe, shape: DecoderConfig) -> Decoder:
 
 def step_seconds(planner: Planner, shape: DecoderConfig, config: TrainConfig, steps: int = 5,
                  make: Any = None, name: str = "step") -> float:
-    """Seconds of one training step here: the median of a few real ones on random tokens, after a warm-up."""
+    """Seconds of one training step here: the median of a few real ones on random tokens, after a warm-up; where
+    surgery changes the model, the mean over the run."""
 
     def measure() -> float:
         engine = TrainEngine(make() if make else Decoder(shape), config)
         engine.build()
+        engine.surgery.start(engine)
         tokens_BT = torch.randint(shape.vocab_size, (config.sequences, config.sequence_length))
         positions_BT = torch.arange(config.sequence_length).expand_as(tokens_BT)
         documents_BT = (positions_BT >= config.sequence_length // 2).long() if _masked(planner.recipe) else None
         batch = Batch(tokens_BT, tokens_BT.clone(), documents_BT, positions_BT)
-        taken = []
-        for index in range(steps + 2):
-            began = time.perf_counter()
-            scales = engine.schedule.scale(config.step_tokens / 2, config.total_tokens)
-            engine.gradients(batch, config.step_tokens, Step(index, 0, config.total_tokens, config.seed))
-            engine.before_step()
-            engine.norm()
-            engine.update(scales, 0.5)
-            taken.append(time.perf_counter() - began)
-        return statistics.median(taken[2:])
+        seconds = 0.0
+        for begin, end in phases(engine):
+            taken = []
+            for index in range(steps + 2):
+                began = time.perf_counter()
+                train_step(engine, batch, index)
+                taken.append(time.perf_counter() - began)
+            seconds += statistics.median(taken[2:]) * (end - begin) / config.total_steps
+        return seconds
 
     return planner.once((name, shape, config.sequences, config.sequence_length), measure)
 

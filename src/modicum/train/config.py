@@ -227,8 +227,9 @@ def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any]
                 f"{optimizer} cannot be combined with {name}, which needs the gradients of a whole step at once; "
                 "leave one of them out"
             )
-    if forms and "form" not in cutter.supports:
-        raise UserError(f"{surgery} cannot be combined with {forms[0][0]}; leave one of them out")
+    held = forms[0][0] if forms else "the model's linear forms" if "forms" in (parts or {}) else None
+    if held and "form" not in cutter.supports:
+        raise UserError(f"{surgery} cannot be combined with {held}; leave one of them out")
     for number, (name, method) in enumerate(savers):
         for other, before in savers[:number]:
             if method.saves == before.saves:

@@ -56,7 +56,8 @@ class TrainEngine:
         self.schedule: Schedule = config.build("schedule")
         self.masters: Masters | None = None
         self.steps_done = 0
-        self.row_flops = 0.0  # forward and backward of one sequence
+        self.row_flops = 0.0  # forward and backward of one sequence, every weight multiplied
+        self.parameters = 0
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -99,13 +100,35 @@ class TrainEngine:
         self._names = {id(p): name for name, p in trainable.items()}
         self.optimizer = self.config.build("optimizer", self.named.items(), lr=self.config.lr)
         self.row_flops = 3 * flops_per_token(model, self.config.sequence_length) * self.config.sequence_length
+        self.parameters = sum(p.numel() for p in model.parameters())
         self.whole.train()
 
-    def replace(self, model: nn.Module, optimizer_state: dict[str, Any] | None = None) -> None:
-        """Go on with another model (grown, pruned); `optimizer_state` is for its parameters."""
+    @torch.no_grad()
+    def replace(
+        self,
+        model: nn.Module,
+        optimizer_state: dict[str, Any] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Go on with another model (grown, pruned); `optimizer_state` is for its parameters.
+
+        `weights`: whole tensors for its trainable parameters by name, in the precision of `named` (float32
+        masters would otherwise begin from what the model holds in its own dtype).
+        """
         self.bind(model)
+        if weights is not None:
+            for name, target in self.named.items():
+                target.copy_(parallel.shard_like(weights[name].to(target.dtype), target))
+            self.write_back()
         if optimizer_state is not None:
-            self.optimizer.load_state_dict(optimizer_state)
+            try:
+                self.optimizer.load_state_dict(optimizer_state)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"the state of optimizer {Choice.parse('optimizer', self.config.optimizer).method!r} cannot go "
+                    f"over to the changed model ({type(error).__name__}: {error}); let it begin without "
+                    "(surgery gstack:moments=false), or take another optimizer"
+                ) from None
 
     def write_back(self) -> None:
         """Put changed `named` weights into the model (bf16 follows its masters)."""

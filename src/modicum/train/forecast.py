@@ -6,10 +6,12 @@ Everything that takes part is the real thing: model, forms, optimizer, objective
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from modicum.budget.trace import Traced, trace
 from modicum.data.stream import Batch
@@ -44,25 +46,60 @@ def step_cost(
 ) -> Traced:
     """Peak bytes and FLOPs of steps with `config` on the model that `make_model()` (see `blank`) builds.
 
-    Two steps are run, because an optimizer makes its state in the first. `masked`: the batch separates
-    documents, as some packings do. FLOPs are of one step. Raises `UserError` for knobs that do not fit.
+    In every phase of the run (see `phases`) two steps are run, because an optimizer makes its state in the
+    first. `masked`: the batch separates documents, as some packings do. The peak is that of all phases; FLOPs
+    are of one step, averaged over the run and counted as its surgery counts. Raises `UserError` for knobs
+    that do not fit.
     """
     rows, length = config.sequences, config.sequence_length
     config = dataclasses.replace(config, compile=False)
 
-    def work() -> None:
+    def work() -> float:
         tokens_BT = torch.randint(vocab_size, (rows, length))
         documents_BT = torch.zeros_like(tokens_BT) if masked else None
         batch = Batch(tokens_BT, tokens_BT.clone(), documents_BT, torch.arange(length).expand(rows, length))
         engine = TrainEngine(make_model(), config, make_parts() if make_parts else None)
         engine.build()
-        for index in range(2):
-            scales = engine.schedule.scale(config.step_tokens / 2, config.total_tokens)
-            engine.optimizer.begin(scales)
-            engine.gradients(batch, rows * length, Step(index, 0, config.total_tokens, config.seed))
-            engine.before_step()
-            engine.norm()
-            engine.update(scales, 0.5)
+        engine.surgery.start(engine)
+        flops = 0.0
+        for begin, end in phases(engine):
+            with FlopCounterMode(display=False) as counter:
+                for index in range(2):
+                    step(engine, batch, index)
+            counted = planned_flops(engine, begin, end) / (engine.row_flops * rows * config.total_steps)
+            flops += counter.get_total_flops() / 2 * counted
+        return flops
 
     traced = trace(work)
-    return dataclasses.replace(traced, flops=traced.flops // 2)
+    return dataclasses.replace(traced, flops=int(traced.result), result=None)
+
+
+def step(engine: TrainEngine, batch: Batch, index: int = 0) -> None:
+    """A training step on `batch`, without data position, events or a look at the loss."""
+    config = engine.config
+    scales = engine.schedule.scale(config.step_tokens / 2, config.total_tokens)
+    engine.optimizer.begin(scales)
+    engine.gradients(batch, config.step_tokens, Step(index, 0, config.total_tokens, config.seed))
+    engine.before_step()
+    engine.norm()
+    engine.update(scales, 0.5)
+    engine.surgery.after_step(engine)
+
+
+def phases(engine: TrainEngine) -> Iterator[tuple[int, int]]:
+    """Take a started engine through the phases of its surgery (grown, masked): the steps [begin, end) of each,
+    with the engine as it stands in them."""
+    total = engine.config.total_steps
+    for begin, end in pairwise([0, *engine.surgery.marks(engine), total]):
+        if begin:
+            engine.steps_done = begin
+            engine.surgery.after_step(engine)
+        yield begin, end
+
+
+def planned_flops(engine: TrainEngine, begin: int, end: int, samples: int = 256) -> float:
+    """FLOPs of the steps [begin, end) of one phase, as `train` will count them; long phases are sampled."""
+    parts = min(end - begin, samples)
+    steps = [begin + (2 * i + 1) * (end - begin) // (2 * parts) for i in range(parts)]
+    mean = sum(engine.surgery.flops(engine, at) for at in steps) / parts
+    return mean * (end - begin) * engine.config.sequences

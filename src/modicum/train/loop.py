@@ -45,7 +45,8 @@ class TrainResult:
 
     loss: mean over the last steps, nats per target; heldout_loss: at the end, if held-out data was given.
     seconds: training time, without what a kill undid; flops: forward and backward. stopped: None when
-    finished, else "deadline". checkpoint: where a later run goes on from.
+    finished, else "deadline". checkpoint: where a later run goes on from. average_parameters: mean over the
+    steps of the parameters that were not removed (see train.surgery); all of them, in a run without surgery.
     """
 
     loss: float
@@ -59,6 +60,7 @@ class TrainResult:
     stopped: str | None = None
     skipped: int = 0
     checkpoint: str | None = None
+    average_parameters: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -127,7 +129,7 @@ class Trainer(TrainEngine):
         self.events = events if events is not None and self.ranks.first else Events()
         self.deadline = deadline or Deadline(None)
         self.steps_done = self.tokens = self.skipped = 0
-        self.seconds = self.flops = 0.0
+        self.seconds = self.flops = self.parameter_steps = 0.0
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.heldout_loss: float | None = None
         self.checkpoints = (
@@ -165,6 +167,7 @@ class Trainer(TrainEngine):
                 state["flops"],
                 state["heldout_loss"],
             )
+            self.parameter_steps = state.get("parameter_steps", 0.0)
             self.recent.extend(state["recent"])
             self.stream.load_state(state["stream"])
         for part in self.parts.values():
@@ -222,7 +225,8 @@ class Trainer(TrainEngine):
         began = time.perf_counter()
         config = self.config
         batch = self._next_batch()
-        scales = self.schedule.scale(self.tokens + config.step_tokens / 2, config.total_tokens)
+        middle = self.tokens + config.step_tokens / 2
+        scales = self.schedule.scale(*self.surgery.position(middle, config.total_tokens))
         seed_all(config.seed, self.steps_done, self.ranks.rank, self.device)
         self.optimizer.begin(scales)
         targets = max(batch.n_targets, 1)
@@ -242,9 +246,10 @@ class Trainer(TrainEngine):
             self.recent.append(loss)
         else:
             self._not_finite(loss, norm_value)
+        self.flops += self.surgery.flops(self, self.steps_done) * config.sequences
+        self.parameter_steps += self.parameters - self.surgery.removed(self.steps_done)
         self.steps_done += 1
         self.tokens += config.step_tokens
-        self.flops += self.surgery.flops(self.model, self.row_flops) * config.sequences
         for part in self.parts.values():
             part.after_step(self)
         seconds = time.perf_counter() - began
@@ -301,6 +306,7 @@ class Trainer(TrainEngine):
             "tokens": self.tokens,
             "seconds": self.seconds,
             "flops": self.flops,
+            "parameter_steps": self.parameter_steps,
             "skipped": self.skipped,
             "recent": list(self.recent),
             "heldout_loss": self.heldout_loss,
@@ -376,6 +382,7 @@ class Trainer(TrainEngine):
             stopped=stopped,
             skipped=self.skipped,
             checkpoint=str(paths[-1]) if paths else None,
+            average_parameters=self.parameter_steps / self.steps_done if self.steps_done else None,
         )
 
 

@@ -31,6 +31,7 @@ from modicum.model.folder import find_folder, load_config, load_model, save_mode
 from modicum.train import parallel
 from modicum.train.checkpoint import Checkpoints
 from modicum.train.config import TrainConfig
+from modicum.train.forecast import phases
 from modicum.train.forms import merged, with_form
 from modicum.train.loop import Trainer, TrainResult, train
 
@@ -224,16 +225,20 @@ def _tokens_in(
 
 
 def step_seconds(model: Decoder, stream: Stream, config: TrainConfig, seconds: float) -> float:
-    """Median seconds of real steps on a copy of the model: three or more, for about `seconds`."""
+    """Median seconds of real steps on a copy of the model: three or more, for about `seconds`; where surgery
+    changes the model, the mean over the run."""
     trainer = Trainer(copy.deepcopy(model), stream, config, None, label="")
     trainer.open()
-    trainer.step()
-    taken: list[float] = []
-    while trainer.ranks.agree(len(taken) < 3 or (sum(taken) < seconds and len(taken) < 50)):
-        began = time.perf_counter()
+    mean = 0.0
+    for begin, end in phases(trainer):
         trainer.step()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+        taken: list[float] = []
+        while trainer.ranks.agree(len(taken) < 3 or (sum(taken) < seconds and len(taken) < 50)):
+            began = time.perf_counter()
+            trainer.step()
+            taken.append(time.perf_counter() - began)
+        mean += statistics.median(taken) * ((end - begin) / config.total_steps)
+    return mean
 
 
 def _whole(config: PretrainConfig, shape: DecoderConfig, told: TrainConfig, out: Path) -> Decoder:
