@@ -103,3 +103,11 @@ def planned_flops(engine: TrainEngine, begin: int, end: int, samples: int = 256)
     steps = [begin + (2 * i + 1) * (end - begin) // (2 * parts) for i in range(parts)]
     mean = sum(engine.surgery.flops(engine, at) for at in steps) / parts
     return mean * (end - begin) * engine.config.sequences
+
+
+def run_flops(model: nn.Module, config: TrainConfig) -> float:
+    """FLOPs that `train(model, ...)` will count, without training; `model` is used up (see `phases`)."""
+    engine = TrainEngine(model, config)
+    engine.build()
+    engine.surgery.start(engine)
+    return sum(planned_flops(engine, begin, end) for begin, end in phases(engine))

@@ -39,7 +39,7 @@ class Config:
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
         if not 0 <= self.start < self.end <= 1:
-            raise ValueError(f"start={self.start} and end={self.end} are shares of the compute, start below end")
+            raise ValueError(f"start={self.start} and end={self.end} must be shares of the compute, start below end")
         if self.every <= 0:
             raise ValueError(f"every={self.every} must be positive: a share of the steps below 1, or steps")
 

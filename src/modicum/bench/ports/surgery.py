@@ -1,0 +1,133 @@
+"""surgery: held-out bits per byte after equal training FLOPs, against the parameters that are left.
+
+Every method trains the same fresh decoder on the same order of data for as many tokens as bring its FLOPs,
+counted as its paper counts, to those of the dense baseline. `flops_to_baseline` is the share of the baseline's
+FLOPs after which a method's held-out loss has come down to where the baseline ends (1 or more: not before the
+end); both follow a schedule made for the whole run, so that this is the harder way to compare.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from modicum.bench import training
+from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.budget import Cost
+from modicum.core.choice import Choice
+from modicum.train.config import TrainConfig
+from modicum.train.evaluate import mean_loss
+from modicum.train.forecast import run_flops
+from modicum.train.loop import Trainer, TrainResult
+from modicum.train.part import Part
+
+AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("nonzero_parameters", "lower", "parameters"))
+LIMITS = {"tokens"}
+DENSE = Choice("surgery", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(training.Scale):
+    """`tokens` are the baseline's. Deep and narrow: what stacking and pruning act on are layers, not tables."""
+
+    tokens: int = 400_000
+    corpus_bytes: int = 2_000_000
+    vocabulary: int = 512
+    width: int = 64
+    layers: int = 8
+    dtype: str = "float32"
+    curve_points: int = 20  # held-out losses along a run
+    curve_sequences: int = 48  # in each of them
+
+
+QUICK = Scale(**training.QUICK | {"layers": 4}, curve_points=4, curve_sequences=4)
+
+
+class Curve(Part):
+    """Held-out losses along a run: (FLOPs, loss) pairs."""
+
+    def __init__(self, bench: training.Bench, points: int):
+        self.bench, self.points, self.found = bench, points, [(0.0, float("inf"))]
+
+    def after_step(self, trainer: Any) -> None:
+        assert isinstance(trainer, Trainer)
+        done, total = trainer.steps_done, trainer.config.total_steps
+        if done == total or done * self.points // total > (done - 1) * self.points // total:
+            self.found.append((trainer.flops, self.loss(trainer.model)))
+
+    def loss(self, model: Any) -> float:
+        scale = self.bench.scale
+        held = training.memory(self.bench.corpus.heldout, self.bench.tokenizer)
+        stream = training.Stream(held, sequence_length=scale.sequence_length, seed=0, epochs=1)
+        return mean_loss(model, stream, rows=16, sequences=scale.curve_sequences)
+
+    def reaches(self, loss: float) -> float:
+        """FLOPs at which the curve first falls to `loss`, between points by a straight line; inf if never."""
+        for (before, high), (after, low) in zip(self.found, self.found[1:], strict=False):
+            if low <= loss:
+                share = 0.0 if high == float("inf") else (high - loss) / max(high - low, 1e-12)
+                return before + share * (after - before)
+        return float("inf")
+
+
+def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
+    bench = training.Bench.of(settings)
+    record = bench.model_record(bench.model(seed))
+    dense = _dense(settings, seed)
+    budget, target = dense[1].flops, dense[2].found[-1][1]
+    if choice == DENSE:
+        model, result, curve = dense
+    else:
+        model, result, curve = _run(bench, choice, seed, equal_tokens(bench, choice, budget))
+    metrics = {
+        "bits_per_byte": bench.bits(model),
+        "nonzero_parameters": sum(int((p != 0).sum()) for p in model.parameters()),
+        "average_parameters": result.average_parameters or 0.0,
+        "flops_to_baseline": min(curve.reaches(target) / budget, 9.0),
+        "train_flops": result.flops,
+        "tokens": result.tokens,
+        "train_seconds": result.seconds,
+    }
+    return Measurement(
+        metrics=metrics,
+        cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens),
+        model=record,
+        data=bench.corpus.record,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _dense(settings: Settings, seed: int) -> tuple[Any, TrainResult, Curve]:
+    bench = training.Bench.of(settings)
+    return _run(bench, DENSE, seed, bench.total)
+
+
+def _run(bench: training.Bench, choice: Choice, seed: int, tokens: int) -> tuple[Any, TrainResult, Curve]:
+    model, curve = bench.model(seed), Curve(bench, bench.scale.curve_points)
+    stream = bench.stream(seed, total=tokens)
+    result = bench.train(model, seed, stream, tokens=tokens, parts={"curve": curve}, surgery=choice)
+    return model, result, curve
+
+
+def equal_tokens(bench: training.Bench, choice: Choice, budget: float) -> int:
+    """Tokens, in whole steps, after which a run with this surgery has counted about `budget` FLOPs."""
+    scale = bench.scale
+    size = scale.sequence_length * scale.batch_sequences
+    config = TrainConfig(
+        tokens=bench.total,
+        sequence_length=scale.sequence_length,
+        batch_sequences=scale.batch_sequences,
+        dtype=scale.dtype,
+        device=bench.settings.device,
+        surgery=choice,
+    )
+    steps = config.total_steps
+    for _ in range(8):  # schedules in tokens make FLOPs not quite proportional to the length
+        flops = run_flops(bench.model(0), dataclasses.replace(config, tokens=steps * size))
+        better = max(round(steps * budget / flops), 1)
+        if better == steps:
+            break
+        steps = better
+    return steps * size
