@@ -172,3 +172,15 @@ def test_another_tokenizer_is_refused(modicum, curated, model, tmp_path):
     Tokenizer.train(["other words than before " * 9], 300).save(other)
     code, _, err = modicum("pretrain", curated, "--out", tmp_path / "out", "--model", other, "--steps", 3)
     assert code == 2 and "another tokenizer" in err and "--tokenizer" in err
+
+
+@pytest.mark.parametrize(("surgery", "layers"), [("spdf:sparsity=0.5", None), ("gstack:growth=2,grow=0.5", 2)])
+def test_surgery_reaches_the_exported_folder(modicum, curated, tmp_path, surgery, layers):
+    words = ["pretrain", curated, "--out", tmp_path, "--steps", "6", "--surgery", surgery, "--json", *SMALL]
+    code, out, _ = modicum(*words)
+    told, model = json.loads(out), load_model(tmp_path / "model", "float32")
+    weights = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("layers.")]
+    zeros = sum(int((p == 0).sum()) for p in weights) / sum(p.numel() for p in weights)
+    assert code == 0 and told["finished"] and told["average_parameters"] < told["parameters"]
+    assert zeros == pytest.approx(0.0 if layers else 0.5, abs=2e-3)
+    assert not layers or len(model.layers) == layers

@@ -28,7 +28,7 @@ def folders(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          str(HERE / "surgery_two_processes.py"), str(folder)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200, check=False)  # fmt: skip
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -17,8 +17,9 @@ from modicum.bench import training
 from modicum.bench.harness import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core.choice import Choice
+from modicum.data.stream import Stream
 from modicum.train.config import TrainConfig
-from modicum.train.evaluate import mean_loss
+from modicum.train.evaluate import batches_of, mean_loss
 from modicum.train.forecast import run_flops
 from modicum.train.loop import Trainer, TrainResult
 from modicum.train.part import Part
@@ -32,14 +33,15 @@ DENSE = Choice("surgery", "none")
 class Scale(training.Scale):
     """`tokens` are the baseline's. Deep and narrow: what stacking and pruning act on are layers, not tables."""
 
-    tokens: int = 400_000
-    corpus_bytes: int = 2_000_000
+    tokens: int = 80_000
+    corpus_bytes: int = 1_000_000
+    heldout_bytes: int = 60_000
     vocabulary: int = 512
     width: int = 64
     layers: int = 8
     dtype: str = "float32"
-    curve_points: int = 20  # held-out losses along a run
-    curve_sequences: int = 48  # in each of them
+    curve_points: int = 12  # held-out losses along a run
+    curve_sequences: int = 32  # in each of them
 
 
 QUICK = Scale(**training.QUICK | {"layers": 4}, curve_points=4, curve_sequences=4)
@@ -49,19 +51,17 @@ class Curve(Part):
     """Held-out losses along a run: (FLOPs, loss) pairs."""
 
     def __init__(self, bench: training.Bench, points: int):
-        self.bench, self.points, self.found = bench, points, [(0.0, float("inf"))]
+        self.points, self.found = points, [(0.0, float("inf"))]
+        scale = bench.scale
+        held = training.memory(bench.corpus.heldout, bench.tokenizer)
+        stream = Stream(held, sequence_length=scale.sequence_length, seed=0, epochs=1)
+        self.batches = list(batches_of(stream, 16, scale.curve_sequences))
 
     def after_step(self, trainer: Any) -> None:
         assert isinstance(trainer, Trainer)
         done, total = trainer.steps_done, trainer.config.total_steps
         if done == total or done * self.points // total > (done - 1) * self.points // total:
-            self.found.append((trainer.flops, self.loss(trainer.model)))
-
-    def loss(self, model: Any) -> float:
-        scale = self.bench.scale
-        held = training.memory(self.bench.corpus.heldout, self.bench.tokenizer)
-        stream = training.Stream(held, sequence_length=scale.sequence_length, seed=0, epochs=1)
-        return mean_loss(model, stream, rows=16, sequences=scale.curve_sequences)
+            self.found.append((trainer.flops, mean_loss(trainer.model, self.batches)))
 
     def reaches(self, loss: float) -> float:
         """FLOPs at which the curve first falls to `loss`, between points by a straight line; inf if never."""

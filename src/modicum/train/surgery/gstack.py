@@ -2,7 +2,8 @@
 
 The run begins with a model of layers / growth layers, a copy of the given model's first ones. When it has
 seen d tokens, its layers are stacked `growth` times in order to fill the given model; embeddings, norm and head
-are taken over. The optimizer's moments are stacked alike, and the schedule begins anew for the tokens left.
+are taken over. The optimizer's moments are stacked alike, and the schedule begins anew for the tokens left. A run
+that is stopped before leaves the given model as it was; its checkpoint holds the shallow one.
 
     deep layer i = shallow layer i mod (layers / growth)
     log10(d) = 0.88 log10(N) + 163.27 / log10(C) - 5.74     N deep parameters, C = 6 N D FLOPs of D tokens
