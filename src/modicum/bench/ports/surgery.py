@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +51,9 @@ QUICK = Scale(**training.QUICK | {"layers": 4}, curve_points=4, curve_sequences=
 class Curve(Part):
     """Held-out losses along a run: (FLOPs, loss) pairs."""
 
-    def __init__(self, bench: training.Bench, points: int):
-        self.points, self.found = points, [(0.0, float("inf"))]
-        scale = bench.scale
+    def __init__(self, bench: training.Bench):
+        scale: Any = bench.scale
+        self.points, self.found = scale.curve_points, [(0.0, float("inf"))]
         held = training.memory(bench.corpus.heldout, bench.tokenizer)
         stream = Stream(held, sequence_length=scale.sequence_length, seed=0, epochs=1)
         self.batches = list(batches_of(stream, 16, scale.curve_sequences))
@@ -61,7 +62,9 @@ class Curve(Part):
         assert isinstance(trainer, Trainer)
         done, total = trainer.steps_done, trainer.config.total_steps
         if done == total or done * self.points // total > (done - 1) * self.points // total:
+            began = time.perf_counter()
             self.found.append((trainer.flops, mean_loss(trainer.model, self.batches)))
+            trainer.seconds -= time.perf_counter() - began  # the step's own time is what counts
 
     def reaches(self, loss: float) -> float:
         """FLOPs at which the curve first falls to `loss`, between points by a straight line; inf if never."""
@@ -105,7 +108,7 @@ def _dense(settings: Settings, seed: int) -> tuple[Any, TrainResult, Curve]:
 
 
 def _run(bench: training.Bench, choice: Choice, seed: int, tokens: int) -> tuple[Any, TrainResult, Curve]:
-    model, curve = bench.model(seed), Curve(bench, bench.scale.curve_points)
+    model, curve = bench.model(seed), Curve(bench)
     stream = bench.stream(seed, total=tokens)
     result = bench.train(model, seed, stream, tokens=tokens, parts={"curve": curve}, surgery=choice)
     return model, result, curve

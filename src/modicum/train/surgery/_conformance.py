@@ -39,20 +39,18 @@ def _stream() -> Stream:
 def _config(key: str, **knobs: Any) -> TrainConfig:
     toy = getattr(registry.load("surgery", key).module, "TOY", None)
     choice = Choice("surgery", key, dataclasses.asdict(toy) if toy else {})
-    return TrainConfig(
-        **{
-            "steps": STEPS,
-            "sequence_length": LENGTH,
-            "batch_sequences": 8,
-            "lr": 1e-2,
-            "device": "cpu",
-            "dtype": "float32",
-            "surgery": choice,
-            "checkpoint_every": 2,
-            "keep": STEPS + 1,
-        }
-        | knobs
-    )
+    told: dict[str, Any] = {
+        "steps": STEPS,
+        "sequence_length": LENGTH,
+        "batch_sequences": 8,
+        "lr": 1e-2,
+        "device": "cpu",
+        "dtype": "float32",
+        "surgery": choice,
+        "checkpoint_every": 2,
+        "keep": STEPS + 1,
+    }
+    return TrainConfig(**told | knobs)
 
 
 def _train(key: str, folder: Path | None, **knobs: Any) -> tuple[Decoder, TrainResult]:
