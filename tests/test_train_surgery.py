@@ -284,6 +284,29 @@ def test_the_planned_step_is_the_mean_of_two_phases():
     assert deep.peak_bytes <= told.peak_bytes < 1.15 * deep.peak_bytes
 
 
+def test_a_planner_walks_through_the_phases():
+    """Seconds and FLOPs of a whole run, from steps of the shallow and of the deep model."""
+    from types import SimpleNamespace
+
+    from modicum.road.training import training_cost
+    from modicum.train.pretrain import step_seconds
+
+    asked = SimpleNamespace(recipe=SimpleNamespace(pretrain=SimpleNamespace(packing="concat")),
+                            once=lambda key, measure: measure())
+    told = config(steps=40, surgery="gstack:grow=0.5", dtype="float32")
+    cost = training_cost(asked, decoder(layers=4).config, told, evaluations=0)
+    assert cost.flops == pytest.approx(run_flops(decoder(layers=4), told), rel=0.1)
+    seen = []
+
+    class Seen(Decoder):
+        def hidden(self, *args, **more):
+            seen.append(len(self.layers))
+            return super().hidden(*args, **more)
+
+    model = Seen(decoder(layers=4).config)
+    assert step_seconds(model, stream(), told, 0.0) > 0 and seen == sorted(seen) and set(seen) == {1, 4}
+
+
 # what is refused ---------------------------------------------------------------------------------------------
 
 

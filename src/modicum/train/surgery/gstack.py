@@ -162,7 +162,7 @@ def shallow_config(model: Decoder, growth: int) -> Any:
 def first_layers(deep: Decoder, config: Any) -> Decoder:
     """A decoder of its own with copies of `deep`'s first layers and of everything around them."""
     with torch.device("meta"):
-        model = Decoder(config)
+        model = type(deep)(config)
     memo: dict[int, Any] = {}  # one for all, so that a tied head stays tied
     for name, module in deep.named_children():
         kept = module[: config.layers] if isinstance(module, nn.ModuleList) else module
