@@ -360,7 +360,7 @@ def test_an_optimizer_whose_state_does_not_fit_is_named(monkeypatch):
     from modicum.train.optimizers.adamw import AdamW
 
     monkeypatch.setattr(AdamW, "load_state_dict", lambda self, state: state["counter"])
-    with pytest.raises(UserError, match=r"state of optimizer 'adamw' cannot go over .* gstack:moments=false"):
+    with pytest.raises(UserError, match=r"cannot stack the state of optimizer 'adamw' .* gstack:moments=false"):
         _train("gstack")
 
 

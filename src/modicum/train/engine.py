@@ -121,14 +121,7 @@ class TrainEngine:
                 target.copy_(parallel.shard_like(weights[name].to(target.dtype), target))
             self.write_back()
         if optimizer_state is not None:
-            try:
-                self.optimizer.load_state_dict(optimizer_state)
-            except (KeyError, RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"the state of optimizer {Choice.parse('optimizer', self.config.optimizer).method!r} cannot go "
-                    f"over to the changed model ({type(error).__name__}: {error}); let it begin without "
-                    "(surgery gstack:moments=false), or take another optimizer"
-                ) from None
+            self.optimizer.load_state_dict(optimizer_state)
 
     def write_back(self) -> None:
         """Put changed `named` weights into the model (bf16 follows its masters)."""

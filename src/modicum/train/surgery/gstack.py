@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.model.decoder import Decoder
 from modicum.train.engine import TrainEngine
@@ -119,7 +120,17 @@ class Stacking(Surgery):
             small = {key: whole(v) if isinstance(v, Tensor) else v for key, v in trainer.optimizer.state_dict().items()}
             state = stacked(small, layers, len(deep.layers))
         self.at, self.deep = trainer.steps_done, None
-        trainer.replace(deep, state, weights)
+        trainer.replace(deep, weights=weights)
+        if state is None:
+            return
+        try:
+            trainer.optimizer.load_state_dict(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            name = Choice.parse("optimizer", trainer.config.optimizer).method
+            raise UserError(
+                f"gstack cannot stack the state of optimizer {name!r} ({type(error).__name__}: {error}); let it begin "
+                "without: gstack:moments=false, or take another optimizer"
+            ) from None
 
     def state_dict(self) -> dict[str, Any]:
         return {"grown_at": self.at if self.grown else 0}

@@ -70,10 +70,10 @@ class SparsePretraining(Masking):
 
     def start(self, trainer: TrainEngine) -> None:
         super().start(trainer)
-        self.sparse_steps = round((1 - self.config.dense) * trainer.config.total_steps)
+        self.sparse_steps = max(round((1 - self.config.dense) * trainer.config.total_steps), 1)
 
     def marks(self, trainer: TrainEngine) -> list[int]:
-        return [self.sparse_steps] if 0 < self.sparse_steps < trainer.config.total_steps else []
+        return [self.sparse_steps] if self.sparse_steps < trainer.config.total_steps else []
 
     def removed(self, step: int) -> int:
         if self.freed or step >= self.sparse_steps:
