@@ -52,13 +52,22 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(head(h))[target] over targets that are not NO_LOSS, and how many those are.
 
-    head=None: `h_BTD` are the logits. At most `logits_bytes` of float32 logits exist at once (None: see
-    `slice_rows`). The gradient is computed slice by slice during the forward pass, so nothing is
-    recomputed in the backward pass; it may be taken once, and not differentiated again.
+    head=None: `h_BTD` are the logits. Within `using` another function computes it; else `sliced`, with
+    `logits_bytes`.
     """
     other = _OTHER.get()
     if other is not None and torch.is_grad_enabled():
         return other(h_BTD, targets_BT, head)
+    return sliced(h_BTD, targets_BT, head, logits_bytes)
+
+
+def sliced(
+    h_BTD: Tensor, targets_BT: Tensor, head: Head | None, logits_bytes: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` by slices of rows: at most `logits_bytes` of float32 logits exist at once (None: see
+    `slice_rows`). The gradient is computed slice by slice during the forward pass, so nothing is
+    recomputed in the backward pass; it may be taken once, and not differentiated again.
+    """
     h_ND, targets_N = h_BTD.flatten(0, -2), targets_BT.flatten()
     count = (targets_N != NO_LOSS).sum()
     if targets_N.device.type == "cpu" and type(targets_N) is Tensor and 0 < 2 * int(count) < len(targets_N):
