@@ -67,6 +67,18 @@ class Live(TorchDispatchMode):
         return out
 
 
+class _Nowhere:
+    """Stands for a counter's module tracker, whose hooks would keep graphs alive and with them tensors."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> _Nowhere:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 def trace(work: Callable[[], Any], device: str = "cpu") -> Traced:
     """Run `work()` without data and report its cost.
 
@@ -75,7 +87,9 @@ def trace(work: Callable[[], Any], device: str = "cpu") -> Traced:
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.device(device):
         live = Live()
-        with live, FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = _Nowhere()
+        with live, counter:
             result = work()
         kept = live.live
         del fake

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,8 +33,8 @@ def _choice(key: str) -> Choice:
 
 
 def _config(choices: list[Choice], **knobs: Any) -> TrainConfig:
-    return TrainConfig(steps=8, sequence_length=LENGTH, batch_sequences=ROWS, device="cpu",
-                       memory=choices, **{"dtype": "float32"} | knobs)
+    usual: dict[str, Any] = {"steps": 8, "sequence_length": LENGTH, "batch_sequences": ROWS, "dtype": "float32"}
+    return TrainConfig(device="cpu", memory=choices, **usual | knobs)
 
 
 def _model() -> Decoder:
@@ -131,13 +130,12 @@ def check_resumes_bit_for_bit(key: str) -> None:
 
 def check_draws_for_itself(key: str) -> None:
     """A saver leaves PyTorch's generator alone, so that an objective draws what it draws without it."""
-    engine = _engine([_choice(key)])
-    torch.manual_seed(5)
-    _gradient(engine)
-    after = torch.rand(1)
-    torch.manual_seed(5)
-    _gradient(_engine([]))
-    assert torch.equal(after, torch.rand(1)), f"{key}: it draws from the generator that objectives use"
+    drawn = []
+    for engine in (_engine([]), _engine([_choice(key)])):
+        torch.manual_seed(5)
+        _gradient(engine)
+        drawn.append(torch.rand(1))
+    assert torch.equal(*drawn), f"{key}: it draws from the generator that objectives use"
 
 
 def check_without_gradients(key: str) -> None:
@@ -167,7 +165,7 @@ def check_trace(key: str) -> None:
 
     On a shape where activations and logits weigh more than weights, so that a saver has something to save.
     """
-    shape = llama_like(512, 32, 4, heads=4, kv_heads=2)
+    shape = llama_like(512, 32, 2, heads=4, kv_heads=2)
     peaks = [step_cost(lambda: blank(shape), _config(choices, batch_sequences=64), 512).peak_bytes
              for choices in ([], [_choice(key)])]
     cls: Any = registry.load("memory", key).cls
@@ -179,5 +177,4 @@ def check_names_what_it_saves(key: str) -> None:
     """`saves` is a short word, the baseline's is "nothing", and two savers of the same are refused."""
     cls: Any = registry.load("memory", key).cls
     assert cls.saves.isidentifier(), f"{key}: saves={cls.saves!r} must be a word such as activations or loss"
-    assert SimpleNamespace(**{cls.saves: 1}), key
     assert (cls.saves == "nothing") == (key == "none"), f"{key}: saves={cls.saves!r}"

@@ -116,12 +116,13 @@ class Mesa(MemorySaver):
 
         def keep_bytes(x: Tensor, *rest: Any, **more: Any) -> Any:
             mine = {p.untyped_storage()._cdata for p in module.parameters()}
-            own = x.untyped_storage()._cdata
+            # Autograd holds the hooks as long as what they packed, so that they may not hold the input itself.
+            own, leading = x.untyped_storage()._cdata, x.shape[:-1]
 
             def chosen(t: Tensor) -> bool:
                 """Activations alone. What a form keeps besides its input may be a weight, and stays exact."""
                 storage = t.untyped_storage()._cdata
-                return storage not in mine and (storage == own or (not narrow and t.shape[:-1] == x.shape[:-1]))
+                return storage not in mine and (storage == own or (not narrow and t.shape[:-1] == leading))
 
             with self._hooks(name, chosen, lambda t: by_head(t) if t.ndim == 4 else by_channel(t, groups)):
                 return forward(x, *rest, **more)
