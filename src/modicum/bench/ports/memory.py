@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import json
 import math
@@ -78,12 +77,12 @@ def worker(choice: str, seed: int, scale: Scale, device: str) -> dict[str, float
 
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(-3, 1 << 16)  # freed blocks above 64 KiB go back: what is live is resident
-    small = dataclasses.replace(scale, vocabulary=64, step_width=64, step_layers=1, step_length=32, step_sequences=2)
-    _step(choice, seed, small, device, 1)  # first calls load code and allocate buffers that are no step's
-    held: list[dict[str, Any]] = []
-    peak, _ = _peak(lambda: held.append(_step(choice, seed, scale, device, scale.steps)), device)
+    # First, because first calls load code and allocate buffers that are no step's.
     plain, gradient = _step(None, seed, scale, device, steps=0), _step(choice, seed, scale, device, steps=0)
     error = torch.linalg.vector_norm(gradient["flat"] - plain["flat"]) / torch.linalg.vector_norm(plain["flat"])
+    del plain, gradient
+    held: list[dict[str, Any]] = []
+    peak, _ = _peak(lambda: held.append(_step(choice, seed, scale, device, scale.steps)), device)
     shape, config = _shape(scale), _config(choice, seed, scale, device)
     planned = step_cost(lambda: blank(shape), config, shape.vocab_size).peak_bytes
     found = {"peak_bytes": peak, "planned_bytes": float(planned), "step_seconds": held[0]["seconds"],
@@ -191,6 +190,8 @@ def _peak(work: Callable[[], Any], device: str) -> tuple[float, float]:
     from modicum.budget.meter import Meter, resident_now
 
     gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
     before = torch.cuda.memory_allocated() if torch.device(device).type == "cuda" else resident_now()
     with Meter() as meter:
         work()

@@ -63,7 +63,7 @@ class Config:
 class Mesa(MemorySaver):
     supports = frozenset({"fsdp"})
     saves = "activations"
-    gradient_error = 0.05
+    gradient_error = 0.1
     config: Config
 
     def __init__(self, config: Config):
@@ -176,9 +176,9 @@ class Mesa(MemorySaver):
 
     @torch.no_grad()
     def _pack(self, place: str, t: Tensor, grouped: Grouped) -> Packed:
-        view, dims, shape = grouped
-        low, high = view.amin(dims), view.amax(dims)
-        seen = torch.stack([(high - low).flatten(), low.flatten()]).float()
+        view, rows, rest, shape = grouped
+        low, high = view.amin(rows, keepdim=True).amin(rest).float(), view.amax(rows, keepdim=True).amax(rest).float()
+        seen = torch.stack([high - low, low])
         before = self.estimates.get(place)
         if before is not None and before.shape == seen.shape:
             before = before.to(seen.device)
@@ -204,18 +204,19 @@ class Mesa(MemorySaver):
         self.estimates = {place: value.to(torch.float32, copy=True) for place, value in state.items()}
 
 
-Grouped = tuple[Tensor, tuple[int, ...], tuple[int, ...]]  # a view, the dims of a group, the estimates' shape in it
+# A view; its dim of rows and the other dims of a group (reducing rows first is ten times faster); the estimates' shape.
+Grouped = tuple[Tensor, int, tuple[int, ...], tuple[int, ...]]
 
 
 def by_channel(t: Tensor, groups: int) -> Grouped:
     """Groups of neighbouring channels: the largest number that divides them and is no more than `groups`."""
     groups = max(g for g in range(1, min(groups, t.shape[-1]) + 1) if t.shape[-1] % g == 0)
     view = t.reshape(-1, groups, t.shape[-1] // groups)
-    return view, (0, 2), (1, groups, 1)
+    return view, 0, (0, 2), (1, groups, 1)
 
 
 def by_head(t_BHTE: Tensor) -> Grouped:
-    return t_BHTE, (0, 2, 3), (1, t_BHTE.shape[1], 1, 1)
+    return t_BHTE, 2, (0, 2, 3), (1, t_BHTE.shape[1], 1, 1)
 
 
 class Packed:
@@ -228,8 +229,7 @@ class Packed:
         factor = LEVELS / spread.clamp_min(1e-30)  # a constant group is its offset
         rows = max(1, PIECE * len(view) // view.numel())
         for part in range(0, len(view), rows):
-            values = view[part:part + rows].to(torch.float32)
-            values = (values - offset).mul_(factor)
+            values = (view[part:part + rows] - offset).mul_(factor)  # float32, as the offset is
             values += 0.5 if generator is None else _uniform(values, generator)
             self.bytes[part:part + rows] = values.clamp_(0, LEVELS).to(torch.uint8)
 
