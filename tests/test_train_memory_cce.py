@@ -54,8 +54,15 @@ def _cut(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: f
 
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("knobs", [Config(eps=0, **SMALL), Config(eps=0), Config(eps=1e-30, **SMALL),
-                                   Config(eps=1e-30, sort=False, **SMALL)])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        Config(eps=0, **SMALL),
+        Config(eps=0),
+        Config(eps=1e-30, **SMALL),
+        Config(eps=1e-30, sort=False, **SMALL),
+    ],
+)
 def test_gradients_are_the_naive_ones(cap, with_bias, knobs) -> None:
     h, weight, bias, targets = _case()
     given = (h, weight, bias if with_bias else None, targets, cap)
@@ -80,12 +87,12 @@ def _by_hand(h: Tensor, weight: Tensor, targets: Tensor, knobs: Config) -> tuple
     dropped = 0
     for n in range(0, len(h), knobs.rows):
         for v in range(0, len(weight), knobs.block):
-            rows, columns = slice(n, n + knobs.rows), order[v:v + knobs.block]
+            rows, columns = slice(n, n + knobs.rows), order[v : v + knobs.block]
             if bool(torch.isin(targets[rows], columns).any()):
                 continue
             if (logits[rows][:, columns].max() - lse[rows].min()).exp() < knobs.eps:
                 assert g[rows][:, columns].abs().max() < knobs.eps  # never more than the paper's test drops
-                g[n:n + knobs.rows, columns] = 0
+                g[n : n + knobs.rows, columns] = 0
                 dropped += 1
     tiles = math.ceil(len(h) / knobs.rows) * math.ceil(len(weight) / knobs.block)
     return g @ weight, g.T @ h, dropped / tiles
@@ -100,7 +107,9 @@ def test_tiles_below_eps_are_left_out_and_no_others(sort) -> None:
     dh, dw, dropped = _by_hand(h, weight, targets, knobs)
     _, (ours_h, ours_w) = _cut(h, weight, None, targets, None, knobs)
     assert 0 < dropped < 0.95
-    assert torch.allclose(ours_h[targets != -100], 3 * dh, atol=1e-9) and torch.allclose(ours_w, 3 * dw, atol=1e-9)
+    assert torch.allclose(ours_h[targets != -100], 3 * dh, atol=1e-9) and torch.allclose(
+        ours_w, 3 * dw, atol=1e-9
+    )
     _, exact = _naive(h, weight, None, targets, None)
     assert not torch.allclose(ours_w, exact[1], atol=1e-6)  # something was lost, and not much:
     assert (ours_w - exact[1]).norm() < 0.02 * exact[1].norm()
@@ -111,7 +120,9 @@ def test_sorting_drops_more() -> None:
     h = 1 + 0.1 * torch.randn(1, 64, 16, generator=generator, dtype=torch.float64)
     weight = 0.6 * torch.randn(512, 16, generator=generator, dtype=torch.float64)
     targets = torch.zeros(1, 64, dtype=torch.int64)
-    shares = [_by_hand(h, weight, targets, Config(eps=2**-12, rows=64, block=16, sort=s))[2] for s in (False, True)]
+    shares = [
+        _by_hand(h, weight, targets, Config(eps=2**-12, rows=64, block=16, sort=s))[2] for s in (False, True)
+    ]
     assert shares[1] > shares[0] + 0.1
 
 
@@ -129,7 +140,11 @@ def test_ignored_rows_may_hold_nan_and_others_show_it() -> None:
     h, weight, bias, targets = _case()
     h[targets == -100] = math.nan
     loss, grads = _cut(h, weight, bias, targets, None, Config(**SMALL))
-    assert torch.isfinite(loss) and torch.isfinite(grads[1]).all() and torch.isfinite(grads[0][targets != -100]).all()
+    assert (
+        torch.isfinite(loss)
+        and torch.isfinite(grads[1]).all()
+        and torch.isfinite(grads[0][targets != -100]).all()
+    )
     h[1, 1] = math.nan
     loss, grads = _cut(h, weight, bias, targets, None, Config(eps=0.5, **SMALL))
     assert torch.isnan(loss) and torch.isnan(grads[1]).any()
@@ -182,7 +197,13 @@ def test_a_form_on_the_head_trains_through_it() -> None:
 
 def test_what_it_cannot_take_apart_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="'cce' cannot be combined with Sequential"):
-        train(nn.Sequential(nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)), stream(), config(memory=["cce"]), None, label="")
+        train(
+            nn.Sequential(nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)),
+            stream(),
+            config(memory=["cce"]),
+            None,
+            label="",
+        )
 
     class Bent(type(attach.wrap(nn.Linear(4, 4)))):
         supports = frozenset()
@@ -193,7 +214,10 @@ def test_what_it_cannot_take_apart_is_refused_by_name() -> None:
         cce.classifier(model)
 
 
-@pytest.mark.parametrize("knobs, word", [({"eps": -1}, "eps"), ({"eps": 1.0}, "eps"), ({"rows": 0}, "rows"), ({"block": 0}, "block")])
+@pytest.mark.parametrize(
+    "knobs, word",
+    [({"eps": -1}, "eps"), ({"eps": 1.0}, "eps"), ({"rows": 0}, "rows"), ({"block": 0}, "block")],
+)
 def test_impossible_knobs_are_refused(knobs, word) -> None:
     with pytest.raises(ValueError, match=word):
         Config(**knobs)
@@ -230,7 +254,13 @@ def kernels_agree() -> None:
 def test_kernels_agree_in_the_interpreter() -> None:
     """In a process of its own: Triton decides at its first import whether it interprets."""
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", "import test_train_memory_cce as t; t.kernels_agree()"],
-                          capture_output=True, text=True, cwd=Path(__file__).parent,
-                          env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=200, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_train_memory_cce as t; t.kernels_agree()"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        timeout=200,
+        check=False,
+    )
     assert done.stdout == "agree\n", done.stderr[-3000:]

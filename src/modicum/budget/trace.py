@@ -88,7 +88,7 @@ def trace(work: Callable[[], Any], device: str = "cpu") -> Traced:
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.device(device):
         live = Live()
         counter = FlopCounterMode(display=False)
-        counter.mod_tracker = _Nowhere()
+        counter.mod_tracker = _Nowhere()  # type: ignore[assignment]
         with live, counter:
             result = work()
         kept = live.live

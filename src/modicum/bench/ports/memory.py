@@ -44,8 +44,17 @@ class Scale(training.Scale):
     loss_width: int = 256
 
 
-QUICK = Scale(**training.QUICK, step_width=64, step_layers=2, step_length=64, step_sequences=16, steps=1,
-              loss_tokens=64, loss_vocabulary=4096, loss_width=32)
+QUICK = Scale(
+    **training.QUICK,
+    step_width=64,
+    step_layers=2,
+    step_length=64,
+    step_sequences=16,
+    steps=1,
+    loss_tokens=64,
+    loss_vocabulary=4096,
+    loss_width=32,
+)
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
@@ -54,16 +63,26 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     record = bench.model_record(model)
     result = bench.train(model, seed, memory=[choice])
     told = {"choice": str(choice), "seed": seed, "scale": asdict(settings.scale), "device": settings.device}
-    done = subprocess.run([sys.executable, "-m", __name__], input=json.dumps(told), capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__], input=json.dumps(told), capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise ModicumError(f"measuring a step of memory/{choice} failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise ModicumError(
+            f"measuring a step of memory/{choice} failed: {done.stderr.strip().splitlines()[-1:]}"
+        )
     found = json.loads(done.stdout)
-    metrics = {"bits_per_byte": bench.bits(model), "train_seconds": result.seconds, "train_loss": result.loss,
-               "tokens": result.tokens, **found}
+    metrics = {
+        "bits_per_byte": bench.bits(model),
+        "train_seconds": result.seconds,
+        "train_loss": result.loss,
+        "tokens": result.tokens,
+        **found,
+    }
     return Measurement(
         metrics=metrics,
-        cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens, peak_bytes=found["peak_bytes"]),
+        cost=Cost(
+            seconds=result.seconds, flops=result.flops, tokens=result.tokens, peak_bytes=found["peak_bytes"]
+        ),
         model=record,
         data=bench.corpus.record,
     )
@@ -79,14 +98,20 @@ def worker(choice: str, seed: int, scale: Scale, device: str) -> dict[str, float
         ctypes.CDLL(None).mallopt(-3, 1 << 16)  # freed blocks above 64 KiB go back: what is live is resident
     # First, because first calls load code and allocate buffers that are no step's.
     plain, gradient = _step(None, seed, scale, device, steps=0), _step(choice, seed, scale, device, steps=0)
-    error = torch.linalg.vector_norm(gradient["flat"] - plain["flat"]) / torch.linalg.vector_norm(plain["flat"])
+    error = torch.linalg.vector_norm(gradient["flat"] - plain["flat"]) / torch.linalg.vector_norm(
+        plain["flat"]
+    )
     del plain, gradient
     held: list[dict[str, Any]] = []
     peak, _ = _peak(lambda: held.append(_step(choice, seed, scale, device, scale.steps)), device)
     shape, config = _shape(scale), _config(choice, seed, scale, device)
     planned = step_cost(lambda: blank(shape), config, shape.vocab_size).peak_bytes
-    found = {"peak_bytes": peak, "planned_bytes": float(planned), "step_seconds": held[0]["seconds"],
-             "gradient_error": float(error)}
+    found = {
+        "peak_bytes": peak,
+        "planned_bytes": float(planned),
+        "step_seconds": held[0]["seconds"],
+        "gradient_error": float(error),
+    }
     return found | (_loss(choice, seed, scale, device) if scale.loss_tokens else {})
 
 
@@ -99,8 +124,15 @@ def _shape(scale: Scale) -> Any:
 def _config(choice: str | None, seed: int, scale: Scale, device: str) -> Any:
     from modicum.train.config import TrainConfig
 
-    return TrainConfig(steps=100, sequence_length=scale.step_length, batch_sequences=scale.step_sequences,
-                       dtype=scale.dtype, seed=seed, device=device, memory=[choice] if choice else [])
+    return TrainConfig(
+        steps=100,
+        sequence_length=scale.step_length,
+        batch_sequences=scale.step_sequences,
+        dtype=scale.dtype,
+        seed=seed,
+        device=device,
+        memory=[choice] if choice else [],
+    )
 
 
 def _step(choice: str | None, seed: int, scale: Scale, device: str, steps: int) -> dict[str, Any]:
@@ -117,8 +149,12 @@ def _step(choice: str | None, seed: int, scale: Scale, device: str, steps: int) 
     engine.build()
     rows, length = scale.step_sequences, scale.step_length
     tokens_BT = torch.randint(scale.vocabulary, (rows, length + 1), generator=lab.seeded(seed))
-    batch = Batch(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous(), None,
-                  torch.arange(length).expand(rows, length))
+    batch = Batch(
+        tokens_BT[:, :-1].contiguous(),
+        tokens_BT[:, 1:].contiguous(),
+        None,
+        torch.arange(length).expand(rows, length),
+    )
     began = time.perf_counter()
     for index in range(steps + 1):
         began = time.perf_counter() if index == 1 else began
@@ -127,7 +163,11 @@ def _step(choice: str | None, seed: int, scale: Scale, device: str, steps: int) 
         engine.optimizer.begin(scales)
         engine.gradients(batch, rows * length, Step(index, 0, 1, seed))
         if not steps:
-            return {"flat": torch.cat([p.grad.flatten().float() for p in engine.named.values() if p.grad is not None])}
+            return {
+                "flat": torch.cat(
+                    [p.grad.flatten().float() for p in engine.named.values() if p.grad is not None]
+                )
+            }
         engine.update(scales)
     return {"seconds": (time.perf_counter() - began) / steps}
 
@@ -157,7 +197,7 @@ def _loss(choice: str, seed: int, scale: Scale, device: str) -> dict[str, float]
                 self.lm_head.weight.copy_(torch.randn(V, D, generator=draw) / math.sqrt(D))
 
         def head(self, h: torch.Tensor) -> torch.Tensor:
-            return self.lm_head(h)  # type: ignore[no-any-return]
+            return self.lm_head(h)
 
     model = Headed()
     h_1ND = torch.randn(1, N, D, generator=draw).to(device, dtype).requires_grad_()
@@ -172,7 +212,9 @@ def _loss(choice: str, seed: int, scale: Scale, device: str) -> dict[str, float]
             logits = model.head(h_1ND[0]).float()
             nn.functional.cross_entropy(logits, targets_1N[0], reduction="sum").backward()
             return
-        around = saver.around(SimpleNamespace(model=model)) if saver.saves == "loss" else contextlib.nullcontext()
+        around = (
+            saver.around(SimpleNamespace(model=model)) if saver.saves == "loss" else contextlib.nullcontext()
+        )
         with around:
             loss.cross_entropy(h_1ND, targets_1N, model.head)[0].backward()
 

@@ -18,14 +18,32 @@ SPLITS = 16  # programs that share the vocabulary of one block of tokens in the 
 
 
 @triton.jit
-def _logits(H, W, B, rows, columns, N, V, D, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-            ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+def _logits(
+    H,
+    W,
+    B,
+    rows,
+    columns,
+    N,
+    V,
+    D,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """float32 logits of `rows` x `columns`; what lies beyond N or V is 0 before the softcap."""
     tile = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for d in range(0, D, STEP):
         at = d + tl.arange(0, STEP)
-        h = tl.load(H + rows[:, None] * D + at[None, :], mask=(rows < N)[:, None] & (at < D)[None, :], other=0.0)
-        w = tl.load(W + columns[None, :] * D + at[:, None], mask=(columns < V)[None, :] & (at < D)[:, None], other=0.0)
+        h = tl.load(
+            H + rows[:, None] * D + at[None, :], mask=(rows < N)[:, None] & (at < D)[None, :], other=0.0
+        )
+        w = tl.load(
+            W + columns[None, :] * D + at[:, None], mask=(columns < V)[None, :] & (at < D)[:, None], other=0.0
+        )
         tile = tl.dot(h, w, tile, input_precision="ieee")
     if HAS_BIAS:
         tile += tl.load(B + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
@@ -35,8 +53,24 @@ def _logits(H, W, B, rows, columns, N, V, D, softcap, HAS_BIAS: tl.constexpr, HA
 
 
 @triton.jit
-def _lse_kernel(H, W, B, LSE, MEAN, N, V, D, softcap, per_split, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-                STATS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+def _lse_kernel(
+    H,
+    W,
+    B,
+    LSE,
+    MEAN,
+    N,
+    V,
+    D,
+    softcap,
+    per_split,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    STATS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """Log-sum-exp of one share of the vocabulary for one block of tokens, and the entries' summed logits."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     start = tl.program_id(1) * per_split
@@ -56,9 +90,31 @@ def _lse_kernel(H, W, B, LSE, MEAN, N, V, D, softcap, per_split, HAS_BIAS: tl.co
 
 
 @triton.jit
-def _backward_kernel(H, W, B, TARGET, LSE, ORDER, DH, DW, DB, N, V, D, softcap, eps, HAS_BIAS: tl.constexpr,
-                     HAS_CAP: tl.constexpr, HAS_ORDER: tl.constexpr, NEED_H: tl.constexpr, NEED_W: tl.constexpr,
-                     NEED_B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+def _backward_kernel(
+    H,
+    W,
+    B,
+    TARGET,
+    LSE,
+    ORDER,
+    DH,
+    DW,
+    DB,
+    N,
+    V,
+    D,
+    softcap,
+    eps,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    NEED_H: tl.constexpr,
+    NEED_W: tl.constexpr,
+    NEED_B: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """One tile: its logits again, softmax minus target, and unless all of it is below eps the two products."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
@@ -90,8 +146,9 @@ def _backward_kernel(H, W, B, TARGET, LSE, ORDER, DH, DW, DB, N, V, D, softcap, 
                 tl.atomic_add(DW + w_at, tl.dot(tl.trans(g), h, input_precision="ieee"), mask=w_in)
 
 
-def lse(h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None,
-        stats: bool) -> tuple[Tensor, Tensor | None]:
+def lse(
+    h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None, stats: bool
+) -> tuple[Tensor, Tensor | None]:
     """lse_N in float32, and with `stats` the mean logit of each entry of the vocabulary."""
     (N, D), V = h_ND.shape, len(weight_VD)
     h_ND, weight_VD = h_ND.contiguous(), weight_VD.contiguous()
@@ -100,24 +157,65 @@ def lse(h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float |
     mean = torch.zeros(V, dtype=torch.float32, device=h_ND.device)
     if N:
         _lse_kernel[triton.cdiv(N, ROWS), len(parts)](
-            h_ND, weight_VD, bias_V if bias_V is not None else h_ND, parts, mean, N, V, D, softcap or 1.0,
-            per_split, bias_V is not None, softcap is not None, stats, ROWS, COLUMNS, STEP)
+            h_ND,
+            weight_VD,
+            bias_V if bias_V is not None else h_ND,
+            parts,
+            mean,
+            N,
+            V,
+            D,
+            softcap or 1.0,
+            per_split,
+            bias_V is not None,
+            softcap is not None,
+            stats,
+            ROWS,
+            COLUMNS,
+            STEP,
+        )
     return parts.logsumexp(0), mean.div_(max(N, 1)) if stats else None
 
 
-def backward(h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, lse_N: Tensor,
-             order_V: Tensor | None, softcap: float | None, eps: float,
-             needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+def backward(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    lse_N: Tensor,
+    order_V: Tensor | None,
+    softcap: float | None,
+    eps: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
     """Gradients of the summed loss in h, weight and bias, each in float32 where it is needed."""
     (N, D), V = h_ND.shape, len(weight_VD)
     h_ND, weight_VD = h_ND.contiguous(), weight_VD.contiguous()
     sizes: list[Any] = [(N, D), (V, D), (V,)]
-    grads = [torch.zeros(size, dtype=torch.float32, device=h_ND.device) if need else None
-             for size, need in zip(sizes, needs, strict=True)]
+    grads = [
+        torch.zeros(size, dtype=torch.float32, device=h_ND.device) if need else None
+        for size, need in zip(sizes, needs, strict=True)
+    ]
     if N:
         _backward_kernel[triton.cdiv(N, ROWS), triton.cdiv(V, COLUMNS)](
-            h_ND, weight_VD, bias_V if bias_V is not None else h_ND, targets_N.contiguous(), lse_N,
-            order_V if order_V is not None else targets_N, *(g if g is not None else h_ND for g in grads), N, V, D,
-            softcap or 1.0, eps, bias_V is not None, softcap is not None, order_V is not None, *needs,
-            ROWS, COLUMNS, STEP)
+            h_ND,
+            weight_VD,
+            bias_V if bias_V is not None else h_ND,
+            targets_N.contiguous(),
+            lse_N,
+            order_V if order_V is not None else targets_N,
+            *(g if g is not None else h_ND for g in grads),
+            N,
+            V,
+            D,
+            softcap or 1.0,
+            eps,
+            bias_V is not None,
+            softcap is not None,
+            order_V is not None,
+            *needs,
+            ROWS,
+            COLUMNS,
+            STEP,
+        )
     return tuple(grads)

@@ -33,7 +33,12 @@ def _choice(key: str) -> Choice:
 
 
 def _config(choices: list[Choice], **knobs: Any) -> TrainConfig:
-    usual: dict[str, Any] = {"steps": 8, "sequence_length": LENGTH, "batch_sequences": ROWS, "dtype": "float32"}
+    usual: dict[str, Any] = {
+        "steps": 8,
+        "sequence_length": LENGTH,
+        "batch_sequences": ROWS,
+        "dtype": "float32",
+    }
     return TrainConfig(device="cpu", memory=choices, **usual | knobs)
 
 
@@ -53,7 +58,9 @@ def _batch(seed: int = 1) -> Batch:
     targets = tokens[:, 1:].clone()
     targets[0, 5:] = -100
     documents = (torch.arange(LENGTH)[None] >= torch.arange(3, 3 + ROWS)[:, None]).long()
-    return Batch(tokens[:, :-1].contiguous(), targets, documents, torch.arange(LENGTH).expand(ROWS, LENGTH).clone())
+    return Batch(
+        tokens[:, :-1].contiguous(), targets, documents, torch.arange(LENGTH).expand(ROWS, LENGTH).clone()
+    )
 
 
 def _gradient(engine: TrainEngine, seed: int = 1) -> tuple[float, Tensor]:
@@ -90,7 +97,9 @@ def check_accumulates(key: str) -> None:
     _, whole = _gradient(engine)
     _, parts = _gradient(_engine([_choice(key)], micro_batch=1))
     error = float((parts - whole).norm() / whole.norm())
-    assert error <= 2 * _saver(engine).gradient_error, f"{key}: the gradient's error over micro-batches is {error:.2g}"
+    assert error <= 2 * _saver(engine).gradient_error, (
+        f"{key}: the gradient's error over micro-batches is {error:.2g}"
+    )
 
 
 def check_leaves_the_model_as_it_was(key: str) -> None:
@@ -104,11 +113,14 @@ def check_leaves_the_model_as_it_was(key: str) -> None:
         assert torch.equal(value, after.state_dict()[name]), f"{key}: {name} changed"
     tokens = _batch().tokens_BT
     with torch.no_grad():
-        assert torch.equal(before.eval()(tokens), after.eval()(tokens)), f"{key}: the model computes something else"
+        assert torch.equal(before.eval()(tokens), after.eval()(tokens)), (
+            f"{key}: the model computes something else"
+        )
 
 
 def check_resumes_bit_for_bit(key: str) -> None:
     """After four steps, state stored and loaded into a new run gives the next step's gradient bit for bit."""
+
     def go(engine: TrainEngine, first: int, last: int) -> Tensor:
         flat = torch.zeros(0)
         for index in range(first, last):
@@ -124,7 +136,9 @@ def check_resumes_bit_for_bit(key: str) -> None:
     begun, resumed = _engine([_choice(key)]), _engine([_choice(key)])
     go(begun, 0, 4)
     tensors, values = split_state(_saver(begun).state_dict())
-    _saver(resumed).load_state_dict(join_state(load(save({n: t.contiguous() for n, t in tensors.items()})), values))
+    _saver(resumed).load_state_dict(
+        join_state(load(save({n: t.contiguous() for n, t in tensors.items()})), values)
+    )
     assert torch.equal(go(resumed, 4, 5), wanted), f"{key}: the gradient differs after resuming"
 
 
@@ -148,7 +162,9 @@ def check_without_gradients(key: str) -> None:
         with _saver(engine).around(engine):
             found = engine.model(tokens)
     assert torch.equal(found, wanted), f"{key}: logits change where no gradient is taken"
-    assert _saver(engine).state_dict().keys() == state.keys(), f"{key}: state appears where no gradient is taken"
+    assert _saver(engine).state_dict().keys() == state.keys(), (
+        f"{key}: state appears where no gradient is taken"
+    )
 
 
 def check_an_error_leaves_no_trace(key: str) -> None:
@@ -166,11 +182,15 @@ def check_trace(key: str) -> None:
     On a shape where activations and logits weigh more than weights, so that a saver has something to save.
     """
     shape = llama_like(512, 32, 2, heads=4, kv_heads=2)
-    peaks = [step_cost(lambda: blank(shape), _config(choices, batch_sequences=64), 512).peak_bytes
-             for choices in ([], [_choice(key)])]
+    peaks = [
+        step_cost(lambda: blank(shape), _config(choices, batch_sequences=64), 512).peak_bytes
+        for choices in ([], [_choice(key)])
+    ]
     cls: Any = registry.load("memory", key).cls
     limit = 1.0 if cls.saves == "nothing" else 0.995
-    assert peaks[1] <= limit * peaks[0], f"{key}: the traced peak is {peaks[1]:,} bytes, without it {peaks[0]:,}"
+    assert peaks[1] <= limit * peaks[0], (
+        f"{key}: the traced peak is {peaks[1]:,} bytes, without it {peaks[0]:,}"
+    )
 
 
 def check_names_what_it_saves(key: str) -> None:

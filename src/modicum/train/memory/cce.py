@@ -52,7 +52,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.eps is not None and not 0 <= self.eps < 1:
-            raise ValueError(f"eps={self.eps} must be at least 0 (skip nothing) and below 1; leave it out for the dtype's")
+            raise ValueError(f"eps={self.eps} must be at least 0 (skip nothing) and below 1, or left out")
         for name in ("rows", "block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -104,7 +104,9 @@ def classifier(model: nn.Module) -> Classifier:
         if weight_VD.requires_grad or not any(p.requires_grad for p in layer.parameters()):
             return Classifier(weight_VD, bias_V, softcap)
     held = layer.choice.method if layer.choice else type(layer).__name__
-    raise UserError(f"memory 'cce' cannot be combined with the form {held!r} on lm_head; leave one of them out")
+    raise UserError(
+        f"memory 'cce' cannot be combined with the form {held!r} on lm_head; leave one of them out"
+    )
 
 
 def linear_cross_entropy(
@@ -127,8 +129,13 @@ def linear_cross_entropy(
 class _CutCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor,
-        softcap: float | None, config: Config,
+        ctx: Any,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        softcap: float | None,
+        config: Config,
     ) -> Tensor:
         eps = torch.finfo(h_ND.dtype).eps / 32 if config.eps is None else config.eps
         way = _kernels() if h_ND.is_cuda else None
@@ -207,8 +214,16 @@ def _lse(
 
 
 def _backward(
-    h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, lse_N: Tensor,
-    order_V: Tensor | None, top_RV: Tensor | None, softcap: float | None, config: Config, eps: float,
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    lse_N: Tensor,
+    order_V: Tensor | None,
+    top_RV: Tensor | None,
+    softcap: float | None,
+    config: Config,
+    eps: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the summed loss in h and bias (wide), and in the weight (rounded once per entry)."""
@@ -261,7 +276,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _wanted(
-    place_N: Tensor, lse_N: Tensor, order_V: Tensor | None, top_RV: Tensor | None, rows: int, block: int, eps: float
+    place_N: Tensor,
+    lse_N: Tensor,
+    order_V: Tensor | None,
+    top_RV: Tensor | None,
+    rows: int,
+    block: int,
+    eps: float,
 ) -> list[list[bool]] | None:
     """For R x J tiles, whether one can hold a gradient of `eps`; None where all must be taken.
 

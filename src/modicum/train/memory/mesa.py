@@ -3,16 +3,17 @@
 Whatever autograd would keep of a layer's activations (inputs of linear layers and norms, of the activation
 and its products, queries, keys and values of the attention) is kept as bytes and taken back as numbers when its
 gradient is due. Each layer has a range and an offset for each group of channels, and for each head in the
-attention, because heads differ widely; they are running estimates, so that one odd batch does not move them.
+attention, because heads differ widely; both are running estimates, so that an odd batch moves them little.
 
     a <- d a + (1 - d) (max X - min X),   b <- d b + (1 - d) min X           per group, d = decay
     Q = clip(floor((X - b) 255 / a + u), 0, 255),  u uniform in [0, 1)       X' = Q a / 255 + b
 
-Pan et al. 2021, arXiv:2111.11124, section 3. Departs from the paper: attention here never keeps its softmax,
-so no 8-bit one is kept either: it is made again from 8-bit queries and keys. A tensor that several layers
-read (a norm's output by q, k and v) is kept once, by the first of them. The upper clip, which the authors' kernel
-lacks, is there. Over several processes the estimates are averaged after each step. The head, which belongs to the
-loss, is left alone. Shapes: B sequences, T tokens, H heads, E head_dim, C channels, G groups.
+Pan et al. 2021, arXiv:2111.11124, section 3. Departs from the paper: attention here never keeps its softmax, so
+no 8-bit one is kept either: it is made again from 8-bit queries and keys. A tensor that several layers read
+(a norm's output by q, k and v) is kept once, by the first of them. The upper clip, which the authors' kernel
+lacks, is there, as in the paper. Over several processes the estimates are averaged after each step. The head,
+which belongs to the loss, is left alone.
+Shapes: B sequences, T tokens, H heads, E head_dim, C channels, G groups.
 """
 
 from __future__ import annotations
@@ -101,8 +102,11 @@ class Mesa(MemorySaver):
             for name, module in watched(model).items():
                 if "forward" not in vars(module):
                     # Not a hook: only a frame of our own is left in order when the forward pass raises.
-                    vars(module)["forward"] = self._attention(name, module) if isinstance(
-                        module, Attention) else self._layer(name, module, groups)
+                    vars(module)["forward"] = (
+                        self._attention(name, module)
+                        if isinstance(module, Attention)
+                        else self._layer(name, module, groups)
+                    )
                     changed.append(module)
             yield
         finally:
@@ -149,7 +153,9 @@ class Mesa(MemorySaver):
 
         return with_bytes
 
-    def _hooks(self, name: str, chosen: Callable[[Tensor], bool], grouped: Callable[[Tensor], Grouped]) -> Any:
+    def _hooks(
+        self, name: str, chosen: Callable[[Tensor], bool], grouped: Callable[[Tensor], Grouped]
+    ) -> Any:
         count = 0
 
         def pack(t: Tensor) -> Any:
@@ -177,13 +183,18 @@ class Mesa(MemorySaver):
     @torch.no_grad()
     def _pack(self, place: str, t: Tensor, grouped: Grouped) -> Packed:
         view, rows, rest, shape = grouped
-        low, high = view.amin(rows, keepdim=True).amin(rest).float(), view.amax(rows, keepdim=True).amax(rest).float()
+        low, high = (
+            view.amin(rows, keepdim=True).amin(rest).float(),
+            view.amax(rows, keepdim=True).amax(rest).float(),
+        )
         seen = torch.stack([high - low, low])
         before = self.estimates.get(place)
         if before is not None and before.shape == seen.shape:
             before = before.to(seen.device)
             seen = torch.lerp(seen, before, self.config.decay)
-            self.estimates[place] = torch.where(seen.isfinite(), seen, before)  # a step that overflowed is forgotten
+            self.estimates[place] = torch.where(
+                seen.isfinite(), seen, before
+            )  # a step that overflowed is forgotten
         else:
             self.estimates[place] = seen.nan_to_num(0.0, 0.0, 0.0)
         return Packed(view, t, seen.view(2, *shape), self._generator if self.config.stochastic else None)
@@ -229,16 +240,18 @@ class Packed:
         factor = LEVELS / spread.clamp_min(1e-30)  # a constant group is its offset
         rows = max(1, PIECE * len(view) // view.numel())
         for part in range(0, len(view), rows):
-            values = (view[part:part + rows] - offset).mul_(factor)  # float32, as the offset is
+            values = (view[part : part + rows] - offset).mul_(factor)  # float32, as the offset is
             values += 0.5 if generator is None else _uniform(values, generator)
-            self.bytes[part:part + rows] = values.clamp_(0, LEVELS).to(torch.uint8)
+            self.bytes[part : part + rows] = values.clamp_(0, LEVELS).to(torch.uint8)
 
     def numbers(self) -> Tensor:
         spread, offset = self.scale.unbind()
         out = torch.empty(self.bytes.shape, dtype=self.dtype, device=self.bytes.device)
         rows = max(1, PIECE * len(out) // out.numel())
         for part in range(0, len(out), rows):
-            out[part:part + rows] = self.bytes[part:part + rows].float().mul_(spread / LEVELS).add_(offset)
+            out[part : part + rows] = (
+                self.bytes[part : part + rows].float().mul_(spread / LEVELS).add_(offset)
+            )
         return out.view(self.shape)
 
     def reshaped(self, shape: torch.Size) -> Packed:
