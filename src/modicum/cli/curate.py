@@ -17,6 +17,8 @@ def curate(
         help="Steps between spaces, with knobs, such as 'normalise minhash:threshold=0.7'. "
              "See: modicum ls step")] = None,
     vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer that is trained.")] = 8192,
+    reserved: Annotated[int, typer.Option(
+        help="So many tokens of it are kept free at its end, for objectives that need marks (ul2: 103).")] = 0,
     tokenizer: Annotated[str | None, typer.Option(
         help="Folder of an existing tokenizer (a model's) to use instead.")] = None,
     heldout: Annotated[float, typer.Option(help="Share of the text no model is trained on.")] = 0.02,
@@ -37,7 +39,7 @@ def curate(
     from modicum.data.readers import ReadConfig
     most = None if limit is None else int(units.parse(limit, "bytes"))
     config = CurateConfig(steps=STEPS if steps is None else steps.split(), vocab_size=vocab_size,
-                          tokenizer=tokenizer, heldout=heldout,
+                          reserved=reserved, tokenizer=tokenizer, heldout=heldout,
                           read=ReadConfig(limit_bytes=most, text_field=text_field))
     curation = run(sources, out, config, engine=engine, processes=processes, events=Events(stage="curate"))
     books = curation.books

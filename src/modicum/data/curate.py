@@ -40,11 +40,13 @@ VERSION = 1   # of what is written; another one makes old folders be curated aga
 @dataclass(frozen=True, kw_only=True)
 class CurateConfig:
     """steps: choices of the port `step`. tokenizer: a folder whose tokenizer is taken as it is (continued
-    pretraining); else one of vocab_size is trained on about tokenizer_bytes of text. heldout: share of the
-    bytes no model is trained on, at most heldout_bytes."""
+    pretraining); else one of vocab_size is trained on about tokenizer_bytes of text, whose last `reserved`
+    tokens are kept free for objectives that need marks. heldout: share of the bytes no model is trained on,
+    at most heldout_bytes."""
 
     steps: Sequence[Any] = STEPS
     vocab_size: int = 8192
+    reserved: int = 0
     tokenizer: str | None = None
     tokenizer_bytes: int = 8 << 20
     heldout: float = 0.02
@@ -109,6 +111,9 @@ def curate(sources: str | Sequence[str], folder: str | Path, config: CurateConfi
     sources = [sources] if isinstance(sources, str) else list(sources)
     choices = [Choice.parse("step", step) for step in config.steps]
     own = None if config.tokenizer is None else Tokenizer.load(config.tokenizer)
+    if own is not None and config.reserved:
+        raise UserError(f"reserved={config.reserved} is for a tokenizer that is trained; {config.tokenizer} is taken "
+                        "as it is: leave out one of the two")
     if not 0 <= config.heldout < 1:
         raise UserError(f"heldout={config.heldout} must be a share, at least 0 and below 1")
     units = _find_all(sources, config.read, folder)
@@ -116,7 +121,7 @@ def curate(sources: str | Sequence[str], folder: str | Path, config: CurateConfi
                         "units": [[u.id, u.kind, u.stamp] for u in units],
                         "read": asdict(config.read), "heldout": [config.heldout, config.heldout_bytes],
                         "tokenizer": own.fingerprint if own else [config.vocab_size, config.tokenizer_bytes],
-                        "seed": config.seed})
+                        "seed": config.seed} | ({"reserved": config.reserved} if config.reserved else {}))
     if (folder / "curation.json").is_file():
         done = Curation.load(folder)
         if done.books.get("fingerprint") == name:

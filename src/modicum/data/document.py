@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import urllib.parse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from modicum.core.errors import CorruptError, UserError
@@ -25,7 +26,7 @@ class Document:
 
     id: unique in a corpus. domain: what the mixture weighs ("prose", "code", ...).
     source: where it was read from. meta: JSON-able; `part_of` names the document it was cut from,
-    so that the parts of one document never fall on both sides of the held-out split.
+    so that the parts of one document never fall on both sides of the held-out split; `quality` is its score.
     """
 
     id: str
@@ -43,6 +44,23 @@ class Document:
     def origin(self) -> str:
         """The document this one was cut from, or its own id."""
         return str(self.meta.get("part_of", self.id))
+
+    @property
+    def site(self) -> str:
+        """Where it comes from, as a reader would say it: a URL's host (en.wikipedia.org), or else its folder.
+
+        The folder is that of the id, which begins with the source's label and says nothing of this machine.
+        """
+        if "://" in self.source:
+            return urllib.parse.urlsplit(self.source).hostname or self.source
+        path = PurePosixPath(self.id.split("#")[0])
+        return path.as_posix() if len(path.parts) < 2 else path.parent.as_posix()
+
+    @property
+    def quality(self) -> float | None:
+        """The score that somebody gave it (`meta["quality"]`, higher is better), if any."""
+        score = self.meta.get("quality")
+        return float(score) if isinstance(score, int | float) and not isinstance(score, bool) else None
 
 
 @dataclass(frozen=True, slots=True)

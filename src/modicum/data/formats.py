@@ -6,6 +6,7 @@ import codecs
 import gzip
 import io
 import json
+import math
 import re
 import tokenize
 from collections.abc import Callable, Iterator
@@ -217,7 +218,7 @@ def code(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
 
 
 def record(row: Any, id_: str, source: str, config: ReadConfig) -> Document | Drop:
-    """A JSON record or table row: its text field, and id, domain, source or url, and title if it has them."""
+    """A JSON record or table row: its text field, and id, domain, source or url, title, quality if it has them."""
     content = row.get(config.text_field) if isinstance(row, dict) else None
     if not isinstance(content, str):
         have = ", ".join(map(str, list(row)[:8])) if isinstance(row, dict) else type(row).__name__
@@ -229,6 +230,9 @@ def record(row: Any, id_: str, source: str, config: ReadConfig) -> Document | Dr
     domain = row.get("domain")
     meta = {k: row[k] for k in ("title", "language", "format") if isinstance(row.get(k), str)}
     meta |= {"record_id": str(row["id"])} if isinstance(row.get("id"), str | int) else {}
+    score = row.get("quality")
+    if isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score):
+        meta["quality"] = float(score)
     origin = row.get("url") or row.get("source")
     return Document(id_, _SURROGATE.sub("\ufffd", content),
                     domain if isinstance(domain, str) and domain else "prose",

@@ -3,6 +3,11 @@
     FOLDER/manifest.json     counts, checksums, tokenizer; written last: a folder without it is unfinished
     FOLDER/DOMAIN/00000.bin  token ids, little-endian uint16 (or uint32), documents one after another
     FOLDER/DOMAIN/00000.idx  int64 [documents + 1, 2]: where each document starts, in tokens and in bytes
+    FOLDER/DOMAIN/00000.site int32 [documents]: which of the part's sites each document comes from
+    FOLDER/DOMAIN/00000.sites.json   name and token ids of each site, as a document's metadata (`METADATA`)
+    FOLDER/DOMAIN/00000.quality      float32 [documents]: scores, NaN where unknown; absent where nobody gave one
+
+What stands beside the tokens (.site, .quality) is optional: folders written before it can be read.
 
 A stored document is `start t1 ... tn eos`, where start is the tokenizer's bos or else its eos: every
 token of the text, the first included, is then predicted from something, and so is the end. A document
@@ -13,6 +18,8 @@ from __future__ import annotations
 
 import array
 import contextlib
+import functools
+import math
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +33,8 @@ from modicum.data.document import Document
 from modicum.data.tokenizer import Tokenizer
 
 BATCH_BYTES = 1 << 20   # text encoded at once
+METADATA = "URL: {}\n\n"   # Gao et al. 2025, arXiv:2501.01956, section 2
+BESIDE = {"quality": np.dtype("<f4"), "site": np.dtype("<i4")}
 
 
 class Documents(Protocol):
@@ -41,6 +50,13 @@ class Documents(Protocol):
         """Stored token ids of document i, a view."""
     def loss_start(self, domain: str, i: int) -> int:
         """How many leading tokens of document i are given rather than learnt (1 = only the start token)."""
+    def metadata(self, domain: str, i: int) -> np.ndarray:
+        """Token ids of what is known of document i besides its text. Raises UserError if nothing was kept."""
+    def quality(self, domain: str) -> np.ndarray:
+        """float32 [documents]: scores, NaN where unknown. Raises UserError if none were kept."""
+    @property
+    def reserved(self) -> int:
+        """Ids at the vocabulary's end that no text uses."""
     @property
     def fingerprint(self) -> str: ...
 
@@ -60,6 +76,8 @@ def write_part(folder: str | Path, part: int, documents: Iterable[Document],
     kind = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     files: dict[str, BinaryIO] = {}
     index: dict[str, array.array[int]] = {}
+    sites: dict[str, dict[str, int]] = {}
+    beside: dict[str, dict[str, array.array[Any]]] = {}
     entries = {}
     with contextlib.ExitStack() as stack:
         for batch in _batches(documents):
@@ -70,11 +88,15 @@ def write_part(folder: str | Path, part: int, documents: Iterable[Document],
                     place = Path(folder) / folder_of(domain) / f"{part:05d}.bin"
                     files[domain] = stack.enter_context(atomic_file(place))
                     index[domain] = array.array("q", (0, 0))
+                    sites[domain], beside[domain] = {}, {"quality": array.array("f"), "site": array.array("i")}
                 tokens = np.empty(len(ids) + 2, kind)
                 tokens[0], tokens[1:-1], tokens[-1] = tokenizer.start_id, ids, tokenizer.eos_id
                 files[domain].write(tokens.data)
                 rows = index[domain]
                 rows.extend((rows[-2] + len(tokens), rows[-1] + document.nbytes))
+                score = document.quality
+                beside[domain]["quality"].append(math.nan if score is None else score)
+                beside[domain]["site"].append(sites[domain].setdefault(document.site, len(sites[domain])))
     for domain in sorted(files):
         stem = Path(folder) / folder_of(domain) / f"{part:05d}"
         rows = index[domain]
@@ -83,6 +105,15 @@ def write_part(folder: str | Path, part: int, documents: Iterable[Document],
         entries[domain] = {"file": f"{folder_of(domain)}/{part:05d}", "documents": len(rows) // 2 - 1,
                            "tokens": rows[-2], "bytes": rows[-1],
                            "sha256": sha256(f"{stem}.bin"), "index_sha256": sha256(f"{stem}.idx")}
+        ids = tokenizer.encode_batch([METADATA.format(name) for name in sites[domain]], specials=False)
+        write_json(f"{stem}.sites.json", dict(zip(sites[domain], ids, strict=True)))
+        entries[domain]["sites_sha256"] = sha256(f"{stem}.sites.json")
+        for name, kind in BESIDE.items():
+            values = np.asarray(beside[domain][name], kind)
+            if name == "site" or not np.isnan(values).all():
+                with atomic_file(f"{stem}.{name}") as file:
+                    file.write(values.data)
+                entries[domain][f"{name}_sha256"] = sha256(f"{stem}.{name}")
     return entries
 
 
@@ -111,7 +142,7 @@ def write_manifest(folder: str | Path, parts: Iterable[Mapping[str, Any]],
             total["shards"].append(dict(entry))
     manifest = {"version": 1, "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
                 "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
-                "start_id": tokenizer.start_id, "eos_id": tokenizer.eos_id,
+                "start_id": tokenizer.start_id, "eos_id": tokenizer.eos_id, "reserved": tokenizer.reserved,
                 "domains": dict(sorted(domains.items()))}
     write_json(Path(folder) / "manifest.json", manifest)
     return manifest
@@ -179,6 +210,20 @@ class TokenShards:
     def loss_start(self, domain: str, i: int) -> int:
         return 1
 
+    @property
+    def reserved(self) -> int:
+        return int(self.manifest.get("reserved", 0))
+
+    def metadata(self, domain: str, i: int) -> np.ndarray:
+        shard, row = self._find(domain, i)
+        return shard.sites[int(shard.beside("site")[row])]
+
+    def quality(self, domain: str) -> np.ndarray:
+        if not any("quality_sha256" in shard.entry for shard in self._shards[domain]):
+            raise no_scores(domain)
+        return np.concatenate([shard.beside("quality") if "quality_sha256" in shard.entry else
+                               np.full(shard.documents, np.nan, np.float32) for shard in self._shards[domain]])
+
     def _find(self, domain: str, i: int) -> tuple[_Shard, int]:
         first = self._first[domain]
         if not 0 <= i < first[-1]:
@@ -190,9 +235,10 @@ class TokenShards:
         """Recompute every checksum. Raises CorruptError naming the first file that differs."""
         for shards in self._shards.values():
             for shard in shards:
-                for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256")):
+                for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256"), (".site", "site_sha256"),
+                                    (".sites.json", "sites_sha256"), (".quality", "quality_sha256")):
                     path = shard.stem.with_name(shard.stem.name + suffix)
-                    if sha256(path) != shard.entry[key]:
+                    if key in shard.entry and sha256(path) != shard.entry[key]:
                         raise CorruptError(f"{path} does not match its checksum; curate again")
 
 
@@ -204,6 +250,31 @@ class _Shard:
         self.tokens = _mapped(stem.with_name(stem.name + ".bin"), dtype, int(entry["tokens"]))
         if self.index[0, 0] != 0 or self.index[-1, 0] != entry["tokens"]:
             raise CorruptError(f"{stem}.idx does not agree with the manifest; curate again")
+        self.kept: dict[str, np.ndarray] = {}
+
+    def beside(self, name: str) -> np.ndarray:
+        """One figure a document: "quality" or "site"."""
+        if name not in self.kept:
+            if f"{name}_sha256" not in self.entry:
+                raise UserError(f"{self.stem.parent} keeps no {name} of its documents: it was curated before "
+                                "that was done; curate again into another folder")
+            path = self.stem.with_name(f"{self.stem.name}.{name}")
+            self.kept[name] = _mapped(path, BESIDE[name], self.documents)
+        return self.kept[name]
+
+    @functools.cached_property
+    def sites(self) -> list[np.ndarray]:
+        """Metadata tokens of each of the part's sites."""
+        path = self.stem.with_name(f"{self.stem.name}.sites.json")
+        try:
+            return [np.asarray(ids, np.int64) for ids in read_json(path).values()]
+        except (OSError, ValueError, AttributeError) as error:
+            raise CorruptError(f"{path} is damaged ({type(error).__name__}); curate again") from None
+
+
+def no_scores(domain: str) -> UserError:
+    return UserError(f"the documents of {domain!r} have no quality scores, so there is no order by them; give records "
+                     'with a number in "quality" (JSONL, Parquet), or curate with the step `score`')
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
@@ -218,10 +289,16 @@ class MemoryDocuments:
     """Documents in memory behind the same protocol: tests, and question/answer pairs.
 
     examples: {domain: [(tokens, loss_start), ...]}, where the first `loss_start` tokens of an example
-    (its start token and its question, say) are given and carry no loss.
+    (its start token and its question, say) are given and carry no loss. metadata: {domain: token ids of each
+    document's}; quality: {domain: score of each}; reserved: ids at the vocabulary's end that no text uses.
     """
 
-    def __init__(self, examples: Mapping[str, Iterable[tuple[Iterable[int], int]]]):
+    def __init__(self, examples: Mapping[str, Iterable[tuple[Iterable[int], int]]], *,
+                 metadata: Mapping[str, Iterable[Iterable[int]]] | None = None,
+                 quality: Mapping[str, Iterable[float]] | None = None, reserved: int = 0):
+        self.reserved = reserved
+        self._metadata = {d: [np.fromiter(ids, np.int64) for ids in rows] for d, rows in (metadata or {}).items()}
+        self._quality = {d: np.fromiter(scores, np.float32) for d, scores in (quality or {}).items()}
         self._tokens: dict[str, list[np.ndarray]] = {}
         self._starts: dict[str, list[int]] = {}
         for domain, rows in examples.items():
@@ -249,3 +326,13 @@ class MemoryDocuments:
 
     def loss_start(self, domain: str, i: int) -> int:
         return self._starts[domain][i]
+
+    def metadata(self, domain: str, i: int) -> np.ndarray:
+        if domain not in self._metadata:
+            raise UserError(f"the documents of {domain!r} have no metadata; give MemoryDocuments(metadata=...)")
+        return self._metadata[domain][i]
+
+    def quality(self, domain: str) -> np.ndarray:
+        if domain not in self._quality or np.isnan(self._quality[domain]).all():
+            raise no_scores(domain)
+        return self._quality[domain]

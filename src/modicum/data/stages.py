@@ -192,7 +192,7 @@ class Run:
                         yield text
                         progress.update(len(text))
 
-            tokenizer = Tokenizer.train(texts(left), self.config.vocab_size)
+            tokenizer = Tokenizer.train(texts(left), self.config.vocab_size, self.config.reserved)
         tokenizer.save(self.folder)
         return tokenizer
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 SPECIALS = (EOS, PAD, *ROLES)
+RESERVED = "<|reserved_{}|>"   # counted from the last id of the vocabulary downwards
 # Words with their leading space, numbers in threes, runs of punctuation, runs of line ends and spaces:
 # an indentation stays one piece and no merge crosses from a word into punctuation.
 SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -69,6 +70,14 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id, added tokens included."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def reserved(self) -> int:
+        """How many ids at the vocabulary's end are special tokens kept free (`RESERVED`): marks for objectives."""
+        count = 0
+        while self.backend.token_to_id(RESERVED.format(count)) == self.vocab_size - 1 - count:
+            count += 1
+        return count
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -173,26 +182,30 @@ class Tokenizer:
                    settings=kept, stop_ids=stops)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int = 8192, reserved: int = 0) -> Tokenizer:
         """A byte-level BPE (Sennrich et al. 2016; bytes as in Radford et al. 2019): no text is unknown to it.
 
-        The same texts give the same tokenizer. `vocab_size` counts the 256 bytes and the special tokens.
+        The same texts give the same tokenizer. `vocab_size` counts the 256 bytes and the special tokens, and
+        so many `reserved` ones at its end, which no text is ever encoded to.
         """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
-        least = 256 + len(SPECIALS)
+        if reserved < 0:
+            raise UserError(f"reserved={reserved} must be a number of tokens, 0 or more")
+        least = 256 + len(SPECIALS) + reserved
         if vocab_size < least:
             raise UserError(f"vocab_size={vocab_size} is too small; it must be at least {least} "
-                            f"(256 bytes and {len(SPECIALS)} special tokens)")
+                            f"(256 bytes and {len(SPECIALS) + reserved} special tokens)")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         backend.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIALS),
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - reserved, special_tokens=list(SPECIALS),
                                       initial_alphabet=alphabet, show_progress=False)
         backend.train_from_iterator(texts, trainer)
+        backend.add_special_tokens([RESERVED.format(i) for i in reversed(range(reserved))])
         return cls(backend, eos=EOS, pad=PAD, template=CHAT)
 
 

@@ -48,6 +48,7 @@ class Limits(Section):
 class Curate(Section):
     steps: list[method("step")] = ["normalise", "quality", "python-split", "exact-dedup", "minhash"]  # type: ignore[valid-type]
     vocab_size: int = Field(4096, ge=258)
+    reserved: int = Field(0, ge=0)   # tokens of the vocabulary kept free for objectives that need marks
     heldout: float = Field(0.05, gt=0, lt=0.5)
     max_bytes: Bytes | None = None
     processes: int = Field(2, ge=1)

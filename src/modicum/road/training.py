@@ -19,7 +19,7 @@ from modicum.model.folder import load_config, load_model, save_model
 from modicum.road.plan import Planner
 from modicum.road.recipe import Recipe
 from modicum.road.worker import trim_allocator
-from modicum.train.config import TrainConfig
+from modicum.train.config import TrainConfig, stream_knobs
 from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, phases, step_cost
 from modicum.train.forecast import step as train_step
@@ -57,7 +57,7 @@ def training_stream(recipe: Recipe, curation: Curation, total: float) -> Any:
         return RecallStream(config, curation.tokenizer(), curation.shards("train"),
                             sequence_length=p.sequence_length, total=total, seed=recipe.seed)
     return Stream(curation.shards("train"), p.mixture, p.packing, sequence_length=p.sequence_length,
-                  seed=recipe.seed, total=total)
+                  seed=recipe.seed, total=total, **stream_knobs(p.schedule, p.objective))
 
 
 def heldout_stream(recipe: Recipe, curation: Curation) -> Stream:

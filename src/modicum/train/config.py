@@ -162,6 +162,12 @@ class TrainConfig:
         return plain
 
 
+def stream_knobs(schedule: Any, objective: Any) -> dict[str, Any]:
+    """What the chosen schedule and objective ask of the run's stream, for whoever builds it."""
+    parts = (registry.build("schedule", schedule), registry.build("objective", objective))
+    return {knob: value for part in parts for knob, value in part.stream_knobs().items()}
+
+
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Knobs that differ, with their two values; a method's knobs are named `optimizer.beta1`."""
     found: dict[str, tuple[Any, Any]] = {}

@@ -60,7 +60,8 @@ def step_cost(
         batch = Batch(tokens_BT, tokens_BT.clone(), documents_BT, torch.arange(length).expand(rows, length))
         engine = TrainEngine(make_model(), config, make_parts() if make_parts else None)
         engine.build()
-        engine.surgery.start(engine)
+        for part in (engine.schedule, engine.objective, engine.surgery):
+            part.start(engine)
         flops = 0.0
         for begin, end in phases(engine):
             with FlopCounterMode(display=False) as counter:

@@ -25,6 +25,7 @@ from torch import nn
 
 from modicum.budget import Deadline
 from modicum.budget.meter import resident_peak
+from modicum.core.choice import Choice
 from modicum.core.errors import CorruptError, ModicumError
 from modicum.core.events import Events, count_text
 from modicum.data.stream import EndOfData
@@ -33,7 +34,7 @@ from modicum.train.config import TrainConfig, refuse_changes
 from modicum.train.engine import TrainEngine
 from modicum.train.evaluate import batches_of, whole_loss
 from modicum.train.objectives import Step
-from modicum.train.part import Part
+from modicum.train.part import Part, check_stream
 from modicum.train.stop import StopSignals
 
 RECENT = 20  # steps whose mean is a run's training loss
@@ -126,6 +127,8 @@ class Trainer(TrainEngine):
     ):
         super().__init__(model, config, parts)
         self.stream, self.heldout, self.label = stream, heldout, label
+        for port, part in (("schedule", self.schedule), ("objective", self.objective)):
+            check_stream(f"{port} {Choice.parse(port, getattr(config, port)).method!r}", part, stream)
         self.events = events if events is not None and self.ranks.first else Events()
         self.deadline = deadline or Deadline(None)
         self.steps_done = self.tokens = self.skipped = 0

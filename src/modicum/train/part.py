@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from modicum.core.errors import UserError
+
 if TYPE_CHECKING:
     from modicum.train.engine import TrainEngine
 
@@ -31,6 +33,10 @@ class Part:
         `state` is this part's saved state when the run is resumed, so that the shapes can be made to fit.
         """
         return model
+
+    def stream_knobs(self) -> dict[str, Any]:
+        """What the run's `data.stream.Stream` must be built with (`order`, `metadata`); see `check_stream`."""
+        return {}
 
     def start(self, trainer: TrainEngine) -> None:
         """Everything is built and loaded; the first step follows."""
@@ -54,6 +60,17 @@ class Part:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; tensors arrive whole and on the CPU."""
+
+
+def check_stream(name: str, part: Part, stream: Any) -> None:
+    """Raise `UserError` if `stream` was not built as `part`, called `name`, asks."""
+    for knob, wanted in part.stream_knobs().items():
+        given = getattr(stream, knob, None)
+        if given != wanted:
+            raise UserError(
+                f"{name} needs training data in a stream with {knob}={wanted!r}, and this one has {knob}={given!r}: "
+                f"build it with Stream(..., {knob}={wanted!r}), as pretraining does, or choose another method"
+            )
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -30,7 +30,7 @@ from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_config, load_model, save_model
 from modicum.train import parallel
 from modicum.train.checkpoint import Checkpoints
-from modicum.train.config import TrainConfig
+from modicum.train.config import TrainConfig, stream_knobs
 from modicum.train.forecast import phases
 from modicum.train.forms import merged, with_form
 from modicum.train.loop import Trainer, TrainResult, train
@@ -135,6 +135,7 @@ def pretrain(
         seed=config.seed,
         sequence_length=config.sequence_length,
         total=told.total_tokens,
+        **stream_knobs(told.schedule, told.objective),
     )
     run = train(model, stream, told, out, events=events, deadline=deadline, heldout=heldout, label="pretrain")
     folder = None
@@ -200,6 +201,8 @@ def _tokens_in(
         config.packing,
         seed=config.seed,
         sequence_length=config.sequence_length,
+        total=told.total_tokens,
+        **stream_knobs(told.schedule, told.objective),
     )
     taken = step_seconds(model, stream, told, PROBE_SHARE * config.seconds)
     left = SHARE_FOR_STEPS * (config.seconds - (time.monotonic() - began))

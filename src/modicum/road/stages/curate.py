@@ -61,7 +61,8 @@ def _sources(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def _config(recipe: Recipe, limit: int | None, **more: Any) -> CurateConfig:
-    return CurateConfig(steps=recipe.curate.steps, vocab_size=recipe.curate.vocab_size, tokenizer=recipe.model,
+    return CurateConfig(steps=recipe.curate.steps, vocab_size=recipe.curate.vocab_size,
+                        reserved=recipe.curate.reserved, tokenizer=recipe.model,
                         heldout=recipe.curate.heldout, read=ReadConfig(limit_bytes=limit), seed=recipe.seed, **more)
 
 

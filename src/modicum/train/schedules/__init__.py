@@ -3,6 +3,8 @@
 A method is constructed as `cls(config)`. `scale(done, total)` is pure: it depends on the tokens done and
 the tokens planned and on nothing else, so a resumed or extended run needs no state. `done` is the middle
 of the step being made, so that neither its first nor its last step has rate zero.
+
+As a `train.part.Part` a schedule may also ask for an order of the data (`stream_knobs`) and act on the weights.
 """
 
 from __future__ import annotations
@@ -17,8 +19,14 @@ BASELINE = "cosine"
 
 
 class Schedule(Method, Part):
-    """Base class: fill `scale`."""
+    """Base class: fill `scale`.
 
+    FIRST, LATER: knobs for a run that another will go on from on new data, and for that later run. A schedule
+    without them begins every run anew.
+    """
+
+    FIRST: ClassVar[dict[str, Any]] = {}
+    LATER: ClassVar[dict[str, Any]] = {}
     supports: ClassVar[frozenset[str]] = frozenset({"fsdp"})
 
     def __init__(self, config: Any):
