@@ -103,12 +103,14 @@ def by_domain(document: Document) -> Iterator[Document]:
 
 
 @functools.lru_cache(maxsize=4)
-def tokenizer(source: str | None, train_bytes: int, heldout_bytes: int, vocabulary: int) -> Tokenizer:
-    """A BPE trained on the corpus' training side."""
+def tokenizer(
+    source: str | None, train_bytes: int, heldout_bytes: int, vocabulary: int, reserved: int = 0
+) -> Tokenizer:
+    """A BPE trained on the corpus' training side; the same, with so many `reserved` tokens after its words."""
     from modicum.data.tokenizer import Tokenizer
 
     texts = (d.text for d in corpus(source, train_bytes, heldout_bytes).train)
-    return Tokenizer.train(texts, vocab_size=vocabulary)
+    return Tokenizer.train(texts, vocab_size=vocabulary + reserved, reserved=reserved)
 
 
 def weights_checksum(model: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,14 +13,14 @@ from modicum.bench.harness import Settings
 from modicum.budget import Budget, Deadline
 from modicum.core.events import Events
 from modicum.data.document import Document
-from modicum.data.shards import MemoryDocuments
+from modicum.data.shards import METADATA, MemoryDocuments
 from modicum.data.stream import Stream
 from modicum.data.tokenizer import Tokenizer
 from modicum.evaluate.lm import bits_per_byte
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_model
-from modicum.train.config import TrainConfig
+from modicum.train.config import TrainConfig, stream_knobs
 from modicum.train.loop import TrainResult, train
 from modicum.train.part import Part
 
@@ -64,14 +65,15 @@ class Bench:
     settings: Settings
 
     @classmethod
-    def of(cls, settings: Settings) -> Bench:
+    def of(cls, settings: Settings, reserved: int = 0) -> Bench:
+        """reserved: tokens that the fresh tokenizer keeps free at its end; bits per byte stay comparable."""
         scale = settings.scale
         corpus = lab.corpus(settings.data, scale.corpus_bytes, scale.heldout_bytes)
         if settings.model:
             tokenizer = Tokenizer.load(find_folder(settings.model))
         else:
             tokenizer = lab.tokenizer(
-                settings.data, scale.corpus_bytes, scale.heldout_bytes, scale.vocabulary
+                settings.data, scale.corpus_bytes, scale.heldout_bytes, scale.vocabulary, reserved
             )
         return cls(corpus, tokenizer, scale, settings)
 
@@ -95,8 +97,9 @@ class Bench:
         mixture: Any = "natural",
         packing: Any = "concat",
         total: float | None = None,
+        **knobs: Any,
     ) -> Stream:
-        """Training batches of the corpus, or of `documents`."""
+        """Training batches of the corpus, or of `documents`; `knobs` are the stream's own."""
         held = self._tokens() if documents is None else memory(documents, self.tokenizer)
         return Stream(
             held,
@@ -105,6 +108,7 @@ class Bench:
             sequence_length=self.scale.sequence_length,
             seed=seed,
             total=total or self.total,
+            **knobs,
         )
 
     def _tokens(self) -> MemoryDocuments:
@@ -145,7 +149,7 @@ class Bench:
         )
         result = train(
             model,
-            stream or self.stream(seed),
+            stream or self.stream(seed, total=tokens, **stream_knobs(config.schedule, config.objective)),
             config,
             None,
             events=Events(None),
@@ -171,14 +175,23 @@ class Bench:
 
 
 def memory(documents: Iterable[Document], tokenizer: Tokenizer) -> MemoryDocuments:
-    """Documents encoded as shards hold them: start, text, end."""
+    """Documents encoded as shards hold them: start, text, end; with their metadata, and scores if they have any."""
     held: dict[str, list[tuple[list[int], int]]] = {}
+    metadata: dict[str, list[list[int]]] = {}
+    quality: dict[str, list[float]] = {}
     rows = list(documents)
+    sites = list(dict.fromkeys(d.site for d in rows))
+    told = dict(
+        zip(sites, tokenizer.encode_batch([METADATA.format(s) for s in sites], specials=False), strict=True)
+    )
     for document, ids in zip(
         rows, tokenizer.encode_batch([d.text for d in rows], specials=False), strict=True
     ):
         held.setdefault(document.domain, []).append(([tokenizer.start_id, *ids, tokenizer.eos_id], 1))
-    return MemoryDocuments(held)
+        metadata.setdefault(document.domain, []).append(told[document.site])
+        score = document.quality
+        quality.setdefault(document.domain, []).append(math.nan if score is None else score)
+    return MemoryDocuments(held, metadata=metadata, quality=quality, reserved=tokenizer.reserved)
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,22 +1,52 @@
-"""schedule: held-out bits per byte at the end of the run and half-way through it, at equal tokens.
+"""schedule: held-out bits per byte at equal tokens, of one run and of training that goes on with other data.
 
-The second figure shows what a schedule gives to someone who stops early: one run, several horizons.
+One run: on documents of mixed quality (of a share of them, `damaged`, words change places; how many of them is the
+document's score), scored on clean text, at the end and half-way. The second figure shows what a schedule gives to
+someone who stops early.
+
+Going on: half of the tokens on one domain, then as many on another, each in a run of its own with the
+schedule's knobs for that (`Schedule.FIRST`, `LATER`; others begin anew), both of clean text and scored on both domains. A
+schedule that has such knobs is judged by this: the mean over both domains, against what became of the first.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import statistics
+from dataclasses import dataclass
 from typing import Any
 
-from modicum.bench import training
+import numpy as np
+
+from modicum.bench import lab, training
 from modicum.bench.harness import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
+from modicum.core import registry
 from modicum.core.choice import Choice
+from modicum.core.errors import UserError
+from modicum.data.document import Document
+from modicum.train.config import stream_knobs
 from modicum.train.part import Part
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("half_way_bits_per_byte", "lower", "bits/byte"))
-LIMITS = training.LIMITS
-Scale = training.Scale
+ONWARD = Axes(
+    quality=Axis("onward_bits_per_byte"), cost=Axis("onward_old_bits_per_byte", "lower", "bits/byte")
+)
+LIMITS = {"tokens"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(training.Scale):
+    damaged: float = 0.5  # share of the documents in which words have changed places
+
+
 QUICK = Scale(**training.QUICK)
+
+
+def axes_of(choice: Choice) -> Axes:
+    cls: Any = registry.load("schedule", choice.method).cls
+    return ONWARD if cls.FIRST or cls.LATER else AXES
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
@@ -24,12 +54,15 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     model = bench.model(seed)
     record = bench.model_record(model)
     watch = HalfWay(bench)
-    result = bench.train(model, seed, schedule=choice, parts={"half-way": watch})
+    knobs = stream_knobs(choice, "next-token")
+    stream = bench.stream(seed, mixed(settings.data, settings.scale, seed), **knobs)
+    result = bench.train(model, seed, stream, schedule=choice, parts={"half-way": watch})
     metrics = {
         "bits_per_byte": bench.bits(model),
         "half_way_bits_per_byte": watch.bits,
         "train_loss": result.loss,
         "tokens": result.tokens,
+        **onward(bench, choice, seed),
     }
     return Measurement(
         metrics=metrics,
@@ -37,6 +70,50 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         model=record,
         data=bench.corpus.record,
     )
+
+
+def onward(bench: training.Bench, choice: Choice, seed: int) -> dict[str, float]:
+    """Bits per byte on old and new data after a run on each, one after the other."""
+    names = bench.corpus.domains
+    if len(names) < 2:
+        raise UserError(f"the data has one domain ({names[0]}) and going on to another needs two; give other --data")
+    old, new = names[-1], names[0]
+    tokens = bench.total // 2
+    cls: Any = registry.load("schedule", choice.method).cls
+    model = bench.model(seed)
+    found = {}
+    for domain, more in ((old, cls.FIRST), (new, cls.LATER)):
+        schedule = Choice("schedule", choice.method, (choice.knobs | more) if domain == old else (more | choice.knobs))
+        documents = [with_quality(d, 1.0) for d in bench.corpus.train if d.domain == domain]
+        stream = bench.stream(seed, documents, total=tokens, **stream_knobs(schedule, "next-token"))
+        bench.train(model, seed, stream, tokens=tokens, schedule=schedule)
+        found[domain] = bench.bits(model, bench.corpus.heldout_texts(old))
+    fresh = bench.bits(model, bench.corpus.heldout_texts(new))
+    return {
+        "onward_bits_per_byte": statistics.fmean((found[new], fresh)),
+        "onward_old_bits_per_byte": found[new],
+        "onward_new_bits_per_byte": fresh,
+        "onward_before_bits_per_byte": found[old],
+    }
+
+
+@functools.lru_cache(maxsize=2)
+def mixed(data: str | None, scale: Scale, seed: int) -> tuple[Document, ...]:
+    """The corpus with `damaged` of its documents damaged, each to a degree of its own; quality = 1 - degree."""
+    rng = np.random.default_rng([seed, 9])
+    documents = []
+    for document in lab.corpus(data, scale.corpus_bytes, scale.heldout_bytes).train:
+        degree = float(rng.random()) if rng.random() < scale.damaged else 0.0
+        words = document.text.split(" ")
+        moved = np.flatnonzero(rng.random(len(words)) < degree)
+        for at, source in zip(moved, rng.permutation(moved), strict=True):
+            words[at], words[source] = words[source], words[at]
+        documents.append(with_quality(dataclasses.replace(document, text=" ".join(words)), 1 - degree))
+    return tuple(documents)
+
+
+def with_quality(document: Document, score: float) -> Document:
+    return dataclasses.replace(document, meta=document.meta | {"quality": score})
 
 
 class HalfWay(Part):

@@ -51,6 +51,10 @@ class Objective(Method, Part):
     def __init__(self, config: Any):
         self.config = config
 
+    def reserved(self) -> int:
+        """Ids at the vocabulary's end that it uses as marks and no text may use."""
+        return 0
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any, step: Step) -> Loss:
         """Sum and count over the batch (or micro-batch). Call the model only through its own methods."""

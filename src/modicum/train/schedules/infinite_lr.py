@@ -31,7 +31,7 @@ CLAIM = {
     "where": "sections 4 and 5",
     "scale": "MAE on images; language models on three data sets in turn",
 }
-SWEEP = ("cooldown=0.25", "cooldown=0.25,constant=0.25")
+SWEEP = ("constant=0.5", "constant=0.25")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,9 @@ class Config:
         check_warmup(self.warmup)
         for name in ("cooldown", "anneal"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be a share of the total below 1, or a number of tokens")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be a share of the total below 1, or a number of tokens"
+                )
         if not 0 < self.floor <= self.constant <= 1:
             raise ValueError(
                 f"floor={self.floor} and constant={self.constant} are shares of the peak rate with "

@@ -22,7 +22,7 @@ from typing import ClassVar
 from modicum.train.schedules import Schedule, check_warmup
 
 CLAIM = {
-    "figure": "re-warming ends with lower loss on the new data than going on at the low rate; warm-up length hardly matters",
+    "figure": "lower loss on new data than at the low rate; the warm-up's length hardly matters",
     "where": "figures 1 to 4",
     "scale": "Pythia 410M, the Pile then SlimPajama, 300B tokens each",
 }
