@@ -216,7 +216,8 @@ class TokenShards:
 
     def metadata(self, domain: str, i: int) -> np.ndarray:
         shard, row = self._find(domain, i)
-        return shard.sites[int(shard.beside("site")[row])]
+        number = int(shard.beside("site")[row])
+        return shard.sites[number]
 
     def quality(self, domain: str) -> np.ndarray:
         if not any("quality_sha256" in shard.entry for shard in self._shards[domain]):

@@ -175,9 +175,14 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tu
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found |= {f"{key}.{k}": v for k, v in changes(old, new).items()}
-        elif (list(old) if isinstance(old, tuple) else old) != (list(new) if isinstance(new, tuple) else new):
-            found[key] = (old, new)  # a tuple comes back from a checkpoint as a list
+        elif _listed(old) != _listed(new):
+            found[key] = (old, new)
     return found
+
+
+def _listed(value: Any) -> Any:
+    """A tuple as the list that a checkpoint's JSON gives back."""
+    return [_listed(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def refuse_changes(

@@ -5,8 +5,8 @@ document's score), scored on clean text, at the end and half-way. The second fig
 someone who stops early.
 
 Going on: half of the tokens on one domain, then as many on another, each in a run of its own with the
-schedule's knobs for that (`Schedule.FIRST`, `LATER`; others begin anew), both of clean text and scored on both domains. A
-schedule that has such knobs is judged by this: the mean over both domains, against what became of the first.
+schedule's knobs for that (`Schedule.FIRST`, `LATER`; others begin anew), both on clean text and scored on both
+domains. A schedule with such knobs is judged by this: the mean over both domains, against what became of the first.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def onward(bench: training.Bench, choice: Choice, seed: int) -> dict[str, float]
     model = bench.model(seed)
     found = {}
     for domain, more in ((old, cls.FIRST), (new, cls.LATER)):
-        schedule = Choice("schedule", choice.method, (choice.knobs | more) if domain == old else (more | choice.knobs))
+        schedule = Choice("schedule", choice.method, choice.knobs | more)
         documents = [with_quality(d, 1.0) for d in bench.corpus.train if d.domain == domain]
         stream = bench.stream(seed, documents, total=tokens, **stream_knobs(schedule, "next-token"))
         bench.train(model, seed, stream, tokens=tokens, schedule=schedule)

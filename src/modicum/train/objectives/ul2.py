@@ -10,15 +10,17 @@ each followed by what it stands for, and a last one as the end. The sequential d
     S      : one span to the row's end, of mean length L / 4   prefix language modelling
     loss   = - sum over the target tokens of log p(token | inputs, targets before it)
 
-Span lengths are uniform over all ways to cut the tokens taken out into as many parts as there are spans, and those
-left into one more, so that something known stands on both sides of each span. Sentinels are the last `sentinels` ids of the vocabulary counted downwards, as in T5, and below them stand the
-mode tokens R, S, X. They must be ids that no text uses: those that curation reserved (`--reserved 103`), or
-the unused end of a given model's vocabulary. `take_last=true` takes the last words of the vocabulary all the same.
+Span lengths are uniform over all ways to cut the tokens taken out into as many parts as there are spans, and
+those left into one more, so that something known stands on both sides of each span. Sentinels are the last
+`sentinels` ids of the vocabulary counted downwards, as in T5, and below them stand the mode tokens R, S, X. They
+must be ids that no text uses: those that curation reserved (`--reserved 103`), or the unused end of a given model's
+vocabulary. `take_last=true` takes the last words of the vocabulary all the same.
 
-Tay et al. 2022, arXiv:2205.05131, section 3 and table 1; Raffel et al. 2020, arXiv:1910.10683, section 3.1.4, for the
-spans. Departs from the papers: T5's code ends every row with a span, which would make long ones a second S; a row keeps its length, so that what sentinels take up is cut from the row (at a random
-end) and its last tokens are not learnt in that pass; targets end with a sentinel instead of an end-of-text; where a
-packing keeps documents apart, attention does so too.
+Tay et al. 2022, arXiv:2205.05131, section 3 and table 1; Raffel et al. 2020, arXiv:1910.10683, section 3.1.4, for
+the spans. Departs from the papers: T5's code ends every row with a span, which would make a single long one a second
+S; a row keeps its length, so that what sentinels take up is cut from the row (at a random end) and is not learnt
+in that pass; targets end with a sentinel instead of an end-of-text; where a packing keeps documents apart, attention
+does so too.
 """
 
 from __future__ import annotations
@@ -186,9 +188,15 @@ class UL2(Objective):
             raise UserError("objective 'ul2' needs a decoder whose attention can be told; choose next-token")
         made = self.corrupt(batch, decoder.config.vocab_size, step)
         attend = PrefixAttend(made.prefix_B, made.documents_BT)
-        positions_BT = torch.arange(made.tokens_BT.shape[1], device=made.tokens_BT.device)[None]
+        T = made.tokens_BT.shape[1]
+        positions_BT = torch.arange(T, device=made.tokens_BT.device)[None]
         h_BTD = decoder.hidden(made.tokens_BT, positions_BT=positions_BT.expand_as(made.tokens_BT), attend=attend)
-        total, count = cross_entropy(h_BTD, made.targets_BT, decoder.head, self.config.logits_bytes)
+        # Targets stand together, from the last of the inputs on: only they need logits. M places hold the longest.
+        M = max(p.noise + p.spans + 1 for p, rate in zip(self.plans(T), self.config.rates, strict=True) if rate > 0)
+        at_BM = (made.prefix_B[:, None] - 1 + torch.arange(M, device=h_BTD.device)).clamp_max(T)
+        labels_BM = torch.cat([made.targets_BT, torch.full_like(made.targets_BT[:, :1], NO_LOSS)], 1).gather(1, at_BM)
+        h_BMD = h_BTD.gather(1, at_BM.clamp_max(T - 1)[:, :, None].expand(-1, -1, h_BTD.shape[2]))
+        total, count = cross_entropy(h_BMD, labels_BM, decoder.head, self.config.logits_bytes)
         return Loss(total, count)
 
     def corrupt(self, batch: Any, vocab_size: int, step: Step) -> Corrupted:
