@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modicum.core import registry
 from modicum.core.errors import CorruptError, UserError
 from modicum.data.curate import CurateConfig, curate
 from modicum.data.document import Document
@@ -224,6 +225,22 @@ def test_reserved_tokens_are_the_last_and_no_text_is_encoded_to_them(tokenizer: 
     assert plain.reserved == 0 and plain.encode(text) == tokenizer.encode(text), "the words are the same"
     with pytest.raises(UserError, match="at least 269"):
         Tokenizer.train(["a"], 262, reserved=8)
+
+
+def test_score_is_the_mean_of_its_four_shares() -> None:
+    step = registry.build("step", "score:words=4")
+    text = "The cat sat.\nThe cat sat.\n42 !"
+    told = next(iter(step.each(Document("a", text))))
+    letters, fresh, variety, ends = 6 / 8, (12 + 4) / (12 + 12 + 4), 3 / 4, 3 / 3
+    assert told.quality == pytest.approx((letters + fresh + variety + ends) / 4, abs=1e-4) and told.text == text
+    code = Document("b.py", "x = 1\n" + "y" * 101, "code")
+    assert next(iter(step.each(code))).quality == pytest.approx((103 / 104 + 1 + 1 + 0.5) / 4, abs=1e-4)
+    given = Document("c", text, meta={"quality": 7})
+    assert next(iter(step.each(given))).quality == 7
+    again = registry.build("step", "score:overwrite=true")
+    assert 0 < next(iter(again.each(given))).quality < 1
+    with pytest.raises(UserError, match="words=0 and line=100 must be at least 1"):
+        registry.build("step", "score:words=0")
 
 
 def test_curation_keeps_what_records_say(tmp_path: Path) -> None:

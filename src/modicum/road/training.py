@@ -10,6 +10,7 @@ import torch
 
 from modicum.budget import Cost
 from modicum.budget.trace import trace
+from modicum.core import registry
 from modicum.core.errors import UserError
 from modicum.data.curate import Curation
 from modicum.data.stream import Batch, Stream
@@ -39,6 +40,10 @@ def train_config(recipe: Recipe, shape: DecoderConfig, tokens: float, **more: An
     p = recipe.pretrain
     if p.dtype not in DTYPES:
         raise UserError(f"pretrain.dtype={p.dtype!r} is not allowed; write bf16 or fp32")
+    marks = registry.build("objective", p.objective).reserved()
+    if marks > recipe.curate.reserved and not recipe.model:
+        raise UserError(f"pretrain.objective={p.objective} needs {marks} tokens that no text uses and curate.reserved="
+                        f"{recipe.curate.reserved}; write curate.reserved: {marks}")
     return TrainConfig(tokens=tokens, sequence_length=p.sequence_length, batch_tokens=p.batch_tokens,
                        micro_batch=p.micro_batch, lr=learning_rate(recipe, shape), optimizer=p.optimizer,
                        schedule=p.schedule, objective=p.objective, memory=p.memory, surgery=p.surgery,
@@ -124,7 +129,6 @@ def training_cost(planner: Planner, shape: DecoderConfig, config: TrainConfig, e
 
 
 def _masked(recipe: Recipe) -> bool:
-    from modicum.core import registry
     return bool(registry.build("packing", recipe.pretrain.packing).masks_documents)
 
 

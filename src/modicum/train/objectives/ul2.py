@@ -149,14 +149,19 @@ class UL2(Objective):
     config: Config
     random = True
 
-    def reserved(self) -> int:
+    @property
+    def marks(self) -> int:
+        """Sentinels and mode tokens: so many ids at the vocabulary's end."""
         return self.config.sentinels + len(MODES)
+
+    def reserved(self) -> int:
+        return 0 if self.config.take_last else self.marks
 
     def start(self, trainer: Any) -> None:
         needed, shape = self.reserved(), getattr(trainer.model, "config", None)
         self.plans(trainer.config.sequence_length)
         stream = getattr(trainer, "stream", None)
-        if stream is None or self.config.take_last:
+        if stream is None:  # a forecast
             return
         free = getattr(stream, "reserved", 0)
         data = getattr(getattr(stream, "shards", None), "vocab_size", None)
@@ -203,9 +208,9 @@ class UL2(Objective):
         """One denoiser's version of each row; all randomness from (seed, step, process, micro-batch)."""
         tokens_BT, device = batch.tokens_BT, batch.tokens_BT.device
         B, T = tokens_BT.shape
-        if self.reserved() >= vocab_size:
+        if self.marks >= vocab_size:
             raise UserError(
-                f"objective 'ul2' needs {self.reserved()} ids for its marks and the vocabulary has "
+                f"objective 'ul2' needs {self.marks} ids for its marks and the vocabulary has "
                 f"{vocab_size}; give fewer sentinels (ul2:sentinels=...)"
             )
         entropy = np.random.SeedSequence((step.seed, step.index, step.rank, step.micro))
@@ -247,7 +252,7 @@ class UL2(Objective):
         learnt_BT = label_BT != NO_LOSS
         mark_BT = vocab_size - span_BT  # the first span's sentinel is the last id
         mode_B = torch.tensor([MODES.index(mode) for mode, _, _ in DENOISERS], device=device)[kind_B]
-        mode_B = vocab_size - self.reserved() + mode_B
+        mode_B = vocab_size - self.marks + mode_B
         end_B = vocab_size - 1 - spans_B
 
         def laid(fill: int, token: Tensor, asked: Tensor, answer: Tensor, end: Tensor) -> Tensor:
