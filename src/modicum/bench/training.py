@@ -92,7 +92,7 @@ class Bench:
     def stream(
         self,
         seed: int,
-        documents: Iterable[Document] | None = None,
+        documents: Iterable[Document] | MemoryDocuments | None = None,
         *,
         mixture: Any = "natural",
         packing: Any = "concat",
@@ -100,7 +100,9 @@ class Bench:
         **knobs: Any,
     ) -> Stream:
         """Training batches of the corpus, or of `documents`; `knobs` are the stream's own."""
-        held = self._tokens() if documents is None else memory(documents, self.tokenizer)
+        if documents is None:
+            documents = self._tokens()
+        held = documents if isinstance(documents, MemoryDocuments) else memory(documents, self.tokenizer)
         return Stream(
             held,
             mixture,

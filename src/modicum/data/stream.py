@@ -31,6 +31,7 @@ from modicum.data.shards import Documents
 NO_LOSS = -100
 ORDERS = ("shuffled", "quality", "stored")
 NOTHING = np.zeros(0, np.int64)
+GRADE = 256   # stretches of one grade of quality
 
 
 class EndOfData(UserError):
@@ -107,8 +108,9 @@ class Stream:
     total: predictions the run will make, for what changes over the run.
     stretch: most predictions of one document in a row of the order (default: sequence_length).
     order: "shuffled", "stored" (as is; also shuffle=False), or "quality": within each domain ascending by the
-    documents' scores, those without one first. An epoch that the run will not finish (by `total` and the
-    mixture's first weights) ascends over a random part of it that is as long as what will be read.
+    documents' scores, those without one first, in grades of some hundred stretches (16 at least) and shuffled
+    within each, so that one document does not fill batch after batch. An epoch that the run will not finish (by
+    `total` and the mixture's first weights) ascends over a random part of it as long as what will be read.
     metadata: for this share of the run's tokens (`total`), each piece of a document in a row comes after the
     document's metadata, which carries no loss and takes places in the row; what it displaces comes in the
     next row. At most half a row's worth of it.
@@ -190,7 +192,7 @@ class Stream:
             left = share * self.horizon - domain.epoch * self.sizes[domain.name]
             read = int(np.searchsorted(np.cumsum(length), left)) + 1
         parts = (slice(0, read), slice(read, None))
-        return np.concatenate([numbers[p][np.argsort(domain.scores[document[p]], kind="stable")] for p in parts])
+        return np.concatenate([numbers[p][_graded(domain.scores[document[p]])] for p in parts])
 
     def _draw(self) -> Piece | None:
         """The next stretch: of the domain with the most credit."""
@@ -323,6 +325,14 @@ class Stream:
 
 def _ends(lengths: np.ndarray, stretch: int) -> np.ndarray:
     return np.cumsum(-(-np.maximum(lengths, 0) // stretch))
+
+
+def _graded(scores: np.ndarray) -> np.ndarray:
+    """Order by grades of ascending score, each of equal size; within a grade as given."""
+    n = len(scores)
+    grade = np.empty(n, np.int64)
+    grade[np.argsort(scores, kind="stable")] = np.arange(n) * min(max(n // GRADE, 16), n) // max(n, 1)
+    return np.argsort(grade, kind="stable")
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

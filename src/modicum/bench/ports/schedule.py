@@ -26,6 +26,8 @@ from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.data.document import Document
+from modicum.data.shards import MemoryDocuments
+from modicum.data.tokenizer import Tokenizer
 from modicum.train.config import stream_knobs
 from modicum.train.part import Part
 
@@ -55,7 +57,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     record = bench.model_record(model)
     watch = HalfWay(bench)
     knobs = stream_knobs(choice, "next-token")
-    stream = bench.stream(seed, mixed(settings.data, settings.scale, seed), **knobs)
+    stream = bench.stream(seed, mixed(settings.data, settings.scale, seed, bench.tokenizer), **knobs)
     result = bench.train(model, seed, stream, schedule=choice, parts={"half-way": watch})
     metrics = {
         "bits_per_byte": bench.bits(model),
@@ -84,7 +86,7 @@ def onward(bench: training.Bench, choice: Choice, seed: int) -> dict[str, float]
     found = {}
     for domain, more in ((old, cls.FIRST), (new, cls.LATER)):
         schedule = Choice("schedule", choice.method, choice.knobs | more)
-        documents = [with_quality(d, 1.0) for d in bench.corpus.train if d.domain == domain]
+        documents = clean(bench.settings.data, bench.scale, domain, bench.tokenizer)
         stream = bench.stream(seed, documents, total=tokens, **stream_knobs(schedule, "next-token"))
         bench.train(model, seed, stream, tokens=tokens, schedule=schedule)
         found[domain] = bench.bits(model, bench.corpus.heldout_texts(old))
@@ -98,7 +100,14 @@ def onward(bench: training.Bench, choice: Choice, seed: int) -> dict[str, float]
 
 
 @functools.lru_cache(maxsize=2)
-def mixed(data: str | None, scale: Scale, seed: int) -> tuple[Document, ...]:
+def clean(data: str | None, scale: Scale, domain: str, tokenizer: Tokenizer) -> MemoryDocuments:
+    """One domain as it is, every document as good as the other."""
+    documents = lab.corpus(data, scale.corpus_bytes, scale.heldout_bytes).train
+    return training.memory([with_quality(d, 1.0) for d in documents if d.domain == domain], tokenizer)
+
+
+@functools.lru_cache(maxsize=2)
+def mixed(data: str | None, scale: Scale, seed: int, tokenizer: Tokenizer) -> MemoryDocuments:
     """The corpus with `damaged` of its documents damaged, each to a degree of its own; quality = 1 - degree."""
     rng = np.random.default_rng([seed, 9])
     documents = []
@@ -109,7 +118,7 @@ def mixed(data: str | None, scale: Scale, seed: int) -> tuple[Document, ...]:
         for at, source in zip(moved, rng.permutation(moved), strict=True):
             words[at], words[source] = words[source], words[at]
         documents.append(with_quality(dataclasses.replace(document, text=" ".join(words)), 1 - degree))
-    return tuple(documents)
+    return training.memory(documents, tokenizer)
 
 
 def with_quality(document: Document, score: float) -> Document:

@@ -96,8 +96,8 @@ class CurriculumAveraging(Schedule):
         points = self.points(trainer.config.total_steps)
         if trainer.steps_done not in points:
             return
-        if {n: p.shape for n, p in trainer.named.items()} != {n: a.shape for n, a in self.average.items()}:
-            self.average, self.count = {}, 0  # another model has taken the place of the one averaged
+        if not self.fits(trainer):  # another model has taken the place of the one averaged
+            self.average, self.count = {}, 0
             self.start(trainer)
         self.count = 1 if trainer.steps_done == points[0] else self.count + 1
         k, kind = self.count, self.config.average
@@ -105,10 +105,14 @@ class CurriculumAveraging(Schedule):
         for name, p in trainer.named.items():
             self.average[name].lerp_(p.detach().float(), share)
 
+    def fits(self, trainer: Any) -> bool:
+        return {n: p.shape for n, p in trainer.named.items()} == {n: a.shape for n, a in self.average.items()}
+
     @torch.no_grad()
     def finish(self, trainer: Any) -> None:
-        for name, p in trainer.named.items():
-            p.copy_(self.average[name])
+        if self.fits(trainer):
+            for name, p in trainer.named.items():
+                p.copy_(self.average[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count} | {f"average.{name}": value for name, value in self.average.items()}
