@@ -34,7 +34,7 @@ from modicum.data.tokenizer import Tokenizer
 
 BATCH_BYTES = 1 << 20   # text encoded at once
 METADATA = "URL: {}\n\n"   # Gao et al. 2025, arXiv:2501.01956, section 2
-BESIDE = {"quality": np.dtype("<f4"), "site": np.dtype("<i4")}
+BESIDE: dict[str, np.dtype[Any]] = {"quality": np.dtype("<f4"), "site": np.dtype("<i4")}
 
 
 class Documents(Protocol):
@@ -105,11 +105,11 @@ def write_part(folder: str | Path, part: int, documents: Iterable[Document],
         entries[domain] = {"file": f"{folder_of(domain)}/{part:05d}", "documents": len(rows) // 2 - 1,
                            "tokens": rows[-2], "bytes": rows[-1],
                            "sha256": sha256(f"{stem}.bin"), "index_sha256": sha256(f"{stem}.idx")}
-        ids = tokenizer.encode_batch([METADATA.format(name) for name in sites[domain]], specials=False)
-        write_json(f"{stem}.sites.json", dict(zip(sites[domain], ids, strict=True)))
+        told = tokenizer.encode_batch([METADATA.format(name) for name in sites[domain]], specials=False)
+        write_json(f"{stem}.sites.json", dict(zip(sites[domain], told, strict=True)))
         entries[domain]["sites_sha256"] = sha256(f"{stem}.sites.json")
-        for name, kind in BESIDE.items():
-            values = np.asarray(beside[domain][name], kind)
+        for name, dtype in BESIDE.items():
+            values = np.asarray(beside[domain][name], dtype)
             if name == "site" or not np.isnan(values).all():
                 with atomic_file(f"{stem}.{name}") as file:
                     file.write(values.data)
