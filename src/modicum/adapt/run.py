@@ -44,8 +44,8 @@ HELDOUT_PAIRS = 1000   # at most so many are read for the held-out loss
 class AdaptConfig:
     """Knobs of `adapt`.
 
-    form: what is attached to the linear layers that `targets` (globs over module names) name; `dense`
-    trains them whole. base: a form that all linear layers get first, for example int4, to train over
+    form: what is attached to the linear layers that `targets` (globs over module names) name, or where its
+    paper puts it (most: into all but the head); `dense` trains them whole. base: a form that all linear layers get first, for example int4, to train over
     4-bit weights.
     Length of the run: epochs over the pairs, or tokens, or steps. heldout: share of the questions kept
     for the loss before and after; limit: pairs trained on at most. merge: also save the model with the
@@ -54,7 +54,7 @@ class AdaptConfig:
     """
 
     form: Any = "lora:rank=8"
-    targets: Sequence[str] = ("layers.*",)
+    targets: Sequence[str] | None = None
     base: Any = None
     epochs: float | None = None       # 3 if neither tokens nor steps are given
     tokens: float | str | None = None
@@ -78,7 +78,7 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(t for t in self.targets.split(",") if t))
-        if not self.targets:
+        if self.targets is not None and not self.targets:
             raise UserError("targets is empty; name the layers to adapt, for instance 'layers.*.attention.*'")
         if sum(x is not None for x in (self.epochs, self.tokens, self.steps)) > 1:
             raise UserError("give the length of the run once: epochs=3, tokens=2Mtok or steps=500")
@@ -229,10 +229,12 @@ def _afresh(source: Path, config: AdaptConfig, learnt: Mapping[str, _Learnt]) ->
         mine = learnt[name]
         if mine.layout:
             form.set_layout(mine.layout)
+        own = set(form.parameters()) if "adapter" in form.supports else set()
         for ours, theirs in zip(form.trainable(), mine.trained, strict=True):
-            ours.data = theirs.to("cpu", torch.float32 if "adapter" in form.supports else ours.dtype)
+            ours.data = theirs.to("cpu", torch.float32 if ours in own else ours.dtype)
         for key, buffer in mine.buffers.items():
             form.get_buffer(key).copy_(buffer)
+    attach.settle(model)
     if config.merge:
         attach.merge(model)
     elif Choice.parse("form", config.form).method == "dense":
@@ -245,4 +247,5 @@ def _attach(model: Decoder, config: AdaptConfig) -> dict[str, LinearForm]:
     if config.base is not None:
         attach.attach(model, {"layers.*": config.base})
     generator = torch.Generator().manual_seed(config.seed)
-    return attach.attach(model, dict.fromkeys(config.targets, config.form), generator=generator)
+    targets = config.targets or attach.places(model, config.form)
+    return attach.attach(model, dict.fromkeys(targets, config.form), generator=generator)

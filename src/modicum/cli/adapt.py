@@ -23,8 +23,9 @@ def adapt(
         str, typer.Option(help="What is trained: lora:rank=8,alpha=16, dense, ... (modicum ls form)")
     ] = "lora:rank=8",
     targets: Annotated[
-        str, typer.Option(help="Layers, as globs with commas between, e.g. 'layers.*.attention.*'.")
-    ] = "layers.*",
+        str | None,
+        typer.Option(help="Layers, as globs with commas between, e.g. 'layers.*.attention.*' (the paper's).")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="Form of the frozen weights below it, e.g. int4:group=64.")
     ] = None,

@@ -27,6 +27,9 @@ from modicum.core.errors import UserError
 from modicum.model.forms import Gradient, LinearForm, LinearShape
 
 
+HEADS = ("lm_head", "embed_out")   # what gives logits; forms go there only where they are told to
+
+
 class FormEmbedding(nn.Module):
     """A token embedding whose table a form holds: tokens (...) to (..., D)."""
 
@@ -227,12 +230,37 @@ def after_step(model: nn.Module, step: int, total: int) -> None:
 
 
 def freeze(model: nn.Module) -> list[nn.Parameter]:
-    """Only the forms' `trainable()` parameters require gradients from now on; returns those."""
+    """Only the forms' `trainable()` parameters require gradients from now on; returns those, each once."""
     model.requires_grad_(False)
-    kept = [parameter for form in forms(model).values() for parameter in form.trainable()]
+    kept = list(dict.fromkeys(p for form in forms(model).values() for p in form.trainable()))
     for parameter in kept:
         parameter.requires_grad_(True)
     return kept
+
+
+def settle(model: nn.Module) -> dict[str, LinearForm]:
+    """Training is over: every form gives way to what it asks to be kept as. Returns the forms now there."""
+    for form in forms(model).values():
+        kept = form.settled()
+        if kept is not form:
+            kept.transposed = form.transposed
+            _replace(model, form, kept.train(form.training))
+    return forms(model)
+
+
+def places(model: nn.Module, choice: Any) -> list[str]:
+    """The linear layers of `model` that the paper of a form puts it into, by its patterns; heads are left alone.
+
+    Raises `UserError` where there is none.
+    """
+    picked = Choice.parse("form", choice)
+    cls: Any = registry.load("form", picked.method).cls
+    names = [name for name in linears(model) if not name.endswith(HEADS)]
+    found = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in cls.places)]
+    if not found:
+        raise UserError(f"the form {picked.method!r} goes into {', '.join(cls.places)}, which this model has not; "
+                        "name its layers yourself")
+    return found
 
 
 def detach(model: nn.Module) -> list[str]:

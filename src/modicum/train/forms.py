@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ class Forms(Part):
         kinds = {type(form) for form in attach.forms(model).values()}
         self.supports = frozenset.intersection(*(kind.supports for kind in kinds))  # type: ignore[misc]
         self.needs_gradients = any(attach.fills(kind, "before_step") for kind in kinds)
+        self.changes = any(attach.fills(kind, "after_step") for kind in kinds)
 
     def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:
         present = attach.forms(model)
@@ -39,14 +41,23 @@ class Forms(Part):
         return model
 
     def before_step(self, trainer: TrainEngine) -> None:
-        attach.before_step(self.model, trainer.gradient, trainer.steps_done + 1, trainer.config.total_steps)
+        if self.needs_gradients:
+            with _masters(trainer):
+                attach.before_step(self.model, trainer.gradient, trainer.steps_done + 1, trainer.config.total_steps)
 
     def after_step(self, trainer: TrainEngine) -> None:
-        attach.after_step(self.model, trainer.steps_done, trainer.config.total_steps)
+        if self.changes:
+            with _masters(trainer):
+                attach.after_step(self.model, trainer.steps_done, trainer.config.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
         layouts = {name: form.layout() for name, form in attach.forms(self.model).items()}
         return {"layouts": {name: layout for name, layout in layouts.items() if layout}}
+
+
+def _masters(trainer: TrainEngine) -> contextlib.AbstractContextManager[None]:
+    """Under bf16 training the forms see and change the float32 weights: what is done to bf16 ones is overwritten."""
+    return trainer.masters.in_place() if trainer.masters else contextlib.nullcontext()
 
 
 def merged(model: M) -> M:

@@ -9,7 +9,8 @@ section 3.1). Each bf16 gradient is added to its master's and freed as soon as a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,19 @@ class Masters:
     def write_back(self) -> None:
         """Round the masters into the model."""
         torch._foreach_copy_(list(self.low.values()), list(self.named.values()))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Meanwhile the model's parameters are the masters themselves, so that changes to them last."""
+        low = {name: p.data for name, p in self.low.items()}
+        for name, p in self.low.items():
+            p.data = self.named[name].data
+        try:
+            yield
+        finally:
+            for name, p in self.low.items():
+                p.data = low[name]
+            self.write_back()
 
     def release(self) -> None:
         for hook in self._hooks:

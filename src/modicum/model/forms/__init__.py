@@ -57,6 +57,8 @@ class LinearForm(Method, nn.Module):
 
     #: Names of buffers whose dtype is part of the format: `model.to(dtype)` moves them, never rounds them.
     stored: ClassVar[frozenset[str]] = frozenset()
+    #: Where the paper puts it, as globs over module names: taken where a user names no layers.
+    places: ClassVar[tuple[str, ...]] = ("*",)
     #: Largest ||dense() - W|| / ||W|| (Frobenius) after `fit` on a Gaussian W; 0 is exact, None unbounded.
     fit_error: ClassVar[float | None] = 0.0
 
@@ -99,7 +101,8 @@ class LinearForm(Method, nn.Module):
         raise NotImplementedError
 
     def trainable(self) -> list[nn.Parameter]:
-        """Parameters that training changes; the rest stays frozen."""
+        """Parameters that training changes; the rest stays frozen. One that several forms share is in the list of
+        one of them."""
         return []
 
     # --- what a method may say --------------------------------------------------------------------
@@ -113,13 +116,18 @@ class LinearForm(Method, nn.Module):
         return None
 
     def layout(self) -> dict[str, Any]:
-        """JSON facts beyond config and shape that fix the sizes of the state (a rank that has grown, ...)."""
+        """JSON facts beyond config, shape and tensors that the form goes on from (a rank that has grown, ...)."""
         return {}
 
     def set_layout(self, layout: dict[str, Any]) -> None:
-        """Allocate the state for a stored `layout`, before `load_state_dict`."""
+        """Take over a stored `layout`, allocating what it asks for, before `load_state_dict`."""
         if layout:
             raise ValueError(f"{type(self).__name__} has no variable layout, got {layout}")
+
+    def settled(self) -> LinearForm:
+        """What to keep once training is over: this form, or one on the same base that computes the same with less
+        (without ranks that were reserved, ...)."""
+        return self
 
     @classmethod
     def after_attach(cls, model: nn.Module, forms: dict[str, LinearForm]) -> None:
@@ -129,12 +137,13 @@ class LinearForm(Method, nn.Module):
     @classmethod
     def before_step(cls, forms: dict[str, LinearForm], gradient: Gradient, step: int, total: int) -> None:
         """Called before every optimizer step (1..total): `gradient(parameter)` gives the step's summed gradient,
-        to be read (a sensitivity) or changed in place (a regulariser, a rate of its own)."""
+        to be read (a sensitivity) or changed in place (a regulariser). Here and in `after_step` the parameters
+        hold the values that the optimizer works on: under bf16 training, the float32 masters."""
 
     @classmethod
     def after_step(cls, forms: dict[str, LinearForm], step: int, total: int) -> None:
-        """Called after every optimizer step (1..total): change values, masks or `requires_grad`, not the set of
-        parameters (reserve those in `__init__`), so that optimizers and checkpoints need not know."""
+        """Called after every optimizer step (1..total): change values or masks, not the set of parameters
+        (reserve those in `__init__`), so that optimizers and checkpoints need not know."""
 
     # --- what holds for all -----------------------------------------------------------------------
 

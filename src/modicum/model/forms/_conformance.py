@@ -52,7 +52,9 @@ def _train(key: str, model: nn.Module, forms: dict[str, LinearForm], steps: int)
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         ((model(x) - target) ** 2).mean().backward()
+        attach.before_step(model, lambda parameter: parameter.grad, step, steps)
         optimizer.step()
+        optimizer.zero_grad()
         attach.after_step(model, step, steps)
 
 
