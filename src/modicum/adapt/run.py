@@ -45,8 +45,8 @@ class AdaptConfig:
     """Knobs of `adapt`.
 
     form: what is attached to the linear layers that `targets` (globs over module names) name, or where its
-    paper puts it (most: into all but the head); `dense` trains them whole. base: a form that all linear layers get first, for example int4, to train over
-    4-bit weights.
+    paper puts it (most: into all but the head); `dense` trains them whole. base: a form that all linear layers
+    get first, for example int4, to train over 4-bit weights.
     Length of the run: epochs over the pairs, or tokens, or steps. heldout: share of the questions kept
     for the loss before and after; limit: pairs trained on at most. merge: also save the model with the
     update merged in.

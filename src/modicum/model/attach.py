@@ -26,7 +26,6 @@ from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.model.forms import Gradient, LinearForm, LinearShape
 
-
 HEADS = ("lm_head", "embed_out")   # what gives logits; forms go there only where they are told to
 
 

@@ -34,10 +34,11 @@ from modicum.model.forms import LinearForm, LinearShape
 CLAIM = {"figure": "on par with full fine-tuning training 0.073% of the parameters", "where": "Table 1, GLUE",
          "scale": "T5-base 222M"}
 SWEEP = ("bottleneck=24", "bottleneck=48")
-ATTENTION = ("*attention.o", "*o_proj", "*attn*.c_proj", "*attention.output.dense", "*attn*.out_proj",
-             "*attention.dense", "*Attention.o")
-FEED_FORWARD = ("*mlp.down", "*down_proj", "*mlp.c_proj", "*[0-9].output.dense", "*fc2", "*dense_4h_to_h",
-                "*DenseReluDense.wo")
+# The last matrices of the two sublayers, as this project and Hugging Face's models call them.
+ATTENTION: tuple[str, ...] = ("*attention.o", "*o_proj", "*attn*.c_proj", "*attention.output.dense",
+                              "*attn*.out_proj", "*attention.dense", "*Attention.o")
+FEED_FORWARD: tuple[str, ...] = ("*mlp.down", "*down_proj", "*mlp.c_proj", "*[0-9].output.dense", "*fc2",
+                                 "*dense_4h_to_h", "*DenseReluDense.wo")
 
 
 @dataclass(frozen=True, kw_only=True)

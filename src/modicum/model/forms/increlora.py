@@ -26,6 +26,7 @@ Shapes: R reserved ranks, N rows of inputs.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,9 +149,9 @@ class IncreLora(LinearForm):
 
     def settled(self) -> LinearForm:
         """Plain `lora` of the rank reached."""
-        knobs = {"rank": self.rank, "alpha": self.scaling * self.rank, "dropout": self.config.dropout}
-        form = lora.Lora(lora.Config(**knobs), self.shape, self.base)
-        form.choice = Choice("form", "lora", knobs)
+        config = lora.Config(rank=self.rank, alpha=self.scaling * self.rank, dropout=self.config.dropout)
+        form = lora.Lora(config, self.shape, self.base)
+        form.choice = Choice("form", "lora", dataclasses.asdict(config))
         a_RI, b_OR, _ = self.low_rank()
         form.A.data, form.B.data = a_RI.detach().clone(), b_OR.detach().clone()
         form._like = self._like
@@ -234,9 +235,9 @@ class IncreLora(LinearForm):
         first, rates, lambdas = self._rates(step, total)
         part = slice(first, self.learning)
         rate_R, lambda_R = self.E.new_tensor(rates), self.E.new_tensor(lambdas)
-        for now, before, rate in ((self.A[part], self._before[0], rate_R[:, None]),
-                                  (self.B[:, part], self._before[1], rate_R), (self.E[part], self._before[2], lambda_R)):
-            now.copy_(torch.lerp(before, now, rate))
+        now = self.A[part], self.B[:, part], self.E[part]
+        for after, before, rate in zip(now, self._before, (rate_R[:, None], rate_R, lambda_R), strict=True):
+            after.copy_(torch.lerp(before, after, rate))
         self._before = None
 
 
