@@ -195,6 +195,15 @@ def test_ranks_in_advance_learn_as_if_lambda_were_small() -> None:
     assert not form.A.grad[4:].any() and not form.E.grad[2:].any()
 
 
+def test_a_matrix_with_all_its_ranks_goes_on_while_others_grow() -> None:
+    form = grown("increlora:rank=2,max_rank=3", ranks=3)
+    assert form.learning == form.rank == 3 and form.growing
+    form.train()(gaussian(2, 20)).sum().backward()
+    assert form.score is not None and form.A.grad.all()
+    allocate([form], form.config, 50, 100)
+    assert form.rank == 3 and not form.growing
+
+
 def test_the_regulariser_is_added_to_the_gradients() -> None:
     forms = {str(i): grown(shape=(12, 20 + i)) for i in range(2)}
     for form in forms.values():

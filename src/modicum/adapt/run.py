@@ -171,8 +171,7 @@ def _train(source: Path, stream: PairStream, heldout: PairStream | None, config:
     """Train and save the adapter; figures of the run, and what each form learnt. The model is freed."""
     model = load_model(source)
     _attach(model, config)
-    trainable = sum(p.numel() for p in attach.freeze(model))
-    if not trainable:
+    if not attach.freeze(model):
         raise UserError(f"the form {config.form} trains nothing; choose one that does, such as lora:rank=8")
     told = _train_config(config, stream, heldout)
     trainer = Trainer(model, stream, told, folder, events=events, deadline=deadline, heldout=heldout,
@@ -186,6 +185,7 @@ def _train(source: Path, stream: PairStream, heldout: PairStream | None, config:
     after = run.heldout_loss if heldout is None or not run.stopped else mean_loss(model, heldout, rows=rows)
     _take_masters(model, trainer)   # float32, where the model was trained in bfloat16
     present = attach.forms(model)
+    trainable = sum(p.numel() for form in present.values() for p in form.settled().trainable())
     low_rank = all(form.low_rank() is not None for form in present.values() if form.trainable())
     adapter = save_peft(model, folder / "adapter", base_model=str(source)) if low_rank else None
     learnt = {name: _Learnt(form.layout(), [p.detach() for p in form.trainable()],

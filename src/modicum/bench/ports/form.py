@@ -1,10 +1,10 @@
 """form: what a form of the linear layers costs a trained decoder, and what it learns on new text.
 
-A decoder trained on one domain gets the form in every linear layer but the head. Forms that store the
-weight are judged by held-out bits per byte against the bytes of the whole model. Adapters are then trained
-on another domain, for `adapt_tokens`, and judged by its held-out bits per byte against trained parameters;
-the baseline, full fine-tuning of the same layers, is trained beside them. Every form that trains is trained
-at each of `rates` (factors of `rate`), and the best counts.
+A decoder trained on one domain gets the form where its paper puts it: most, into every linear layer but the head.
+Forms that store the weight are judged by held-out bits per byte against the bytes of the whole model. Adapters are
+then trained on another domain, for `adapt_tokens`, and judged by its held-out bits per byte against the parameters
+that they train, counted in what they settle into; the baseline, full fine-tuning of the same layers, is trained beside
+them. Every form that trains is trained at each of `rates` (factors of `rate`), and the best counts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from modicum.bench import lab, training
 from modicum.bench.harness import Axes, Axis, Measurement, Settings
@@ -45,13 +47,13 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     bench, model = training.pretrained(settings, seed)
     old, new = domains(bench.corpus)
     record = bench.model_record(model, "small decoder, trained")
-    patterns = {name: choice for name in attach.linears(model) if name != "lm_head"}
+    patterns = dict.fromkeys(attach.places(model, choice), choice)
     generator = lab.seeded(seed)
     best: dict[str, float] = {}
     result: Any = None
     formed = copy.deepcopy(model)
-    forms = attach.attach(formed, patterns, generator=generator)
-    trained = sum(p.numel() for form in forms.values() for p in form.trainable())
+    attach.attach(formed, patterns, generator=generator)
+    trained = _trained(formed)
     stored = sum(t.nbytes for t in unique_tensors(formed).values())
     bits = bench.bits(formed, bench.corpus.heldout_texts(old))
     untrained = bench.bits(formed, bench.corpus.heldout_texts(new))
@@ -65,6 +67,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         result = bench.train(
             adapted, seed, stream, rate=factor * settings.scale.rate, tokens=settings.scale.adapt_tokens
         )
+        attach.settle(adapted)
         found = bench.bits(adapted, bench.corpus.heldout_texts(new))
         if not best or found < best["adapted_bits_per_byte"]:
             best = {
@@ -72,7 +75,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
                 "rate": factor * settings.scale.rate,
                 "forgotten_bits_per_byte": bench.bits(adapted, bench.corpus.heldout_texts(old)) - bits,
             }
-            seconds, flops = result.seconds, result.flops
+            seconds, flops, trained = result.seconds, result.flops, _trained(adapted)
     metrics = {
         "bits_per_byte": bits,
         "stored_bytes": stored,
@@ -83,6 +86,10 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     return Measurement(
         metrics=metrics, cost=Cost(seconds=seconds, flops=flops), model=record, data=bench.corpus.record
     )
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(p.numel() for form in attach.forms(model).values() for p in form.trainable())
 
 
 def domains(corpus: lab.Corpus) -> tuple[str, str]:

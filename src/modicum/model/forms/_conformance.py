@@ -178,6 +178,20 @@ def check_merge(key: str) -> None:
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def check_settles_into_the_same(key: str) -> None:
+    """What is kept once training is over computes what was trained, with no more bytes."""
+    model, forms = _trained(key)
+    x, before = _inputs(6, IN), sum(form.nbytes() for form in forms.values())
+    with torch.no_grad():
+        expected = model(x)
+        kept = attach.settle(model)
+        torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
+    assert kept.keys() == forms.keys(), f"{key}: settling lost or gained forms"
+    assert sum(form.nbytes() for form in kept.values()) <= before, f"{key}: what is kept is larger"
+    assert all(form.settled() is form for form in kept.values()), f"{key}: settling does not end"
+    form_state.restore(_model(seed=9), form_state.describe(model) or {})
+
+
 def check_other_dtypes(key: str) -> None:
     """In bfloat16 the form answers in bfloat16, near its float32 answer, and stored formats survive `.to`."""
     model, forms = _trained(key)

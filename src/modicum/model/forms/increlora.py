@@ -127,8 +127,9 @@ class IncreLora(LinearForm):
             return y + (self.scaling * F.linear(F.linear(x, a_RI), b_OR)).to(y.dtype)
         z = F.linear(x, self.A[:self.learning])
         update = self.scaling * F.linear(z[..., :self.rank], b_OR)
-        update = _Ahead.apply(update, z[..., self.rank:], self.B[:, self.rank:self.learning],
-                              self.scaling * self.config.ahead)
+        if self.learning > self.rank:
+            update = _Ahead.apply(update, z[..., self.rank:], self.B[:, self.rank:self.learning],
+                                  self.scaling * self.config.ahead)
         return y + _Watch.apply(update, x, self).to(y.dtype)
 
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
