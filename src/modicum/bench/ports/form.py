@@ -32,7 +32,7 @@ LIMITS = training.LIMITS
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
     adapt_tokens: int = 100_000
-    rates: tuple[float, ...] = (0.1, 0.5, 2.0)
+    rates: tuple[float, ...] = (0.1, 0.5, 2.0, 8.0)  # forms that train few numbers want high ones
 
 
 QUICK = Scale(**training.QUICK, adapt_tokens=4 * 4 * 64, rates=(0.5,))

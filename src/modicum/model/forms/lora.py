@@ -28,6 +28,7 @@ from modicum.model.forms import LinearForm, LinearShape
 
 CLAIM = {"figure": "on par with or better than full fine-tuning with 10,000x fewer trained parameters",
          "where": "abstract and Table 4", "scale": "GPT-3 175B"}
+SWEEP = ("rank=2", "rank=8")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from modicum.core.errors import UserError
 from modicum.model.forms import LinearForm, LinearShape
 
-CLAIM = {"figure": "better than LoRA with 16x fewer trained parameters", "where": "abstract; GLUE tables",
+CLAIM = {"figure": "better than LoRA with 16x fewer trained parameters", "where": "abstract; GLUE",
          "scale": "RoBERTa 125M and 355M"}
 SWEEP = ("rank=8", "rank=32", "rank=0")
 
