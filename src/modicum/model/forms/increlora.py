@@ -18,6 +18,8 @@ that optimizers and checkpoints see tensors of one size; a new rank's moments st
 correction of their own. lambda of a rank learnt in advance acts on gradients alone, so nothing but the ranks of the
 budget is in the function. The authors' code divides by the rank that a matrix has reached; s is constant here, since a
 new rank would otherwise change the function. Over micro-batches, sensitivities are added up.
+With lambda at zero and orthonormal vectors the update starts more slowly than LoRA's, which shows in short runs: give
+it two or three times LoRA's learning rate.
 Once training is over the form settles into plain `lora` of the rank reached. While the rank grows, a step costs one
 more product of the size of the layer's own (the gradient of dW), which is taken apart into blocks of rows.
 
@@ -51,7 +53,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 @dataclass(frozen=True, kw_only=True)
 class Config:
     rank: Annotated[int, Field(ge=1)] = 8            # that matrices have on average in the end
-    max_rank: Annotated[int, Field(ge=0)] = 0        # that one of them can reach, and reserves; 0: 4 rank
+    max_rank: Annotated[int, Field(ge=0)] = 0        # that one of them can reach, and reserves; 0: 2 rank
     alpha: Annotated[float, Field(gt=0)] = 16.0      # scale of the update: alpha / rank
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0   # on the input of the update, while training
     add: Annotated[int, Field(ge=0)] = 0             # ranks that a chosen matrix gets at once; 0: half of rank
@@ -67,7 +69,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if 0 < self.max_rank < self.rank:
-            raise ValueError(f"max_rank={self.max_rank} must be at least rank={self.rank}, or 0 for 4 times as many")
+            raise ValueError(f"max_rank={self.max_rank} must be at least rank={self.rank}, or 0 for twice as many")
         if self.begin > self.end:
             raise ValueError(f"begin={self.begin} must not be after end={self.end}")
 
@@ -93,7 +95,7 @@ class IncreLora(LinearForm):
             raise UserError(f"increlora: {knob} is larger than the matrix {shape.out_features} x "
                             f"{shape.in_features}; give {knob.split('=')[0]} <= {most}")
         super().__init__(config, shape, base)
-        self.most = min(config.max_rank or 4 * config.rank, most)
+        self.most = min(config.max_rank or 2 * config.rank, most)
         self.A = nn.Parameter(self._empty(self.most, shape.in_features))
         self.B = nn.Parameter(self._empty(shape.out_features, self.most))
         self.E = nn.Parameter(self._empty(self.most))       # lambda
