@@ -133,6 +133,7 @@ def adapt(model_folder: str | Path, pairs: Any, config: AdaptConfig, folder: str
     """
     source, folder = find_folder(model_folder), Path(folder)
     kind: Any = registry.load("form", Choice.parse("form", config.form).method).cls
+    attach.require_fit(config.form)
     if config.merge and "merge" not in kind.supports:
         raise UserError(f"the form {config.form} is not linear and cannot be merged; leave merge out")
     tokenizer = tokenizer or Tokenizer.load(source)

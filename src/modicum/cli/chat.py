@@ -29,6 +29,10 @@ def chat(
         str | None, typer.Option(envvar="MODICUM_API_KEY", help="With a URL: its key.")
     ] = None,
     cache: Annotated[str, typer.Option(help="Memory for keys and values: auto, 1GiB, 50ktok.")] = "auto",
+    size: Annotated[
+        str | None,
+        typer.Option(help="Of a model in blocks (compress --form bitstack): load so much, e.g. 24MiB."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
     ] = None,
@@ -46,7 +50,9 @@ def chat(
         from modicum.serve.config import EngineConfig
         from modicum.serve.load import load_engine
 
-        engine = load_engine(model, EngineConfig(cache=cache, max_sequences=1), dtype=dtype, device=device)
+        engine = load_engine(
+            model, EngineConfig(cache=cache, max_sequences=1), dtype=dtype, device=device, size=size
+        )
         talk = Conversation(local(engine, params), system)
 
     def answer(text: str) -> None:

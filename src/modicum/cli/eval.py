@@ -41,6 +41,10 @@ def eval(
     prefix: Annotated[
         str, typer.Option(help="Before a prompt: auto (bos if the model has one), start (bos or eos), none.")
     ] = "auto",
+    size: Annotated[
+        str | None,
+        typer.Option(help="Of a model in blocks (compress --form bitstack): load so much, e.g. 24MiB."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
     ] = None,
@@ -77,9 +81,9 @@ def eval(
 
     kept = Kept(out / "items.jsonl")
 
-    def run(path: str) -> list[TaskResult]:
+    def run(path: str, size: str | None = None) -> list[TaskResult]:
         tokenizer = Tokenizer.load(find_folder(path))
-        decoder = load_model(path, dtype, device)
+        decoder = load_model(path, dtype, device, size)
         results = [
             run_text(
                 decoder,
@@ -106,7 +110,7 @@ def eval(
             include_path=include_path,
         )
 
-    first = run(model)
+    first = run(model, size)
     rows = compare(first, run(against)) if against else []
     if as_json:
         record: dict[str, Any] = {"model": model, "results": [r.as_dict() for r in first]}

@@ -47,6 +47,10 @@ def serve(
         int, typer.Option(help="Guessed tokens of one step, shared by its sequences.")
     ] = 96,
     draft_when: Annotated[str, typer.Option(help="pays (judged by the clock) or always.")] = "pays",
+    size: Annotated[
+        str | None,
+        typer.Option(help="Of a model in blocks (compress --form bitstack): load so much, e.g. 24MiB."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
     ] = None,
@@ -83,14 +87,15 @@ def serve(
         )
     folder = find_folder(model)
     tokenizer = Tokenizer.load(folder)
-    decoder = load_model(folder, dtype=dtype, device=device)
+    decoder = load_model(folder, dtype=dtype, device=device, size=size)
     if adapter:
         from modicum.adapt.peft_format import load_peft
 
         load_peft(decoder, adapter)
     if form:
-        from modicum.model.attach import attach, merge
+        from modicum.model.attach import attach, merge, require_fit
 
+        require_fit(form)
         if adapter:
             merge(decoder)
         attach(decoder, {"layers.*": form})

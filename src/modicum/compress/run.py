@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modicum.compress import calibration as calibrate
+from modicum.compress.stacking import sort_blocks
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.core.events import Events
 from modicum.core.files import write_json
-from modicum.model import attach
+from modicum.data.tokenizer import Tokenizer
+from modicum.model import attach, stack
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_model, save_model
 from modicum.model.forms import LinearForm
@@ -31,7 +34,8 @@ class CompressResult:
     """Bytes are those of the weight files on disk; bits are of the compressed matrices alone.
 
     error: ||W - dense()|| / ||W|| (Frobenius) over all compressed matrices together; worst_module and
-    worst_error: the one that lost most.
+    worst_error: the one that lost most. least_bytes: of the weights loaded with one block per layer, for a form
+    in blocks (see `model.stack`), else 0.
     """
 
     form: str
@@ -45,6 +49,7 @@ class CompressResult:
     worst_module: str
     worst_error: float
     seconds: float
+    least_bytes: int = 0
 
     @property
     def ratio(self) -> float:
@@ -57,25 +62,46 @@ class CompressResult:
 
 def compress(model_folder: str | Path, choice: Any, folder: str | Path, *,
              targets: Sequence[str] = ("layers.*",), embeddings: Any = None, head: Any = None,
+             calibration: str | Path | None = None, sequences: int = 64, length: int = 512,
              events: Events | None = None) -> CompressResult:
     """Fit the form `choice` to the linear layers that `targets` name and save what `load_model` reads.
 
     embeddings, head: forms for the token embedding and the output head, which stay as they are by default; a
-    head tied to the embedding shares its form. Raises `UserError` for a pattern that matches nothing and for
-    a form that cannot be put there; nothing is written then.
+    head tied to the embedding shares its form. calibration: text (a curated folder, or anything the readers
+    know) of which `sequences` pieces of `length` tokens show the forms the layers' inputs; a form in blocks
+    needs it, and has its blocks sorted by as many pieces again. Raises `UserError` for a pattern that matches
+    nothing and for a form that cannot be put there; nothing is written then.
     """
     began = time.perf_counter()
     source = find_folder(model_folder)
     if Path(folder).resolve() == source.resolve():
         raise UserError(f"{folder} is the model itself; write the compressed one to another folder")
+    if sequences < 1 or length < 2:
+        raise UserError(f"{sequences} sequences of {length} tokens are too few to calibrate with; give at least 1 "
+                        "of 2 tokens")
     picked = Choice.parse("form", choice)
+    kinds: list[Any] = []
     for form in (picked, *(Choice.parse("form", f) for f in (embeddings, head) if f is not None)):
         kind: Any = registry.load("form", form.method).cls
+        kinds.append(kind)
         if "adapter" in kind.supports:
             raise UserError(f"the form {form.method!r} is an adapter, which adds to the weights; choose one "
                             "that holds them in less, for instance int4:group=64")
+        attach.require_fit(form)
         form.config()
+    in_blocks = any("stack" in kind.supports for kind in kinds)
+    if in_blocks and calibration is None:
+        raise UserError(f"{picked} loads the blocks first that matter most, which is measured on text; give some: "
+                        "--calibration CURATED, or a folder of text")
     model = load_model(source)
+    if stack.stacks(model):
+        raise UserError(f"{source} holds its weights in blocks already; for fewer bytes type: modicum compress "
+                        f"{source} --size 24MiB --out {folder}")
+    tokens_NT = None
+    if calibration is not None:
+        tokens_NT = calibrate.sequences(calibrate.texts(calibration), Tokenizer.load(source),
+                                        2 * sequences if in_blocks else sequences,
+                                        min(length, model.config.context_length))
     plan: dict[str, Any] = dict.fromkeys(targets, picked)
     if head is not None:
         if model.config.tied and embeddings is None:
@@ -84,18 +110,32 @@ def compress(model_folder: str | Path, choice: Any, folder: str | Path, *,
         if not model.config.tied or Choice.parse("form", head) != Choice.parse("form", embeddings):
             plan["lm_head"] = head
     tally = _Tally()
-    for name, pattern in attach.match(model, plan).items():
-        _one(model, name, plan[pattern], tally)
+    matched = attach.match(model, plan)
+    inputs: dict[str, Tensor] = {}
+    if tokens_NT is not None:
+        inputs = calibrate.activations(model, tokens_NT[-sequences:], list(matched))
+    for name, pattern in matched.items():
+        _one(model, name, _whole(plan[pattern]), tally, inputs.pop(name, None))
     if embeddings is not None:
         table: Any = model.embed
         weight = table.weight.detach()
-        tally.add("embed", weight, attach.attach_embedding(model, "embed", embeddings))
+        tally.add("embed", weight, attach.attach_embedding(model, "embed", _whole(embeddings)))
+    least = 0
+    if in_blocks and tokens_NT is not None:
+        found = stack.stacks(model)
+        sort_blocks(model, found, tokens_NT[:sequences], events=events)
+        bits = {name: Choice.parse("form", plan[matched[name]] if name in matched else embeddings).config().bits
+                for name in found}
+        stack.trim(found, bits)
+        least = stack.nbytes(model) - sum((form.held - 1) * form.block_bytes for form in found.values())
+    tally.close()
     save_model(model, folder, source)
     result = CompressResult(
         form=str(picked), folder=str(folder), modules=tally.modules, weights=tally.weights,
         bits_per_weight=8 * tally.bytes / tally.weights, bytes=weight_bytes(folder),
         original_bytes=weight_bytes(source), error=(tally.lost / tally.norm) ** 0.5 if tally.norm else 0.0,
-        worst_module=tally.worst[1], worst_error=tally.worst[0], seconds=time.perf_counter() - began)
+        worst_module=tally.worst[1], worst_error=tally.worst[0], seconds=time.perf_counter() - began,
+        least_bytes=least)
     write_json(Path(folder) / "compress.json", result.as_dict())
     if events:
         events.emit("compressed", **result.as_dict())
@@ -109,31 +149,57 @@ def weight_bytes(folder: str | Path) -> int:
 
 @dataclass
 class _Tally:
+    """What compressing lost. Of a form in blocks the loss is noted for any number of blocks, since how many
+    stay is decided when all layers are there."""
+
     modules: int = 0
     weights: int = 0
     bytes: int = 0
     lost: float = 0.0
     norm: float = 0.0
     worst: tuple[float, str] = (0.0, "")
+    noted: list[tuple[str, Any, float, list[float]]] = dataclasses.field(default_factory=list)
 
     def add(self, name: str, weight_OI: Tensor, form: Any) -> None:
-        lost = norm = 0.0
-        for after, before in zip(form.dense().split(ROWS), weight_OI.split(ROWS), strict=True):
-            lost += (after.float() - before.float()).square().sum(dtype=torch.float64).item()
-            norm += before.float().square().sum(dtype=torch.float64).item()
-        self.modules += 1
         self.weights += weight_OI.numel()
-        self.bytes += form.nbytes()
-        self.lost, self.norm = self.lost + lost, self.norm + norm
-        self.worst = max(self.worst, ((lost / norm) ** 0.5 if norm else 0.0, name))
+        norm = _square(weight_OI)
+        if "stack" in form.supports:
+            left = weight_OI.float()
+            lost = [_square(left := left - form.block_weight(i)) for i in range(form.held)]
+        else:
+            lost = [sum(_square(after.float() - before.float()) for after, before in
+                        zip(form.dense().split(ROWS), weight_OI.split(ROWS), strict=True))]
+        self.noted.append((name, form, norm, lost))
+
+    def close(self) -> None:
+        for name, form, norm, losses in self.noted:
+            lost = losses[getattr(form, "held", 1) - 1]
+            self.modules += 1
+            self.bytes += form.nbytes()
+            self.lost, self.norm = self.lost + lost, self.norm + norm
+            self.worst = max(self.worst, ((lost / norm) ** 0.5 if norm else 0.0, name))
+
+
+def _square(values: Tensor) -> float:
+    return sum(part.float().square().sum(dtype=torch.float64).item() for part in values.split(ROWS))
+
+
+def _whole(choice: Any) -> Choice:
+    """A form in blocks is made with all of them; which ones stay is decided when they are sorted."""
+    parsed = Choice.parse("form", choice)
+    kind: Any = registry.load("form", parsed.method).cls
+    if "stack" not in kind.supports:
+        return parsed
+    return Choice("form", parsed.method, {k: v for k, v in parsed.knobs.items() if k != "bits"})
 
 
 @torch.no_grad()
-def _one(model: Decoder, name: str, choice: Any, tally: _Tally) -> None:
+def _one(model: Decoder, name: str, choice: Any, tally: _Tally, inputs_RI: Tensor | None = None) -> None:
     """Replace one layer; its weight is freed before the next, so the peak is the model and one layer."""
     layer = model.get_submodule(name)
     if isinstance(layer, LinearForm):
         raise UserError(f"module {name!r} holds the form {layer.choice} already; compress the model it came "
                         "from")
     weight_OI = attach.plain(layer)[0].detach()
-    tally.add(name, weight_OI, attach.attach(model, {name: choice})[name])
+    calibration = None if inputs_RI is None else {name: inputs_RI}
+    tally.add(name, weight_OI, attach.attach(model, {name: choice}, calibration=calibration)[name])

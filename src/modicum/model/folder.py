@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from modicum.budget import units
 from modicum.core.errors import CorruptError, UserError, unknown
 from modicum.core.files import atomic_directory, write_json
-from modicum.model import form_state
+from modicum.model import form_state, stack
 from modicum.model.attach import forms
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
@@ -110,12 +111,13 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def load_model(path_or_hub_id: str | Path, dtype: torch.dtype | str | None = None,
-               device: torch.device | str = "cpu") -> Decoder:
+               device: torch.device | str = "cpu", size: float | str | None = None) -> Decoder:
     """A `Decoder` with the weights of a Hugging Face folder or hub id, in eval mode.
 
     `dtype` None keeps each tensor's own. Weights are in memory once: the modules are made without
     storage and each tensor goes from its shard to its place, converted on the way. Linear forms that the
-    folder describes are attached again. Raises `UserError` for what is missing, unexpected, misshapen or of
+    folder describes are attached again. `size` ("24MiB"): of a folder in blocks (`model.stack`), so many bytes
+    of weights at most; without it, all blocks. Raises `UserError` for what is missing, unexpected, misshapen or of
     an unknown family, and `CorruptError` for damaged files.
     """
     folder = find_folder(path_or_hub_id)
@@ -124,6 +126,8 @@ def load_model(path_or_hub_id: str | Path, dtype: torch.dtype | str | None = Non
         model = Decoder(config)
     stored_forms = _restore_forms(model, folder, wanted, device)
     fill_weights(model, folder, wanted, device, beside=stored_forms)
+    if size is not None or stack.stacks(model):
+        stack.resize(model, folder, None if size is None else units.parse(size, "bytes"))
     return model.eval()
 
 
@@ -136,7 +140,7 @@ def _restore_forms(model: Decoder, folder: Path, dtype: torch.dtype | None,
         description = json.loads((folder / FORMS_JSON).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CorruptError(f"{FORMS_JSON} in {folder} is not valid JSON ({error}); write it again") from None
-    form_state.restore(model, description, dtype=dtype, device=device)
+    form_state.restore(model, stack.emptied(description), dtype=dtype, device=device)
     path = folder / FORMS_FILE
     if not path.exists():
         raise CorruptError(f"{folder} describes linear forms but lacks {FORMS_FILE}; write the folder again")
@@ -242,9 +246,12 @@ def save_model(model: Decoder, folder: str | Path, tokenizer_folder: str | Path 
         write_json(new / "config.json", write_config(config, dtype))
         _write_shards(new, items, max_shard_bytes)
         if description is not None:
+            blocks = stack.block_items(model)
+            if blocks:
+                write_safetensors(new / stack.BLOCKS_FILE, blocks.values(), as_given=True)
             state = form_state.form_state(model) | {n: parameters[n] for n in homeless}
             write_safetensors(new / FORMS_FILE, [(n, tuple(x.shape), x.dtype, partial(_itself, x))
-                                                 for n, x in state.items()])
+                                                 for n, x in state.items() if n not in blocks])
             write_json(new / FORMS_JSON, description)
         if tokenizer_folder is not None:
             copied = [n for n in TOKENIZER_FILES if (Path(tokenizer_folder) / n).is_file()]

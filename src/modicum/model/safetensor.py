@@ -120,10 +120,14 @@ class _Lazy(Mapping[str, Tensor]):
 Item = tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]
 
 
-def write_safetensors(path: str | Path, tensors: Iterable[Item]) -> None:
-    """Write atomically. Each item is (name, shape, dtype, make); `make` is called when its bytes are due."""
-    # Wide types first, so that all are aligned.
-    items = sorted(tensors, key=lambda item: (-item[2].itemsize, item[0]))
+def write_safetensors(path: str | Path, tensors: Iterable[Item], *, as_given: bool = False) -> None:
+    """Write atomically. Each item is (name, shape, dtype, make); `make` is called when its bytes are due.
+
+    as_given: the tensors lie in the file in their order here, for those who read its beginning only.
+    """
+    items = list(tensors)
+    if not as_given:   # wide types first, so that all are aligned
+        items.sort(key=lambda item: (-item[2].itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape, dtype, _ in items:

@@ -18,8 +18,12 @@ def load_engine(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
+    size: float | str | None = None,
 ) -> Engine:
-    """Model (its attached forms included) and tokenizer of a folder or hub id, behind an engine."""
+    """Model (its attached forms included) and tokenizer of a folder or hub id, behind an engine.
+
+    size: bytes of weights to load, of a model in blocks.
+    """
     folder = find_folder(path_or_hub_id)
     tokenizer = Tokenizer.load(folder)
-    return Engine(load_model(folder, dtype=dtype, device=device), tokenizer, config)
+    return Engine(load_model(folder, dtype=dtype, device=device, size=size), tokenizer, config)

@@ -25,6 +25,7 @@ from modicum.core.files import read_json, write_json
 from modicum.data.curate import Curation
 from modicum.data.stream import Stream
 from modicum.data.tokenizer import Tokenizer
+from modicum.model import attach
 from modicum.model.config import DecoderConfig, sized
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_config, load_model, save_model
@@ -177,6 +178,8 @@ def shape_for(config: PretrainConfig, curation: Curation) -> DecoderConfig:
 def make_model(config: PretrainConfig, shape: DecoderConfig) -> Decoder:
     """Fresh weights from the seed, or the given model's."""
     if config.model is not None:
+        if config.train.get("form") is not None:
+            attach.require_fit(config.train["form"])
         return load_model(config.model)
     return Decoder(shape, torch.Generator().manual_seed(config.seed))
 
@@ -252,7 +255,7 @@ def _whole(config: PretrainConfig, shape: DecoderConfig, told: TrainConfig, out:
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, value in saved.tensors("model"):
-            parameters[name].data = value.to(getattr(torch, told.dtype))
+            parameters[name].data = value.to(getattr(torch, told.dtype)) if value.is_floating_point() else value
     if shape.tied:
         model.lm_head.weight = model.embed.weight
     return model

@@ -52,7 +52,9 @@ class LinearForm(Method, nn.Module):
     `merge`      linear in x, so `dense()` is the whole truth and may replace the form;
     `adapter`    sits on a frozen `base` form, which keeps the fitted weight;
     `base`       an adapter may sit on it (its forward passes gradients on to x);
-    `embedding`  `rows` is cheap, so it may hold a token embedding.
+    `embedding`  `rows` is cheap, so it may hold a token embedding;
+    `stack`      holds blocks that may be loaded in part (`model.stack.Stack` says what that asks for);
+    `fsdp`       trains under FSDP2 as it does in one process.
     """
 
     #: Names of buffers whose dtype is part of the format: `model.to(dtype)` moves them, never rounds them.

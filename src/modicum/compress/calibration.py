@@ -1,0 +1,100 @@
+"""What a compressor looks at besides the weights: pieces of text, and what they put into each linear layer.
+
+Shapes: N sequences, T tokens, R rows (tokens, whichever sequence they are of), I inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modicum.core.errors import UserError
+from modicum.data.tokenizer import Tokenizer
+from modicum.model import attach
+
+BATCH = 8     # sequences computed at a time
+
+
+def texts(source: str | Path) -> Iterator[str]:
+    """Training documents of a curated folder, or the text of anything the readers know."""
+    from modicum.data.document import Document, read_documents
+    from modicum.data.readers import ReadConfig, find, read
+    if (Path(source) / "documents").is_dir():
+        yield from (document.text for document in read_documents(source, "train"))
+        return
+    config = ReadConfig()
+    for unit in find(str(source), config):
+        yield from (d.text for d in read(unit, config) if isinstance(d, Document))
+
+
+def sequences(documents: Iterable[str], tokenizer: Tokenizer, count: int, length: int) -> Tensor:
+    """tokens_NT: the first `count` pieces of `length` tokens, documents one after another.
+
+    Raises `UserError` if there is less than one piece.
+    """
+    held: list[int] = []
+    for text in documents:
+        held += [tokenizer.start_id, *tokenizer.encode(text, specials=False), tokenizer.eos_id]
+        if len(held) >= count * length:
+            break
+    n = min(count, len(held) // length)
+    if n < 1:
+        raise UserError(f"the calibration text has {len(held)} tokens, one sequence takes {length}; give more text")
+    return torch.tensor(held[:n * length]).view(n, length)
+
+
+@torch.no_grad()
+def activations(model: nn.Module, tokens_NT: Tensor, names: Sequence[str], rows: int = 4096) -> dict[str, Tensor]:
+    """By module name: what `tokens_NT` puts into the linear layers `names`, about `rows` rows, spread evenly.
+
+    Layers that read the same tensor share one.
+    """
+    every = max(1, -(-tokens_NT.numel() // rows))
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    last: list[Any] = [None, None]
+
+    def hook(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if last[0] is not args[0]:
+                last[:] = [args[0], args[0].flatten(0, -2)[::every].clone()]
+            found[name].append(last[1])
+        return note
+
+    layers = attach.linears(model)
+    hooks = [layers[name].register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        _each(model, tokens_NT, lambda logits, tokens: None)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in found.items() if parts}
+
+
+@torch.no_grad()
+def nats(model: nn.Module, tokens_NT: Tensor) -> float:
+    """Mean next-token loss: the logarithm of the perplexity."""
+    total = 0.0
+
+    def add(logits: Tensor, tokens: Tensor) -> None:
+        nonlocal total
+        loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(),
+                                           reduction="sum")
+        total += loss.item()
+
+    _each(model, tokens_NT, add)
+    return total / (tokens_NT.shape[0] * (tokens_NT.shape[1] - 1))
+
+
+def _each(model: nn.Module, tokens_NT: Tensor, use: Any) -> None:
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        for tokens in tokens_NT.split(BATCH):
+            tokens = tokens.to(device)
+            use(model(tokens), tokens)
+    finally:
+        model.train(training)

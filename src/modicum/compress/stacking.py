@@ -1,0 +1,78 @@
+"""In which order the blocks of a model in stacks are loaded: by what each does for the whole model's loss.
+
+Level by level: with b blocks in every layer, each layer in turn is given its next one, and the loss on
+calibration text is measured; blocks of a level are then sorted by it, the lowest first. So layers never differ
+by more than one block, and a model of any size is a prefix of the same order (Wang et al. 2024,
+arXiv:2410.23918, section 2.3, "average"). All first blocks come first, as they are always there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from modicum.compress.calibration import nats
+from modicum.core.errors import UserError
+from modicum.core.events import Events
+from modicum.core.files import write_json
+from modicum.model import stack
+from modicum.model.folder import find_folder, load_model, save_model
+from modicum.model.stack import Stack
+
+
+@torch.no_grad()
+def sort_blocks(model: nn.Module, found: Mapping[str, Stack], tokens_NT: Tensor, *,
+                events: Events | None = None) -> list[tuple[str, int, float]]:
+    """Measure every block of the stacks `found` in `model` and give them their `order`.
+
+    Costs one pass over `tokens_NT` per block above the first ones, with each weight held once in float32
+    meanwhile. Returns (module, block, loss with it in nats per token) in order; the first blocks' is NaN.
+    """
+    names = list(found)
+    ordered: list[tuple[str, int, float]] = [(name, 0, math.nan) for name in names]
+    levels = max(form.held for form in found.values())
+    total = sum(form.held - 1 for form in found.values())
+    try:
+        for form in found.values():
+            form.kept = form.block_weight(0)
+        with (events or Events()).progress("sort blocks", total, "block") as progress:
+            for level in range(1, levels):
+                mine = [name for name in names if found[name].held > level]
+                losses: dict[str, float] = {}
+                for name in mine:
+                    form, before = found[name], found[name].kept
+                    assert before is not None
+                    form.kept = before + form.block_weight(level)
+                    loss = nats(model, tokens_NT)
+                    losses[name] = loss if math.isfinite(loss) else math.inf
+                    form.kept = before
+                    progress.update(1, loss=loss)
+                for name in mine:
+                    found[name].kept += found[name].block_weight(level)
+                ordered += [(name, level, losses[name]) for name in sorted(mine, key=lambda name: losses[name])]
+    finally:
+        for form in found.values():
+            form.kept = None
+    order: dict[str, list[int]] = {name: [] for name in names}
+    for place, (name, _, _) in enumerate(ordered):
+        order[name].append(place)
+    for name, form in found.items():
+        form.set_layout({"blocks": form.held, "available": form.held, "order": order[name]})
+    return ordered
+
+
+def cut(folder: str | Path, size: float, out: str | Path) -> stack.Resized:
+    """Write the model in stacks at `folder` again to `out` with only the blocks that fit into `size` bytes."""
+    source = find_folder(folder)
+    if Path(out).resolve() == source.resolve():
+        raise UserError(f"{out} is the model itself; write the smaller one to another folder")
+    model = load_model(source)
+    resized = stack.resize(model, source, size)
+    save_model(model, out, source)
+    write_json(Path(out) / "compress.json", {"bytes": resized.bytes, "blocks": resized.blocks,
+                                             "of_blocks": resized.available})
+    return resized

@@ -1,0 +1,185 @@
+"""Models in stacks of blocks: any number of bytes makes a model, the more the better.
+
+A form with the word `stack` in `supports` holds its weight as blocks, of which the first few alone are a
+coarser weight. A folder keeps the blocks of all layers in one file, the most useful first, so that a model of
+N bytes is what is always needed and the first blocks that fit:
+
+    model = load_model(folder, size=24 << 20)        # 24 MiB of weights
+    resize(model, folder, 40 << 20)                  # reads the blocks that are missing, and nothing else
+    resize(model, folder, 16 << 20)                  # drops blocks, reads nothing
+
+Every layer keeps at least its first block. Which block comes when is measured when the folder is made
+(`compress.stacking`); without that, all layers' first blocks come before all second ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from modicum.budget.units import bytes_text
+from modicum.core.errors import CorruptError, UserError
+from modicum.model.forms import LinearForm, unique_tensors
+from modicum.model.safetensor import Item, SafetensorsFile
+
+BLOCKS_FILE = "modicum-blocks.safetensors"
+
+
+class Stack(Protocol):
+    """What `stack` promises beyond a form. Blocks are the buffers `block_0`, `block_1`, ... (uint8), in
+    `layout()` as `blocks`, their number, and `order`, the places of these blocks among all layers' blocks.
+    `set_layout` takes blocks off the top or adds empty ones there, leaving the others as they are;
+    `available` in a layout is how many the file has."""
+
+    held: int
+    available: int
+    order: list[int]
+    kept: Tensor | None     # stands for the weight, if set: whoever tries sums of blocks sets it
+    in_features: int
+    out_features: int
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    def block_weight(self, i: int) -> Tensor: ...
+
+    def set_layout(self, layout: dict[str, Any]) -> None: ...
+
+
+def stacks(model: nn.Module) -> dict[str, Stack]:
+    """Every stack of `model` by module name, those below an adapter included."""
+    found: dict[str, Any] = {name: module for name, module in model.named_modules()
+                             if isinstance(module, LinearForm) and "stack" in module.supports}
+    return found
+
+
+def ranking(found: Mapping[str, Stack], held: bool = False) -> list[tuple[str, int]]:
+    """(module, block) of every available (or held) block, the most useful first."""
+    counts = {name: form.held if held else form.available for name, form in found.items()}
+    blocks = [(name, i) for name, n in counts.items() for i in range(n)]
+    if all(len(form.order) >= counts[name] for name, form in found.items()):
+        return sorted(blocks, key=lambda block: found[block[0]].order[block[1]])
+    return sorted(blocks, key=lambda block: block[1])     # stable: within a level, by module
+
+
+def nbytes(model: nn.Module) -> int:
+    """Bytes of the weights as they are now: parameters and persistent buffers, each once."""
+    return sum(tensor.nbytes for tensor in unique_tensors(model).values())
+
+
+def block_items(model: nn.Module) -> dict[str, Item]:
+    """The held blocks as a file keeps them, by tensor name, the most useful first."""
+    found = stacks(model)
+    items: dict[str, Item] = {}
+    for name, i in ranking(found, held=True):
+        block: Tensor = getattr(found[name], f"block_{i}")
+        items[f"{name}.block_{i}"] = (f"{name}.block_{i}", tuple(block.shape), block.dtype, lambda x=block: x)
+    return items
+
+
+def emptied(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A folder's description of forms with every stack empty, so that making the forms takes no room."""
+    def entry(old: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if old is None:
+            return None
+        layout = old.get("layout") or {}
+        if "blocks" in layout:
+            layout = {**layout, "blocks": 0, "available": layout["blocks"]}
+        return {**old, "layout": layout, "base": entry(old.get("base"))}
+
+    return {**description, "forms": {name: entry(old) for name, old in description.get("forms", {}).items()}}
+
+
+@dataclass(frozen=True)
+class Resized:
+    """bytes: of the model's weights now; blocks held, of those the file has; bytes read and dropped."""
+
+    bytes: int
+    blocks: int
+    available: int
+    read_bytes: int
+    dropped_bytes: int
+
+
+def fitting(found: Mapping[str, Stack], room: float | None, what: str) -> dict[str, int]:
+    """How many blocks of each stack fit into `room` bytes. Raises `UserError` with `what` if not one of each."""
+    wanted = dict.fromkeys(found, 0)
+    taken = 0
+    for name, i in ranking(found):
+        taken += found[name].block_bytes
+        if room is not None and taken > room:
+            break
+        wanted[name] = i + 1
+    if not all(wanted.values()):
+        raise UserError(what)
+    return wanted
+
+
+@torch.no_grad()
+def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> Resized:
+    """Let `model`, loaded from `folder`, take at most `size` bytes (None: all there is), in place.
+
+    Reads from the folder only the blocks that are missing. A failure on the way leaves a model that is whole,
+    of a size in between. Raises `UserError` where there are no blocks and for a size that is too small,
+    `CorruptError` for a damaged file.
+    """
+    found, path = stacks(model), Path(folder) / BLOCKS_FILE
+    if not found:
+        raise UserError(f"the model of {folder} is of one size only; make one of any size with: modicum compress "
+                        f"{folder} --form bitstack --calibration TEXT --out STACK")
+    fixed = nbytes(model) - sum(form.held * form.block_bytes for form in found.values())
+    least = fixed + sum(form.block_bytes for form in found.values())
+    whole = fixed + sum(form.available * form.block_bytes for form in found.values())
+    wanted = fitting(found, None if size is None else size - fixed,
+                     f"{bytes_text(size or 0)} is too small for {folder}: one block of each layer and what is "
+                     f"not in blocks take {bytes_text(least)}, all blocks {bytes_text(whole)}")
+    read = dropped = 0
+    for name, form in found.items():
+        if wanted[name] < form.held:
+            dropped += (form.held - wanted[name]) * form.block_bytes
+            form.set_layout({"blocks": wanted[name]})
+    missing = [(name, i) for name, i in ranking(found) if found[name].held <= i < wanted[name]]
+    if missing:
+        if not path.exists():
+            raise CorruptError(f"{folder} describes blocks but lacks {BLOCKS_FILE}; write the folder again")
+        with SafetensorsFile(path) as file:
+            for name, i in missing:
+                read += _read(file, name, i, found[name])
+    return Resized(nbytes(model), sum(form.held for form in found.values()),
+                   sum(form.available for form in found.values()), read, dropped)
+
+
+def _read(file: SafetensorsFile, name: str, i: int, form: Stack) -> int:
+    tensor = f"{name}.block_{i}"
+    if tensor not in file.names or file.shape(tensor) != (form.block_bytes,) or file.dtype(tensor) != torch.uint8:
+        raise CorruptError(f"{file.path} has no block {tensor} of {form.block_bytes} bytes; write the folder "
+                           "again")
+    value = file.read(tensor)
+    form.set_layout({"blocks": i + 1})
+    getattr(form, f"block_{i}").copy_(value)
+    return value.nbytes
+
+
+def trim(found: Mapping[str, Stack], bits: Mapping[str, float | None]) -> None:
+    """Drop blocks for good, the least useful first, until so many bits per weight are left; None: all stay.
+
+    bits: by module. Modules of the same number share it: it is their mean.
+    """
+    for wanted in {value for value in bits.values() if value is not None}:
+        mine = {name: form for name, form in found.items() if bits[name] == wanted and form.held}
+        weights = sum(form.in_features * form.out_features for form in mine.values())
+        least = 8 * sum(form.block_bytes for form in mine.values()) / max(weights, 1)
+        drop(mine, wanted * weights / 8, f"bits={wanted:g} is less than one block of each layer takes "
+                                         f"({least:.2f} bits per weight); give more, or a smaller rank")
+
+
+def drop(found: Mapping[str, Stack], room: float, what: str) -> None:
+    """Keep the most useful blocks that take at most `room` bytes, and forget that there were others."""
+    for name, n in fitting(found, room, what).items():
+        form = found[name]
+        form.set_layout({"blocks": n, "available": n, "order": form.order[:n]})
