@@ -267,7 +267,8 @@ def run(
         outcome.records.append(entry)
         outcome.measured += 1
         if progress:
-            progress.update(1, **{bench.axes.quality.metric: entry.value(bench.axes.quality.metric)})
+            judged = entry.axes["quality"]["metric"]
+            progress.update(1, **{judged: entry.value(judged)})
     return outcome
 
 

@@ -71,7 +71,12 @@ def activations(model: nn.Module, tokens_NT: Tensor, names: Sequence[str], rows:
     finally:
         for handle in hooks:
             handle.remove()
-    return {name: torch.cat(parts) for name, parts in found.items() if parts}
+    joined: dict[tuple[int, ...], Tensor] = {}
+    for parts in found.values():
+        key = tuple(id(part) for part in parts)
+        if key and key not in joined:
+            joined[key] = torch.cat(parts)
+    return {name: joined[tuple(id(p) for p in parts)] for name, parts in found.items() if parts}
 
 
 @torch.no_grad()

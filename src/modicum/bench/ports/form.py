@@ -1,10 +1,14 @@
 """form: what a form of the linear layers costs a trained decoder, and what it learns on new text.
 
 A decoder trained on one domain gets the form where its paper puts it: most, into every linear layer but the head.
-Forms that store the weight are judged by held-out bits per byte against the bytes of the whole model. Adapters are
+Forms that store the weight are judged by held-out bits per byte against the bytes of the whole model; those in
+blocks are calibrated, sorted and cut to a size before (`_form_stored`). Adapters are
 then trained on another domain, for `adapt_tokens`, and judged by its held-out bits per byte against the parameters
 that they train, counted in what they settle into; the baseline, full fine-tuning of the same layers, is trained beside
 them. Every form that trains is trained at each of `rates` (factors of `rate`), and the best counts.
+
+Forms that start afresh are pretrained for `tokens` beside dense pretraining, and judged by bits per byte against
+bytes of parameters and optimizer (`_form_scratch`).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torch import nn
 
 from modicum.bench import lab, training
 from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench.ports import _form_scratch, _form_stored
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
@@ -33,6 +38,7 @@ LIMITS = training.LIMITS
 class Scale(training.Scale):
     adapt_tokens: int = 100_000
     rates: tuple[float, ...] = (0.1, 0.5, 2.0, 8.0)  # forms that train few numbers want high ones
+    pretrain: bool = True  # the baseline too, where nothing else asks for it
 
 
 QUICK = Scale(**training.QUICK, adapt_tokens=4 * 4 * 64, rates=(0.5,))
@@ -40,10 +46,14 @@ QUICK = Scale(**training.QUICK, adapt_tokens=4 * 4 * 64, rates=(0.5,))
 
 def axes_of(choice: Choice) -> Axes:
     method: Any = registry.load("form", choice.method).cls
+    if _form_scratch.applies(choice):
+        return _form_scratch.AXES
     return ADAPT if "adapter" in method.supports else AXES
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
+    if _form_scratch.applies(choice):
+        return _pretrained(choice, seed, settings)
     bench, model = training.pretrained(settings, seed)
     old, new = domains(bench.corpus)
     record = bench.model_record(model, "small decoder, trained")
@@ -51,9 +61,12 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     generator = lab.seeded(seed)
     best: dict[str, float] = {}
     result: Any = None
-    formed = copy.deepcopy(model)
-    attach.attach(formed, patterns, generator=generator)
-    trained = _trained(formed)
+    if _form_stored.applies(choice):
+        formed = _form_stored.formed(choice, seed, settings)
+    else:
+        formed = copy.deepcopy(model)
+        attach.attach(formed, patterns, generator=generator)
+    forms, trained = attach.forms(formed), _trained(formed)
     stored = sum(t.nbytes for t in unique_tensors(formed).values())
     bits = bench.bits(formed, bench.corpus.heldout_texts(old))
     untrained = bench.bits(formed, bench.corpus.heldout_texts(new))
@@ -76,8 +89,12 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
                 "forgotten_bits_per_byte": bench.bits(adapted, bench.corpus.heldout_texts(old)) - bits,
             }
             seconds, flops, trained = result.seconds, result.flops, _trained(adapted)
+    weights = sum(form.in_features * form.out_features for form in forms.values())
+    if choice.method == registry.port("form").baseline and settings.scale.pretrain:
+        best |= _form_scratch.measure(bench, choice, seed, settings.scale.rate)[0]
     metrics = {
         "bits_per_byte": bits,
+        "bits_per_weight": 8 * sum(form.nbytes() for form in forms.values()) / weights,
         "stored_bytes": stored,
         "trained_parameters": trained,
         "new_domain_bits_per_byte": untrained,
@@ -90,6 +107,14 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
 
 def _trained(model: nn.Module) -> int:
     return sum(p.numel() for form in attach.forms(model).values() for p in form.trainable())
+
+
+def _pretrained(choice: Choice, seed: int, settings: Settings) -> Measurement:
+    bench = training.Bench.of(settings)
+    metrics, result = _form_scratch.measure(bench, choice, seed, settings.scale.rate)
+    record = bench.model_record(bench.model(seed))
+    cost = Cost(seconds=result.seconds, flops=result.flops, peak_bytes=result.peak_bytes)
+    return Measurement(metrics=metrics, cost=cost, model=record, data=bench.corpus.record)
 
 
 def domains(corpus: lab.Corpus) -> tuple[str, str]:

@@ -35,8 +35,15 @@ from modicum.model.forms._quantised import QuantisedForm
 CLAIM = {"figure": "at 2 to 4 bits per weight on a par with or better than GPTQ and AWQ, from one file",
          "where": "Table 1 and Figure 4", "scale": "Llama 2, 3 and 3.1, 7B to 70B"}
 #: Of the small rank that small matrices need (16 factors of 16 bits are 5 bits per entry at width 96).
-SWEEP = tuple(f"rank=2,bits={bits}" for bits in
-              (1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8, 9, 10, 12, 14))
+SWEEP = (
+    "rank=2,blocks=12,bits=2", "rank=2,blocks=12,bits=2.25", "rank=2,blocks=12,bits=2.5",
+    "rank=2,blocks=12,bits=2.75", "rank=2,blocks=12,bits=3", "rank=2,blocks=12,bits=3.25",
+    "rank=2,blocks=12,bits=3.5", "rank=2,blocks=12,bits=3.75", "rank=2,blocks=12,bits=4",
+    "rank=2,blocks=12,bits=4.5", "rank=2,blocks=12,bits=5", "rank=2,blocks=12,bits=5.5",
+    "rank=2,blocks=12,bits=6", "rank=2,blocks=12,bits=6.5", "rank=2,blocks=12,bits=7",
+    "rank=2,blocks=12,bits=7.5", "rank=2,blocks=12,bits=8", "rank=2,blocks=12,bits=9",
+    "rank=2,blocks=12,bits=10", "rank=2,blocks=12,bits=12",
+)
 FACTOR = torch.float16
 
 
