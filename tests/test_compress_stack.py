@@ -153,7 +153,8 @@ def test_saved_again_and_under_an_adapter(stacked: Path, tmp_path: Path) -> None
 
 def test_bits_embeddings_and_the_figures(plain: Path, tmp_path: Path) -> None:
     text = {"calibration": plain / "text", "sequences": 2, "length": 32}
-    result = compress(plain / "model", FORM + ",bits=5", tmp_path / "five", embeddings="bitstack:rank=2,blocks=3", **text)
+    result = compress(plain / "model", FORM + ",bits=5", tmp_path / "five",
+                      embeddings="bitstack:rank=2,blocks=3", **text)
     model = load_model(tmp_path / "five")
     layers = {name: form for name, form in stack.stacks(model).items() if name != "embed.form"}
     weights = sum(f.in_features * f.out_features for f in layers.values())
@@ -169,13 +170,13 @@ def test_bits_embeddings_and_the_figures(plain: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes_and_damage(stacked: Path, plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="measured on text.*--calibration"):
+    with pytest.raises(UserError, match=r"measured on text.*--calibration"):
         compress(plain / "model", FORM, tmp_path / "out")
-    with pytest.raises(UserError, match="in blocks already.*--size"):
+    with pytest.raises(UserError, match=r"in blocks already.*--size"):
         compress(stacked, FORM, tmp_path / "out", calibration=plain / "text")
-    with pytest.raises(UserError, match="too small.*one block of each layer"):
+    with pytest.raises(UserError, match=r"too small.*one block of each layer"):
         load_model(stacked, size="1KiB")
-    with pytest.raises(UserError, match="one size only.*--form bitstack"):
+    with pytest.raises(UserError, match=r"one size only.*--form bitstack"):
         load_model(plain / "model", size="1MiB")
     with pytest.raises(UserError, match="write a size"):
         load_model(stacked, size="3 parsecs")

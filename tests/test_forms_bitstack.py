@@ -10,7 +10,7 @@ from modicum.model import attach
 from modicum.model.forms import LinearShape
 from modicum.model.forms.bitstack import BitStack, magnitudes, pack, unpack
 
-O, I = 20, 36
+OUT, IN = 20, 36
 
 
 def gaussian(*sizes: int, seed: int = 0) -> torch.Tensor:
@@ -33,15 +33,15 @@ def test_magnitudes_are_the_truncated_svd(shape: tuple[int, int], rank: int) -> 
 
 
 def test_magnitudes_of_little_rank_and_of_nothing() -> None:
-    for size in (torch.ones(O, I), torch.zeros(O, I)):
+    for size in (torch.ones(OUT, IN), torch.zeros(OUT, IN)):
         U, V = magnitudes(size, 4)
         assert U.isfinite().all() and V.isfinite().all()
         torch.testing.assert_close(U @ V, size, atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_are_those_of_the_equations() -> None:
-    weight = gaussian(O, I) * 0.05
-    inputs = gaussian(50, I, seed=1) * torch.linspace(0.1, 5, I)
+    weight = gaussian(OUT, IN) * 0.05
+    inputs = gaussian(50, IN, seed=1) * torch.linspace(0.1, 5, IN)
     form = fitted("bitstack:rank=2,blocks=4", weight, inputs)
     norm = inputs.double().norm(dim=0)
     scale = (norm / norm.mean() + 1e-3).to(torch.bfloat16).double()
@@ -58,8 +58,8 @@ def test_blocks_are_those_of_the_equations() -> None:
 
 
 def test_inputs_that_are_large_lose_less() -> None:
-    weight, loud = gaussian(O, I), torch.arange(I) % 4 == 0
-    inputs = gaussian(200, I, seed=1) * torch.where(loud, 8.0, 0.5)
+    weight, loud = gaussian(OUT, IN), torch.arange(IN) % 4 == 0
+    inputs = gaussian(200, IN, seed=1) * torch.where(loud, 8.0, 0.5)
     lost = {name: (fitted("bitstack:rank=2,blocks=2", weight, x).dense() - weight) for name, x in
             (("aware", inputs), ("blind", None))}
     assert lost["aware"][:, loud].norm() < 0.7 * lost["blind"][:, loud].norm()
@@ -87,7 +87,7 @@ def test_signs_fill_bytes_row_by_row() -> None:
 
 
 def test_blocks_come_off_and_go_on_unchanged() -> None:
-    form = fitted("bitstack:rank=2,blocks=4", gaussian(O, I))
+    form = fitted("bitstack:rank=2,blocks=4", gaussian(OUT, IN))
     whole, top = form.dense(), form.block_3.clone()
     form.set_layout({"blocks": 3})
     assert form.held == 3 and form.available == 4 and not hasattr(form, "block_3")
@@ -97,8 +97,8 @@ def test_blocks_come_off_and_go_on_unchanged() -> None:
     assert torch.equal(form.dense(), whole) and not torch.equal(without, whole)
     index = torch.tensor([[3, 0], [3, 19]])
     torch.testing.assert_close(form.rows(index), whole[index])
-    form.kept = torch.zeros(O, I)
-    assert form.dense().abs().max() == 0 and form(torch.ones(1, I)).abs().max() == 0
+    form.kept = torch.zeros(OUT, IN)
+    assert form.dense().abs().max() == 0 and form(torch.ones(1, IN)).abs().max() == 0
 
 
 def test_bits_are_shared_by_the_layers_attached_together() -> None:
@@ -116,13 +116,13 @@ def test_bits_are_shared_by_the_layers_attached_together() -> None:
     ("bitstack:rank=2,bits=-1", "positive"), ("bitstack:rank=2,bits=0.5", "one block of each layer takes")])
 def test_impossible_knobs_are_one_clear_line(choice: str, word: str) -> None:
     with pytest.raises(UserError, match=word) as caught:
-        attach.attach(nn.Sequential(nn.Linear(I, O)), {"*": choice})
+        attach.attach(nn.Sequential(nn.Linear(IN, OUT)), {"*": choice})
     assert "\n" not in str(caught.value)
 
 
 def test_useless_calibration_and_attaching_twice_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(I, O))
-    for inputs in (torch.zeros(5, I), torch.full((5, I), torch.nan)):
+    model = nn.Sequential(nn.Linear(IN, OUT))
+    for inputs in (torch.zeros(5, IN), torch.full((5, IN), torch.nan)):
         with pytest.raises(UserError, match="all zero"):
             attach.attach(model, {"*": "bitstack:rank=2"}, calibration={"0": inputs})
     attach.attach(model, {"*": "bitstack:rank=2"})

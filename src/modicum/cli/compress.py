@@ -39,8 +39,8 @@ def compress(
 ) -> None:
     """Compress a model's weights into FORM and write a folder that every verb loads."""
     from modicum.budget.units import bytes_text
-    from modicum.core.events import Events
     from modicum.compress.run import compress as run
+    from modicum.core.events import Events
     if size is not None:
         _cut(model, size, out, as_json)
         return

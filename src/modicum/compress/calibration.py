@@ -43,12 +43,14 @@ def sequences(documents: Iterable[str], tokenizer: Tokenizer, count: int, length
             break
     n = min(count, len(held) // length)
     if n < 1:
-        raise UserError(f"the calibration text has {len(held)} tokens, one sequence takes {length}; give more text")
+        raise UserError(f"the calibration text has {len(held)} tokens, one sequence takes {length}; "
+                        "give more text")
     return torch.tensor(held[:n * length]).view(n, length)
 
 
 @torch.no_grad()
-def activations(model: nn.Module, tokens_NT: Tensor, names: Sequence[str], rows: int = 4096) -> dict[str, Tensor]:
+def activations(model: nn.Module, tokens_NT: Tensor, names: Sequence[str],
+                rows: int = 4096) -> dict[str, Tensor]:
     """By module name: what `tokens_NT` puts into the linear layers `names`, about `rows` rows, spread evenly.
 
     Layers that read the same tensor share one.

@@ -34,8 +34,8 @@ class CompressResult:
     """Bytes are those of the weight files on disk; bits are of the compressed matrices alone.
 
     error: ||W - dense()|| / ||W|| (Frobenius) over all compressed matrices together; worst_module and
-    worst_error: the one that lost most. least_bytes: of the weights loaded with one block per layer, for a form
-    in blocks (see `model.stack`), else 0.
+    worst_error: the one that lost most. least_bytes: of the weights loaded with one block per layer, for a
+    form in blocks (see `model.stack`), else 0.
     """
 
     form: str
@@ -77,8 +77,8 @@ def compress(model_folder: str | Path, choice: Any, folder: str | Path, *,
     if Path(folder).resolve() == source.resolve():
         raise UserError(f"{folder} is the model itself; write the compressed one to another folder")
     if sequences < 1 or length < 2:
-        raise UserError(f"{sequences} sequences of {length} tokens are too few to calibrate with; give at least 1 "
-                        "of 2 tokens")
+        raise UserError(f"{sequences} sequences of {length} tokens are too few to calibrate with; give at "
+                        "least 1 of 2 tokens")
     picked = Choice.parse("form", choice)
     kinds: list[Any] = []
     for form in (picked, *(Choice.parse("form", f) for f in (embeddings, head) if f is not None)):
@@ -91,12 +91,12 @@ def compress(model_folder: str | Path, choice: Any, folder: str | Path, *,
         form.config()
     in_blocks = any("stack" in kind.supports for kind in kinds)
     if in_blocks and calibration is None:
-        raise UserError(f"{picked} loads the blocks first that matter most, which is measured on text; give some: "
-                        "--calibration CURATED, or a folder of text")
+        raise UserError(f"{picked} loads the blocks first that matter most, which is measured on text; give "
+                        "some: --calibration CURATED, or a folder of text")
     model = load_model(source)
     if stack.stacks(model):
-        raise UserError(f"{source} holds its weights in blocks already; for fewer bytes type: modicum compress "
-                        f"{source} --size 24MiB --out {folder}")
+        raise UserError(f"{source} holds its weights in blocks already; for fewer bytes type: modicum "
+                        f"compress {source} --size 24MiB --out {folder}")
     tokens_NT = None
     if calibration is not None:
         tokens_NT = calibrate.sequences(calibrate.texts(calibration), Tokenizer.load(source),
@@ -124,9 +124,8 @@ def compress(model_folder: str | Path, choice: Any, folder: str | Path, *,
     if in_blocks and tokens_NT is not None:
         found = stack.stacks(model)
         sort_blocks(model, found, tokens_NT[:sequences], events=events)
-        bits = {name: Choice.parse("form", plan[matched[name]] if name in matched else embeddings).config().bits
-                for name in found}
-        stack.trim(found, bits)
+        asked = {name: plan[matched[name]] if name in matched else embeddings for name in found}
+        stack.trim(found, {name: Choice.parse("form", form).config().bits for name, form in asked.items()})
         least = stack.nbytes(model) - sum((form.held - 1) * form.block_bytes for form in found.values())
     tally.close()
     save_model(model, folder, source)

@@ -1,8 +1,8 @@
 """In which order the blocks of a model in stacks are loaded: by what each does for the whole model's loss.
 
 Level by level: with b blocks in every layer, each layer in turn is given its next one, and the loss on
-calibration text is measured; blocks of a level are then sorted by it, the lowest first. So layers never differ
-by more than one block, and a model of any size is a prefix of the same order (Wang et al. 2024,
+calibration text is measured; blocks of a level are then sorted by it, the lowest first. So layers never
+differ by more than one block, and a model of any size is a prefix of the same order (Wang et al. 2024,
 arXiv:2410.23918, section 2.3, "average"). All first blocks come first, as they are always there.
 """
 
@@ -52,8 +52,11 @@ def sort_blocks(model: nn.Module, found: Mapping[str, Stack], tokens_NT: Tensor,
                     form.kept = before
                     progress.update(1, loss=loss)
                 for name in mine:
-                    found[name].kept += found[name].block_weight(level)
-                ordered += [(name, level, losses[name]) for name in sorted(mine, key=lambda name: losses[name])]
+                    kept = found[name].kept
+                    assert kept is not None
+                    kept += found[name].block_weight(level)
+                ordered += [(name, level, loss) for name, loss in
+                            sorted(losses.items(), key=lambda item: item[1])]
     finally:
         for form in found.values():
             form.kept = None
@@ -66,7 +69,7 @@ def sort_blocks(model: nn.Module, found: Mapping[str, Stack], tokens_NT: Tensor,
 
 
 def cut(folder: str | Path, size: float, out: str | Path) -> stack.Resized:
-    """Write the model in stacks at `folder` again to `out` with only the blocks that fit into `size` bytes."""
+    """Write the model in stacks at `folder` to `out` with only the blocks that fit into `size` bytes."""
     source = find_folder(folder)
     if Path(out).resolve() == source.resolve():
         raise UserError(f"{out} is the model itself; write the smaller one to another folder")

@@ -155,12 +155,12 @@ def _make(layer: nn.Module, choice: Choice, calibration_NI: Tensor | None,
 
 
 def require_fit(choice: Any) -> None:
-    """Raise `UserError` for a form that starts afresh: put into a trained model, it would forget the weights."""
+    """Raise `UserError` for a form that starts afresh: put into a trained model, it would forget weights."""
     parsed = Choice.parse("form", choice)
     cls: Any = registry.load("form", parsed.method).cls
     if cls.fit_error is None:
-        raise UserError(f"the form {parsed.method!r} does not take over a trained weight, it starts afresh; it is "
-                        f"for pretraining: modicum pretrain CURATED --form {parsed} --out RUN")
+        raise UserError(f"the form {parsed.method!r} does not take over a trained weight, it starts afresh; "
+                        f"it is for pretraining: modicum pretrain CURATED --form {parsed} --out RUN")
 
 
 def _supports(choice: Choice) -> frozenset[str]:

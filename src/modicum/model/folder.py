@@ -116,9 +116,9 @@ def load_model(path_or_hub_id: str | Path, dtype: torch.dtype | str | None = Non
 
     `dtype` None keeps each tensor's own. Weights are in memory once: the modules are made without
     storage and each tensor goes from its shard to its place, converted on the way. Linear forms that the
-    folder describes are attached again. `size` ("24MiB"): of a folder in blocks (`model.stack`), so many bytes
-    of weights at most; without it, all blocks. Raises `UserError` for what is missing, unexpected, misshapen or of
-    an unknown family, and `CorruptError` for damaged files.
+    folder describes are attached again. `size` ("24MiB"): of a folder in blocks (`model.stack`), so many
+    bytes of weights at most; without it, all blocks. Raises `UserError` for what is missing, unexpected,
+    misshapen or of an unknown family, and `CorruptError` for damaged files.
     """
     folder = find_folder(path_or_hub_id)
     config, wanted, device = _read_config(folder), parse_dtype(dtype), torch.device(device)

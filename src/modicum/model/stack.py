@@ -78,7 +78,7 @@ def block_items(model: nn.Module) -> dict[str, Item]:
     items: dict[str, Item] = {}
     for name, i in ranking(found, held=True):
         block: Tensor = getattr(found[name], f"block_{i}")
-        items[f"{name}.block_{i}"] = (f"{name}.block_{i}", tuple(block.shape), block.dtype, lambda x=block: x)
+        items[f"{name}.block_{i}"] = (f"{name}.block_{i}", tuple(block.shape), block.dtype, block.detach)
     return items
 
 
@@ -106,11 +106,14 @@ class Resized:
     dropped_bytes: int
 
 
-def fitting(found: Mapping[str, Stack], room: float | None, what: str) -> dict[str, int]:
-    """How many blocks of each stack fit into `room` bytes. Raises `UserError` with `what` if not one of each."""
+def fitting(found: Mapping[str, Stack], room: float | None, what: str, held: bool = False) -> dict[str, int]:
+    """How many available (or held) blocks of each stack fit into `room` bytes, the most useful first.
+
+    Raises `UserError` with `what` if not one of each does.
+    """
     wanted = dict.fromkeys(found, 0)
     taken = 0
-    for name, i in ranking(found):
+    for name, i in ranking(found, held):
         taken += found[name].block_bytes
         if room is not None and taken > room:
             break
@@ -130,14 +133,14 @@ def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> R
     """
     found, path = stacks(model), Path(folder) / BLOCKS_FILE
     if not found:
-        raise UserError(f"the model of {folder} is of one size only; make one of any size with: modicum compress "
-                        f"{folder} --form bitstack --calibration TEXT --out STACK")
+        raise UserError(f"the model of {folder} is of one size only; make one of any size with: modicum "
+                        "compress MODEL --form bitstack --calibration TEXT --out STACK")
     fixed = nbytes(model) - sum(form.held * form.block_bytes for form in found.values())
     least = fixed + sum(form.block_bytes for form in found.values())
     whole = fixed + sum(form.available * form.block_bytes for form in found.values())
     wanted = fitting(found, None if size is None else size - fixed,
-                     f"{bytes_text(size or 0)} is too small for {folder}: one block of each layer and what is "
-                     f"not in blocks take {bytes_text(least)}, all blocks {bytes_text(whole)}")
+                     f"{bytes_text(size or 0)} is too small for {folder}: one block of each layer and what "
+                     f"is not in blocks take {bytes_text(least)}, all blocks {bytes_text(whole)}")
     read = dropped = 0
     for name, form in found.items():
         if wanted[name] < form.held:
@@ -156,7 +159,8 @@ def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> R
 
 def _read(file: SafetensorsFile, name: str, i: int, form: Stack) -> int:
     tensor = f"{name}.block_{i}"
-    if tensor not in file.names or file.shape(tensor) != (form.block_bytes,) or file.dtype(tensor) != torch.uint8:
+    told = tensor in file.names and (file.shape(tensor), file.dtype(tensor))
+    if told != ((form.block_bytes,), torch.uint8):
         raise CorruptError(f"{file.path} has no block {tensor} of {form.block_bytes} bytes; write the folder "
                            "again")
     value = file.read(tensor)
@@ -180,6 +184,6 @@ def trim(found: Mapping[str, Stack], bits: Mapping[str, float | None]) -> None:
 
 def drop(found: Mapping[str, Stack], room: float, what: str) -> None:
     """Keep the most useful blocks that take at most `room` bytes, and forget that there were others."""
-    for name, n in fitting(found, room, what).items():
+    for name, n in fitting(found, room, what, held=True).items():
         form = found[name]
         form.set_layout({"blocks": n, "available": n, "order": form.order[:n]})

@@ -255,7 +255,8 @@ def _whole(config: PretrainConfig, shape: DecoderConfig, told: TrainConfig, out:
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, value in saved.tensors("model"):
-            parameters[name].data = value.to(getattr(torch, told.dtype)) if value.is_floating_point() else value
+            dtype = getattr(torch, told.dtype) if value.is_floating_point() else value.dtype
+            parameters[name].data = value.to(dtype)
     if shape.tied:
         model.lm_head.weight = model.embed.weight
     return model

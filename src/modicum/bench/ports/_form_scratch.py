@@ -1,10 +1,10 @@
-"""Forms that train from scratch: held-out bits per byte against bytes of parameters and optimizer, equal tokens.
+"""Forms that train from scratch: bits per byte against bytes of parameters and optimizer, at equal tokens.
 
 The form stands in every linear layer but the head of a fresh decoder; embedding, head and norms stay dense.
 Each form, and dense training, is given its own rate, found once on a seed that no measurement uses.
 
-Bytes are counted as Han et al. 2024 (arXiv:2406.02214, table 2) count them: two for each trained parameter and
-two for each of AdamW's two moments, plus what says where stored entries lie.
+Bytes are counted as Han et al. 2024 (arXiv:2406.02214, table 2) count them: two for each trained parameter
+and two for each of AdamW's two moments, plus what says where stored entries lie.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def applies(choice: Choice) -> bool:
     return method.fit_error is None and "adapter" not in method.supports
 
 
-def measure(bench: training.Bench, choice: Choice, seed: int, start: float) -> tuple[dict[str, float], TrainResult]:
+def measure(
+    bench: training.Bench, choice: Choice, seed: int, start: float
+) -> tuple[dict[str, float], TrainResult]:
     """start: the rate at which the search begins."""
     rate = _tuned(bench.settings, str(choice), start)
     bits, model, result = _trained(bench, choice, seed, rate)
@@ -52,7 +54,9 @@ def count(model: Decoder) -> dict[str, float]:
             "pretrained_parameters": trained}
 
 
-def _trained(bench: training.Bench, choice: Choice, seed: int, rate: float) -> tuple[float, Decoder, TrainResult]:
+def _trained(
+    bench: training.Bench, choice: Choice, seed: int, rate: float
+) -> tuple[float, Decoder, TrainResult]:
     if bench.settings.model:
         from modicum.bench import lab
         model = Decoder(load_config(bench.settings.model), lab.seeded(seed)).to(bench.settings.device)

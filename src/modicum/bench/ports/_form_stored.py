@@ -1,4 +1,4 @@
-"""Forms in blocks, as `modicum compress` makes them: calibrated and sorted on training text, then cut to a size."""
+"""Forms in blocks, as `modicum compress` makes them: calibrated and sorted on training text, then cut."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def applies(choice: Choice) -> bool:
 
 
 def formed(choice: Choice, seed: int, settings: Settings) -> Decoder:
-    """The bench's trained decoder with the form in every linear layer but the head, cut to the `bits` it asks for."""
+    """The bench's trained decoder, the form in all linear layers but the head, cut to the `bits` asked for."""
     knobs = {k: v for k, v in choice.knobs.items() if k != "bits"}
     model = copy.deepcopy(_sorted(str(Choice("form", choice.method, knobs)), seed, settings))
     stack.trim(stack.stacks(model), dict.fromkeys(stack.stacks(model), choice.config().bits))

@@ -7,8 +7,8 @@ then trained on another domain, for `adapt_tokens`, and judged by its held-out b
 that they train, counted in what they settle into; the baseline, full fine-tuning of the same layers, is trained beside
 them. Every form that trains is trained at each of `rates` (factors of `rate`), and the best counts.
 
-Forms that start afresh are pretrained for `tokens` beside dense pretraining, and judged by bits per byte against
-bytes of parameters and optimizer (`_form_scratch`).
+Forms that start afresh are pretrained for `tokens` beside dense pretraining, and judged by bits per byte
+against bytes of parameters and optimizer (`_form_scratch`).
 """
 
 from __future__ import annotations

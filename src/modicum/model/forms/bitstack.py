@@ -1,8 +1,8 @@
 """bitstack: a weight as a stack of blocks of about one bit per entry, each correcting those before it.
 
 A block holds the signs of what is left of the weight and a rank-k approximation of its magnitudes; what it
-misses is left to the next block. Any number of blocks from the bottom is a weight, the more the better, so one
-file serves every memory size: blocks are added to a running model and taken off again one at a time.
+misses is left to the next block. Any number of blocks from the bottom is a weight, the more the better, so
+one file serves every memory size: blocks are added to a running model and taken off again one at a time.
 
     R_0 = W diag(s),   s_i = |X_i| (2-norm of input channel i over the calibration data)
     block j:  Sigma_j = sign(R_j),   U_j V_j = rank-k SVD of |R_j|,   R_{j+1} = R_j - Sigma_j * U_j V_j
@@ -14,8 +14,8 @@ measured over the whole model (`compress.stacking`); here blocks are only made, 
 Wang, Wang, Wang, Zhang, Zhou and Qiu 2024, arXiv:2410.23918, sections 2.1 to 2.3.
 Departs from the paper: s is kept with the layer (16 bits per input), where the paper divides the layer before
 by it, so that every linear layer of every family can be scaled; s has mean 1, so that 16-bit factors do not
-overflow; a block's residual is taken after its factors are rounded to 16 bits, so that the next block corrects
-the rounding too. Without calibration data s is 1. Signs of a row fill whole bytes.
+overflow; a block's residual is taken after its factors are rounded to 16 bits, so that the next block
+corrects the rounding too. Without calibration data s is 1. Signs of a row fill whole bytes.
 """
 
 from __future__ import annotations
@@ -116,15 +116,15 @@ class BitStack(QuantisedForm):
         if calibration_NI is not None:
             norm_I = calibration_NI.detach().to(self.scale.device, torch.float32).norm(dim=0)
             if has_data(norm_I) and not (bool(norm_I.isfinite().all()) and bool(norm_I.any())):
-                raise UserError("the calibration inputs are all zero, or hold NaN or infinite values; give others")
+                raise UserError("the calibration inputs are all zero, or hold NaN or infinite values; "
+                                "give others")
             scale_I = norm_I / norm_I.mean() + 1e-3     # a channel that was silent keeps some weight
         self.scale.copy_(scale_I)
         left_OI = weight_OI.detach().to(self.scale.device, torch.float32) * self.scale.float()
         for i in range(self.held):
-            U, V = magnitudes(left_OI.abs(), self.config.rank)
-            positive = left_OI >= 0
-            block = torch.cat([U.to(FACTOR).flatten().view(torch.uint8), V.to(FACTOR).flatten().view(torch.uint8),
-                               pack(positive).flatten()])
+            factors = [x.to(FACTOR).flatten().view(torch.uint8) for x in
+                       magnitudes(left_OI.abs(), self.config.rank)]
+            block = torch.cat([*factors, pack(left_OI >= 0).flatten()])
             getattr(self, f"block_{i}").copy_(block)
             left_OI = left_OI - self._block(i)
         self._set_bias(bias_O)

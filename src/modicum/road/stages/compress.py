@@ -13,7 +13,7 @@ from modicum.road.context import Context
 from modicum.road.plan import Planner, StagePlan
 from modicum.road.recipe import Recipe
 
-NEEDS = ("pretrain",)
+NEEDS = ("curate", "pretrain")
 RATE = 40e6   # weights fitted per second by round-to-nearest forms; a form that takes longer says so in its cost
 
 
@@ -45,10 +45,17 @@ def run(context: Context) -> dict[str, Any]:
     for form in recipe.compress.forms:
         choice = Choice.parse("form", form)
         made = compress(source, form, context.folder / choice.method, embeddings=form if _embeds(choice) else None,
+                        calibration=context.figures("curate")["folder"] if _in_blocks(choice) else None,
                         events=context.events)
         variants.append({"name": str(choice), "folder": made.folder, "bytes": made.bytes, "error": made.error,
                          "bits_per_weight": made.bits_per_weight})
     return {"variants": variants, "cost": {"parameters": context.figures("pretrain")["parameters"]}}
+
+
+def _in_blocks(choice: Choice) -> bool:
+    """Whether the form is sorted by what its parts do for text."""
+    kind: Any = registry.load("form", choice.method).cls
+    return "stack" in kind.supports
 
 
 def _embeds(choice: Choice) -> bool:
