@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -192,13 +190,16 @@ def test_mistakes_and_damage(stacked: Path, plain: Path, tmp_path: Path) -> None
         load_model(tmp_path / "broken")
 
 
-def test_verbs(stacked: Path, plain: Path, tmp_path: Path) -> None:
-    def modicum(*words: object) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "modicum.cli", *map(str, words)], capture_output=True, text=True)
-
+def test_verbs(stacked: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from modicum.cli.compress import compress as verb
     size = int(0.9 * stack.nbytes(load_model(stacked)))
-    done = modicum("compress", stacked, "--size", f"{size}b", "--out", tmp_path / "small", "--json")
-    told = json.loads(done.stdout)
-    assert told["bytes"] <= size and held(load_model(tmp_path / "small")) == held(load_model(stacked, size=size))
+    verb(str(stacked), tmp_path / "small", size=f"{size}b", as_json=True)
+    assert json.loads(capsys.readouterr().out)["bytes"] <= size
+    assert held(load_model(tmp_path / "small")) == held(load_model(stacked, size=size))
     cut(stacked, size, tmp_path / "same")
     assert (tmp_path / "same" / stack.BLOCKS_FILE).read_bytes() == (tmp_path / "small" / stack.BLOCKS_FILE).read_bytes()
+    verb(str(plain / "model"), tmp_path / "one", form="bitstack:rank=2,blocks=2", targets="layers.0.*",
+         calibration=str(plain / "text"), sequences=1, length=16)
+    assert "loads in any size from" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another folder"):
+        cut(stacked, size, stacked)
