@@ -42,7 +42,7 @@ def naive(form: LinearForm) -> tuple[torch.Tensor, ...]:
     scale = form.config.alpha / form.config.rank
     B, A, V = (p.detach().double().requires_grad_() for p in (form.B, form.A, form.V))
     S = torch.zeros(OUT * IN, dtype=torch.float64)
-    for k, place in enumerate(form.places.tolist()):
+    for k, place in enumerate(form.index.tolist()):
         S = S + V[k] * (torch.arange(OUT * IN) == place)
     product = torch.stack([sum(scale * B[o, r] * A[r] for r in range(form.config.rank)) for o in range(OUT)])
     return product + S.view(OUT, IN), B, A, V
@@ -76,12 +76,12 @@ def test_no_dense_matrix_lives_from_forward_to_backward() -> None:
 
 def test_support_is_drawn_uniformly_without_repetition_and_by_the_generator() -> None:
     form = made("sltrain:rank=8,density=0.25", 64, 96)
-    places = form.places.tolist()
+    places = form.index.tolist()
     assert len(places) == len(set(places)) == 64 * 96 // 4 and places == sorted(places)
-    rows = torch.bincount(form.places // 96, minlength=64).float()
+    rows = torch.bincount(form.index // 96, minlength=64).float()
     assert 0.7 * 24 < rows.mean() < 1.3 * 24 and 2.5 < rows.std() < 6        # hypergeometric: 4.2
-    assert torch.equal(made("sltrain:rank=8,density=0.25", 64, 96).places, form.places)
-    assert not torch.equal(made("sltrain:rank=8,density=0.25", 64, 96, seed=1).places, form.places)
+    assert torch.equal(made("sltrain:rank=8,density=0.25", 64, 96).index, form.index)
+    assert not torch.equal(made("sltrain:rank=8,density=0.25", 64, 96, seed=1).index, form.index)
 
 
 def test_starts_as_the_paper_says() -> None:
@@ -105,7 +105,7 @@ def test_low_rank_alone_starts_at_the_best_approximation() -> None:
 @pytest.mark.parametrize("density,stored", [(0, 0), (1, OUT * IN)])
 def test_extremes_of_density(density: float, stored: int) -> None:
     form = filled(f"sltrain:rank=4,density={density},alpha=8")
-    assert form.places.numel() == stored and len(form.trainable()) == (3 if stored else 2)
+    assert form.index.numel() == stored and len(form.trainable()) == (3 if stored else 2)
     S = torch.zeros(OUT, IN) if not stored else form.V.view(OUT, IN)
     torch.testing.assert_close(form.dense(), 2.0 * form.B @ form.A + S)
     x = torch.randn(5, IN, requires_grad=True)
@@ -158,7 +158,7 @@ def test_resumed_bit_for_bit(tmp_path: Path, form: str, dtype: str) -> None:
         whole, parts = (load_file(tmp_path / p / "checkpoints" / "step-00000006" / f"{name}.safetensors")
                         for p in ("whole", "parts"))
         assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-    assert any(k.endswith("places") for k in load_file(
+    assert any(k.endswith(".index") for k in load_file(
         tmp_path / "whole" / "checkpoints" / "step-00000006" / "model.safetensors"))
 
 
@@ -205,3 +205,8 @@ print(planned, meter.peak_bytes - before)
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     planned, measured = map(float, out)
     assert measured == pytest.approx(planned, rel=0.15)
+
+
+def test_alpha_follows_the_rank_unless_it_is_given() -> None:
+    assert made("sltrain:rank=8").scaling == 0.25 == made("sltrain:rank=8,alpha=2").scaling
+    assert registry.build("form", "sltrain", LinearShape(in_features=256, out_features=128)).scaling == 32 / 128

@@ -10,6 +10,7 @@ and two for each of AdamW's two moments, plus what says where stored entries lie
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from modicum.bench import training
 from modicum.bench.harness import Axes, Axis, Settings
 from modicum.core import registry
 from modicum.core.choice import Choice
+from modicum.core.errors import ModicumError, UserError
 from modicum.model.decoder import Decoder
 from modicum.model.folder import load_config
 from modicum.train.loop import TrainResult
@@ -70,7 +72,16 @@ def _trained(
 @functools.lru_cache(maxsize=64)
 def _tuned(settings: Settings, choice: str, start: float) -> float:
     bench = training.Bench.of(settings)
-    return tune(lambda rate: _trained(bench, Choice.parse("form", choice), SEARCH_SEED, rate)[0], start)
+
+    def bits(rate: float) -> float:
+        try:
+            return _trained(bench, Choice.parse("form", choice), SEARCH_SEED, rate)[0]
+        except UserError:
+            raise
+        except ModicumError:  # it diverged
+            return math.inf
+
+    return tune(bits, start)
 
 
 def tune(loss: Callable[[float], float], start: float, factor: float = 2.0, most: int = 8) -> float:

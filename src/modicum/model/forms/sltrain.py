@@ -46,15 +46,17 @@ SWEEP = ("rank=24", "rank=24,density=0", "rank=12,density=0.1")
 class Config:
     rank: int = 128         # r; the paper: 128 at width 512 to 512 at width 2048, a quarter of the width
     density: float = 0.03   # the paper's delta: share of the entries stored; 0: low rank alone
-    alpha: float = 32.0     # the product is scaled by alpha / rank; the paper: 32 at rank 128, 8 at rank 512
+    #: The product is scaled by alpha / rank. None: a quarter of the rank, which is the paper's 32 at rank 128 (it
+    #: takes less, 16 at rank 256 and 8 at 512, for wider layers).
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} must be at least 1")
         if not 0 <= self.density <= 1:
             raise ValueError(f"density={self.density} must be a share of the entries, from 0 to 1")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha} must be a positive number")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha={self.alpha} must be a positive number, or None for a quarter of the rank")
 
 
 TOY = Config(rank=4, density=0.1, alpha=8.0)
@@ -64,7 +66,7 @@ class SLTrain(LinearForm):
     supports = frozenset({"merge", "base", "fsdp"})
     fit_error = None
     config: Config
-    places: Tensor
+    index: Tensor
 
     def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
         small = min(shape.in_features, shape.out_features)
@@ -78,17 +80,17 @@ class SLTrain(LinearForm):
         self.B = nn.Parameter(self._empty(shape.out_features, config.rank))
         self.V = nn.Parameter(self._empty(stored), requires_grad=stored > 0)
         # Flat places o x I + i of the stored entries, ascending.
-        self.register_buffer("places", self._empty(stored, dtype=place_dtype(entries)))
+        self.register_buffer("index", self._empty(stored, dtype=index_dtype(entries)))
         if self.bias is not None:
             self.bias.requires_grad_(True)
-        self.scaling = config.alpha / config.rank
+        self.scaling = 0.25 if config.alpha is None else config.alpha / config.rank
 
     def fit(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, calibration_NI: Tensor | None = None,
             generator: torch.Generator | None = None) -> Self:
         """A fresh start of `weight_OI`'s shape, with its bias; with `density=0` near its values too."""
         entries, stored = self.in_features * self.out_features, self.V.numel()
-        drawn = torch.randperm(entries, generator=generator, dtype=self.places.dtype, device="cpu")[:stored]
-        self.places.copy_(drawn.sort().values)
+        drawn = torch.randperm(entries, generator=generator, dtype=self.index.dtype, device="cpu")[:stored]
+        self.index.copy_(drawn.sort().values)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
         bound = 1 / math.sqrt(self.in_features)
         if stored:
@@ -104,28 +106,28 @@ class SLTrain(LinearForm):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
-        y: Tensor = _LowRankPlusSparse.apply(x.to(self.A.dtype), self.B, self.A, self.V, self.places,
+        y: Tensor = _LowRankPlusSparse.apply(x.to(self.A.dtype), self.B, self.A, self.V, self.index,
                                              self.scaling)
         y = y.to(dtype)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def dense(self) -> Tensor:
-        return compose(self.B, self.A, self.V, self.places, self.scaling)
+        return compose(self.B, self.A, self.V, self.index, self.scaling)
 
     def trainable(self) -> list[nn.Parameter]:
         own = [self.A, self.B] + ([self.V] if self.V.numel() else [])
         return own if self.bias is None else [*own, self.bias]
 
 
-def place_dtype(entries: int) -> torch.dtype:
+def index_dtype(entries: int) -> torch.dtype:
     return torch.int32 if entries < 2**31 else torch.int64
 
 
-def compose(B_OR: Tensor, A_RI: Tensor, V_K: Tensor, places_K: Tensor, scaling: float) -> Tensor:
+def compose(B_OR: Tensor, A_RI: Tensor, V_K: Tensor, index_K: Tensor, scaling: float) -> Tensor:
     """weight_OI = scaling B A + S."""
     weight_OI = (B_OR @ A_RI).mul_(scaling)
     if V_K.numel():
-        weight_OI.view(-1).index_add_(0, places_K, V_K)
+        weight_OI.view(-1).index_add_(0, index_K, V_K)
     return weight_OI
 
 
@@ -133,25 +135,25 @@ class _LowRankPlusSparse(torch.autograd.Function):
     """y = x W^T with no dense weight kept from forward to backward, and no dense gradient kept at all."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, B_OR: Tensor, A_RI: Tensor, V_K: Tensor, places_K: Tensor,
+    def forward(ctx: Any, x: Tensor, B_OR: Tensor, A_RI: Tensor, V_K: Tensor, index_K: Tensor,
                 scaling: float) -> Tensor:
-        ctx.save_for_backward(x, B_OR, A_RI, V_K, places_K)
+        ctx.save_for_backward(x, B_OR, A_RI, V_K, index_K)
         ctx.scaling = scaling
-        return F.linear(x, compose(B_OR, A_RI, V_K, places_K, scaling))
+        return F.linear(x, compose(B_OR, A_RI, V_K, index_K, scaling))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, B_OR, A_RI, V_K, places_K = ctx.saved_tensors
+        x, B_OR, A_RI, V_K, index_K = ctx.saved_tensors
         needs_x, needs_B, needs_A, needs_V, *_ = ctx.needs_input_grad
         dy_NO, x_NI = grads[0].reshape(-1, B_OR.shape[0]), x.reshape(-1, A_RI.shape[1])
         dx = dB = dA = dV = None
         if needs_x:
-            dx = (dy_NO @ compose(B_OR, A_RI, V_K, places_K, ctx.scaling)).view_as(x)
+            dx = (dy_NO @ compose(B_OR, A_RI, V_K, index_K, ctx.scaling)).view_as(x)
         if needs_B:
             dB = (dy_NO.T @ (x_NI @ A_RI.T)).mul_(ctx.scaling)
         if needs_A:
             dA = ((dy_NO @ B_OR).T @ x_NI).mul_(ctx.scaling)
         if needs_V:
-            dV = (dy_NO.T @ x_NI).view(-1).index_select(0, places_K)
+            dV = (dy_NO.T @ x_NI).view(-1).index_select(0, index_K)
         return dx, dB, dA, dV, None, None
