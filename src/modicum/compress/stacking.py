@@ -3,7 +3,7 @@
 Level by level: with b blocks in every layer, each layer in turn is given its next one, and the loss on
 calibration text is measured; blocks of a level are then sorted by it, the lowest first. So layers never
 differ by more than one block, and a model of any size is a prefix of the same order (Wang et al. 2024,
-arXiv:2410.23918, section 2.3, "average"). All first blocks come first, as they are always there.
+arXiv:2410.23918, section 2, "average"). All first blocks come first, as they are always there.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def applies(choice: Choice) -> bool:
 
 
 def formed(choice: Choice, seed: int, settings: Settings) -> Decoder:
-    """The bench's trained decoder, the form in all linear layers but the head, cut to the `bits` asked for."""
+    """The bench's trained decoder, the form in all layers but the head, cut to the `bits` asked for."""
     knobs = {k: v for k, v in choice.knobs.items() if k != "bits"}
     model = copy.deepcopy(_sorted(str(Choice("form", choice.method, knobs)), seed, settings))
     stack.trim(stack.stacks(model), dict.fromkeys(stack.stacks(model), choice.config().bits))

@@ -11,7 +11,7 @@ one file serves every memory size: blocks are added to a running model and taken
 The last is computed anew for each product: the dense weight is never kept. Which layer gets a block first is
 measured over the whole model (`compress.stacking`); here blocks are only made, held and summed.
 
-Wang, Wang, Wang, Zhang, Zhou and Qiu 2024, arXiv:2410.23918, sections 2.1 to 2.3.
+Wang, Wang, Wang, Zhang, Zhou and Qiu 2024, arXiv:2410.23918, section 2.
 Departs from the paper: s is kept with the layer (16 bits per input), where the paper divides the layer before
 by it, so that every linear layer of every family can be scaled; s has mean 1, so that 16-bit factors do not
 overflow; a block's residual is taken after its factors are rounded to 16 bits, so that the next block
@@ -32,8 +32,8 @@ from modicum.core.errors import UserError
 from modicum.model.forms import LinearForm, LinearShape
 from modicum.model.forms._quantised import QuantisedForm
 
-CLAIM = {"figure": "at 2 to 4 bits per weight on a par with or better than GPTQ and AWQ, from one file",
-         "where": "Table 1 and Figure 4", "scale": "Llama 2, 3 and 3.1, 7B to 70B"}
+CLAIM = {"figure": "any size to the megabyte, on a par with or better than quantisation, most at extreme ratios",
+         "where": "abstract", "scale": "Llama 2, 3 and 3.1, 7B to 70B"}
 #: Of the small rank that small matrices need (16 factors of 16 bits are 5 bits per entry at width 96).
 SWEEP = (
     "rank=2,blocks=12,bits=2", "rank=2,blocks=12,bits=2.25", "rank=2,blocks=12,bits=2.5",
