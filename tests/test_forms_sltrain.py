@@ -92,14 +92,22 @@ def test_starts_as_the_paper_says() -> None:
     assert torch.equal(form.bias_value(), torch.ones(64)) and any(p is form.bias for p in form.trainable())
 
 
-def test_low_rank_alone_starts_at_the_best_approximation() -> None:
+def test_low_rank_alone_starts_as_wide_as_a_kaiming_layer_and_can_learn() -> None:
+    form = made("sltrain:rank=16,density=0", 256, 96)
+    assert form.dense().detach().std().item() == pytest.approx((3 * 96) ** -0.5, rel=0.1)
+    assert form.A.detach().std().item() == pytest.approx(form.B.detach().std().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("density", [0, 0.2, 1])
+def test_spectral_start_is_the_best_approximation_and_what_it_misses(density: float) -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(3))
-    form = registry.build("form", "sltrain:rank=16,density=0", LinearShape.of(weight, None))
+    form = registry.build("form", f"sltrain:rank=16,density={density},start=spectral", LinearShape.of(weight, None))
     with torch.no_grad():
-        form.fit(weight)
+        form.fit(weight, generator=torch.Generator().manual_seed(0))
     left, sigma, right = torch.linalg.svd(weight.double())
-    best = left[:, :16] * sigma[:16] @ right[:16]
-    torch.testing.assert_close(form.dense().detach().double(), best, atol=1e-5, rtol=1e-4)
+    best = (left[:, :16] * sigma[:16] @ right[:16]).flatten()
+    best[form.index] = weight.double().flatten()[form.index]
+    torch.testing.assert_close(form.dense().detach().double().flatten(), best, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("density,stored", [(0, 0), (1, OUT * IN)])
