@@ -79,6 +79,13 @@ class _Nowhere:
         pass
 
 
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, without its module tracker."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Nowhere()  # type: ignore[assignment]
+    return counter
+
+
 def trace(work: Callable[[], Any], device: str = "cpu") -> Traced:
     """Run `work()` without data and report its cost.
 

@@ -11,9 +11,8 @@ from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from modicum.budget.trace import Traced, trace
+from modicum.budget.trace import Traced, flop_counter, trace
 from modicum.data.stream import Batch
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
@@ -64,7 +63,7 @@ def step_cost(
             part.start(engine)
         flops = 0.0
         for begin, end in phases(engine):
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 for index in range(2):
                     step(engine, batch, index)
             counted = planned_flops(engine, begin, end) / (engine.row_flops * rows * config.total_steps)
