@@ -98,7 +98,7 @@ class Pretrain(Section):
 
 class Adapt(Section):
     form: method("form") = "lora:rank=16"          # type: ignore[valid-type]
-    targets: list[str] = ["layers.*.attention.*", "layers.*.mlp.*"]
+    targets: list[str] | None = None               # the linear layers that get it; None: where its paper puts it
     tokens: Tokens = 200_000.0
     sequence_length: int = Field(256, ge=16)
     lr: float = Field(2e-3, gt=0)

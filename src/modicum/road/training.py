@@ -186,7 +186,7 @@ def adapted_cost(planner: Planner, config: Any) -> tuple[DecoderConfig, Cost, in
                        lr=config.lr, optimizer=config.optimizer, schedule=config.schedule, dtype=config.dtype)
 
     def adapted(model: Decoder) -> Decoder:
-        attach.attach(model, dict.fromkeys(config.targets, config.form))
+        attach.attach(model, dict.fromkeys(config.targets or attach.places(model, config.form), config.form))
         attach.freeze(model)
         return model
 

@@ -33,7 +33,7 @@ def _config(recipe: Recipe) -> AdaptConfig:
     a = recipe.adapt
     assert a
     merge = "merge" in _form(recipe).supports
-    return AdaptConfig(form=a.form, targets=tuple(a.targets), tokens=max(a.tokens, ROWS * a.sequence_length),
+    return AdaptConfig(form=a.form, targets=a.targets, tokens=max(a.tokens, ROWS * a.sequence_length),
                        sequence_length=a.sequence_length, batch_sequences=ROWS, lr=a.lr, limit=a.pairs, merge=merge,
                        heldout=HELDOUT, seed=recipe.seed, dtype=training.DTYPES[recipe.pretrain.dtype])
 
