@@ -234,44 +234,19 @@ def test_every_familys_layers_keep_a_quarter_and_learn_nearly_the_same(shape, fo
 
 
 def test_resume_is_bit_for_bit_with_the_estimates(tmp_path) -> None:
-    knobs = {"memory": ["mesa"], "dtype": "bfloat16", "micro_batch": 4, "checkpoint_every": 3}
-    train(
-        decoder(),
-        stream(),
-        config(steps=8, **knobs),
-        tmp_path / "a",
-        label="",
-        events=Events(tmp_path / "a.jsonl"),
-    )
-    train(decoder(), stream(), config(steps=5, schedule="constant", **knobs), tmp_path / "c", label="")
-    for steps in (5, 8):
-        straight = tmp_path / "b"
-        train(
-            decoder(),
-            stream(),
-            config(steps=steps, schedule="constant", **knobs),
-            straight,
-            label="",
-            events=Events(straight / "events.jsonl"),
-        )
-    train(
-        decoder(),
-        stream(),
-        config(steps=8, schedule="constant", **knobs),
-        tmp_path / "d",
-        label="",
-        events=Events(tmp_path / "d" / "events.jsonl"),
-    )
-    assert curve(tmp_path / "b" / "events.jsonl") == curve(tmp_path / "d" / "events.jsonl")
-    again = Trainer(
-        decoder(), stream(), config(steps=9, schedule="constant", **knobs), tmp_path / "b", label=""
-    )
-    other = Trainer(
-        decoder(), stream(), config(steps=9, schedule="constant", **knobs), tmp_path / "d", label=""
-    )
-    again.open(), other.open()
-    ours, theirs = (t.savers["memory.mesa"].state_dict() for t in (again, other))
-    assert len(ours) > 10 and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    knobs = {"memory": ["mesa"], "dtype": "bfloat16", "micro_batch": 4, "schedule": "constant"}
+    for place, runs in (("straight", (5,)), ("resumed", (3, 5))):
+        for steps in runs:
+            told = Events(tmp_path / place / "events.jsonl")
+            train(decoder(), stream(), config(steps=steps, **knobs), tmp_path / place, label="", events=told)
+    straight, resumed = (tmp_path / place for place in ("straight", "resumed"))
+    assert curve(straight / "events.jsonl") == curve(resumed / "events.jsonl")
+    states = []
+    for folder in (straight, resumed):
+        trainer = Trainer(decoder(), stream(), config(steps=6, **knobs), folder, label="")
+        trainer.open()
+        states.append(trainer.savers["memory.mesa"].state_dict())
+    assert len(states[0]) > 10 and all(torch.equal(states[1][name], value) for name, value in states[0].items())
 
 
 def test_what_it_cannot_act_on_is_refused() -> None:
