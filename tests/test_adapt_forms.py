@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from modicum.adapt.peft_format import load_peft, save_peft
 from modicum.adapt.run import AdaptConfig, adapt
 from modicum.budget import Deadline
-from modicum.budget.trace import _Live
+from modicum.budget.trace import Live
 from modicum.core.errors import UserError
 from modicum.data.stream import Batch
 from modicum.data.tokenizer import Tokenizer
@@ -224,6 +224,6 @@ def test_forecasts_of_training_memory(choice: str) -> None:
                 part.after_step(engine)
 
     planned = step_cost(lambda: adapted(blank(shape)), config, 512).peak_bytes
-    with _Live() as live:
+    with Live() as live:
         work()
     assert live.peak == pytest.approx(planned, rel=0.15)

@@ -292,7 +292,7 @@ def test_meco_asks_for_metadata_and_for_documents_apart():
 @pytest.mark.parametrize(("objective", "dtype"), [("ul2:sentinels=30", "float32"), ("meco", "bfloat16")])
 def test_the_forecast_is_near_the_bytes_that_are_really_alive(objective, dtype):
     """Two real steps with every storage counted, against the trace."""
-    from modicum.budget.trace import _Live
+    from modicum.budget.trace import Live
     from modicum.train.engine import TrainEngine
     from modicum.train.forecast import blank, step_cost
 
@@ -300,7 +300,7 @@ def test_the_forecast_is_near_the_bytes_that_are_really_alive(objective, dtype):
     shape = llama_like(vocabulary, 128, 2, context_length=length)
     told = config(objective=objective, dtype=dtype, sequence_length=length, batch_sequences=rows)
     traced = step_cost(lambda: blank(shape), told, vocabulary, masked=True)
-    with _Live() as live:
+    with Live() as live:
         tokens = torch.randint(400, (rows, length))
         batch = Batch(tokens, tokens.clone(), (torch.arange(length) > 50).long().repeat(rows, 1),
                       torch.arange(length).expand(rows, length))

@@ -78,11 +78,13 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
 def onward(bench: training.Bench, choice: Choice, seed: int) -> dict[str, float]:
     """Bits per byte on old and new data after a run on each, one after the other."""
     names = bench.corpus.domains
+    cls: Any = registry.load("schedule", choice.method).cls
     if len(names) < 2:
+        if not cls.LATER:
+            return {}
         raise UserError(f"the data has one domain ({names[0]}) and going on to another needs two; give other --data")
     old, new = names[-1], names[0]
     tokens = bench.total // 2
-    cls: Any = registry.load("schedule", choice.method).cls
     model = bench.model(seed)
     found = {}
     for domain, more in ((old, cls.FIRST), (new, cls.LATER)):

@@ -11,6 +11,9 @@ Departs from the paper: as `compacter` does.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from modicum.model.forms import compacter
 
@@ -21,8 +24,13 @@ SWEEP = ("bottleneck=24", "bottleneck=48")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(compacter.Config):
-    """The knobs of compacter."""
+    n: Annotated[int, Field(ge=1)] = 4              # Kronecker products in a sum; divides bottleneck and features
+    bottleneck: Annotated[int, Field(ge=1)] = 24    # d
+    rank: Annotated[int, Field(ge=1)] = 1           # of the fast factors
+    slow_std: Annotated[float, Field(gt=0)] = 1e-4  # the slow matrices start from N(0, slow_std^2)
+    norms: bool = True                              # the model's layer norms train, too
 
 
 class CompacterPP(compacter.Compacter):
+    supports = frozenset({"adapter"})
     places = compacter.FEED_FORWARD
