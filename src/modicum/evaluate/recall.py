@@ -154,7 +154,7 @@ class RecallStream:
         for row in range(rows):
             room = T
             while room > 16:  # guessed sizes; a row may end up a little over or under
-                size = max(32, int(T * rng.uniform(0.4, 0.95)))
+                size = max(32, int(min(0.97 * room, T * rng.uniform(0.4, 0.97))))  # the last one fills the row
                 texts.append(document(rng, size, self.config.copies))
                 of_row.append(row)
                 room -= size

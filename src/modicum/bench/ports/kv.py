@@ -50,7 +50,7 @@ class Scale(training.Scale):
     sequences: int = 12
     block_size: int = 16
     questions: int = 0  # of each of the playground's tasks; 0: not asked
-    words: int = 870  # of the text in which a needle or the keys lie
+    words: int = 760  # of the text in which a needle or the keys lie: about 980 tokens
     keys: int = 8
     copied: int = 64  # words to copy
     stream: int = 0  # times `sequence_length` that an unbounded policy reads; 0: not
