@@ -11,7 +11,7 @@ one file serves every memory size: blocks are added to a running model and taken
 The last is computed anew for each product: the dense weight is never kept. Which layer gets a block first is
 measured over the whole model (`compress.stacking`); here blocks are only made, held and summed.
 
-Wang, Wang, Wang, Zhang, Zhou and Qiu 2024, arXiv:2410.23918, section 2.
+Wang et al. 2024, arXiv:2410.23918, section 2.
 Departs from the paper: s is kept with the layer (16 bits per input), where the paper divides the layer before
 by it, so that every linear layer of every family can be scaled; s has mean 1, so that 16-bit factors do not
 overflow; a block's residual is taken after its factors are rounded to 16 bits, so that the next block

@@ -15,7 +15,7 @@ Start: A Kaiming uniform (a = sqrt(5)), B zero, V uniform in +-1/sqrt(I), as the
 takes a weight's shape and bias and not its values: the form is for training from scratch, says so
 (`fit_error` None), and is refused where a weight must be kept.
 
-Han, Li, Huang, Hong, Takeda, Jawanpuria and Mishra 2024, arXiv:2406.02214, section 3, algorithm 1.
+Han et al. 2024, arXiv:2406.02214, section 3, algorithm 1.
 Departs from the paper: places are stored in 32 bits where they fit (its code: 64). Where no entry is stored,
 which is low rank alone, zero factors in a row (value and output, up and down) would leave every gradient zero
 for good, so both factors start random, alike, with B A as wide as a Kaiming layer. `start=spectral` is not
