@@ -9,12 +9,13 @@ Shapes: A, B any matrix, K the rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modicum.core.errors import ModicumError, UserError
-from modicum.train.optimizers import is_embedding, is_head
+from modicum.train.optimizers import Optimizer, adamw, adamw_8bit, is_embedding, is_head
 
 
 def check_rank(rank: int | float, knob: str = "rank") -> None:
@@ -87,3 +88,11 @@ def compact_shape(shape: tuple[int, ...], k: int, sides: str = "one") -> tuple[i
 def bases_numbers(shape: tuple[int, ...], k: int, sides: str = "one") -> int:
     """How many numbers the bases hold."""
     return k * (sum(shape) if sides == "both" else min(shape))
+
+
+def other(config: Any) -> tuple[type[Optimizer], Any]:
+    """What trains the parameters that are not projected, by the method's own knobs: method and its knobs."""
+    knobs = {name: getattr(config, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
+    if config.bits == 8:
+        return adamw_8bit.AdamW8bit, adamw_8bit.Config(**knobs, block=config.block)
+    return adamw.AdamW, adamw.Config(**knobs)

@@ -8,7 +8,9 @@ The moments are tensors by name, so that they can go into a checkpoint as they a
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +65,30 @@ class Adam:
         if self.bits == 32:
             return 8 * rows * columns
         return 2 * rows * columns + 8 * rows * blocks_of(columns, self.block)
+
+
+def flat(held: Mapping[str, Mapping[str, Tensor]], steps: Mapping[str, int]) -> dict[str, Any]:
+    """Tensors by parameter and field, and its steps, as one state: `NAME:field`, `NAME:step`."""
+    tensors = {f"{name}:{field}": value for name, fields in held.items() for field, value in fields.items()}
+    return tensors | {f"{name}:step": steps[name] for name in held}
+
+
+def parted(
+    state: Mapping[str, Any], mine: Container[str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, int], dict[str, Any]]:
+    """(tensors, steps) of the parameters in `mine`, as given to `flat`, and what else the state holds."""
+    held: dict[str, dict[str, Tensor]] = {}
+    steps: dict[str, int] = {}
+    rest = {}
+    for key, value in state.items():
+        name, _, field = key.rpartition(":")
+        if name not in mine:
+            rest[key] = value
+        elif field == "step":
+            steps[name] = int(value)
+        else:
+            held.setdefault(name, {})[field] = value
+    return held, steps, rest
 
 
 def check_adam(beta1: float, beta2: float, eps: float, weight_decay: float) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from modicum.budget.cost import Cost
 from modicum.train.optimizers import Optimizer, is_embedding
 from modicum.train.optimizers import adamw as plain
-from modicum.train.optimizers._moments import Adam, check_adam, check_bits
+from modicum.train.optimizers._moments import Adam, check_adam, check_bits, flat, parted
 from modicum.train.parallel import local, rows_like, shard_like
 
 CLAIM = {
@@ -96,22 +96,18 @@ class AdamW8bit(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.rest.state_dict() if self.rest else {}
-        for name, held in self.moments.items():
-            state |= {f"{name}:{field}": rows_like(value, self.named[name]) for field, value in held.items()}
-            state[f"{name}:step"] = self.steps[name]
-        return state
+        whole = {
+            name: {field: rows_like(value, self.named[name]) for field, value in held.items()}
+            for name, held in self.moments.items()
+        }
+        return state | flat(whole, self.steps)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.moments, self.steps = {}, {}
-        rest = {}
-        for key, value in state.items():
-            name, _, field = key.rpartition(":")
-            if name not in self.low:
-                rest[key] = value
-            elif field == "step":
-                self.steps[name] = int(value)
-            else:
-                self.moments.setdefault(name, {})[field] = local(shard_like(value, self.named[name]))
+        held, self.steps, rest = parted(state, self.low)
+        self.moments = {
+            name: {field: local(shard_like(value, self.named[name])) for field, value in fields.items()}
+            for name, fields in held.items()
+        }
         if self.rest:
             self.rest.load_state_dict(rest)
 

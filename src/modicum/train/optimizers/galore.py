@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from modicum.budget.cost import Cost
-from modicum.train.optimizers import Group, Optimizer, adamw, adamw_8bit
+from modicum.train.optimizers import Group, Optimizer
 from modicum.train.optimizers import _lowrank as lowrank
-from modicum.train.optimizers._moments import Adam, check_adam, check_bits
+from modicum.train.optimizers._moments import Adam, check_adam, check_bits, flat, parted
 from modicum.train.parallel import agreed, full, is_sharded, local, rows_like, shard_like
 
 CLAIM = {
@@ -90,7 +90,8 @@ class GaLore(Optimizer):
         self.held: dict[str, dict[str, Tensor]] = {}  # by parameter: basis and moments, this process's part
         self.steps: dict[str, int] = {}
         rest = [(name, p) for name, p in self.named.items() if name not in self.ranks]
-        self.rest = _rest(config)[0](_rest(config)[1], rest, lr=lr) if rest else None
+        other, knobs = lowrank.other(config)
+        self.rest = other(knobs, rest, lr=lr) if rest else None
         self.hooks: list[Any] = []
         self.squares: Tensor | float = 0.0
 
@@ -164,24 +165,17 @@ class GaLore(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.rest.state_dict() if self.rest else {}
-        for name, held in self.held.items():
-            for field, value in held.items():
-                by_rows = _by_rows(field, held)
-                state[f"{name}:{field}"] = rows_like(value, self.named[name]) if by_rows else value
-            state[f"{name}:step"] = self.steps[name]
-        return state
+        whole = {
+            name: {
+                field: rows_like(value, self.named[name]) if _by_rows(field, held) else value
+                for field, value in held.items()
+            }
+            for name, held in self.held.items()
+        }
+        return state | flat(whole, self.steps)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.held, self.steps = {}, {}
-        rest = {}
-        for key, value in state.items():
-            name, _, field = key.rpartition(":")
-            if name not in self.ranks:
-                rest[key] = value
-            elif field == "step":
-                self.steps[name] = int(value)
-            else:
-                self.held.setdefault(name, {})[field] = value
+        self.held, self.steps, rest = parted(state, self.ranks)
         for name, held in self.held.items():
             p = self.named[name]
             self.held[name] = {
@@ -203,8 +197,8 @@ class GaLore(Optimizer):
                 # Two products with the basis, Adam on what is compact, and the share of a decomposition.
                 svd = 10 * math.prod(shape) * min(shape) / config.gap
                 flops += int(4 * k * math.prod(shape) + 14 * math.prod(compact) + svd)
-        method, knobs = _rest(config)
-        rest = method.cost(knobs, {n: s for n, s in shapes.items() if not lowrank.is_projected(n, len(s))})
+        other, knobs = lowrank.other(config)
+        rest = other.cost(knobs, {n: s for n, s in shapes.items() if not lowrank.is_projected(n, len(s))})
         return Cost(
             peak_bytes=held + rest.peak_bytes, flops=flops + rest.flops, parameters=count + rest.parameters
         )
@@ -214,14 +208,6 @@ def _adam(config: Config) -> Adam:
     return Adam(
         beta1=config.beta1, beta2=config.beta2, eps=config.eps, bits=config.bits, block=config.block
     )
-
-
-def _rest(config: Config) -> tuple[type[Optimizer], Any]:
-    """What trains the parameters that are not projected: method and knobs."""
-    knobs = {name: getattr(config, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
-    if config.bits == 8:
-        return adamw_8bit.AdamW8bit, adamw_8bit.Config(**knobs, block=config.block)
-    return adamw.AdamW, adamw.Config(**knobs)
 
 
 def _by_rows(field: str, held: Mapping[str, Tensor]) -> bool:

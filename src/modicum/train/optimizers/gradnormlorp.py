@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from modicum.budget.cost import Cost
-from modicum.train.optimizers import Optimizer, adamw, adamw_8bit
+from modicum.train.optimizers import Optimizer
 from modicum.train.optimizers import _lowrank as lowrank
-from modicum.train.optimizers._moments import Adam, check_adam, check_bits
+from modicum.train.optimizers._moments import Adam, check_adam, check_bits, flat, parted
 
 CLAIM = {
     "figure": "optimizer memory reduced by up to 89.5% in 8 bits; GLUE 80.65 at rank 8, LoRA 79.23",
@@ -93,7 +93,8 @@ class GradNormLoRP(Optimizer):
         self.held: dict[str, dict[str, Tensor]] = {}
         self.steps: dict[str, int] = {}
         rest = [(name, p) for name, p in self.named.items() if name not in self.ranks]
-        self.rest = _rest(config)[0](_rest(config)[1], rest, lr=lr) if rest else None
+        other, knobs = lowrank.other(config)
+        self.rest = other(knobs, rest, lr=lr) if rest else None
 
     @torch.no_grad()
     def step(self, scales: Mapping[str, float]) -> None:
@@ -163,22 +164,14 @@ class GradNormLoRP(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.rest.state_dict() if self.rest else {}
-        for name, held in self.held.items():
-            state |= {f"{name}:{field}": value for field, value in held.items()}
-            state[f"{name}:step"] = self.steps[name]
-        return state
+        return state | flat(self.held, self.steps)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.held, self.steps = {}, {}
-        rest = {}
-        for key, value in state.items():
-            name, _, field = key.rpartition(":")
-            if name not in self.ranks:
-                rest[key] = value
-            elif field == "step":
-                self.steps[name] = int(value)
-            else:
-                self.held.setdefault(name, {})[field] = value.to(self.named[name].device, copy=True)
+        held, self.steps, rest = parted(state, self.ranks)
+        self.held = {
+            name: {field: value.to(self.named[name].device, copy=True) for field, value in fields.items()}
+            for name, fields in held.items()
+        }
         if self.rest:
             self.rest.load_state_dict(rest)
 
@@ -194,8 +187,8 @@ class GradNormLoRP(Optimizer):
                     held += adam.nbytes(lowrank.compact_shape(factor, k, config.sides))
                 count += math.prod(shape)
                 flops += (8 * r + 12) * math.prod(shape) + 8 * k * r * sum(shape)
-        method, knobs = _rest(config)
-        rest = method.cost(knobs, {n: s for n, s in shapes.items() if not lowrank.is_projected(n, len(s))})
+        other, knobs = lowrank.other(config)
+        rest = other.cost(knobs, {n: s for n, s in shapes.items() if not lowrank.is_projected(n, len(s))})
         return Cost(
             peak_bytes=held + rest.peak_bytes, flops=flops + rest.flops, parameters=count + rest.parameters
         )
@@ -219,11 +212,3 @@ def _ranks(config: Config, name: str, shape: tuple[int, ...]) -> tuple[int, int]
 
 def _adam(config: Config, bits: int) -> Adam:
     return Adam(beta1=config.beta1, beta2=config.beta2, eps=config.eps, bits=bits, block=config.block)
-
-
-def _rest(config: Config) -> tuple[type[Optimizer], Any]:
-    """What trains the parameters that have no factors: method and knobs."""
-    knobs = {name: getattr(config, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
-    if config.bits == 8:
-        return adamw_8bit.AdamW8bit, adamw_8bit.Config(**knobs, block=config.block)
-    return adamw.AdamW, adamw.Config(**knobs)
