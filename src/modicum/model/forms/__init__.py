@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from modicum.budget.cost import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
+from modicum.core.errors import UserError
 from modicum.core.registry import Method
 
 BASELINE = "dense"
@@ -202,6 +203,14 @@ class LinearForm(Method, nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.choice or type(self).__name__}, in={self.in_features}, out={self.out_features}"
+
+
+def check_rank(method: str, rank: int, shape: LinearShape) -> None:
+    """Raises `UserError` where a low-rank factor would be larger than the matrix."""
+    small = min(shape.in_features, shape.out_features)
+    if rank > small:
+        raise UserError(f"{method}: rank={rank} is larger than the matrix {shape.out_features} x "
+                        f"{shape.in_features}; give rank <= {small}")
 
 
 def unique_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from modicum.budget.trace import has_data
 from modicum.core.errors import UserError
-from modicum.model.forms import LinearForm, LinearShape
+from modicum.model.forms import LinearForm, LinearShape, check_rank
 from modicum.model.forms._quantised import QuantisedForm
 
 CLAIM = {"figure": "any size to the megabyte, on a par with or better than quantisation, most at extreme ratios",
@@ -76,10 +76,7 @@ class BitStack(QuantisedForm):
     scale: Tensor
 
     def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
-        small = min(shape.in_features, shape.out_features)
-        if config.rank > small:
-            raise UserError(f"bitstack: rank={config.rank} is larger than the matrix {shape.out_features} x "
-                            f"{shape.in_features}; give rank <= {small}")
+        check_rank("bitstack", config.rank, shape)
         super().__init__(config, shape, base)
         self.row_bytes = -(-shape.in_features // 8)
         self.register_buffer("scale", self._empty(shape.in_features, dtype=torch.bfloat16))

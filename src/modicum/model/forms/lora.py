@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from modicum.core.errors import UserError
-from modicum.model.forms import LinearForm, LinearShape
+from modicum.model.forms import LinearForm, LinearShape, check_rank
 
 CLAIM = {"figure": "on par with or better than full fine-tuning with 10,000x fewer trained parameters",
          "where": "abstract and Table 4", "scale": "GPT-3 175B"}
@@ -50,9 +49,7 @@ class Lora(LinearForm):
     def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
         if base is None:
             raise TypeError("lora is an adapter and needs a base form")
-        if config.rank > min(shape.in_features, shape.out_features):
-            raise UserError(f"lora: rank={config.rank} is larger than the matrix {shape.out_features} x "
-                            f"{shape.in_features}; give rank <= {min(shape.in_features, shape.out_features)}")
+        check_rank("lora", config.rank, shape)
         super().__init__(config, shape, base)
         self.A = nn.Parameter(self._empty(config.rank, shape.in_features))
         self.B = nn.Parameter(self._empty(shape.out_features, config.rank))

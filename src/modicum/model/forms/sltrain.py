@@ -34,8 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from modicum.core.errors import UserError
-from modicum.model.forms import LinearForm, LinearShape
+from modicum.model.forms import LinearForm, LinearShape, check_rank
 
 CLAIM = {"figure": "perplexity 34.15 with 0.26 GB of parameters and optimizer state, dense 34.06 with 0.35, "
                    "low rank alone 78.18 with 0.24",
@@ -71,10 +70,7 @@ class SLTrain(LinearForm):
     index: Tensor
 
     def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
-        small = min(shape.in_features, shape.out_features)
-        if config.rank > small:
-            raise UserError(f"sltrain: rank={config.rank} is larger than the matrix {shape.out_features} x "
-                            f"{shape.in_features}; give rank <= {small}")
+        check_rank("sltrain", config.rank, shape)
         super().__init__(config, shape, base)
         entries = shape.in_features * shape.out_features
         stored = int(config.density * entries)
