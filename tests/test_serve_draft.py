@@ -14,15 +14,18 @@ import torch
 from modicum.core.errors import ModicumError, UserError
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
+from modicum.serve import native
 from modicum.serve.config import EngineConfig
 from modicum.serve.draft import make_drafter
-from modicum.serve.drafters import Drafter, Tree
+from modicum.serve.drafters import Drafter, Tree, layout
 from modicum.serve.engine import Engine
 from modicum.serve.payoff import Payoff
 from modicum.serve.request import Output, SamplingParams
-from modicum.serve.trees import child, layout
+from modicum.serve.runner import Eager
+from modicum.serve.trees import child
 from serve_tools import assert_clean, lively, tiny, tokenizer
 
+needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.reason()}")
 PROMPTS = [[random.Random(i).randrange(1, 400) for _ in range(n)] for i, n in enumerate((1, 3, 16, 17, 40, 33, 70))]
 PROMPTS.append([*PROMPTS[4][:32], 5, 6, 7])
 MODES: dict[str, dict[str, Any]] = {
@@ -118,6 +121,27 @@ def test_windows_and_softcaps(windows: tuple[int | None, ...], softcap: float | 
     want, drafting, got = both(model, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
     assert tokens(got) == tokens(want)
     assert drafting.stats()["tokens_per_forward"] > 1.2
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("windows", [(None, None, None), (None, 31, 9)])
+def test_drafts_through_the_kernels_change_no_bit(
+    dtype: torch.dtype, windows: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log probabilities are equal, not near: a drafted token's sums run in the order of a sequence without drafts."""
+    shape = llama_like(400, 64, 3, heads=4, kv_heads=2, context_length=256, windows=windows, attention_softcap=9.0)
+    model = lively(Decoder(shape, torch.Generator().manual_seed(3))).to(dtype)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a step ran without the kernels")
+
+    monkeypatch.setattr(Eager, "__call__", refuse)
+    want, drafting, got = both(model, SamplingParams(temperature=0, max_tokens=24, logprobs=3, ignore_eos=True))
+    assert tokens(got) == tokens(want)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.completions[0].logprobs == theirs.completions[0].logprobs
+    assert drafting.stats()["tokens_per_forward"] > 1.1
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2"])

@@ -75,6 +75,7 @@ class Recall(Section):
 class Pretrain(Section):
     parameters: float | None = None                # None: the planner chooses
     shape: tuple[int, int] | None = None           # width and layers, for who wants to say them
+    heads: int | None = Field(None, ge=1)          # None: of 64 dimensions, 32 in models narrower than 256
     time: Seconds | None = 210.0                   # with tokens None: as many as fit in this time
     tokens: Tokens | None = None
     sequence_length: int = Field(256, ge=16)

@@ -78,7 +78,7 @@ def shape_of(recipe: Recipe, width_and_layers: tuple[int, int] | None = None,
     assert width_and_layers
     # A model that learns to recall knows no distance beyond its rows, and what serves it should know that.
     length = recipe.pretrain.sequence_length
-    return llama_like(vocab_size or recipe.curate.vocab_size, *width_and_layers,
+    return llama_like(vocab_size or recipe.curate.vocab_size, *width_and_layers, recipe.pretrain.heads,
                       context_length=length if recipe.pretrain.recall else max(2048, length))
 
 

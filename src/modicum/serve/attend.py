@@ -59,6 +59,11 @@ class StepAttend:
             self.table = wider
         self.table[slot, first:end] = blocks
 
+    def flat(self, slots: Sequence[int], places: Sequence[int]) -> Tensor:
+        """Where these entries of sequences lie in a layer's storage, its blocks taken as one row."""
+        P, at = self.storage.block_size, np.array(places, dtype=np.int64)
+        return torch.from_numpy(self.table[np.array(slots), at // P] * P + at % P).to(self.storage.device)
+
     def begin(self, works: Sequence[Work], observe: bool = False) -> None:
         """`works` in row order: see `work.arrange`."""
         P = self.storage.block_size

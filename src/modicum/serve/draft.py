@@ -25,12 +25,12 @@ from torch import Tensor
 from modicum.core import registry
 from modicum.core.errors import UserError
 from modicum.serve.config import EngineConfig
-from modicum.serve.drafters import Drafter, Tree
+from modicum.serve.drafters import Drafter, Tree, layout
 from modicum.serve.kv import KVPolicy
 from modicum.serve.payoff import Payoff
 from modicum.serve.request import Sample, Update
-from modicum.serve.trees import child, layout, move
-from modicum.serve.work import Work, arrange
+from modicum.serve.trees import child, move
+from modicum.serve.work import Work, arrange, tokens_of
 
 if TYPE_CHECKING:
     from modicum.serve.engine import Engine
@@ -86,25 +86,19 @@ class Drafting:
         if not trees and drafter.learns == "nothing":
             engine._run(works, updates)
             return
-        device = engine.model.device
-        tokens_1T = torch.from_numpy(np.concatenate([_tokens(w) for w in works])[None]).to(device)
-        positions_1T = torch.from_numpy(np.concatenate([_positions(w) for w in works])[None]).to(device)
-        engine.cache.attend.begin(works)
-        h_TD = engine.model.hidden(tokens_1T, positions_BT=positions_1T, attend=engine.cache.attend)[0]
-        if trees and not math.isfinite(float(h_TD.sum(dtype=torch.float32))):
+        rows, at = _rows(works)
+        logits_RV = engine.runner(works, rows)
+        if trees and logits_RV is not None and not math.isfinite(float(logits_RV.sum())):
             # Perhaps a guess no one asked for: the step is done again without any, and nothing of them stays.
             self._withdraw(trees)
             engine._run(arrange(works), updates)
             return
-        rows_R, at = _rows(works)
-        logits_RV = h_TD.new_empty(0)
-        if len(rows_R):
-            index_R = torch.from_numpy(rows_R).to(device)
-            logits_RV = engine.model.head(h_TD if len(rows_R) == len(h_TD) else h_TD[index_R])
-        if drafter.learns == "all":
-            self._learn(works, tokens_1T[0], h_TD)
-        if drafter.learns != "nothing" and len(rows_R):
-            drafter.observe(tokens_1T[0, index_R], logits_RV)
+        if drafter.learns != "nothing":
+            tokens_T = torch.tensor(tokens_of(works))
+            if drafter.learns == "all":
+                self._learn(works, tokens_T)
+            if logits_RV is not None:
+                drafter.observe(tokens_T[rows], logits_RV)
         self._walk(works, trees, logits_RV, at, updates)
 
     def _extend(self, works: list[Work]) -> list[Work]:
@@ -133,16 +127,16 @@ class Drafting:
             trees.sort(key=lambda w: w.at)
         return trees
 
-    def _learn(self, works: Sequence[Work], tokens_T: Tensor, h_TD: Tensor) -> None:
+    def _learn(self, works: Sequence[Work], tokens_T: Tensor) -> None:
         """Show the drafter the logits of prompts' tokens, a slice at a time (their last one is in `run`)."""
         for w in works:
             if w.tree is None and w.n > 1:
                 for first in range(w.at, w.at + w.n, ROWS):
                     last = min(first + ROWS, w.at + w.n)
-                    self.drafter.observe(tokens_T[first:last], self.engine.model.head(h_TD[first:last]))
+                    self.drafter.observe(tokens_T[first:last], self.engine.runner.says(first, last))
 
     def _walk(
-        self, works: list[Work], trees: list[Work], logits_RV: Tensor, at: dict[int, int], updates: list[Update]
+        self, works: list[Work], trees: list[Work], logits_RV: Tensor | None, at: dict[int, int], updates: list[Update]
     ) -> None:
         """Say a token of every sequence whose place has logits; go on with those that find it in their tree."""
         engine = self.engine
@@ -150,11 +144,11 @@ class Drafting:
         ready = [w for w in works if w.sample.id in at]
         level = [Work(w.sample, w.start, 1, w.at) if w.tree is not None else w for w in works]
         rows = [at[w.sample.id] for w in ready]
-        moves: list[tuple[int, int]] = []
+        moves: list[tuple[int, int, int]] = []
         accepted, depth = 0, 0
         try:
             while ready:
-                logits_BV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
+                logits_BV = logits_RV if logits_RV is None or len(rows) == len(logits_RV) else logits_RV[rows]
                 engine._commit(level, [w.sample for w in ready], logits_BV, updates)
                 depth += 1
                 ready, rows = [], []
@@ -169,15 +163,16 @@ class Drafting:
                         ready.append(w)
                         rows.append(at[sample.id] + place)
                         if place != depth:
-                            moves.append((w.at + place, w.at + depth))
+                            moves.append((sample.slot, w.start + place, w.start + depth))
                 level = [Work(w.sample, w.start + depth, 1, w.at) for w in ready]
                 accepted += len(ready)
             if not at:
                 engine._commit(level, [], None, updates)
         finally:  # what has been published above must be true, whatever happened since
             if moves:
-                places = engine.cache.attend.rows_T[torch.tensor(moves, device=engine.storage.device)]
-                move(engine.storage, places[:, 0], places[:, 1])
+                slots, sources, targets = zip(*moves, strict=True)
+                flat = engine.cache.attend.flat
+                move(engine.storage, flat(slots, sources), flat(slots, targets))
         for w in trees:
             if w.sample.finish is None:
                 engine.cache.trim(w.sample)
@@ -190,32 +185,23 @@ class Drafting:
         """Take the drafts out of a step and zero what they left."""
         attend, storage = self.engine.cache.attend, self.engine.storage
         for w in trees:
-            rows = attend.rows_T[w.at + 1 : w.at + w.n]
+            rows = attend.flat([w.sample.slot] * (w.n - 1), range(w.start + 1, w.start + w.n))
             for x_LGNPE in (storage.k_LGNPE, storage.v_LGNPE):
                 x_LGNPE.flatten(2, 3).index_fill_(2, rows, 0)
             w.tree, w.n = None, 1
 
 
-def _tokens(w: Work) -> np.ndarray:
-    known = np.array(w.sample.tokens[w.start : w.start + (w.n if w.tree is None else 1)], dtype=np.int64)
-    return known if w.tree is None else np.concatenate([known, w.tree.tokens_N])
-
-
-def _positions(w: Work) -> np.ndarray:
-    return w.start + (np.arange(w.n, dtype=np.int64) if w.tree is None else layout(w.tree).depth_X)
-
-
-def _rows(works: Sequence[Work]) -> tuple[np.ndarray, dict[int, int]]:
+def _rows(works: Sequence[Work]) -> tuple[list[int], dict[int, int]]:
     """Row places whose logits are wanted, and where those of each sequence begin among them."""
-    rows, at, n = [], {}, 0
+    rows: list[int] = []
+    at: dict[int, int] = {}
     for w in works:
         known = w.n if w.tree is None else 1
         if w.start + known == w.sample.job.length:
             first = w.at + known - 1
-            rows.append(np.arange(first, w.at + w.n, dtype=np.int64))
-            at[w.sample.id] = n
-            n += w.at + w.n - first
-    return (np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)), at
+            at[w.sample.id] = len(rows)
+            rows += range(first, w.at + w.n)
+    return rows, at
 
 
 def _within(tree: Tree, depth: int) -> Tree:

@@ -24,7 +24,8 @@ from modicum.model.forms import LinearForm
 from modicum.model.layers import Block, RMSNorm
 from modicum.serve import native
 from modicum.serve.attend import StepAttend
-from modicum.serve.work import Work, by_policy
+from modicum.serve.drafters import layout
+from modicum.serve.work import Work, by_policy, places_of, positions_of, tokens_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of native/step.c
 KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
@@ -43,12 +44,16 @@ class Eager:
         device = self.model.device
         tokens_1T, positions_1T = torch.tensor([tokens_of(works), positions_of(works)], device=device).split(1)
         self.attend.begin(works, observe)
-        h_1TD = self.model.hidden(tokens_1T, positions_BT=positions_1T, attend=self.attend)
-        if not rows:
+        self._h_TD = self.model.hidden(tokens_1T, positions_BT=positions_1T, attend=self.attend)[0]
+        if not len(rows):
             return None
-        if len(rows) == h_1TD.shape[1]:
-            return self.model.head(h_1TD[0])
-        return self.model.head(h_1TD[0, torch.tensor(list(rows), device=device)])
+        if len(rows) == len(self._h_TD):
+            return self.model.head(self._h_TD)
+        return self.model.head(self._h_TD[torch.tensor(list(rows), device=device)])
+
+    def says(self, first: int, last: int) -> Tensor:
+        """Logits of places first .. last - 1 of the step that ran last."""
+        return self.model.head(self._h_TD[first:last])
 
 
 class Native:
@@ -63,45 +68,65 @@ class Native:
         self._keep: list[Any] = []
         self._shape = self._describe(model, attend)
         native.use_large_pages((t.data_ptr(), t.nbytes) for t in self._keep if isinstance(t, Tensor))
+        self._window = min((w for i in range(model.config.layers) if (w := model.config.window(i))), default=1 << 62)
+        self._x_TD: Tensor | None = None  # of the last step, before the final norm
         self._state = 0
         self._finalizer: weakref.finalize | None = None
 
     def __call__(self, works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:
+        self._x_TD = None
         if observe or any(w.sample.pages is not None or by_policy(w) for w in works):
             return self.eager(works, rows, observe)
+        trees = [w for w in works if w.tree is not None]
+        depth = max((layout(w.tree).line_XD.shape[1] for w in trees if w.tree is not None), default=0)
+        if depth >= self._window:  # a branch that reaches out of a window: only `serve.trees` looks at that
+            return self.eager(works, rows, observe)
         self._open()
-        slots = np.repeat([w.sample.slot for w in works], [w.n for w in works])
-        return self.run(tokens_of(works), np.array(positions_of(works), dtype=np.int64), slots, rows)
-
-    def run(
-        self, tokens: Sequence[int], position_T: np.ndarray, slot_T: np.ndarray, rows: Sequence[int]
-    ) -> Tensor | None:
-        """Tokens of the sequences in `slot_T`, whose blocks the table names; neighbours in order of position."""
         config, table = self.model.config, self.attend.table
-        x_TD = self.model.embed(torch.tensor(tokens))
+        position_T = np.array(positions_of(works), dtype=np.int64)
+        slot_T = np.repeat(np.array([w.sample.slot for w in works], dtype=np.int64), [w.n for w in works])
+        place_T, root_T, line_TD = position_T, None, None
+        if trees:
+            place_T = places_of(works)
+            root_T, line_TD = np.full(len(place_T), -1), np.zeros((len(place_T), depth), dtype=np.int64)
+            for w in trees:
+                assert w.tree is not None
+                line_XD = layout(w.tree).line_XD
+                root_T[w.at : w.at + w.n] = w.start
+                line_TD[w.at : w.at + w.n, : line_XD.shape[1]] = w.start + line_XD
+        x_TD = self.model.embed(torch.tensor(tokens_of(works)))
         if config.embed_scale is not None:
             x_TD = x_TD * torch.tensor(config.embed_scale, dtype=x_TD.dtype)
         x_TD = x_TD.float()
         ready_R = np.array(rows, dtype=np.int64)
         logits_RV = torch.empty(len(rows), config.vocab_size)
-        slot_T = np.ascontiguousarray(slot_T, dtype=np.int64)
         step = native.Step(
-            len(tokens),
-            len(rows),
-            table.shape[1],
-            x_TD.data_ptr(),
-            position_T.ctypes.data,
-            slot_T.ctypes.data,
-            table.ctypes.data,
-            ready_R.ctypes.data,
-            logits_RV.data_ptr(),
+            rows=len(position_T),
+            ready=len(rows),
+            table_stride=table.shape[1],
+            line_stride=depth,
+            x=x_TD.data_ptr(),
+            position=position_T.ctypes.data,
+            place=place_T.ctypes.data,
+            slot=slot_T.ctypes.data,
+            root=None if root_T is None else root_T.ctypes.data,
+            line=None if line_TD is None else line_TD.ctypes.data,
+            table=table.ctypes.data,
+            ready_row=ready_R.ctypes.data,
+            logits=logits_RV.data_ptr(),
         )
         if self.library.modicum_step(self._state, ctypes.byref(step)):
             raise MemoryError("no memory for attention scores of a sequence this long")
-        if not rows:
+        self._x_TD = x_TD
+        if not len(rows):
             return None
         cap = config.logit_softcap
         return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
+
+    def says(self, first: int, last: int) -> Tensor:
+        if self._x_TD is None:
+            return self.eager.says(first, last)
+        return self.model.head(self.model.norm(self._x_TD[first:last].to(self.model.dtype)))
 
     def _open(self) -> None:
         """Working memory for as many threads as PyTorch uses now."""
@@ -196,14 +221,6 @@ class Native:
             None if zero is None else zero.data_ptr(),
             None if bias is None else self._floats(bias),
         )
-
-
-def tokens_of(works: Sequence[Work]) -> list[int]:
-    return [t for w in works for t in w.sample.tokens[w.start : w.start + w.n]]
-
-
-def positions_of(works: Sequence[Work]) -> list[int]:
-    return [p for w in works for p in range(w.start, w.start + w.n)]
 
 
 def _stored(module: Any) -> tuple[int, Tensor, Tensor | None, Tensor | None] | None:

@@ -9,7 +9,6 @@ and values of the accepted branch are moved to the front places, which is where 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,35 +18,12 @@ import torch
 from torch import Tensor
 
 from modicum.model.attend import attention
-from modicum.serve.drafters import Tree
+from modicum.serve.drafters import Tree, layout
 from modicum.serve.pages import Storage
 
 if TYPE_CHECKING:
     from modicum.serve.attend import StepAttend
     from modicum.serve.work import Work
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Of a tree with the last known token as place 0."""
-
-    depth_X: np.ndarray
-    sees_XX: np.ndarray  # ancestors and itself
-
-
-def layout(tree: Tree) -> Layout:
-    return _layout(np.ascontiguousarray(tree.parents_N, dtype=np.int64).tobytes())
-
-
-@functools.lru_cache(maxsize=512)
-def _layout(parents: bytes) -> Layout:
-    parents_N = np.frombuffer(parents, dtype=np.int64)
-    depth_X = np.zeros(len(parents_N) + 1, dtype=np.int64)
-    sees_XX = np.eye(len(parents_N) + 1, dtype=bool)
-    for i, parent in enumerate(parents_N.tolist(), 1):
-        depth_X[i] = depth_X[parent + 1] + 1
-        sees_XX[i] |= sees_XX[parent + 1]
-    return Layout(depth_X, sees_XX)
 
 
 def child(tree: Tree, place: int, token: int) -> int:

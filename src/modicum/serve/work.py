@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modicum.serve.drafters import Tree
+import numpy as np
+
+from modicum.serve.drafters import Tree, layout
 from modicum.serve.request import Sample
 
 
@@ -31,6 +34,29 @@ def arrange(works: list[Work]) -> list[Work]:
         w.at = at
         at += w.n
     return works
+
+
+def tokens_of(works: Sequence[Work]) -> list[int]:
+    """The step's row of tokens: known ones, and drafted ones behind them."""
+    row: list[int] = []
+    for w in works:
+        row += w.sample.tokens[w.start : w.start + (w.n if w.tree is None else 1)]
+        if w.tree is not None:
+            row += w.tree.tokens_N.tolist()
+    return row
+
+
+def positions_of(works: Sequence[Work]) -> list[int]:
+    """A drafted token has the position of its depth in the tree."""
+    row: list[int] = []
+    for w in works:
+        row += range(w.start, w.start + w.n) if w.tree is None else (w.start + layout(w.tree).depth_X).tolist()
+    return row
+
+
+def places_of(works: Sequence[Work]) -> np.ndarray:
+    """Which entries of its sequence's cache each of the step's tokens takes, (T,)."""
+    return np.concatenate([np.arange(w.start, w.start + w.n) for w in works])
 
 
 def by_policy(w: Work) -> bool:

@@ -7,6 +7,7 @@ long as what was drawn is in it (`serve.draft`). So a guess costs or saves time 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -43,6 +44,37 @@ def chain(tokens: Sequence[int] | np.ndarray) -> Tree:
 
 
 EMPTY = chain(())
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Of a tree with the last known token as place 0, X = 1 + N places in all.
+
+    depth_X; sees_XX: which places are ancestors of each, or itself; line_XD: the same as places, from depth 1 down
+    to its own, then zeros.
+    """
+
+    depth_X: np.ndarray
+    sees_XX: np.ndarray
+    line_XD: np.ndarray
+
+
+def layout(tree: Tree) -> Layout:
+    return _layout(np.ascontiguousarray(tree.parents_N, dtype=np.int64).tobytes())
+
+
+@functools.lru_cache(maxsize=512)
+def _layout(parents: bytes) -> Layout:
+    parents_N = np.frombuffer(parents, dtype=np.int64)
+    depth_X = np.zeros(len(parents_N) + 1, dtype=np.int64)
+    sees_XX = np.eye(len(parents_N) + 1, dtype=bool)
+    for i, parent in enumerate(parents_N.tolist(), 1):
+        depth_X[i] = depth_X[parent + 1] + 1
+        sees_XX[i] |= sees_XX[parent + 1]
+    line_XD = np.zeros((len(depth_X), int(depth_X.max())), dtype=np.int64)
+    for i, depth in enumerate(depth_X.tolist()):
+        line_XD[i, :depth] = np.flatnonzero(sees_XX[i])[1:]
+    return Layout(depth_X, sees_XX, line_XD)
 
 
 class Drafter(Method):

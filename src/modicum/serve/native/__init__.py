@@ -77,8 +77,9 @@ class Model(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = [
-        *((name, I64) for name in ("rows", "ready", "table_stride")),
-        *((name, POINTER) for name in ("x", "position", "slot", "table", "ready_row", "logits")),
+        *((name, I64) for name in ("rows", "ready", "table_stride", "line_stride")),
+        *((name, POINTER) for name in ("x", "position", "place", "slot", "root", "line", "table")),
+        *((name, POINTER) for name in ("ready_row", "logits")),
     ]
 
 

@@ -1,13 +1,19 @@
-/* Rotation, writing the cache, attention over blocks read in place.
+/* Rotation, writing the cache, attention over blocks of the cache.
  *
- * A task is one KV head of up to four neighbouring rows of one sequence: the query heads that share the KV head, times
- * the rows, are its queries. Scores of all keys are kept (float32, a thread's own room), so the softmax needs no second
- * look at the keys.
+ * A task is one KV head of some neighbouring rows of one sequence: the query heads that share the KV head, times the
+ * rows, are its queries. Keys and values are staged 64 keys at a time, keys with their places as lanes, values with
+ * their dimensions as lanes, so that scores and outputs are sums of outer products and nothing is summed across lanes.
+ * Scores of all keys are kept (float32, a thread's own room): the softmax needs no second look at the keys.
+ *
+ * A row sees `position + 1` keys. Those of a drafted token do not lie side by side: up to the tree's root they do, and
+ * `line` names the places of the others. They are staged in the order of positions, in the same 64s as
+ * without a tree, so a token's result is the same to the bit whether it was drafted or not.
  */
 #pragma once
 #include "common.h"
 
-#define QUERY_ROWS 4
+#define QUERIES 16                            /* of a task, where a row has no more */
+#define KEYS 64                               /* staged at a time */
 
 static float rms_scale(const float *x, int64_t n, float eps) {
     __m512 total = _mm512_setzero_ps();
@@ -52,7 +58,7 @@ static void place(const Model *m, const Layer *l, int64_t layer, const Step *s, 
         else if (weight) scale_by(x, x, weight, rms_scale(x, E, m->eps), E);
         if (turn) rotate(x, turn, turn + m->rotated / 2, m->rotated / 2);
     }
-    int64_t at = cache_at(m, layer, g, s, row, s->position[row]);
+    int64_t at = cache_at(m, layer, g, s, row, s->place[row]);
     for (int64_t e = 0; e < E; e += 16) {
         __mmask16 mask = tail16(E - e);
         store_from_float(m->k_cache, at + e, m->cache_kind, mask, _mm512_maskz_loadu_ps(mask, k_G + g * E + e));
@@ -60,141 +66,257 @@ static void place(const Model *m, const Layer *l, int64_t layer, const Step *s, 
     }
 }
 
-/* Scores of four queries with four keys (places in the cache): 16 numbers, query by query. */
-INLINE __m512 scores16(const void *const *q, const void *keys, const int64_t *at, int64_t kind, int64_t E) {
-    __m512 acc[16];
-    UNROLL for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
-    for (int64_t e = 0; e < E; e += 16) {
-        __mmask16 mask = tail16(E - e);
-        __m512 kv[4];
-        UNROLL for (int j = 0; j < 4; j++) kv[j] = load_as_float(keys, at[j] + e, kind, mask);
-        UNROLL for (int i = 0; i < 4; i++) {
-            __m512 qv = _mm512_maskz_loadu_ps(mask, (const float *)q[i] + e);
-            UNROLL for (int j = 0; j < 4; j++) acc[4 * i + j] = _mm512_fmadd_ps(qv, kv[j], acc[4 * i + j]);
-        }
-    }
-    return sums(acc);
-}
+typedef struct {                              /* a thread's room */
+    float *score, *keys, *values;             /* (queries, stride), staged (units, 64), staged (units, E) */
+    uint16_t *query;                          /* in bfloat16, (queries, units * 2) */
+    int64_t *at, stride;                      /* where each key lies in the cache */
+} Seen;
 
+/* acc[n][w] += sum over units u of x[n][u] y[u][w]: floats, or pairs of bfloat16. */
+INLINE void outer(const int N, const int W, const int HALF, const void *const *x, const float *y, int64_t ldy,
+                  int64_t units, __m512 acc[4][4]) {
+    for (int64_t u = 0; u < units; u++) {
+        __m512 yv[4];
+        UNROLL for (int w = 0; w < W; w++) yv[w] = _mm512_load_ps(y + u * ldy + 16 * w);
+        UNROLL for (int n = 0; n < N; n++) {
+            __m512 xv = _mm512_set1_ps(((const float *)x[n])[u]);
+            UNROLL for (int w = 0; w < W; w++) {
 #ifdef __AVX512BF16__
-/* The same for queries and keys in bfloat16. */
-INLINE __m512 half_scores16(const void *const *q, const void *keys, const int64_t *at, int64_t E) {
-    __m512 acc[16];
-    UNROLL for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
-    for (int64_t e = 0; e < E; e += 32) {
-        __mmask32 mask = tail32(E - e);
-        __m512bh kv[4];
-        UNROLL for (int j = 0; j < 4; j++)
-            kv[j] = (__m512bh)_mm512_maskz_loadu_epi16(mask, (const uint16_t *)keys + at[j] + e);
-        UNROLL for (int i = 0; i < 4; i++) {
-            __m512bh qv = (__m512bh)_mm512_maskz_loadu_epi16(mask, (const uint16_t *)q[i] + e);
-            UNROLL for (int j = 0; j < 4; j++) acc[4 * i + j] = _mm512_dpbf16_ps(acc[4 * i + j], qv, kv[j]);
+                if (HALF) acc[n][w] = _mm512_dpbf16_ps(acc[n][w], (__m512bh)yv[w], (__m512bh)xv);
+                else
+#endif
+                acc[n][w] = _mm512_fmadd_ps(xv, yv[w], acc[n][w]);
+            }
         }
     }
-    return sums(acc);
 }
-#endif
 
-/* Weights of keys first .. last - 1 in place of their scores (0 elsewhere in low .. high - 1); divided by their sum. */
-static void softmax(float *score, int64_t low, int64_t high, int64_t first, int64_t last, float softcap) {
-    __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-    for (int64_t s = first; s < last; s += 16) {
-        __mmask16 mask = tail16(last - s);
-        __m512 v = _mm512_maskz_loadu_ps(mask, score + s - low);
-        if (softcap > 0) {
-            v = _mm512_mul_ps(tanh16(_mm512_div_ps(v, _mm512_set1_ps(softcap))), _mm512_set1_ps(softcap));
-            _mm512_mask_storeu_ps(score + s - low, mask, v);
+static void outer_any(int N, int W, int half, const void *const *x, const float *y, int64_t ldy, int64_t units,
+                      __m512 acc[4][4]) {
+#define WAYS(N) \
+    case 8 * N + 0: outer(N, 2, 0, x, y, ldy, units, acc); break; \
+    case 8 * N + 1: outer(N, 2, 1, x, y, ldy, units, acc); break; \
+    case 8 * N + 2: outer(N, 4, 0, x, y, ldy, units, acc); break; \
+    case 8 * N + 3: outer(N, 4, 1, x, y, ldy, units, acc); break;
+    switch (8 * N + (W == 4 ? 2 : 0) + (half ? 1 : 0)) { WAYS(1) WAYS(2) WAYS(3) WAYS(4) }
+#undef WAYS
+}
+
+/* to[i * 64 + j] = from[j][i] for sixteen vectors. */
+INLINE void transpose16(const __m512 *from, float *to) {
+    __m512 a[16], b[16];
+    UNROLL for (int i = 0; i < 8; i++) {
+        a[2 * i] = _mm512_unpacklo_ps(from[2 * i], from[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_ps(from[2 * i], from[2 * i + 1]);
+    }
+#define LOW(x, y) _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)))
+#define HIGH(x, y) _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)))
+    UNROLL for (int i = 0; i < 4; i++) {
+        b[4 * i] = LOW(a[4 * i], a[4 * i + 2]), b[4 * i + 1] = HIGH(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = LOW(a[4 * i + 1], a[4 * i + 3]), b[4 * i + 3] = HIGH(a[4 * i + 1], a[4 * i + 3]);
+    }
+#undef LOW
+#undef HIGH
+    UNROLL for (int i = 0; i < 4; i++) {      /* b[4 q + i], lane l: element 4 l + i of the vectors 4 q .. 4 q + 3 */
+        __m512 even = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88), odd = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
+        __m512 even2 = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88);
+        __m512 odd2 = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
+        _mm512_store_ps(to + i * KEYS, _mm512_shuffle_f32x4(even, even2, 0x88));
+        _mm512_store_ps(to + (4 + i) * KEYS, _mm512_shuffle_f32x4(odd, odd2, 0x88));
+        _mm512_store_ps(to + (8 + i) * KEYS, _mm512_shuffle_f32x4(even, even2, 0xdd));
+        _mm512_store_ps(to + (12 + i) * KEYS, _mm512_shuffle_f32x4(odd, odd2, 0xdd));
+    }
+}
+
+/* Up to 64 keys at `at`, turned: unit u (a dimension, or two of them in bfloat16) of all keys side by side. */
+static void stage_keys(const Model *m, int half, const int64_t *at, int64_t n, float *to) {
+    int64_t E = m->head_dim, wide = half ? 32 : 16;
+    for (int64_t j = 0; j < n; j += 16)
+        for (int64_t e = 0; e < E; e += wide) {
+            __m512 rows[16];
+            UNROLL for (int i = 0; i < 16; i++) {
+                int64_t from = at[least(j + i, n - 1)] + e;
+                rows[i] = half ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(tail32(E - e),
+                                                                              (const uint16_t *)m->k_cache + from))
+                               : load_as_float(m->k_cache, from, m->cache_kind, tail16(E - e));
+            }
+            transpose16(rows, to + e / (half ? 2 : 1) * KEYS + j);
         }
-        top = _mm512_mask_max_ps(top, mask, top, v);
+}
+
+/* Up to 64 values at `at`: key after key, or pairs of keys in bfloat16; past the last one zeros. */
+static void stage_values(const Model *m, int half, const int64_t *at, int64_t n, float *to, int64_t lde) {
+    int64_t E = m->head_dim;
+    if (!half) {
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t e = 0; e < lde; e += 16)
+                _mm512_store_ps(to + j * lde + e, load_as_float(m->v_cache, at[j] + e, m->cache_kind,
+                                                                e < E ? tail16(E - e) : 0));
+        return;
+    }
+    __m512i low, high;
+    uint16_t index[32];
+    for (int i = 0; i < 32; i++) index[i] = (uint16_t)(i / 2 + 32 * (i % 2));
+    low = _mm512_loadu_si512(index), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t j = 0; j < n; j += 2)
+        for (int64_t e = 0; e < lde; e += 32) {
+            __mmask32 mask = e < E ? tail32(E - e) : 0;
+            __m512i one = _mm512_maskz_loadu_epi16(mask, (const uint16_t *)m->v_cache + at[j] + e);
+            __m512i two = _mm512_maskz_loadu_epi16(j + 1 < n ? mask : 0,
+                                                   (const uint16_t *)m->v_cache + at[least(j + 1, n - 1)] + e);
+            _mm512_store_si512(to + j / 2 * lde + e, _mm512_permutex2var_epi16(one, low, two));
+            _mm512_store_si512(to + j / 2 * lde + e + 16, _mm512_permutex2var_epi16(one, high, two));
+        }
+}
+
+/* Weights of keys first .. last - 1 in place of their scores, 0 elsewhere in 0 .. high - 1; as bfloat16 if `half`,
+ * then in the first half of the row. */
+static void softmax(float *score, int64_t high, int64_t first, int64_t last, float softcap, int half) {
+    const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (int64_t s = first / 16 * 16; s < last; s += 16) {
+        __m512i key = _mm512_add_epi32(_mm512_set1_epi32((int)s), steps);
+        __mmask16 seen = _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32((int)first)) & tail16(last - s);
+        __m512 v = _mm512_load_ps(score + s);
+        if (softcap > 0)
+            v = _mm512_mul_ps(tanh16(_mm512_div_ps(v, _mm512_set1_ps(softcap))), _mm512_set1_ps(softcap));
+        v = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, v);
+        _mm512_store_ps(score + s, v);
+        top = _mm512_max_ps(v, top);
     }
     __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-    for (int64_t s = first; s < last; s += 16) {
-        __mmask16 mask = tail16(last - s);
-        __m512 v = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, score + s - low), largest));
-        total = _mm512_mask_add_ps(total, mask, total, v);
-        _mm512_mask_storeu_ps(score + s - low, mask, v);
+    for (int64_t s = first / 16 * 16; s < last; s += 16) {
+        __m512 v = exp16(_mm512_sub_ps(_mm512_load_ps(score + s), largest));
+        total = _mm512_add_ps(total, v);
+        _mm512_store_ps(score + s, v);
     }
     __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-    for (int64_t s = low; s < high; s += 16) {
-        __mmask16 mask = tail16(high - s);
-        const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        __m512i key = _mm512_add_epi32(_mm512_set1_epi32((int)s), steps);
-        __mmask16 seen = _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32((int)first)) &
-                         _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32((int)last));
-        __m512 v = _mm512_maskz_loadu_ps(mask & seen, score + s - low);
-        _mm512_mask_storeu_ps(score + s - low, mask, _mm512_mul_ps(v, share));
+    for (int64_t s = 0; s < high; s += 16) {
+        __m512 v = s + 16 <= first || s >= last ? _mm512_setzero_ps() : _mm512_mul_ps(_mm512_load_ps(score + s), share);
+        if (half) _mm256_store_si256((__m256i *)((uint16_t *)score + s), narrow(v));
+        else _mm512_store_ps(score + s, v);
     }
 }
 
-/* out of rows row .. row + n - 1 (one sequence, following positions), KV head g. q and out have row stride ld. */
+/* Scores of queries a .. b - 1 with the keys staged for places `from` .. `from + n - 1` of the row of scores. */
+static void score_block(const Model *m, const Seen *room, int half, const void *const *q_of, int64_t a, int64_t b,
+                        int64_t from, float scale) {
+    int64_t units = half ? round_up(m->head_dim, 2) / 2 : m->head_dim;
+    for (; a < b; a += 4) {
+        int N = (int)least(4, b - a);
+        __m512 acc[4][4];
+        UNROLL for (int i = 0; i < 16; i++) acc[i / 4][i % 4] = _mm512_setzero_ps();
+        outer_any(N, 4, half, q_of + a, room->keys, KEYS, units, acc);
+        for (int i = 0; i < N; i++)
+            UNROLL for (int w = 0; w < 4; w++)
+                _mm512_store_ps(room->score + (a + i) * room->stride + from + 16 * w,
+                                _mm512_mul_ps(acc[i][w], _mm512_set1_ps(scale)));
+    }
+}
+
+/* out of queries a .. b - 1 goes on by n staged values, the weights of which begin at place `from`. */
+static void value_block(const Model *m, const Seen *room, int half, float *const *out_of, int64_t a, int64_t b,
+                        int64_t from, int64_t n, int64_t lde, int fresh) {
+    int64_t E = m->head_dim, units = half ? (n + 1) / 2 : n;
+    const int W = lde == 32 ? 2 : 4;
+    for (; a < b; a += 4) {
+        int N = (int)least(4, b - a);
+        const void *weights[4];
+        for (int i = 0; i < N; i++) {
+            const float *row = room->score + (a + i) * room->stride;
+            weights[i] = half ? (const void *)((const uint16_t *)row + from) : (const void *)(row + from);
+        }
+        for (int64_t e = 0; e < lde; e += 16 * W) {
+            __m512 acc[4][4];
+            for (int i = 0; i < N; i++)
+                for (int w = 0; w < W; w++) {
+                    __mmask16 mask = e + 16 * w < E && !fresh ? tail16(E - e - 16 * w) : 0;
+                    acc[i][w] = _mm512_maskz_loadu_ps(mask, out_of[a + i] + e + 16 * w);
+                }
+            outer_any(N, W, half, weights, room->values + e, lde, units, acc);
+            for (int i = 0; i < N; i++)
+                for (int w = 0; w < W && e + 16 * w < E; w++)
+                    _mm512_mask_storeu_ps(out_of[a + i] + e + 16 * w, tail16(E - e - 16 * w), acc[i][w]);
+        }
+    }
+}
+
+/* Where keys `from` .. `to` - 1 of a sequence lie; they are in the places of their positions. */
+static void locate(const Model *m, int64_t layer, int64_t g, const Step *s, int64_t row, int64_t from, int64_t to,
+                   int64_t *at) {
+    int64_t P = m->block_size, in = from % P;
+    const int64_t *block = s->table + s->slot[row] * s->table_stride + from / P;
+    for (; from < to; from++) {
+        *at++ = (((layer * m->kv_heads + g) * m->n_blocks + *block) * P + in) * m->head_dim;
+        if (++in == P) in = 0, block++;
+    }
+}
+
+/* The same for a drafted row, from `from` to the row itself: behind the root its line of ancestors. Returns how many. */
+static int64_t locate_line(const Model *m, int64_t layer, int64_t g, const Step *s, int64_t row, int64_t from,
+                           int64_t *at) {
+    int64_t root = s->root[row], n = 0;
+    for (int64_t key = from; key <= s->position[row]; key++) {
+        int64_t place = key <= root ? key : s->line[row * s->line_stride + key - root - 1];
+        at[n++] = cache_at(m, layer, g, s, row, place);
+    }
+    return n;
+}
+
+/* out of rows row .. row + n - 1 (one sequence, following places), KV head g. q and out have row stride ld. */
 static void attend(const Model *m, const Layer *l, int64_t layer, const Step *s, int64_t row, int64_t n, int64_t g,
-                   const float *q, int64_t ldq, float *out, int64_t ldo, float *score, int64_t stride) {
-    int64_t E = m->head_dim, R = m->heads / m->kv_heads, Q = n * R;
-    int64_t high = s->position[row + n - 1] + 1;
-    int64_t low = l->window ? most(0, s->position[row] + 1 - l->window) : 0;
-    const void *q_of[Q + 3];                  /* the last one again for what is missing to a multiple of four */
+                   const float *q, int64_t ldq, float *out, int64_t ldo, const Seen *room) {
+    int64_t E = m->head_dim, R = m->heads / m->kv_heads, Q = n * R, lde = E > 32 ? round_up(E, 64) : 32;
+    int64_t padded = round_up(E, 32), lowest = s->position[row], high = 0;
+    for (int64_t i = 0; i < n; i++) {
+        lowest = least(lowest, s->position[row + i]), high = most(high, s->position[row + i] + 1);
+    }
+    /* Blocks of 64 begin at multiples of 64 for every row, lest sums depend on who else is in the task. */
+    int64_t low = l->window ? most(0, lowest + 1 - l->window) / KEYS * KEYS : 0;
+    const int drafted = s->root && s->root[row] >= 0;
+    if (drafted) high = (s->root[row] + 1) / 16 * 16;
     int half = 0;
 #ifdef __AVX512BF16__
     half = m->half && m->cache_kind == BFLOAT16;
 #endif
-    uint16_t narrowed[half ? Q * E : 1];
-    for (int64_t a = 0; a < Q + 3; a++) {
-        int64_t b = least(a, Q - 1);
-        q_of[a] = q + (b / R) * ldq + (g * R + b % R) * E;
-        if (half && a < Q) for (int64_t e = 0; e < E; e += 16) {
-            __mmask16 mask = tail16(E - e);
-            __m512 v = _mm512_maskz_loadu_ps(mask, (const float *)q_of[a] + e);
-            store_from_float(narrowed, a * E + e, BFLOAT16, mask, v);
-        }
-        if (half) q_of[a] = narrowed + b * E;
-    }
-    const __m512 scale = _mm512_set1_ps(l->scale);
-    for (int64_t i = low, end; i < high; i = end) {
-        int64_t base = cache_at(m, layer, g, s, row, i), from = i;
-        end = least(high, (i / m->block_size + 1) * m->block_size);
-        for (; i < end; i += 4) {
-            int64_t at[4];
-            for (int j = 0; j < 4; j++) at[j] = base + (least(i + j, end - 1) - from) * E;
-            for (int64_t a = 0; a < Q; a += 4) {
-                __m512 sixteen;
-#ifdef __AVX512BF16__
-                if (half) sixteen = half_scores16(q_of + a, m->k_cache, at, E);
-                else
-#endif
-                sixteen = scores16(q_of + a, m->k_cache, at, m->cache_kind, E);
-                float each[16];
-                _mm512_storeu_ps(each, _mm512_mul_ps(sixteen, scale));
-                for (int j = 0; j < 4 && a + j < Q; j++)    /* up to three places too many: the next keys' or spare */
-                    _mm_storeu_ps(score + (a + j) * stride + i - low, _mm_loadu_ps(each + 4 * j));
-            }
-        }
-    }
+    const void *q_of[Q];
+    float *out_of[Q];
     for (int64_t a = 0; a < Q; a++) {
-        int64_t last = s->position[row + a / R] + 1, first = l->window ? most(0, last - l->window) : 0;
-        softmax(score + a * stride, low, high, first, last, m->softcap);
+        const float *from = q + (a / R) * ldq + (g * R + a % R) * E;
+        q_of[a] = from, out_of[a] = out + (a / R) * ldo + (g * R + a % R) * E;
+        if (!half) continue;
+        q_of[a] = room->query + a * padded;
+        for (int64_t e = 0; e < padded; e += 16)
+            store_from_float(room->query, a * padded + e, BFLOAT16, 0xffff,
+                             _mm512_maskz_loadu_ps(e < E ? tail16(E - e) : 0, from + e));
     }
-    for (int64_t a = 0; a < Q; a += 4)
-        for (int64_t e = 0; e < E; e += 64) {
-            const int vectors = (int)least(4, (E - e + 15) / 16);
-            __m512 acc[4][4];
-            UNROLL for (int j = 0; j < 4; j++) UNROLL for (int v = 0; v < 4; v++) acc[j][v] = _mm512_setzero_ps();
-            for (int64_t i = low; i < high;) {
-                int64_t base = cache_at(m, layer, g, s, row, i) + e;
-                int64_t end = least(high, (i / m->block_size + 1) * m->block_size);
-                for (; i < end; i++, base += E) {
-                    __m512 p[4];
-                    UNROLL for (int j = 0; j < 4; j++)
-                        p[j] = _mm512_set1_ps(score[least(a + j, Q - 1) * stride + i - low]);
-                    UNROLL for (int v = 0; v < 4; v++) {
-                        if (v >= vectors) break;
-                        __m512 value = load_as_float(m->v_cache, base + 16 * v, m->cache_kind, tail16(E - e - 16 * v));
-                        UNROLL for (int j = 0; j < 4; j++) acc[j][v] = _mm512_fmadd_ps(p[j], value, acc[j][v]);
-                    }
-                }
-            }
-            for (int j = 0; j < 4 && a + j < Q; j++)
-                for (int v = 0; v < vectors; v++)
-                    _mm512_mask_storeu_ps(out + ((a + j) / R) * ldo + (g * R + (a + j) % R) * E + e + 16 * v,
-                                          tail16(E - e - 16 * v), acc[j][v]);
+    locate(m, layer, g, s, row, low, high, room->at);
+    for (int64_t i = 0; i < high - low; i += KEYS) {
+        stage_keys(m, half, room->at + i, least(KEYS, high - low - i), room->keys);
+        score_block(m, room, half, q_of, 0, Q, i, l->scale);
+    }
+    int64_t *tail = room->at + high - low;
+    for (int64_t r = 0; r < n; r++) {
+        int64_t last = s->position[row + r] + 1 - low, first = l->window ? most(0, last - l->window) : 0;
+        int64_t many = drafted ? locate_line(m, layer, g, s, row + r, high, tail) : 0;
+        for (int64_t i = 0; i < many; i += KEYS) {
+            stage_keys(m, half, tail + i, least(KEYS, many - i), room->keys);
+            score_block(m, room, half, q_of, r * R, (r + 1) * R, high - low + i, l->scale);
         }
+        for (int64_t a = r * R; a < (r + 1) * R; a++)
+            softmax(room->score + a * room->stride, drafted ? last : high - low, first, last, m->softcap, half);
+    }
+    for (int64_t i = 0; i < high - low; i += KEYS) {
+        int64_t many = least(KEYS, high - low - i);
+        stage_values(m, half, room->at + i, many, room->values, lde);
+        value_block(m, room, half, out_of, 0, Q, i, many, lde, i == 0);
+    }
+    for (int64_t r = 0; r < n && drafted; r++) {
+        int64_t many = locate_line(m, layer, g, s, row + r, high, tail);
+        for (int64_t i = 0; i < many; i += KEYS) {
+            stage_values(m, half, tail + i, least(KEYS, many - i), room->values, lde);
+            value_block(m, room, half, out_of, r * R, (r + 1) * R, high - low + i, least(KEYS, many - i), lde,
+                        high == low && i == 0);
+        }
+    }
 }

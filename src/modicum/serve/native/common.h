@@ -47,9 +47,11 @@ typedef struct {
 } Model;
 
 typedef struct {
-    int64_t rows, ready, table_stride;
+    int64_t rows, ready, table_stride, line_stride;
     float *x;                                 /* (rows, D): embeddings in, hidden states before the norm out */
-    const int64_t *position, *slot, *table;   /* per row; the table of blocks by slot */
+    const int64_t *position, *place, *slot;   /* per row; place: which of the sequence's cache it takes */
+    const int64_t *root, *line;               /* of drafted rows, NULL without any: see attention.h; root -1: not one */
+    const int64_t *table;                     /* of blocks, by slot */
     const int64_t *ready_row;                 /* rows whose logits are wanted */
     float *logits;                            /* (ready, V) */
 } Step;

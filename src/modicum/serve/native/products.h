@@ -12,19 +12,22 @@
 
 #define EACH_M UNROLL for (int m = 0; m < M; m++)
 #define EACH_N UNROLL for (int n = 0; n < N; n++)
-#define ARGS const char *w, int64_t ldw, const Act *a, int64_t at, const float *scale, const float *zero, __m512 *out
-#define FETCH(p) do { if (AHEAD == NEAR) _mm_prefetch((p) + AHEAD, _MM_HINT_T0); \
-                      else if (AHEAD) _mm_prefetch((p) + AHEAD, _MM_HINT_T1); } while (0)
+#define ARGS const char *w, int64_t ldw, const Act *a, int64_t at, const float *scale, const float *zero, \
+             const char *next, __m512 *out
+/* AHEAD: NEAR, or how many rows from `next` on to fetch. More of them at once than a core has misses in flight would
+ * hold up the products, so the blocks of rows share what lies ahead. */
+#define FETCH(m, at) do { if (AHEAD == NEAR) _mm_prefetch(w + (at) + NEAR, _MM_HINT_T0); \
+                          else if ((m) < AHEAD) _mm_prefetch(next + (m) * ldw + (at), _MM_HINT_T1); } while (0)
 
 /* Kernels: sums over all inputs of M outputs times N rows from `at` on, one vector each, still to be summed. */
 INLINE void float_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const float *x = (const float *)a->data + at * a->stride;
-    (void)scale, (void)zero;
+    (void)scale, (void)zero, (void)next;
     EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
     for (int64_t k = 0; k < a->in; k += 16) {
         __mmask16 mask = tail16(a->in - k);
         __m512 wv[4];
-        EACH_M { wv[m] = _mm512_maskz_loadu_ps(mask, (const float *)(w + m * ldw) + k); FETCH(w + m * ldw + 4 * k); }
+        EACH_M { wv[m] = _mm512_maskz_loadu_ps(mask, (const float *)(w + m * ldw) + k); FETCH(m, 4 * k); }
         EACH_N { __m512 xv = _mm512_load_ps(x + n * a->stride + k);
                  EACH_M out[n * M + m] = _mm512_fmadd_ps(wv[m], xv, out[n * M + m]); }
     }
@@ -33,12 +36,12 @@ INLINE void float_kernel(const int M, const int N, const int AHEAD, ARGS) {
 /* bfloat16 weights with float32 rows, for processors without bfloat16 products. */
 INLINE void widening_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const float *x = (const float *)a->data + at * a->stride;
-    (void)scale, (void)zero;
+    (void)scale, (void)zero, (void)next;
     EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
     for (int64_t k = 0; k < a->in; k += 16) {
         __mmask16 mask = tail16(a->in - k);
         __m512 wv[4];
-        EACH_M { wv[m] = load_as_float(w + m * ldw, k, BFLOAT16, mask); FETCH(w + m * ldw + 2 * k); }
+        EACH_M { wv[m] = load_as_float(w + m * ldw, k, BFLOAT16, mask); FETCH(m, 2 * k); }
         EACH_N { __m512 xv = _mm512_load_ps(x + n * a->stride + k);
                  EACH_M out[n * M + m] = _mm512_fmadd_ps(wv[m], xv, out[n * M + m]); }
     }
@@ -47,12 +50,12 @@ INLINE void widening_kernel(const int M, const int N, const int AHEAD, ARGS) {
 #ifdef __AVX512BF16__
 INLINE void half_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const uint16_t *x = (const uint16_t *)a->data + at * a->stride;
-    (void)scale, (void)zero;
+    (void)scale, (void)zero, (void)next;
     EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
     int64_t whole = a->in / 32 * 32;
     for (int64_t k = 0; k < whole; k += 32) {
         __m512bh wv[4];
-        EACH_M { wv[m] = (__m512bh)_mm512_loadu_si512(w + m * ldw + 2 * k); FETCH(w + m * ldw + 2 * k); }
+        EACH_M { wv[m] = (__m512bh)_mm512_loadu_si512(w + m * ldw + 2 * k); FETCH(m, 2 * k); }
         EACH_N { __m512bh xv = (__m512bh)_mm512_load_si512(x + n * a->stride + k);
                  EACH_M out[n * M + m] = _mm512_dpbf16_ps(out[n * M + m], wv[m], xv); }
     }
@@ -90,7 +93,7 @@ INLINE void byte_kernel(const int M, const int N, const int AHEAD, ARGS) {
         int64_t k = g * a->group;
 #define BYTES(LOAD) do { \
             __m512i wv[4]; \
-            EACH_M { wv[m] = _mm512_xor_si512(LOAD, _mm512_set1_epi8((char)0x80)); FETCH(w + m * ldw + k); } \
+            EACH_M { wv[m] = _mm512_xor_si512(LOAD, _mm512_set1_epi8((char)0x80)); FETCH(m, k); } \
             EACH_N { __m512i h = _mm512_loadu_si512(x + n * a->stride + k); \
                      __m512i l = _mm512_loadu_si512(x + n * a->stride + plane + k); \
                      EACH_M { high[n * M + m] = _mm512_dpbusd_epi32(high[n * M + m], wv[m], h); \
@@ -119,7 +122,7 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
 #define NIBBLES(LOAD) do { \
         __m512i even[4], odd[4]; \
         __m512 s[4]; \
-        EACH_M { __m512i b = LOAD; FETCH(w + m * ldw + k / 2); \
+        EACH_M { __m512i b = LOAD; FETCH(m, k / 2); \
                  even[m] = _mm512_and_si512(b, low_bits); \
                  odd[m] = _mm512_and_si512(_mm512_srli_epi16(b, 4), low_bits); \
                  s[m] = _mm512_permutexvar_ps(of_lane, _mm512_loadu_ps(scale + m * G + g)); } \
@@ -143,7 +146,7 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
  */
 #define LINE 16
 #define BLOCK_ARGS const char *w, int64_t ldw, const Act *a, int64_t at, const float *scale, const float *zero, \
-                   int64_t outs, float *y, int64_t ldy
+                   const char *next, int64_t outs, float *y, int64_t ldy
 typedef void (*Block)(BLOCK_ARGS);
 
 #define STREAM(KERNEL, N) \
@@ -152,7 +155,7 @@ typedef void (*Block)(BLOCK_ARGS);
         float total[LINE]; \
         int64_t G = padded_groups(a->groups); \
         for (int64_t m = 0; m < outs; m++) \
-            KERNEL(1, N, NEAR, w + m * ldw, ldw, a, at, scale + m * G, zero + m * G, v + m * N); \
+            KERNEL(1, N, NEAR, w + m * ldw, ldw, a, at, scale + m * G, zero + m * G, next, v + m * N); \
         for (int64_t i = outs * N; i < LINE; i++) v[i] = _mm512_setzero_ps(); \
         _mm512_storeu_ps(total, sums(v)); \
         for (int64_t m = 0; m < outs; m++) for (int n = 0; n < N; n++) y[n * ldy + m] = total[m * N + n]; \
@@ -161,7 +164,7 @@ typedef void (*Block)(BLOCK_ARGS);
     static void KERNEL##_##NAME(BLOCK_ARGS) { \
         __m512 v[LINE]; \
         (void)outs; \
-        KERNEL(M, N, AHEAD, w, ldw, a, at, scale, zero, v); \
+        KERNEL(M, N, AHEAD, w, ldw, a, at, scale, zero, next, v); \
         UNROLL for (int i = M * N; i < LINE; i++) v[i] = _mm512_setzero_ps(); \
         __m512 total = sums(v); \
         _mm_storeu_ps(y, _mm512_castps512_ps128(total)); \
@@ -169,19 +172,22 @@ typedef void (*Block)(BLOCK_ARGS);
         if (N > 2) _mm_storeu_ps(y + 2 * ldy, _mm512_extractf32x4_ps(total, 2)); \
         if (N > 3) _mm_storeu_ps(y + 3 * ldy, _mm512_extractf32x4_ps(total, 3)); \
     }
-/* [streamed; four outputs; four outputs and prefetching][rows - 1] */
+/* [streamed; four outputs and fetching 0, 1, 2, 4 rows][rows - 1] */
+enum { STREAMED = 0, FETCHING = 1 };
 #define FAMILY(KERNEL) \
     STREAM(KERNEL, 1) STREAM(KERNEL, 2) STREAM(KERNEL, 3) STREAM(KERNEL, 4) BLOCK(KERNEL, 1, 4, 1, 0) \
-    BLOCK(KERNEL, 2, 4, 2, 0) BLOCK(KERNEL, 3, 4, 3, 0) BLOCK(KERNEL, 4, 4, 4, 0) BLOCK(KERNEL, far, 4, 4, FAR) \
-    static const Block KERNEL##_blocks[3][4] = { \
+    BLOCK(KERNEL, 2, 4, 2, 0) BLOCK(KERNEL, 3, 4, 3, 0) BLOCK(KERNEL, 4, 4, 4, 0) BLOCK(KERNEL, far1, 4, 4, 1) \
+    BLOCK(KERNEL, far2, 4, 4, 2) BLOCK(KERNEL, far4, 4, 4, 4) \
+    static const Block KERNEL##_blocks[5][4] = { \
         {KERNEL##_stream1, KERNEL##_stream2, KERNEL##_stream3, KERNEL##_stream4}, \
-        {KERNEL##_1, KERNEL##_2, KERNEL##_3, KERNEL##_4}, {KERNEL##_1, KERNEL##_2, KERNEL##_3, KERNEL##_far}};
+        {KERNEL##_1, KERNEL##_2, KERNEL##_3, KERNEL##_4}, {0, 0, 0, KERNEL##_far1}, {0, 0, 0, KERNEL##_far2}, \
+        {0, 0, 0, KERNEL##_far4}};
 /* Two rows at a time where each needs two accumulators per output. */
 #define PAIR_FAMILY(KERNEL) \
     STREAM(KERNEL, 1) STREAM(KERNEL, 2) BLOCK(KERNEL, 1, 4, 1, 0) BLOCK(KERNEL, 2, 4, 2, 0) \
-    BLOCK(KERNEL, far, 4, 2, FAR) \
-    static const Block KERNEL##_blocks[3][4] = {{KERNEL##_stream1, KERNEL##_stream2, 0, 0}, \
-        {KERNEL##_1, KERNEL##_2, 0, 0}, {KERNEL##_1, KERNEL##_far, 0, 0}};
+    BLOCK(KERNEL, far1, 4, 2, 1) BLOCK(KERNEL, far2, 4, 2, 2) BLOCK(KERNEL, far4, 4, 2, 4) \
+    static const Block KERNEL##_blocks[5][4] = {{KERNEL##_stream1, KERNEL##_stream2, 0, 0}, \
+        {KERNEL##_1, KERNEL##_2, 0, 0}, {0, KERNEL##_far1, 0, 0}, {0, KERNEL##_far2, 0, 0}, {0, KERNEL##_far4, 0, 0}};
 
 FAMILY(float_kernel)
 FAMILY(widening_kernel)
@@ -253,6 +259,7 @@ static void product(const Matrix *m, const Act *a, int64_t first, int64_t last, 
 #endif
 #endif
     const int few = a->rows < (direct ? 3 : 4);
+    const int64_t full = most(1, a->rows / width);     /* the blocks of rows that share what there is to fetch */
     for (int64_t o = first, M; o < last; o += M) {
         const int streamed = few || last - o < 4;
         M = !streamed ? 4 : least(last - o, LINE / least(width, a->rows));
@@ -264,9 +271,11 @@ static void product(const Matrix *m, const Act *a, int64_t first, int64_t last, 
         }
         if (coded && !direct) w = room->weight;
         for (int64_t n = 0; n < a->rows; n += width) {
-            int way = streamed ? 0 : n == 0 && (!coded || direct) ? 2 : 1;
+            int64_t turn = n / width, fetched = 4 * turn / full, more = 4 * (turn + 1) / full - fetched;
+            if (streamed || turn >= full || (coded && !direct)) more = 0;
+            int way = streamed ? STREAMED : FETCHING + (int)(more < 4 ? more : 3);
             Block block = blocks[way][least(width, a->rows - n) - 1];
-            block(w, bytes, a, n, room->scale, room->zero, M, y + n * ldy + o - first, ldy);
+            block(w, bytes, a, n, room->scale, room->zero, w + FAR + fetched * bytes, M, y + n * ldy + o - first, ldy);
         }
     }
     for (int64_t n = 0; n < a->rows; n++) {

@@ -15,13 +15,13 @@
 typedef struct {
     Act act;
     Decoded decoded;
-    float *norm, *one, *two, *score;
-    int64_t score_size;
+    float *norm, *one, *two;
+    Seen seen;
 } Thread;
 
 typedef struct {
     Model m;
-    int64_t score_stride;
+    int64_t queries;                          /* most of a task */
     float *qkv, *mixed, *hidden, *branch, *turn;
     Thread *thread;
     Barrier barrier;
@@ -49,6 +49,8 @@ State *modicum_open(const Model *model) {
     memset(s, 0, sizeof(State));
     s->m = *model;
     Model *m = &s->m;
+    int64_t R = m->heads / m->kv_heads, E = m->head_dim;
+    s->queries = most(1, QUERIES / R) * R;
     int64_t heads = (m->heads + 2 * m->kv_heads) * m->head_dim, wide = widest(m), G = most_groups(m);
     s->qkv = room(4 * TILE * heads), s->mixed = room(4 * TILE * m->heads * m->head_dim);
     s->hidden = room(4 * TILE * m->mlp_width), s->branch = room(4 * TILE * m->width);
@@ -60,6 +62,8 @@ State *modicum_open(const Model *model) {
         own->act.step = room(4 * TILE), own->act.total = room(4 * TILE * G);
         own->decoded.scale = room(4 * LINE * G), own->decoded.zero = room(4 * LINE * G);
         own->decoded.weight = room(4 * LINE * wide);
+        own->seen.keys = room(4 * KEYS * round_up(E, 32)), own->seen.values = room(4 * KEYS * round_up(E, 64));
+        own->seen.query = room(2 * s->queries * round_up(E, 32));
         own->norm = room(4 * TILE * m->width), own->one = room(4 * TILE * CHUNK), own->two = room(4 * TILE * CHUNK);
     }
     return s;
@@ -70,7 +74,8 @@ void modicum_close(State *s) {
         Thread *own = &s->thread[t];
         free(own->act.data), free(own->act.step), free(own->act.total), free(own->decoded.scale);
         free(own->decoded.zero), free(own->decoded.weight), free(own->norm), free(own->one), free(own->two);
-        free(own->score);
+        free(own->seen.score), free(own->seen.keys), free(own->seen.values), free(own->seen.query);
+        free(own->seen.at);
     }
     free(s->thread), free(s->qkv), free(s->mixed), free(s->hidden), free(s->branch), free(s->turn);
     free(s);
@@ -178,12 +183,11 @@ static void attention(State *s, Thread *own, const Step *step, float *x, int64_t
     meet(&s->barrier, threads);
     for (int64_t n = 0, job = 0; n < rows;) {
         int64_t many = 1;
-        while (many < QUERY_ROWS && n + many < rows && step->slot[n + many] == step->slot[n]
-               && step->position[n + many] == step->position[n] + many) many++;
+        while (many < s->queries / (m->heads / m->kv_heads) && n + many < rows
+               && step->slot[n + many] == step->slot[n] && step->place[n + many] == step->place[n] + many) many++;
         for (int64_t g = 0; g < m->kv_heads; g++, job++)
             if (job % threads == id)
-                attend(m, l, i, step, n, many, g, s->qkv + n * QKV, QKV, s->mixed + n * HE, HE, own->score,
-                       s->score_stride);
+                attend(m, l, i, step, n, many, g, s->qkv + n * QKV, QKV, s->mixed + n * HE, HE, &own->seen);
         n += many;
     }
     meet(&s->barrier, threads);
@@ -226,7 +230,8 @@ static void tile(State *s, const Step *whole, int64_t from, int64_t rows, int id
     Thread *own = &s->thread[id];
     float *x = whole->x + from * m->width;
     Step step = *whole;
-    step.position += from, step.slot += from;
+    step.position += from, step.place += from, step.slot += from;
+    if (step.root) step.root += from, step.line += from * step.line_stride;
     meet(&s->barrier, threads);
     turns(s, &step, rows, id, threads);
     for (int64_t i = 0; i < m->layers; i++) {
@@ -251,15 +256,14 @@ static void tile(State *s, const Step *whole, int64_t from, int64_t rows, int id
 int modicum_step(State *s, const Step *step) {
     int64_t longest = 0;
     for (int64_t n = 0; n < step->rows; n++) longest = most(longest, step->position[n] + 1);
-    int64_t stride = round_up(longest + 16, 16), queries = QUERY_ROWS * (s->m.heads / s->m.kv_heads);
-    if (stride > s->score_stride) {
-        stride = most(stride, 2 * s->score_stride);
-        s->score_stride = 0;
-        for (int64_t t = 0; t < s->m.threads; t++) {
-            free(s->thread[t].score);
-            if (!(s->thread[t].score = room(4 * queries * stride))) return 1;
-        }
-        s->score_stride = stride;
+    for (int64_t t = 0; t < s->m.threads; t++) {
+        Seen *seen = &s->thread[t].seen;
+        if (longest + KEYS <= seen->stride) continue;
+        int64_t stride = most(round_up(longest + 2 * KEYS, KEYS), 2 * seen->stride);
+        free(seen->score), free(seen->at);
+        seen->score = room(4 * s->queries * stride), seen->at = room(8 * stride);
+        seen->stride = seen->score && seen->at ? stride : 0;
+        if (!seen->stride) return 1;
     }
     s->barrier.waiting = 0;
 #pragma omp parallel num_threads((int)s->m.threads)
