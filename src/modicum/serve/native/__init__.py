@@ -18,8 +18,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -27,6 +30,7 @@ NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
 USEFUL = ("avx512_bf16", "avx512_vnni")
 I64, F32, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+LARGE_PAGE = 2**21  # bytes
 
 
 class Matrix(ctypes.Structure):
@@ -177,19 +181,44 @@ def use_large_pages(tensors: Iterable[tuple[int, int]]) -> None:
     Weights are read end to end for every token, and looking up 4 KiB pages costs a share of that. A system that will
     not, or cannot (MADV_COLLAPSE is Linux 6.1), changes nothing.
     """
-    page = 2**21
+    page = LARGE_PAGE
     spans: list[list[int]] = []
     for start, size in sorted(tensors):
         if spans and start - spans[-1][1] < 2**16:
             spans[-1][1] = max(spans[-1][1], start + size)
         else:
             spans.append([start, start + size])
+    for start, end in spans:
+        first, last = -(-start // page) * page, end // page * page
+        if last > first:
+            _advise(first, last - first, 25)  # MADV_COLLAPSE
+
+
+def lay_together(tensors: Sequence[Tensor]) -> None:
+    """Move tensors into one piece of memory, one after another, in large pages.
+
+    Codes are made matrix by matrix, and where each of them is smaller than a large page, or not much larger, memory
+    taken one by one cannot be put into large pages. The tensors stay the same objects; at no time is more than one of
+    them there twice.
+    """
+    sizes = [-(-t.nbytes // 64) * 64 for t in tensors]
+    if sum(sizes) < LARGE_PAGE:
+        return
+    whole = torch.empty(sum(sizes) + LARGE_PAGE, dtype=torch.uint8)
+    at = -whole.data_ptr() % LARGE_PAGE
+    _advise(whole.data_ptr() + at, whole.nbytes - LARGE_PAGE, 14)  # MADV_HUGEPAGE: before the first touch
+    for tensor, size in zip(tensors, sizes, strict=True):
+        place = whole[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        place.copy_(tensor)
+        tensor.data = place
+        at += size
+
+
+def _advise(start: int, size: int, advice: int) -> None:
+    """madvise, where there is one; what it says does not matter."""
     try:
         advise = ctypes.CDLL(None, use_errno=True).madvise
     except (OSError, AttributeError):
         return
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for start, end in spans:
-        first, last = -(-start // page) * page, end // page * page
-        if last > first:
-            advise(first, last - first, 25)  # MADV_COLLAPSE
+    advise(start, size, advice)
