@@ -203,3 +203,19 @@ def test_structures_have_one_layout() -> None:
     sizes = [library.modicum_layout(i) for i in range(5)]
     assert sizes == [ctypes.sizeof(k) for k in (native.Matrix, native.Rope, native.Layer, native.Model, native.Step)]
     assert np.dtype(np.int64).itemsize == ctypes.sizeof(native.I64)
+
+
+@needs_kernels
+def test_two_engines_read_the_same_codes() -> None:
+    """The second one must not move what the first one's kernels point to."""
+    model = decoder(width=1280)
+    attach(model, {"layers.*": "int8:group=64", "lm_head": "int8"})
+    assert sum(b.nbytes for b in model.buffers()) > native.LARGE_PAGE
+    one = Engine(model, None, EngineConfig(cache="1ktok"))
+    where = [b.data_ptr() for b in model.buffers()]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    want = one.generate(PROMPTS, params)
+    two = Engine(model, None, EngineConfig(cache="1ktok"))
+    assert [b.data_ptr() for b in model.buffers()] == where
+    assert [o.tokens for o in two.generate(PROMPTS, params)] == [o.tokens for o in want]
+    assert [o.tokens for o in one.generate(PROMPTS, params)] == [o.tokens for o in want]

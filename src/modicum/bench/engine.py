@@ -16,7 +16,6 @@ import functools
 import gc
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,40 +24,21 @@ from typing import Any
 import torch
 
 from modicum.bench import record
+from modicum.bench.engine_columns import (
+    FORMS,
+    QUICK,
+    Size,
+    make_folder,
+    modicum,
+    seconds_of,
+    shape_of,
+    transformers,
+)
 from modicum.core.files import fingerprint
-from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.decoder import Decoder
 
-FORMS: dict[str, dict[str, str]] = {
-    "bf16": {},
-    "int8": {"layers.*": "int8", "lm_head": "int8"},
-    "int4": {"layers.*": "int4", "lm_head": "int8"},
-}
 BASE = "transformers"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """What is measured. prompt: before decoding; tokens: decoded; prefill: prompt of the prefill column; answer: tokens
-    of each of `requests` at once (and of one alone), their prompts' time included."""
-
-    layers: int = 24
-    width: int = 1024
-    heads: int = 16
-    kv_heads: int = 4
-    mlp_width: int = 2816
-    vocab: int = 32000
-    prompt: int = 32
-    tokens: int = 48
-    prefill: int = 512
-    requests: int = 16
-    answer: int = 128
-    rounds: int = 3
-
-
-QUICK = Size(
-    layers=4, width=256, heads=4, kv_heads=2, mlp_width=704, vocab=4000, tokens=16, prefill=128, answer=16, rounds=2
-)
+__all__ = ["QUICK", "Size", "append", "measure"]
 
 
 @dataclass
@@ -83,86 +63,12 @@ class Row:
         return asdict(self) | {"tokens_per_s": self.median, "spread": self.spread}
 
 
-def shape_of(size: Size) -> DecoderConfig:
-    return llama_like(
-        size.vocab, size.width, size.layers, size.heads, size.kv_heads, size.mlp_width, context_length=2048, tied=True
-    )
-
-
-def make_folder(size: Size, path: Path, seed: int) -> None:
-    """Random weights of the usual spread, in bfloat16, as a model folder."""
-    from modicum.model.folder import save_model
-
-    save_model(Decoder(shape_of(size), torch.Generator().manual_seed(seed)).to(torch.bfloat16), path)
-
-
-# what is timed: each of these returns {column: () -> tokens per second} ------------------------------
-
-
-def modicum(folder: Path, size: Size, form: str) -> dict[str, Callable[[], float]]:
-    from modicum.model.attach import attach
-    from modicum.model.folder import load_model
-    from modicum.serve.config import EngineConfig
-    from modicum.serve.engine import Engine
-    from modicum.serve.request import SamplingParams
-
-    model = load_model(folder)
-    if FORMS[form]:
-        attach(model, FORMS[form])
-    cache = f"{size.prefill + (size.prompt + size.answer + 16) * size.requests}tok"
-    engine = Engine(model, None, EngineConfig(cache=cache, prefix_cache=False))
-
-    def run(prompts: list[list[int]], tokens: int) -> list[Any]:
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        return [o.completions[0] for o in engine.generate(prompts, params)]
-
-    def decode() -> float:
-        (done,) = run([list(range(1, size.prompt + 1))], size.tokens + 1)
-        return size.tokens / (done.seconds - done.first_token_seconds)
-
-    def prefill() -> float:
-        return size.prefill / _seconds(lambda: run([list(range(1, size.prefill + 1))], 1))
-
-    def together(prompts: list[list[int]]) -> float:
-        return len(prompts) * size.answer / _seconds(lambda: run(prompts, size.answer))
-
-    many = [[i + 1] * size.prompt for i in range(size.requests)]
-    found: dict[str, Callable[[], float]] = {f"decode {form}": decode, f"prefill {form}": prefill}
-    if form == "bf16":
-        found[f"{size.requests} at once bf16"] = lambda: together(many)
-        found["one by one bf16"] = lambda: together(many[:1])
-    return found
-
-
-def transformers(folder: Path, size: Size) -> dict[str, Callable[[], float]]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-
-    def run(prompt: int, tokens: int) -> float:
-        ids = torch.arange(1, prompt + 1)[None]
-        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-        return _seconds(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options))
-
-    def decode() -> float:
-        return size.tokens / (run(size.prompt, size.tokens + 1) - run(size.prompt, 1))
-
-    return {"decode bf16": decode, "prefill bf16": lambda: size.prefill / run(size.prefill, 1)}
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    with torch.inference_mode():
-        work()
-    return time.perf_counter() - start
-
-
 def ceilings(bytes_read: int = 2**29) -> dict[str, float]:
     """Bytes/s of reading memory with all threads, FLOP/s of a large bfloat16 product."""
     from modicum.bench.ceilings import measure
 
     block = torch.ones(bytes_read // 8, dtype=torch.int64)
-    best = min(_seconds(lambda: block.sum()) for _ in range(4))
+    best = min(seconds_of(lambda: block.sum()) for _ in range(4))
     return {"read_bytes_per_s": block.nbytes / best, **measure()}
 
 
@@ -229,9 +135,11 @@ def measure(
 
 
 def _ratio(row: Row, rows: dict[tuple[str, str], Row]) -> float | None:
-    """To transformers in bfloat16 at the same kind of work; of many requests, to one by one."""
-    kind = row.column.split()[0]
-    base = rows.get((row.engine, "one by one bf16") if "at once" in row.column else (BASE, f"{kind} bf16"))
+    """To transformers in bfloat16 at the same work; of many requests to one by one, of drafts to none."""
+    kind, form = row.column.split()[0], row.column.split()[-1]
+    own = {"at once": "one by one bf16", "drafts": f"decode {form}"}
+    of = next((column for words, column in own.items() if words in row.column), None)
+    base = rows.get((row.engine, of) if of else (BASE, f"{kind} bf16"))
     return row.median / base.median if base else None
 
 

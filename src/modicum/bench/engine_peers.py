@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from modicum.bench.engine import Size
+    from modicum.bench.engine_columns import Size
 
 Columns = dict[str, Callable[[], float]]
 

@@ -210,7 +210,8 @@ class Native:
             group, groups = module.group, module.n_groups
             if scale.dtype not in KINDS:
                 scale, zero = scale.float(), None if zero is None else zero.float()
-        self._keep += [weight, scale, zero]
+        # Views of their own: this memory must stay, even if somebody gives the module's tensors another.
+        self._keep += [t.detach() for t in (weight, scale, zero) if t is not None]
         bias = module.bias
         return native.Matrix(
             kind,

@@ -199,8 +199,9 @@ def lay_together(tensors: Sequence[Tensor]) -> None:
 
     Codes are made matrix by matrix, and where each of them is smaller than a large page, or not much larger, memory
     taken one by one cannot be put into large pages. The tensors stay the same objects; at no time is more than one of
-    them there twice.
+    them there twice. What lies together already stays: another engine may be reading it.
     """
+    tensors = [t for t in tensors if t.untyped_storage().nbytes() == t.nbytes]
     sizes = [-(-t.nbytes // 64) * 64 for t in tensors]
     if sum(sizes) < LARGE_PAGE:
         return

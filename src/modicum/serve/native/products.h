@@ -217,9 +217,46 @@ static void read_scales(const Matrix *m, int64_t o, float *scale, float *zero) {
     }
 }
 
+/* Where one scale is a whole row's, products with bfloat16 are with the codes themselves, and their sums are scaled. */
+INLINE int scaled_after(const Matrix *m) { return m->kind == INT8 && m->groups == 1; }
+
+#ifdef __AVX512BF16__
+/* Codes of a row as bfloat16, exactly and without their scale, which the sums get. */
+static void widen_bytes(const uint8_t *row, int64_t in, uint16_t *to) {
+    for (int64_t k = 0; k < in; k += 32) {
+        __m256i codes = _mm256_maskz_loadu_epi8(tail32(in - k), row + k);
+        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+        _mm512_mask_storeu_epi16(to + k, tail32(in - k), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        _mm_prefetch((const char *)row + FAR / 2 + k, _MM_HINT_T1);
+    }
+}
+
+/* A group of nibbles has sixteen values: they are looked up. */
+static void look_up_nibbles(const Matrix *m, const uint8_t *row, const float *scale, const float *zero, uint16_t *to) {
+    const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t g = 0; g < m->groups; g++) {
+        __m512i values = _mm512_castsi256_si512(narrow(_mm512_fmadd_ps(codes, _mm512_set1_ps(scale[g]),
+                                                                       _mm512_set1_ps(zero[g]))));
+        for (int64_t k = g * m->group, end = least(m->in, k + m->group); k < end; k += 32) {
+            int64_t bytes = least(16, (end - k) / 2);
+            __m128i some = _mm_maskz_loadu_epi8(tail16(bytes), row + k / 2);
+            __m512i pair = _mm512_cvtepu8_epi32(some);    /* low nibble to the low word, high nibble to the high one */
+            pair = _mm512_and_si512(_mm512_or_si512(pair, _mm512_slli_epi32(pair, 12)), _mm512_set1_epi32(0x000f000f));
+            _mm512_mask_storeu_epi16(to + k, tail32(end - k), _mm512_permutexvar_epi16(pair, values));
+        }
+        _mm_prefetch((const char *)row + FAR / 4 + g * m->group / 2, _MM_HINT_T1);
+    }
+}
+#endif
+
 /* Row o of a matrix of codes as floats or bfloat16 (`as`), `scale` and `zero` as `read_scales` gave them. */
 static void decode(const Matrix *m, int64_t o, const float *scale, const float *zero, int64_t as, void *to) {
     const uint8_t *row = (const uint8_t *)m->weight + o * row_bytes(m);
+#ifdef __AVX512BF16__
+    if (as == BFLOAT16 && scaled_after(m)) { widen_bytes(row, m->in, to); return; }
+    if (as == BFLOAT16 && m->kind == INT4) { look_up_nibbles(m, row, scale, zero, to); return; }
+#endif
     for (int64_t g = 0; g < m->groups; g++) {
         __m512 step = _mm512_set1_ps(scale[g]), start = _mm512_set1_ps(zero[g]);
         for (int64_t k = g * m->group, end = least(m->in, k + m->group); k < end; k += 16) {
@@ -278,7 +315,14 @@ static void product(const Matrix *m, const Act *a, int64_t first, int64_t last, 
             block(w, bytes, a, n, room->scale, room->zero, w + FAR + fetched * bytes, M, y + n * ldy + o - first, ldy);
         }
     }
+    const int scaled = a->shape == AS_HALF && scaled_after(m);
     for (int64_t n = 0; n < a->rows; n++) {
+        if (scaled) for (int64_t o = first; o < last; o += 16) {
+            __mmask16 mask = tail16(last - o);
+            float *at = y + n * ldy + o - first;
+            _mm512_mask_storeu_ps(at, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, at),
+                                                          load_as_float(m->scale, o, m->scale_kind, mask)));
+        }
         if (direct) for (int64_t o = 0; o < last - first; o++) y[n * ldy + o] *= a->step[n];
         if (m->bias) for (int64_t o = 0; o < last - first; o++) y[n * ldy + o] += m->bias[first + o];
     }
