@@ -191,7 +191,7 @@ def test_doctor_measures_this_machine(typed: Typed) -> None:
     assert found["machine"]["cores"] >= 1 and "torch" in found["versions"]
     assert set(found["extras"]) >= {"ray", "peft"}
     text = typed("doctor")[1]
-    assert "memory" in text and "cpu reaches" in text and "GFLOP/s" in text
+    assert "memory" in text and "cpu reaches" in text and "GFLOP/s" in text and "cuda graphs" in text
 
 
 def test_catalogue_prints_every_method(typed: Typed) -> None:

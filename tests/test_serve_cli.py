@@ -149,6 +149,7 @@ def test_serve_until_control_c(model: Path) -> None:
         "1ktok",
         "--drain",
         "3",
+        "--no-cuda-graphs",
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -182,4 +183,4 @@ def test_serve_until_control_c(model: Path) -> None:
         process.kill()
     assert process.returncode == 0, err
     assert answers in ([200], [503])  # within the three seconds it drains
-    assert f"curl {url}" in printed and "stopped after" in out and "Traceback" not in err
+    assert "runner: " in printed and f"curl {url}" in printed and "stopped after" in out and "Traceback" not in err

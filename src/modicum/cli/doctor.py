@@ -25,6 +25,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
     lines.append(("gpu", ", ".join(machine["gpus"]) or "none: everything runs on the CPU"))
     lines.append(("bfloat16", found["bfloat16"]))
     lines.append(("serving kernels", found["native"]))
+    lines.append(("cuda graphs", found["cuda_graphs"]))
     lines.append(("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())))
     for device, rates in found["ceilings"].items():
         text = ", ".join(
@@ -59,7 +60,7 @@ def examine() -> dict:
     import torch
 
     from modicum.bench import ceilings, record
-    from modicum.serve import native
+    from modicum.serve import graphs, native
 
     machine = record.machine()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -78,6 +79,7 @@ def examine() -> dict:
         "disk_free_bytes": disk,
         "bfloat16": bfloat16(rates["cpu"]),
         "native": native.reason(),
+        "cuda_graphs": graphs.reason(),
         "versions": record.versions(),
         "extras": extras(),
         "ceilings": rates,

@@ -47,6 +47,9 @@ def serve(
         int, typer.Option(help="Guessed tokens of one step, shared by its sequences.")
     ] = 96,
     draft_when: Annotated[str, typer.Option(help="pays (judged by the clock) or always.")] = "pays",
+    cuda_graphs: Annotated[
+        bool, typer.Option(help="On a GPU, replay decode steps instead of launching every kernel anew.")
+    ] = True,
     size: Annotated[
         str | None,
         typer.Option(help="Of a model in blocks (compress --form bitstack): load so much, e.g. 24MiB."),
@@ -80,6 +83,7 @@ def serve(
         drafter=drafter,
         draft_tokens=draft_tokens,
         draft_when=draft_when,
+        cuda_graphs=cuda_graphs,
     )
     if drain < 0 or max_queue < 1:
         raise UserError(
@@ -109,7 +113,8 @@ def serve(
     key = ' -H "Authorization: Bearer $MODICUM_API_KEY"' if api_key else ""
     print(
         f"{name} at {server.url}/v1: {engine.max_length} tokens of context, cache of {stats['blocks']} "
-        f"blocks ({stats['blocks'] * stats['block_size']} tokens, {bytes_text(stats['cache_bytes'])})"
+        f"blocks ({stats['blocks'] * stats['block_size']} tokens, {bytes_text(stats['cache_bytes'])}), "
+        f"runner: {stats['runner']}"
     )
     if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
         print("anybody who reaches this machine can use it: add --api-key, or leave --host out")

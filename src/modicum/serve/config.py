@@ -28,7 +28,8 @@ class EngineConfig:
     max_length: prompt and answer together; None: the model's context length. dtype: of the cache; None: the
     model's. chunked_prefill: turns the scheduler's knob `chunked`; None: leaves it. scheduler, kv and drafter
     choose methods with their knobs, as `fcfs:reserve=0.05`. draft_tokens: drafted tokens of one step, shared among
-    its sequences. draft_when: `pays` (by the clock, see `serve.payoff`) or `always`.
+    its sequences. draft_when: `pays` (by the clock, see `serve.payoff`) or `always`. cuda_graphs: on a GPU, replay
+    decode steps instead of launching every kernel anew (`serve.graphs`).
     """
 
     block_size: int = 16
@@ -44,6 +45,7 @@ class EngineConfig:
     drafter: Any = "none"
     draft_tokens: int = 96
     draft_when: str = "pays"
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         if self.draft_when not in ("pays", "always"):

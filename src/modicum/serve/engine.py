@@ -65,7 +65,7 @@ class Engine:
         self.policy.prepare(self.model)
         drafter = make_drafter(config, shape.vocab_size, self.policy)
         self.cache = Cache(shape, config, n_blocks, dtype, device, self.policy)
-        self.runner = make_runner(model, self.cache.attend)
+        self.runner = make_runner(model, self.cache.attend, config.cuda_graphs)
         self.storage, self.blocks, self.pages = self.cache.storage, self.cache.blocks, self.cache.pages
         self.max_length = longest(config, shape, self.policy, self.cache.capacity)
         self.eos = frozenset(tokenizer.stop_ids if tokenizer is not None else shape.eos_ids)
@@ -388,6 +388,7 @@ class Engine:
             # Of one sequence: every pass gives it a token, and one more for each draft that was right.
             "tokens_per_forward": generated / max(1, generated - self.counters["accepted_tokens"]),
             "thinnings": self.cache.thinnings,
+            "runner": getattr(self.runner, "name", "wrapped"),
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "blocks": self.blocks.n_blocks,

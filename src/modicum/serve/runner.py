@@ -1,10 +1,11 @@
 """Runs a step's tokens through the model: by own kernels where they serve, else by the decoder as it is written.
 
-Both give the logits of the wanted rows. `Eager` is the truth and runs everywhere; `Native` covers decoders of
+All give the logits of the wanted rows. `Eager` is the truth and runs everywhere; `Native` covers decoders of
 the Llama kind (RMSNorm, rotary positions, a sequential block) on a CPU with AVX-512 whose linear layers are
 plain, int8 or int4, and hands steps it has no kernels for to `Eager`: sequences thinned by a KV policy, and
 policies that observe or attend in their own way. It computes between the matrices in float32 and reads weights
-where the modules hold them: nothing is stored twice.
+where the modules hold them: nothing is stored twice. On a GPU, `graphs.Graphs` replays decode steps of the decoder
+as written and hands the others to `Eager`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from modicum.model.layers import Block, RMSNorm
 from modicum.serve import native
 from modicum.serve.attend import StepAttend
 from modicum.serve.drafters import layout
+from modicum.serve.graphs import Graphs, unfit
 from modicum.serve.work import Work, by_policy, places_of, positions_of, tokens_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of native/step.c
@@ -273,7 +275,10 @@ def unserved(model: Decoder, cache: torch.dtype) -> str | None:
     return None
 
 
-def make_runner(model: Decoder, attend: StepAttend) -> Eager | Native:
+def make_runner(model: Decoder, attend: StepAttend, cuda_graphs: bool = True) -> Eager | Native | Graphs:
+    if model.device.type == "cuda":
+        eager = Eager(model, attend)
+        return Graphs(eager) if cuda_graphs and unfit(model) is None else eager
     library = native.library()
     if library is None or unserved(model, attend.storage.k_LGNPE.dtype) is not None:
         return Eager(model, attend)
