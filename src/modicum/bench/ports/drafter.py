@@ -4,7 +4,8 @@ Prompts are pieces of held-out text, answers are generated greedily and at a tem
 the axes' figures are the greedy ones. Greedy text of a small model repeats itself, which flatters drafts; sampled
 text does so less; and with `forced` the continuation of the held-out text itself is said, which no model's habits
 touch. `same` is the share of answers that equal those without drafts. `seconds_pays` lets the engine leave drafts out
-while they do not pay.
+while they do not pay. With `body_width` and `body_layers` the same model speaks at the price of one of that size
+(`bench.body`): a model that fits the processor's caches pays for a guess nearly what a token costs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from modicum.bench import training
+from modicum.bench.body import in_body
 from modicum.bench.harness import Axes, Axis, Measurement, Settings
 from modicum.bench.ports.kv import pieces
 from modicum.budget import Cost
@@ -40,6 +42,8 @@ class Scale(training.Scale):
     answer: int = 96
     sequences: int = 12
     temperature: float = 0.8
+    body_width: int = 0  # 0: the model as it is
+    body_layers: int = 24
 
 
 QUICK = Scale(
@@ -83,7 +87,7 @@ class Forced(Engine):
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     scale: Scale = settings.scale
-    bench, model = training.pretrained(settings, 0)
+    bench, model = _pretrained(settings)
     rows = tuple(tuple(row) for row in pieces(bench, settings.scale, seed))
     greedy = play(model, rows, scale, choice, seed, 0.0)
     sampled = play(model, rows, scale, choice, seed, scale.temperature)
@@ -113,13 +117,24 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     )
 
 
+def _pretrained(settings: Settings) -> tuple[training.Bench, Decoder]:
+    bench, model = training.pretrained(settings, 0)
+    scale: Scale = settings.scale
+    return bench, _embodied(model, scale.body_width, scale.body_layers) if scale.body_width else model
+
+
+@functools.lru_cache(maxsize=1)
+def _embodied(model: Decoder, width: int, layers: int) -> Decoder:
+    return in_body(model, width, layers)
+
+
 @functools.lru_cache(maxsize=8)
 def _plain(
     scale: Scale, data: str | None, model_name: str | None, device: str, seed: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Answers without drafts, greedy and sampled."""
     settings = Settings(scale=scale, data=data, model=model_name, device=device)
-    bench, model = training.pretrained(settings, 0)
+    bench, model = _pretrained(settings)
     rows = tuple(tuple(row) for row in pieces(bench, settings.scale, seed))
     baseline = Choice("drafter", registry.port("drafter").baseline)
     plays = [play(model, rows, scale, baseline, seed, t) for t in (0.0, scale.temperature)]
