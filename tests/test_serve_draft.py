@@ -253,9 +253,10 @@ def test_sampled_pairs_have_the_models_distribution() -> None:
         np.array([*range(0, 12, 2), *range(6), *range(3)]), np.array([-1] * 6 + [0] * 6 + [1] * 3, dtype=np.int64)
     )
     engine = with_drafter(model, None, Fixed(tree), cache="4ktok", max_sequences=64, block_size=8, draft_tokens=2000)
-    outputs = engine.generate(
-        [prompt] * (n // 100), SamplingParams(n=100, max_tokens=3, ignore_eos=True, temperature=1.0)
-    )
+    params = [
+        SamplingParams(n=100, max_tokens=3, ignore_eos=True, temperature=1.0, seed=seed) for seed in range(n // 100)
+    ]
+    outputs = engine.generate([prompt] * len(params), params)
     drawn = torch.tensor([c.tokens for o in outputs for c in o.completions])
     assert engine.counters["accepted_tokens"] > n // 4
     seen = torch.zeros(12, 12, dtype=torch.float64)
