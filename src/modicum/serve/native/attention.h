@@ -75,6 +75,8 @@ typedef struct {                              /* a thread's room */
 /* acc[n][w] += sum over units u of x[n][u] y[u][w]: floats, or pairs of bfloat16. */
 INLINE void outer(const int N, const int W, const int HALF, const void *const *x, const float *y, int64_t ldy,
                   int64_t units, __m512 acc[4][4]) {
+    __m512 sum[4][4];                         /* of its own: what is read might be acc, as far as the compiler knows */
+    UNROLL for (int n = 0; n < N; n++) UNROLL for (int w = 0; w < W; w++) sum[n][w] = acc[n][w];
     for (int64_t u = 0; u < units; u++) {
         __m512 yv[4];
         UNROLL for (int w = 0; w < W; w++) yv[w] = _mm512_load_ps(y + u * ldy + 16 * w);
@@ -82,13 +84,14 @@ INLINE void outer(const int N, const int W, const int HALF, const void *const *x
             __m512 xv = _mm512_set1_ps(((const float *)x[n])[u]);
             UNROLL for (int w = 0; w < W; w++) {
 #ifdef __AVX512BF16__
-                if (HALF) acc[n][w] = _mm512_dpbf16_ps(acc[n][w], (__m512bh)yv[w], (__m512bh)xv);
+                if (HALF) sum[n][w] = _mm512_dpbf16_ps(sum[n][w], (__m512bh)yv[w], (__m512bh)xv);
                 else
 #endif
-                acc[n][w] = _mm512_fmadd_ps(xv, yv[w], acc[n][w]);
+                sum[n][w] = _mm512_fmadd_ps(xv, yv[w], sum[n][w]);
             }
         }
     }
+    UNROLL for (int n = 0; n < N; n++) UNROLL for (int w = 0; w < W; w++) acc[n][w] = sum[n][w];
 }
 
 static void outer_any(int N, int W, int half, const void *const *x, const float *y, int64_t ldy, int64_t units,
