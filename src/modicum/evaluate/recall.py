@@ -12,7 +12,7 @@ arXiv:2108.06084.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -39,14 +39,12 @@ Document = list[tuple[str, str]]  # (given, learnt), one after another
 class RecallConfig:
     """lengths: tokens of a row, one after another over the run, for `shares` of it (the last ends it).
     text: share of the rows that hold the corpus instead, from the second length on. copies: share of the
-    documents that are lists. repeats: share that are random tokens said again and again, without a word that
-    announces it: heads that look back for what followed a token before are found by that (razorattention)."""
+    documents that are lists."""
 
     lengths: tuple[int, ...] = (64, 256, 1024)
     shares: tuple[float, ...] = (0.5, 0.25, 0.25)
     text: float = 0.15
     copies: float = 0.25
-    repeats: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.lengths) != len(self.shares) or not self.lengths or abs(sum(self.shares) - 1) > 1e-6:
@@ -56,11 +54,9 @@ class RecallConfig:
             )
         if min(self.lengths) < 32:
             raise UserError(f"recall: lengths={list(self.lengths)} must each be at least 32 tokens")
-        for name in ("text", "copies", "repeats"):
+        for name in ("text", "copies"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"recall: {name}={getattr(self, name)} must be a share, at least 0 and below 1")
-        if self.copies + self.repeats > 1:
-            raise UserError(f"recall: copies={self.copies} and repeats={self.repeats} must be at most 1 together")
 
 
 def facts_and_questions(rng: Random, tokens: int) -> Document:
@@ -86,13 +82,6 @@ def list_and_copy(rng: Random, tokens: int) -> Document:
 
 def document(rng: Random, tokens: int, copies: float) -> Document:
     return (list_and_copy if rng.random() < copies else facts_and_questions)(rng, tokens)
-
-
-def said_again(rng: Random, tokens: int, vocabulary: Sequence[int]) -> tuple[list[int], int]:
-    """Random tokens said two to four times, and how many come before the second time."""
-    n = rng.randint(min(8, tokens // 2), tokens // 2)
-    said = rng.choices(vocabulary, k=n)
-    return said * min(4, tokens // n), n
 
 
 def sample(seed: int | str, n_bytes: int) -> Iterator[str]:
@@ -128,8 +117,6 @@ class RecallStream:
             raise UserError(f"recall: text={config.text} needs a corpus; give one, or set text=0")
         self.config, self.tokenizer, self.sequence_length = config, tokenizer, sequence_length
         self.total, self.seed, self.done = total, seed, 0
-        special = {tokenizer.pad_id, tokenizer.eos_id, tokenizer.start_id}
-        self.vocabulary = [t for t in range(tokenizer.vocab_size) if t not in special]
         self.streams = {
             n: Stream(text, "natural", "concat:mask=true", sequence_length=n, seed=seed, total=total)
             for n in dict.fromkeys(config.lengths)
@@ -162,19 +149,16 @@ class RecallStream:
         return Batch(tokens, targets, documents, positions)
 
     def _rows(self, rng: Random, rows: int, T: int) -> Batch:
-        texts: list[Document | tuple[list[int], int]] = []
+        texts: list[Document] = []
         of_row: list[int] = []
         for row in range(rows):
             room = T
             while room > 16:  # guessed sizes; a row may end up a little over or under
                 size = max(32, int(min(0.97 * room, T * rng.uniform(0.4, 0.97))))  # the last one fills the row
-                if self.config.repeats and rng.random() < self.config.repeats:
-                    texts.append(said_again(rng, size, self.vocabulary))
-                else:
-                    texts.append(document(rng, size, self.config.copies / (1 - self.config.repeats)))
+                texts.append(document(rng, size, self.config.copies))
                 of_row.append(row)
                 room -= size
-        flat = [part for text in texts if isinstance(text, list) for pair in text for part in pair]
+        flat = [part for text in texts for pair in text for part in pair]
         ids_of = iter(self.tokenizer.encode_batch(flat, specials=False))
         tokens, targets = np.full((rows, T), self.tokenizer.pad_id, np.int64), np.full((rows, T), NO_LOSS, np.int64)
         documents, positions = np.full((rows, T), -1, np.int64), np.zeros((rows, T), np.int64)
@@ -183,16 +167,11 @@ class RecallStream:
             # A prompt may come with or without a start token, so both are seen.
             ids = [self.tokenizer.start_id] if rng.random() < 0.5 else []
             learns = [False] * len(ids)
-            if isinstance(text, tuple):
-                again, first_time = text
-                ids += again
-                learns += [i >= first_time for i in range(len(again))]
-            else:
-                for _ in text:
-                    for learnt in (False, True):
-                        part = next(ids_of)
-                        ids += part
-                        learns += [learnt] * len(part)
+            for _ in text:
+                for learnt in (False, True):
+                    part = next(ids_of)
+                    ids += part
+                    learns += [learnt] * len(part)
             ids.append(self.tokenizer.eos_id)
             learns.append(True)
             first, last = at[row], min(at[row] + len(ids) - 1, T)

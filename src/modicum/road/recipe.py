@@ -69,7 +69,6 @@ class Recall(Section):
     shares: list[float] = [0.5, 0.25, 0.25]        # of the run, for each length
     text: float = Field(0.15, ge=0, lt=1)          # share of the rows that hold the corpus
     copies: float = Field(0.25, ge=0, lt=1)        # share of the documents that are a list and its copy
-    repeats: float = Field(0.0, ge=0, lt=1)        # share that are random tokens said again and again
     vocabulary: Bytes = 2.0 * 2**20                # such text among what the tokenizer is trained on
 
 
