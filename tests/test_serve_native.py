@@ -219,3 +219,41 @@ def test_two_engines_read_the_same_codes() -> None:
     assert [b.data_ptr() for b in model.buffers()] == where
     assert [o.tokens for o in two.generate(PROMPTS, params)] == [o.tokens for o in want]
     assert [o.tokens for o in one.generate(PROMPTS, params)] == [o.tokens for o in want]
+
+
+@needs_kernels
+@pytest.mark.parametrize("kv", ["snapkv:budget=24,window=4,kernel=3", "razorattention:budget=0.4,sinks=2,probe=12"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thinned_sequences_stay_with_the_kernels(kv: str, dtype: torch.dtype) -> None:
+    """Heads of different lengths, a token that stands for many, companions of all kinds: as the decoder has it."""
+    model = decoder().to(dtype)
+    params = SamplingParams(temperature=0, max_tokens=30, logprobs=1, ignore_eos=True)
+    prompts = [list(range(i, i + n)) for i, n in ((3, 70), (40, 90), (7, 5), (20, 61))]
+    found, eager_steps = [], 0
+    for by_kernels in (True, False):
+        e = Engine(model, None, EngineConfig(block_size=8, cache="2ktok", prefix_cache=False, kv=kv))
+        runner = e.runner
+        assert isinstance(runner, Native)
+        as_written = runner.eager
+
+        def counted(*given: Any, by: Any = as_written) -> Any:
+            nonlocal eager_steps
+            eager_steps += 1
+            return by(*given)
+
+        if by_kernels:
+            runner.eager = counted  # type: ignore[assignment]
+        else:
+            e.runner = as_written
+        outputs = e.generate(prompts, params)
+        assert e.stats()["thinnings"] > 0
+        found.append(outputs)
+    assert eager_steps <= 1  # the prompts, where the policy looks at their queries
+    close = 1e-4 if dtype == torch.float32 else 0.2
+    for mine, theirs in zip(*found, strict=True):
+        if dtype == torch.float32:
+            assert mine.tokens == theirs.tokens
+        for a, b in zip(mine.completions[0].logprobs, theirs.completions[0].logprobs, strict=True):
+            if a.token != b.token:
+                break
+            assert abs(a.logprob - b.logprob) < close

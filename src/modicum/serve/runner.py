@@ -2,10 +2,10 @@
 
 All give the logits of the wanted rows. `Eager` is the truth and runs everywhere; `Native` covers decoders of
 the Llama kind (RMSNorm, rotary positions, a sequential block) on a CPU with AVX-512 whose linear layers are
-plain, int8 or int4, and hands steps it has no kernels for to `Eager`: sequences thinned by a KV policy, and
-policies that observe or attend in their own way. It computes between the matrices in float32 and reads weights
-where the modules hold them: nothing is stored twice. On a GPU, `graphs.Graphs` replays decode steps of the decoder
-as written and hands the others to `Eager`.
+plain, int8 or int4, and hands steps it has no kernels for to `Eager`: policies that observe or attend in their own
+way, several tokens of a thinned sequence, thinned layers with windows. It computes between the matrices in float32
+and reads weights where the modules hold them: nothing is stored twice. On a GPU, `graphs.Graphs` replays decode
+steps of the decoder as written and hands the others to `Eager`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from modicum.serve.graphs import Graphs, unfit
 from modicum.serve.work import Work, by_policy, places_of, positions_of, tokens_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of native/step.c
+NO_WINDOW = 1 << 62
 KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
@@ -73,14 +74,14 @@ class Native:
                              for t in found[1:] if t is not None])
         self._shape = self._describe(model, attend)
         native.use_large_pages((t.data_ptr(), t.nbytes) for t in self._keep if isinstance(t, Tensor))
-        self._window = min((w for i in range(model.config.layers) if (w := model.config.window(i))), default=1 << 62)
+        self._window = min((w for i in range(model.config.layers) if (w := model.config.window(i))), default=NO_WINDOW)
         self._x_TD: Tensor | None = None  # of the last step, before the final norm
         self._state = 0
         self._finalizer: weakref.finalize | None = None
 
     def __call__(self, works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:
         self._x_TD = None
-        if observe or any(w.sample.pages is not None or by_policy(w) for w in works):
+        if (observe and any(w.sample.policy.wants(w.start, w.n) for w in works)) or not self._serves(works):
             return self.eager(works, rows, observe)
         trees = [w for w in works if w.tree is not None]
         depth = max((layout(w.tree).line_XD.shape[1] for w in trees if w.tree is not None), default=0)
@@ -99,6 +100,13 @@ class Native:
                 line_XD = layout(w.tree).line_XD
                 root_T[w.at : w.at + w.n] = w.start
                 line_TD[w.at : w.at + w.n, : line_XD.shape[1]] = w.start + line_XD
+        thin_T, weights = None, self.attend.storage.weight_AP
+        if any(w.sample.pages is not None for w in works):
+            thin_T = (native.Thin * len(position_T))()
+            for w in works:
+                if (pages := w.sample.pages) is not None:
+                    table_LGN, count_LG = pages.table_LGN, pages.count_LG
+                    thin_T[w.at] = native.Thin(table_LGN.data_ptr(), count_LG.data_ptr(), table_LGN.shape[2])
         x_TD = self.model.embed(torch.tensor(tokens_of(works)))
         if config.embed_scale is not None:
             x_TD = x_TD * torch.tensor(config.embed_scale, dtype=x_TD.dtype)
@@ -117,6 +125,9 @@ class Native:
             root=None if root_T is None else root_T.ctypes.data,
             line=None if line_TD is None else line_TD.ctypes.data,
             table=table.ctypes.data,
+            thin=None if thin_T is None else ctypes.addressof(thin_T),
+            position_of=None if thin_T is None else self.attend.storage.position_AP.data_ptr(),
+            weight_of=None if thin_T is None or weights is None else weights.data_ptr(),
             ready_row=ready_R.ctypes.data,
             logits=logits_RV.data_ptr(),
         )
@@ -127,6 +138,16 @@ class Native:
             return None
         cap = config.logit_softcap
         return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
+
+    def _serves(self, works: Sequence[Work]) -> bool:
+        """Not a policy's own attention; of thinned sequences single tokens, where no window asks for positions."""
+        if any(by_policy(w) for w in works):
+            return False
+        thinned = [w for w in works if w.sample.pages is not None]
+        if not thinned:
+            return True
+        capped = self.model.config.attention_softcap is not None and self.attend.storage.weight_AP is not None
+        return self._window == NO_WINDOW and not capped and all(w.n == 1 for w in thinned)
 
     def says(self, first: int, last: int) -> Tensor:
         if self._x_TD is None:

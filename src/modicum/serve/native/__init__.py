@@ -79,11 +79,15 @@ class Model(ctypes.Structure):
     ]
 
 
+class Thin(ctypes.Structure):
+    _fields_ = [("table", POINTER), ("held", POINTER), ("stride", I64)]
+
+
 class Step(ctypes.Structure):
     _fields_ = [
         *((name, I64) for name in ("rows", "ready", "table_stride", "line_stride")),
         *((name, POINTER) for name in ("x", "position", "place", "slot", "root", "line", "table")),
-        *((name, POINTER) for name in ("ready_row", "logits")),
+        *((name, POINTER) for name in ("thin", "position_of", "weight_of", "ready_row", "logits")),
     ]
 
 
@@ -130,7 +134,7 @@ def _load(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     found.modicum_step.argtypes = (POINTER, ctypes.POINTER(Step))
     found.modicum_layout.restype = I64
     found.modicum_layout.argtypes = (I64,)
-    for i, kind in enumerate((Matrix, Rope, Layer, Model, Step)):
+    for i, kind in enumerate((Matrix, Rope, Layer, Model, Step, Thin)):
         if found.modicum_layout(i) != ctypes.sizeof(kind):
             return None, f"the compiled {kind.__name__} has another size than Python's"
     return found, f"AVX-512 ({', '.join(f for f in USEFUL if f in processor()) or 'plain'}), {path}"

@@ -46,6 +46,14 @@ INLINE int64_t cache_at(const Model *m, int64_t layer, int64_t g, const Step *s,
     return (((layer * m->kv_heads + g) * m->n_blocks + block) * m->block_size + key % m->block_size) * m->head_dim;
 }
 
+/* Entry `entry` of one head (`part`: which of all layers' heads) of a thinned sequence. */
+INLINE int64_t page_at(const Model *m, const Thin *thin, int64_t part, int64_t entry) {
+    return (thin->table[part * thin->stride + entry / m->block_size] * m->block_size + entry % m->block_size)
+           * m->head_dim;
+}
+
+INLINE const Thin *thinned(const Step *s, int64_t row) { return s->thin && s->thin[row].table ? s->thin + row : NULL; }
+
 /* Norm and rotation of a row's queries of KV head g and of its key; key and value go to the cache. */
 static void place(const Model *m, const Layer *l, int64_t layer, const Step *s, int64_t row, int64_t g, float *q_H,
                   float *k_G, const float *v_G, float q_scale, float k_scale, const float *turn) {
@@ -58,7 +66,11 @@ static void place(const Model *m, const Layer *l, int64_t layer, const Step *s, 
         else if (weight) scale_by(x, x, weight, rms_scale(x, E, m->eps), E);
         if (turn) rotate(x, turn, turn + m->rotated / 2, m->rotated / 2);
     }
-    int64_t at = cache_at(m, layer, g, s, row, s->place[row]);
+    const Thin *thin = thinned(s, row);
+    int64_t part = layer * m->kv_heads + g;
+    int64_t at = thin ? page_at(m, thin, part, thin->held[part]) : cache_at(m, layer, g, s, row, s->place[row]);
+    if (thin) s->position_of[at / E] = (int32_t)s->position[row];
+    if (thin && s->weight_of) s->weight_of[at / E] = 1.0f;
     for (int64_t e = 0; e < E; e += 16) {
         __mmask16 mask = tail16(E - e);
         store_from_float(m->k_cache, at + e, m->cache_kind, mask, _mm512_maskz_loadu_ps(mask, k_G + g * E + e));
@@ -266,6 +278,20 @@ static int64_t locate_line(const Model *m, int64_t layer, int64_t g, const Step 
     return n;
 }
 
+/* Where all entries of a head of a thinned sequence lie, the new one's included. Returns how many. */
+static int64_t locate_held(const Model *m, const Thin *thin, int64_t part, int64_t *at) {
+    for (int64_t i = 0; i <= thin->held[part]; i++) at[i] = page_at(m, thin, part, i);
+    return thin->held[part] + 1;
+}
+
+/* An entry that stands for n tokens has log(n) added to its scores, which begin at place `from`. */
+static void weigh(const Model *m, const Step *s, const Seen *room, int64_t Q, int64_t from, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        float weight = s->weight_of[room->at[from + i] / m->head_dim];
+        if (weight != 1.0f) for (int64_t a = 0; a < Q; a++) room->score[a * room->stride + from + i] += logf(weight);
+    }
+}
+
 /* out of rows row .. row + n - 1 (one sequence, following places), KV head g. q and out have row stride ld. */
 static void attend(const Model *m, const Layer *l, int64_t layer, const Step *s, int64_t row, int64_t n, int64_t g,
                    const float *q, int64_t ldq, float *out, int64_t ldo, const Seen *room) {
@@ -293,14 +319,19 @@ static void attend(const Model *m, const Layer *l, int64_t layer, const Step *s,
             store_from_float(room->query, a * padded + e, BFLOAT16, 0xffff,
                              _mm512_maskz_loadu_ps(e < E ? tail16(E - e) : 0, from + e));
     }
-    locate(m, layer, g, s, row, low, high, room->at);
+    const Thin *thin = thinned(s, row);
+    if (thin) high = locate_held(m, thin, layer * m->kv_heads + g, room->at);
+    else locate(m, layer, g, s, row, low, high, room->at);
     for (int64_t i = 0; i < high - low; i += KEYS) {
-        stage_keys(m, half, room->at + i, least(KEYS, high - low - i), room->keys);
+        int64_t many = least(KEYS, high - low - i);
+        stage_keys(m, half, room->at + i, many, room->keys);
         score_block(m, room, half, q_of, 0, Q, i, l->scale);
+        if (thin && s->weight_of) weigh(m, s, room, Q, i, many);
     }
     int64_t *tail = room->at + high - low;
     for (int64_t r = 0; r < n; r++) {
-        int64_t last = s->position[row + r] + 1 - low, first = l->window ? most(0, last - l->window) : 0;
+        int64_t last = thin ? high : s->position[row + r] + 1 - low;
+        int64_t first = l->window ? most(0, last - l->window) : 0;    /* a thinned sequence's layers have no windows */
         int64_t many = drafted ? locate_line(m, layer, g, s, row + r, high, tail) : 0;
         for (int64_t i = 0; i < many; i += KEYS) {
             stage_keys(m, half, tail + i, least(KEYS, many - i), room->keys);

@@ -46,12 +46,20 @@ typedef struct {
     void *k_cache, *v_cache;                  /* (layers, G, n_blocks, P, E) */
 } Model;
 
+typedef struct {          /* of a thinned sequence: pages of each head of each layer, and how many entries it holds */
+    const int64_t *table, *held;              /* (layers, G, stride), (layers, G); NULL: the sequence is whole */
+    int64_t stride;
+} Thin;
+
 typedef struct {
     int64_t rows, ready, table_stride, line_stride;
     float *x;                                 /* (rows, D): embeddings in, hidden states before the norm out */
     const int64_t *position, *place, *slot;   /* per row; place: which of the sequence's cache it takes */
     const int64_t *root, *line;               /* of drafted rows, NULL without any: see attention.h; root -1: not one */
     const int64_t *table;                     /* of blocks, by slot */
+    const Thin *thin;                         /* per row, NULL if no sequence is; its rows stand alone */
+    int32_t *position_of;                     /* place in its sequence of each entry of each page */
+    float *weight_of;                         /* tokens that each stands for; NULL: one each */
     const int64_t *ready_row;                 /* rows whose logits are wanted */
     float *logits;                            /* (ready, V) */
 } Step;

@@ -231,6 +231,7 @@ static void tile(State *s, const Step *whole, int64_t from, int64_t rows, int id
     float *x = whole->x + from * m->width;
     Step step = *whole;
     step.position += from, step.place += from, step.slot += from;
+    if (step.thin) step.thin += from;
     if (step.root) step.root += from, step.line += from * step.line_stride;
     meet(&s->barrier, threads);
     turns(s, &step, rows, id, threads);
@@ -279,6 +280,7 @@ int modicum_step(State *s, const Step *step) {
 }
 
 int64_t modicum_layout(int64_t which) {    /* sizes Python checks its own idea of the structures against */
-    const int64_t sizes[] = {sizeof(Matrix), sizeof(Rope), sizeof(Layer), sizeof(Model), sizeof(Step)};
-    return which < 5 ? sizes[which] : 0;
+    const int64_t sizes[] = {sizeof(Matrix), sizeof(Rope), sizeof(Layer), sizeof(Model), sizeof(Step),
+                             sizeof(Thin)};
+    return which < 6 ? sizes[which] : 0;
 }
