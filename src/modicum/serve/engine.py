@@ -35,7 +35,16 @@ from modicum.serve.config import (
 )
 from modicum.serve.draft import COUNTERS as DRAFT_COUNTERS
 from modicum.serve.draft import Drafting, make_drafter
-from modicum.serve.request import InvalidRequest, Output, Request, Sample, SamplingParams, Update, collect
+from modicum.serve.request import (
+    InvalidRequest,
+    Output,
+    Request,
+    Sample,
+    SamplingParams,
+    Update,
+    check_request,
+    collect,
+)
 from modicum.serve.runner import make_runner
 from modicum.serve.sampling import Choices, Penalties, choose
 from modicum.serve.schedulers import Job, Plan
@@ -82,24 +91,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` for a request that cannot be served. Safe from any thread."""
-        params, prompt = request.params, request.prompt
-        if not prompt:
-            raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
         most = min(self.max_length, self.cache.capacity)
-        if len(prompt) >= most:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens, but prompt and answer together may have "
-                f"{most}; shorten the prompt",
-                "prompt",
-                "context_length_exceeded",
-            )
-        vocab = self.model.config.vocab_size
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            raise InvalidRequest(f"the prompt holds token ids outside 0 to {vocab - 1}", "prompt")
-        if any(not 0 <= t < vocab for t in (*params.logit_bias, *params.stop_token_ids)):
-            raise InvalidRequest(f"logit_bias or stop_token_ids hold token ids outside 0 to {vocab - 1}", "logit_bias")
-        if params.stop and self.tokenizer is None:
-            raise InvalidRequest("stop strings need a tokenizer; this engine has none", "stop")
+        check_request(request, most, self.model.config.vocab_size, self.tokenizer is not None)
 
     def add(self, request: Request) -> int:
         """Queue a request; returns its id. Raises `InvalidRequest` for one that cannot be served."""

@@ -184,6 +184,25 @@ class Request:
         self.seed = secrets.randbits(63) if given is None else given
 
 
+def check_request(request: Request, most: int, vocab: int, has_tokenizer: bool) -> None:
+    """Raise `InvalidRequest` for what an engine of `most` tokens and `vocab` token ids cannot serve."""
+    params, prompt = request.params, request.prompt
+    if not prompt:
+        raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
+    if len(prompt) >= most:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens, but prompt and answer together may have {most}; shorten the prompt",
+            "prompt",
+            "context_length_exceeded",
+        )
+    if min(prompt) < 0 or max(prompt) >= vocab:
+        raise InvalidRequest(f"the prompt holds token ids outside 0 to {vocab - 1}", "prompt")
+    if any(not 0 <= t < vocab for t in (*params.logit_bias, *params.stop_token_ids)):
+        raise InvalidRequest(f"logit_bias or stop_token_ids hold token ids outside 0 to {vocab - 1}", "logit_bias")
+    if params.stop and not has_tokenizer:
+        raise InvalidRequest("stop strings need a tokenizer; this engine has none", "stop")
+
+
 @dataclass(slots=True, eq=False)
 class Sample:
     """One sequence in the engine: a prompt, the tokens sampled after it, and what it holds of the cache."""
