@@ -47,6 +47,36 @@ def test_scores_are_those_of_whole_attention_matrices() -> None:
             assert abs(float(induction_LG[layer, g]) - want[1]) < 1e-5
 
 
+def test_heads_can_be_measured_on_given_tokens() -> None:
+    """Scores over the places whose token was said before, wherever that was; the engine passes its `kv_probe` on."""
+    model, found = tiny(), []
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: object, scale: float, softcap: object) -> Tensor:
+        T = q.shape[2]
+        a = q[0].double() @ k[0].double().repeat_interleave(2, 0).transpose(1, 2) * scale
+        a = a.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
+        found.append(a)
+        return (a @ v[0].double().repeat_interleave(2, 0)).float()[None]
+
+    said = [7, 3, 3, 9, 7, 3, 5, 9, 9, 7]
+    with torch.no_grad():
+        model.hidden(torch.tensor([said]), attend=attend)
+    echo_LG, induction_LG = scores(model, CONFIG, said)
+    again = [t for t in range(10) if said[t] in said[:t]]
+    for layer, a in enumerate(found):
+        for g in range(2):
+            each = []
+            for h in (2 * g, 2 * g + 1):
+                echo = sum(float(a[h, t, s]) for t in again for s in range(t) if said[s] == said[t])
+                after = sum(float(a[h, t, s]) for t in again for s in range(1, t) if said[s - 1] == said[t])
+                each.append((echo / len(again), after / len(again)))
+            assert abs(float(echo_LG[layer, g]) - max(e for e, _ in each)) < 1e-5
+            assert abs(float(induction_LG[layer, g]) - max(i for _, i in each)) < 1e-5
+    engine = Engine(model, None, EngineConfig(kv=KNOBS, cache="1ktok", kv_probe=tuple(said)))
+    assert isinstance(engine.policy, RazorAttention)
+    assert list(engine.policy.ranked) == ranking(echo_LG, induction_LG, CONFIG)
+
+
 def test_induction_heads_come_first_then_echo_heads() -> None:
     induction, echo = torch.tensor([[0.1, 0.9], [0.3, 0.2]]), torch.tensor([[0.5, 0.8], [0.1, 0.2]])
     assert ranking(echo, induction, CONFIG) == [(0, 1), (0, 0)]

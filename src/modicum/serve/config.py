@@ -27,9 +27,10 @@ class EngineConfig:
     max_batch_tokens: tokens of one step (a longer prompt is computed alone, unless prefill is chunked).
     max_length: prompt and answer together; None: the model's context length. dtype: of the cache; None: the
     model's. chunked_prefill: turns the scheduler's knob `chunked`; None: leaves it. scheduler, kv and drafter
-    choose methods with their knobs, as `fcfs:reserve=0.05`. draft_tokens: drafted tokens of one step, shared among
-    its sequences. draft_when: `pays` (by the clock, see `serve.payoff`) or `always`. cuda_graphs: on a GPU, replay
-    decode steps instead of launching every kernel anew (`serve.graphs`).
+    choose methods with their knobs, as `fcfs:reserve=0.05`. kv_probe: tokens that say themselves again, on which a
+    policy measures heads; none: random ones. draft_tokens: drafted tokens of one step, shared among its sequences.
+    draft_when: `pays` (by the clock, see `serve.payoff`) or `always`. cuda_graphs: on a GPU, replay decode steps
+    instead of launching every kernel anew (`serve.graphs`).
     """
 
     block_size: int = 16
@@ -42,6 +43,7 @@ class EngineConfig:
     dtype: str | None = None
     scheduler: Any = "fcfs"
     kv: Any = "full"
+    kv_probe: tuple[int, ...] = ()
     drafter: Any = "none"
     draft_tokens: int = 96
     draft_when: str = "pays"

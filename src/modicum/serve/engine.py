@@ -71,7 +71,7 @@ class Engine:
         n_blocks = cache_blocks(config, shape, dtype, device)
         self.scheduler = make_scheduler(config, n_blocks)
         self.policy = make_policy(config, shape, self.scheduler)
-        self.policy.prepare(self.model)
+        self.policy.prepare(self.model, config.kv_probe)
         drafter = make_drafter(config, shape.vocab_size, self.policy)
         self.cache = Cache(shape, config, n_blocks, dtype, device, self.policy)
         self.runner = make_runner(model, self.cache.attend, config.cuda_graphs)

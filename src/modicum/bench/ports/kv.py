@@ -16,10 +16,12 @@ With `stream` a policy that bounds its cache also reads a text of so many times 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
@@ -31,12 +33,14 @@ from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
+from modicum.evaluate.recall import list_and_copy
 from modicum.model.decoder import Decoder
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 from modicum.serve.request import Request, Sample, SamplingParams, Update
 from modicum.serve.work import Work
 
+PROBE_SEED = "kv/probe"
 AXES = Axes(quality=Axis("bits_per_token"), cost=Axis("held_bytes", "lower", "bytes"))
 RECALL = Axes(quality=Axis("needle", "higher"), cost=Axis("held_bytes", "lower", "bytes"))
 
@@ -142,6 +146,9 @@ def recall(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, 
         "multikey": f"multikey:length={scale.words},keys={scale.keys}",
         "copy": f"copy:length={scale.copied}",
     }
+    # A model that repeats what it is asked to says nothing of random tokens: heads are measured on a list it copies.
+    ((given, copied),) = list_and_copy(Random(PROBE_SEED), model.config.context_length // 2)
+    probe = tuple(bench.tokenizer.encode(given + copied, specials=False))
     found: dict[str, float] = {}
     every: list[int] = []
     for name, task_choice in asked.items():
@@ -151,7 +158,7 @@ def recall(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, 
         prompts = [bench.tokenizer.encode(r.prompt, specials=False) for r in requests]
         most = max(r.max_new_tokens for r in requests)
         longest = max(len(p) for p in prompts) + most + 1
-        engine = Watched(model, _engine_config(scale, choice, longest))
+        engine = Watched(model, dataclasses.replace(_engine_config(scale, choice, longest), kv_probe=probe))
         last, grades = [], []
         for doc, request, prompt in zip(docs, requests, prompts, strict=True):
             # an answer never needs more tokens than the right one, and no wrong one becomes right by going on

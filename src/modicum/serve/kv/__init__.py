@@ -115,8 +115,8 @@ class KVPolicy(Method):
         """The policy of one sequence whose prompt has `prompt` tokens, with state of its own."""
         return copy.copy(self)
 
-    def prepare(self, model: Decoder) -> None:
-        """Called once, before any sequence begins: look at the model, measure its heads."""
+    def prepare(self, model: Decoder, probe: Sequence[int] = ()) -> None:
+        """Called once, before any sequence begins: look at the model, measure its heads, if wanted on these tokens."""
 
     def allow(self, layer: int, n_tokens: int) -> int | Sequence[int]:
         """Most entries each KV head of `layer` may hold when `n_tokens` have been computed (or one each).

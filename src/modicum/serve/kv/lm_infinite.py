@@ -15,6 +15,7 @@ whose distance is capped are turned on when read (one query), or met by a second
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,7 @@ class LMInfinite(KVPolicy):
     ceiling: int
     angles: list[Tensor | None]  # per layer, R/2 rotary angles per step
 
-    def prepare(self, model: Decoder) -> None:
+    def prepare(self, model: Decoder, probe: Sequence[int] = ()) -> None:
         self.window = self.config.window or model.config.context_length
         self.ceiling = self.config.ceiling or self.window
         if self.ceiling < self.window - 1:

@@ -1,11 +1,12 @@
 """razorattention: full cache for the heads that retrieve; first and latest entries and one mean for the others.
 
-Which heads retrieve is measured once per model, on random tokens said several times over: an echo head
-looks back at the same token said before, an induction head at the token that followed it then. These heads
+Which heads retrieve is measured once per model, on random tokens said several times over (or on `kv_probe`, tokens the
+engine is given, for models that repeat only what they are asked to): an echo head looks back at the same
+token said before, an induction head at the token that followed it then. These heads
 keep everything. Every other head keeps the first `sinks` entries and a buffer of the latest ones; what it
 drops is averaged into one compensation token, which counts as often as tokens went into it.
 
-    echo[h]      = mean over t of sum over earlier s with x[s] = x[t] of a[h, t, s]
+    echo[h]      = mean over t said before of sum over earlier s with x[s] = x[t] of a[h, t, s]
     induction[h] = the same with x[s - 1] = x[t]
     k^ = mean of dropped k,   v^ = mean of dropped v,   score of k^ = q k^ + log(number of dropped)
     buffer = max(least, tokens / ratio)
@@ -13,7 +14,7 @@ drops is averaged into one compensation token, which counts as often as tokens w
 Tang et al. 2024, arXiv:2407.15891, sections 3.2 and 3.3, equations 4 and 5, algorithm 1. Departs: a KV head
 scores as its best query head, and the shares are of KV heads; the compensation token goes on taking in what
 leaves the buffer while tokens are generated; `budget` sets the buffer from what the whole cache may hold
-(retrieval heads then take at most three quarters of it). Layers with a sliding window are not served.
+(retrieval heads then take at most 85 % of it). Layers with a sliding window are not served.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from modicum.serve.kv import CacheShape, Entries, Keep, KVPolicy, Merged, check_
 if TYPE_CHECKING:
     from modicum.model.decoder import Decoder
 
-RETRIEVAL = 0.75  # of a budget: what the heads that retrieve may take
+RETRIEVAL = 0.85  # of a budget: what the heads that retrieve may take
 ROWS = 128  # queries whose scores exist at once while heads are measured
 
 
@@ -72,8 +73,8 @@ class RazorAttention(KVPolicy):
     ranked: Sequence[tuple[int, int]] = ()  # (layer, KV head), those that retrieve most first
     prompt: int = 0
 
-    def prepare(self, model: Decoder) -> None:
-        echo_LG, induction_LG = scores(model, self.config)
+    def prepare(self, model: Decoder, probe: Sequence[int] = ()) -> None:
+        echo_LG, induction_LG = scores(model, self.config, probe)
         self.ranked = ranking(echo_LG, induction_LG, self.config)
 
     def begin(self, prompt: int) -> KVPolicy:
@@ -127,12 +128,15 @@ class RazorAttention(KVPolicy):
 
 
 @torch.inference_mode()
-def scores(model: Decoder, config: Config) -> tuple[Tensor, Tensor]:
-    """(echo, induction) of every KV head, (L, G): its best query head's mean attention."""
+def scores(model: Decoder, config: Config, said: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """(echo, induction) of every KV head, (L, G): its best query head's mean attention. `said`: tokens to measure on."""
     c = model.config
-    length = max(2, min(config.probe, c.context_length // config.times))
-    generator = torch.Generator().manual_seed(0)
-    said = torch.randint(c.vocab_size, (length,), generator=generator).repeat(config.times)
+    if len(said):
+        said_T = torch.tensor(said[: c.context_length])
+    else:
+        length = max(2, min(config.probe, c.context_length // config.times))
+        generator = torch.Generator().manual_seed(0)
+        said_T = torch.randint(c.vocab_size, (length,), generator=generator).repeat(config.times)
     probe = _Probe(
         CacheShape(
             layers=c.layers,
@@ -144,9 +148,9 @@ def scores(model: Decoder, config: Config) -> tuple[Tensor, Tensor]:
             scales=tuple(c.attention_scale(i) for i in range(c.layers)),
             softcap=c.attention_softcap,
         ),
-        length,
+        said_T.to(model.device),
     )
-    model.hidden(said[None].to(model.device), attend=probe)
+    model.hidden(said_T[None].to(model.device), attend=probe)
     both_LHG = torch.stack(probe.found)  # (L, 2, G)
     return both_LHG[:, 0], both_LHG[:, 1]
 
@@ -165,8 +169,10 @@ def ranking(echo_LG: Tensor, induction_LG: Tensor, config: Config) -> list[tuple
 class _Probe:
     """An `attend` that is causal attention, and notes each head's echo and induction on the way."""
 
-    def __init__(self, shape: CacheShape, length: int):
-        self.shape, self.length = shape, length
+    def __init__(self, shape: CacheShape, said_T: Tensor):
+        self.shape, self.said_T = shape, said_T
+        before_TT = (said_T[:, None] == said_T).tril(-1)
+        self.again = max(1, int(before_TT.any(1).sum()))  # tokens that were said before
         self.found: list[Tensor] = []
 
     def __call__(
@@ -195,11 +201,10 @@ class _Probe:
                 hidden_TS |= place_T[:end] <= at_T1 - window
             a_GRTS = scores_GRTS.masked_fill_(hidden_TS, float("-inf")).softmax(-1)
             out.append((a_GRTS.to(v_GSE.dtype) @ v_GSE[:, None, :end]).flatten(0, 1))
-            back_TS = at_T1 - place_T[:end]
-            again_TS = at_T1 >= self.length
-            for i, off in ((0, 0), (1, 1)):  # the same token, the one after it
-                hit_TS = again_TS & ((back_TS + off) % self.length == 0) & (back_TS + off > 0)
-                hit_TS &= place_T[:end] >= off  # nothing was said before the first place
+            same_TS = (self.said_T[at_T1] == self.said_T[:end]) & (place_T[:end] < at_T1)
+            after_TS = torch.zeros_like(same_TS)  # what followed it then
+            after_TS[:, 1:] = same_TS[:, :-1] & (place_T[1:end] < at_T1)
+            for i, hit_TS in enumerate((same_TS, after_TS)):
                 sums[i] += (a_GRTS * hit_TS).sum((-1, -2)).flatten()
-        self.found.append((sums / max(T - self.length, 1)).unflatten(1, (G, H // G)).amax(2).cpu())
+        self.found.append((sums / self.again).unflatten(1, (G, H // G)).amax(2).cpu())
         return torch.cat(out, dim=1)[None]
