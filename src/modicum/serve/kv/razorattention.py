@@ -129,7 +129,7 @@ class RazorAttention(KVPolicy):
 
 @torch.inference_mode()
 def scores(model: Decoder, config: Config, said: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-    """(echo, induction) of every KV head, (L, G): its best query head's mean attention. `said`: tokens to measure on."""
+    """(echo, induction) of every KV head, (L, G): its best query head's mean attention. `said`: tokens to use."""
     c = model.config
     if len(said):
         said_T = torch.tensor(said[: c.context_length])
