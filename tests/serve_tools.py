@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from modicum.model.decoder import Decoder
 from modicum.model.folder import save_model
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
+from modicum.serve.request import Request, SamplingParams
 
 torch.set_num_threads(1)  # models this small are slower on two
 
@@ -49,6 +52,35 @@ def folder(path: Path) -> Path:
     save_model(tiny(), path)
     tokenizer().save(path)
     return path
+
+
+def assert_crowd_says(
+    crowd: Engine,
+    asks: Sequence[tuple[list[int], SamplingParams]],
+    want: list[list[int]],
+    rng: random.Random,
+    leave: int,
+) -> None:
+    """Requests that come at random times, of which `leave` go early, are answered with `want`; then all is clean."""
+    requests = [Request(p, s) for p, s in asks]
+    heard: dict[int, list[int]] = {r.id: [] for r in requests}
+    gone = {r.id for r in rng.sample(requests, leave)}
+    todo = list(requests)
+    while todo or crowd.busy:
+        for _ in range(rng.randint(0, 2)):
+            if todo:
+                crowd.add(todo.pop())
+        for update in crowd.step():
+            assert update.error is None
+            heard[update.request] += update.tokens
+            if update.request in gone and len(heard[update.request]) > 2:
+                crowd.abort(update.request)
+        crowd.blocks.check()
+    for request, tokens in zip(requests, want, strict=True):
+        said = heard[request.id]
+        assert said == (tokens[: len(said)] if request.id in gone else tokens)
+    assert crowd.counters["preemptions"] > 0
+    assert_clean(crowd)
 
 
 def assert_clean(engine: Engine) -> None:

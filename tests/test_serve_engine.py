@@ -18,7 +18,7 @@ from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 from modicum.serve.load import load_engine
 from modicum.serve.request import InvalidRequest, Request, SamplingParams, Update
-from serve_tools import assert_clean, engine, folder, lively, tiny, tokenizer
+from serve_tools import assert_clean, assert_crowd_says, engine, folder, lively, tiny, tokenizer
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -112,24 +112,7 @@ def test_random_arrivals_change_nothing() -> None:
         None,
         EngineConfig(block_size=8, cache="160tok", max_sequences=6, chunked_prefill=True, max_batch_tokens=32),
     )
-    requests = [Request(p, s) for p, s in asks]
-    heard: dict[int, list[int]] = {r.id: [] for r in requests}
-    gone = {r.id for r in rng.sample(requests, 5)}
-    todo = list(requests)
-    while todo or crowd.busy:
-        for _ in range(rng.randint(0, 2)):
-            if todo:
-                crowd.add(todo.pop())
-        for update in crowd.step():
-            heard[update.request] += update.tokens
-            if update.request in gone and len(heard[update.request]) > 2:
-                crowd.abort(update.request)
-        crowd.blocks.check()
-    for request, tokens in zip(requests, want, strict=True):
-        said = heard[request.id]
-        assert said == (tokens[: len(said)] if request.id in gone else tokens)
-    assert crowd.counters["preemptions"] > 0
-    assert_clean(crowd)
+    assert_crowd_says(crowd, asks, want, rng, leave=5)
 
 
 def test_a_second_turn_finds_the_first_in_the_cache() -> None:

@@ -24,7 +24,7 @@ from modicum.serve.pages import Storage
 from modicum.serve.request import Request, SamplingParams
 from modicum.serve.runner import Eager, make_runner
 from modicum.serve.work import Work, arrange, by_policy
-from serve_tools import assert_clean, lively, tiny
+from serve_tools import assert_clean, assert_crowd_says, lively, tiny
 
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped heads": {},
@@ -166,26 +166,9 @@ def test_requests_that_come_and_go() -> None:
         model, cache="160tok", max_sequences=6, chunked_prefill=True, max_batch_tokens=32, scheduler="fcfs:reserve=0"
     )
     assert runner is not None
-    requests = [Request(p, s) for p, s in asks]
-    heard: dict[int, list[int]] = {r.id: [] for r in requests}
-    gone = {r.id for r in rng.sample(requests, 4)}
-    todo = list(requests)
-    while todo or crowd.busy:
-        for _ in range(rng.randint(0, 2)):
-            if todo:
-                crowd.add(todo.pop())
-        for update in crowd.step():
-            assert update.error is None
-            heard[update.request] += update.tokens
-            if update.request in gone and len(heard[update.request]) > 2:
-                crowd.abort(update.request)
-        crowd.blocks.check()
-    for request, tokens in zip(requests, want, strict=True):
-        said = heard[request.id]
-        assert said == (tokens[: len(said)] if request.id in gone else tokens)
-    assert crowd.counters["preemptions"] > 0 and crowd.counters["cached_tokens"] > 0
+    assert_crowd_says(crowd, asks, want, rng, leave=4)
+    assert crowd.counters["cached_tokens"] > 0
     assert len({b for b, _ in runner.used}) >= 3 and eager.given
-    assert_clean(crowd)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ KNOBS = "razorattention:induction=0.25,echo=0.01,sinks=2,least=5,ratio=4,probe=1
 CONFIG = Config(induction=0.25, echo=0.01, sinks=2, least=5, ratio=4, probe=10)
 
 
-def test_scores_are_those_of_whole_attention_matrices() -> None:
-    model, found = tiny(), []
+def attention_matrices(model: Decoder, tokens_T: Tensor) -> list[Tensor]:
+    """Of each layer, (H, T, T), in float64."""
+    found: list[Tensor] = []
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: object, scale: float, softcap: object) -> Tensor:
         T = q.shape[2]
@@ -29,9 +30,15 @@ def test_scores_are_those_of_whole_attention_matrices() -> None:
         found.append(a)
         return (a @ v[0].double().repeat_interleave(2, 0)).float()[None]
 
-    tokens = torch.randint(400, (10,), generator=torch.Generator().manual_seed(0)).repeat(4)
     with torch.no_grad():
-        model.hidden(tokens[None], attend=attend)
+        model.hidden(tokens_T[None], attend=attend)
+    return found
+
+
+def test_scores_are_those_of_whole_attention_matrices() -> None:
+    model = tiny()
+    tokens = torch.randint(400, (10,), generator=torch.Generator().manual_seed(0)).repeat(4)
+    found = attention_matrices(model, tokens)
     echo_LG, induction_LG = scores(model, CONFIG)
     for layer, a in enumerate(found):
         for g in range(2):
@@ -49,18 +56,9 @@ def test_scores_are_those_of_whole_attention_matrices() -> None:
 
 def test_heads_can_be_measured_on_given_tokens() -> None:
     """Scores over the places whose token was said before, wherever that was; the engine passes its `kv_probe` on."""
-    model, found = tiny(), []
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: object, scale: float, softcap: object) -> Tensor:
-        T = q.shape[2]
-        a = q[0].double() @ k[0].double().repeat_interleave(2, 0).transpose(1, 2) * scale
-        a = a.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
-        found.append(a)
-        return (a @ v[0].double().repeat_interleave(2, 0)).float()[None]
-
+    model = tiny()
     said = [7, 3, 3, 9, 7, 3, 5, 9, 9, 7]
-    with torch.no_grad():
-        model.hidden(torch.tensor([said]), attend=attend)
+    found = attention_matrices(model, torch.tensor(said))
     echo_LG, induction_LG = scores(model, CONFIG, said)
     again = [t for t in range(10) if said[t] in said[:t]]
     for layer, a in enumerate(found):

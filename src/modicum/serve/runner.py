@@ -91,22 +91,8 @@ class Native:
         config, table = self.model.config, self.attend.table
         position_T = np.array(positions_of(works), dtype=np.int64)
         slot_T = np.repeat(np.array([w.sample.slot for w in works], dtype=np.int64), [w.n for w in works])
-        place_T, root_T, line_TD = position_T, None, None
-        if trees:
-            place_T = places_of(works)
-            root_T, line_TD = np.full(len(place_T), -1), np.zeros((len(place_T), depth), dtype=np.int64)
-            for w in trees:
-                assert w.tree is not None
-                line_XD = layout(w.tree).line_XD
-                root_T[w.at : w.at + w.n] = w.start
-                line_TD[w.at : w.at + w.n, : line_XD.shape[1]] = w.start + line_XD
-        thin_T, weights = None, self.attend.storage.weight_AP
-        if any(w.sample.pages is not None for w in works):
-            thin_T = (native.Thin * len(position_T))()
-            for w in works:
-                if (pages := w.sample.pages) is not None:
-                    table_LGN, count_LG = pages.table_LGN, pages.count_LG
-                    thin_T[w.at] = native.Thin(table_LGN.data_ptr(), count_LG.data_ptr(), table_LGN.shape[2])
+        place_T, root_T, line_TD = _drafted(works, depth) if trees else (position_T, None, None)
+        thin_T, weights = _thinned(works), self.attend.storage.weight_AP
         x_TD = self.model.embed(torch.tensor(tokens_of(works)))
         if config.embed_scale is not None:
             x_TD = x_TD * torch.tensor(config.embed_scale, dtype=x_TD.dtype)
@@ -248,6 +234,30 @@ class Native:
             None if zero is None else zero.data_ptr(),
             None if bias is None else self._floats(bias),
         )
+
+
+def _drafted(works: Sequence[Work], depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each token goes in its sequence's cache (T,), its tree's root or -1 (T,), its ancestors (T, depth)."""
+    place_T = places_of(works)
+    root_T, line_TD = np.full(len(place_T), -1), np.zeros((len(place_T), depth), dtype=np.int64)
+    for w in works:
+        if w.tree is not None:
+            line_XD = layout(w.tree).line_XD
+            root_T[w.at : w.at + w.n] = w.start
+            line_TD[w.at : w.at + w.n, : line_XD.shape[1]] = w.start + line_XD
+    return place_T, root_T, line_TD
+
+
+def _thinned(works: Sequence[Work]) -> Any:
+    """The pages of each row's sequence, an array of `native.Thin`; None if all sequences are whole."""
+    if all(w.sample.pages is None for w in works):
+        return None
+    thin_T = (native.Thin * sum(w.n for w in works))()
+    for w in works:
+        if (pages := w.sample.pages) is not None:
+            table_LGN = pages.table_LGN
+            thin_T[w.at] = native.Thin(table_LGN.data_ptr(), pages.count_LG.data_ptr(), table_LGN.shape[2])
+    return thin_T
 
 
 def _stored(module: Any) -> tuple[int, Tensor, Tensor | None, Tensor | None] | None:
