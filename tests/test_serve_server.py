@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -14,7 +15,8 @@ import openai
 import pytest
 
 from modicum.core.errors import UserError
-from modicum.serve.request import SamplingParams
+from modicum.serve.api import ClientGone, Ticket
+from modicum.serve.request import Request, SamplingParams
 from modicum.serve.server import BackgroundServer, ServerConfig
 from modicum.serve.worker import Worker
 from serve_tools import assert_clean, engine
@@ -220,8 +222,13 @@ def _metric(server: BackgroundServer, name: str) -> float:
     return next(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.rsplit(" ", 1)[0] == name)
 
 
-def test_client_that_goes_away_frees_its_blocks(server: BackgroundServer) -> None:
+def test_client_that_goes_away_frees_its_blocks(
+    server: BackgroundServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     worker = server.server.worker
+    step = worker.engine.step
+    # The tiny model would finish all of it before the news of the closed connection.
+    monkeypatch.setattr(worker.engine, "step", lambda: (time.sleep(0.02), step())[1])
     aborted = _metric(server, "modicum_aborted_requests_total")
     body = {"model": "tiny", "prompt": "The", "max_tokens": 240, "ignore_eos": True}
     with httpx.stream("POST", server.url + "/v1/completions", json=body | {"stream": True, "n": 4}) as answer:
@@ -229,11 +236,30 @@ def test_client_that_goes_away_frees_its_blocks(server: BackgroundServer) -> Non
     with pytest.raises(httpx.ReadTimeout):
         patience = httpx.Timeout(30, read=0.02)
         httpx.post(server.url + "/v1/completions", json=body | {"n": 8}, timeout=patience)
-    settle(worker)
     end = time.monotonic() + 10
     while _metric(server, "modicum_aborted_requests_total") < aborted + 2 and time.monotonic() < end:
         time.sleep(0.02)
     assert _metric(server, "modicum_aborted_requests_total") == aborted + 2
+    settle(worker)
+
+
+def test_a_stream_that_catches_up_hears_of_a_lost_client(server: BackgroundServer) -> None:
+    """Updates that wait in the queue are not all told first, and the end is not taken for the answer's."""
+
+    async def read_one_then_leave() -> int:
+        worker = server.server.worker
+        request = Request(worker.engine.tokenizer.encode("The"), SamplingParams(max_tokens=30, ignore_eos=True))
+        ticket = Ticket(worker, [request])
+        await asyncio.to_thread(settle, worker)  # every update is in the queue
+        seen = 0
+        with pytest.raises(ClientGone):
+            async for _ in ticket.updates():
+                seen += 1
+                if seen == 1:
+                    asyncio.get_running_loop().call_soon(ticket.cancel)
+        return seen
+
+    assert asyncio.run(read_one_then_leave()) < 5
 
 
 def test_storm_leaks_nothing(server: BackgroundServer) -> None:

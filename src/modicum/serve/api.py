@@ -60,6 +60,7 @@ class Ticket:
         self._queue: asyncio.Queue[list[Update] | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._open = {r.id: set(range(r.params.n)) for r in requests}
+        self._cancelled = False
         try:
             for request in requests:
                 worker.submit(request, self._hear)
@@ -75,14 +76,15 @@ class Ticket:
         for id in self._open:
             self._worker.abort(id)
         if self._open:
-            self._open = {}
+            self._open, self._cancelled = {}, True
             self._queue.put_nowait(None)
 
     async def updates(self) -> AsyncIterator[Update]:
         """Raises `ClientGone` after `cancel`, `ApiError` if the engine ended a request with an error."""
         while self._open:
             some = await self._queue.get()
-            if some is None:
+            await asyncio.sleep(0)  # a stream that catches up delays neither the others nor news of a lost client
+            if some is None or self._cancelled:
                 raise ClientGone
             for update in some:
                 if update.error is not None:
@@ -96,6 +98,8 @@ class Ticket:
                     if not self._open[update.request]:
                         del self._open[update.request]
                 yield update
+                if self._cancelled:  # meanwhile
+                    raise ClientGone
 
 
 @contextlib.asynccontextmanager
