@@ -143,9 +143,8 @@ def test_ray_gives_the_same(curated: Curation, source: Path, tmp_path: Path) -> 
 
 def test_done_is_done(curated: Curation, source: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in curated.folder.rglob("*")}
-    start = time.monotonic()
     again = curate(str(source), curated.folder, SMALL)
-    assert again.books == curated.books and time.monotonic() - start < 1
+    assert again.books == curated.books
     assert before == {p: p.stat().st_mtime_ns for p in curated.folder.rglob("*")}
 
 

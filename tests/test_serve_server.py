@@ -16,6 +16,7 @@ import pytest
 
 from modicum.core.errors import UserError
 from modicum.serve.api import ClientGone, Ticket
+from modicum.serve.engine import Engine
 from modicum.serve.request import Request, SamplingParams
 from modicum.serve.server import BackgroundServer, ServerConfig
 from modicum.serve.worker import Worker
@@ -42,6 +43,12 @@ def settle(worker: Worker, seconds: float = 30.0) -> None:
         time.sleep(0.01)
     assert not worker.engine.busy
     assert worker.engine.stats()["used_blocks"] == 0
+
+
+def slow_down(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model is quicker than clients come and go: 20 ms more for each step."""
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.02), step())[1])
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -226,9 +233,7 @@ def test_client_that_goes_away_frees_its_blocks(
     server: BackgroundServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = server.server.worker
-    step = worker.engine.step
-    # The tiny model would finish all of it before the news of the closed connection.
-    monkeypatch.setattr(worker.engine, "step", lambda: (time.sleep(0.02), step())[1])
+    slow_down(worker.engine, monkeypatch)  # else all is said before the news of the closed connection
     aborted = _metric(server, "modicum_aborted_requests_total")
     body = {"model": "tiny", "prompt": "The", "max_tokens": 240, "ignore_eos": True}
     with httpx.stream("POST", server.url + "/v1/completions", json=body | {"stream": True, "n": 4}) as answer:
@@ -331,8 +336,9 @@ def test_api_key() -> None:
         assert openai.OpenAI(base_url=server.url + "/v1", api_key="sesame").models.list().data[0].id == "tiny"
 
 
-def test_full_queue_is_429() -> None:
+def test_full_queue_is_429(monkeypatch: pytest.MonkeyPatch) -> None:
     with BackgroundServer(engine(max_sequences=1), ServerConfig(port=0, max_queue=2, model="tiny")) as server:
+        slow_down(server.server.worker.engine, monkeypatch)
         body = {"model": "tiny", "prompt": "The", "max_tokens": 60, "ignore_eos": True}
         with ThreadPoolExecutor(12) as pool:
             statuses = list(
