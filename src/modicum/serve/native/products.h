@@ -7,16 +7,17 @@
 #pragma once
 #include "activations.h"
 
-#define NEAR 16384        /* bytes ahead, into the first cache, one row */
-#define FAR 32768         /* bytes ahead, into the second, more rows */
+#define NEAR 2048         /* bytes ahead into the second cache, one row; further is slower: see docs/performance.md */
+#define NEAR_CODES 8192   /* the same for codes */
+#define FAR 16384         /* more rows */
 
 #define EACH_M UNROLL for (int m = 0; m < M; m++)
 #define EACH_N UNROLL for (int n = 0; n < N; n++)
 #define ARGS const char *w, int64_t ldw, const Act *a, int64_t at, const float *scale, const float *zero, \
              const char *next, __m512 *out
-/* AHEAD: NEAR, or how many rows from `next` on to fetch. More of them at once than a core has misses in flight would
+/* AHEAD: bytes, or how many rows from `next` on to fetch. More of them at once than a core has misses in flight would
  * hold up the products, so the blocks of rows share what lies ahead. */
-#define FETCH(m, at) do { if (AHEAD == NEAR) _mm_prefetch(w + (at) + NEAR, _MM_HINT_T0); \
+#define FETCH(m, at) do { if (AHEAD > 4) _mm_prefetch(w + (at) + AHEAD, _MM_HINT_T1); \
                           else if ((m) < AHEAD) _mm_prefetch(next + (m) * ldw + (at), _MM_HINT_T1); } while (0)
 
 /* Kernels: sums over all inputs of M outputs times N rows from `at` on, one vector each, still to be summed. */
@@ -149,13 +150,13 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
                    const char *next, int64_t outs, float *y, int64_t ldy
 typedef void (*Block)(BLOCK_ARGS);
 
-#define STREAM(KERNEL, N) \
+#define STREAM(KERNEL, N, AHEAD) \
     static void KERNEL##_stream##N(BLOCK_ARGS) { \
         __m512 v[LINE]; \
         float total[LINE]; \
         int64_t G = padded_groups(a->groups); \
         for (int64_t m = 0; m < outs; m++) \
-            KERNEL(1, N, NEAR, w + m * ldw, ldw, a, at, scale + m * G, zero + m * G, next, v + m * N); \
+            KERNEL(1, N, AHEAD, w + m * ldw, ldw, a, at, scale + m * G, zero + m * G, next, v + m * N); \
         for (int64_t i = outs * N; i < LINE; i++) v[i] = _mm512_setzero_ps(); \
         _mm512_storeu_ps(total, sums(v)); \
         for (int64_t m = 0; m < outs; m++) for (int n = 0; n < N; n++) y[n * ldy + m] = total[m * N + n]; \
@@ -175,7 +176,8 @@ typedef void (*Block)(BLOCK_ARGS);
 /* [streamed; four outputs and fetching 0, 1, 2, 4 rows][rows - 1] */
 enum { STREAMED = 0, FETCHING = 1 };
 #define FAMILY(KERNEL) \
-    STREAM(KERNEL, 1) STREAM(KERNEL, 2) STREAM(KERNEL, 3) STREAM(KERNEL, 4) BLOCK(KERNEL, 1, 4, 1, 0) \
+    STREAM(KERNEL, 1, NEAR) STREAM(KERNEL, 2, NEAR) STREAM(KERNEL, 3, NEAR) STREAM(KERNEL, 4, NEAR) \
+    BLOCK(KERNEL, 1, 4, 1, 0) \
     BLOCK(KERNEL, 2, 4, 2, 0) BLOCK(KERNEL, 3, 4, 3, 0) BLOCK(KERNEL, 4, 4, 4, 0) BLOCK(KERNEL, far1, 4, 4, 1) \
     BLOCK(KERNEL, far2, 4, 4, 2) BLOCK(KERNEL, far4, 4, 4, 4) \
     static const Block KERNEL##_blocks[5][4] = { \
@@ -184,7 +186,7 @@ enum { STREAMED = 0, FETCHING = 1 };
         {0, 0, 0, KERNEL##_far4}};
 /* Two rows at a time where each needs two accumulators per output. */
 #define PAIR_FAMILY(KERNEL) \
-    STREAM(KERNEL, 1) STREAM(KERNEL, 2) BLOCK(KERNEL, 1, 4, 1, 0) BLOCK(KERNEL, 2, 4, 2, 0) \
+    STREAM(KERNEL, 1, NEAR_CODES) STREAM(KERNEL, 2, NEAR_CODES) BLOCK(KERNEL, 1, 4, 1, 0) BLOCK(KERNEL, 2, 4, 2, 0) \
     BLOCK(KERNEL, far1, 4, 2, 1) BLOCK(KERNEL, far2, 4, 2, 2) BLOCK(KERNEL, far4, 4, 2, 4) \
     static const Block KERNEL##_blocks[5][4] = {{KERNEL##_stream1, KERNEL##_stream2, 0, 0}, \
         {KERNEL##_1, KERNEL##_2, 0, 0}, {0, KERNEL##_far1, 0, 0}, {0, KERNEL##_far2, 0, 0}, {0, KERNEL##_far4, 0, 0}};
@@ -228,7 +230,7 @@ static void widen_bytes(const uint8_t *row, int64_t in, uint16_t *to) {
         __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
         __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
         _mm512_mask_storeu_epi16(to + k, tail32(in - k), (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        _mm_prefetch((const char *)row + FAR / 2 + k, _MM_HINT_T1);
+        _mm_prefetch((const char *)row + FAR + k, _MM_HINT_T1);
     }
 }
 
@@ -245,7 +247,7 @@ static void look_up_nibbles(const Matrix *m, const uint8_t *row, const float *sc
             pair = _mm512_and_si512(_mm512_or_si512(pair, _mm512_slli_epi32(pair, 12)), _mm512_set1_epi32(0x000f000f));
             _mm512_mask_storeu_epi16(to + k, tail32(end - k), _mm512_permutexvar_epi16(pair, values));
         }
-        _mm_prefetch((const char *)row + FAR / 4 + g * m->group / 2, _MM_HINT_T1);
+        _mm_prefetch((const char *)row + FAR / 2 + g * m->group / 2, _MM_HINT_T1);
     }
 }
 #endif
