@@ -10,6 +10,7 @@ from modicum.bench import engine as bench
 from modicum.bench import record
 from modicum.cli.bench import engine as command
 from modicum.core.errors import UserError
+from modicum.serve import native
 
 SIZE = bench.Size(
     layers=1,
@@ -36,7 +37,10 @@ def test_columns_ratios_and_records(tmp_path: Path) -> None:
     decode = rows["modicum", "decode int8"]["tokens_per_s"] / rows["transformers", "decode bf16"]["tokens_per_s"]
     assert rows["modicum", "decode int8"]["ratio"] == pytest.approx(decode)
     assert found["checks"]["float32_tokens_equal"] and "openvino" in found["skipped"]
-    assert set(found["share_of_read"]) == {"bf16", "int8", "int4"}
+    eights = {"w8a8", "w4a8"} if "avx512_vnni" in native.processor() and native.library() else set()
+    assert set(found["share_of_read"]) == {"bf16", "int8", "int4"} | eights
+    assert set(found["checks"]["eight_bit_logit_error"]) == eights
+    assert all(0 < error < 0.05 for error in found["checks"]["eight_bit_logit_error"].values())
     bench.append(found, tmp_path / "engine.jsonl", 0)
     assert len(record.read(tmp_path / "engine.jsonl")) == len(rows)
 

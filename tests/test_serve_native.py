@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modicum.core.errors import ModicumError, UserError
 from modicum.model.attach import attach
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
@@ -49,9 +50,11 @@ def decoder(name: str = "plain", width: int = 128, **more: Any) -> Decoder:
     return model
 
 
-def logits_of(model: Decoder, prompts: list[list[int]], steps: int = 3, dtype: str | None = None) -> tuple[Tensor, Any]:
+def logits_of(
+    model: Decoder, prompts: list[list[int]], steps: int = 3, dtype: str | None = None, **config: Any
+) -> tuple[Tensor, Any]:
     """Logits of each step of all prompts at once, and the tokens that were fed; by the engine's own runner."""
-    e = Engine(model, None, EngineConfig(block_size=8, cache="2ktok", prefix_cache=False, dtype=dtype))
+    e = Engine(model, None, EngineConfig(block_size=8, cache="2ktok", prefix_cache=False, dtype=dtype, **config))
     caught: dict[int, list[Tensor]] = {}
     runner = e.runner
 
@@ -69,7 +72,14 @@ def logits_of(model: Decoder, prompts: list[list[int]], steps: int = 3, dtype: s
     return torch.stack([torch.stack(caught[i]).double() for i in sorted(caught)]), tokens  # (prompts, steps, V)
 
 
-def exact(model: Decoder, prompts: list[list[int]], tokens: list[list[int]]) -> Tensor:
+def to_eight_bits(module: torch.nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+    """What goes into a matrix, rounded as the kernels do it: a step for each 64 inputs, 127 of them the largest."""
+    x = given[0].unflatten(-1, (-1, 64))
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return (torch.where(step > 0, torch.round(x / step) * step, 0.0).flatten(-2),)
+
+
+def exact(model: Decoder, prompts: list[list[int]], tokens: list[list[int]], eight: bool = False) -> Tensor:
     """The same logits by the decoder in float64, codes decoded, each sequence whole and alone."""
     from modicum.model.attach import forms
 
@@ -78,6 +88,8 @@ def exact(model: Decoder, prompts: list[list[int]], tokens: list[list[int]]) -> 
     for name, form in forms(model).items():
         state[f"{name}.weight"] = form.decode(torch.float64)  # type: ignore[operator]
     wide.load_state_dict({name: value.double() for name, value in state.items()})
+    for name in (n for n in forms(model) if eight and n != "lm_head"):  # few rows want logits: exact as ever
+        wide.get_submodule(name).register_forward_pre_hook(to_eight_bits)  # type: ignore[arg-type]
     rows = []
     for prompt, said in zip(prompts, tokens, strict=True):
         with torch.no_grad():
@@ -114,6 +126,65 @@ def test_codes_are_multiplied_as_they_decode(form: str, count: int) -> None:
     got, tokens = logits_of(half, PROMPTS[:count], dtype="float32")
     error = distance(got, exact(half, PROMPTS[:count], tokens))
     assert error < (3e-4 if form.startswith("int8") and count == 1 else 2e-2)
+
+
+needs_eights = pytest.mark.skipif(
+    native.library() is None or "avx512_vnni" not in native.processor(), reason="no byte products"
+)
+
+
+def coded(form: str, width: int = 128) -> Decoder:
+    model = decoder(width=width).to(torch.bfloat16)
+    attach(model, {"layers.*": form, "lm_head": form})
+    return model
+
+
+@needs_eights
+@pytest.mark.parametrize("form", ["int8", "int8:group=64", "int4:group=64", "int4:group=128"])
+@pytest.mark.parametrize("width", [128, 320])
+def test_eight_bits_round_what_goes_in_and_nothing_else(form: str, width: int) -> None:
+    """But for a rare value that lies so near the middle of two codes that float32 and float64 part ways."""
+    model = coded(form, width)
+    prompts = [list(range(7 * i, 8 * i + 6)) for i in range(4)]  # rows enough to be multiplied in eight bits
+    got, tokens = logits_of(model, prompts, steps=1, dtype="float32", activation_bits=8)
+    want, unrounded = exact(model, prompts, tokens, eight=True), exact(model, prompts, tokens)
+    assert sorted(distance(g, w) for g, w in zip(got, want, strict=True))[1] < 1e-4
+    assert 0.01 < distance(unrounded, want) < 0.05
+
+
+@needs_eights
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_eight_bits_depend_on_neither_company_nor_threads(form: str) -> None:
+    model = coded(form)
+    together, _ = logits_of(model, PROMPTS[1:4], steps=1, activation_bits=8)
+    for prompt, want in zip(PROMPTS[1:4], together, strict=True):
+        assert torch.equal(logits_of(model, [prompt], steps=1, activation_bits=8)[0][0], want)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(logits_of(model, PROMPTS[1:4], steps=1, activation_bits=8)[0], together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_eights
+def test_a_nan_survives_eight_bits() -> None:
+    model = coded("int8")
+    with torch.no_grad():
+        model.embed.weight[11, 70] = float("nan")
+    logits_of(model, [[12] * 6], steps=1, activation_bits=8)
+    with pytest.raises(ModicumError, match="not a number"):
+        logits_of(model, [[11] * 6], steps=1, activation_bits=8)
+
+
+def test_eight_bits_need_codes_and_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="neither 16 nor 8"):
+        EngineConfig(activation_bits=4)
+    with pytest.raises(UserError, match="int8 or int4"):
+        Engine(decoder().to(torch.bfloat16), None, EngineConfig(cache="1ktok", activation_bits=8))
+    monkeypatch.setenv("MODICUM_NATIVE", "0")
+    with pytest.raises(UserError, match="MODICUM_NATIVE=0"):
+        Engine(coded("int8"), None, EngineConfig(cache="1ktok", activation_bits=8))
 
 
 @needs_kernels

@@ -11,6 +11,7 @@ the machine's own ceilings: reading memory, and bfloat16 products. Ratios are to
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import gc
@@ -34,6 +35,7 @@ from modicum.bench.engine_columns import (
     shape_of,
     transformers,
 )
+from modicum.core.errors import UserError
 from modicum.core.files import fingerprint
 from modicum.model.decoder import Decoder
 
@@ -103,7 +105,7 @@ def measure(
             try:
                 timed[name] = maker()
             except Exception as error:
-                if name in (BASE,) or name.startswith("modicum"):
+                if name == BASE or (name.startswith("modicum") and not isinstance(error, UserError)):
                     raise
                 skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         for columns in timed.values():  # first calls allocate and compile; they do not count
@@ -148,7 +150,7 @@ def _shares(rows: dict[tuple[str, str], Row], size: Size, read: float) -> dict[s
     from modicum.model.attach import attach
 
     shares = {}
-    for form, choice in FORMS.items():
+    for form, (choice, _) in FORMS.items():
         row = rows.get(("modicum", f"decode {form}"))
         if row is None:
             continue
@@ -183,7 +185,40 @@ def identical(folder: Path, size: Size) -> dict[str, Any]:
     engine = Engine(load_model(folder, dtype=torch.float32), None, EngineConfig(cache=cache))
     same = engine.generate([ids[0].tolist()], params)[0].tokens == said[0, size.prompt :].tolist()
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    engine = Engine(load_model(folder), None, EngineConfig(cache=cache))
+    with torch.inference_mode():
+        errors = {
+            "modicum": _off(_logits(folder, size, "bf16"), want),
+            BASE: _off(half(ids).logits[0, -1].float(), want),
+        }
+    eight = {}
+    for form, exact in (("w8a8", "int8"), ("w4a8", "int4")):
+        with contextlib.suppress(UserError):  # kernels that this machine has not got
+            eight[form] = _off(_logits(folder, size, form), _logits(folder, size, exact))
+    return {
+        "float32_tokens_equal": same,
+        "tokens": size.tokens,
+        "bf16_logit_error": errors,
+        "eight_bit_logit_error": eight,
+    }
+
+
+def _off(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def _logits(folder: Path, size: Size, form: str) -> torch.Tensor:
+    """Of the token that follows the prompt, by modicum's engine."""
+    from modicum.model.attach import attach
+    from modicum.model.folder import load_model
+    from modicum.serve.config import EngineConfig
+    from modicum.serve.engine import Engine
+    from modicum.serve.request import SamplingParams
+
+    places, bits = FORMS[form]
+    model = load_model(folder)
+    if places:
+        attach(model, places)
+    engine = Engine(model, None, EngineConfig(cache=f"{4 * size.prompt}tok", activation_bits=bits))
     caught: list[Any] = []
     runner = engine.runner
 
@@ -192,13 +227,8 @@ def identical(folder: Path, size: Size) -> dict[str, Any]:
         return caught[-1]
 
     engine.runner = watched  # type: ignore[assignment]
-    engine.generate([ids[0].tolist()], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
-    with torch.inference_mode():
-        errors = {
-            "modicum": float((caught[0][0].float() - want).norm() / want.norm()),
-            BASE: float((half(ids).logits[0, -1].float() - want).norm() / want.norm()),
-        }
-    return {"float32_tokens_equal": same, "tokens": size.tokens, "bf16_logit_error": errors}
+    engine.generate([list(range(1, size.prompt + 1))], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+    return caught[0][0].float()
 
 
 def append(found: dict[str, Any], path: Path, seed: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.decoder import Decoder
 from modicum.serve.drafters import Drafter, Tree
 
-FORMS: dict[str, dict[str, str]] = {
-    "bf16": {},
-    "int8": {"layers.*": "int8", "lm_head": "int8"},
-    "int4": {"layers.*": "int4", "lm_head": "int8"},
+INT8, INT4 = {"layers.*": "int8", "lm_head": "int8"}, {"layers.*": "int4", "lm_head": "int8"}
+FORMS: dict[str, tuple[dict[str, str], int]] = {  # forms of the matrices, bits of what they are multiplied with
+    "bf16": ({}, 16),
+    "int8": (INT8, 16),
+    "int4": (INT4, 16),
+    "w8a8": (INT8, 8),
+    "w4a8": (INT4, 8),
 }
 
 
@@ -84,10 +87,12 @@ def modicum(folder: Path, size: Size, form: str) -> dict[str, Callable[[], float
     from modicum.serve.request import Request, SamplingParams
 
     model = load_model(folder)
-    if FORMS[form]:
-        attach(model, FORMS[form])
+    places, bits = FORMS[form]
+    if places:
+        attach(model, places)
     cache = f"{size.prefill + (size.prompt + size.answer + 16) * size.requests}tok"
-    engine = Engine(model, None, EngineConfig(cache=cache, prefix_cache=False))
+    config = EngineConfig(cache=cache, prefix_cache=False, activation_bits=bits)
+    engine = Engine(model, None, config)
 
     def run(prompts: list[list[int]], tokens: int) -> list[Any]:
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -105,8 +110,7 @@ def modicum(folder: Path, size: Size, form: str) -> dict[str, Callable[[], float
 
     def checked() -> float:
         """Steps per second that check drafts, none of which is right."""
-        drafting = Engine(model, None, EngineConfig(cache=cache, prefix_cache=False, drafter="prompt-lookup",
-                                                    draft_when="always"))
+        drafting = Engine(model, None, replace(config, drafter="prompt-lookup", draft_when="always"))
         assert drafting.drafting is not None
         drafting.drafting.drafter = Pairs(None, size.vocab, size.drafts)
         params = SamplingParams(temperature=0, max_tokens=size.tokens + size.drafts, ignore_eos=True)

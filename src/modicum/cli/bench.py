@@ -146,6 +146,9 @@ def engine(names: list[str], seed: int, *, quick: bool, evidence: Path | None, a
     if checks := found["checks"]:
         errors = ", ".join(f"{name} {error:.2g}" for name, error in checks["bf16_logit_error"].items())
         print(f"greedy float32 tokens equal to transformers': {checks['float32_tokens_equal']}; logit error: {errors}")
+        if eight := checks["eight_bit_logit_error"]:
+            errors = ", ".join(f"{name} {error:.2g}" for name, error in eight.items())
+            print(f"logit error of activations in eight bits: {errors}")
     for name, why in found["skipped"].items():
         print(f"{name} left out: {why}", file=sys.stderr)
 

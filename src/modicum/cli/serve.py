@@ -50,6 +50,9 @@ def serve(
     cuda_graphs: Annotated[
         bool, typer.Option(help="On a GPU, replay decode steps instead of launching every kernel anew.")
     ] = True,
+    activation_bits: Annotated[
+        int, typer.Option(help="16, or 8: quicker prompts and batches on int8 or int4 matrices, rounded more.")
+    ] = 16,
     size: Annotated[
         str | None,
         typer.Option(help="Of a model in blocks (compress --form bitstack): load so much, e.g. 24MiB."),
@@ -84,6 +87,7 @@ def serve(
         draft_tokens=draft_tokens,
         draft_when=draft_when,
         cuda_graphs=cuda_graphs,
+        activation_bits=activation_bits,
     )
     if drain < 0 or max_queue < 1:
         raise UserError(

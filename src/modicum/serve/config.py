@@ -30,7 +30,8 @@ class EngineConfig:
     choose methods with their knobs, as `fcfs:reserve=0.05`. kv_probe: tokens that say themselves again, on which a
     policy measures heads; none: random ones. draft_tokens: drafted tokens of one step, shared among its sequences.
     draft_when: `pays` (by the clock, see `serve.payoff`) or `always`. cuda_graphs: on a GPU, replay decode steps
-    instead of launching every kernel anew (`serve.graphs`).
+    instead of launching every kernel anew (`serve.graphs`). activation_bits: 16, or 8: where matrices are int8 or
+    int4, the kernels for the CPU round what they multiply with to eight bits, a step for each 64 inputs.
     """
 
     block_size: int = 16
@@ -48,10 +49,13 @@ class EngineConfig:
     draft_tokens: int = 96
     draft_when: str = "pays"
     cuda_graphs: bool = True
+    activation_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.draft_when not in ("pays", "always"):
             raise UserError(f"draft_when={self.draft_when} is neither pays nor always; write one of them")
+        if self.activation_bits not in (8, 16):
+            raise UserError(f"activation_bits={self.activation_bits} is neither 16 nor 8; write one of them")
         for name in ("block_size", "max_batch_tokens", "max_sequences", "max_length", "draft_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -74,7 +74,7 @@ class Engine:
         self.policy.prepare(self.model, config.kv_probe)
         drafter = make_drafter(config, shape.vocab_size, self.policy)
         self.cache = Cache(shape, config, n_blocks, dtype, device, self.policy)
-        self.runner = make_runner(model, self.cache.attend, config.cuda_graphs)
+        self.runner = make_runner(model, self.cache.attend, config.cuda_graphs, config.activation_bits)
         self.storage, self.blocks, self.pages = self.cache.storage, self.cache.blocks, self.cache.pages
         self.max_length = longest(config, shape, self.policy, self.cache.capacity)
         self.eos = frozenset(tokenizer.stop_ids if tokenizer is not None else shape.eos_ids)

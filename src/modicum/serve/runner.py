@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modicum.core.errors import UserError
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
 from modicum.model.forms import LinearForm
@@ -64,8 +65,8 @@ class Native:
 
     name = "native"
 
-    def __init__(self, model: Decoder, attend: StepAttend, library: ctypes.CDLL):
-        self.model, self.attend, self.library = model, attend, library
+    def __init__(self, model: Decoder, attend: StepAttend, library: ctypes.CDLL, eight: bool = False):
+        self.model, self.attend, self.library, self.eight = model, attend, library, eight
         self.eager = Eager(model, attend)
         self.threads = 0
         self._keep: list[Any] = []
@@ -183,6 +184,7 @@ class Native:
             activation=ACTIVATIONS.index(c.activation),
             qk_norm_full=c.qk_norm == "full",
             half=model.dtype == torch.bfloat16,
+            eight=self.eight,
             ropes=len(model._ropes),
             cache_kind=KINDS[storage.k_LGNPE.dtype],
             block_size=storage.block_size,
@@ -306,11 +308,31 @@ def unserved(model: Decoder, cache: torch.dtype) -> str | None:
     return None
 
 
-def make_runner(model: Decoder, attend: StepAttend, cuda_graphs: bool = True) -> Eager | Native | Graphs:
+def make_runner(
+    model: Decoder, attend: StepAttend, cuda_graphs: bool = True, activation_bits: int = 16
+) -> Eager | Native | Graphs:
+    """Raises `UserError` if `activation_bits` asks for kernels that cannot be had."""
+    library = native.library()
+    lacking = native.reason() if library is None else unserved(model, attend.storage.k_LGNPE.dtype)
+    eight = activation_bits == 8
+    if eight and (lacking := lacking or _unserved_in_eight(model)):
+        raise UserError(
+            f"activation_bits=8 works with the kernels for the CPU and int8 or int4 matrices; here: {lacking}; "
+            "leave it out, or see `modicum doctor`"
+        )
     if model.device.type == "cuda":
         eager = Eager(model, attend)
         return Graphs(eager) if cuda_graphs and unfit(model) is None else eager
-    library = native.library()
-    if library is None or unserved(model, attend.storage.k_LGNPE.dtype) is not None:
+    if library is None or lacking is not None:
         return Eager(model, attend)
-    return Native(model, attend, library)
+    return Native(model, attend, library, eight)
+
+
+def _unserved_in_eight(model: Decoder) -> str | None:
+    if "avx512_vnni" not in native.processor() or "avx512_bf16" not in native.processor():
+        return "a processor without VNNI and bfloat16 products"
+    if model.dtype != torch.bfloat16:
+        return f"a model in {str(model.dtype).removeprefix('torch.')}"
+    if not any(_stored(m) and _stored(m)[0] in (native.INT8, native.INT4) for m in model.modules()):  # type: ignore[index]
+        return "no int8 or int4 matrix"
+    return None

@@ -61,7 +61,7 @@ class Layer(ctypes.Structure):
 
 COUNTS = (
     *("layers", "width", "heads", "kv_heads", "head_dim", "mlp_width", "rotated", "activation", "qk_norm_full"),
-    *("half", "ropes", "cache_kind", "block_size", "n_blocks", "threads"),
+    *("half", "eight", "ropes", "cache_kind", "block_size", "n_blocks", "threads"),
 )
 
 

@@ -117,45 +117,20 @@ static void outer_any(int N, int W, int half, const void *const *x, const float 
 #undef WAYS
 }
 
-/* to[i * 64 + j] = from[j][i] for sixteen vectors. */
-INLINE void transpose16(const __m512 *from, float *to) {
-    __m512 a[16], b[16];
-    UNROLL for (int i = 0; i < 8; i++) {
-        a[2 * i] = _mm512_unpacklo_ps(from[2 * i], from[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_ps(from[2 * i], from[2 * i + 1]);
-    }
-#define LOW(x, y) _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)))
-#define HIGH(x, y) _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)))
-    UNROLL for (int i = 0; i < 4; i++) {
-        b[4 * i] = LOW(a[4 * i], a[4 * i + 2]), b[4 * i + 1] = HIGH(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 2] = LOW(a[4 * i + 1], a[4 * i + 3]), b[4 * i + 3] = HIGH(a[4 * i + 1], a[4 * i + 3]);
-    }
-#undef LOW
-#undef HIGH
-    UNROLL for (int i = 0; i < 4; i++) {      /* b[4 q + i], lane l: element 4 l + i of the vectors 4 q .. 4 q + 3 */
-        __m512 even = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88), odd = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
-        __m512 even2 = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88);
-        __m512 odd2 = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
-        _mm512_store_ps(to + i * KEYS, _mm512_shuffle_f32x4(even, even2, 0x88));
-        _mm512_store_ps(to + (4 + i) * KEYS, _mm512_shuffle_f32x4(odd, odd2, 0x88));
-        _mm512_store_ps(to + (8 + i) * KEYS, _mm512_shuffle_f32x4(even, even2, 0xdd));
-        _mm512_store_ps(to + (12 + i) * KEYS, _mm512_shuffle_f32x4(odd, odd2, 0xdd));
-    }
-}
-
 /* Up to 64 keys at `at`, turned: unit u (a dimension, or two of them in bfloat16) of all keys side by side. */
 static void stage_keys(const Model *m, int half, const int64_t *at, int64_t n, float *to) {
     int64_t E = m->head_dim, wide = half ? 32 : 16;
     for (int64_t j = 0; j < n; j += 16)
         for (int64_t e = 0; e < E; e += wide) {
-            __m512 rows[16];
+            __m512 rows[16], turned[16];
             UNROLL for (int i = 0; i < 16; i++) {
                 int64_t from = at[least(j + i, n - 1)] + e;
                 rows[i] = half ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(tail32(E - e),
                                                                               (const uint16_t *)m->k_cache + from))
                                : load_as_float(m->k_cache, from, m->cache_kind, tail16(E - e));
             }
-            transpose16(rows, to + e / (half ? 2 : 1) * KEYS + j);
+            transpose16(rows, turned);
+            UNROLL for (int i = 0; i < 16; i++) _mm512_store_ps(to + (e / (half ? 2 : 1) + i) * KEYS + j, turned[i]);
         }
 }
 

@@ -36,7 +36,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int64_t layers, width, heads, kv_heads, head_dim, mlp_width, rotated, activation, qk_norm_full, half, ropes;
+    int64_t layers, width, heads, kv_heads, head_dim, mlp_width, rotated, activation, qk_norm_full, half, eight, ropes;
     int64_t cache_kind, block_size, n_blocks, threads;
     float eps, softcap;
     const Layer *layer;
@@ -111,6 +111,30 @@ INLINE __m512 sums(const __m512 *v) {
         c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
                              _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
     return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+}
+
+/* to[i][j] = from[j][i] for sixteen vectors. */
+INLINE void transpose16(const __m512 *from, __m512 *to) {
+    __m512 a[16], b[16];
+    UNROLL for (int i = 0; i < 8; i++) {
+        a[2 * i] = _mm512_unpacklo_ps(from[2 * i], from[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_ps(from[2 * i], from[2 * i + 1]);
+    }
+#define LOW(x, y) _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)))
+#define HIGH(x, y) _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)))
+    UNROLL for (int i = 0; i < 4; i++) {
+        b[4 * i] = LOW(a[4 * i], a[4 * i + 2]), b[4 * i + 1] = HIGH(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = LOW(a[4 * i + 1], a[4 * i + 3]), b[4 * i + 3] = HIGH(a[4 * i + 1], a[4 * i + 3]);
+    }
+#undef LOW
+#undef HIGH
+    UNROLL for (int i = 0; i < 4; i++) {      /* b[4 q + i], lane l: element 4 l + i of the vectors 4 q .. 4 q + 3 */
+        __m512 even = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88), odd = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
+        __m512 even2 = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88);
+        __m512 odd2 = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
+        to[i] = _mm512_shuffle_f32x4(even, even2, 0x88), to[4 + i] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+        to[8 + i] = _mm512_shuffle_f32x4(even, even2, 0xdd), to[12 + i] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+    }
 }
 
 /* exp within 2 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; below -87 it is 0. */

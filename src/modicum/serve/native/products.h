@@ -5,7 +5,7 @@
  * what the registers hold. Prefetching far ahead matters more than anything else here.
  */
 #pragma once
-#include "activations.h"
+#include "tiles.h"
 
 #define NEAR 2048         /* bytes ahead into the second cache, one row; further is slower: see docs/performance.md */
 #define NEAR_CODES 8192   /* the same for codes */
@@ -279,22 +279,21 @@ static void decode(const Matrix *m, int64_t o, const float *scale, const float *
 }
 
 typedef struct {
-    float *scale, *zero;   /* LINE outputs' */
-    char *weight;          /* LINE decoded outputs */
+    float *scale, *zero;   /* of WIDE outputs */
+    char *weight;          /* LINE decoded outputs, or WIDE turned ones */
 } Decoded;
 
-/* y[n * ldy + o - first] for outputs first .. last - 1 and all rows of `a`. */
-static void product(const Matrix *m, const Act *a, int64_t first, int64_t last, float *y, int64_t ldy,
-                    const Decoded *room) {
+static void blocks(const Matrix *m, const Act *a, int64_t first, int64_t last, float *y, int64_t ldy,
+                   const Decoded *room) {
     const int coded = m->kind == INT8 || m->kind == INT4, direct = a->shape == AS_BYTES || a->shape == AS_NIBBLES;
-    const Block (*blocks)[4] = !coded && m->kind == BFLOAT16 ? widening_kernel_blocks : float_kernel_blocks;
+    const Block (*kernels)[4] = !coded && m->kind == BFLOAT16 ? widening_kernel_blocks : float_kernel_blocks;
     int64_t bytes = coded && !direct ? (a->shape == AS_HALF ? 2 : 4) * m->in : row_bytes(m);
     int64_t G = padded_groups(m->groups), width = direct ? 2 : 4;
 #ifdef __AVX512BF16__
-    if (a->shape == AS_HALF) blocks = half_kernel_blocks;
+    if (a->shape == AS_HALF) kernels = half_kernel_blocks;
 #ifdef __AVX512VNNI__
-    if (a->shape == AS_BYTES) blocks = byte_kernel_blocks;
-    if (a->shape == AS_NIBBLES) blocks = nibble_kernel_blocks;
+    if (a->shape == AS_BYTES) kernels = byte_kernel_blocks;
+    if (a->shape == AS_NIBBLES) kernels = nibble_kernel_blocks;
 #endif
 #endif
     const int few = a->rows < (direct ? 3 : 4);
@@ -313,7 +312,7 @@ static void product(const Matrix *m, const Act *a, int64_t first, int64_t last, 
             int64_t turn = n / width, fetched = 4 * turn / full, more = 4 * (turn + 1) / full - fetched;
             if (streamed || turn >= full || (coded && !direct)) more = 0;
             int way = streamed ? STREAMED : FETCHING + (int)(more < 4 ? more : 3);
-            Block block = blocks[way][least(width, a->rows - n) - 1];
+            Block block = kernels[way][least(width, a->rows - n) - 1];
             block(w, bytes, a, n, room->scale, room->zero, w + FAR + fetched * bytes, M, y + n * ldy + o - first, ldy);
         }
     }
@@ -326,8 +325,20 @@ static void product(const Matrix *m, const Act *a, int64_t first, int64_t last, 
                                                           load_as_float(m->scale, o, m->scale_kind, mask)));
         }
         if (direct) for (int64_t o = 0; o < last - first; o++) y[n * ldy + o] *= a->step[n];
-        if (m->bias) for (int64_t o = 0; o < last - first; o++) y[n * ldy + o] += m->bias[first + o];
     }
+}
+
+/* y[n * ldy + o - first] for outputs first .. last - 1 and all rows of `a`. */
+static void product(const Matrix *m, const Act *a, int64_t first, int64_t last, float *y, int64_t ldy,
+                    const Decoded *room) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+    if (a->shape == AS_EIGHTS || a->shape == AS_NIBBLE_EIGHTS)
+        tiles(m, a, first, last, y, ldy, room->scale, room->zero, (int8_t *)room->weight);
+    else
+#endif
+    blocks(m, a, first, last, y, ldy, room);
+    if (m->bias) for (int64_t n = 0; n < a->rows; n++)
+        for (int64_t o = 0; o < last - first; o++) y[n * ldy + o] += m->bias[first + o];
 }
 
 /* This thread's outputs of a matrix: one run of them, since prefetching pays within a run. */

@@ -11,6 +11,7 @@
 
 #define TILE 128
 #define CHUNK 32                              /* outputs of a product before what follows it, at TILE rows */
+#define TOGETHER 16                           /* from so many rows on, threads share the work of preparing them */
 
 typedef struct {
     Act act;
@@ -24,6 +25,7 @@ typedef struct {
     int64_t queries;                          /* most of a task */
     float *qkv, *mixed, *hidden, *branch, *turn;
     Thread *thread;
+    Act act;                                  /* of all threads, where they share the rows */
     Barrier barrier;
 } State;
 
@@ -42,6 +44,14 @@ static int64_t most_groups(const Model *m) {
     return padded_groups(n);
 }
 
+static void open_act(Act *a, int64_t wide, int64_t G) {
+    int64_t steps = padded_groups(wide / EIGHTS);
+    a->data = room(4 * TILE * (round_up(wide, 128) + 64));
+    a->step = room(4 * TILE * steps), a->total = room(4 * TILE * most(G, steps));
+}
+
+static void close_act(Act *a) { free(a->data), free(a->step), free(a->total); }
+
 /* Returns NULL when memory is short. The arrays that `model` points to must outlive the state. */
 State *modicum_open(const Model *model) {
     State *s = room(sizeof(State));
@@ -55,13 +65,13 @@ State *modicum_open(const Model *model) {
     s->qkv = room(4 * TILE * heads), s->mixed = room(4 * TILE * m->heads * m->head_dim);
     s->hidden = room(4 * TILE * m->mlp_width), s->branch = room(4 * TILE * m->width);
     s->turn = room(4 * TILE * m->rotated * m->ropes);
+    open_act(&s->act, wide, G);
     s->thread = calloc(m->threads, sizeof(Thread));
     for (int64_t t = 0; s->thread && t < m->threads; t++) {
         Thread *own = &s->thread[t];
-        own->act.data = room(4 * TILE * (round_up(wide, 128) + 64));
-        own->act.step = room(4 * TILE), own->act.total = room(4 * TILE * G);
-        own->decoded.scale = room(4 * LINE * G), own->decoded.zero = room(4 * LINE * G);
-        own->decoded.weight = room(4 * LINE * wide);
+        open_act(&own->act, wide, G);
+        own->decoded.scale = room(4 * WIDE * G), own->decoded.zero = room(4 * WIDE * G);
+        own->decoded.weight = room(4 * LINE * round_up(wide, 128));
         own->seen.keys = room(4 * KEYS * round_up(E, 32)), own->seen.values = room(4 * KEYS * round_up(E, 64));
         own->seen.query = room(2 * s->queries * round_up(E, 32));
         own->norm = room(4 * TILE * m->width), own->one = room(4 * TILE * CHUNK), own->two = room(4 * TILE * CHUNK);
@@ -72,12 +82,12 @@ State *modicum_open(const Model *model) {
 void modicum_close(State *s) {
     for (int64_t t = 0; t < s->m.threads; t++) {
         Thread *own = &s->thread[t];
-        free(own->act.data), free(own->act.step), free(own->act.total), free(own->decoded.scale);
-        free(own->decoded.zero), free(own->decoded.weight), free(own->norm), free(own->one), free(own->two);
+        close_act(&own->act), free(own->decoded.scale), free(own->decoded.zero), free(own->decoded.weight);
+        free(own->norm), free(own->one), free(own->two);
         free(own->seen.score), free(own->seen.keys), free(own->seen.values), free(own->seen.query);
         free(own->seen.at);
     }
-    free(s->thread), free(s->qkv), free(s->mixed), free(s->hidden), free(s->branch), free(s->turn);
+    close_act(&s->act), free(s->thread), free(s->qkv), free(s->mixed), free(s->hidden), free(s->branch), free(s->turn);
     free(s);
 }
 
@@ -100,20 +110,25 @@ INLINE __m512 activate(__m512 x, int64_t kind) {    /* silu, gelu, gelu_tanh, re
 /* Outputs at a time for fewer rows: as many as the room holds, since a stream that is left has to start anew. */
 INLINE int64_t chunk_for(int64_t rows) { return TILE * CHUNK / rows / LINE * LINE; }
 
-static const float *normed(State *s, Thread *own, const float *x, const float *weight, int64_t rows) {
-    int64_t D = s->m.width;
-    if (!weight) return x;
-    for (int64_t n = 0; n < rows; n++)
-        scale_by(own->norm + n * D, x + n * D, weight, rms_scale(x + n * D, D, s->m.eps), D);
-    return own->norm;
-}
-
-/* One product of a phase; `own->act` holds x in the shape of the matrix before if that is `same`. */
-static void ready(State *s, Thread *own, const Matrix *m, const Matrix *before, const float *x, int64_t ldx,
-                  int64_t rows) {
-    Shape shape = shape_for(m, rows, s->m.half);
-    if (before && before->in == m->in && before->group == m->group && own->act.shape == shape) return;
-    prepare(&own->act, shape, m, x, ldx, rows);
+/* What a product of a phase multiplies with: rows of x, normed if `norm` is given, in the shape of the matrix. What was
+ * made for the matrix before serves again if that wants the same. */
+static const Act *ready(State *s, Thread *own, const Matrix *m, const Matrix *before, const float *x, int64_t ldx,
+                        const float *norm, int64_t rows, int id, int threads) {
+    const int together = threads > 1 && rows >= TOGETHER;
+    Act *act = together ? &s->act : &own->act;
+    Shape shape = shape_for(m, rows, s->m.half, s->m.eight);
+    if (before && before->in == m->in && before->group == m->group && act->shape == shape) return act;
+    if (before && together) meet(&s->barrier, threads);    /* somebody may still be multiplying */
+    int64_t from = together ? rows * id / threads : 0, to = together ? rows * (id + 1) / threads : rows;
+    if (norm) {
+        int64_t D = s->m.width;
+        for (int64_t n = from; n < to; n++)
+            scale_by(own->norm + n * D, x + n * ldx, norm, rms_scale(x + n * ldx, D, s->m.eps), D);
+        x = own->norm, ldx = D;
+    }
+    prepare(act, shape, m, x, ldx, rows, from, to);
+    if (together) meet(&s->barrier, threads);
+    return act;
 }
 
 /* x += norm(branch) for this thread's rows; without a norm `fold` has added the branch already. */
@@ -133,10 +148,10 @@ static void fold(State *s, Thread *own, const Matrix *m, const float *from, int6
                  int64_t rows, int id, int threads) {
     int64_t D = s->m.width, chunk = chunk_for(rows), first, last;
     share(m->out, id, threads, &first, &last);
-    ready(s, own, m, NULL, from, ldx, rows);
+    const Act *act = ready(s, own, m, NULL, from, ldx, NULL, rows, id, threads);
     for (int64_t o = first; o < last; o += chunk) {
         int64_t n_out = least(chunk, last - o);
-        product(m, &own->act, o, o + n_out, own->one, chunk, &own->decoded);
+        product(m, act, o, o + n_out, own->one, chunk, &own->decoded);
         for (int64_t n = 0; n < rows; n++)
             for (int64_t i = 0; i < n_out; i++) {
                 if (apart) s->branch[n * D + o + i] = own->one[n * chunk + i];
@@ -163,12 +178,11 @@ static void attention(State *s, Thread *own, const Step *step, float *x, int64_t
     const Layer *l = &m->layer[i];
     int64_t D = m->width, E = m->head_dim, HE = m->heads * E, GE = m->kv_heads * E, QKV = HE + 2 * GE;
     const Matrix *parts[3] = {&l->q, &l->k, &l->v};
-    const float *input = normed(s, own, x, l->attention_norm, rows);
     for (int64_t p = 0, at = 0; p < 3; at += parts[p]->out, p++) {
         int64_t first, last;
         share(parts[p]->out, id, threads, &first, &last);
-        ready(s, own, parts[p], p ? parts[p - 1] : NULL, input, D, rows);
-        product(parts[p], &own->act, first, last, s->qkv + at + first, QKV, &own->decoded);
+        const Act *act = ready(s, own, parts[p], p ? parts[p - 1] : NULL, x, D, l->attention_norm, rows, id, threads);
+        product(parts[p], act, first, last, s->qkv + at + first, QKV, &own->decoded);
     }
     announce(&l->o, id, threads);
     meet(&s->barrier, threads);
@@ -203,12 +217,12 @@ static void mlp(State *s, Thread *own, float *x, int64_t i, int64_t rows, int id
     int64_t F = m->mlp_width, chunk = chunk_for(rows), from, to;
     const int gated = l->gate.weight != NULL;    /* Python sees to gate and up being held alike */
     const Matrix *first = gated ? &l->gate : &l->up;
-    ready(s, own, first, NULL, normed(s, own, x, l->mlp_norm, rows), m->width, rows);
+    const Act *act = ready(s, own, first, NULL, x, m->width, l->mlp_norm, rows, id, threads);
     share(F, id, threads, &from, &to);
     for (int64_t o = from; o < to; o += chunk) {
         int64_t n_out = least(chunk, to - o);
-        product(first, &own->act, o, o + n_out, own->one, chunk, &own->decoded);
-        if (gated) product(&l->up, &own->act, o, o + n_out, own->two, chunk, &own->decoded);
+        product(first, act, o, o + n_out, own->one, chunk, &own->decoded);
+        if (gated) product(&l->up, act, o, o + n_out, own->two, chunk, &own->decoded);
         for (int64_t n = 0; n < rows; n++)
             for (int64_t k = 0; k < n_out; k += 16) {
                 __mmask16 mask = tail16(n_out - k);
@@ -249,8 +263,8 @@ static void tile(State *s, const Step *whole, int64_t from, int64_t rows, int id
     }
     if (last == first) return;
     share(V, id, threads, &low, &high);
-    ready(s, own, &m->head, NULL, own->norm, D, last - first);
-    product(&m->head, &own->act, low, high, whole->logits + first * V + low, V, &own->decoded);
+    const Act *act = ready(s, own, &m->head, NULL, own->norm, D, NULL, last - first, id, threads);
+    product(&m->head, act, low, high, whole->logits + first * V + low, V, &own->decoded);
 }
 
 /* Returns 0, or 1 when memory for the scores is short (nothing is computed then). */
