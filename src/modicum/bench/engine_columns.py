@@ -43,7 +43,7 @@ class Size:
     requests: int = 16
     answer: int = 128
     drafts: int = 10
-    rounds: int = 3
+    rounds: int = 5
 
 
 QUICK = Size(
