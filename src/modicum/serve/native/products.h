@@ -10,23 +10,29 @@
 #define NEAR 2048         /* bytes ahead into the second cache, one row; further is slower: see docs/performance.md */
 #define NEAR_CODES 8192   /* the same for codes */
 #define FAR 16384         /* more rows */
+/* So that what meets fits the first cache: of few rows two times four outputs at a time, and so many bytes of each; of
+ * more rows, which come from the second cache in any case, four outputs. */
+#define QUADS 2
+#define FEW 32
+#define DEEP_FEW 2048
+#define DEEP_MANY 3072
 
 #define EACH_M UNROLL for (int m = 0; m < M; m++)
 #define EACH_N UNROLL for (int n = 0; n < N; n++)
 #define ARGS const char *w, int64_t ldw, const Act *a, int64_t at, const float *scale, const float *zero, \
-             const char *next, __m512 *out
+             const char *next, int64_t from, int64_t to, __m512 *out
 /* AHEAD: bytes, or how many rows from `next` on to fetch. More of them at once than a core has misses in flight would
  * hold up the products, so the blocks of rows share what lies ahead. */
 #define FETCH(m, at) do { if (AHEAD > 4) _mm_prefetch(w + (at) + AHEAD, _MM_HINT_T1); \
                           else if ((m) < AHEAD) _mm_prefetch(next + (m) * ldw + (at), _MM_HINT_T1); } while (0)
 
-/* Kernels: sums over all inputs of M outputs times N rows from `at` on, one vector each, still to be summed. */
+/* Kernels: to M outputs times N rows from `at` on, one vector each that is still to be summed, inputs from .. to - 1 are
+ * added. (Those of codes take all inputs, and start themselves.) */
 INLINE void float_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const float *x = (const float *)a->data + at * a->stride;
     (void)scale, (void)zero, (void)next;
-    EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < a->in; k += 16) {
-        __mmask16 mask = tail16(a->in - k);
+    for (int64_t k = from; k < to; k += 16) {
+        __mmask16 mask = tail16(to - k);
         __m512 wv[4];
         EACH_M { wv[m] = _mm512_maskz_loadu_ps(mask, (const float *)(w + m * ldw) + k); FETCH(m, 4 * k); }
         EACH_N { __m512 xv = _mm512_load_ps(x + n * a->stride + k);
@@ -38,9 +44,8 @@ INLINE void float_kernel(const int M, const int N, const int AHEAD, ARGS) {
 INLINE void widening_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const float *x = (const float *)a->data + at * a->stride;
     (void)scale, (void)zero, (void)next;
-    EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < a->in; k += 16) {
-        __mmask16 mask = tail16(a->in - k);
+    for (int64_t k = from; k < to; k += 16) {
+        __mmask16 mask = tail16(to - k);
         __m512 wv[4];
         EACH_M { wv[m] = load_as_float(w + m * ldw, k, BFLOAT16, mask); FETCH(m, 2 * k); }
         EACH_N { __m512 xv = _mm512_load_ps(x + n * a->stride + k);
@@ -52,16 +57,15 @@ INLINE void widening_kernel(const int M, const int N, const int AHEAD, ARGS) {
 INLINE void half_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const uint16_t *x = (const uint16_t *)a->data + at * a->stride;
     (void)scale, (void)zero, (void)next;
-    EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
-    int64_t whole = a->in / 32 * 32;
-    for (int64_t k = 0; k < whole; k += 32) {
+    int64_t whole = to / 32 * 32;
+    for (int64_t k = from; k < whole; k += 32) {
         __m512bh wv[4];
         EACH_M { wv[m] = (__m512bh)_mm512_loadu_si512(w + m * ldw + 2 * k); FETCH(m, 2 * k); }
         EACH_N { __m512bh xv = (__m512bh)_mm512_load_si512(x + n * a->stride + k);
                  EACH_M out[n * M + m] = _mm512_dpbf16_ps(out[n * M + m], wv[m], xv); }
     }
-    if (whole < a->in) EACH_M {
-        __m512bh wv = (__m512bh)_mm512_maskz_loadu_epi16(tail32(a->in - whole), w + m * ldw + 2 * whole);
+    if (whole < to) EACH_M {
+        __m512bh wv = (__m512bh)_mm512_maskz_loadu_epi16(tail32(to - whole), w + m * ldw + 2 * whole);
         EACH_N out[n * M + m] = _mm512_dpbf16_ps(out[n * M + m], wv,
                                                  (__m512bh)_mm512_load_si512(x + n * a->stride + whole));
     }
@@ -84,6 +88,7 @@ INLINE __m512 joined(__m512i high, __m512i low) {
 }
 
 INLINE void byte_kernel(const int M, const int N, const int AHEAD, ARGS) {
+    (void)from, (void)to, (void)next;
     int64_t plane = (a->stride - 64) / 2, G = padded_groups(a->groups);
     const int8_t *x = (const int8_t *)a->data + at * a->stride;
     start_from_zeros(M, N, a, at, zero, out);
@@ -108,6 +113,7 @@ INLINE void byte_kernel(const int M, const int N, const int AHEAD, ARGS) {
 }
 
 INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
+    (void)from, (void)to, (void)next;
     int64_t plane = (a->stride - 64) / 2, G = padded_groups(a->groups);
     const int8_t *x = (const int8_t *)a->data + at * a->stride;
     const __m512i low_bits = _mm512_set1_epi8(15);
@@ -146,49 +152,66 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
  * memory, so that their sums are taken together. More rows: four outputs times N rows from `at` on.
  */
 #define LINE 16
-#define BLOCK_ARGS const char *w, int64_t ldw, const Act *a, int64_t at, const float *scale, const float *zero, \
-                   const char *next, int64_t outs, float *y, int64_t ldy
+#define TURNS 64          /* at most so many blocks of rows */
+typedef struct {           /* what stays the same from block to block */
+    const Act *a;
+    int64_t ldw, ldy, from, to, outs;
+    const float *scale, *zero;
+} Job;
+#define BLOCK_ARGS const Job *j, const char *w, int64_t at, const char *next, __m512 *carry, float *y
 typedef void (*Block)(BLOCK_ARGS);
 
 #define STREAM(KERNEL, N, AHEAD) \
     static void KERNEL##_stream##N(BLOCK_ARGS) { \
         __m512 v[LINE]; \
         float total[LINE]; \
-        int64_t G = padded_groups(a->groups); \
+        int64_t G = padded_groups(j->a->groups), outs = j->outs, ldw = j->ldw; \
+        (void)carry; \
+        for (int64_t i = 0; i < LINE; i++) v[i] = _mm512_setzero_ps(); \
         for (int64_t m = 0; m < outs; m++) \
-            KERNEL(1, N, AHEAD, w + m * ldw, ldw, a, at, scale + m * G, zero + m * G, next, v + m * N); \
-        for (int64_t i = outs * N; i < LINE; i++) v[i] = _mm512_setzero_ps(); \
+            KERNEL(1, N, AHEAD, w + m * ldw, ldw, j->a, at, j->scale + m * G, j->zero + m * G, next, j->from, j->to, \
+                   v + m * N); \
         _mm512_storeu_ps(total, sums(v)); \
-        for (int64_t m = 0; m < outs; m++) for (int n = 0; n < N; n++) y[n * ldy + m] = total[m * N + n]; \
+        for (int64_t m = 0; m < outs; m++) for (int n = 0; n < N; n++) y[n * j->ldy + m] = total[m * N + n]; \
     }
-#define BLOCK(KERNEL, NAME, M, N, AHEAD) \
+#define BLOCK(KERNEL, NAME, M, N, AHEAD, PART) \
     static void KERNEL##_##NAME(BLOCK_ARGS) { \
         __m512 v[LINE]; \
-        (void)outs; \
-        KERNEL(M, N, AHEAD, w, ldw, a, at, scale, zero, next, v); \
-        UNROLL for (int i = M * N; i < LINE; i++) v[i] = _mm512_setzero_ps(); \
+        int64_t ldy = j->ldy, from = PART ? j->from : 0, to = PART ? j->to : j->a->in; \
+        (void)carry; \
+        UNROLL for (int i = 0; i < LINE; i++) v[i] = PART && from > 0 && i < M * N ? carry[i] : _mm512_setzero_ps(); \
+        KERNEL(M, N, AHEAD, w, j->ldw, j->a, at, j->scale, j->zero, next, from, to, v); \
+        if (PART && to < j->a->in) { \
+            UNROLL for (int i = 0; i < M * N; i++) carry[i] = v[i]; \
+            return; \
+        } \
         __m512 total = sums(v); \
         _mm_storeu_ps(y, _mm512_castps512_ps128(total)); \
         if (N > 1) _mm_storeu_ps(y + ldy, _mm512_extractf32x4_ps(total, 1)); \
         if (N > 2) _mm_storeu_ps(y + 2 * ldy, _mm512_extractf32x4_ps(total, 2)); \
         if (N > 3) _mm_storeu_ps(y + 3 * ldy, _mm512_extractf32x4_ps(total, 3)); \
     }
-/* [streamed; four outputs and fetching 0, 1, 2, 4 rows][rows - 1] */
-enum { STREAMED = 0, FETCHING = 1 };
+/* [streamed; four outputs and fetching 0, 1, 2, 4 rows; the same of a part of the inputs][rows - 1] */
+enum { STREAMED = 0, FETCHING = 1, IN_PARTS = 4 };
+#define BLOCKS(KERNEL, PRE, PART) \
+    BLOCK(KERNEL, PRE##1, 4, 1, 0, PART) BLOCK(KERNEL, PRE##2, 4, 2, 0, PART) BLOCK(KERNEL, PRE##3, 4, 3, 0, PART) \
+    BLOCK(KERNEL, PRE##4, 4, 4, 0, PART) BLOCK(KERNEL, PRE##far1, 4, 4, 1, PART) \
+    BLOCK(KERNEL, PRE##far2, 4, 4, 2, PART) BLOCK(KERNEL, PRE##far4, 4, 4, 4, PART)
+#define TABLE(KERNEL, PRE) \
+    {KERNEL##_##PRE##1, KERNEL##_##PRE##2, KERNEL##_##PRE##3, KERNEL##_##PRE##4}, {0, 0, 0, KERNEL##_##PRE##far1}, \
+    {0, 0, 0, KERNEL##_##PRE##far2}, {0, 0, 0, KERNEL##_##PRE##far4}
 #define FAMILY(KERNEL) \
     STREAM(KERNEL, 1, NEAR) STREAM(KERNEL, 2, NEAR) STREAM(KERNEL, 3, NEAR) STREAM(KERNEL, 4, NEAR) \
-    BLOCK(KERNEL, 1, 4, 1, 0) \
-    BLOCK(KERNEL, 2, 4, 2, 0) BLOCK(KERNEL, 3, 4, 3, 0) BLOCK(KERNEL, 4, 4, 4, 0) BLOCK(KERNEL, far1, 4, 4, 1) \
-    BLOCK(KERNEL, far2, 4, 4, 2) BLOCK(KERNEL, far4, 4, 4, 4) \
-    static const Block KERNEL##_blocks[5][4] = { \
+    BLOCKS(KERNEL, all, 0) BLOCKS(KERNEL, part, 1) \
+    static const Block KERNEL##_blocks[9][4] = { \
         {KERNEL##_stream1, KERNEL##_stream2, KERNEL##_stream3, KERNEL##_stream4}, \
-        {KERNEL##_1, KERNEL##_2, KERNEL##_3, KERNEL##_4}, {0, 0, 0, KERNEL##_far1}, {0, 0, 0, KERNEL##_far2}, \
-        {0, 0, 0, KERNEL##_far4}};
-/* Two rows at a time where each needs two accumulators per output. */
+        TABLE(KERNEL, all), TABLE(KERNEL, part)};
+/* Two rows at a time where each needs two accumulators per output; never in parts. */
 #define PAIR_FAMILY(KERNEL) \
-    STREAM(KERNEL, 1, NEAR_CODES) STREAM(KERNEL, 2, NEAR_CODES) BLOCK(KERNEL, 1, 4, 1, 0) BLOCK(KERNEL, 2, 4, 2, 0) \
-    BLOCK(KERNEL, far1, 4, 2, 1) BLOCK(KERNEL, far2, 4, 2, 2) BLOCK(KERNEL, far4, 4, 2, 4) \
-    static const Block KERNEL##_blocks[5][4] = {{KERNEL##_stream1, KERNEL##_stream2, 0, 0}, \
+    STREAM(KERNEL, 1, NEAR_CODES) STREAM(KERNEL, 2, NEAR_CODES) BLOCK(KERNEL, 1, 4, 1, 0, 0) \
+    BLOCK(KERNEL, 2, 4, 2, 0, 0) BLOCK(KERNEL, far1, 4, 2, 1, 0) BLOCK(KERNEL, far2, 4, 2, 2, 0) \
+    BLOCK(KERNEL, far4, 4, 2, 4, 0) \
+    static const Block KERNEL##_blocks[9][4] = {{KERNEL##_stream1, KERNEL##_stream2, 0, 0}, \
         {KERNEL##_1, KERNEL##_2, 0, 0}, {0, KERNEL##_far1, 0, 0}, {0, KERNEL##_far2, 0, 0}, {0, KERNEL##_far4, 0, 0}};
 
 FAMILY(float_kernel)
@@ -281,6 +304,7 @@ static void decode(const Matrix *m, int64_t o, const float *scale, const float *
 typedef struct {
     float *scale, *zero;   /* of WIDE outputs */
     char *weight;          /* LINE decoded outputs, or WIDE turned ones */
+    __m512 *carry;         /* sums of four outputs and all rows, between one part of the inputs and the next */
 } Decoded;
 
 static void blocks(const Matrix *m, const Act *a, int64_t first, int64_t last, float *y, int64_t ldy,
@@ -296,11 +320,15 @@ static void blocks(const Matrix *m, const Act *a, int64_t first, int64_t last, f
     if (a->shape == AS_NIBBLES) kernels = nibble_kernel_blocks;
 #endif
 #endif
-    const int few = a->rows < (direct ? 3 : 4);
-    const int64_t full = most(1, a->rows / width);     /* the blocks of rows that share what there is to fetch */
+    const int streaming = a->rows < (direct ? 3 : 4), few = a->rows <= FEW;
+    const int64_t quads = few && !coded ? QUADS : 1, deep = (few ? DEEP_FEW : DEEP_MANY) / (a->shape == AS_HALF ? 2 : 4);
+    /* Of four outputs ahead, how many the blocks of rows before this one have fetched: they share the work. */
+    const int64_t turns = (a->rows + width - 1) / width, full = most(1, a->rows / width);
+    int fetched[TURNS + 1];
+    for (int64_t t = 0; t <= turns; t++) fetched[t] = coded && !direct ? 0 : (int)(4 * least(t, full) / full);
     for (int64_t o = first, M; o < last; o += M) {
-        const int streamed = few || last - o < 4;
-        M = !streamed ? 4 : least(last - o, LINE / least(width, a->rows));
+        const int streamed = streaming || last - o < 4;
+        M = streamed ? least(last - o, LINE / least(width, a->rows)) : last - o < 4 * quads ? 4 : 4 * quads;
         const char *w = (const char *)m->weight + o * row_bytes(m);
         if (coded) for (int64_t i = 0; i < M; i++) {
             read_scales(m, o + i, room->scale + i * G, room->zero + i * G);
@@ -308,12 +336,18 @@ static void blocks(const Matrix *m, const Act *a, int64_t first, int64_t last, f
                                 a->shape == AS_HALF ? BFLOAT16 : FLOAT32, room->weight + i * bytes);
         }
         if (coded && !direct) w = room->weight;
-        for (int64_t n = 0; n < a->rows; n += width) {
-            int64_t turn = n / width, fetched = 4 * turn / full, more = 4 * (turn + 1) / full - fetched;
-            if (streamed || turn >= full || (coded && !direct)) more = 0;
-            int way = streamed ? STREAMED : FETCHING + (int)(more < 4 ? more : 3);
-            Block block = kernels[way][least(width, a->rows - n) - 1];
-            block(w, bytes, a, n, room->scale, room->zero, w + FAR + fetched * bytes, M, y + n * ldy + o - first, ldy);
+        const int64_t part = streamed || coded ? a->in : deep;
+        const int64_t outs = streamed ? M : 4;
+        for (int64_t from = 0; from < a->in; from += part) {
+            Job job = {a, bytes, ldy, from, least(a->in, from + part), outs, room->scale, room->zero};
+            for (int64_t t = 0, n = 0; t < turns; t++, n += width) {
+                int more = streamed ? 0 : fetched[t + 1] - fetched[t];
+                int way = streamed ? STREAMED : FETCHING + (more < 4 ? more : 3) + (part < a->in ? IN_PARTS : 0);
+                Block block = kernels[way][least(width, a->rows - n) - 1];
+                for (int64_t i = 0; i < M; i += outs)
+                    block(&job, w + i * bytes, n, w + (i + 8 + fetched[t]) * bytes,
+                          room->carry + (QUADS * t + i / 4) * LINE, y + n * ldy + o + i - first);
+            }
         }
     }
     const int scaled = a->shape == AS_HALF && scaled_after(m);

@@ -72,6 +72,7 @@ State *modicum_open(const Model *model) {
         open_act(&own->act, wide, G);
         own->decoded.scale = room(4 * WIDE * G), own->decoded.zero = room(4 * WIDE * G);
         own->decoded.weight = room(4 * LINE * round_up(wide, 128));
+        own->decoded.carry = room(TILE / 4 * QUADS * LINE * sizeof(__m512));
         own->seen.keys = room(4 * KEYS * round_up(E, 32)), own->seen.values = room(4 * KEYS * round_up(E, 64));
         own->seen.query = room(2 * s->queries * round_up(E, 32));
         own->norm = room(4 * TILE * m->width), own->one = room(4 * TILE * CHUNK), own->two = room(4 * TILE * CHUNK);
@@ -83,6 +84,7 @@ void modicum_close(State *s) {
     for (int64_t t = 0; t < s->m.threads; t++) {
         Thread *own = &s->thread[t];
         close_act(&own->act), free(own->decoded.scale), free(own->decoded.zero), free(own->decoded.weight);
+        free(own->decoded.carry);
         free(own->norm), free(own->one), free(own->two);
         free(own->seen.score), free(own->seen.keys), free(own->seen.values), free(own->seen.query);
         free(own->seen.at);
