@@ -35,13 +35,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "norms of heads": {"qk_norm": "head", "norm": "rms_plus_one", "embed_scale": 3.0, "activation": "gelu"},
     "norms of all heads": {"qk_norm": "full", "norm_place": "output", "activation": "relu"},
     "no gate, odd sizes": {"gated": False, "head_dim": 20},
+    "long rows": {"mlp_width": 1700},
 }
 
 
 def decoder(name: str = "plain", width: int = 128, **more: Any) -> Decoder:
     given = SHAPES[name] | more
-    given = {"head_dim": 32, "context_length": 256, "tied": False} | given
-    shape = llama_like(199, width, 2, 4, 2, 192, **given)
+    given = {"head_dim": 32, "context_length": 256, "tied": False, "mlp_width": 192} | given
+    shape = llama_like(199, width, 2, 4, 2, **given)
     model = lively(Decoder(shape, torch.Generator().manual_seed(0)), 2.0)
     with torch.no_grad():
         for name_, parameter in model.named_parameters():
@@ -201,8 +202,9 @@ def test_bfloat16_is_no_further_from_exact_than_the_decoder(monkeypatch: pytest.
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_company_does_not_change_a_bit(dtype: torch.dtype) -> None:
-    model = decoder().to(dtype)
+@pytest.mark.parametrize("name", ["plain", "long rows"])
+def test_company_does_not_change_a_bit(name: str, dtype: torch.dtype) -> None:
+    model = decoder(name).to(dtype)
     together, tokens = logits_of(model, PROMPTS[1:3])
     for i, prompt in enumerate(PROMPTS[1:3]):
         alone, said = logits_of(model, [prompt])
