@@ -67,6 +67,8 @@ class Native:
 
     def __init__(self, model: Decoder, attend: StepAttend, library: ctypes.CDLL, eight: bool = False):
         self.model, self.attend, self.library, self.eight = model, attend, library, eight
+        if eight:
+            self.name = "native, activations in eight bits"
         self.eager = Eager(model, attend)
         self.threads = 0
         self._keep: list[Any] = []
@@ -318,7 +320,7 @@ def make_runner(
     if eight and (lacking := lacking or _unserved_in_eight(model)):
         raise UserError(
             f"activation_bits=8 works with the kernels for the CPU and int8 or int4 matrices; here: {lacking}; "
-            "leave it out, or see `modicum doctor`"
+            "mend that (see `modicum doctor`), or leave activation_bits out"
         )
     if model.device.type == "cuda":
         eager = Eager(model, attend)
@@ -332,7 +334,7 @@ def _unserved_in_eight(model: Decoder) -> str | None:
     if "avx512_vnni" not in native.processor() or "avx512_bf16" not in native.processor():
         return "a processor without VNNI and bfloat16 products"
     if model.dtype != torch.bfloat16:
-        return f"a model in {str(model.dtype).removeprefix('torch.')}"
+        return f"a model in {str(model.dtype).removeprefix('torch.')}, not in bfloat16 (dtype=bfloat16, --dtype bfloat16)"
     if not any(_stored(m) and _stored(m)[0] in (native.INT8, native.INT4) for m in model.modules()):  # type: ignore[index]
-        return "no int8 or int4 matrix"
+        return "no int8 or int4 matrix (--form int8)"
     return None
