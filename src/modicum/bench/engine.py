@@ -29,6 +29,7 @@ from modicum.bench.engine_columns import (
     FORMS,
     QUICK,
     Size,
+    load_in,
     make_folder,
     modicum,
     seconds_of,
@@ -208,17 +209,12 @@ def _off(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def _logits(folder: Path, size: Size, form: str) -> torch.Tensor:
     """Of the token that follows the prompt, by modicum's engine."""
-    from modicum.model.attach import attach
-    from modicum.model.folder import load_model
     from modicum.serve.config import EngineConfig
     from modicum.serve.engine import Engine
     from modicum.serve.request import SamplingParams
 
-    places, bits = FORMS[form]
-    model = load_model(folder)
-    if places:
-        attach(model, places)
-    engine = Engine(model, None, EngineConfig(cache=f"{4 * size.prompt}tok", activation_bits=bits))
+    config = EngineConfig(cache=f"{4 * size.prompt}tok", activation_bits=FORMS[form][1])
+    engine = Engine(load_in(folder, form), None, config)
     caught: list[Any] = []
     runner = engine.runner
 

@@ -76,22 +76,28 @@ class Pairs(Drafter):
         return Tree(self.vocab_size - 1 - place, np.where(place % 2, place - 1, -1))
 
 
+def load_in(folder: Path, form: str) -> Decoder:
+    """The folder's model with its matrices in that form."""
+    from modicum.model.attach import attach
+    from modicum.model.folder import load_model
+
+    model = load_model(folder)
+    if places := FORMS[form][0]:
+        attach(model, places)
+    return model
+
+
 # what is timed: each of these returns {column: () -> tokens per second} ------------------------------
 
 
 def modicum(folder: Path, size: Size, form: str) -> dict[str, Callable[[], float]]:
-    from modicum.model.attach import attach
-    from modicum.model.folder import load_model
     from modicum.serve.config import EngineConfig
     from modicum.serve.engine import Engine
     from modicum.serve.request import Request, SamplingParams
 
-    model = load_model(folder)
-    places, bits = FORMS[form]
-    if places:
-        attach(model, places)
+    model = load_in(folder, form)
     cache = f"{size.prefill + (size.prompt + size.answer + 16) * size.requests}tok"
-    config = EngineConfig(cache=cache, prefix_cache=False, activation_bits=bits)
+    config = EngineConfig(cache=cache, prefix_cache=False, activation_bits=FORMS[form][1])
     engine = Engine(model, None, config)
 
     def run(prompts: list[list[int]], tokens: int) -> list[Any]:

@@ -57,7 +57,7 @@ class Ticket:
 
     def __init__(self, worker: Worker, requests: list[Request]):
         self._worker, self.requests = worker, requests
-        self._queue: asyncio.Queue[list[Update] | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[list[Update]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._open = {r.id: set(range(r.params.n)) for r in requests}
         self._cancelled = False
@@ -77,14 +77,14 @@ class Ticket:
             self._worker.abort(id)
         if self._open:
             self._open, self._cancelled = {}, True
-            self._queue.put_nowait(None)
+            self._queue.put_nowait([])  # wakes `updates`
 
     async def updates(self) -> AsyncIterator[Update]:
         """Raises `ClientGone` after `cancel`, `ApiError` if the engine ended a request with an error."""
         while self._open:
             some = await self._queue.get()
             await asyncio.sleep(0)  # a stream that catches up delays neither the others nor news of a lost client
-            if some is None or self._cancelled:
+            if self._cancelled:
                 raise ClientGone
             for update in some:
                 if update.error is not None:

@@ -335,6 +335,6 @@ def _unserved_in_eight(model: Decoder) -> str | None:
         return "a processor without VNNI and bfloat16 products"
     if model.dtype != torch.bfloat16:
         return f"a model in {str(model.dtype).removeprefix('torch.')}, not in bfloat16 (--dtype bfloat16)"
-    if not any(_stored(m) and _stored(m)[0] in (native.INT8, native.INT4) for m in model.modules()):  # type: ignore[index]
+    if not any((found := _stored(m)) and found[0] in (native.INT8, native.INT4) for m in model.modules()):
         return "no int8 or int4 matrix (--form int8)"
     return None

@@ -98,6 +98,20 @@ INLINE void store_from_float(void *base, int64_t at, int64_t kind, __mmask16 mas
     else _mm256_mask_storeu_epi16((uint16_t *)base + at, mask, narrow(x));
 }
 
+INLINE int64_t row_bytes(const Matrix *m) {
+    const int64_t each[] = {4 * m->in, 2 * m->in, m->in, m->groups * m->group / 2};
+    return each[m->kind];
+}
+
+/* Of sixteen groups of an output's codes from g on, taken as unsigned: the scales, and what a code of zero stands for. */
+INLINE void scales_at(const Matrix *m, int64_t o, int64_t g, __m512 *scale, __m512 *zero) {
+    __mmask16 mask = tail16(m->groups - g);
+    *scale = load_as_float(m->scale, o * m->groups + g, m->scale_kind, mask);
+    if (m->kind == INT8) *zero = _mm512_mul_ps(*scale, _mm512_set1_ps(-128.0f));
+    else *zero = _mm512_fnmadd_ps(*scale, _mm512_set1_ps(8.0f),
+                                  load_as_float(m->zero, o * m->groups + g, m->scale_kind, mask));
+}
+
 /* The sums of sixteen vectors, as one vector. */
 INLINE __m512 sums(const __m512 *v) {
     __m512 a[8], b[4], c[2];

@@ -9,7 +9,7 @@
 
 #define NEAR 2048         /* bytes ahead into the second cache, one row; further is slower: see docs/performance.md */
 #define NEAR_CODES 8192   /* the same for codes */
-#define FAR 16384         /* more rows */
+#define FAR 16384         /* bytes ahead where codes are decoded (half of it for nibbles) */
 /* So that what meets fits the first cache: of few rows two times four outputs at a time, and so many bytes of each; of
  * more rows, which come from the second cache in any case, four outputs. */
 #define QUADS 2
@@ -224,19 +224,11 @@ PAIR_FAMILY(nibble_kernel)
 #endif
 #endif
 
-INLINE int64_t row_bytes(const Matrix *m) {
-    const int64_t each[] = {4 * m->in, 2 * m->in, m->in, m->groups * m->group / 2};
-    return each[m->kind];
-}
-
 /* Scales and zero points of output o as floats. */
 static void read_scales(const Matrix *m, int64_t o, float *scale, float *zero) {
     for (int64_t g = 0; g < m->groups; g += 16) {    /* places past the groups meet codes that are 0 */
-        __mmask16 mask = tail16(m->groups - g);
-        __m512 s = load_as_float(m->scale, o * m->groups + g, m->scale_kind, mask), z;
-        if (m->kind == INT8) z = _mm512_mul_ps(s, _mm512_set1_ps(-128.0f));
-        else z = _mm512_fnmadd_ps(s, _mm512_set1_ps(8.0f),
-                                  load_as_float(m->zero, o * m->groups + g, m->scale_kind, mask));
+        __m512 s, z;
+        scales_at(m, o, g, &s, &z);
         _mm512_store_ps(scale + g, s);
         _mm512_store_ps(zero + g, z);
     }
@@ -304,7 +296,7 @@ static void decode(const Matrix *m, int64_t o, const float *scale, const float *
 typedef struct {
     float *scale, *zero;   /* of WIDE outputs */
     char *weight;          /* LINE decoded outputs, or WIDE turned ones */
-    __m512 *carry;         /* sums of four outputs and all rows, between one part of the inputs and the next */
+    __m512 *carry;         /* sums of QUADS times four outputs and all rows, between one part of the inputs and the next */
 } Decoded;
 
 static void blocks(const Matrix *m, const Act *a, int64_t first, int64_t last, float *y, int64_t ldy,

@@ -14,7 +14,7 @@
 /* Outputs o .. o + WIDE - 1 (the last one stands in for those past `last`), four inputs of each in a lane, as unsigned
  * bytes: (inputs / 4, WIDE). Nibbles: four even inputs of eight, then four odd ones. */
 static void turn_codes(const Matrix *m, int64_t o, int64_t last, int8_t *to) {
-    const int64_t bytes = m->kind == INT8 ? m->in : m->groups * m->group / 2, used = m->kind == INT8 ? m->in : m->in / 2;
+    const int64_t bytes = row_bytes(m), used = m->kind == INT8 ? m->in : m->in / 2;
     const char *w = m->weight;
     for (int64_t line = 0; line < WIDE; line += 16)
         for (int64_t k = 0; k < used; k += 64) {
@@ -44,17 +44,10 @@ static void turn_codes(const Matrix *m, int64_t o, int64_t last, int8_t *to) {
 
 /* Scales of those outputs and what a code of zero stands for: (groups, WIDE) each. */
 static void turn_scales(const Matrix *m, int64_t o, int64_t last, float *scale, float *zero) {
-    const __m512 middle = _mm512_set1_ps(m->kind == INT8 ? -128.0f : -8.0f);
     for (int64_t line = 0; line < WIDE; line += 16)
         for (int64_t g = 0; g < m->groups; g += 16) {
             __m512 s[16], z[16], turned[16];
-            for (int i = 0; i < 16; i++) {
-                int64_t at = least(o + line + i, last - 1) * m->groups + g;
-                __mmask16 mask = tail16(m->groups - g);
-                s[i] = load_as_float(m->scale, at, m->scale_kind, mask);
-                z[i] = m->zero ? load_as_float(m->zero, at, m->scale_kind, mask) : _mm512_setzero_ps();
-                z[i] = _mm512_fmadd_ps(s[i], middle, z[i]);
-            }
+            for (int i = 0; i < 16; i++) scales_at(m, least(o + line + i, last - 1), g, s + i, z + i);
             int64_t n = least(16, m->groups - g);
             transpose16(s, turned);
             for (int64_t i = 0; i < n; i++) _mm512_store_ps(scale + (g + i) * WIDE + line, turned[i]);
@@ -117,7 +110,7 @@ static void (*const tile_of[2][TALL])(TILE_ARGS) = {
 /* y[n * ldy + o - first] for outputs first .. last - 1; scale and zero: (groups, WIDE), weight: (inputs, WIDE). */
 static void tiles(const Matrix *m, const Act *a, int64_t first, int64_t last, float *y, int64_t ldy, float *scale,
                   float *zero, int8_t *weight) {
-    const int64_t bytes = m->kind == INT8 ? m->in : m->groups * m->group / 2;
+    const int64_t bytes = row_bytes(m);
     for (int64_t o = first; o < last; o += WIDE) {
         const char *next = (const char *)m->weight + (o + WIDE) * bytes;
         turn_codes(m, o, last, weight);
