@@ -32,8 +32,9 @@ def documents() -> MemoryDocuments:
 def run(folder: Path, name: str) -> TrainResult:
     told = config(dtype="float32", checkpoint_every=4, **{"steps": 8} | RUNS[name])
     knobs = stream_knobs(told.schedule, told.objective)
-    stream = Stream(documents(), packing="concat:mask=true", sequence_length=LENGTH, seed=3,
-                    total=told.total_tokens, **knobs)
+    stream = Stream(
+        documents(), packing="concat:mask=true", sequence_length=LENGTH, seed=3, total=told.total_tokens, **knobs
+    )
     return train(decoder(), stream, told, folder / name, label="", events=Events(folder / name / "events.jsonl"))
 
 

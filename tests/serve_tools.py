@@ -89,6 +89,4 @@ def assert_clean(engine: Engine) -> None:
     stats = engine.stats()
     assert stats["used_blocks"] == 0 and engine.pages.free == 0
     assert stats["running"] == stats["waiting"] == 0
-    assert (
-        not engine.requests and not engine.samples and len(engine.cache.slots) == engine.config.max_sequences
-    )
+    assert not engine.requests and not engine.samples and len(engine.cache.slots) == engine.config.max_sequences

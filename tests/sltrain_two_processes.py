@@ -17,9 +17,11 @@ from train_toys import config, decoder, stream
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    for name, form, dtype, steps in (("two", "sltrain:rank=4,density=0.1,alpha=8", "float32", 5),
-                                     ("one_two_one", "sltrain:rank=4,density=0.1,alpha=8", "float32", 4),
-                                     ("bf16", "sltrain:rank=4,density=0.1,alpha=8", "bfloat16", 3)):
+    for name, form, dtype, steps in (
+        ("two", "sltrain:rank=4,density=0.1,alpha=8", "float32", 5),
+        ("one_two_one", "sltrain:rank=4,density=0.1,alpha=8", "float32", 4),
+        ("bf16", "sltrain:rank=4,density=0.1,alpha=8", "bfloat16", 3),
+    ):
         told = config(steps=steps, form=form, schedule="constant", dtype=dtype, micro_batch=2)
         train(decoder(), stream(), told, folder / name, events=Events(folder / name / "events.jsonl"), label="")
     SLTrain.supports = SLTrain.supports - {"fsdp"}

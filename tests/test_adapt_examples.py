@@ -15,10 +15,14 @@ from modicum.data.stream import NO_LOSS, EndOfData
 from modicum.data.tokenizer import Tokenizer
 
 PAIRS = [(f"what is {a} plus {b}?", f"{a} plus {b} is {a + b}.") for a in range(12) for b in range(8)]
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-THINKING = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-            "{% if add_generation_prompt %}assistant: <think></think>{% endif %}")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THINKING = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: <think></think>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +40,32 @@ def with_template(tokenizer: Tokenizer, template: str, *added: str) -> Tokenizer
 def test_target_is_what_the_template_adds_for_the_answer(tokenizer: Tokenizer) -> None:
     one = encode(Example.of("what is 1 plus 2?", "it is 3."), tokenizer)
     prompt = "<|user|>\nwhat is 1 plus 2?\n<|assistant|>\n"
-    assert tokenizer.decode(one.ids[:one.given], skip_special=False) == prompt
-    assert tokenizer.decode(one.ids[one.given:], skip_special=False) == "it is 3.<|endoftext|>"
+    assert tokenizer.decode(one.ids[: one.given], skip_special=False) == prompt
+    assert tokenizer.decode(one.ids[one.given :], skip_special=False) == "it is 3.<|endoftext|>"
 
 
 def test_target_ends_with_the_templates_own_end_of_turn(tokenizer: Tokenizer) -> None:
     chatml = with_template(tokenizer, CHATML, "<|im_start|>", "<|im_end|>")
-    turns = tuple({"role": r, "content": c} for r, c in (
-        ("system", "be it"), ("user", "1 plus 1?"), ("assistant", "2"), ("user", "so?"), ("assistant", "3")))
+    turns = tuple(
+        {"role": r, "content": c}
+        for r, c in (
+            ("system", "be it"),
+            ("user", "1 plus 1?"),
+            ("assistant", "2"),
+            ("user", "so?"),
+            ("assistant", "3"),
+        )
+    )
     one = encode(Example("x", turns), chatml)
-    assert chatml.decode(one.ids[:one.given], skip_special=False).count("<|im_end|>") == 4
-    assert chatml.decode(one.ids[one.given:], skip_special=False) == "3<|im_end|>"
+    assert chatml.decode(one.ids[: one.given], skip_special=False).count("<|im_end|>") == 4
+    assert chatml.decode(one.ids[one.given :], skip_special=False) == "3<|im_end|>"
 
 
 def test_a_template_that_rewrites_the_last_turn_still_gives_the_answer(tokenizer: Tokenizer) -> None:
     thinking = with_template(tokenizer, THINKING)
     one = encode(Example.of("why?", "because"), thinking)
-    assert thinking.decode(one.ids[:one.given], skip_special=False).endswith("<think></think>")
-    assert thinking.decode(one.ids[one.given:], skip_special=False) == "because<|endoftext|>"
+    assert thinking.decode(one.ids[: one.given], skip_special=False).endswith("<think></think>")
+    assert thinking.decode(one.ids[one.given :], skip_special=False) == "because<|endoftext|>"
 
 
 def test_long_answers_are_cut_and_long_questions_dropped(tokenizer: Tokenizer) -> None:
@@ -71,7 +83,7 @@ def test_split_is_by_question_and_stable() -> None:
     assert not {e.key for e in train} & {e.key for e in heldout}
     assert 0.1 < len(heldout) / len(examples) < 0.4
     fewer = split(examples[:50], 0.25)
-    assert fewer[1] == [e for e in examples[:50] if e in heldout]   # adding pairs moves none
+    assert fewer[1] == [e for e in examples[:50] if e in heldout]  # adding pairs moves none
     assert split(examples, 0.25, seed=1)[1] != heldout
     assert split(examples, 0.0) == (examples, [])
     with pytest.raises(UserError, match="give more pairs"):
@@ -94,11 +106,17 @@ def test_jsonl_of_pairs_and_conversations(tmp_path: Path) -> None:
     assert first.messages == second.messages == tuple(chat) and second.id == "7"
 
 
-@pytest.mark.parametrize("line,word", [
-    ("{", "not JSON"), ('{"question": "q"}', "neither"), ('["q", "a"]', "neither"),
-    ('{"messages": []}', "last of two"),
-    ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}]}', "assistant"),
-    ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "content")])
+@pytest.mark.parametrize(
+    "line,word",
+    [
+        ("{", "not JSON"),
+        ('{"question": "q"}', "neither"),
+        ('["q", "a"]', "neither"),
+        ('{"messages": []}', "last of two"),
+        ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}]}', "assistant"),
+        ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "content"),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path: Path, line: str, word: str) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"question": "q", "answer": "a"}\n' + line)
@@ -133,8 +151,10 @@ def encoded(n: int, longest: int = 30) -> list[Encoded]:
     """Examples of different lengths whose tokens name them: example i holds 1000 i, 1000 i + 1, ..."""
     generator = np.random.default_rng(0)
     sizes = generator.integers(3, longest, n)
-    return [Encoded(np.arange(1000 * i, 1000 * i + size), int(generator.integers(1, size - 1)))
-            for i, size in enumerate(sizes)]
+    return [
+        Encoded(np.arange(1000 * i, 1000 * i + size), int(generator.integers(1, size - 1)))
+        for i, size in enumerate(sizes)
+    ]
 
 
 def test_rows_hold_whole_pairs_with_loss_on_answers_alone() -> None:
@@ -148,7 +168,8 @@ def test_rows_hold_whole_pairs_with_loss_on_answers_alone() -> None:
             break
         assert batch.documents_BT is not None
         for tokens, targets, documents, positions in zip(
-                batch.tokens_BT, batch.targets_BT, batch.documents_BT, batch.positions_BT, strict=True):
+            batch.tokens_BT, batch.targets_BT, batch.documents_BT, batch.positions_BT, strict=True
+        ):
             for k in range(int(documents.max()) + 1):
                 inside = documents == k
                 i = int(tokens[inside][0]) // 1000
@@ -157,7 +178,7 @@ def test_rows_hold_whole_pairs_with_loss_on_answers_alone() -> None:
                 assert tokens[inside].tolist() == example.ids[:-1].tolist()
                 assert positions[inside].tolist() == list(range(len(example)))
                 learnt = [int(t) for t in targets[inside] if t != NO_LOSS]
-                assert learnt == example.ids[example.given:].tolist()
+                assert learnt == example.ids[example.given :].tolist()
             assert (targets[documents == -1] == NO_LOSS).all()
     assert sorted(seen) == list(range(40)) and seen != list(range(40))
 
@@ -167,7 +188,7 @@ def test_stream_goes_on_exactly(stop: int) -> None:
     def after(stream: PairStream, n: int) -> list[list[int]]:
         return [stream.next_batch(3).tokens_BT.flatten().tolist() for _ in range(n)]
 
-    whole = after(PairStream(encoded(25), sequence_length=40, seed=3), 14)    # more than two epochs
+    whole = after(PairStream(encoded(25), sequence_length=40, seed=3), 14)  # more than two epochs
     first = PairStream(encoded(25), sequence_length=40, seed=3)
     begun = after(first, stop)
     second = PairStream(encoded(25), sequence_length=40, seed=0)

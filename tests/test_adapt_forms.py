@@ -28,8 +28,12 @@ from modicum.train.objectives import Step
 PAIRS = [(f"what is {a} plus {b}?", f"{a} plus {b} is {a + b}") for a in range(8) for b in range(8)]
 TOKENS = torch.arange(3, 19).view(1, 16)
 GROWS = "increlora:rank=3,max_rank=6,begin=0.1,interval=0.1,end=0.7,warmup=0.3,gamma=0.01"
-FORMS = {"increlora": GROWS, "svfit": "svfit:rank=8", "compacter": "compacter:bottleneck=8",
-         "compacter++": "compacter++:bottleneck=8"}
+FORMS = {
+    "increlora": GROWS,
+    "svfit": "svfit:rank=8",
+    "compacter": "compacter:bottleneck=8",
+    "compacter++": "compacter++:bottleneck=8",
+}
 QUICK = dict(lr=2e-2, steps=10, sequence_length=48, batch_sequences=2, micro_batch=1, limit=40)
 
 
@@ -70,22 +74,32 @@ class AfterPolls(Deadline):
 
 
 def files(folder: Path) -> dict[str, torch.Tensor]:
-    found = {f"{path.name}:{name}": t for path in sorted(folder.rglob("*.safetensors"))
-             for name, t in load_file(path).items()}
+    found = {
+        f"{path.name}:{name}": t
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, t in load_file(path).items()
+    }
     assert found
     return found
 
 
-@pytest.mark.parametrize("name,dtype", [("increlora", "float32"), ("increlora", "bfloat16"),
-                                        ("svfit", "bfloat16"), ("compacter", "float32"),
-                                        ("compacter", "bfloat16")])
+@pytest.mark.parametrize(
+    "name,dtype",
+    [
+        ("increlora", "float32"),
+        ("increlora", "bfloat16"),
+        ("svfit", "bfloat16"),
+        ("compacter", "float32"),
+        ("compacter", "bfloat16"),
+    ],
+)
 def test_stopped_half_way_it_goes_on_bit_for_bit(place: Path, tmp_path: Path, name: str, dtype: str) -> None:
     knobs = {"dtype": dtype, "form": FORMS[name]}
     whole = run(place, tmp_path / "whole", **knobs)
     stopped = run(place, tmp_path / "parts", **knobs, deadline=AfterPolls(5))
     assert stopped.steps == 5
     state = json.loads((tmp_path / "parts/checkpoints/step-00000005/state.json").read_text())["parts"]["forms"]
-    if name == "increlora":                          # ranks have grown, some are warming up, some are still to come
+    if name == "increlora":  # ranks have grown, some are warming up, some are still to come
         ranks = [layout["rank"] for layout in state["layouts"].values()]
         assert max(ranks) > 1 and sum(ranks) < 3 * len(ranks) and all(la["growing"] for la in state["layouts"].values())
         assert any(5 - la["grown"][la["rank"] - 1] < 3 for la in state["layouts"].values())
@@ -126,7 +140,7 @@ def test_adapted_folder_is_the_trained_model(place: Path, tmp_path: Path, name: 
     changed = {n for n in after if not torch.equal(before[n], after[n])}
     assert changed == {n for n in after if "norm" in n} and changed
     slow = [n for n in load_file(f"{result.model}/modicum.safetensors") if n.endswith("slow")]
-    assert slow == [f"{names[0]}.slow"]                       # stored once
+    assert slow == [f"{names[0]}.slow"]  # stored once
     assert (logits(model) - logits(load_model(place / "model"))).abs().max() > 1e-2
     trained = load_file(tmp_path / "out/checkpoints/step-00000010/model.safetensors")
     state = model.state_dict()
@@ -151,9 +165,10 @@ def test_a_model_folder_gives_equal_logits(place: Path, tmp_path: Path, name: st
     again = load_model(tmp_path / "out")
     assert torch.equal(logits(again), expected)
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
-        n for n, p in model.named_parameters() if p.requires_grad}
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
     stored = sum(t.nbytes for t in load_file(tmp_path / "out/modicum.safetensors").values())
-    shared = (len(made) - 1) * 4 * 64 if name.startswith("compacter") else 0     # in nbytes() of every form
+    shared = (len(made) - 1) * 4 * 64 if name.startswith("compacter") else 0  # in nbytes() of every form
     assert sum(form.nbytes() for form in attach.forms(model).values()) - shared == stored
     attach.settle(again)
     assert torch.equal(logits(again), expected)
@@ -161,15 +176,22 @@ def test_a_model_folder_gives_equal_logits(place: Path, tmp_path: Path, name: st
 
 @pytest.mark.parametrize("name", ["increlora", "svfit"])
 def test_peft_loads_them_as_lora(tmp_path: Path, name: str) -> None:
-    config = transformers.Phi3Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                                     num_attention_heads=4, num_key_value_heads=4, pad_token_id=0)
+    config = transformers.Phi3Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=0,
+    )
     transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path / "model")
     ours = load_model(tmp_path / "model", dtype=torch.float32)
     made = attach.attach(ours, {"layers.*": FORMS[name]})
     with torch.no_grad():
         for i, form in enumerate(made.values()):
             if name == "increlora":
-                form.grow(i % 4, 3)                           # ranks 1 to 4, parts of fused modules among them
+                form.grow(i % 4, 3)  # ranks 1 to 4, parts of fused modules among them
             for p in form.trainable():
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     expected = logits(ours)

@@ -18,14 +18,26 @@ from modicum.model.decoder import Decoder
 from modicum.model.folder import load_model
 
 V = 61
-LLAMA = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1)
+LLAMA = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+)
 NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
 GPT2 = dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
 # family: configuration, our targets, peft's targets for the same layers
 FAMILIES = {
-    "Llama": (LLAMA, ["layers.*.attention.*", "layers.*.mlp.down"],
-              ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]),
+    "Llama": (
+        LLAMA,
+        ["layers.*.attention.*", "layers.*.mlp.down"],
+        ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"],
+    ),
     "Qwen3": (LLAMA | dict(head_dim=16, tie_word_embeddings=True), ["*.q", "*.v"], ["q_proj", "v_proj"]),
     "GPT2": (GPT2, ["layers.*"], ["c_attn", "c_proj", "c_fc"]),
     "Phi3": (LLAMA, ["layers.*"], ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
@@ -75,11 +87,11 @@ def test_peft_loads_ours(model_folder, tmp_path: Path, choice: str) -> None:
     attach.attach(ours, dict.fromkeys(FAMILIES[family][1], choice))
     learn(ours)
     adapted = logits(ours)
-    assert (adapted - plain).abs().max() > 0.1          # an adapter that does nothing would pass for any
+    assert (adapted - plain).abs().max() > 0.1  # an adapter that does nothing would pass for any
     save_peft(ours, tmp_path / "adapter", base_model=str(folder))
     torch.testing.assert_close(theirs_with(folder, tmp_path / "adapter"), adapted, atol=1e-5, rtol=1e-5)
 
-    again = load_model(folder, dtype=torch.float32)     # and so do we
+    again = load_model(folder, dtype=torch.float32)  # and so do we
     load_peft(again, tmp_path / "adapter")
     torch.testing.assert_close(logits(again), adapted, atol=1e-5, rtol=1e-5)
 
@@ -89,9 +101,20 @@ def test_we_load_pefts(model_folder, tmp_path: Path, more: dict) -> None:
     family, folder = model_folder
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     targets = FAMILIES[family][2]
-    config = peft.LoraConfig(**({"r": 4, "lora_alpha": 9, "target_modules": targets, "lora_dropout": 0.1,
-                                 "task_type": "CAUSAL_LM", "rank_pattern": {targets[0]: 2},
-                                 "alpha_pattern": {targets[-1]: 3}} | more))
+    config = peft.LoraConfig(
+        **(
+            {
+                "r": 4,
+                "lora_alpha": 9,
+                "target_modules": targets,
+                "lora_dropout": 0.1,
+                "task_type": "CAUSAL_LM",
+                "rank_pattern": {targets[0]: 2},
+                "alpha_pattern": {targets[-1]: 3},
+            }
+            | more
+        )
+    )
     theirs = peft.get_peft_model(base, config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -104,7 +127,8 @@ def test_we_load_pefts(model_folder, tmp_path: Path, more: dict) -> None:
     torch.testing.assert_close(logits(ours), expected, atol=1e-5, rtol=1e-5)
     assert all(form.config.dropout == 0.1 for form in made.values())
     assert {id(p) for p in ours.parameters() if p.requires_grad} == {
-        id(p) for form in made.values() for p in form.trainable()}
+        id(p) for form in made.values() for p in form.trainable()
+    }
 
 
 def test_any_transformers_model_takes_and_gives_adapters(model_folder, tmp_path: Path) -> None:
@@ -126,14 +150,14 @@ def test_different_ranks_and_scales_survive(tmp_path: Path) -> None:
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
     theirs.save_pretrained(tmp_path / "model")
     ours = load_model(tmp_path / "model", dtype=torch.float32)
-    attach.attach(ours, {"layers.*.attention.*": "lora:rank=2,alpha=3",
-                         "layers.1.mlp.down": "lora:rank=5,alpha=7"})
+    attach.attach(ours, {"layers.*.attention.*": "lora:rank=2,alpha=3", "layers.1.mlp.down": "lora:rank=5,alpha=7"})
     learn(ours)
     save_peft(ours, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 2 and list(config["rank_pattern"].values()) == [5]
-    torch.testing.assert_close(theirs_with(tmp_path / "model", tmp_path / "adapter"), logits(ours),
-                               atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        theirs_with(tmp_path / "model", tmp_path / "adapter"), logits(ours), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_adapter_over_a_quantised_base_is_saved_alone(tmp_path: Path) -> None:
@@ -161,11 +185,17 @@ def saved(tmp_path: Path) -> tuple[Decoder, Path]:
     return model, tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("change,error,word", [
-    ({"use_dora": True}, UserError, "use_dora"), ({"bias": "all"}, UserError, "bias"),
-    ({"modules_to_save": ["lm_head"]}, UserError, "modules_to_save"),
-    ({"peft_type": "IA3"}, UserError, "IA3"), ({"alpha_pattern": {"(": 1}}, CorruptError, "pattern"),
-    ({"lora_alpha": None}, CorruptError, "adapter_config")])
+@pytest.mark.parametrize(
+    "change,error,word",
+    [
+        ({"use_dora": True}, UserError, "use_dora"),
+        ({"bias": "all"}, UserError, "bias"),
+        ({"modules_to_save": ["lm_head"]}, UserError, "modules_to_save"),
+        ({"peft_type": "IA3"}, UserError, "IA3"),
+        ({"alpha_pattern": {"(": 1}}, CorruptError, "pattern"),
+        ({"lora_alpha": None}, CorruptError, "adapter_config"),
+    ],
+)
 def test_what_plain_lora_cannot_say_is_refused(saved, change: dict, error: type, word: str) -> None:
     model, folder = saved
     path = folder / "adapter_config.json"
@@ -180,10 +210,11 @@ def test_broken_adapters_are_refused(saved) -> None:
     good = load_file(weights)
     name = next(n for n in good if "lora_A" in n)
     for bad, error, word in (
-            ({k.replace("layers.1", "layers.9"): v for k, v in good.items()}, UserError, "layers.9"),
-            ({k: v for k, v in good.items() if k != name}, CorruptError, "belong"),
-            (good | {name: torch.zeros(2, 16)}, UserError, "32 x 16"),
-            ({k.replace("lora_A", "magnitude"): v for k, v in good.items()}, UserError, "magnitude")):
+        ({k.replace("layers.1", "layers.9"): v for k, v in good.items()}, UserError, "layers.9"),
+        ({k: v for k, v in good.items() if k != name}, CorruptError, "belong"),
+        (good | {name: torch.zeros(2, 16)}, UserError, "32 x 16"),
+        ({k.replace("lora_A", "magnitude"): v for k, v in good.items()}, UserError, "magnitude"),
+    ):
         save_file(bad, weights)
         with pytest.raises(error, match=word):
             load_peft(model, folder)
@@ -215,7 +246,8 @@ def test_parts_of_a_fused_module_come_back_at_their_own_rank(tmp_path: Path, cho
     learn(ours)
     save_peft(ours, tmp_path / "adapter")
     again = load_model(tmp_path / "model", dtype=torch.float32)
-    made = load_peft(again, tmp_path / "adapter")       # 40 ranks in peft's one module, more than 32 columns
+    made = load_peft(again, tmp_path / "adapter")  # 40 ranks in peft's one module, more than 32 columns
     assert {name: form.config.rank for name, form in made.items()} == {
-        f"layers.{i}.attention.{part}": 20 for i in (0, 1) for part in "qv"}
+        f"layers.{i}.attention.{part}": 20 for i in (0, 1) for part in "qv"
+    }
     torch.testing.assert_close(logits(again), logits(ours), atol=1e-5, rtol=1e-5)

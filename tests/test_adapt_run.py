@@ -57,7 +57,9 @@ def test_learns_and_saves_what_peft_and_transformers_load(place: Path, tmp_path:
     assert result.trainable == sum(4 * (i + o) for i, o in [(32, 32)] * 4 + [(32, 128)] * 2 + [(128, 32)]) * 2
     assert json.loads((tmp_path / "out" / "adapt.json").read_text()) == result.as_dict()
     assert [e["loss"] for e in read_events(tmp_path / "events.jsonl", "heldout")] == [
-        result.heldout_before, result.heldout_after]
+        result.heldout_before,
+        result.heldout_after,
+    ]
 
     base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     with_adapter = logits(peft.PeftModel.from_pretrained(base, result.adapter))
@@ -94,11 +96,14 @@ def test_stopped_by_its_deadline_it_goes_on_bit_for_bit(place: Path, tmp_path: P
     resumed = run(place, tmp_path / "parts", **knobs)
     assert resumed.resumed_from == 5 and resumed.steps == 12
     assert (resumed.heldout_before, resumed.heldout_after, resumed.loss) == (
-        whole.heldout_before, whole.heldout_after, whole.loss)
+        whole.heldout_before,
+        whole.heldout_after,
+        whole.loss,
+    )
     first, second = (load_file(f"{r.adapter}/adapter_model.safetensors") for r in (whole, resumed))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
-    again = run(place, tmp_path / "parts", **knobs)       # finished: nothing is trained again
+    again = run(place, tmp_path / "parts", **knobs)  # finished: nothing is trained again
     assert again.steps == 12 and again.heldout_after == whole.heldout_after
 
 
@@ -106,7 +111,7 @@ def test_a_deadline_that_has_passed_leaves_the_model_as_it_was(place: Path, tmp_
     result = run(place, tmp_path / "out", deadline=Deadline(0))
     assert (result.stopped, result.steps, result.loss) == ("deadline", 0, None)
     assert result.heldout_after == result.heldout_before
-    json.loads((tmp_path / "out" / "adapt.json").read_text(), parse_constant=pytest.fail)     # no NaN
+    json.loads((tmp_path / "out" / "adapt.json").read_text(), parse_constant=pytest.fail)  # no NaN
 
 
 def test_over_a_quantised_base(place: Path, tmp_path: Path) -> None:
@@ -137,11 +142,21 @@ def test_epochs_count_passes_over_the_pairs(place: Path, tmp_path: Path) -> None
     assert run(place, tmp_path / "limit", steps=None, epochs=1.0, limit=10).pairs == 10
 
 
-@pytest.mark.parametrize("knobs,word", [
-    ({"targets": "layers.*.attn.*"}, "layers.\\*.attention"), ({"form": "lora:rank=33"}, "rank=33"),
-    ({"form": "int8"}, "trains nothing"), ({"form": "lora:ranks=4"}, "rank"), ({"epochs": 2}, "the run once"),
-    ({"heldout": 1.0}, "heldout"), ({"targets": ""}, "targets"), ({"sequence_length": 4}, "question"),
-    ({"base": "lora"}, "already"), ({"form": "lora:rank=4", "dtype": "int8"}, "dtype")])
+@pytest.mark.parametrize(
+    "knobs,word",
+    [
+        ({"targets": "layers.*.attn.*"}, "layers.\\*.attention"),
+        ({"form": "lora:rank=33"}, "rank=33"),
+        ({"form": "int8"}, "trains nothing"),
+        ({"form": "lora:ranks=4"}, "rank"),
+        ({"epochs": 2}, "the run once"),
+        ({"heldout": 1.0}, "heldout"),
+        ({"targets": ""}, "targets"),
+        ({"sequence_length": 4}, "question"),
+        ({"base": "lora"}, "already"),
+        ({"form": "lora:rank=4", "dtype": "int8"}, "dtype"),
+    ],
+)
 def test_mistakes_are_told_in_one_line_and_leave_nothing(place, tmp_path, knobs: dict, word: str) -> None:
     with pytest.raises(UserError, match=word) as caught:
         run(place, tmp_path / "out", **knobs)
@@ -156,6 +171,7 @@ def test_another_rank_in_the_same_folder_is_refused(place: Path, tmp_path: Path)
 
 def test_verb(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from modicum.cli.adapt import adapt as verb
+
     source = str(place / "model"), place / "pairs.jsonl", tmp_path / "out"
     knobs = dict(form="lora:rank=2", steps=2, merge=True, sequence_length=48, batch=2, dtype="float32")
     verb(*source, **knobs, as_json=True)

@@ -92,9 +92,7 @@ def test_knobs_read_as_text_are_those_of_the_class(port: str) -> None:
     for key, info in registry.methods(port).items():
         loaded = registry.load(port, key)
         found = card.read_card(info)
-        assert [k.name for k in found.knobs] == [f.name for f in dataclasses.fields(loaded.config)], (
-            f"{port}/{key}"
-        )
+        assert [k.name for k in found.knobs] == [f.name for f in dataclasses.fields(loaded.config)], f"{port}/{key}"
         cls = loaded.cls
         assert set(found.supports) == set(cls.supports), f"{port}/{key}"  # type: ignore[attr-defined]
         for knob, field in zip(found.knobs, dataclasses.fields(loaded.config), strict=True):
@@ -119,9 +117,7 @@ def checkout(tmp_path: Path) -> Path:
     records = []
     for seed in range(3):
         for method, loss, bytes_ in (("adamw", 2.0, 800.0), ("half", 1.9, 400.0)):
-            records.append(
-                make(method, seed, loss + seed / 100, bytes_, baseline="adamw", claim={"figure": "0.5x"})
-            )
+            records.append(make(method, seed, loss + seed / 100, bytes_, baseline="adamw", claim={"figure": "0.5x"}))
     for entry in records:
         record.append(tmp_path / "evidence" / "optimizer.jsonl", entry)
     return tmp_path
@@ -176,16 +172,12 @@ def test_newest_run_with_a_baseline_counts() -> None:
 
 
 def test_row_text() -> None:
-    records = [
-        make(m, s, v + s / 10, c) for m, v, c in (("base", 2.0, 100.0), ("m", 1.0, 30.0)) for s in range(2)
-    ]
+    records = [make(m, s, v + s / 10, c) for m, v, c in (("base", 2.0, 100.0), ("m", 1.0, 30.0)) for s in range(2)]
     base, row = stats.compare(records)[0]
     assert figures.measured_text(base) == "loss 2.05 ± 0.071; state bytes 100 B"
     assert figures.measured_text(row) == "loss 1.05 ± 0.071, −49% [−49%, −49%]; state bytes 30 B, ×0.3"
 
 
-@pytest.mark.parametrize(
-    ("share", "text"), [(0.0314, "+3.1%"), (-0.5, "−50%"), (0.0, "±0%"), (12.0, "+1200%")]
-)
+@pytest.mark.parametrize(("share", "text"), [(0.0314, "+3.1%"), (-0.5, "−50%"), (0.0, "±0%"), (12.0, "+1200%")])
 def test_percent(share: float, text: str) -> None:
     assert figures.percent(share) == text

@@ -32,14 +32,19 @@ def test_bytes_are_six_per_trained_parameter_and_the_places() -> None:
     assert dense["training_bytes"] == 6 * parameters and dense["pretrained_parameters"] == parameters
     attach.attach(model, {"layers.*": "sltrain:rank=8,density=0.05"})
     sparse = scratch.count(model)
-    layer = 2 * (4 * (8 * 64 + 51) + 3 * (8 * 128 + 153))       # factors and a twentieth of the entries
+    layer = 2 * (4 * (8 * 64 + 51) + 3 * (8 * 128 + 153))  # factors and a twentieth of the entries
     kept = parameters - 2 * (4 * 32 * 32 + 3 * 32 * 96)
     assert sparse["pretrained_parameters"] == kept + layer
     assert sparse["training_bytes"] == 6 * (kept + layer) + 4 * 2 * (4 * 51 + 3 * 153)
 
 
 def test_each_kind_of_form_has_its_axes() -> None:
-    judged = {form: axes_of(Choice.parse("form", form)).quality.metric
-              for form in ("dense", "bitstack", "lora", "sltrain")}
-    assert judged == {"dense": "bits_per_byte", "bitstack": "bits_per_byte", "lora": "adapted_bits_per_byte",
-                      "sltrain": "pretrained_bits_per_byte"}
+    judged = {
+        form: axes_of(Choice.parse("form", form)).quality.metric for form in ("dense", "bitstack", "lora", "sltrain")
+    }
+    assert judged == {
+        "dense": "bits_per_byte",
+        "bitstack": "bits_per_byte",
+        "lora": "adapted_bits_per_byte",
+        "sltrain": "pretrained_bits_per_byte",
+    }

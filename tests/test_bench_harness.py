@@ -76,17 +76,9 @@ def test_every_seed_runs_every_method_before_the_next(tmp_path: Path) -> None:
     assert counting.calls == [("cosine", 0), ("constant", 0), ("cosine", 1), ("constant", 1)]
     assert record.read(path) == outcome.records and outcome.measured == 4
     entry = outcome.records[1]
-    assert (
-        entry.knobs == {"warmup": 0.02}
-        and entry.baseline == "cosine"
-        and entry.scale == {"size": 10, "noise": 0.5}
-    )
+    assert entry.knobs == {"warmup": 0.02} and entry.baseline == "cosine" and entry.scale == {"size": 10, "noise": 0.5}
     assert entry.flops == 7.0 and entry.seconds > 0 and entry.peak_bytes > 2**20
-    assert (
-        entry.machine == record.machine()
-        and entry.commit == record.commit()
-        and entry.data["checksum"] == "0"
-    )
+    assert entry.machine == record.machine() and entry.commit == record.commit() and entry.data["checksum"] == "0"
     (rows,) = stats.compare(outcome.records)
     assert [r.choice for r in rows] == ["cosine", "constant"] and rows[1].better is True
 
@@ -193,18 +185,14 @@ def test_quick_bench_measures_the_baseline(port: str, tmp_path: Path) -> None:
     if port != "scheduler":  # whose quality is a time
         again = bench.measure(baseline, 0, settings)
         name = entry.axes["quality"]["metric"]
-        assert again.metrics[name] == pytest.approx(entry.value(name), rel=1e-6), (
-            "the same seed gave another quality"
-        )
+        assert again.metrics[name] == pytest.approx(entry.value(name), rel=1e-6), "the same seed gave another quality"
         assert again.model.get("checksum") == entry.model.get("checksum")
 
 
 def test_budgets_hold_in_a_training_bench(tmp_path: Path) -> None:
     bench = harness.load("optimizer")
     settings = Settings(scale=harness.make_scale(bench, True, {}), budget=Budget(tokens=512))
-    entry = harness.run(
-        bench, harness.pick("optimizer", ["adamw"]), [0], settings, tmp_path / "x.jsonl"
-    ).records[0]
+    entry = harness.run(bench, harness.pick("optimizer", ["adamw"]), [0], settings, tmp_path / "x.jsonl").records[0]
     assert entry.metrics["tokens"] == 512 and entry.budget == {"tokens": 512}
 
 
@@ -237,10 +225,7 @@ def test_plots_hold_every_method(tmp_path: Path) -> None:
     picture = plots.svg("schedule", parts[0])
     assert picture == plots.svg("schedule", parts[0])
     for name in map(str, choices()):
-        assert (
-            f"<b>{name}" in page.replace("\\u003c", "<").replace("\\u003e", ">")
-            and f">{name}</text>" in picture
-        )
+        assert f"<b>{name}" in page.replace("\\u003c", "<").replace("\\u003e", ">") and f">{name}</text>" in picture
     assert 'src="http' not in page and "viewport" in page
     front = plots.front(parts[0])
     best = max(parts[0], key=lambda r: r.quality.mean)

@@ -65,9 +65,7 @@ def test_the_tuning_seed_is_not_reported_and_its_cost_is(monkeypatch):
 def test_a_decay_that_was_given_is_kept(monkeypatch):
     decays = []
     monkeypatch.setattr(optimizer, "_found", {})
-    monkeypatch.setattr(
-        optimizer, "search", lambda bits, rates, given, widen: decays.append(given) or (1.0, None, 0)
-    )
+    monkeypatch.setattr(optimizer, "search", lambda bits, rates, given, widen: decays.append(given) or (1.0, None, 0))
     settings = _settings(decays=(0.0, 0.1))
     for knobs, expected in (({}, (0.0, 0.1)), ({"weight_decay": 0.3}, ())):
         made = optimizer.measure(Choice("optimizer", "adamw", knobs), 0, settings)
@@ -76,9 +74,7 @@ def test_a_decay_that_was_given_is_kept(monkeypatch):
 
 @pytest.mark.parametrize("choice", ["adamw-8bit", "galore", "galore:bits=8", "gradnormlorp"])
 def test_state_is_what_was_held(choice):
-    plain, low = (
-        optimizer.measure(Choice.parse("optimizer", c), 0, _settings()).metrics for c in ("adamw", choice)
-    )
+    plain, low = (optimizer.measure(Choice.parse("optimizer", c), 0, _settings()).metrics for c in ("adamw", choice))
     assert 0 < low["state_bytes"] < plain["state_bytes"] and math.isfinite(low["bits_per_byte"])
 
 

@@ -98,9 +98,7 @@ def test_where_and_what() -> None:
     assert machine["cores"] >= 1 and machine["memory_bytes"] > 2**28 and machine["threads"] >= 1
     import platform
 
-    assert platform.node() not in json.dumps(machine) or not platform.node(), (
-        "the host's name is nobody's business"
-    )
+    assert platform.node() not in json.dumps(machine) or not platform.node(), "the host's name is nobody's business"
     assert record.versions()["torch"].startswith("2")
     assert len(record.commit()) >= 8
 
@@ -116,9 +114,7 @@ def test_paired_difference_is_students() -> None:
     assert found.low == pytest.approx(wanted.low) and found.high == pytest.approx(wanted.high)
     assert found.clear and found.mean == pytest.approx(sum(differences) / 6)
     unpaired = scipy_stats.ttest_ind(list(method.values()), list(base.values())).confidence_interval(0.95)
-    assert found.high - found.low < 0.2 * (unpaired.high - unpaired.low), (
-        "pairing should sharpen the interval"
-    )
+    assert found.high - found.low < 0.2 * (unpaired.high - unpaired.low), "pairing should sharpen the interval"
 
 
 def test_quantile_is_students() -> None:

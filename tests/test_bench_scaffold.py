@@ -25,9 +25,7 @@ def install(folder: Path, place: Path) -> None:
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     info = place / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     rows = [f"{name} = {value}" for name, value in project["entry-points"]["modicum.methods"].items()]
     (info / "entry_points.txt").write_text("[modicum.methods]\n" + "\n".join(rows) + "\n")
 
@@ -70,11 +68,7 @@ def test_template_passes_its_own_test(port: str, plugins: dict[str, scaffold.Mad
     for test in tests:
         cases: list[dict[str, object]] = [{}]
         for mark in getattr(test, "pytestmark", []):
-            names = (
-                [n.strip() for n in mark.args[0].split(",")]
-                if isinstance(mark.args[0], str)
-                else mark.args[0]
-            )
+            names = [n.strip() for n in mark.args[0].split(",")] if isinstance(mark.args[0], str) else mark.args[0]
             cases = [dict(zip(names, row if len(names) > 1 else [row], strict=True)) for row in mark.args[1]]
         for case in cases:
             test(**case)  # type: ignore[operator]

@@ -10,16 +10,36 @@ from modicum.budget import Budget, Cost, Deadline, Meter, units
 from modicum.core.errors import BudgetError, UserError
 
 
-@pytest.mark.parametrize("text, kind, value", [
-    ("2GiB", "bytes", 2 * 2**30), ("1.5GB", "bytes", 1.5e9), ("90m", "seconds", 5400), ("1.5h", "seconds", 5400),
-    ("45s", "seconds", 45), ("50Mtok", "tokens", 50e6), ("1e15flop", "flops", 1e15), ("3Pflops", "flops", 3e15),
-    ("200", "tokens", 200), (64, "bytes", 64)])
+@pytest.mark.parametrize(
+    "text, kind, value",
+    [
+        ("2GiB", "bytes", 2 * 2**30),
+        ("1.5GB", "bytes", 1.5e9),
+        ("90m", "seconds", 5400),
+        ("1.5h", "seconds", 5400),
+        ("45s", "seconds", 45),
+        ("50Mtok", "tokens", 50e6),
+        ("1e15flop", "flops", 1e15),
+        ("3Pflops", "flops", 3e15),
+        ("200", "tokens", 200),
+        (64, "bytes", 64),
+    ],
+)
 def test_quantities(text, kind, value):
     assert units.parse(text, kind) == pytest.approx(value)
 
 
-@pytest.mark.parametrize("text, kind", [("2GiB", "seconds"), ("fast", "seconds"), ("", "bytes"), (-1, "bytes"),
-                                        ("10 parsecs", "seconds"), ("50Mtok", "flops")])
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("2GiB", "seconds"),
+        ("fast", "seconds"),
+        ("", "bytes"),
+        (-1, "bytes"),
+        ("10 parsecs", "seconds"),
+        ("50Mtok", "flops"),
+    ],
+)
 def test_wrong_quantities_are_explained(text, kind):
     with pytest.raises(UserError, match="write"):
         units.parse(text, kind)
@@ -48,11 +68,13 @@ def test_a_deadline_passes():
 
 
 def test_the_meter_sees_a_peak_that_is_gone_again():
-    code = ("from modicum.budget import Meter\nfrom modicum.budget.meter import resident_now\n"
-            "before = resident_now()\n"
-            "with Meter() as meter:\n    block = bytearray(300 * 2**20)\n"
-            "    block[::4096] = b'x' * len(block[::4096])\n    del block\n"
-            "print(meter.peak_bytes - before)")
+    code = (
+        "from modicum.budget import Meter\nfrom modicum.budget.meter import resident_now\n"
+        "before = resident_now()\n"
+        "with Meter() as meter:\n    block = bytearray(300 * 2**20)\n"
+        "    block[::4096] = b'x' * len(block[::4096])\n    del block\n"
+        "print(meter.peak_bytes - before)"
+    )
     grown = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert grown == pytest.approx(300 * 2**20, rel=0.02)
 
@@ -67,6 +89,7 @@ def test_the_meter_counts_children():
 
 def test_the_meter_counts_flops():
     import torch
+
     a, b = torch.ones(8, 16), torch.ones(16, 32)
     with Meter(flops=True) as meter:
         a @ b
@@ -79,10 +102,10 @@ def test_trace_follows_live_bytes_and_flops():
     from modicum.budget.trace import trace
 
     def work():
-        a = torch.empty(1000, 1000)          # 4 MB
-        b = a @ a                            # 4 MB more
+        a = torch.empty(1000, 1000)  # 4 MB
+        b = a @ a  # 4 MB more
         del a
-        c = b.view(-1)[:10] + 1              # a view shares its storage
+        c = b.view(-1)[:10] + 1  # a view shares its storage
         return c
 
     traced = trace(work)

@@ -40,8 +40,10 @@ def logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return load_model(folder, dtype=dtype)(TOKENS)
 
 
-@pytest.mark.parametrize("form,bits,error", [("int8", 8.13, 0.01), ("int8:group=64", 8.25, 0.01),
-                                             ("int4:group=64", 4.5, 0.11), ("int4:group=32", 5.0, 0.1)])
+@pytest.mark.parametrize(
+    "form,bits,error",
+    [("int8", 8.13, 0.01), ("int8:group=64", 8.25, 0.01), ("int4:group=64", 4.5, 0.11), ("int4:group=32", 5.0, 0.1)],
+)
 def test_folder_is_as_small_as_claimed(stored, tmp_path: Path, form: str, bits: float, error: float) -> None:
     folder, _ = stored
     result = compress(folder, form, tmp_path / "out")
@@ -57,7 +59,7 @@ def test_folder_is_as_small_as_claimed(stored, tmp_path: Path, form: str, bits: 
     saved = weights * 2 - result.bits_per_weight * weights / 8
     assert held == sum(t.nbytes for t in load_file(folder / "model.safetensors").values()) - saved
     assert result.bytes == weight_bytes(tmp_path / "out") < result.original_bytes
-    assert held < result.bytes < held + 20_000             # names and description
+    assert held < result.bytes < held + 20_000  # names and description
 
     model = load_model(tmp_path / "out", dtype=torch.float32)
     reference = load_model(folder, dtype=torch.float32)
@@ -65,7 +67,7 @@ def test_folder_is_as_small_as_claimed(stored, tmp_path: Path, form: str, bits: 
         reference.get_submodule(name).weight.data = form_.dense()
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS), reference(TOKENS), atol=1e-4, rtol=1e-4)
-        low = load_model(tmp_path / "out")(TOKENS[:1, :8])       # bfloat16, few rows: the fused kernels
+        low = load_model(tmp_path / "out")(TOKENS[:1, :8])  # bfloat16, few rows: the fused kernels
     assert low.dtype == torch.bfloat16
     assert (low.float() - reference(TOKENS[:1, :8])).norm() / low.float().norm() < 0.05
     assert Tokenizer.load(tmp_path / "out").vocab_size == Tokenizer.load(folder).vocab_size
@@ -81,7 +83,7 @@ def test_embeddings_and_head(stored, tmp_path: Path) -> None:
     files = [load_file(p) for p in (tmp_path / "out").glob("*.safetensors")]
     codes = [t for file in files for t in file.values() if t.shape[0] == vocab]
     assert sum(t.dtype == torch.int8 for t in codes) == (1 if tied else 2)
-    assert not any(t.dtype == torch.bfloat16 and t.shape[1] == 128 for t in codes)    # no dense table left
+    assert not any(t.dtype == torch.bfloat16 and t.shape[1] == 128 for t in codes)  # no dense table left
     near, far = logits(tmp_path / "out"), logits(folder)
     assert (near - far).norm() / far.norm() < 0.3
 
@@ -106,10 +108,14 @@ def test_compressing_twice_and_other_mistakes(stored, tmp_path: Path) -> None:
     folder, _ = stored
     compress(folder, "int8", tmp_path / "once")
     for source, form, knobs, word in (
-            (tmp_path / "once", "int4", {}, "already"), (folder, "lora", {}, "adapter"),
-            (folder, "int4", {"targets": ["layer.*"]}, "matches no"), (folder, "int5", {}, "int4"),
-            (folder, "int4:group=5", {}, "group"),
-            (folder, "int4", {"embeddings": "lora"}, "adapter"), (tmp_path / "none", "int4", {}, "no model")):
+        (tmp_path / "once", "int4", {}, "already"),
+        (folder, "lora", {}, "adapter"),
+        (folder, "int4", {"targets": ["layer.*"]}, "matches no"),
+        (folder, "int5", {}, "int4"),
+        (folder, "int4:group=5", {}, "group"),
+        (folder, "int4", {"embeddings": "lora"}, "adapter"),
+        (tmp_path / "none", "int4", {}, "no model"),
+    ):
         with pytest.raises(UserError, match=word) as caught:
             compress(source, form, tmp_path / "out", **knobs)
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
@@ -143,10 +149,13 @@ def test_incompressible_text_costs_its_entropy() -> None:
 
 def test_verb(stored, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from modicum.cli.compress import compress as verb
+
     folder, _ = stored
     for side, n in (("train", 40), ("heldout", 10)):
-        write_documents(tmp_path / "curated" / "documents" / f"{side}-00000.parquet",
-                        (Document(str(i), f"text number {i} " * 60) for i in range(n)))
+        write_documents(
+            tmp_path / "curated" / "documents" / f"{side}-00000.parquet",
+            (Document(str(i), f"text number {i} " * 60) for i in range(n)),
+        )
     verb(str(folder), tmp_path / "out", yardstick=tmp_path / "curated", as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["ratio"] > 1 and told["yardsticks"]["xz -9"] < 8

@@ -57,11 +57,11 @@ def test_the_file_holds_the_blocks_in_the_measured_order(stacked: Path) -> None:
         assert file.names == order and len(order) == 14 * 4
         begins = [file._entries[name]["data_offsets"][0] for name in order]
         assert begins == sorted(begins)
-    assert all(name.endswith("block_0") for name in order[:14])                # always there
+    assert all(name.endswith("block_0") for name in order[:14])  # always there
     levels = [int(name[-1]) for name in order]
     assert levels == sorted(levels)
     by_level = [[name[:-1] for name, at in zip(order, levels, strict=True) if at == level] for level in range(4)]
-    assert by_level[1] != by_level[0] and sorted(by_level[1]) == sorted(by_level[0])     # the loss decided
+    assert by_level[1] != by_level[0] and sorted(by_level[1]) == sorted(by_level[0])  # the loss decided
 
 
 def test_any_size_is_a_prefix_and_never_more_than_asked(stacked: Path, plain: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_order_is_that_of_the_measured_losses(plain: Path) -> None:
     whole = {name: form.dense() for name, form in found.items()}
     ordered = sort_blocks(model, found, tokens)
     assert all(torch.equal(form.dense(), whole[name]) for name, form in found.items())
-    for name, level, loss in ordered[7:]:                     # naively: every layer cut to the level, this one more
+    for name, level, loss in ordered[7:]:  # naively: every layer cut to the level, this one more
         for other, form in found.items():
             form.kept = sum(form.block_weight(i) for i in range(level + (other == name)))
         logits = model(tokens)[:, :-1].double().log_softmax(-1)
@@ -151,8 +151,9 @@ def test_saved_again_and_under_an_adapter(stacked: Path, tmp_path: Path) -> None
 
 def test_bits_embeddings_and_the_figures(plain: Path, tmp_path: Path) -> None:
     text = {"calibration": plain / "text", "sequences": 2, "length": 32}
-    result = compress(plain / "model", FORM + ",bits=5", tmp_path / "five",
-                      embeddings="bitstack:rank=2,blocks=3", **text)
+    result = compress(
+        plain / "model", FORM + ",bits=5", tmp_path / "five", embeddings="bitstack:rank=2,blocks=3", **text
+    )
     model = load_model(tmp_path / "five")
     layers = {name: form for name, form in stack.stacks(model).items() if name != "embed.form"}
     weights = sum(f.in_features * f.out_features for f in layers.values())
@@ -192,14 +193,22 @@ def test_mistakes_and_damage(stacked: Path, plain: Path, tmp_path: Path) -> None
 
 def test_verbs(stacked: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from modicum.cli.compress import compress as verb
+
     size = int(0.9 * stack.nbytes(load_model(stacked)))
     verb(str(stacked), tmp_path / "small", size=f"{size}b", as_json=True)
     assert json.loads(capsys.readouterr().out)["bytes"] <= size
     assert held(load_model(tmp_path / "small")) == held(load_model(stacked, size=size))
     cut(stacked, size, tmp_path / "same")
     assert (tmp_path / "same" / stack.BLOCKS_FILE).read_bytes() == (tmp_path / "small" / stack.BLOCKS_FILE).read_bytes()
-    verb(str(plain / "model"), tmp_path / "one", form="bitstack:rank=2,blocks=2", targets="layers.0.*",
-         calibration=str(plain / "text"), sequences=1, length=16)
+    verb(
+        str(plain / "model"),
+        tmp_path / "one",
+        form="bitstack:rank=2,blocks=2",
+        targets="layers.0.*",
+        calibration=str(plain / "text"),
+        sequences=1,
+        length=16,
+    )
     assert "loads in any size from" in capsys.readouterr().out
     with pytest.raises(UserError, match="another folder"):
         cut(stacked, size, stacked)

@@ -17,18 +17,22 @@ from modicum.core.files import atomic_directory, atomic_file, fingerprint, read_
 
 
 def test_listing_methods_imports_no_torch():
-    code = ("import sys; from modicum.core import registry\n"
-            "n = {p: len(registry.methods(p)) for p in registry.ports()}\n"
-            "assert len(n) >= 10 and all(n.values()), n\n"
-            "assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
+    code = (
+        "import sys; from modicum.core import registry\n"
+        "n = {p: len(registry.methods(p)) for p in registry.ports()}\n"
+        "assert len(n) >= 10 and all(n.values()), n\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["ls"]])
 def test_help_and_ls_import_no_torch(arguments):
-    code = ("import sys; from modicum import cli\nsys.argv = ['modicum', *sys.argv[1:]]\n"
-            "try:\n    cli.main()\nexcept SystemExit as e:\n    assert not e.code\n"
-            "assert 'torch' not in sys.modules")
+    code = (
+        "import sys; from modicum import cli\nsys.argv = ['modicum', *sys.argv[1:]]\n"
+        "try:\n    cli.main()\nexcept SystemExit as e:\n    assert not e.code\n"
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -50,10 +54,17 @@ def test_choice_is_read_from_text_and_mapping():
     assert Choice.parse("mixture", "fixed:weights={a: 1, b: 2}").knobs == {"weights": {"a": 1, "b": 2}}
 
 
-@pytest.mark.parametrize("port, given, says", [
-    ("optimizer", "adamv", "Did you mean 'adamw'"), ("optimizer", "adamw:beta3=1", "Did you mean 'beta"),
-    ("optimizer", "adamw:beta2=often", "not valid"), ("optimizer", "adamw:beta2", "KNOB=VALUE"),
-    ("optimizer", 3, "Allowed"), ("optimiser", "adamw", "Did you mean 'optimizer'")])
+@pytest.mark.parametrize(
+    "port, given, says",
+    [
+        ("optimizer", "adamv", "Did you mean 'adamw'"),
+        ("optimizer", "adamw:beta3=1", "Did you mean 'beta"),
+        ("optimizer", "adamw:beta2=often", "not valid"),
+        ("optimizer", "adamw:beta2", "KNOB=VALUE"),
+        ("optimizer", 3, "Allowed"),
+        ("optimiser", "adamw", "Did you mean 'optimizer'"),
+    ],
+)
 def test_wrong_choices_are_explained(port, given, says):
     with pytest.raises(UserError, match=says) as caught:
         Choice.parse(port, given).config()
@@ -77,8 +88,10 @@ def test_a_failing_block_leaves_the_old_file(tmp_path):
 
 
 def test_a_killed_writer_leaves_whole_files_only(tmp_path):
-    code = ("import sys; from modicum.core.files import write_json\ni = 0\n"
-            "while True:\n    i += 1; write_json(sys.argv[1], list(range(i % 3000)))")
+    code = (
+        "import sys; from modicum.core.files import write_json\ni = 0\n"
+        "while True:\n    i += 1; write_json(sys.argv[1], list(range(i % 3000)))"
+    )
     path = tmp_path / "numbers.json"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)])
     end = time.time() + 10

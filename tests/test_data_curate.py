@@ -89,8 +89,12 @@ def test_books_balance(curated: Curation, source: Path) -> None:
     steps = {b["step"]: b for b in curated.books["steps"]}
     assert list(steps) == ["read", "normalise", "python-split", "quality", "exact-dedup", "minhash"]
     assert steps["read"]["documents_in"] == len(list(source.iterdir()))
-    assert curated.drops == {"read": {"binary": 1}, "quality": {"too-short": 1},
-                             "exact-dedup": {"duplicate": 1}, "minhash": {"near-duplicate": 1}}
+    assert curated.drops == {
+        "read": {"binary": 1},
+        "quality": {"too-short": 1},
+        "exact-dedup": {"duplicate": 1},
+        "minhash": {"near-duplicate": 1},
+    }
     before = None
     for name, book in steps.items():
         if before is not None:
@@ -102,7 +106,8 @@ def test_books_balance(curated: Curation, source: Path) -> None:
     assert sum(curated.count("bytes", s) for s in ("train", "heldout")) == before[1]
     drops = [json.loads(line) for line in (curated.folder / "drops.jsonl").read_text().splitlines()]
     assert Counter((d["step"], d["reason"]) for d in drops) == {
-        (s, r): n for s, reasons in curated.drops.items() for r, n in reasons.items()}
+        (s, r): n for s, reasons in curated.drops.items() for r, n in reasons.items()
+    }
     by_id = {d["id"]: d for d in drops}
     assert by_id["texts/near.txt"]["detail"].endswith("like texts/doc07.md")
     assert by_id["texts/doc03.md"]["detail"] == "same as texts/copy.txt", "the first by name stays"
@@ -158,13 +163,14 @@ curate(sys.argv[1], sys.argv[2], CurateConfig(vocab_size=512, tokenizer_bytes=10
 """
 
 
-@pytest.mark.parametrize(("marker", "processes"), [
-    ("pass-0/part-00002.json", 2), ("split/part-00001.json", 1), ("tokens-train", 1)])
-def test_killed_run_goes_on(curated: Curation, source: Path, tmp_path: Path, marker: str,
-                            processes: int) -> None:
+@pytest.mark.parametrize(
+    ("marker", "processes"), [("pass-0/part-00002.json", 2), ("split/part-00001.json", 1), ("tokens-train", 1)]
+)
+def test_killed_run_goes_on(curated: Curation, source: Path, tmp_path: Path, marker: str, processes: int) -> None:
     out = tmp_path / "out"
-    run = subprocess.Popen([sys.executable, "-c", SCRIPT, str(source), str(out), str(processes)],
-                           stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(source), str(out), str(processes)], stderr=subprocess.DEVNULL
+    )
     for _ in range(12_000):
         if (out / ".work" / marker).exists() or run.poll() is not None:
             break
@@ -180,8 +186,7 @@ def test_killed_run_goes_on(curated: Curation, source: Path, tmp_path: Path, mar
     assert contents(out) == contents(curated.folder)
 
 
-def test_finished_groups_are_not_done_again(source: Path, tmp_path: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_groups_are_not_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that fails in its third group leaves two; the next run reads only the rest."""
     real, calls = pipeline.run_group, []
 
@@ -204,8 +209,7 @@ def test_full_disk(source: Path, tmp_path: Path) -> None:
     """A real small file system, where the machine lets us mount one."""
     place = tmp_path / "small"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(place)],
-                      capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(place)], capture_output=True).returncode:
         pytest.skip("cannot mount a tmpfs here")
     try:
         with pytest.raises(UserError, match="no space left"):
@@ -240,8 +244,7 @@ def test_several_sources(source: Path, tmp_path: Path) -> None:
     twin = tmp_path / "twin" / "texts"
     twin.mkdir(parents=True)
     (twin / "doc00.md").write_text("# Other\n\n" + prose(901))
-    got = curate([str(source), str(twin)], tmp_path / "out", CurateConfig(vocab_size=300, steps=["keep"]),
-                 processes=1)
+    got = curate([str(source), str(twin)], tmp_path / "out", CurateConfig(vocab_size=300, steps=["keep"]), processes=1)
     ids = {d.id for split in ("train", "heldout") for d in got.documents(split)}
     assert {"texts/doc00.md", "texts-2/doc00.md"} <= ids
 
@@ -275,8 +278,9 @@ class Explode(Step):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_failing_step_names_its_document(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                           processes: int) -> None:
+def test_a_failing_step_names_its_document(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
     """The step comes from another distribution, as a third party's would."""
     info = tmp_path / "site" / "plug-1.0.dist-info"
     info.mkdir(parents=True)
@@ -287,10 +291,12 @@ def test_a_failing_step_names_its_document(source: Path, tmp_path: Path, monkeyp
     for cached in (registry.methods, registry.load):
         cached.cache_clear()
     try:
-        with pytest.raises(ModicumError, match=r"step explode failed on document 'texts/doc31\.md': "
-                                               "ZeroDivisionError: oh no"):
-            curate(str(source), tmp_path / "out", CurateConfig(steps=["normalise", "explode"]),
-                   processes=processes)
+        with pytest.raises(
+            ModicumError,
+            match=r"step explode failed on document 'texts/doc31\.md': "
+            "ZeroDivisionError: oh no",
+        ):
+            curate(str(source), tmp_path / "out", CurateConfig(steps=["normalise", "explode"]), processes=processes)
         config = CurateConfig(steps=["explode:at=nowhere"], vocab_size=300)
         kept = curate(str(source), tmp_path / "out", config, processes=processes)
         assert kept.count("documents") > 50
@@ -340,6 +346,7 @@ def test_mistakes(source: Path, tmp_path: Path) -> None:
 
 def test_two_at_once_are_refused(source: Path, tmp_path: Path) -> None:
     import fcntl
+
     work = tmp_path / "out" / ".work"
     work.mkdir(parents=True)
     with open(work / "lock", "w") as lock:
@@ -361,16 +368,28 @@ def test_events_and_verb(source: Path, tmp_path: Path) -> None:
     curate(str(source), tmp_path / "a", SMALL, processes=1, events=events)
     assert read_events(tmp_path / "events.jsonl", "step")[0]["step"] == "read"
     command = [sys.executable, "-c", "from modicum.cli import main; main()"]
-    arguments = ["curate", str(source), "--out", str(tmp_path / "b"), "--vocab-size", "400",
-                 "--processes", "1", "--steps", "normalise minhash:threshold=0.9", "--json"]
+    arguments = [
+        "curate",
+        str(source),
+        "--out",
+        str(tmp_path / "b"),
+        "--vocab-size",
+        "400",
+        "--processes",
+        "1",
+        "--steps",
+        "normalise minhash:threshold=0.9",
+        "--json",
+    ]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
     books = json.loads(done.stdout)
     assert [b["step"] for b in books["steps"]] == ["read", "normalise", "minhash"]
     assert books["tokenizer"]["vocab_size"] == 400
     plain = subprocess.run([*command, *arguments[:-1]], capture_output=True, text=True, check=True)
     assert "near-duplicate" in plain.stdout and "train:" in plain.stdout
-    bad = subprocess.run([*command, "curate", str(tmp_path / "no"), "--out", str(tmp_path / "c")],
-                         capture_output=True, text=True)
+    bad = subprocess.run(
+        [*command, "curate", str(tmp_path / "no"), "--out", str(tmp_path / "c")], capture_output=True, text=True
+    )
     assert bad.returncode == 2 and "does not exist" in bad.stderr and "Traceback" not in bad.stderr
 
 

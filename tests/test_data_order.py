@@ -46,8 +46,9 @@ def test_quality_ascends_within_each_domain() -> None:
     held = data()
     stream = Stream(held, sequence_length=64, order="quality", epochs=1)
     for domain in "ab":
-        scores = np.nan_to_num(held.quality(domain)[drawn(Stream(held, sequence_length=64, order="quality", epochs=1),
-                                                         domain)], nan=-1)
+        scores = np.nan_to_num(
+            held.quality(domain)[drawn(Stream(held, sequence_length=64, order="quality", epochs=1), domain)], nan=-1
+        )
         assert len(scores) == 40
         grades = [scores[np.arange(40) * 16 // 40 == g] for g in range(16)]
         assert all(a.max() <= b.min() for a, b in itertools.pairwise(grades)), "ascending by grades"
@@ -115,16 +116,21 @@ def test_metadata_is_read_and_never_learnt() -> None:
     held = data()
     stream = Stream(held, packing=MASKED, sequence_length=32, metadata=1.0, total=10_000, seed=2)
     batch = stream.next_batch(12)
-    for tokens, targets, documents, positions in zip(batch.tokens_BT, batch.targets_BT, batch.documents_BT,  # type: ignore[arg-type]
-                                                     batch.positions_BT, strict=True):
+    for tokens, targets, documents, positions in zip(
+        batch.tokens_BT,
+        batch.targets_BT,
+        batch.documents_BT,  # type: ignore[arg-type]
+        batch.positions_BT,
+        strict=True,
+    ):
         for k in range(int(documents.max()) + 1):
             mine = documents == k
             row, aim = tokens[mine].tolist(), targets[mine].tolist()
             assert positions[mine].tolist() == list(range(len(row)))
-            opening = int(row[0] == 0)     # begins here: the start token stays first
+            opening = int(row[0] == 0)  # begins here: the start token stays first
             value = max(row)
             i = value % 100
-            assert row[opening:opening + 3] == [2, 3 + i % 4, 7]
+            assert row[opening : opening + 3] == [2, 3 + i % 4, 7]
             assert aim[:3] == [NO_LOSS] * 3, "as many predictions are lost as there is metadata"
             assert all(a in (value, 1) for a in aim[3:]), "the text's, the first included, are all there"
             if opening:
@@ -151,12 +157,15 @@ def test_metadata_longer_than_a_row_is_cut() -> None:
     assert tokens[0].tolist()[:6] == [0, 10, 11, 12, 13, 5]
 
 
-@pytest.mark.parametrize(("knobs", "told"), [
-    ({"order": "best"}, "unknown order of a stream 'best'"),
-    ({"metadata": 1.5}, "metadata=1.5 must be a share"),
-    ({"metadata": 0.9, "packing": "concat", "total": 99}, "choose packing concat:mask=true"),
-    ({"metadata": 0.9}, "the run's length"),
-])
+@pytest.mark.parametrize(
+    ("knobs", "told"),
+    [
+        ({"order": "best"}, "unknown order of a stream 'best'"),
+        ({"metadata": 1.5}, "metadata=1.5 must be a share"),
+        ({"metadata": 0.9, "packing": "concat", "total": 99}, "choose packing concat:mask=true"),
+        ({"metadata": 0.9}, "the run's length"),
+    ],
+)
 def test_user_mistakes(knobs: dict[str, object], told: str) -> None:
     with pytest.raises(UserError, match=told):
         Stream(data(), sequence_length=8, **{"packing": MASKED} | knobs)  # type: ignore[arg-type]
@@ -249,9 +258,15 @@ def test_score_is_the_mean_of_its_four_shares() -> None:
 
 
 def test_curation_keeps_what_records_say(tmp_path: Path) -> None:
-    rows = [{"text": f"Here is a page with the number {i} and some words.", "url": f"https://site{i % 3}.org/{i}",
-             "quality": i / 40} for i in range(40)]
-    rows[3]["quality"] = "high"    # not a number: unknown
+    rows = [
+        {
+            "text": f"Here is a page with the number {i} and some words.",
+            "url": f"https://site{i % 3}.org/{i}",
+            "quality": i / 40,
+        }
+        for i in range(40)
+    ]
+    rows[3]["quality"] = "high"  # not a number: unknown
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = CurateConfig(steps=["keep"], vocab_size=400, reserved=11, heldout=0.1)
     made = curate(str(tmp_path / "in.jsonl"), tmp_path / "out", config, processes=1)

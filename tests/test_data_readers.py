@@ -20,8 +20,7 @@ from modicum.data.readers import ReadConfig, find, read
 CONFIG = ReadConfig()
 
 
-def read_all(source: str | Path, config: ReadConfig = CONFIG,
-             **more) -> tuple[dict[str, Document], dict[str, Drop]]:
+def read_all(source: str | Path, config: ReadConfig = CONFIG, **more) -> tuple[dict[str, Document], dict[str, Drop]]:
     items = [item for unit in find(str(source), config, **more) for item in read(unit, config)]
     documents = {i.id: i for i in items if isinstance(i, Document)}
     drops = {i.document_id: i for i in items if isinstance(i, Drop)}
@@ -40,7 +39,8 @@ def folder(tmp_path: Path) -> Path:
         "<html><head><title>A &amp; B</title></head><body>"
         "<nav><a href='/'>Home</a> <a href='/x'>Other</a></nav><article><h1>Kettles</h1>"
         + "<p>The kettle boils the water until it is hot enough to make tea for all.</p>" * 6
-        + "</article><script>var tracking = 1;</script></body></html>")
+        + "</article><script>var tracking = 1;</script></body></html>"
+    )
     (root / "README").write_text("No suffix is text too.\n")
     (root / "latin.txt").write_bytes("Caf\xe9 cr\xe8me".encode("cp1252"))
     (root / "utf16.txt").write_text("Sixteen bits: ü €", encoding="utf-16")
@@ -51,8 +51,9 @@ def test_formats(folder: Path) -> None:
     documents, drops = read_all(folder)
     assert not drops
     assert list(documents) == sorted(documents), "order is by name"
-    assert documents["corpus/a.txt"] == Document("corpus/a.txt", "Plain text, with an umlaut: ü.\n", "prose",
-                                                 "corpus/a.txt")
+    assert documents["corpus/a.txt"] == Document(
+        "corpus/a.txt", "Plain text, with an umlaut: ü.\n", "prose", "corpus/a.txt"
+    )
     assert documents["corpus/deep/b.md"].meta == {"format": "markdown"}
     code = documents["corpus/deep/er/c.py"]
     assert (code.domain, code.meta["language"]) == ("code", "python")
@@ -88,19 +89,36 @@ def test_bad_files_become_drops(folder: Path) -> None:
     documents, drops = read_all(folder)
     reasons = {name.removeprefix("corpus/"): drop.reason for name, drop in drops.items()}
     assert reasons == {
-        "binary.txt": "binary", "image.txt": "binary", "empty.txt": "empty", "blank.txt": "empty",
-        "broken.py": "binary", "bad.parquet": "unreadable", "bad.jsonl.gz": "unreadable",
-        "cut.jsonl.gz": "unreadable", "bad.txt.zst": "unreadable", "nothing.html": "no-text",
-        "table.csv": "data-file", "gone.txt": "unreadable", "pipe.txt": "not-a-file"}
+        "binary.txt": "binary",
+        "image.txt": "binary",
+        "empty.txt": "empty",
+        "blank.txt": "empty",
+        "broken.py": "binary",
+        "bad.parquet": "unreadable",
+        "bad.jsonl.gz": "unreadable",
+        "cut.jsonl.gz": "unreadable",
+        "bad.txt.zst": "unreadable",
+        "nothing.html": "no-text",
+        "table.csv": "data-file",
+        "gone.txt": "unreadable",
+        "pipe.txt": "not-a-file",
+    }
     assert "No such file" in drops["corpus/gone.txt"].detail
     assert "corpus/a.txt" in documents, "good files are still read"
     assert any(name.startswith("corpus/cut.jsonl.gz#") for name in documents), "what came before stays"
 
 
 def test_jsonl(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": "one", "domain": "wiki", "url": "http://x/1", "title": "T", "id": 7}),
-             "not json", json.dumps({"body": "no text"}), json.dumps([1]), "", json.dumps({"text": ""}),
-             '{"text": "lone \\ud800 surrogate", "title": "\\udfff"}', json.dumps({"text": "y" * 500})]
+    lines = [
+        json.dumps({"text": "one", "domain": "wiki", "url": "http://x/1", "title": "T", "id": 7}),
+        "not json",
+        json.dumps({"body": "no text"}),
+        json.dumps([1]),
+        "",
+        json.dumps({"text": ""}),
+        '{"text": "lone \\ud800 surrogate", "title": "\\udfff"}',
+        json.dumps({"text": "y" * 500}),
+    ]
     data = "\n".join(lines).encode()
     (tmp_path / "r.jsonl").write_bytes(data)
     (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(data))
@@ -109,14 +127,19 @@ def test_jsonl(tmp_path: Path) -> None:
     outcomes = []
     for name in ("r.jsonl", "r.jsonl.gz", "r.jsonl.zst"):
         documents, drops = read_all(tmp_path / name, config)
-        outcomes.append(({k.split("#")[1]: v.text for k, v in documents.items()},
-                         {k.split("#")[1]: v.reason for k, v in drops.items()}))
+        outcomes.append(
+            (
+                {k.split("#")[1]: v.text for k, v in documents.items()},
+                {k.split("#")[1]: v.reason for k, v in drops.items()},
+            )
+        )
         first = documents[f"{name}#1"]
         assert (first.domain, first.source) == ("wiki", "http://x/1")
         assert first.meta == {"title": "T", "record_id": "7"}
-    assert outcomes[0] == ({"1": "one", "7": "lone � surrogate"},
-                           {"2": "bad-json", "3": "no-text-field", "4": "no-text-field", "6": "empty",
-                            "8": "too-large"})
+    assert outcomes[0] == (
+        {"1": "one", "7": "lone � surrogate"},
+        {"2": "bad-json", "3": "no-text-field", "4": "no-text-field", "6": "empty", "8": "too-large"},
+    )
     assert outcomes[1] == outcomes[0] and outcomes[2] == outcomes[0]
 
 

@@ -42,8 +42,11 @@ def reason(text: str, domain: str = "prose", choice: str = "quality", **meta) ->
 
 # Words
 
-@given(st.lists(st.text(alphabet="abAB_9é", min_size=1, max_size=6), max_size=30),
-       st.sampled_from([" ", "\n", ", ", " -- ", "…"]))
+
+@given(
+    st.lists(st.text(alphabet="abAB_9é", min_size=1, max_size=6), max_size=30),
+    st.sampled_from([" ", "\n", ", ", " -- ", "…"]),
+)
 @settings(max_examples=80, deadline=None)
 def test_word_hashes_agree_with_a_loop(words: list[str], space: str) -> None:
     hashes, lengths = word_hashes(space.join(words))
@@ -63,12 +66,13 @@ def test_words_of_other_scripts() -> None:
 
 # Deduplication
 
+
 def jaccard(a: str, b: str, n: int) -> float:
     sets = []
     for text in (a, b):
         words = re.findall(r"\w+", text.lower())
         m = min(n, len(words))
-        sets.append({tuple(words[i:i + m]) for i in range(len(words) - m + 1)})
+        sets.append({tuple(words[i : i + m]) for i in range(len(words) - m + 1)})
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
@@ -102,8 +106,8 @@ def test_minhash_drops_what_jaccard_says() -> None:
     for i in range(40):
         base = [WORDS[k] for k in rng.integers(0, 400, 250)]
         documents.append(Document(f"base{i}", " ".join(base)))
-        documents.append(Document(f"near{i}", " ".join(changed(rng, base, 2))))      # J about 0.92
-        documents.append(Document(f"far{i}", " ".join(changed(rng, base, 40))))      # J about 0.3
+        documents.append(Document(f"near{i}", " ".join(changed(rng, base, 2))))  # J about 0.92
+        documents.append(Document(f"far{i}", " ".join(changed(rng, base, 40))))  # J about 0.3
     assert jaccard(documents[0].text, documents[1].text, 5) > 0.88
     assert jaccard(documents[0].text, documents[2].text, 5) < 0.5
     out = run("minhash:threshold=0.75", documents)
@@ -117,8 +121,9 @@ def test_minhash_does_not_chain() -> None:
     words = [f"u{i}" for i in range(200)]
     a, b, c = words[:160], words[14:174], words[28:188]
     documents = [Document(n, " ".join(w)) for n, w in (("a", a), ("b", b), ("c", c))]
-    assert jaccard(documents[0].text, documents[1].text, 5) > 0.8 > 0.75 > jaccard(documents[0].text,
-                                                                                   documents[2].text, 5)
+    assert (
+        jaccard(documents[0].text, documents[1].text, 5) > 0.8 > 0.75 > jaccard(documents[0].text, documents[2].text, 5)
+    )
     out = run("minhash:threshold=0.78,permutations=512", documents)
     assert [d.document_id for d in out if isinstance(d, Drop)] == ["b"]
 
@@ -128,6 +133,7 @@ def test_bands_and_rows_are_the_best_for_the_threshold() -> None:
 
     def error(threshold: float, b: int, r: int) -> float:
         from scipy.integrate import quad
+
         low = quad(lambda s: 1 - (1 - s**r) ** b, 0, threshold)[0]
         return low + quad(lambda s: (1 - s**r) ** b, threshold, 1)[0]
 
@@ -155,6 +161,7 @@ def test_exact_dedup_keeps_the_first() -> None:
 
 # Normalise
 
+
 @given(st.text(max_size=200))
 @settings(max_examples=150, deadline=None)
 def test_normalise_properties(text: str) -> None:
@@ -176,9 +183,11 @@ def test_normalise_examples() -> None:
 
 # Quality
 
-PROSE = ("The committee has published a report about the state of the water supply and the cost of repairs. "
-         "It says that most pipes were laid before the war, and that replacing them would take twenty years. "
-         "Members of the public have until spring to reply with their views on what ought to be done first. ")
+PROSE = (
+    "The committee has published a report about the state of the water supply and the cost of repairs. "
+    "It says that most pipes were laid before the war, and that replacing them would take twenty years. "
+    "Members of the public have until spring to reply with their views on what ought to be done first. "
+)
 
 
 def test_quality_prose_rules() -> None:
@@ -195,9 +204,11 @@ def test_quality_prose_rules() -> None:
 
 
 def test_quality_other_languages() -> None:
-    german = ("Der Ausschuss hat einen Bericht über den Zustand der Leitungen vorgelegt, und die Kosten sind "
-              "nicht gering. Die meisten Rohre wurden vor dem Krieg verlegt, und ihr Ersatz dauert mit Mühe "
-              "zwanzig Jahre. Ein Beirat soll prüfen, welche Straßen dran sind, und wer zahlt. " * 2)
+    german = (
+        "Der Ausschuss hat einen Bericht über den Zustand der Leitungen vorgelegt, und die Kosten sind "
+        "nicht gering. Die meisten Rohre wurden vor dem Krieg verlegt, und ihr Ersatz dauert mit Mühe "
+        "zwanzig Jahre. Ein Beirat soll prüfen, welche Straßen dran sind, und wer zahlt. " * 2
+    )
     chinese = "委员会发布了一份关于供水状况和维修费用的报告。大多数管道是战前铺设的，更换它们需要二十年。" * 2
     greek = "Η επιτροπή δημοσίευσε έκθεση για την κατάσταση και το κόστος των επισκευών. " * 6
     for text in (german, chinese, greek):
@@ -206,10 +217,12 @@ def test_quality_other_languages() -> None:
 
 def test_quality_repetition() -> None:
     rng = np.random.default_rng(0)
-    fresh = " ".join(f"{w} the of" if i % 9 == 0 else w for i, w in enumerate(
-        "".join(chr(97 + c) for c in rng.integers(0, 26, 6)) for _ in range(300)))
+    fresh = " ".join(
+        f"{w} the of" if i % 9 == 0 else w
+        for i, w in enumerate("".join(chr(97 + c) for c in rng.integers(0, 26, 6)) for _ in range(300))
+    )
     assert reason(fresh) is None
-    lines = [" ".join(fresh.split()[i:i + 10]) for i in range(0, 300, 10)]
+    lines = [" ".join(fresh.split()[i : i + 10]) for i in range(0, 300, 10)]
     assert reason("\n".join(lines + lines[:20])) == "duplicate-lines"
     assert reason("\n\n".join(lines + lines[:20])) in ("duplicate-lines", "duplicate-paragraphs")
     phrase = fresh.split()[:12]
@@ -225,11 +238,12 @@ def test_quality_repetition() -> None:
 
 def test_duplicate_ngram_share_agrees_with_a_loop() -> None:
     from modicum.data.steps.quality import _covered
+
     rng = np.random.default_rng(3)
     words = [WORDS[k] for k in rng.integers(0, 12, 200)]
     hashes, letters = word_hashes(" ".join(words))
     for n in (2, 5):
-        grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
         naive = {i + k for i, g in enumerate(grams) if grams.count(g) > 1 for k in range(n)}
         _, inverse, counts = np.unique(ngrams(hashes, n), return_inverse=True, return_counts=True)
         covered = _covered(np.flatnonzero(counts[inverse] > 1), n, len(words))
@@ -248,13 +262,19 @@ def test_quality_code_rules() -> None:
 
 # Python split
 
+
 def bare(tree: ast.AST) -> str:
     """The tree without docstrings, an empty body being `...`."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        is_doc = isinstance(body, list) and body and isinstance(body[0], ast.Expr) \
-            and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str) \
+        is_doc = (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+            and isinstance(body[0].value.value, str)
             and isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        )
         if is_doc:
             del body[0]
             if not body and not isinstance(node, ast.Module):
@@ -262,8 +282,23 @@ def bare(tree: ast.AST) -> str:
     return ast.dump(tree)
 
 
-NAMES = ["json", "argparse", "typing", "dataclasses", "enum", "functools", "doctest", "inspect", "os",
-         "tokenize", "logging.config", "email.message", "asyncio.base_events", "unittest.mock", "turtle"]
+NAMES = [
+    "json",
+    "argparse",
+    "typing",
+    "dataclasses",
+    "enum",
+    "functools",
+    "doctest",
+    "inspect",
+    "os",
+    "tokenize",
+    "logging.config",
+    "email.message",
+    "asyncio.base_events",
+    "unittest.mock",
+    "turtle",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -275,8 +310,9 @@ def test_python_split_keeps_the_program(name: str) -> None:
     assert (prose.domain, code.domain) == ("prose", "code")
     assert prose.origin == code.origin == path
     assert bare(ast.parse(code.text)) == bare(ast.parse(text)), "the same program but for its docstrings"
-    documented = {f.name: f for f in python_source.functions(Document(path, text, "code", path,
-                                                                      {"language": "python"}))}
+    documented = {
+        f.name: f for f in python_source.functions(Document(path, text, "code", path, {"language": "python"}))
+    }
     found = {f.name: f for f in python_source.functions(prose)}
     assert set(documented) <= set(found)
     spaced = {n for n, f in documented.items() if f.doc.split() != found[n].doc.split()}
@@ -284,28 +320,38 @@ def test_python_split_keeps_the_program(name: str) -> None:
 
 
 def test_python_split_by_hand() -> None:
-    text = ('"""What it is."""\nimport os  # stays\n\n# One.\n# Two.\n\n'
-            "# This explains at some length why the function below is written\n"
-            "# in the way it is written, so that nobody changes it lightly;\n# it is prose.\n"
-            "def f(x: int = 1) -> int:\n    '''Twice.\n\n    More.\n    '''\n    return 2 * x\n\n\n"
-            "class A:\n    \"\"\"Empty.\"\"\"\n\n\nclass B(A): \"same line\"\n")
+    text = (
+        '"""What it is."""\nimport os  # stays\n\n# One.\n# Two.\n\n'
+        "# This explains at some length why the function below is written\n"
+        "# in the way it is written, so that nobody changes it lightly;\n# it is prose.\n"
+        "def f(x: int = 1) -> int:\n    '''Twice.\n\n    More.\n    '''\n    return 2 * x\n\n\n"
+        'class A:\n    """Empty."""\n\n\nclass B(A): "same line"\n'
+    )
     prose, code = run("python-split", [Document("p/m.py", text, "code", "p/m.py", {"language": "python"})])
-    assert prose.text == ("## module m\n\nWhat it is.\n\n## m (comment)\n\n"
-                          "This explains at some length why the function below is written\n"
-                          "in the way it is written, so that nobody changes it lightly;\nit is prose.\n\n"
-                          "## m.f(x: int=1) -> int\n\nTwice.\n\nMore.\n\n## class m.A\n\nEmpty.")
-    assert code.text == ('import os  # stays\n\n# One.\n# Two.\n\n'
-                         'def f(x: int = 1) -> int:\n    return 2 * x\n\n\n'
-                         'class A:\n    ...\n\n\nclass B(A): "same line"\n')
+    assert prose.text == (
+        "## module m\n\nWhat it is.\n\n## m (comment)\n\n"
+        "This explains at some length why the function below is written\n"
+        "in the way it is written, so that nobody changes it lightly;\nit is prose.\n\n"
+        "## m.f(x: int=1) -> int\n\nTwice.\n\nMore.\n\n## class m.A\n\nEmpty."
+    )
+    assert code.text == (
+        "import os  # stays\n\n# One.\n# Two.\n\n"
+        "def f(x: int = 1) -> int:\n    return 2 * x\n\n\n"
+        'class A:\n    ...\n\n\nclass B(A): "same line"\n'
+    )
 
 
 def test_python_split_leaves_others_alone() -> None:
-    odd = [Document("a", "def f(:", "code", "a", {"language": "python"}), Document("b", "x", "prose"),
-           Document("c", "var x", "code", "c", {"language": "javascript"})]
+    odd = [
+        Document("a", "def f(:", "code", "a", {"language": "python"}),
+        Document("b", "x", "prose"),
+        Document("c", "var x", "code", "c", {"language": "javascript"}),
+    ]
     assert run("python-split", odd) == odd
 
 
 # Held out
+
 
 def test_heldout_split() -> None:
     rng = np.random.default_rng(0)

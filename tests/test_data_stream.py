@@ -27,13 +27,18 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def documents() -> list[Document]:
     rng = np.random.default_rng(0)
-    return [Document(f"d{i}", " ".join(rng.choice(WORDS, int(rng.integers(1, 60)))),
-                     ("prose", "code", "wiki/en")[i % 3 if i % 2 else 0]) for i in range(90)]
+    return [
+        Document(
+            f"d{i}",
+            " ".join(rng.choice(WORDS, int(rng.integers(1, 60)))),
+            ("prose", "code", "wiki/en")[i % 3 if i % 2 else 0],
+        )
+        for i in range(90)
+    ]
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer,
-           documents: list[Document]) -> TokenShards:
+def shards(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, documents: list[Document]) -> TokenShards:
     folder = tmp_path_factory.mktemp("shards")
     cuts = [(0, 40), (40, 41), (41, 90)]
     parts = [write_part(folder, k, documents[a:b], tokenizer) for k, (a, b) in enumerate(cuts)]
@@ -57,8 +62,12 @@ def toy(sizes: dict[str, int] | None = None, seed: int = 0) -> MemoryDocuments:
 
 def everything(data: MemoryDocuments) -> Counter[tuple[int, int]]:
     """Every (input, target) pair of one epoch."""
-    return Counter((int(a), int(b)) for d in data.domains for i in range(data.documents(d))
-                   for a, b in zip(data.tokens(d, i)[:-1], data.tokens(d, i)[1:], strict=True))
+    return Counter(
+        (int(a), int(b))
+        for d in data.domains
+        for i in range(data.documents(d))
+        for a, b in zip(data.tokens(d, i)[:-1], data.tokens(d, i)[1:], strict=True)
+    )
 
 
 def seen(batch) -> Counter[tuple[int, int]]:
@@ -67,13 +76,17 @@ def seen(batch) -> Counter[tuple[int, int]]:
 
 
 def equal(one, two) -> bool:
-    return all(torch.equal(a, b) if a is not None else b is None for a, b in zip(
-        (one.tokens_BT, one.targets_BT, one.documents_BT, one.positions_BT),
-        (two.tokens_BT, two.targets_BT, two.documents_BT, two.positions_BT), strict=True))
+    return all(
+        torch.equal(a, b) if a is not None else b is None
+        for a, b in zip(
+            (one.tokens_BT, one.targets_BT, one.documents_BT, one.positions_BT),
+            (two.tokens_BT, two.targets_BT, two.documents_BT, two.positions_BT),
+            strict=True,
+        )
+    )
 
 
-def test_shards_hold_the_documents(shards: TokenShards, tokenizer: Tokenizer,
-                                   documents: list[Document]) -> None:
+def test_shards_hold_the_documents(shards: TokenShards, tokenizer: Tokenizer, documents: list[Document]) -> None:
     assert shards.domains == ["code", "prose", "wiki/en"]
     for domain in shards.domains:
         mine = [d for d in documents if d.domain == domain]
@@ -109,7 +122,7 @@ def test_damage_is_noticed(tmp_path: Path, tokenizer: Tokenizer, documents: list
     flipped = bytearray(data)
     flipped[10] ^= 1
     path.write_bytes(flipped)
-    opened = TokenShards(tmp_path)   # same length: only the checksum tells
+    opened = TokenShards(tmp_path)  # same length: only the checksum tells
     with pytest.raises(CorruptError, match="checksum"):
         opened.verify()
     path.unlink()
@@ -175,6 +188,7 @@ def test_order_does_not_depend_on_batch_size() -> None:
 def test_resume_is_exact(packing: str) -> None:
     def make() -> Stream:
         return Stream(toy(), "fixed:weights={a: 1, b: 2, c: 0.5}", packing, sequence_length=24, seed=5)
+
     whole = make()
     batches, states = [], []
     for _ in range(40):
@@ -197,8 +211,9 @@ def test_seed_of_the_state_holds() -> None:
     second = Stream(toy(), sequence_length=24, seed=2)
     second.load_state(first.state())
     assert equal(first.next_batch(8), second.next_batch(8))
-    assert not equal(Stream(toy(), sequence_length=24, seed=1).next_batch(4),
-                     Stream(toy(), sequence_length=24, seed=2).next_batch(4))
+    assert not equal(
+        Stream(toy(), sequence_length=24, seed=1).next_batch(4), Stream(toy(), sequence_length=24, seed=2).next_batch(4)
+    )
 
 
 def test_change_of_mixture_loses_and_repeats_nothing() -> None:
@@ -206,9 +221,12 @@ def test_change_of_mixture_loses_and_repeats_nothing() -> None:
     data = toy()
     total: Counter[tuple[int, int]] = Counter()
     state = None
-    plans = [("natural", "concat", 16, 2, 9), ("fixed:weights={a: 1, b: 5, c: 1}", "concat", 24, 3, 6),
-             ("fixed:weights={c: 1, a: 0.1}", "concat:mask=true", 40, 1, 7),
-             ("natural", "concat", 16, 4, None)]
+    plans = [
+        ("natural", "concat", 16, 2, 9),
+        ("fixed:weights={a: 1, b: 5, c: 1}", "concat", 24, 3, 6),
+        ("fixed:weights={c: 1, a: 0.1}", "concat:mask=true", 40, 1, 7),
+        ("natural", "concat", 16, 4, None),
+    ]
     for mixture, packing, length, n, steps in plans:
         stream = Stream(data, mixture, packing, sequence_length=length, epochs=1)
         if state is not None:
@@ -291,8 +309,13 @@ def test_other_data_is_refused() -> None:
         Stream(toy({"a": 29, "b": 11, "c": 4}), sequence_length=8).load_state(state)
     with pytest.raises(UserError, match="is gone"):
         Stream(toy({"a": 30}), sequence_length=8).load_state(state)
-    grown = Stream(MemoryDocuments({d: [(toy().tokens(d, i), 1) for i in range(toy().documents(d))]
-                                    for d in toy().domains} | {"new": [(range(9), 1)]}), sequence_length=8)
+    grown = Stream(
+        MemoryDocuments(
+            {d: [(toy().tokens(d, i), 1) for i in range(toy().documents(d))] for d in toy().domains}
+            | {"new": [(range(9), 1)]}
+        ),
+        sequence_length=8,
+    )
     grown.load_state(state)
     assert grown.domains["new"].drawn == 0
 
@@ -311,6 +334,7 @@ def test_user_mistakes() -> None:
 def test_fast_enough(shards: TokenShards) -> None:
     """Packing is a copy, not a loop over tokens: a million tokens in well under a second."""
     import time
+
     stream = Stream(toy({"a": 2000}), sequence_length=1024)
     start = time.process_time()
     for _ in range(60):

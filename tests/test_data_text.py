@@ -11,8 +11,13 @@ from modicum.data.pairs import pairs, shorten
 from modicum.data.passages import passages, sections
 from modicum.data.python_source import first_sentence, functions, module_name
 
-JSON = Document("python/json/__init__.py", Path(json.__file__).read_text(), "code", "python/json/__init__.py",
-                {"language": "python"})
+JSON = Document(
+    "python/json/__init__.py",
+    Path(json.__file__).read_text(),
+    "code",
+    "python/json/__init__.py",
+    {"language": "python"},
+)
 GUIDE = """Intro words before any heading stand here for the reader.
 
 # Kettle
@@ -33,9 +38,13 @@ rinse --with vinegar
 Yes, if you let it cool before you clean it with cold water.
 """
 MARKDOWN = Document("guide.md", GUIDE, "prose", "guide.md", {"format": "markdown"})
-RST = Document("notes.txt", "Top\n***\n\nWords of the top part.\n\nInner\n=====\n\nWords of the inner part."
-               "\n\nSecond\n======\n\nWords of the second part.\n\nOther\n*****\n\nMore words in the end.\n",
-               "prose", "notes.txt")
+RST = Document(
+    "notes.txt",
+    "Top\n***\n\nWords of the top part.\n\nInner\n=====\n\nWords of the inner part."
+    "\n\nSecond\n======\n\nWords of the second part.\n\nOther\n*****\n\nMore words in the end.\n",
+    "prose",
+    "notes.txt",
+)
 
 
 def test_functions_agree_with_inspect() -> None:
@@ -52,13 +61,18 @@ def test_functions_agree_with_inspect() -> None:
 
 
 def test_functions_in_classes_and_branches() -> None:
-    text = ('class A(Base):\n    "About A."\n    def m(self):\n        "Method."\n        def inner(): "no"\n'
-            '    def _p(self): "private"\n'
-            'if True:\n    async def g(*a, k=1, **kw) -> "X":\n        "In a branch."\n'
-            'class _H:\n    def shown(self): "hidden with its class"\n')
+    text = (
+        'class A(Base):\n    "About A."\n    def m(self):\n        "Method."\n        def inner(): "no"\n'
+        '    def _p(self): "private"\n'
+        'if True:\n    async def g(*a, k=1, **kw) -> "X":\n        "In a branch."\n'
+        'class _H:\n    def shown(self): "hidden with its class"\n'
+    )
     found = [(f.name, f.kind, f.signature) for f in functions(Document("p/q/r.py", text, "code", "p/q/r.py"))]
-    assert found == [("q.r.A", "class", "class A(Base)"), ("q.r.A.m", "function", "m(self)"),
-                     ("q.r.g", "function", "g(*a, k=1, **kw) -> 'X'")]
+    assert found == [
+        ("q.r.A", "class", "class A(Base)"),
+        ("q.r.A.m", "function", "m(self)"),
+        ("q.r.g", "function", "g(*a, k=1, **kw) -> 'X'"),
+    ]
     assert list(functions(Document("x", "def broken(:", "code"))) == []
 
 
@@ -71,8 +85,10 @@ def test_names() -> None:
 def test_first_sentence() -> None:
     assert first_sentence("Return x, e.g. 3. Then stop.") == ("Return x, e.g. 3.", "Then stop.")
     assert first_sentence("One\nline\n\nRest here") == ("One line", "Rest here")
-    assert first_sentence("See http://a.b/c.d for version 3.11 now.") == \
-        ("See http://a.b/c.d for version 3.11 now.", "")
+    assert first_sentence("See http://a.b/c.d for version 3.11 now.") == (
+        "See http://a.b/c.d for version 3.11 now.",
+        "",
+    )
     assert first_sentence('He said "No." Then left.') == ('He said "No."', "Then left.")
 
 
@@ -81,7 +97,8 @@ def test_sections() -> None:
         ((), "Intro words before any heading stand here for the reader."),
         (("Kettle",), "A kettle boils water. It has a lid and a spout and a handle too."),
         (("Kettle", "Care"), "Rinse it every week. Use vinegar against the lime that settles in it."),
-        (("Is it safe?",), "Yes, if you let it cool before you clean it with cold water.")]
+        (("Is it safe?",), "Yes, if you let it cool before you clean it with cold water."),
+    ]
     assert [s.path for s in sections(RST)] == [("Top",), ("Top", "Inner"), ("Top", "Second"), ("Other",)]
 
 
@@ -121,7 +138,8 @@ def test_pairs() -> None:
     assert text["What does 'Kettle' say about 'Care'?"].startswith("Rinse it")
     plain = list(pairs(Document("p", "The cat sat on the mat. It then slept there for the whole long day.")))
     assert [(p.question, p.answer) for p in plain] == [
-        ("What follows from this? The cat sat on the mat.", "It then slept there for the whole long day.")]
+        ("What follows from this? The cat sat on the mat.", "It then slept there for the whole long day.")
+    ]
     assert list(pairs(Document("c", "x = 1", "code", "c", {"language": "go"}))) == []
 
 
@@ -129,4 +147,3 @@ def test_shorten_cuts_at_a_paragraph_sentence_or_word() -> None:
     text = "First part.\n\nSecond part is longer. It has two sentences."
     assert shorten(text, 1000) == text and shorten(text, 14) == "First part."
     assert shorten("x" * 50, 10) == "x" * 10
-

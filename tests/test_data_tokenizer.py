@@ -15,8 +15,12 @@ from modicum.core.errors import CorruptError, UserError
 from modicum.data.tokenizer import EOS, SPECIALS, Tokenizer
 
 TEXTS = [Path(json.__file__).read_text(), Path(subprocess.__file__).read_text()[:40_000]]
-MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"},
-            {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}]
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "Why?"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +56,20 @@ def test_ids_and_specials(tokenizer: Tokenizer) -> None:
 
 def test_training_is_deterministic_across_processes(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
-    code = ("import json, sys; from modicum.data.tokenizer import Tokenizer\n"
-            f"print(Tokenizer.train(json.load(open({str(tmp_path / 'texts.json')!r})), 600).fingerprint)")
+    code = (
+        "import json, sys; from modicum.data.tokenizer import Tokenizer\n"
+        f"print(Tokenizer.train(json.load(open({str(tmp_path / 'texts.json')!r})), 600).fingerprint)"
+    )
     import os
+
     for seed in ("1", "2"):
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                             env=os.environ | {"PYTHONHASHSEED": seed})
+        out = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        )
         assert out.stdout.strip() == tokenizer.fingerprint
 
 
@@ -68,13 +80,13 @@ def test_too_small_vocabulary() -> None:
 
 def test_transformers_loads_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
+
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in ["for i in range(10):\n    print(i)", "Ünïcödé 漢字 😀", "<|user|>x", "  spaces   \n\n\n"]:
         assert theirs(text)["input_ids"] == tokenizer.encode(text)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)
-    assert theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True) \
-        == tokenizer.chat(MESSAGES)
+    assert theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True) == tokenizer.chat(MESSAGES)
 
 
 def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -88,25 +100,31 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_foreign_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Token entries as dicts, ids from the model's config, a template in its own file, several stops."""
     tokenizer.save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
-        {"bos_token": {"content": "<|user|>"}, "eos_token": {"content": EOS}, "pad_token": None}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": {"content": "<|user|>"}, "eos_token": {"content": EOS}, "pad_token": None})
+    )
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, 5]}))
     (tmp_path / "chat_template.jinja").write_text(
         "{{ bos_token }}{% generation %}{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}"
-        "{{ m | tojson }}{% endfor %}{% endgeneration %}")
+        "{{ m | tojson }}{% endfor %}{% endgeneration %}"
+    )
     loaded = Tokenizer.load(tmp_path)
     assert loaded.bos_id == tokenizer.encode("<|user|>")[0] == loaded.start_id
     assert loaded.stop_ids == (tokenizer.eos_id, 5) and loaded.pad_id == loaded.eos_id
-    assert loaded.chat([{"role": "user", "content": "ü <b>"}, {"role": "user", "content": "no"}]) \
+    assert (
+        loaded.chat([{"role": "user", "content": "ü <b>"}, {"role": "user", "content": "no"}])
         == '<|user|>{"role": "user", "content": "ü <b>"}'
+    )
 
 
 def test_template_is_sandboxed_and_refusals_are_user_errors(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
-    for template, message in (("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-                              ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-                              ("{{ messages[0].content.nope.more }}", "nope"),
-                              ("{% if %}", "template")):
+    for template, message in (
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ messages[0].content.nope.more }}", "nope"),
+        ("{% if %}", "template"),
+    ):
         (tmp_path / "chat_template.jinja").write_text(template)
         with pytest.raises(UserError, match=message):
             Tokenizer.load(tmp_path).chat([{"role": "user", "content": "x"}])

@@ -113,9 +113,7 @@ def test_a_batch_changes_nothing(model, tokenizer):
     with torch.no_grad():
         log_p = torch.log_softmax(model(torch.tensor([ids]))[0].double(), -1)
     n = len(tokenizer.encode("the quick"))
-    assert np.isclose(
-        together[0].nats, sum(float(log_p[t - 1, ids[t]]) for t in range(n, len(ids))), atol=1e-4
-    )
+    assert np.isclose(together[0].nats, sum(float(log_p[t - 1, ids[t]]) for t in range(n, len(ids))), atol=1e-4)
 
 
 def test_replies_are_greedy_and_scored_as_such(model, tokenizer):

@@ -45,9 +45,7 @@ def place(tmp_path_factory):
     ]
     (folder / "data.json").write_text("\n".join(json.dumps(r) for r in rows))
     for name, body in TASKS.items():
-        (folder / f"{name}.yaml").write_text(
-            f"task: {name}\n" + HEAD.format(data=folder / "data.json") + body
-        )
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n" + HEAD.format(data=folder / "data.json") + body)
     tokenizer = Tokenizer.train([r["question"] for r in rows] * 3, 400)
     config = llama_like(tokenizer.vocab_size, 64, 2, context_length=128, eos_ids=(tokenizer.eos_id,))
     tokenizer.save(folder / "tokenizer")

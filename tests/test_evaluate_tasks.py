@@ -67,8 +67,7 @@ def test_multikey_binds_every_asked_key():
         assert len(facts) == 6 and [facts[k] for k in asked] == doc["answer"].split(" | ")
         requests = task.requests(doc, [])
         assert [
-            r.prompt.endswith(f" {a} |")
-            for r, a in zip(requests[1:], doc["answer"].split(" | "), strict=False)
+            r.prompt.endswith(f" {a} |") for r, a in zip(requests[1:], doc["answer"].split(" | "), strict=False)
         ] == [True, True]
         graded = task.grade(doc, [f" {facts[asked[0]]} ", " wrong", f" {facts[asked[2]]}"])
         assert graded == {"accuracy": 0.0, "words": pytest.approx(2 / 3)}
@@ -101,8 +100,7 @@ def test_copy_and_arithmetic():
     assert min(lengths[1], lengths[2], lengths[3]) > 0.25 * sum(lengths.values())
     _, found = docs("arithmetic:digits=3,spaced=true")
     assert all(
-        eval(d["prompt"].removesuffix(" =").replace(" ", "")) == int(d["answer"].replace(" ", ""))
-        for d in found
+        eval(d["prompt"].removesuffix(" =").replace(" ", "")) == int(d["answer"].replace(" ", "")) for d in found
     )
 
 
@@ -177,10 +175,7 @@ def test_a_model_that_knows_scores_one(tokenizer):
     model = Decoder(config, torch.Generator().manual_seed(0))
     task = registry.build("task", "arithmetic:digits=1,operations=+,examples=8")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rows = [
-        [tokenizer.eos_id, *tokenizer.encode(task.text(d)), tokenizer.eos_id]
-        for d in task.docs("test", None, 0)
-    ]
+    rows = [[tokenizer.eos_id, *tokenizer.encode(task.text(d)), tokenizer.eos_id] for d in task.docs("test", None, 0)]
     width = max(map(len, rows))
     tokens = torch.tensor([r + [tokenizer.pad_id] * (width - len(r)) for r in rows])
     for _ in range(300):
@@ -249,8 +244,7 @@ def test_paired_differences():
     size = rng.integers(50, 150, 500)
     ratio = paired_ratio(a * size, b * size, size)
     assert (
-        ratio["difference"] == pytest.approx(((a - b) * size).sum() / size.sum())
-        and ratio["low"] < 0.1 < ratio["high"]
+        ratio["difference"] == pytest.approx(((a - b) * size).sum() / size.sum()) and ratio["low"] < 0.1 < ratio["high"]
     )
     with pytest.raises(UserError, match="same items"):
         paired([1.0], [1.0, 2.0])

@@ -44,7 +44,7 @@ def test_svfit_trains_the_largest_singular_values(rank: int, shape: tuple[int, i
     torch.testing.assert_close(form(x), x @ (u * sigma @ v).T + bias, atol=1e-9, rtol=1e-9)
     assert [p.numel() for p in form.trainable()] == [kept]
     form(x).square().sum().backward()
-    expected = torch.zeros(12, dtype=torch.float64, requires_grad=True)     # dL/d(sigma), by autograd
+    expected = torch.zeros(12, dtype=torch.float64, requires_grad=True)  # dL/d(sigma), by autograd
     (x @ (u * (sigma + expected) @ v).T + bias).square().sum().backward()
     torch.testing.assert_close(form.delta.grad, expected.grad[:kept], atol=1e-8, rtol=1e-8)
 
@@ -74,7 +74,7 @@ def test_kronecker_products_are_not_formed_but_are_these(n: int, rank: int) -> N
 def test_compacter_is_a_bottleneck_with_a_skip_connection() -> None:
     weight, bias, x = gaussian(16, 20), gaussian(16, seed=1), gaussian(5, 20, seed=2)
     form = over("compacter:n=4,bottleneck=8", weight, bias)
-    assert ((form(x) - x @ weight.T - bias).abs().max() < 1e-5)
+    assert (form(x) - x @ weight.T - bias).abs().max() < 1e-5
     with torch.no_grad():
         for i, p in enumerate(form.trainable()):
             p.copy_(gaussian(*p.shape, seed=i))
@@ -112,7 +112,7 @@ def test_compacters_share_their_slow_matrices_and_train_the_norms() -> None:
     first = made["0.down_proj"].slow
     with torch.no_grad():
         first.fill_(0.5)
-    made |= attach.attach(model, {picked[0]: "compacter:bottleneck=8"})      # later, but before it in the model
+    made |= attach.attach(model, {picked[0]: "compacter:bottleneck=8"})  # later, but before it in the model
     assert all(form.slow is first for form in made.values()) and first[0, 0, 0] == 0.5
     listed = [p for form in made.values() for p in form.trainable()]
     assert len(listed) == len({id(p) for p in listed}) == 1 + 4 * 6 + 2 * 2
@@ -123,11 +123,13 @@ def test_compacters_share_their_slow_matrices_and_train_the_norms() -> None:
     forms = attach.forms(twin)
     assert len({id(form.slow) for form in forms.values()}) == 1
     assert {id(p) for f in forms.values() for p in f.trainable()} == {
-        id(p) for p in twin.parameters() if p.requires_grad}
+        id(p) for p in twin.parameters() if p.requires_grad
+    }
 
 
 def test_compacter_goes_into_the_sublayers_of_hugging_face_models() -> None:
     import transformers
+
     size = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     bert = transformers.BertModel(transformers.BertConfig(**size))
     assert attach.places(bert, "compacter++") == ["encoder.layer.0.output.dense"]
@@ -168,7 +170,7 @@ def test_new_ranks_change_nothing_until_they_have_learnt() -> None:
     form.grow(2, 5)
     assert form.rank == 4
     torch.testing.assert_close(form(x), before, atol=1e-13, rtol=1e-13)
-    torch.testing.assert_close(form.train()(x), before, atol=1e-13, rtol=1e-13)   # nor do those learnt in advance
+    torch.testing.assert_close(form.train()(x), before, atol=1e-13, rtol=1e-13)  # nor do those learnt in advance
 
 
 def test_sensitivity_is_that_of_the_whole_update() -> None:
@@ -181,7 +183,7 @@ def test_sensitivity_is_that_of_the_whole_update() -> None:
     loss.backward()
     assert form.score is not None
     torch.testing.assert_close(form.score.double(), expected, rtol=1e-5, atol=0)
-    (form(x) - target).square().sum().backward()             # a second micro-batch adds to it
+    (form(x) - target).square().sum().backward()  # a second micro-batch adds to it
     torch.testing.assert_close(form.score.double(), 2 * expected, rtol=1e-5, atol=0)
 
 
@@ -190,7 +192,7 @@ def test_ranks_in_advance_learn_as_if_lambda_were_small() -> None:
     (form.train()(x) ** 2).sum().backward()
     y = form(x).detach()
     a, b = form.A.detach()[2:4].clone().requires_grad_(), form.B.detach()[:, 2:4].clone().requires_grad_()
-    (2 * y * (form.scaling * 0.01 * x @ a.T @ b.T)).sum().backward()     # dL/dy = 2 y, held fixed
+    (2 * y * (form.scaling * 0.01 * x @ a.T @ b.T)).sum().backward()  # dL/dy = 2 y, held fixed
     torch.testing.assert_close(form.A.grad[2:4], a.grad, atol=1e-10, rtol=1e-8)
     torch.testing.assert_close(form.B.grad[:, 2:4], b.grad, atol=1e-10, rtol=1e-8)
     assert not form.A.grad[4:].any() and not form.E.grad[2:].any()
@@ -235,7 +237,7 @@ def test_the_budget_is_spent_by_its_end_on_those_that_score_highest() -> None:
     forms = [over("increlora:rank=4,add=2,begin=0.1,interval=0.1,end=0.5", gaussian(20, 20)) for _ in range(5)]
     for form, value in zip(forms, (1.0, 5.0, 2.0, 4.0, 3.0), strict=True):
         form.sensitivity = form.uncertainty = value
-    allocate(forms, forms[0].config, 10, 100)                # 3 of the 15 ranks are due
+    allocate(forms, forms[0].config, 10, 100)  # 3 of the 15 ranks are due
     assert [form.rank for form in forms] == [1, 3, 1, 2, 1] and forms[1].grown[:4] == [0, 10, 10, 0]
     for step in range(11, 101):
         allocate(forms, forms[0].config, step, 100)
@@ -246,7 +248,7 @@ def test_the_budget_is_spent_by_its_end_on_those_that_score_highest() -> None:
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_a_new_rank_has_a_warm_up_of_its_own(name: str) -> None:
     form, x = grown("increlora:rank=4,gamma=0,warmup=0.1"), gaussian(3, 20, seed=1)
-    form.grow(1, 50)                                          # rank 2, at step 50; ranks 3 and 4 learn in advance
+    form.grow(1, 50)  # rank 2, at step 50; ranks 3 and 4 learn in advance
     assert form.born[:6] == [0, 0, 0, 0, 50, 0] and form.learning == 5
     optimizer = getattr(torch.optim, name)(form.trainable(), lr=0.1)
     before = {n: p.detach().clone() for n, p in form.named_parameters()}
@@ -254,7 +256,7 @@ def test_a_new_rank_has_a_warm_up_of_its_own(name: str) -> None:
     IncreLora.before_step({"": form}, lambda p: p.grad, 53, 100)
     optimizer.step()
     whole = {n: p.detach().clone() for n, p in form.named_parameters()}
-    IncreLora.after_step({"": form}, 53, 100)                # 3 of 10 steps of the warm-up
+    IncreLora.after_step({"": form}, 53, 100)  # 3 of 10 steps of the warm-up
     for key, rates in (("A", [1, 1, 1, 1, 0.3]), ("E", [1, 1, 0.3])):
         for i, rate in enumerate(rates):
             expected = before[key][i] + rate * (whole[key][i] - before[key][i])
@@ -265,14 +267,23 @@ def test_a_new_rank_has_a_warm_up_of_its_own(name: str) -> None:
 # --- mistakes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("choice,word", [
-    ("svfit:rank=13", r"rank=13 is larger than the matrix 12 x 20; give rank <= 12"),
-    ("increlora:rank=13", r"rank=13 is larger than the matrix 12 x 20"),
-    ("increlora:rank=2,max_rank=13", "max_rank=13 is larger"), ("increlora:rank=4,max_rank=3", "max_rank"),
-    ("increlora:begin=0.6", "begin=0.6"), ("increlora:interval=0", "interval"), ("increlora:rank=0", "rank"),
-    ("compacter:n=5,bottleneck=20", r"n=5 does not divide the 12 outputs.*n=1, 2, 4"),
-    ("compacter:n=5", r"n=5 must divide bottleneck=24"), ("compacter:rank=4", "rank=4 is larger"),
-    ("compacter++:n=5,bottleneck=20", "does not divide"), ("svfit:rank=-1", "rank")])
+@pytest.mark.parametrize(
+    "choice,word",
+    [
+        ("svfit:rank=13", r"rank=13 is larger than the matrix 12 x 20; give rank <= 12"),
+        ("increlora:rank=13", r"rank=13 is larger than the matrix 12 x 20"),
+        ("increlora:rank=2,max_rank=13", "max_rank=13 is larger"),
+        ("increlora:rank=4,max_rank=3", "max_rank"),
+        ("increlora:begin=0.6", "begin=0.6"),
+        ("increlora:interval=0", "interval"),
+        ("increlora:rank=0", "rank"),
+        ("compacter:n=5,bottleneck=20", r"n=5 does not divide the 12 outputs.*n=1, 2, 4"),
+        ("compacter:n=5", r"n=5 must divide bottleneck=24"),
+        ("compacter:rank=4", "rank=4 is larger"),
+        ("compacter++:n=5,bottleneck=20", "does not divide"),
+        ("svfit:rank=-1", "rank"),
+    ],
+)
 def test_mistakes_are_told_in_one_line(choice: str, word: str) -> None:
     model = nn.Sequential(nn.Linear(20, 12))
     with pytest.raises(UserError, match=word) as caught:
@@ -296,6 +307,7 @@ def test_attached_twice_is_refused_and_detached_it_is_gone(choice: str) -> None:
 @pytest.mark.parametrize("choice", ["svfit:rank=2", "increlora:rank=2", "compacter:bottleneck=8"])
 def test_they_stand_where_a_conv1d_stood(choice: str) -> None:
     from transformers.pytorch_utils import Conv1D
+
     model, x = nn.Sequential(Conv1D(16, 12)), torch.randn(3, 12)
     before = model(x).detach()
     form = attach.attach(model, {"0": choice})["0"]

@@ -26,9 +26,15 @@ class Tiny(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.embed = nn.Embedding(50, 32)
-        self.layers = nn.ModuleList(nn.ModuleDict({
-            "attention": nn.ModuleDict({"q": nn.Linear(32, 32), "v": nn.Linear(32, 32, bias=False)}),
-            "mlp": nn.ModuleDict({"down": nn.Linear(32, 32)})}) for _ in range(2))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "attention": nn.ModuleDict({"q": nn.Linear(32, 32), "v": nn.Linear(32, 32, bias=False)}),
+                    "mlp": nn.ModuleDict({"down": nn.Linear(32, 32)}),
+                }
+            )
+            for _ in range(2)
+        )
         self.lm_head = nn.Linear(32, 50, bias=False)
         self.lm_head.weight = self.embed.weight
 
@@ -60,8 +66,13 @@ def test_patterns_choose_layers_and_adapters_freeze_the_rest() -> None:
     model = Tiny()
     before = logits(model)
     made = attach.attach(model, {"layers.*.attention.*": "lora:rank=2", "layers.1.mlp.down": "lora:rank=3"})
-    assert sorted(made) == ["layers.0.attention.q", "layers.0.attention.v", "layers.1.attention.q",
-                            "layers.1.attention.v", "layers.1.mlp.down"]
+    assert sorted(made) == [
+        "layers.0.attention.q",
+        "layers.0.attention.v",
+        "layers.1.attention.q",
+        "layers.1.attention.v",
+        "layers.1.mlp.down",
+    ]
     assert made["layers.1.mlp.down"].A.shape == (3, 32)
     assert {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.requires_grad} == {"A", "B"}
     assert torch.equal(logits(model), before)
@@ -76,17 +87,22 @@ def test_the_base_is_shared_not_copied() -> None:
     assert model.layers[0]["attention"]["q"].weight is weight
 
 
-@pytest.mark.parametrize("pattern,hint", [
-    ("q", "'*.q'"), ("layers.*.attn.*", "layers.*.attention.q"), ("*.q_proj", "layers.*.attention.q"),
-    ("embed", "Linear layers here")])
+@pytest.mark.parametrize(
+    "pattern,hint",
+    [
+        ("q", "'*.q'"),
+        ("layers.*.attn.*", "layers.*.attention.q"),
+        ("*.q_proj", "layers.*.attention.q"),
+        ("embed", "Linear layers here"),
+    ],
+)
 def test_a_pattern_that_matches_nothing_names_near_ones(pattern: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:
         attach.attach(Tiny(), {pattern: "lora"})
     assert pattern in str(caught.value) and hint in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("first,second", [("lora", "lora"), ("int4", "int4"), ("int8", "int4"),
-                                          ("lora", "int8")])
+@pytest.mark.parametrize("first,second", [("lora", "lora"), ("int4", "int4"), ("int8", "int4"), ("lora", "int8")])
 def test_a_second_form_is_refused_and_nothing_changes(first: str, second: str) -> None:
     model = Tiny()
     attach.attach(model, {"*.q": first})
@@ -146,6 +162,7 @@ def test_lora_over_int4_detaches_to_int4_and_merges_to_dense() -> None:
 
 def test_conv1d_of_transformers() -> None:
     from transformers.pytorch_utils import Conv1D
+
     model = nn.Sequential(Conv1D(6, 10))
     x = torch.randn(3, 10)
     before = model(x).detach()
@@ -228,17 +245,23 @@ def test_descriptions_that_do_not_fit_are_corrupt() -> None:
         change(description)
         return description
 
-    for change in (lambda d: d.update(version=99),
-                   lambda d: d["forms"].update({"layers.7.q": d["forms"]["layers.0.attention.q"]}),
-                   lambda d: d["forms"]["layers.0.attention.q"].update({"in": 16}),
-                   lambda d: d["forms"]["layers.0.attention.q"].pop("out")):
+    for change in (
+        lambda d: d.update(version=99),
+        lambda d: d["forms"].update({"layers.7.q": d["forms"]["layers.0.attention.q"]}),
+        lambda d: d["forms"]["layers.0.attention.q"].update({"in": 16}),
+        lambda d: d["forms"]["layers.0.attention.q"].pop("out"),
+    ):
         with pytest.raises(CorruptError):
             form_state.restore(Tiny(), broken(change))
     other = Tiny()
     form_state.restore(other, good)
     name = "layers.0.attention.q.codes"
-    for bad in ({k: v for k, v in tensors.items() if k != name}, tensors | {"more": torch.zeros(1)},
-                tensors | {name: tensors[name][:4]}, tensors | {name: tensors[name].float()}):
+    for bad in (
+        {k: v for k, v in tensors.items() if k != name},
+        tensors | {"more": torch.zeros(1)},
+        tensors | {name: tensors[name][:4]},
+        tensors | {name: tensors[name].float()},
+    ):
         with pytest.raises(CorruptError):
             form_state.load_form_state(other, bad)
 
@@ -248,7 +271,8 @@ def test_dense_form_trains_only_the_chosen_layers() -> None:
     attach.attach(model, {"*.down": "dense"})
     assert len(attach.freeze(model)) == 4
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        f"layers.{i}.mlp.down.{k}" for i in (0, 1) for k in ("weight", "bias")}
+        f"layers.{i}.mlp.down.{k}" for i in (0, 1) for k in ("weight", "bias")
+    }
     attach.detach(model)
     assert isinstance(model.layers[0]["mlp"]["down"], nn.Linear)
     assert not isinstance(model.layers[0]["mlp"]["down"], Dense)
@@ -300,12 +324,16 @@ PLUGIN = '''
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A third-party form, installed as another distribution would: through an entry point."""
     import importlib.metadata
+
     (tmp_path / "gatedtoy_plugin.py").write_text(textwrap.dedent(PLUGIN))
     monkeypatch.syspath_prepend(str(tmp_path))
     entry = importlib.metadata.EntryPoint("form/gatedtoy", "gatedtoy_plugin", "modicum.methods")
     real = importlib.metadata.entry_points
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **chosen: (
-        (*real(**chosen), entry) if chosen.get("group") == "modicum.methods" else real(**chosen)))
+    monkeypatch.setattr(
+        importlib.metadata,
+        "entry_points",
+        lambda **chosen: (*real(**chosen), entry) if chosen.get("group") == "modicum.methods" else real(**chosen),
+    )
     registry.methods.cache_clear()
     registry.load.cache_clear()
     yield

@@ -29,7 +29,7 @@ def test_magnitudes_are_the_truncated_svd(shape: tuple[int, int], rank: int) -> 
     left, sigma, right = torch.linalg.svd(size.double(), full_matrices=False)
     best = left[:, :rank] * sigma[:rank] @ right[:rank]
     torch.testing.assert_close(U.double() @ V.double(), best, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(U.norm(dim=0), V.norm(dim=1), atol=1e-4, rtol=1e-4)     # shared evenly
+    torch.testing.assert_close(U.norm(dim=0), V.norm(dim=1), atol=1e-4, rtol=1e-4)  # shared evenly
 
 
 def test_magnitudes_of_little_rank_and_of_nothing() -> None:
@@ -53,15 +53,17 @@ def test_blocks_are_those_of_the_equations() -> None:
         U, V = (U, V) if U[:, 0].sum() > 0 else (-U, -V)
         block = torch.where(left >= 0, 1.0, -1.0) * (U @ V)
         torch.testing.assert_close(form.block_weight(i).double(), block / scale, atol=2e-4, rtol=2e-2)
-        left = left - form._block(i).double()                 # as rounded: the next block mends that too
+        left = left - form._block(i).double()  # as rounded: the next block mends that too
     torch.testing.assert_close(form.dense().double(), (weight.double() * scale - left) / scale, atol=1e-6, rtol=1e-5)
 
 
 def test_inputs_that_are_large_lose_less() -> None:
     weight, loud = gaussian(OUT, IN), torch.arange(IN) % 4 == 0
     inputs = gaussian(200, IN, seed=1) * torch.where(loud, 8.0, 0.5)
-    lost = {name: (fitted("bitstack:rank=2,blocks=2", weight, x).dense() - weight) for name, x in
-            (("aware", inputs), ("blind", None))}
+    lost = {
+        name: (fitted("bitstack:rank=2,blocks=2", weight, x).dense() - weight)
+        for name, x in (("aware", inputs), ("blind", None))
+    }
     assert lost["aware"][:, loud].norm() < 0.7 * lost["blind"][:, loud].norm()
     assert (inputs @ lost["aware"].T).norm() < 0.7 * (inputs @ lost["blind"].T).norm()
 
@@ -111,9 +113,16 @@ def test_bits_are_shared_by_the_layers_attached_together() -> None:
     assert max(counts) - min(counts) <= 1 and [f.available for f in forms.values()] == counts
 
 
-@pytest.mark.parametrize("choice,word", [
-    ("bitstack:rank=21,blocks=2", "rank <= 20"), ("bitstack:rank=0", "at least 1"), ("bitstack:blocks=0", "1 to 64"),
-    ("bitstack:rank=2,bits=-1", "positive"), ("bitstack:rank=2,bits=0.5", "one block of each layer takes")])
+@pytest.mark.parametrize(
+    "choice,word",
+    [
+        ("bitstack:rank=21,blocks=2", "rank <= 20"),
+        ("bitstack:rank=0", "at least 1"),
+        ("bitstack:blocks=0", "1 to 64"),
+        ("bitstack:rank=2,bits=-1", "positive"),
+        ("bitstack:rank=2,bits=0.5", "one block of each layer takes"),
+    ],
+)
 def test_impossible_knobs_are_one_clear_line(choice: str, word: str) -> None:
     with pytest.raises(UserError, match=word) as caught:
         attach.attach(nn.Sequential(nn.Linear(IN, OUT)), {"*": choice})

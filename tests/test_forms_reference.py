@@ -14,8 +14,9 @@ from modicum.core.errors import UserError
 from modicum.model.forms import LinearForm, LinearShape, unique_tensors
 
 
-def fitted(choice: str, weight: torch.Tensor, bias: torch.Tensor | None = None,
-           base: LinearForm | None = None) -> LinearForm:
+def fitted(
+    choice: str, weight: torch.Tensor, bias: torch.Tensor | None = None, base: LinearForm | None = None
+) -> LinearForm:
     form = registry.build("form", choice, LinearShape.of(weight, bias), base)
     return form.fit(weight, bias, generator=torch.Generator().manual_seed(0))
 
@@ -44,7 +45,7 @@ def test_int8_is_the_nearest_code_of_each_group(width: int, group: int) -> None:
 
 @pytest.mark.parametrize("width,group", [(64, 64), (64, 16), (49, 16), (10, 64)])
 def test_int4_is_the_nearest_code_of_each_group(width: int, group: int) -> None:
-    weight = gaussian(5, width) * 0.1 + 0.05     # off centre, so that the zero point matters
+    weight = gaussian(5, width) * 0.1 + 0.05  # off centre, so that the zero point matters
     form = fitted(f"int4:group={group},scale_dtype=float32", weight)
     for row in range(5):
         for part in groups(width, group):
@@ -60,14 +61,21 @@ def test_int4_is_the_nearest_code_of_each_group(width: int, group: int) -> None:
 
 
 def test_int4_packs_even_inputs_low_and_odd_inputs_high() -> None:
-    weight = torch.arange(16.0)[None]            # scale 1, zero 8: the codes are the values
+    weight = torch.arange(16.0)[None]  # scale 1, zero 8: the codes are the values
     form = fitted("int4:group=16", weight)
     assert form.packed[0].tolist() == [(2 * i) | (2 * i + 1) << 4 for i in range(8)]
     assert torch.equal(form.dense(), weight)
 
 
-@pytest.mark.parametrize("choice,bits", [("int8", 8 + 16 / 256), ("int8:group=64", 8 + 16 / 64),
-                                         ("int4:group=64", 4 + 32 / 64), ("int4:group=128", 4 + 32 / 128)])
+@pytest.mark.parametrize(
+    "choice,bits",
+    [
+        ("int8", 8 + 16 / 256),
+        ("int8:group=64", 8 + 16 / 64),
+        ("int4:group=64", 4 + 32 / 64),
+        ("int4:group=128", 4 + 32 / 128),
+    ],
+)
 def test_stored_bits_per_weight(choice: str, bits: float) -> None:
     form = fitted(choice, gaussian(32, 256))
     assert form.nbytes() * 8 == 32 * 256 * bits
@@ -99,7 +107,7 @@ def test_fused_kernel_agrees_with_the_decoded_weight(choice: str, rows: int) -> 
     truth = x.double() @ form.decode(torch.float64).T
     assert ((fused.double() - truth).norm() / truth.norm()) < 4e-3
     with torch.no_grad():
-        torch.testing.assert_close(form(x), fused + form.bias)      # forward takes that path
+        torch.testing.assert_close(form(x), fused + form.bias)  # forward takes that path
 
 
 def test_kernel_weight_follows_newly_loaded_state() -> None:
@@ -128,7 +136,7 @@ def test_quantised_backward_keeps_no_dense_weight() -> None:
 def test_lora_equation(rslora: bool) -> None:
     weight, bias = gaussian(12, 20), gaussian(12)
     form = fitted(f"lora:rank=3,alpha=5,rslora={rslora}", weight, None, fitted("dense", weight, bias))
-    assert not form.B.any() and form.A.abs().max() <= math.sqrt(6 / (6 * 20))   # Kaiming, a = sqrt(5)
+    assert not form.B.any() and form.A.abs().max() <= math.sqrt(6 / (6 * 20))  # Kaiming, a = sqrt(5)
     with torch.no_grad():
         form.B.copy_(gaussian(12, 3, seed=1))
     x = gaussian(4, 20, seed=2)
@@ -186,9 +194,16 @@ def test_unique_tensors_counts_a_shared_tensor_once() -> None:
     assert list(unique_tensors(module)) == ["0.weight"]
 
 
-@pytest.mark.parametrize("choice,word", [("lora:rank=0", "rank"), ("int4:group=3", "group"),
-                                         ("int8:group=-1", "group"), ("lora:dropout=1", "dropout"),
-                                         ("int4:scale_dtype=int8", "scale_dtype")])
+@pytest.mark.parametrize(
+    "choice,word",
+    [
+        ("lora:rank=0", "rank"),
+        ("int4:group=3", "group"),
+        ("int8:group=-1", "group"),
+        ("lora:dropout=1", "dropout"),
+        ("int4:scale_dtype=int8", "scale_dtype"),
+    ],
+)
 def test_impossible_knobs_are_refused(choice: str, word: str) -> None:
     with pytest.raises(UserError, match=word):
         registry.build("form", choice, LinearShape(in_features=8, out_features=8))

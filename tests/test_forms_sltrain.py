@@ -24,8 +24,9 @@ SMALL = "sltrain:rank=4,density=0.1,alpha=8"
 def made(choice: str, out: int = OUT, into: int = IN, bias: bool = False, seed: int = 0) -> LinearForm:
     form = registry.build("form", choice, LinearShape(out_features=out, in_features=into, bias=bias))
     with torch.no_grad():
-        form.fit(torch.randn(out, into), torch.ones(out) if bias else None,
-                 generator=torch.Generator().manual_seed(seed))
+        form.fit(
+            torch.randn(out, into), torch.ones(out) if bias else None, generator=torch.Generator().manual_seed(seed)
+        )
     return form
 
 
@@ -71,7 +72,7 @@ def test_no_dense_matrix_lives_from_forward_to_backward() -> None:
         form(torch.randn(3, IN, requires_grad=True)).sum().backward()
     assert kept and max(kept) < OUT * IN
     assert sum(p.grad.numel() for p in form.parameters()) == 4 * (OUT + IN) + int(0.1 * OUT * IN)
-    assert form.nbytes() == 4 * (4 * (OUT + IN) + int(0.1 * OUT * IN)) + 4 * int(0.1 * OUT * IN)    # float32, int32
+    assert form.nbytes() == 4 * (4 * (OUT + IN) + int(0.1 * OUT * IN)) + 4 * int(0.1 * OUT * IN)  # float32, int32
 
 
 def test_support_is_drawn_uniformly_without_repetition_and_by_the_generator() -> None:
@@ -79,7 +80,7 @@ def test_support_is_drawn_uniformly_without_repetition_and_by_the_generator() ->
     places = form.index.tolist()
     assert len(places) == len(set(places)) == 64 * 96 // 4 and places == sorted(places)
     rows = torch.bincount(form.index // 96, minlength=64).float()
-    assert 0.7 * 24 < rows.mean() < 1.3 * 24 and 2.5 < rows.std() < 6        # hypergeometric: 4.2
+    assert 0.7 * 24 < rows.mean() < 1.3 * 24 and 2.5 < rows.std() < 6  # hypergeometric: 4.2
     assert torch.equal(made("sltrain:rank=8,density=0.25", 64, 96).index, form.index)
     assert not torch.equal(made("sltrain:rank=8,density=0.25", 64, 96, seed=1).index, form.index)
 
@@ -123,10 +124,17 @@ def test_extremes_of_density(density: float, stored: int) -> None:
         torch.testing.assert_close(form.V.grad.view(OUT, IN), x.detach().sum(0).expand(OUT, IN), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("choice,word", [
-    ("sltrain:rank=25", "rank <= 24"), ("sltrain:rank=0", "at least 1"), ("sltrain:rank=4,density=1.5", "from 0 to 1"),
-    ("sltrain:rank=4,density=-0.1", "from 0 to 1"), ("sltrain:rank=4,alpha=0", "positive"),
-    ("sltrain:rank=4,sparsity=0.1", "density")])
+@pytest.mark.parametrize(
+    "choice,word",
+    [
+        ("sltrain:rank=25", "rank <= 24"),
+        ("sltrain:rank=0", "at least 1"),
+        ("sltrain:rank=4,density=1.5", "from 0 to 1"),
+        ("sltrain:rank=4,density=-0.1", "from 0 to 1"),
+        ("sltrain:rank=4,alpha=0", "positive"),
+        ("sltrain:rank=4,sparsity=0.1", "density"),
+    ],
+)
 def test_impossible_knobs_are_one_clear_line(choice: str, word: str) -> None:
     with pytest.raises(UserError, match=word) as caught:
         made(choice)
@@ -136,13 +144,14 @@ def test_impossible_knobs_are_one_clear_line(choice: str, word: str) -> None:
 def test_attached_twice_onto_nothing_and_onto_trained_weights(tmp_path: Path) -> None:
     from modicum.adapt.run import AdaptConfig, adapt
     from modicum.compress.run import compress
+
     model = nn.Sequential(nn.Linear(IN, OUT))
     attach.attach(model, {"0": SMALL})
     with pytest.raises(UserError, match="already"):
         attach.attach(model, {"0": SMALL})
     with pytest.raises(UserError, match="matches no linear layer"):
         attach.attach(model, {"layers.*": SMALL})
-    attach.attach(model, {"0": "lora:rank=2"})                  # over the sparse weight: that may be
+    attach.attach(model, {"0": "lora:rank=2"})  # over the sparse weight: that may be
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"0.A", "0.B"}
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match=r"starts afresh.*modicum pretrain"):
@@ -163,11 +172,15 @@ def test_resumed_bit_for_bit(tmp_path: Path, form: str, dtype: str) -> None:
     assert run(tmp_path / "parts", 6, form, dtype=dtype).resumed_from == 3
     assert losses(tmp_path / "whole" / "events.jsonl") == losses(tmp_path / "parts" / "events.jsonl")
     for name in ("model", "optimizer"):
-        whole, parts = (load_file(tmp_path / p / "checkpoints" / "step-00000006" / f"{name}.safetensors")
-                        for p in ("whole", "parts"))
+        whole, parts = (
+            load_file(tmp_path / p / "checkpoints" / "step-00000006" / f"{name}.safetensors")
+            for p in ("whole", "parts")
+        )
         assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-    assert any(k.endswith(".index") for k in load_file(
-        tmp_path / "whole" / "checkpoints" / "step-00000006" / "model.safetensors"))
+    assert any(
+        k.endswith(".index")
+        for k in load_file(tmp_path / "whole" / "checkpoints" / "step-00000006" / "model.safetensors")
+    )
 
 
 def test_forecast_is_the_real_peak() -> None:

@@ -41,10 +41,9 @@ def test_tiled_equals_naive_with_gradients(softcap, window, masked, T):
     mask = None
     if masked:
         documents = torch.arange(37)[None] // torch.tensor([[7], [20]])
-        seen = (seen & (documents[:, 37 - T:, None] == documents[:, None, :]))[:, None]
+        seen = (seen & (documents[:, 37 - T :, None] == documents[:, None, :]))[:, None]
         mask = seen
-    out = tiled_attention(*tensors, scale=0.4, mask=mask, causal=True, window=window, softcap=softcap,
-                          block=8)
+    out = tiled_attention(*tensors, scale=0.4, mask=mask, causal=True, window=window, softcap=softcap, block=8)
     reference = naive(*tensors, 0.4, seen, softcap)
     assert (out - reference).abs().max() < 1e-12
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -69,8 +68,7 @@ def test_attention_chooses_a_path_that_is_right(dtype, T, S, window):
 def test_dense_attend_with_documents_and_pattern_equals_naive():
     q, k, v = qkv()
     documents = (torch.arange(37) // 15).expand(2, -1)
-    out = DenseAttend(documents, pattern=Sliding(Config(window=9)))(0, q, k, v, window=20, scale=0.3,
-                                                                    softcap=None)
+    out = DenseAttend(documents, pattern=Sliding(Config(window=9)))(0, q, k, v, window=20, scale=0.3, softcap=None)
     position = torch.arange(37)
     distance = position[:, None] - position[None]
     seen = (distance >= 0) & (distance < 9) & (documents[0][:, None] == documents[0][None])
@@ -112,16 +110,18 @@ def test_window_must_be_positive():
 def test_rms_norm_gradients_equal_autograds(plus_one):
     norm = RMSNorm(12, 1e-5, plus_one).double()
     torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
-    x = torch.randn(3, 5, 12, dtype=torch.float64,
-                    generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    x = torch.randn(3, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
     weight = norm.weight.detach().clone().requires_grad_(True)
     reference = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (weight + plus_one)
     upstream = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     out = norm(x)
-    tolerance = 1e-6 if plus_one else 1e-12      # 1 + weight is a float32 sum
+    tolerance = 1e-6 if plus_one else 1e-12  # 1 + weight is a float32 sum
     assert (out - reference).abs().max() < tolerance
-    for a, b in zip(torch.autograd.grad(out, (x, norm.weight), upstream),
-                    torch.autograd.grad(reference, (x, weight), upstream), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(out, (x, norm.weight), upstream),
+        torch.autograd.grad(reference, (x, weight), upstream),
+        strict=True,
+    ):
         assert (a - b).abs().max() < 10 * tolerance
 
 
@@ -130,17 +130,17 @@ def test_rotation_is_a_rotation_by_position():
     table = RopeTable(rope, 16, 64)
     positions = torch.tensor([[0, 3, 11]])
     cos, sin = table(positions, torch.float64)
-    x = torch.randn(1, 2, 3, 16, dtype=torch.float64,
-                    generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    x = torch.randn(1, 2, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     out = rotate(x, cos, sin)
     angles, _ = frequencies(rope, 16, 64)
     for t, position in enumerate((0, 3, 11)):
-        pairs = torch.complex(x[0, :, t, :4], x[0, :, t, 4:8]) * torch.polar(torch.ones(4).double(),
-                                                                            position * angles.double())
+        pairs = torch.complex(x[0, :, t, :4], x[0, :, t, 4:8]) * torch.polar(
+            torch.ones(4).double(), position * angles.double()
+        )
         expected = torch.cat([pairs.real, pairs.imag, x[0, :, t, 8:]], dim=-1)
         assert (out[0, :, t] - expected).abs().max() < 1e-6
     upstream = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    grad, = torch.autograd.grad(out, x, upstream)
+    (grad,) = torch.autograd.grad(out, x, upstream)
     assert (grad - rotate(upstream, cos, -sin)).abs().max() < 1e-12
 
 
@@ -190,8 +190,9 @@ def test_flexattention_sees_what_the_pattern_allows(choice, T, window, softcap):
     out = FlexAttend(pattern, size=8, compiled=False)(0, q, k, v, window=window, scale=0.3, softcap=softcap)
     q_pos, k_pos = torch.arange(37 - T, 37)[:, None], torch.arange(37)[None]
     seen = pattern.allowed(q_pos, k_pos) & (q_pos - k_pos < (window or 99))
-    torch.testing.assert_close(out.double(), naive(q.double(), k.double(), v.double(), 0.3, seen, softcap),
-                               rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        out.double(), naive(q.double(), k.double(), v.double(), 0.3, seen, softcap), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_each_device_gets_its_faster_way():

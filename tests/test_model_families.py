@@ -15,23 +15,50 @@ from modicum.model.folder import load_config, load_model, save_model
 from modicum.model.generate import greedy
 
 V, T = 97, 24
-LLAMA = dict(vocab_size=V, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
-             eos_token_id=2)
+LLAMA = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=56,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 GEMMA = LLAMA | dict(head_dim=12, query_pre_attn_scalar=20, sliding_window=6)
 NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
 GPT2 = dict(vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
-OPT = dict(vocab_size=V, hidden_size=32, ffn_dim=56, num_hidden_layers=3, num_attention_heads=4,
-           max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+OPT = dict(
+    vocab_size=V,
+    hidden_size=32,
+    ffn_dim=56,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 WHOLE = PARTIAL | {"partial_rotary_factor": 1.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
-        "long_factor": [1.5, 2.0, 3.0, 4.0]}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.5, 2.0, 3.0, 4.0],
+}
 
 CASES = {
     "llama": ("Llama", LLAMA),
@@ -52,13 +79,21 @@ CASES = {
     "phi3-partial": ("Phi3", LLAMA | dict(rope_parameters=PARTIAL)),
     "gemma": ("Gemma", LLAMA | dict(head_dim=12)),
     "gemma2": ("Gemma2", GEMMA | dict(attn_logit_softcapping=3.0, final_logit_softcapping=2.0)),
-    "gemma3": ("Gemma3Text", GEMMA | dict(num_hidden_layers=4, layer_types=[
-        "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"])),
+    "gemma3": (
+        "Gemma3Text",
+        GEMMA
+        | dict(
+            num_hidden_layers=4,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
     "gpt2": ("GPT2", GPT2),
     "gpt2-by-layer": ("GPT2", GPT2 | dict(scale_attn_by_inverse_layer_idx=True, n_inner=40)),
     "gpt_neox": ("GPTNeoX", NEOX),
-    "gpt_neox-serial": ("GPTNeoX", NEOX | dict(use_parallel_residual=False, tie_word_embeddings=True,
-                                               rope_parameters=WHOLE)),
+    "gpt_neox-serial": (
+        "GPTNeoX",
+        NEOX | dict(use_parallel_residual=False, tie_word_embeddings=True, rope_parameters=WHOLE),
+    ),
     "opt": ("OPT", OPT),
     "opt-350m": ("OPT", OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=16)),
 }
@@ -119,8 +154,8 @@ def test_packed_documents_equal_separate_ones(pair):
     logits = ours(packed, documents_BT=documents)
     start = 0
     for length in lengths:
-        alone = theirs(packed[:, start:start + length]).logits
-        assert (logits[:, start:start + length] - alone).abs().max() < 1e-4
+        alone = theirs(packed[:, start : start + length]).logits
+        assert (logits[:, start : start + length] - alone).abs().max() < 1e-4
         start += length
 
 
@@ -144,9 +179,14 @@ def test_cache_equals_one_pass(pair):
 def test_greedy_equals_generate(pair):
     theirs, ours, _ = pair
     prompt = tokens(2, 7)
-    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=9,
-                               do_sample=False,
-                               eos_token_id=None, pad_token_id=0)
+    expected = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=9,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     assert torch.equal(greedy(ours, prompt, 9, eos_ids=()), expected)
 
 
@@ -158,8 +198,7 @@ def test_export_is_bit_identical(pair, tmp_path):
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out",
-                                                              attn_implementation="eager").eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     state = again.state_dict()
     assert state.keys() == theirs.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in theirs.state_dict().items())
@@ -172,8 +211,7 @@ def test_bfloat16_within_tolerance(pair):
     exact = theirs(tokens()).logits
     ours = load_model(folder, dtype="bf16")
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
-    half = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16,
-                                                             attn_implementation="eager")
+    half = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
     reference_error = (half.eval()(tokens()).logits.float() - exact).abs().mean()
     error = (ours(tokens()).float() - exact).abs().mean()
     assert error < 1.5 * reference_error + 1e-3, f"{error=} {reference_error=}"
@@ -188,8 +226,7 @@ def test_parameter_count(pair):
 def test_config_written_from_its_fields_alone(pair, tmp_path):
     """Without the original config.json, what is written is read back the same, by us and by transformers."""
     theirs, ours, _ = pair
-    bare = DecoderConfig(**{f: getattr(ours.config, f) for f in ours.config.__dataclass_fields__
-                            if f != "source"})
+    bare = DecoderConfig(**{f: getattr(ours.config, f) for f in ours.config.__dataclass_fields__ if f != "source"})
     written = write_config(bare, "float32")
     assert read_config(json.loads(json.dumps(written))) == bare
     ours.config, kept = bare, ours.config
@@ -197,8 +234,7 @@ def test_config_written_from_its_fields_alone(pair, tmp_path):
         save_model(ours, tmp_path / "bare")
     finally:
         ours.config = kept
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bare",
-                                                              attn_implementation="eager").eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bare", attn_implementation="eager").eval()
     with torch.no_grad():
         assert (again(tokens()).logits - theirs(tokens()).logits).abs().max() < 1e-5
 
@@ -209,15 +245,21 @@ def test_every_family_is_tested():
 
 
 OLD_STYLE = {
-    "llama3": ({"rope_theta": 500.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
-               "llama-llama3"),
+    "llama3": (
+        {"rope_theta": 500.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+        "llama-llama3",
+    ),
     "linear": ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}, "llama-linear"),
     "plain": ({"rope_theta": 1e4, "rope_scaling": None}, "llama"),
     "neox": ({"rotary_emb_base": 10000, "rotary_pct": 0.25}, "gpt_neox"),
     "gemma3": ({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None}, "gemma3"),
-    "phi3-su": ({"rope_theta": 1e4, "rope_scaling": {"type": "su", "short_factor": LONG["short_factor"],
-                                                     "long_factor": LONG["long_factor"]}},
-                "phi3-longrope-short"),
+    "phi3-su": (
+        {
+            "rope_theta": 1e4,
+            "rope_scaling": {"type": "su", "short_factor": LONG["short_factor"], "long_factor": LONG["long_factor"]},
+        },
+        "phi3-longrope-short",
+    ),
 }
 
 
@@ -248,6 +290,7 @@ def test_longrope_generation_across_the_switch(tmp_path):
 def test_names_without_prefix_and_masks(tmp_path):
     """openai-community/gpt2 stores names without `transformer.` and the causal masks as tensors."""
     from safetensors.torch import save_file
+
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)).eval()
     theirs.save_pretrained(tmp_path)

@@ -31,13 +31,11 @@ def folder(tmp_path):
 
 
 def test_config_needs_no_torch():
-    code = ("import sys; from modicum.model.config import sized; sized(5e6, 8192); "
-            "assert 'torch' not in sys.modules")
+    code = "import sys; from modicum.model.config import sized; sized(5e6, 8192); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("parameters, vocab", [(3e5, 512), (3e6, 4096), (1e7, 8192), (1.35e8, 49152),
-                                               (1e9, 32000)])
+@pytest.mark.parametrize("parameters, vocab", [(3e5, 512), (3e6, 4096), (1e7, 8192), (1.35e8, 49152), (1e9, 32000)])
 def test_sized_is_near(parameters, vocab):
     config = sized(parameters, vocab)
     assert abs(config.parameters() / parameters - 1) < 0.12
@@ -54,6 +52,7 @@ def test_sized_refuses_what_the_embedding_fills():
 def test_flops_are_those_of_the_matrix_products():
     """Against PyTorch's own counter, with attention counted in full (as it does), then causally by hand."""
     from torch.utils.flop_counter import FlopCounterMode
+
     # in which attention is made of products that the counter sees
     model, T = tiny().to(torch.bfloat16), 32
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -77,10 +76,16 @@ def test_kv_bytes():
     assert config.kv_bytes_per_token(torch.bfloat16) * 3 * 7 == cache.k.nbytes + cache.v.nbytes
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"kv_heads": 3}, "kv_heads=3 must divide heads=4"), ({"layers": 0}, "layers=0 must be at least 1"),
-    ({"windows": (3,)}, "one per layer"), ({"activation": "sliu"}, "Did you mean 'silu'"),
-    ({"norm_place": "mid"}, "unknown norm_place")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kv_heads": 3}, "kv_heads=3 must divide heads=4"),
+        ({"layers": 0}, "layers=0 must be at least 1"),
+        ({"windows": (3,)}, "one per layer"),
+        ({"activation": "sliu"}, "Did you mean 'silu'"),
+        ({"norm_place": "mid"}, "unknown norm_place"),
+    ],
+)
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(llama_like(61, 64, 2, 4, 2), **change)
@@ -137,9 +142,9 @@ def test_shards_load_and_are_loaded(folder, tmp_path):
         assert (theirs(tokens).logits - model(tokens)).abs().max() < 1e-5
     theirs.save_pretrained(tmp_path / "back", max_shard_size="40KB")
     assert (tmp_path / "back" / "model.safetensors.index.json").exists()
-    assert all(torch.equal(a, b) for a, b in zip(load_model(tmp_path / "back").parameters(),
-                                                 model.parameters(),
-                                                  strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(load_model(tmp_path / "back").parameters(), model.parameters(), strict=True)
+    )
 
 
 def test_dtypes_survive_or_are_converted(folder, tmp_path):
@@ -177,9 +182,15 @@ def test_tokenizer_files_go_along(folder, tmp_path):
 
 
 def test_a_changed_shape_is_written_as_changed(tmp_path):
-    config = transformers.Qwen3Config(vocab_size=61, hidden_size=32, intermediate_size=48,
-                                      num_hidden_layers=3,
-                                      num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    config = transformers.Qwen3Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
     transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "three")
     model = load_model(tmp_path / "three")
     del model.layers[1]
@@ -199,9 +210,14 @@ def test_a_shape_its_family_cannot_say_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("choices", [
-    {"layers.*.mlp.*": "int8"}, {"layers.0.attention.q": "lora:rank=2", "layers.1.*": "int4:group=32"},
-    {"lm_head": "int8"}])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"layers.*.mlp.*": "int8"},
+        {"layers.0.attention.q": "lora:rank=2", "layers.1.*": "int4:group=32"},
+        {"lm_head": "int8"},
+    ],
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_forms_are_stored_beside_and_restored(choices, tied, tmp_path):
     model = tiny(tied=tied).eval()
@@ -216,8 +232,15 @@ def test_forms_are_stored_beside_and_restored(choices, tied, tmp_path):
 
 
 def test_a_form_inside_a_fused_weight_is_stored(tmp_path):
-    config = transformers.Phi3Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                     num_attention_heads=4, pad_token_id=0, max_position_embeddings=64)
+    config = transformers.Phi3Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        max_position_embeddings=64,
+    )
     transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path / "phi")
     model = load_model(tmp_path / "phi")
     attach.attach(model, {"layers.*.attention.q": "int8"})
@@ -240,6 +263,7 @@ def test_an_embedding_in_a_form(tmp_path):
 
 # What goes wrong ---------------------------------------------------------------------------------
 
+
 def edit(folder, change):
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -250,12 +274,14 @@ def edit(folder, change):
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop(Q), f"lacks 1 weight.*{Q}"),
-    (lambda t: t.update({"model.layers.9.mlp.gate_proj.weight": torch.zeros(2)}),
-     "unexpected 1 weight.*layers.9"),
-    (lambda t: t.update({Q: torch.zeros(3, 64)}), r"has shape \(3, 64\), config.json asks for \(64, 64\)"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(Q), f"lacks 1 weight.*{Q}"),
+        (lambda t: t.update({"model.layers.9.mlp.gate_proj.weight": torch.zeros(2)}), "unexpected 1 weight.*layers.9"),
+        (lambda t: t.update({Q: torch.zeros(3, 64)}), r"has shape \(3, 64\), config.json asks for \(64, 64\)"),
+    ],
+)
 def test_weights_that_do_not_belong(folder, change, message):
     edit(folder, change)
     with pytest.raises(UserError, match=message):
@@ -299,13 +325,17 @@ def test_pickles_are_refused(folder):
         load_model(folder)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model_type": "lama"}, "Did you mean 'llama'.*Allowed:.*qwen3"),
-    ({"hidden_size": None}, "lacks 'hidden_size'"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights"),
-    ({"rope_parameters": {"rope_type": "dynamic"}}, "unknown RoPE scaling 'dynamic'"),
-    ({"rope_parameters": {"rope_type": "linear"}}, "'linear' lacks 'factor'"),
-    ({"hidden_act": "mish"}, "unknown hidden_act 'mish'")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "lama"}, "Did you mean 'llama'.*Allowed:.*qwen3"),
+        ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "unknown RoPE scaling 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "'linear' lacks 'factor'"),
+        ({"hidden_act": "mish"}, "unknown hidden_act 'mish'"),
+    ],
+)
 def test_configs_that_cannot_be_built(folder, change, message):
     path = folder / "config.json"
     written = json.loads(path.read_text()) | {"rope_scaling": None} | change
@@ -335,8 +365,20 @@ def test_places_that_hold_no_model(tmp_path, folder, monkeypatch):
 
 
 def test_generation_limits():
-    config = DecoderConfig(family="gpt2", vocab_size=61, width=32, layers=1, heads=2, kv_heads=2, head_dim=16,
-                           mlp_width=64, norm="layer", position="learned", gated=False, context_length=8)
+    config = DecoderConfig(
+        family="gpt2",
+        vocab_size=61,
+        width=32,
+        layers=1,
+        heads=2,
+        kv_heads=2,
+        head_dim=16,
+        mlp_width=64,
+        norm="layer",
+        position="learned",
+        gated=False,
+        context_length=8,
+    )
     with pytest.raises(UserError, match="exceed the model's 8 positions"):
         greedy(Decoder(config), torch.zeros(1, 6, dtype=torch.long), 4)
     with pytest.raises(UserError, match="padded on the left"):
@@ -362,12 +404,17 @@ def test_loading_keeps_weights_in_memory_once(tmp_path):
     """Peak resident growth while loading a 400 MB file stays near its size, also when dtypes change."""
     save_model(Decoder(llama_like(32000, 1024, 5)), tmp_path / "big")
     size = (tmp_path / "big" / "model.safetensors").stat().st_size
-    code = ("import sys, torch; from modicum.model.folder import load_model; from modicum.budget import "
-            "meter; "
-            "before = meter.resident_peak(); load_model(sys.argv[1], sys.argv[2] if sys.argv[2] != '-' else "
-            "None); "
-            "print(meter.resident_peak() - before)")
+    code = (
+        "import sys, torch; from modicum.model.folder import load_model; from modicum.budget import "
+        "meter; "
+        "before = meter.resident_peak(); load_model(sys.argv[1], sys.argv[2] if sys.argv[2] != '-' else "
+        "None); "
+        "print(meter.resident_peak() - before)"
+    )
     for dtype, share in (("-", 1.0), ("bf16", 0.5)):
-        grown = int(subprocess.run([sys.executable, "-c", code, str(tmp_path / "big"), dtype], check=True,
-                                   capture_output=True, text=True).stdout)
+        grown = int(
+            subprocess.run(
+                [sys.executable, "-c", code, str(tmp_path / "big"), dtype], check=True, capture_output=True, text=True
+            ).stdout
+        )
         assert grown < (share + 0.45) * size, f"{dtype}: {grown / size:.2f} of the file"

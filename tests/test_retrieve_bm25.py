@@ -12,8 +12,15 @@ from modicum.retrieve.bm25 import BM25, tokenize
 from modicum.retrieve.fusion import fuse, reciprocal_rank
 from modicum.retrieve.indexes import Hits
 
-TEXTS = ["the quick brown fox jumps over the lazy dog", "a lazy dog sleeps", "json.loads parses a string",
-         "", "dumps serializes an object to a JSON string", "the dog and the other dog", "quick sort sorts quickly"]
+TEXTS = [
+    "the quick brown fox jumps over the lazy dog",
+    "a lazy dog sleeps",
+    "json.loads parses a string",
+    "",
+    "dumps serializes an object to a JSON string",
+    "the dog and the other dog",
+    "quick sort sorts quickly",
+]
 
 
 def naive_bm25(texts: list[str], query: str, k1: float, b: float) -> np.ndarray:
@@ -67,17 +74,20 @@ def test_nothing_to_index_finds_nothing(texts, tmp_path):
         assert (one.search(["word"], 2).ids_QK == -1).all()
 
 
-@pytest.mark.parametrize("text,terms", [
-    ("json.loads", ["json.load", "json", "load"]),
-    ("parseHTMLDoc", ["parsehtmldoc", "parse", "html", "doc"]),
-    ("snake_case_name", ["snake_case_name", "snake", "case", "name"]),
-    ("__init__", ["init"]),
-    ("utf8 3.14", ["utf8", "utf", "8", "3.14", "3", "14"]),
-    ("Queries classes pass us", ["query", "classe", "pass", "us"]),
-    ("Éléphants naïve", ["elephant", "naive"]),
-    ("日本語 文", ["日本", "本語", "文"]),
-    ("end. Start", ["end", "start"]),
-])
+@pytest.mark.parametrize(
+    "text,terms",
+    [
+        ("json.loads", ["json.load", "json", "load"]),
+        ("parseHTMLDoc", ["parsehtmldoc", "parse", "html", "doc"]),
+        ("snake_case_name", ["snake_case_name", "snake", "case", "name"]),
+        ("__init__", ["init"]),
+        ("utf8 3.14", ["utf8", "utf", "8", "3.14", "3", "14"]),
+        ("Queries classes pass us", ["query", "classe", "pass", "us"]),
+        ("Éléphants naïve", ["elephant", "naive"]),
+        ("日本語 文", ["日本", "本語", "文"]),
+        ("end. Start", ["end", "start"]),
+    ],
+)
 def test_tokens_suit_code_and_prose(text, terms):
     assert tokenize(text) == terms
 
@@ -115,8 +125,10 @@ def test_metrics_agree_with_a_naive_computation(k):
     rng = np.random.default_rng(k)
     ids = np.stack([rng.permutation(40)[:20] for _ in range(50)])
     ids[rng.random(ids.shape) < 0.1] = -1
-    relevant = [{int(i): float(g) for i, g in zip(rng.permutation(40)[:n], rng.integers(0, 4, n), strict=True)}
-                for n in rng.integers(0, 9, 50)]
+    relevant = [
+        {int(i): float(g) for i, g in zip(rng.permutation(40)[:n], rng.integers(0, 4, n), strict=True)}
+        for n in rng.integers(0, 9, 50)
+    ]
     expected = np.array([naive_metrics(row, grade, k) for row, grade in zip(ids.tolist(), relevant, strict=True)])
     got = [metric(ids, relevant, k) for metric in (metrics.reciprocal_ranks, metrics.recalls, metrics.ndcgs)]
     assert np.allclose(np.stack(got, axis=1), expected)

@@ -36,20 +36,25 @@ def decoder(tmp_path_factory):
 def bert(tmp_path_factory):
     """A random BERT that sentence-transformers opens with mean pooling."""
     from transformers import BertConfig, BertModel, BertTokenizer
+
     folder = tmp_path_factory.mktemp("models") / "bert"
     words = sorted({w for t in TEXTS for w in t.lower().split()})
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(words) + 5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                         intermediate_size=32)).save_pretrained(folder)
+    BertModel(
+        BertConfig(
+            vocab_size=len(words) + 5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        )
+    ).save_pretrained(folder)
     return folder
 
 
 def naive_pool(folder, texts, layers, sif):
     """Hidden states by transformers, one text at a time, averaged in float64."""
     from transformers import LlamaForCausalLM
+
     model, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), Tokenizer.load(folder)
     rows = [tokenizer.encode(t, specials=False)[:63] for t in texts]
     flat = [i for r in rows for i in r]
@@ -58,7 +63,7 @@ def naive_pool(folder, texts, layers, sif):
         with torch.no_grad():
             states = model(torch.tensor([[tokenizer.eos_id, *row]]), output_hidden_states=True).hidden_states
         parts = []
-        for layer in layers:   # transformers puts the final norm into the last of hidden_states
+        for layer in layers:  # transformers puts the final norm into the last of hidden_states
             h = states[layer][0, 1:].double().numpy()
             h = h / np.linalg.norm(h, axis=1, keepdims=True)
             w = np.array([sif / (sif + flat.count(i) / len(flat)) for i in row])
@@ -102,7 +107,7 @@ def test_whitening_agrees_with_a_naive_computation(power, remove):
 def test_whitening_fewer_vectors_than_dimensions_stays_finite():
     x = np.random.default_rng(0).standard_normal((3, 10)).astype(np.float32)
     assert np.isfinite(Whitener().fit([x])(x)).all()
-    assert np.isfinite(unit(Whitener().fit([x[:1]])(x[:1]))).all()   # one vector: nothing to tell apart
+    assert np.isfinite(unit(Whitener().fit([x[:1]])(x[:1]))).all()  # one vector: nothing to tell apart
 
 
 @pytest.mark.parametrize("kind", ["decoder", "bert"])
@@ -151,12 +156,14 @@ def test_wrong_encoders_get_one_clear_line(decoder, tmp_path):
 
 # vector indexes: what conformance does not ask ------------------------------------------------------------------
 
+
 def vectors(n: int, dim: int = 16, seed: int = 0) -> np.ndarray:
     return unit(np.random.default_rng(seed).standard_normal((n, dim)))
 
 
 def test_exact_agrees_with_faiss_flat_index():
     import faiss
+
     x, q = vectors(1000), vectors(7, seed=1)
     flat = faiss.IndexFlatIP(16)
     flat.add(x)
@@ -210,10 +217,12 @@ def test_an_index_opens_memory_mapped_and_by_its_own_class_only(tmp_path):
 
 # latent terms ---------------------------------------------------------------------------------------------------
 
+
 def test_latent_terms_agree_with_a_dense_svd():
     from collections import Counter
 
     from modicum.retrieve.bm25 import tokenize
+
     rng = np.random.default_rng(0)
     words = [f"w{i}x" for i in range(60)]
     topics = rng.random((6, 60)) ** 6
@@ -221,8 +230,12 @@ def test_latent_terms_agree_with_a_dense_svd():
     latent = Latent(5).fit(texts)
     counts = [Counter(tokenize(t)) for t in texts]
     df = {t: sum(t in c for c in counts) for t in latent.terms}
-    x = np.array([[(1 + np.log(c[t])) * np.log(1 + (120 - df[t] + 0.5) / (df[t] + 0.5)) if c[t] else 0
-                   for t in latent.terms] for c in counts])
+    x = np.array(
+        [
+            [(1 + np.log(c[t])) * np.log(1 + (120 - df[t] + 0.5) / (df[t] + 0.5)) if c[t] else 0 for t in latent.terms]
+            for c in counts
+        ]
+    )
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     w = np.linalg.svd(x, full_matrices=False)[2]
     expected = x @ w[:5].T
@@ -247,7 +260,7 @@ def test_early_layers_spare_the_rest(decoder):
     encoder = DecoderEncoder(decoder, layers=(0, 1), latent=0)
     encoder.count(TEXTS)
     expected = naive_pool(decoder, TEXTS, (0, 1), 1e-3)
-    del encoder._decoder.layers[1].attention   # would fail if it were run
+    del encoder._decoder.layers[1].attention  # would fail if it were run
     assert np.allclose(encoder.pool(TEXTS), expected, atol=2e-5)
 
 

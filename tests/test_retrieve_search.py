@@ -30,8 +30,16 @@ def corpus() -> list[Passage]:
         for verb in VERBS:
             summary = f"{verb.title()} the given {noun} for the caller."
             body = f"def {verb}_{noun}(x):\n    Works on any {noun}; when it cannot {verb}, raises {noun.title()}Error."
-            rows.append(Passage(id=f"{noun}.{verb}", text=f"{body}\n    {summary}", title=f"{noun}.{verb}",
-                                source=f"lib/{noun}.py:{len(rows) + 1}", summary=summary, body=body))
+            rows.append(
+                Passage(
+                    id=f"{noun}.{verb}",
+                    text=f"{body}\n    {summary}",
+                    title=f"{noun}.{verb}",
+                    source=f"lib/{noun}.py:{len(rows) + 1}",
+                    summary=summary,
+                    body=body,
+                )
+            )
     return rows
 
 
@@ -48,7 +56,7 @@ class HashedWords(Encoder):
         out = np.zeros((len(texts), 64), np.float32)
         for i, text in enumerate(texts):
             for word in re.findall("[a-z]+", text.lower()):
-                h = sum(ord(c) * 31 ** j for j, c in enumerate(word))
+                h = sum(ord(c) * 31**j for j, c in enumerate(word))
                 out[i, h % 64] += 1 if h // 64 % 2 else -1
         return out
 
@@ -59,6 +67,7 @@ class HashedWords(Encoder):
 @pytest.fixture(autouse=True)
 def _known_encoder(monkeypatch):
     from modicum.retrieve import encoders
+
     monkeypatch.setitem(encoders.KINDS, "hashed-words", lambda model, device="cpu": HashedWords())
 
 
@@ -117,7 +126,7 @@ def test_a_stopped_encoding_goes_on_where_it_was(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build_index(corpus(), tmp_path / "i", encoder=encoder)
     assert not (tmp_path / "i").exists()
-    (tmp_path / ".i.killed.part" / "dense").mkdir(parents=True)   # what SIGKILL leaves of a folder half assembled
+    (tmp_path / ".i.killed.part" / "dense").mkdir(parents=True)  # what SIGKILL leaves of a folder half assembled
     again = HashedWords()
     build_index(corpus(), tmp_path / "i", encoder=again)
     assert again.pooled == 52, "three shards of sixteen were finished"
@@ -164,10 +173,12 @@ def test_a_full_disk_gets_one_line_and_leaves_no_index(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["passages.parquet", "bm25/data.csc.index.npy", "dense/vectors.npy",
-                                  "encoder/encoder.json"])
+@pytest.mark.parametrize(
+    "name", ["passages.parquet", "bm25/data.csc.index.npy", "dense/vectors.npy", "encoder/encoder.json"]
+)
 def test_damage_is_noticed(folder, name, tmp_path):
     import shutil
+
     shutil.copytree(folder, tmp_path / "i")
     data = bytearray((tmp_path / "i" / name).read_bytes())
     data[len(data) // 2] ^= 4
@@ -192,6 +203,7 @@ def test_passages_are_read_by_row_and_in_order(tmp_path):
 
 
 # evaluation --------------------------------------------------------------------------------------------------
+
 
 def test_known_item_is_easier_with_the_sentence_in_place():
     result = known_item(corpus(), encoder=HashedWords(), k=10)
@@ -225,13 +237,31 @@ def test_ambiguous_and_short_sentences_are_no_queries():
 @pytest.fixture
 def judged(tmp_path):
     rows = corpus()
-    pq.write_table(pa.table({"id": [r.id for r in rows], "title": [None] * len(rows), "text": [r.text for r in rows],
-                             "lang": ["en"] * len(rows)}), tmp_path / "corpus.parquet")
-    pq.write_table(pa.table({"id": ["a", "b", "c"], "text": ["read_socket", "no such words zz", "merge_cookie"]}),
-                   tmp_path / "queries.parquet")
-    pq.write_table(pa.table({"query_id": ["a", "b", "c", "c"], "relevance": [1, 1, 2, 1],
-                             "doc_id": ["socket.read", "file.read", "cookie.merge", "not in the index"]}),
-                   tmp_path / "qrels.parquet")
+    pq.write_table(
+        pa.table(
+            {
+                "id": [r.id for r in rows],
+                "title": [None] * len(rows),
+                "text": [r.text for r in rows],
+                "lang": ["en"] * len(rows),
+            }
+        ),
+        tmp_path / "corpus.parquet",
+    )
+    pq.write_table(
+        pa.table({"id": ["a", "b", "c"], "text": ["read_socket", "no such words zz", "merge_cookie"]}),
+        tmp_path / "queries.parquet",
+    )
+    pq.write_table(
+        pa.table(
+            {
+                "query_id": ["a", "b", "c", "c"],
+                "relevance": [1, 1, 2, 1],
+                "doc_id": ["socket.read", "file.read", "cookie.merge", "not in the index"],
+            }
+        ),
+        tmp_path / "qrels.parquet",
+    )
     return tmp_path
 
 
@@ -248,6 +278,7 @@ def test_judged_queries(judged):
 
 
 # grounding ---------------------------------------------------------------------------------------------------
+
 
 def test_answer_lists_sources_and_what_it_cites(folder):
     seen, pieces = [], []
@@ -274,8 +305,10 @@ def test_answer_lists_sources_and_what_it_cites(folder):
 @pytest.mark.parametrize("count", [ground.approximate_tokens, lambda text: len(text.split())])
 def test_the_prompt_keeps_its_budget(budget, count):
     long = "\n".join(f"line {i} says nothing of note at all" for i in range(200)) + "\nthe needle lies here"
-    hits = [search.Hit(Passage(id=str(i), text=t, source="f:1", title="t", summary="", body=""), 1.0, {})
-            for i, t in enumerate([long, "short text", long, "x" * 3000])]
+    hits = [
+        search.Hit(Passage(id=str(i), text=t, source="f:1", title="t", summary="", body=""), 1.0, {})
+        for i, t in enumerate([long, "short text", long, "x" * 3000])
+    ]
     messages, sources, tokens = ground.compose("where is the needle", hits, budget, count)
     assert tokens <= budget and tokens == sum(count(m["content"]) + 4 for m in messages)
     assert sources and [s.number for s in sources] == list(range(1, len(sources) + 1))
@@ -289,9 +322,17 @@ def test_a_prompt_that_cannot_fit_is_refused(folder):
         ground.ask(" ", Searcher(folder), lambda m, t: "x")
 
 
-@pytest.mark.parametrize("text,cited,unknown", [
-    ("a [1], b [2, 3] and [1]", [1, 2, 3], []), ("a[4] [0]", [], [4, 0]), ("```\nx[1]\n``` so [2]", [2], []),
-    ("none at all", [], []), ("cut off ```x[1]", [], []), ("[12345] [one]", [], [])])
+@pytest.mark.parametrize(
+    "text,cited,unknown",
+    [
+        ("a [1], b [2, 3] and [1]", [1, 2, 3], []),
+        ("a[4] [0]", [], [4, 0]),
+        ("```\nx[1]\n``` so [2]", [2], []),
+        ("none at all", [], []),
+        ("cut off ```x[1]", [], []),
+        ("[12345] [one]", [], []),
+    ],
+)
 def test_citations(text, cited, unknown):
     assert ground.citations(text, 3) == (cited, unknown)
 
@@ -306,8 +347,13 @@ def server():
             pass
 
         def do_GET(self):
-            self.reply(200, json.dumps({"object": "list", "data": [{"id": "m", "object": "model", "created": 0,
-                                                                    "owned_by": "o"}]}).encode(), "application/json")
+            self.reply(
+                200,
+                json.dumps(
+                    {"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "o"}]}
+                ).encode(),
+                "application/json",
+            )
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -347,12 +393,15 @@ def test_any_openai_compatible_server_answers(folder, server):
 
 # verbs -------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def run(monkeypatch):
     def invoke(*args):
         from modicum import cli
+
         monkeypatch.setattr("sys.argv", ["modicum", *args])
         return CliRunner().invoke(cli.app, list(args))
+
     return invoke
 
 
@@ -374,12 +423,25 @@ def test_index_search_and_ask_on_the_command_line(judged, server, run):
 def test_a_model_folder_encodes_and_answers(tmp_path, run):
     model, out, source = str(random_llama(tmp_path / "model", context=512)), str(tmp_path / "i"), tmp_path / "docs"
     source.mkdir()
-    (source / "pets.md").write_text("# Cats\n\nThe cat sat on the mat and slept.\n\n"
-                                    "# Dogs\n\nA dog chased the cat away.")
-    (source / "tool.py").write_text('def load(path):\n    """Open a file and parse it.\n\n'
-                                    '    Reads its lines in order."""\n')
-    made = run("index", str(source), "--out", out, "--encoder", model, "--index", "hnsw:M=4", "--json",
-               "--encoder-knobs", "latent=4,layers=[1]")
+    (source / "pets.md").write_text(
+        "# Cats\n\nThe cat sat on the mat and slept.\n\n# Dogs\n\nA dog chased the cat away."
+    )
+    (source / "tool.py").write_text(
+        'def load(path):\n    """Open a file and parse it.\n\n    Reads its lines in order."""\n'
+    )
+    made = run(
+        "index",
+        str(source),
+        "--out",
+        out,
+        "--encoder",
+        model,
+        "--index",
+        "hnsw:M=4",
+        "--json",
+        "--encoder-knobs",
+        "latent=4,layers=[1]",
+    )
     assert made.exit_code == 0, made.output
     header = json.loads(made.stdout)
     assert header["passages"] == 3 and header["index"]["method"] == "hnsw" and header["encoder"]["layers"] == [1]
@@ -397,6 +459,7 @@ def test_a_model_folder_encodes_and_answers(tmp_path, run):
 def test_a_passage_cannot_open_a_turn_of_its_own(tmp_path, monkeypatch):
     from modicum.cli._local import local_generator
     from modicum.data.tokenizer import Tokenizer
+
     folder = random_llama(tmp_path / "model", context=512)
     generate, _, context = local_generator(str(folder), max_tokens=1)
     tokenizer = Tokenizer.load(folder)
@@ -409,11 +472,16 @@ def test_a_passage_cannot_open_a_turn_of_its_own(tmp_path, monkeypatch):
     assert seen[0].count(assistant) == plain.count(assistant) == 1 and context == 512
 
 
-@pytest.mark.parametrize("args,message", [
-    (("search", "nowhere", "x"), "not a saved index"), (("ask", "nowhere", "x"), "--model FOLDER"),
-    (("index", "nowhere", "--out", "o"), "does not exist"),
-    (("index", ".", "--out", "o", "--index", "hnsw:m=3"), "Allowed: M"),
-    (("index", ".", "--out", "o", "--index", "exactt"), "Did you mean 'exact'")])
+@pytest.mark.parametrize(
+    "args,message",
+    [
+        (("search", "nowhere", "x"), "not a saved index"),
+        (("ask", "nowhere", "x"), "--model FOLDER"),
+        (("index", "nowhere", "--out", "o"), "does not exist"),
+        (("index", ".", "--out", "o", "--index", "hnsw:m=3"), "Allowed: M"),
+        (("index", ".", "--out", "o", "--index", "exactt"), "Did you mean 'exact'"),
+    ],
+)
 def test_mistakes_get_one_line(args, message, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run(*args)

@@ -19,9 +19,21 @@ from modicum.road.recipe import load, parse, resolved
 from modicum.road.run import check_folder
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-SMALL = ["pretrain.tokens=120ktok", "pretrain.parameters=3e5", "curate.vocab_size=512", "curate.heldout=0.2",
-         "adapt.tokens=20ktok", "adapt.pairs=200", "ground.passages=200", "ground.queries=20", "evaluate.bytes=20kB",
-         "serve.max_tokens=8", "budget.time=1h", "pretrain.sequence_length=64", "adapt.sequence_length=64"]
+SMALL = [
+    "pretrain.tokens=120ktok",
+    "pretrain.parameters=3e5",
+    "curate.vocab_size=512",
+    "curate.heldout=0.2",
+    "adapt.tokens=20ktok",
+    "adapt.pairs=200",
+    "ground.passages=200",
+    "ground.queries=20",
+    "evaluate.bytes=20kB",
+    "serve.max_tokens=8",
+    "budget.time=1h",
+    "pretrain.sequence_length=64",
+    "adapt.sequence_length=64",
+]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -29,14 +41,23 @@ def test_every_recipe_is_read_and_says_its_stages(path):
     recipe = load(path)
     assert stages_of(recipe)[0] == "curate"
     import yaml
+
     assert resolved(parse(yaml.safe_load(resolved(recipe)))) == resolved(recipe)
 
 
-@pytest.mark.parametrize("override, says", [
-    ("pretrain.tokes=5", "Did you mean 'pretrain.tokens'"), ("pretrian.tokens=5", "Did you mean 'pretrain'"),
-    ("pretrain.time=5GiB", "a time such as"), ("pretrain.optimizer=adamv", "Did you mean 'adamw'"),
-    ("pretrain.optimizer=adamw:beta9=1", "Did you mean 'beta"), ("curate.heldout=2", "not valid"),
-    ("nothing", "KEY=VALUE"), ("corpus.deep=1", "has no keys inside")])
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("pretrain.tokes=5", "Did you mean 'pretrain.tokens'"),
+        ("pretrian.tokens=5", "Did you mean 'pretrain'"),
+        ("pretrain.time=5GiB", "a time such as"),
+        ("pretrain.optimizer=adamv", "Did you mean 'adamw'"),
+        ("pretrain.optimizer=adamw:beta9=1", "Did you mean 'beta"),
+        ("curate.heldout=2", "not valid"),
+        ("nothing", "KEY=VALUE"),
+        ("corpus.deep=1", "has no keys inside"),
+    ],
+)
 def test_a_wrong_override_is_explained_in_one_line(override, says):
     with pytest.raises(UserError, match=says) as caught:
         parse({"corpus": "python"}, [override])
@@ -56,7 +77,8 @@ def test_a_stage_without_the_one_it_reads_is_refused():
     with pytest.raises(UserError, match="serve but not ground"):
         stages_of(parse({}, ["ground=null"]))
     assert stages_of(parse({}, ["ground=null", "serve=null", "predict=null"])) == [
-        s for s in ROAD if s not in ("predict", "ground", "serve")]
+        s for s in ROAD if s not in ("predict", "ground", "serve")
+    ]
 
 
 def test_fingerprints_follow_what_a_stage_reads(tmp_path):
@@ -71,8 +93,11 @@ def test_fingerprints_follow_what_a_stage_reads(tmp_path):
 
 def test_what_does_not_fit_is_refused_with_the_arithmetic(tmp_path):
     cost = Cost(peak_bytes=3 * 2**30, seconds=10, disk_bytes=1e6)
-    plan = {"machine": {"memory_bytes": 2**40}, "total": cost.as_dict(),
-            "stages": {"pretrain": {"cost": cost.as_dict(), "basis": "traced", "decisions": {}}}}
+    plan = {
+        "machine": {"memory_bytes": 2**40},
+        "total": cost.as_dict(),
+        "stages": {"pretrain": {"cost": cost.as_dict(), "basis": "traced", "decisions": {}}},
+    }
     require_fits(parse({}), plan, tmp_path)
     with pytest.raises(BudgetError, match=r"pretrain \(traced\) needs 3.00 GiB of memory, the budget is 2\.00 GiB"):
         require_fits(parse({}, ["budget.memory=2GiB"]), plan, tmp_path)
@@ -102,8 +127,11 @@ def _modicum(*arguments: str, **more: object) -> "subprocess.Popen[str]":
 
 def test_mistakes_exit_with_two_and_leave_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
-    for arguments in (["run", str(RECIPES[0]), "corpis=x"], ["run", "no.yaml"],
-                      ["run", str(RECIPES[0]), f"corpus={tmp_path / 'empty'}", "--out", str(tmp_path / "out")]):
+    for arguments in (
+        ["run", str(RECIPES[0]), "corpis=x"],
+        ["run", "no.yaml"],
+        ["run", str(RECIPES[0]), f"corpus={tmp_path / 'empty'}", "--out", str(tmp_path / "out")],
+    ):
         done = _modicum(*arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
         _, err = done.communicate()
         lines = [line for line in err.splitlines() if line.startswith("modicum: ")]
@@ -113,8 +141,15 @@ def test_mistakes_exit_with_two_and_leave_nothing(tmp_path):
 
 def test_a_missing_model_is_refused_before_anything_is_measured(tmp_path):
     (tmp_path / "a.txt").write_text("some text that is long enough to be read\n" * 20)
-    done = _modicum("run", str(RECIPES[0]), f"corpus={tmp_path / 'a.txt'}", f"model={tmp_path / 'none'}",
-                    "--out", str(tmp_path / "out"), stderr=subprocess.PIPE)
+    done = _modicum(
+        "run",
+        str(RECIPES[0]),
+        f"corpus={tmp_path / 'a.txt'}",
+        f"model={tmp_path / 'none'}",
+        "--out",
+        str(tmp_path / "out"),
+        stderr=subprocess.PIPE,
+    )
     _, err = done.communicate()
     assert done.returncode == 2 and err.count("\n") == 1 and "no model at" in err, err
     assert not (tmp_path / "out").exists()
@@ -122,10 +157,14 @@ def test_a_missing_model_is_refused_before_anything_is_measured(tmp_path):
 
 def test_a_plan_over_the_budget_leaves_nothing(tmp_path, monkeypatch):
     from modicum.road import plan, run
+
     (tmp_path / "a.txt").write_text("some text that is long enough to be read\n" * 20)
     cost = Cost(peak_bytes=3 * 2**30, seconds=10, disk_bytes=1e6).as_dict()
-    bill = {"machine": {"memory_bytes": 2**40}, "total": cost,
-            "stages": {"pretrain": {"cost": cost, "basis": "traced", "decisions": {}}}}
+    bill = {
+        "machine": {"memory_bytes": 2**40},
+        "total": cost,
+        "stages": {"pretrain": {"cost": cost, "basis": "traced", "decisions": {}}},
+    }
     monkeypatch.setattr(plan, "make_plan", lambda recipe: bill)
     recipe = parse({"corpus": str(tmp_path / "a.txt")}, ["budget.memory=2GiB"])
     with pytest.raises(BudgetError, match=r"3\.00 GiB of memory, the budget is 2\.00 GiB"):
@@ -146,8 +185,14 @@ def test_a_disk_that_fills_up_ends_a_stage_in_one_line(tmp_path):
         recipe = load(RECIPES[0].parent / "quickstart.yaml", overrides)
         (disk / "run" / "run.yaml").write_text(resolved(recipe))
         (disk / "run" / "plan.json").write_text('{"stages": {}}')
-        done = _modicum("run", str(RECIPES[0].parent / "quickstart.yaml"), *overrides, "--out", str(disk / "run"),
-                        stderr=subprocess.PIPE)
+        done = _modicum(
+            "run",
+            str(RECIPES[0].parent / "quickstart.yaml"),
+            *overrides,
+            "--out",
+            str(disk / "run"),
+            stderr=subprocess.PIPE,
+        )
         _, err = done.communicate()
         told = [line for line in err.splitlines() if line.startswith("modicum: ")]
         assert done.returncode == 2 and len(told) == 1 and "disk is full" in told[0] and "Traceback" not in err, err
@@ -158,8 +203,19 @@ def test_a_disk_that_fills_up_ends_a_stage_in_one_line(tmp_path):
 
 def _figures(folder: Path) -> dict[str, object]:
     """Figures of every stage, without what a clock or a path says."""
-    timed = {"seconds", "ttft", "tokens_per_second", "folder", "description", "steps", "model", "adapter", "stats",
-             "queries_per_second", "milliseconds"}
+    timed = {
+        "seconds",
+        "ttft",
+        "tokens_per_second",
+        "folder",
+        "description",
+        "steps",
+        "model",
+        "adapter",
+        "stats",
+        "queries_per_second",
+        "milliseconds",
+    }
 
     def plain(value: object) -> object:
         if isinstance(value, dict):
@@ -183,7 +239,7 @@ def test_a_kill_in_every_stage_ends_with_the_same_figures(tmp_path):
     killed: list[str] = []
     cut = tmp_path / "kill"
     (cut).mkdir()
-    for name in ("plan.json", "run.yaml"):   # the same sizes: a plan depends on the machine's mood
+    for name in ("plan.json", "run.yaml"):  # the same sizes: a plan depends on the machine's mood
         (cut / name).write_text((tmp_path / "calm" / name).read_text())
     for stage in ROAD:
         process = _modicum(*command, "--out", str(cut))
@@ -218,20 +274,40 @@ def test_a_folder_and_a_real_model_take_the_same_road(tmp_path):
 
     from modicum.data.tokenizer import Tokenizer
     from modicum.model.folder import load_config
+
     corpus = _corpus(tmp_path / "notes", "json", "argparse", "textwrap", "heapq", "string", "shutil")
     texts = [p.read_text() for p in corpus.iterdir()]
-    (corpus / "picture.txt").write_bytes(bytes(range(256)) * 40)   # what is no text is left out, and said
+    (corpus / "picture.txt").write_bytes(bytes(range(256)) * 40)  # what is no text is left out, and said
     tokenizer = Tokenizer.train(texts, 600)
-    shape = transformers.Qwen3Config(vocab_size=640, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                     num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                                     max_position_embeddings=512, tie_word_embeddings=True)
+    shape = transformers.Qwen3Config(
+        vocab_size=640,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     transformers.Qwen3ForCausalLM(shape).to(torch.bfloat16).save_pretrained(tmp_path / "qwen3")
     tokenizer.save(tmp_path / "qwen3")
     out = tmp_path / "run"
-    process = _modicum("run", str(RECIPES[0].parent / "quickstart.yaml"), f"corpus={corpus}",
-                       f"model={tmp_path / 'qwen3'}", *SMALL, "pretrain.parameters=null", "pretrain.tokens=60ktok",
-                       "pretrain.lr=3e-3", "--out", str(out), "--json", stdout=subprocess.PIPE)
+    process = _modicum(
+        "run",
+        str(RECIPES[0].parent / "quickstart.yaml"),
+        f"corpus={corpus}",
+        f"model={tmp_path / 'qwen3'}",
+        *SMALL,
+        "pretrain.parameters=null",
+        "pretrain.tokens=60ktok",
+        "pretrain.lr=3e-3",
+        "--out",
+        str(out),
+        "--json",
+        stdout=subprocess.PIPE,
+    )
     told, _ = process.communicate()
     assert process.returncode == 0
     figures = {s: json.loads((out / "stages" / s / "done.json").read_text())["figures"] for s in ROAD}
@@ -240,7 +316,7 @@ def test_a_folder_and_a_real_model_take_the_same_road(tmp_path):
     after = transformers.AutoModelForCausalLM.from_pretrained(figures["adapt"]["folder"])
     assert type(after).__name__ == "Qwen3ForCausalLM"
     losses = [p["loss"] for p in figures["predict"]["proxies"]]
-    assert figures["pretrain"]["heldout_loss"] < losses[0] < 6.46    # log 640: what random weights say
+    assert figures["pretrain"]["heldout_loss"] < losses[0] < 6.46  # log 640: what random weights say
     assert len(figures["serve"]["answers"]) == 3 and all(a["sources"] for a in figures["serve"]["answers"])
     assert figures["curate"]["drops"].get("binary") == 1, figures["curate"]["drops"]
     assert {"qwen3"} == {load_config(v["folder"]).family for v in figures["evaluate"]["variants"]}

@@ -19,9 +19,7 @@ def test_names_are_equal_for_equal_beginnings_only() -> None:
     a, b = list(range(20)), [*range(10), 99, *range(11, 20)]
     first, second = chain(a, 4, []), chain(b, 4, [])
     assert (
-        len(first) == 5
-        and first[:2] == second[:2]
-        and all(x != y for x, y in zip(first[2:], second[2:], strict=True))
+        len(first) == 5 and first[:2] == second[:2] and all(x != y for x, y in zip(first[2:], second[2:], strict=True))
     )
     assert chain([*a, 1, 2, 3, 4], 4, list(first))[:5] == first
 

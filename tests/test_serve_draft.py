@@ -114,9 +114,7 @@ def test_output_is_that_without_drafts(mode: str, temperature: float) -> None:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_windows_and_softcaps(windows: tuple[int | None, ...], softcap: float | None) -> None:
     """A tree is deeper than a window of three: what a node sees follows positions, not places."""
-    shape = llama_like(
-        400, 32, 3, heads=4, kv_heads=2, context_length=256, windows=windows, attention_softcap=softcap
-    )
+    shape = llama_like(400, 32, 3, heads=4, kv_heads=2, context_length=256, windows=windows, attention_softcap=softcap)
     model = lively(Decoder(shape, torch.Generator().manual_seed(1)))
     want, drafting, got = both(model, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
     assert tokens(got) == tokens(want)

@@ -89,11 +89,7 @@ class Lists:
             for g in range(G):
                 self.heads[layer][g].append((k_BGSE[0, g, t].double(), v_BGSE[0, g, t].double(), self.n + t))
             for h in range(H):
-                seen = [
-                    e
-                    for e in self.heads[layer][h // (H // G)]
-                    if window is None or e[2] > self.n + t - window
-                ]
+                seen = [e for e in self.heads[layer][h // (H // G)] if window is None or e[2] > self.n + t - window]
                 scores = torch.stack([(q_BHTE[0, h, t].double() @ k) * scale for k, _, _ in seen])
                 weights = scores.softmax(0)
                 out[0, h, t] = sum(w * v for w, (_, v, _) in zip(weights, seen, strict=True)).float()
@@ -122,9 +118,7 @@ def _say(model: Decoder, policy: KVPolicy, prompt: list[int], n: int, piece: int
     with torch.no_grad():
         while len(tokens) < len(prompt) + n:
             end = len(tokens) if piece is None else min(len(tokens), at + piece)
-            h = model.hidden(
-                torch.tensor([tokens[at:end]]), positions_BT=torch.arange(at, end)[None], attend=lists
-            )
+            h = model.hidden(torch.tensor([tokens[at:end]]), positions_BT=torch.arange(at, end)[None], attend=lists)
             lists.commit(end - at)
             at = end
             if at == len(tokens):

@@ -94,9 +94,7 @@ def test_seed_decides_whatever_the_batch_is() -> None:
     ]
     crowd = engine(chunked_prefill=True, max_batch_tokens=8).generate(["x", "def", "The", "emoji"], others)
     assert crowd[2].tokens == alone.tokens
-    other = engine().generate(
-        ["The"], SamplingParams(seed=12, temperature=1.2, max_tokens=15, ignore_eos=True)
-    )[0]
+    other = engine().generate(["The"], SamplingParams(seed=12, temperature=1.2, max_tokens=15, ignore_eos=True))[0]
     assert other.tokens != alone.tokens
 
 

@@ -163,9 +163,7 @@ def test_a_learner_needs_enough_steps() -> None:
 def test_a_calibration_can_be_given(tmp_path: Path) -> None:
     pace = _pace(step=0.01, tokens=0.001)
     pace.save(tmp_path / "cost.json")
-    scheduler = registry.build(
-        "scheduler", f"sarathi-serve:tbt=0.05,cost={tmp_path / 'cost.json'}", 16, 100, 512, 8
-    )
+    scheduler = registry.build("scheduler", f"sarathi-serve:tbt=0.05,cost={tmp_path / 'cost.json'}", 16, 100, 512, 8)
     assert scheduler.pace == pace and scheduler.learner is None
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(UserError, match="--calibrate"):
@@ -187,9 +185,7 @@ def test_chunked_prefill_of_a_scheduler_that_always_cuts() -> None:
         make_scheduler(EngineConfig(scheduler="sarathi", chunked_prefill=False), 10)
 
 
-requests = st.lists(
-    st.tuples(st.integers(0, 30), st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=25
-)
+requests = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=25)
 VARIANTS = (
     "fcfs",
     "fcfs:chunked=true",
@@ -224,9 +220,7 @@ class _LastComeFirst(Scheduler):
 
 
 def test_conformance_sees_a_scheduler_that_starves_and_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        _conformance, "build", lambda key: World(_LastComeFirst(None, 4, 12, 64, 5), 12)
-    )
+    monkeypatch.setattr(_conformance, "build", lambda key: World(_LastComeFirst(None, 4, 12, 64, 5), 12))
     with pytest.raises(AssertionError, match="came first"):
         _conformance.check_oldest_goes_on("bad")
 

@@ -25,9 +25,7 @@ from serve_tools import assert_clean, engine
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[BackgroundServer]:
-    with BackgroundServer(
-        engine(max_sequences=8), ServerConfig(model="tiny", port=0, max_body=50_000)
-    ) as running:
+    with BackgroundServer(engine(max_sequences=8), ServerConfig(model="tiny", port=0, max_body=50_000)) as running:
         yield running
     assert_clean(running.server.worker.engine)
 
@@ -72,9 +70,7 @@ def test_completion_stream_joins_to_the_whole(client: openai.OpenAI) -> None:
     whole = client.completions.create(**ask)
     chunks = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
-    assert (
-        chunks[-1].usage == whole.usage or chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
-    )
+    assert chunks[-1].usage == whole.usage or chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
 
 
@@ -90,10 +86,7 @@ def test_chat(client: openai.OpenAI) -> None:
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Who "}, {"type": "text", "text": "runs?"}]},
     ]
-    assert (
-        client.chat.completions.create(**ask | {"messages": parts}).choices[0].message
-        == whole.choices[0].message
-    )
+    assert client.chat.completions.create(**ask | {"messages": parts}).choices[0].message == whole.choices[0].message
 
 
 def test_chat_logprobs(client: openai.OpenAI) -> None:
@@ -112,9 +105,7 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
 
 
 def test_completion_lists_n_echo_and_logprobs(client: openai.OpenAI) -> None:
-    answer = client.completions.create(
-        model="tiny", prompt=["The", [5, 6, 7]], n=2, max_tokens=4, logprobs=2, seed=1
-    )
+    answer = client.completions.create(model="tiny", prompt=["The", [5, 6, 7]], n=2, max_tokens=4, logprobs=2, seed=1)
     assert [c.index for c in answer.choices] == [0, 1, 2, 3]
     for choice in answer.choices:
         assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) <= 4
@@ -131,11 +122,7 @@ def test_extensions_pass_through(client: openai.OpenAI) -> None:
     assert client.completions.create(**ask, extra_body={"top_k": 1}).choices[0].text == greedy.choices[0].text
     stop = engine().generate(["The"], SamplingParams(temperature=0, max_tokens=30))[0].tokens[3]
     short = client.completions.create(**ask | {"temperature": 0}, extra_body={"stop_token_ids": [stop]})
-    assert (
-        short.choices[0].finish_reason == "stop"
-        and short.usage is not None
-        and short.usage.completion_tokens <= 4
-    )
+    assert short.choices[0].finish_reason == "stop" and short.usage is not None and short.usage.completion_tokens <= 4
 
 
 BAD = [
@@ -198,9 +185,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("path", "body", "status", "code"), BAD, ids=range(len(BAD)))
-def test_bad_requests(
-    server: BackgroundServer, path: str, body: object, status: int, code: str | None
-) -> None:
+def test_bad_requests(server: BackgroundServer, path: str, body: object, status: int, code: str | None) -> None:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = httpx.post(server.url + path, content=data)
     error = answer.json()["error"]
@@ -229,9 +214,7 @@ def _metric(server: BackgroundServer, name: str) -> float:
     return next(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.rsplit(" ", 1)[0] == name)
 
 
-def test_client_that_goes_away_frees_its_blocks(
-    server: BackgroundServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_client_that_goes_away_frees_its_blocks(server: BackgroundServer, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = server.server.worker
     slow_down(worker.engine, monkeypatch)  # else all is said before the news of the closed connection
     aborted = _metric(server, "modicum_aborted_requests_total")
@@ -284,9 +267,7 @@ def test_storm_leaks_nothing(server: BackgroundServer) -> None:
             body["prompt"] = [1] * 999
         try:
             if i % 3 == 0:
-                with httpx.stream(
-                    "POST", server.url + "/v1/completions", json=body | {"stream": True}
-                ) as answer:
+                with httpx.stream("POST", server.url + "/v1/completions", json=body | {"stream": True}) as answer:
                     for k, _ in enumerate(answer.iter_lines()):
                         if i % 2 and k > 4:
                             break

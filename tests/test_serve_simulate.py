@@ -389,8 +389,6 @@ def test_a_model_is_calibrated_and_played(files: dict[str, str], monkeypatch: py
         (["{trace}", "--cost", "{trace}"], "not a calibration"),
     ],
 )
-def test_mistakes(
-    files: dict[str, str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
-) -> None:
+def test_mistakes(files: dict[str, str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(monkeypatch, *(a.format(**files) for a in arguments))

@@ -97,9 +97,7 @@ def _dying(worker: Any, counts: Counter[str]) -> None:
 
 
 def soak(seconds: float, scheduler: str) -> dict[str, Any]:
-    made = engine(
-        cache="640tok", max_batch_tokens=128, max_sequences=12, scheduler=scheduler, max_length=256
-    )
+    made = engine(cache="640tok", max_batch_tokens=128, max_sequences=12, scheduler=scheduler, max_length=256)
     process, rss, counts, faults = psutil.Process(), [], Counter[str](), []
     runner, fail = made.runner, threading.Event()
 

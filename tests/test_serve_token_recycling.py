@@ -71,9 +71,7 @@ def test_trees_are_read_from_what_was_last_likely() -> None:
                 got[i] = (*(got[parent] if parent >= 0 else ()), token)
                 chains.add(got[i])
             assert len(tree) == len(want)
-            assert {c for c in chains if c} == {
-                tuple(want[p[: d + 1]] for d in range(len(p))) for p in want
-            }
+            assert {c for c in chains if c} == {tuple(want[p[: d + 1]] for d in range(len(p))) for p in want}
 
 
 def test_two_bytes_per_candidate_where_they_suffice() -> None:

@@ -26,9 +26,20 @@ HERE = Path(__file__).parent
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(HERE / "goals_two_processes.py"), str(folder)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200, check=False,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            str(HERE / "goals_two_processes.py"),
+            str(folder),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=200,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -65,9 +65,7 @@ print(json.dumps(found))
 
 def test_forecasts_are_the_real_peaks() -> None:
     names = ["", "recompute", "mesa", "cce"]
-    out = subprocess.run(
-        [sys.executable, "-c", REAL_STEPS, *names], capture_output=True, text=True, check=True
-    )
+    out = subprocess.run([sys.executable, "-c", REAL_STEPS, *names], capture_output=True, text=True, check=True)
     found = json.loads(out.stdout)
     for name, (planned, real) in found.items():
         assert real == pytest.approx(planned, rel=0.15), name
@@ -94,19 +92,13 @@ def test_recomputed_layers_give_the_same_gradients_bit_for_bit() -> None:
 
 def test_recompute_is_refused_where_nothing_can_be_recomputed() -> None:
     with pytest.raises(UserError, match="memory/recompute: Sequential cannot recompute its layers"):
-        train(
-            torch.nn.Sequential(torch.nn.Linear(2, 2)), stream(), config(memory=["recompute"]), None, label=""
-        )
+        train(torch.nn.Sequential(torch.nn.Linear(2, 2)), stream(), config(memory=["recompute"]), None, label="")
 
 
-@pytest.mark.parametrize(
-    "pair", [("mesa", "recompute"), ("recompute", "mesa:decay=0.5"), ("cce", "cce:eps=0")]
-)
+@pytest.mark.parametrize("pair", [("mesa", "recompute"), ("recompute", "mesa:decay=0.5"), ("cce", "cce:eps=0")])
 def test_two_that_act_on_the_same_are_refused_by_name(pair) -> None:
     first, second = (p.split(":")[0] for p in pair)
-    with pytest.raises(
-        UserError, match=f"memory '{first}' cannot be combined with memory '{second}': both act on the"
-    ):
+    with pytest.raises(UserError, match=f"memory '{first}' cannot be combined with memory '{second}': both act on the"):
         check_supports(config(memory=pair))
     check_supports(config(memory=["none", "mesa", "cce"]))
 

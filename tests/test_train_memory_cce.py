@@ -107,9 +107,7 @@ def test_tiles_below_eps_are_left_out_and_no_others(sort) -> None:
     dh, dw, dropped = _by_hand(h, weight, targets, knobs)
     _, (ours_h, ours_w) = _cut(h, weight, None, targets, None, knobs)
     assert 0 < dropped < 0.95
-    assert torch.allclose(ours_h[targets != -100], 3 * dh, atol=1e-9) and torch.allclose(
-        ours_w, 3 * dw, atol=1e-9
-    )
+    assert torch.allclose(ours_h[targets != -100], 3 * dh, atol=1e-9) and torch.allclose(ours_w, 3 * dw, atol=1e-9)
     _, exact = _naive(h, weight, None, targets, None)
     assert not torch.allclose(ours_w, exact[1], atol=1e-6)  # something was lost, and not much:
     assert (ours_w - exact[1]).norm() < 0.02 * exact[1].norm()
@@ -120,9 +118,7 @@ def test_sorting_drops_more() -> None:
     h = 1 + 0.1 * torch.randn(1, 64, 16, generator=generator, dtype=torch.float64)
     weight = 0.6 * torch.randn(512, 16, generator=generator, dtype=torch.float64)
     targets = torch.zeros(1, 64, dtype=torch.int64)
-    shares = [
-        _by_hand(h, weight, targets, Config(eps=2**-12, rows=64, block=16, sort=s))[2] for s in (False, True)
-    ]
+    shares = [_by_hand(h, weight, targets, Config(eps=2**-12, rows=64, block=16, sort=s))[2] for s in (False, True)]
     assert shares[1] > shares[0] + 0.1
 
 
@@ -140,11 +136,7 @@ def test_ignored_rows_may_hold_nan_and_others_show_it() -> None:
     h, weight, bias, targets = _case()
     h[targets == -100] = math.nan
     loss, grads = _cut(h, weight, bias, targets, None, Config(**SMALL))
-    assert (
-        torch.isfinite(loss)
-        and torch.isfinite(grads[1]).all()
-        and torch.isfinite(grads[0][targets != -100]).all()
-    )
+    assert torch.isfinite(loss) and torch.isfinite(grads[1]).all() and torch.isfinite(grads[0][targets != -100]).all()
     h[1, 1] = math.nan
     loss, grads = _cut(h, weight, bias, targets, None, Config(eps=0.5, **SMALL))
     assert torch.isnan(loss) and torch.isnan(grads[1]).any()

@@ -93,9 +93,7 @@ def test_rounding_is_stochastic_and_keeps_the_mean() -> None:
     assert packed.bytes.dtype == torch.uint8 and packed.bytes.nbytes == x.numel()
     numbers = packed.numbers()
     assert (numbers - x).abs().max() <= 1 / 255 + 1e-6
-    assert (
-        numbers.mean(0) - x[0]
-    ).abs().max() < 4 * 0.5 / 255 / 400**0.5 + 1 / 255 / 512  # 8-bit noise: half a step
+    assert (numbers.mean(0) - x[0]).abs().max() < 4 * 0.5 / 255 / 400**0.5 + 1 / 255 / 512  # 8-bit noise: half a step
     assert (Packed(x, x, scale, None).numbers() - x).abs().max() <= 0.5 / 255 + 1e-6
 
 
@@ -142,9 +140,7 @@ def test_attention_is_differentiated_at_its_bytes(dtype) -> None:
     saver = Mesa(NEAREST)
     saver._attention("a", attention)(q, None, DenseAttend()).backward(g)
     for ours, wanted in zip((x.grad.double() for x in leaves), _attention_by_hand(q, k, v, g), strict=True):
-        assert (
-            ours - wanted
-        ).norm() < 0.03 * wanted.norm()  # a fused kernel (float32) also keeps its output as bytes
+        assert (ours - wanted).norm() < 0.03 * wanted.norm()  # a fused kernel (float32) also keeps its output as bytes
     assert list(saver.estimates)[:3] == ["a.0", "a.1", "a.2"] and saver.estimates["a.0"].shape == (2, H)
 
 

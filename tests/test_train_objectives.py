@@ -209,8 +209,14 @@ def sites(reserved: int = 40) -> MemoryDocuments:
 def _stream(objective: str, total: float, reserved: int = 40) -> Stream:
     from modicum.train.config import stream_knobs
 
-    return Stream(sites(reserved), packing="concat:mask=true", sequence_length=LENGTH, seed=3, total=total,
-                  **stream_knobs("cosine", objective))
+    return Stream(
+        sites(reserved),
+        packing="concat:mask=true",
+        sequence_length=LENGTH,
+        seed=3,
+        total=total,
+        **stream_knobs("cosine", objective),
+    )
 
 
 @pytest.mark.parametrize("objective", ["ul2:sentinels=12", "meco"])
@@ -302,8 +308,12 @@ def test_the_forecast_is_near_the_bytes_that_are_really_alive(objective, dtype):
     traced = step_cost(lambda: blank(shape), told, vocabulary, masked=True)
     with Live() as live:
         tokens = torch.randint(400, (rows, length))
-        batch = Batch(tokens, tokens.clone(), (torch.arange(length) > 50).long().repeat(rows, 1),
-                      torch.arange(length).expand(rows, length))
+        batch = Batch(
+            tokens,
+            tokens.clone(),
+            (torch.arange(length) > 50).long().repeat(rows, 1),
+            torch.arange(length).expand(rows, length),
+        )
         engine = TrainEngine(Decoder(shape), told)
         engine.bind(engine.model)
         for index in range(2):

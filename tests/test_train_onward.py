@@ -192,9 +192,15 @@ def test_the_data_comes_as_the_schedule_asks(tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     curate(str(tmp_path / "in.jsonl"), tmp_path / "c", CurateConfig(steps=["keep"], vocab_size=300), processes=1)
     knobs = {"schedule": "curriculum-averaging", "batch_sequences": 4, "device": "cpu", "dtype": "float32"}
-    made = pretrain(tmp_path / "c", tmp_path / "run", PretrainConfig(
-        parameters=8e4, steps=4, sequence_length=32, train=knobs))
+    made = pretrain(
+        tmp_path / "c", tmp_path / "run", PretrainConfig(parameters=8e4, steps=4, sequence_length=32, train=knobs)
+    )
     assert made.run.finished
     with pytest.raises(UserError, match="choose packing concat:mask=true"):
-        pretrain(tmp_path / "c", tmp_path / "run2", PretrainConfig(
-            parameters=8e4, steps=4, sequence_length=32, train=knobs | {"schedule": "cosine", "objective": "meco"}))
+        pretrain(
+            tmp_path / "c",
+            tmp_path / "run2",
+            PretrainConfig(
+                parameters=8e4, steps=4, sequence_length=32, train=knobs | {"schedule": "cosine", "objective": "meco"}
+            ),
+        )

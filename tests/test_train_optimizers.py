@@ -170,9 +170,7 @@ def _galore_naive(w, grads, rank, gap, scale, lr, decay=0.0):
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12), (8, 8)])
 def test_galore_follows_its_algorithm(shape):
     p, grads = _matrix(*shape), _grads(7, *shape)
-    expected = _galore_naive(
-        p.detach().double().numpy(), [g.double().numpy() for g in grads], 3, 3, 0.25, 0.025, 0.1
-    )
+    expected = _galore_naive(p.detach().double().numpy(), [g.double().numpy() for g in grads], 3, 3, 0.25, 0.025, 0.1)
     optimizer = _optimizer("galore:rank=3,gap=3,weight_decay=0.1", {NAME: p})
     _walk(optimizer, p, grads, 0.5)
     np.testing.assert_allclose(p.detach().numpy(), expected, atol=2e-6)
@@ -399,24 +397,27 @@ def test_every_zero_is_adamw_and_only_one_trick_can_be_asked_for():
 # --- errors -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("choice", "told"), [
-    ("galore:rank=9", r"galore: rank=9 is larger than layers.0.q.weight \(8 x 12\); give rank<=8"),
-    ("galore:rank=0", "rank=0 must be a whole number of at least 1"),
-    ("galore:rank=1.5", "rank=1.5 must be a whole number"),
-    ("galore:gap=0", "gap=0 must be at least 1 step"),
-    ("galore:bits=4", "bits=4 must be 8 or 32"),
-    ("galore:scale=0", "scale=0.0 must be positive"),
-    ("galore:beta2=1", "must lie in"),
-    ("gradnormlorp:rank=9", r"gradnormlorp: rank=9 is larger than layers.0.q.weight \(8 x 12\)"),
-    ("gradnormlorp:rank=4,projection=5", r"projection=5 is larger than the factors of layers.0.q.weight"),
-    ("gradnormlorp:sides=left", "sides='left' must be both or one"),
-    ("adamw-8bit:block=0", "block=0 must be at least 1"),
-    ("adamw-8bit:embedding_bits=16", "must be 8 or 32"),
-    ("refactor-reset", "found no factors"),
-    ("refactor-reset:every=5", "recovery=10 must be shorter than every=5"),
-    ("refactor-reset:refactor=false,reset=false", "write every=0"),
-    ("refactor-reset:factors=[A, A]", "two different endings"),
-])
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [
+        ("galore:rank=9", r"galore: rank=9 is larger than layers.0.q.weight \(8 x 12\); give rank<=8"),
+        ("galore:rank=0", "rank=0 must be a whole number of at least 1"),
+        ("galore:rank=1.5", "rank=1.5 must be a whole number"),
+        ("galore:gap=0", "gap=0 must be at least 1 step"),
+        ("galore:bits=4", "bits=4 must be 8 or 32"),
+        ("galore:scale=0", "scale=0.0 must be positive"),
+        ("galore:beta2=1", "must lie in"),
+        ("gradnormlorp:rank=9", r"gradnormlorp: rank=9 is larger than layers.0.q.weight \(8 x 12\)"),
+        ("gradnormlorp:rank=4,projection=5", r"projection=5 is larger than the factors of layers.0.q.weight"),
+        ("gradnormlorp:sides=left", "sides='left' must be both or one"),
+        ("adamw-8bit:block=0", "block=0 must be at least 1"),
+        ("adamw-8bit:embedding_bits=16", "must be 8 or 32"),
+        ("refactor-reset", "found no factors"),
+        ("refactor-reset:every=5", "recovery=10 must be shorter than every=5"),
+        ("refactor-reset:refactor=false,reset=false", "write every=0"),
+        ("refactor-reset:factors=[A, A]", "two different endings"),
+    ],
+)
 def test_what_cannot_be_is_refused(choice, told):
     with pytest.raises(UserError, match=told):
         _optimizer(choice, {NAME: _matrix(8, 12)})

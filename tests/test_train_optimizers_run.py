@@ -59,11 +59,14 @@ def test_layer_by_layer_is_the_same_walk(tmp_path):
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[1])
 
 
-@pytest.mark.parametrize(("knobs", "told"), [
-    ({"clip": 1.0}, "optimizer 'galore' cannot be combined with clip=1.0; set clip=0"),
-    ({"micro_batch": 2}, "cannot be combined with micro_batch=2"),
-    ({"dtype": "bfloat16"}, "cannot be combined with masters=true"),
-])
+@pytest.mark.parametrize(
+    ("knobs", "told"),
+    [
+        ({"clip": 1.0}, "optimizer 'galore' cannot be combined with clip=1.0; set clip=0"),
+        ({"micro_batch": 2}, "cannot be combined with micro_batch=2"),
+        ({"dtype": "bfloat16"}, "cannot be combined with masters=true"),
+    ],
+)
 def test_layer_by_layer_says_what_it_lacks(knobs, told):
     with pytest.raises(UserError, match=told):
         run("galore", None, 2, **LAYERWISE | knobs)

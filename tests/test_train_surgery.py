@@ -60,8 +60,12 @@ def _engine(surgery, model=None, **knobs):
 def test_spdf_is_masked_adamw_written_out():
     """Four steps: the same masks multiplied into weights and gradients, torch's AdamW, nothing else."""
     model, reference, data = decoder(layers=2), decoder(layers=2), stream()
-    trainer = Trainer(model, stream(), config(steps=4, dtype="float32", clip=0.5, schedule="constant:warmup=0",
-                                              surgery="spdf:sparsity=0.6"), None)
+    trainer = Trainer(
+        model,
+        stream(),
+        config(steps=4, dtype="float32", clip=0.5, schedule="constant:warmup=0", surgery="spdf:sparsity=0.6"),
+        None,
+    )
     trainer.open()
     keep = {name: (~cut).double() for name, cut in trainer.surgery.cut.items()}
     reference.double()
@@ -72,8 +76,9 @@ def test_spdf_is_masked_adamw_written_out():
         named[name].data *= mask
     decay = [p for n, p in named.items() if p.ndim > 1 and "embed" not in n]
     rest = [p for n, p in named.items() if p.ndim < 2 or "embed" in n]
-    inner = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-                              lr=5e-3, betas=(0.9, 0.95))
+    inner = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=5e-3, betas=(0.9, 0.95)
+    )
     for _ in range(4):
         trainer.step()
         batch = data.next_batch(8)
@@ -126,8 +131,20 @@ def test_in_the_dense_phase_the_zeros_learn():
 
 def test_flops_of_gpt3_xl_at_three_quarters_fall_two_and_a_half_times():
     """The abstract's figure. They count attention scores in full, where `flops_per_token` halves them as causal."""
-    shape = DecoderConfig(family="gpt2", vocab_size=50257, width=2048, layers=24, heads=16, kv_heads=16, head_dim=128,
-                          mlp_width=8192, context_length=2048, gated=False, position="learned", tied=True)
+    shape = DecoderConfig(
+        family="gpt2",
+        vocab_size=50257,
+        width=2048,
+        layers=24,
+        heads=16,
+        kv_heads=16,
+        head_dim=128,
+        mlp_width=8192,
+        context_length=2048,
+        gated=False,
+        position="learned",
+        tied=True,
+    )
     inside = shape.layers * shape._layer_matmul()
     scores = 2 * shape.layers * shape.heads * shape.head_dim * 2049  # what counting in full adds
     dense = shape.flops_per_token(2048)
@@ -206,8 +223,10 @@ def test_pruning_begins_at_a_quarter_and_ends_at_three_quarters_of_the_compute(s
 # stacking ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("parameters", "tokens", "wanted"),
-                         [(8e9, 15e12, 6.58e9), (7e9, 2e12, 11.11e9), (13e9, 2e12, 15.84e9), (70e9, 2e12, 42.48e9)])
+@pytest.mark.parametrize(
+    ("parameters", "tokens", "wanted"),
+    [(8e9, 15e12, 6.58e9), (7e9, 2e12, 11.11e9), (13e9, 2e12, 15.84e9), (70e9, 2e12, 42.48e9)],
+)
 def test_growth_timing_is_the_published_table(parameters, tokens, wanted):
     assert gstack.timing(parameters, tokens) == pytest.approx(wanted, rel=2e-3)
 
@@ -215,8 +234,12 @@ def test_growth_timing_is_the_published_table(parameters, tokens, wanted):
 @pytest.mark.parametrize(("dtype", "moments"), [("float32", True), ("bfloat16", True), ("float32", False)])
 def test_at_growth_weights_and_moments_are_stacked(dtype, moments):
     """What the deep model begins with, against the shallow model's tensors of that moment."""
-    trainer = Trainer(decoder(layers=6), stream(), config(steps=8, dtype=dtype, surgery=(
-        f"gstack:growth=3,grow=0.5,moments={str(moments).lower()}")), None)
+    trainer = Trainer(
+        decoder(layers=6),
+        stream(),
+        config(steps=8, dtype=dtype, surgery=(f"gstack:growth=3,grow=0.5,moments={str(moments).lower()}")),
+        None,
+    )
     given = trainer.model
     trainer.open()
     assert len(trainer.model.layers) == 2 and trainer.model is not given
@@ -248,6 +271,7 @@ def test_at_growth_weights_and_moments_are_stacked(dtype, moments):
     with torch.no_grad():  # and the grown model is the shallow one run three times over between its two ends
         x, positions = small.embed(batch.tokens_BT), torch.arange(LENGTH)[None]
         from modicum.model.attend import DenseAttend
+
         rotation = small._ropes[0](positions, x.dtype)
         for _ in range(3):
             for layer in small.layers:
@@ -291,8 +315,9 @@ def test_a_planner_walks_through_the_phases():
     from modicum.road.training import training_cost
     from modicum.train.pretrain import step_seconds
 
-    asked = SimpleNamespace(recipe=SimpleNamespace(pretrain=SimpleNamespace(packing="concat")),
-                            once=lambda key, measure: measure())
+    asked = SimpleNamespace(
+        recipe=SimpleNamespace(pretrain=SimpleNamespace(packing="concat")), once=lambda key, measure: measure()
+    )
     told = config(steps=40, surgery="gstack:grow=0.5", dtype="float32")
     cost = training_cost(asked, decoder(layers=4).config, told, evaluations=0)
     assert cost.flops == pytest.approx(run_flops(decoder(layers=4), told), rel=0.1)
@@ -310,9 +335,20 @@ def test_a_planner_walks_through_the_phases():
 # what is refused ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("choice", ["spdf:sparsity=0", "spdf:sparsity=1", "average-params:sparsity=0",
-                                    "average-params:sparsity=1", "spdf:dense=1", "gstack:growth=1", "gstack:grow=0",
-                                    "average-params:start=0.8", "average-params:every=0"])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "spdf:sparsity=0",
+        "spdf:sparsity=1",
+        "average-params:sparsity=0",
+        "average-params:sparsity=1",
+        "spdf:dense=1",
+        "gstack:growth=1",
+        "gstack:grow=0",
+        "average-params:start=0.8",
+        "average-params:every=0",
+    ],
+)
 def test_impossible_knobs_are_refused(choice):
     with pytest.raises(UserError, match=r"must|between"):
         Choice.parse("surgery", choice).config()
@@ -385,9 +421,13 @@ def test_a_run_may_be_made_longer_within_its_phase(surgery, tmp_path):
 def test_memory_savers_follow_into_the_grown_model():
     seen = []
     plain, _ = _train("gstack:grow=0.5", steps=6, dtype="float32")
-    model, _ = _train("gstack:grow=0.5", steps=6, dtype="float32", memory=["recompute"],
-                      look=lambda t: seen.append((len(t.model.layers), t.model.checkpoint_layers)))
+    model, _ = _train(
+        "gstack:grow=0.5",
+        steps=6,
+        dtype="float32",
+        memory=["recompute"],
+        look=lambda t: seen.append((len(t.model.layers), t.model.checkpoint_layers)),
+    )
     assert seen == [(1, True)] * 2 + [(4, True)] * 4
     for a, b in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-

@@ -26,9 +26,21 @@ def folders(tmp_path_factory):
         for path in sorted((folder / "one" / key / "checkpoints").iterdir())[:1]:
             shutil.copytree(path, folder / "more" / key / "checkpoints" / path.name)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(HERE / "surgery_two_processes.py"), str(folder)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200, check=False)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            str(HERE / "surgery_two_processes.py"),
+            str(folder),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -79,12 +79,12 @@ def _example(line: str, where: str, number: str) -> Example:
         raise UserError(f"{where} is not JSON ({error.msg}); write {wanted}") from None
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
         messages = row["messages"]
-        if not all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
-                   for m in messages):
+        if not all(
+            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages
+        ):
             raise UserError(f"{where}: every message needs a role and a content, both text; write {wanted}")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise UserError(f"{where}: the last of two or more messages must be the assistant's, which is "
-                            "learnt")
+            raise UserError(f"{where}: the last of two or more messages must be the assistant's, which is learnt")
         turns = tuple({"role": m["role"], "content": m["content"]} for m in messages)
         return Example(str(row.get("id", number)), turns)
     if isinstance(row, dict) and isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
@@ -104,8 +104,10 @@ def split(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[lis
         draw = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2.0**64
         (heldout if draw < share else train).append(example)
     if share > 0 and (not train or not heldout):
-        raise UserError(f"{len(examples)} pairs with heldout={share} give {len(train)} to train on and "
-                        f"{len(heldout)} held out; give more pairs (hundreds), or another share")
+        raise UserError(
+            f"{len(examples)} pairs with heldout={share} give {len(train)} to train on and "
+            f"{len(heldout)} held out; give more pairs (hundreds), or another share"
+        )
     return train, heldout
 
 
@@ -124,10 +126,10 @@ def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
     prompt = tokenizer.chat(before)
     whole = tokenizer.chat(example.messages, generate=False)
     if whole.startswith(prompt):
-        target = tokenizer.encode(whole[len(prompt):].rstrip(), specials=True)
+        target = tokenizer.encode(whole[len(prompt) :].rstrip(), specials=True)
         end = next((i for i, token in enumerate(target) if token in tokenizer.stop_ids), None)
-        target = target if end is None else target[:end + 1]
-    else:   # a template that writes the last turn differently when it is complete (thinking left out, ...)
+        target = target if end is None else target[: end + 1]
+    else:  # a template that writes the last turn differently when it is complete (thinking left out, ...)
         target = tokenizer.encode(last["content"], specials=False)
     if not target or target[-1] not in tokenizer.stop_ids:
         target = [*target, tokenizer.eos_id]
@@ -140,8 +142,8 @@ class Prepared:
     """Encoded examples that fit `length` predictions; what did not fit, by reason."""
 
     examples: list[Encoded]
-    cut: int = 0        # answers shortened to fit
-    dropped: int = 0    # prompts that leave no room for an answer
+    cut: int = 0  # answers shortened to fit
+    dropped: int = 0  # prompts that leave no room for an answer
 
     @property
     def targets(self) -> int:
@@ -160,7 +162,7 @@ def fit(encoded: Iterable[Encoded], length: int) -> Prepared:
         if one.given < 1 or one.given > length:
             dropped += 1
         elif len(one) > length:
-            kept.append(Encoded(one.ids[:length + 1], one.given))
+            kept.append(Encoded(one.ids[: length + 1], one.given))
             cut += 1
         else:
             kept.append(one)
@@ -179,5 +181,3 @@ def rows(lengths: Sequence[int], order: Iterable[int], width: int) -> Iterator[l
         used += lengths[i]
     if row:
         yield row
-
-

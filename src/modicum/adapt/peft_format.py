@@ -35,8 +35,19 @@ from modicum.model.safetensor import SafetensorsFile, write_safetensors
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^base_model\.model\.(.+)\.(lora_[AB])(?:\.default)?\.weight$")
 # What peft can do to an adapter that the equation here does not have.
-REFUSED = ("use_dora", "lora_bias", "bias", "modules_to_save", "layer_replication", "trainable_token_indices",
-           "target_parameters", "megatron_config", "use_qalora", "alora_invocation_tokens", "corda_config")
+REFUSED = (
+    "use_dora",
+    "lora_bias",
+    "bias",
+    "modules_to_save",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "megatron_config",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "corda_config",
+)
 
 
 @dataclass(frozen=True)
@@ -53,9 +64,12 @@ def _places(model: nn.Module) -> dict[str, _Place]:
     """peft's module name to its place, for every linear layer of a `Decoder` or a transformers model."""
     layers = attach.linears(model)
     if not isinstance(model, Decoder):
-        return {name: _Place(name, (name,), Rule(name, (name,)),
-                             attach.is_conv1d(layer) or getattr(layer, "transposed", False))
-                for name, layer in layers.items()}
+        return {
+            name: _Place(
+                name, (name,), Rule(name, (name,)), attach.is_conv1d(layer) or getattr(layer, "transposed", False)
+            )
+            for name, layer in layers.items()
+        }
     found = {}
     names = {name for name, _ in model.named_parameters()} | {f"{name}.weight" for name in layers}
     for stored, rule in expand(model.config, names).items():
@@ -80,8 +94,10 @@ def save_peft(model: nn.Module, folder: str | Path, base_model: str | None = Non
     for name, form in adapters.items():
         low_rank = form.low_rank()
         if low_rank is None:
-            raise UserError(f"module {name!r}: the form {form.choice} is not a low-rank update, which is all "
-                            "that PEFT's LoRA format holds; save the model folder instead")
+            raise UserError(
+                f"module {name!r}: the form {form.choice} is not a low-rank update, which is all "
+                "that PEFT's LoRA format holds; save the model folder instead"
+            )
         factors[name] = low_rank
     head_dim = model.config.head_dim if isinstance(model, Decoder) else 0
     layers = attach.linears(model)
@@ -99,16 +115,28 @@ def save_peft(model: nn.Module, folder: str | Path, base_model: str | None = Non
         transposed.add(place.fan_in_fan_out)
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     dropout = max(float(getattr(form.config, "dropout", 0.0)) for form in adapters.values())
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
-              "inference_mode": True, "r": rank, "lora_alpha": _plain(alpha), "lora_dropout": dropout,
-              "target_modules": sorted(ranks), "fan_in_fan_out": transposed == {True}, "use_rslora": False,
-              "bias": "none", "init_lora_weights": True,
-              "rank_pattern": {re.escape(m): r for m, r in ranks.items() if r != rank},
-              "alpha_pattern": {re.escape(m): _plain(a) for m, a in alphas.items() if a != alpha}}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": dropout,
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": transposed == {True},
+        "use_rslora": False,
+        "bias": "none",
+        "init_lora_weights": True,
+        "rank_pattern": {re.escape(m): r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {re.escape(m): _plain(a) for m, a in alphas.items() if a != alpha},
+    }
     with atomic_directory(folder) as new:
         write_json(new / CONFIG, config)
-        write_safetensors(new / WEIGHTS, [(name, tuple(t.shape), t.dtype, partial(tensors.__getitem__, name))
-                                          for name, t in tensors.items()])
+        write_safetensors(
+            new / WEIGHTS,
+            [(name, tuple(t.shape), t.dtype, partial(tensors.__getitem__, name)) for name, t in tensors.items()],
+        )
     return Path(folder)
 
 
@@ -116,8 +144,9 @@ def _plain(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def _join(place: _Place, factors: Mapping[str, tuple[Tensor, Tensor, float]], layers: Mapping[str, nn.Module],
-          head_dim: int) -> tuple[Tensor, Tensor, float]:
+def _join(
+    place: _Place, factors: Mapping[str, tuple[Tensor, Tensor, float]], layers: Mapping[str, nn.Module], head_dim: int
+) -> tuple[Tensor, Tensor, float]:
     """(A, B, scaling) of peft's module: ours itself, or all parts of a fused one as blocks."""
     if len(place.ours) == 1:
         return factors[place.ours[0]]
@@ -130,7 +159,7 @@ def _join(place: _Place, factors: Mapping[str, tuple[Tensor, Tensor, float]], la
         block = example.new_zeros(attach.plain_shape(layers[name])[0], total)
         if name in factors:
             a_RI, b_OR, own = factors[name]
-            block[:, start:start + len(a_RI)] = b_OR * (own / scaling)
+            block[:, start : start + len(a_RI)] = b_OR * (own / scaling)
             start += len(a_RI)
         rows.append(block)
     joined = torch.cat([factors[name][0] for name in place.ours if name in factors])
@@ -149,8 +178,9 @@ def load_peft(model: nn.Module, folder: str | Path) -> dict[str, LinearForm]:
         for key in file.names:
             match = _KEY.match(key)
             if match is None:
-                raise UserError(f"{folder / WEIGHTS}: {key!r} is not a LoRA factor of a linear layer; only "
-                                "those are read")
+                raise UserError(
+                    f"{folder / WEIGHTS}: {key!r} is not a LoRA factor of a linear layer; only those are read"
+                )
             pairs.setdefault(match[1], {})[match[2]] = file.read(key)
     places = _places(model)
     head_dim = model.config.head_dim if isinstance(model, Decoder) else 0
@@ -159,21 +189,27 @@ def load_peft(model: nn.Module, folder: str | Path) -> dict[str, LinearForm]:
     for module, pair in pairs.items():
         if module not in places:
             origin = config.get("base_model_name_or_path") or "not named in its config"
-            raise UserError(f"the adapter is for a module {module!r} that this model does not have; give the "
-                            f"model it was trained on ({origin})")
+            raise UserError(
+                f"the adapter is for a module {module!r} that this model does not have; give the "
+                f"model it was trained on ({origin})"
+            )
         if pair.keys() != {"lora_A", "lora_B"} or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
-            raise CorruptError(f"{folder / WEIGHTS}: the factors of {module!r} do not belong together; "
-                               "fetch it again")
+            raise CorruptError(f"{folder / WEIGHTS}: the factors of {module!r} do not belong together; fetch it again")
         a_RI, b_OR = pair["lora_A"], pair["lora_B"]
         place = places[module]
         shapes = [attach.plain_shape(attach.linears(model)[name]) for name in place.ours]
         if a_RI.shape[1] != shapes[0][1] or len(b_OR) != sum(shape[0] for shape in shapes):
-            raise UserError(f"the adapter of {module!r} is for a {len(b_OR)} x {a_RI.shape[1]} matrix, this "
-                            f"model's is {sum(shape[0] for shape in shapes)} x {shapes[0][1]}; give the one "
-                            "that it was trained on")
+            raise UserError(
+                f"the adapter of {module!r} is for a {len(b_OR)} x {a_RI.shape[1]} matrix, this "
+                f"model's is {sum(shape[0] for shape in shapes)} x {shapes[0][1]}; give the one "
+                "that it was trained on"
+            )
         alpha = float(_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
-        knobs = {"alpha": alpha, "dropout": float(config.get("lora_dropout") or 0.0),
-                 "rslora": bool(config.get("use_rslora"))}
+        knobs = {
+            "alpha": alpha,
+            "dropout": float(config.get("lora_dropout") or 0.0),
+            "rslora": bool(config.get("use_rslora")),
+        }
         parts = unpack(place.rule, b_OR, [(shape[0], len(a_RI)) for shape in shapes], head_dim)
         for name, part in zip(place.ours, parts, strict=True):
             used_R = part.any(0) if len(parts) > 1 and b_OR.any() else torch.ones(len(a_RI), dtype=torch.bool)
@@ -183,7 +219,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> dict[str, LinearForm]:
     made = attach.attach(model, choices)
     for name, form in made.items():
         for target, value in zip(form.trainable(), values[name], strict=True):
-            target.data = value.to(target.device)   # in the adapter's own precision, whatever the model's
+            target.data = value.to(target.device)  # in the adapter's own precision, whatever the model's
     return made
 
 
@@ -199,8 +235,9 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error as error:
-            raise CorruptError(f"{CONFIG} has the pattern {pattern!r}, which is no regular expression "
-                               f"({error}); fetch it again") from None
+            raise CorruptError(
+                f"{CONFIG} has the pattern {pattern!r}, which is no regular expression ({error}); fetch it again"
+            ) from None
     return default
 
 
@@ -208,20 +245,24 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}; give a folder that peft or modicum adapt wrote")
     if not (folder / WEIGHTS).is_file():
-        held = "adapter_model.bin, a pickle, which can run code when opened" if (
-            folder / "adapter_model.bin").is_file() else "none"
+        held = (
+            "adapter_model.bin, a pickle, which can run code when opened"
+            if (folder / "adapter_model.bin").is_file()
+            else "none"
+        )
         raise UserError(f"{folder} has no {WEIGHTS} (it has {held}); save it with safe_serialization=True")
     try:
         config = read_json(folder / CONFIG)
         kind = config["peft_type"]
         float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptError(f"{folder / CONFIG} is not an adapter's configuration ({error!r}); "
-                           "fetch it again") from None
+        raise CorruptError(f"{folder / CONFIG} is not an adapter's configuration ({error!r}); fetch it again") from None
     if kind != "LORA":
         raise UserError(f"{folder} holds a {kind} adapter; LORA is read")
     for key in REFUSED:
         if config.get(key) not in (None, False, "none", [], {}):
-            raise UserError(f"{folder / CONFIG} has {key}={config[key]!r}, which plain LoRA cannot express; "
-                            "train the adapter without it, or merge it with peft")
+            raise UserError(
+                f"{folder / CONFIG} has {key}={config[key]!r}, which plain LoRA cannot express; "
+                "train the adapter without it, or merge it with peft"
+            )
     return config

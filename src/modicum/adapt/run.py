@@ -1,9 +1,9 @@
 """Adapt a model to question/answer pairs: attach a form, train it on the answers, save the adapter.
 
-    OUT/adapter/        adapter_config.json, adapter_model.safetensors: what peft loads on the same model
-    OUT/model/          a whole model folder, where asked for or where PEFT's format cannot hold the form
-    OUT/checkpoints/    of the training loop; the same call goes on from them
-    OUT/adapt.json      the result
+OUT/adapter/        adapter_config.json, adapter_model.safetensors: what peft loads on the same model
+OUT/model/          a whole model folder, where asked for or where PEFT's format cannot hold the form
+OUT/checkpoints/    of the training loop; the same call goes on from them
+OUT/adapt.json      the result
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from modicum.train.config import TrainConfig
 from modicum.train.evaluate import mean_loss
 from modicum.train.loop import Trainer
 
-HELDOUT_PAIRS = 1000   # at most so many are read for the held-out loss
+HELDOUT_PAIRS = 1000  # at most so many are read for the held-out loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class AdaptConfig:
     form: Any = "lora:rank=8"
     targets: Sequence[str] | None = None
     base: Any = None
-    epochs: float | None = None       # 3 if neither tokens nor steps are given
+    epochs: float | None = None  # 3 if neither tokens nor steps are given
     tokens: float | str | None = None
     steps: int | None = None
     sequence_length: int = 512
@@ -122,9 +122,16 @@ class AdaptResult:
         return dataclasses.asdict(self)
 
 
-def adapt(model_folder: str | Path, pairs: Any, config: AdaptConfig, folder: str | Path, *,
-          events: Events | None = None, deadline: Deadline | None = None,
-          tokenizer: Tokenizer | None = None) -> AdaptResult:
+def adapt(
+    model_folder: str | Path,
+    pairs: Any,
+    config: AdaptConfig,
+    folder: str | Path,
+    *,
+    events: Events | None = None,
+    deadline: Deadline | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> AdaptResult:
     """Train `config.form` on the answers of `pairs`, going on from `folder`/checkpoints if there are any.
 
     pairs: a JSONL file, a curated folder, or any iterable of objects with id, question and answer.
@@ -142,18 +149,28 @@ def adapt(model_folder: str | Path, pairs: Any, config: AdaptConfig, folder: str
     learn_set = prepare(sample(learn, config.limit), tokenizer, length)
     held_set = prepare(sample(held, HELDOUT_PAIRS), tokenizer, length)
     if not learn_set.examples:
-        raise UserError(f"none of the {len(learn)} pairs has a question of less than {length} tokens; "
-                        "give shorter ones, or a longer sequence_length")
+        raise UserError(
+            f"none of the {len(learn)} pairs has a question of less than {length} tokens; "
+            "give shorter ones, or a longer sequence_length"
+        )
     stream = PairStream(learn_set.examples, sequence_length=length, seed=config.seed)
-    heldout = None if not held_set.examples else PairStream(held_set.examples, sequence_length=length,
-                                                            shuffle=False, epochs=1)
+    heldout = (
+        None
+        if not held_set.examples
+        else PairStream(held_set.examples, sequence_length=length, shuffle=False, epochs=1)
+    )
     outcome, learnt = _train(source, stream, heldout, config, folder, events, deadline)
     if config.merge or config.base is not None or outcome["adapter"] is None:
         outcome["model"] = str(folder / "model")
         save_model(_afresh(source, config, learnt), folder / "model", source)
     result = AdaptResult(
-        pairs=len(learn_set.examples), heldout_pairs=len(held_set.examples), answer_tokens=learn_set.targets,
-        cut=learn_set.cut + held_set.cut, dropped=learn_set.dropped + held_set.dropped, **outcome)
+        pairs=len(learn_set.examples),
+        heldout_pairs=len(held_set.examples),
+        answer_tokens=learn_set.targets,
+        cut=learn_set.cut + held_set.cut,
+        dropped=learn_set.dropped + held_set.dropped,
+        **outcome,
+    )
     write_json(folder / "adapt.json", result.as_dict())
     return result
 
@@ -167,16 +184,22 @@ class _Learnt:
     buffers: dict[str, Tensor]
 
 
-def _train(source: Path, stream: PairStream, heldout: PairStream | None, config: AdaptConfig, folder: Path,
-           events: Events | None, deadline: Deadline | None) -> tuple[dict[str, Any], dict[str, _Learnt]]:
+def _train(
+    source: Path,
+    stream: PairStream,
+    heldout: PairStream | None,
+    config: AdaptConfig,
+    folder: Path,
+    events: Events | None,
+    deadline: Deadline | None,
+) -> tuple[dict[str, Any], dict[str, _Learnt]]:
     """Train and save the adapter; figures of the run, and what each form learnt. The model is freed."""
     model = load_model(source)
     _attach(model, config)
     if not attach.freeze(model):
         raise UserError(f"the form {config.form} trains nothing; choose one that does, such as lora:rank=8")
     told = _train_config(config, stream, heldout)
-    trainer = Trainer(model, stream, told, folder, events=events, deadline=deadline, heldout=heldout,
-                      label="adapt")
+    trainer = Trainer(model, stream, told, folder, events=events, deadline=deadline, heldout=heldout, label="adapt")
     model.to(trainer.device, getattr(torch, told.dtype))
     rows = config.micro_batch or config.batch_sequences
     before = None if heldout is None else mean_loss(model, heldout, rows=rows)
@@ -184,19 +207,36 @@ def _train(source: Path, stream: PairStream, heldout: PairStream | None, config:
         events.emit("heldout", step=0, tokens=0, loss=before)
     run = trainer.run()
     after = run.heldout_loss if heldout is None or not run.stopped else mean_loss(model, heldout, rows=rows)
-    _take_masters(model, trainer)   # float32, where the model was trained in bfloat16
+    _take_masters(model, trainer)  # float32, where the model was trained in bfloat16
     present = attach.forms(model)
     trainable = sum(p.numel() for form in present.values() for p in form.settled().trainable())
     low_rank = all(form.low_rank() is not None for form in present.values() if form.trainable())
     adapter = save_peft(model, folder / "adapter", base_model=str(source)) if low_rank else None
-    learnt = {name: _Learnt(form.layout(), [p.detach() for p in form.trainable()],
-                            {k: b for k, b in form.named_buffers(recurse=False) if k in form.state_dict()})
-              for name, form in present.items() if form.trainable()}
-    return {"loss": run.loss if run.steps else None, "heldout_before": before, "heldout_after": after,
-            "trainable": trainable, "tokens": run.tokens, "steps": run.steps, "seconds": run.seconds,
-            "flops": run.flops, "peak_bytes": run.peak_bytes, "adapter": str(adapter) if adapter else None,
-            "adapter_bytes": tree_bytes(adapter) if adapter else 0, "model": None,
-            "resumed_from": run.resumed_from, "stopped": run.stopped}, learnt
+    learnt = {
+        name: _Learnt(
+            form.layout(),
+            [p.detach() for p in form.trainable()],
+            {k: b for k, b in form.named_buffers(recurse=False) if k in form.state_dict()},
+        )
+        for name, form in present.items()
+        if form.trainable()
+    }
+    return {
+        "loss": run.loss if run.steps else None,
+        "heldout_before": before,
+        "heldout_after": after,
+        "trainable": trainable,
+        "tokens": run.tokens,
+        "steps": run.steps,
+        "seconds": run.seconds,
+        "flops": run.flops,
+        "peak_bytes": run.peak_bytes,
+        "adapter": str(adapter) if adapter else None,
+        "adapter_bytes": tree_bytes(adapter) if adapter else 0,
+        "model": None,
+        "resumed_from": run.resumed_from,
+        "stopped": run.stopped,
+    }, learnt
 
 
 def _train_config(config: AdaptConfig, stream: PairStream, heldout: PairStream | None) -> TrainConfig:
@@ -205,13 +245,22 @@ def _train_config(config: AdaptConfig, stream: PairStream, heldout: PairStream |
         rows = len(stream.rows_of(0)) * (config.epochs or 3.0)
         steps = max(1, math.ceil(rows / config.batch_sequences))
     return TrainConfig(
-        tokens=config.tokens, steps=steps, sequence_length=stream.sequence_length,
-        batch_sequences=config.batch_sequences, micro_batch=config.micro_batch, lr=config.lr,
-        optimizer=config.optimizer, schedule=config.schedule, clip=config.clip,
+        tokens=config.tokens,
+        steps=steps,
+        sequence_length=stream.sequence_length,
+        batch_sequences=config.batch_sequences,
+        micro_batch=config.micro_batch,
+        lr=config.lr,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        clip=config.clip,
         dtype=str(parse_dtype(config.dtype)).removeprefix("torch."),
-        seed=config.seed, checkpoint_every=config.checkpoint_every, eval_every=config.eval_every,
+        seed=config.seed,
+        checkpoint_every=config.checkpoint_every,
+        eval_every=config.eval_every,
         device=config.device,
-        eval_sequences=1 if heldout is None else len(heldout.rows_of(0)))
+        eval_sequences=1 if heldout is None else len(heldout.rows_of(0)),
+    )
 
 
 @torch.no_grad()

@@ -21,8 +21,10 @@ def load_sides(pairs: Any, share: float, seed: int) -> tuple[list[Example], list
             return split(read_examples(path), share, seed)
         sides = tuple(_curated(path, side) for side in ("train", "heldout"))
         if not sides[0]:
-            raise UserError(f"{path} gives no pairs: its documents have no docstrings, headings or "
-                            "paragraphs to ask about; give a JSONL file of question and answer")
+            raise UserError(
+                f"{path} gives no pairs: its documents have no docstrings, headings or "
+                "paragraphs to ask about; give a JSONL file of question and answer"
+            )
         return sides[0], sides[1] if share > 0 else []
     return split([_example(pair) for pair in pairs], share, seed)
 
@@ -34,4 +36,5 @@ def _example(pair: Any) -> Example:
 def _curated(folder: Path, side: str) -> list[Example]:
     from modicum.data.document import read_documents
     from modicum.data.pairs import pairs
+
     return [_example(pair) for pair in pairs(read_documents(folder, side))]

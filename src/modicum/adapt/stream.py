@@ -22,15 +22,21 @@ from modicum.data.stream import NO_LOSS, Batch, EndOfData
 class PairStream:
     """Batches of packed pairs. epochs: None to go on for ever."""
 
-    def __init__(self, examples: list[Encoded], *, sequence_length: int, seed: int = 0, shuffle: bool = True,
-                 epochs: int | None = None):
+    def __init__(
+        self,
+        examples: list[Encoded],
+        *,
+        sequence_length: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        epochs: int | None = None,
+    ):
         if not examples:
             raise UserError("there are no pairs to train on")
         self.examples, self.sequence_length = examples, sequence_length
         self.lengths = [len(e) for e in examples]
         if max(self.lengths) > sequence_length:
-            raise UserError(f"a pair of {max(self.lengths)} tokens does not fit "
-                            f"sequence_length={sequence_length}")
+            raise UserError(f"a pair of {max(self.lengths)} tokens does not fit sequence_length={sequence_length}")
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
         self.epoch = self.given = 0
         self._rows: tuple[int, list[list[int]]] | None = None
@@ -49,7 +55,7 @@ class PairStream:
         picked: list[list[int]] = []
         while len(picked) < n and (self.epochs is None or self.epoch < self.epochs):
             present = self.rows_of(self.epoch)
-            take = present[self.given:self.given + n - len(picked)]
+            take = present[self.given : self.given + n - len(picked)]
             picked += take
             self.given += len(take)
             if self.given == len(present):
@@ -67,16 +73,22 @@ class PairStream:
             for k, i in enumerate(row):
                 example, end = self.examples[i], at + self.lengths[i]
                 tokens[b, at:end] = example.ids[:-1]
-                targets[b, at + example.given - 1:end] = example.ids[example.given:]
+                targets[b, at + example.given - 1 : end] = example.ids[example.given :]
                 documents[b, at:end] = k
                 positions[b, at:end] = np.arange(end - at)
                 at = end
         return Batch(*(torch.from_numpy(x) for x in (tokens, targets, documents, positions)))
 
     def state(self) -> dict[str, Any]:
-        return {"version": 1, "epoch": self.epoch, "rows": self.given, "seed": self.seed,
-                "pairs": len(self.lengths), "tokens": sum(self.lengths),
-                "sequence_length": self.sequence_length}
+        return {
+            "version": 1,
+            "epoch": self.epoch,
+            "rows": self.given,
+            "seed": self.seed,
+            "pairs": len(self.lengths),
+            "tokens": sum(self.lengths),
+            "sequence_length": self.sequence_length,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`. Raises UserError if the pairs are not those it was taken from."""

@@ -90,9 +90,7 @@ def source(info: MethodInfo) -> Path:
     except ModuleNotFoundError:
         spec = None
     if spec is None or spec.origin is None:
-        raise UserError(
-            f"the plug-in {info.module} of {info.port}/{info.key} is not there; install its package again"
-        )
+        raise UserError(f"the plug-in {info.module} of {info.port}/{info.key} is not there; install its package again")
     return Path(spec.origin)
 
 
@@ -116,9 +114,7 @@ def _knobs(config: ast.ClassDef | None, tree: ast.Module, text: str) -> tuple[Kn
             line += 1
         factory = re.search(r"default_factory=(\w+)|default=(.+?)[,)]", default)
         if default.startswith("field(") and factory:
-            default = factory[2] or {"list": "[]", "dict": "{}", "tuple": "()"}.get(
-                factory[1], factory[1] + "()"
-            )
+            default = factory[2] or {"list": "[]", "dict": "{}", "tuple": "()"}.get(factory[1], factory[1] + "()")
         knobs[node.target.id] = Knob(node.target.id, _type(node.annotation), default, " ".join(note))
     return tuple(knobs.values())
 
@@ -262,8 +258,7 @@ def signature(node: ast.ClassDef) -> str:
             lines += [""] + ["    @" + ast.unparse(d) for d in item.decorator_list]
             returns = f" -> {ast.unparse(item.returns)}" if item.returns else ""
             lines.append(
-                f"    def {item.name}({ast.unparse(item.args)}){returns}:"
-                + ("" if ast.get_docstring(item) else " ...")
+                f"    def {item.name}({ast.unparse(item.args)}){returns}:" + ("" if ast.get_docstring(item) else " ...")
             )
             lines += _docstring(item, 2)
     return "\n".join(lines)

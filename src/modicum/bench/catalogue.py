@@ -89,8 +89,7 @@ def table(evidence: Path) -> str:
     return (
         f"{len(registry.ports())} ports, {n_methods} methods. Baselines are bold. A figure is the mean ± "
         "standard deviation over seeds; the change is paired with the baseline seed by seed, with its "
-        "95% interval. Machine, model, data and seeds of every figure stand on the port's page.\n\n"
-        + "\n".join(lines)
+        "95% interval. Machine, model, data and seeds of every figure stand on the port's page.\n\n" + "\n".join(lines)
     )
 
 

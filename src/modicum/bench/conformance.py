@@ -42,9 +42,7 @@ def checks(info: PortInfo) -> list[Check]:
     """The checks of a port in file order. Raises `UserError` if it has no suite."""
     path = info.path / "_conformance.py"
     if not path.exists():
-        raise UserError(
-            f"port {info.name} has no conformance suite; write {path} with functions check_SOMETHING(key)"
-        )
+        raise UserError(f"port {info.name} has no conformance suite; write {path} with functions check_SOMETHING(key)")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = [
         Check(info.name, n.name, (ast.get_docstring(n) or "").split("\n")[0])
@@ -93,11 +91,7 @@ def run(port: str, keys: list[str] | None = None) -> Iterator[Result]:
                 yield Result(port, key, item.name, True, seconds)
             else:
                 text = str(failure).strip().split("\n")[0]
-                named = (
-                    text
-                    if isinstance(failure, AssertionError) and text
-                    else f"{type(failure).__name__}: {text}"
-                )
+                named = text if isinstance(failure, AssertionError) and text else f"{type(failure).__name__}: {text}"
                 yield Result(port, key, item.name, False, seconds, named, _where(failure))
 
 

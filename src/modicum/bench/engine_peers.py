@@ -83,9 +83,7 @@ def write_gguf(folder: Path, path: Path) -> None:
                     writer.add_tensor(f"{to}.weight", tensor.float().numpy())
                 else:
                     raw = tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
-                    writer.add_tensor(
-                        f"{to}.weight", raw.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16
-                    )
+                    writer.add_tensor(f"{to}.weight", raw.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

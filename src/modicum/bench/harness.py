@@ -136,9 +136,7 @@ def check_budget(bench: Bench, budget: Budget) -> dict[str, float]:
     for name in limits:
         if name not in bench.limits:
             allowed = ", ".join(sorted(bench.limits)) or "none: its budget is its scale, see --scale"
-            raise UserError(
-                f"bench {bench.port} cannot hold methods to a limit of {name}. Allowed: {allowed}"
-            )
+            raise UserError(f"bench {bench.port} cannot hold methods to a limit of {name}. Allowed: {allowed}")
     return limits
 
 

@@ -97,9 +97,7 @@ def by_domain(document: Document) -> Iterator[Document]:
         return
     for domain, text in zip(("prose", "code"), parts, strict=True):
         if text.strip():
-            yield Document(
-                f"{document.id}#{domain}", text, domain, document.source, {"part_of": document.origin}
-            )
+            yield Document(f"{document.id}#{domain}", text, domain, document.source, {"part_of": document.origin})
 
 
 @functools.lru_cache(maxsize=4)

@@ -155,8 +155,7 @@ def svg(port: str, rows: list[Row], width: int = 640, height: int = 360) -> str:
                 f'y2="{y(row.quality.mean + row.quality.std):.1f}" stroke="{colour}"/>'
             )
         shape = (
-            f'<rect x="{cx - 5:.1f}" y="{cy - 5:.1f}" width="10" height="10" '
-            f'transform="rotate(45 {cx:.1f} {cy:.1f})"'
+            f'<rect x="{cx - 5:.1f}" y="{cy - 5:.1f}" width="10" height="10" transform="rotate(45 {cx:.1f} {cy:.1f})"'
             if row.is_baseline
             else f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5"'
         )

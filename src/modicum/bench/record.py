@@ -101,9 +101,7 @@ def read(path: Path) -> list[Record]:
         try:
             record = Record(**fields)
         except TypeError as error:
-            raise CorruptError(
-                f"{path}:{number} is not an evidence record ({error}); remove that line"
-            ) from None
+            raise CorruptError(f"{path}:{number} is not an evidence record ({error}); remove that line") from None
         if record.schema != SCHEMA:
             raise CorruptError(
                 f"{path}:{number} has schema {record.schema}, this version reads {SCHEMA}; "

@@ -25,9 +25,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        return cls(
-            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
-        )
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
     def __str__(self) -> str:
         return number(self.mean) + (f" ± {number(self.std)}" if self.std is not None else "")
@@ -138,13 +136,9 @@ def _rows(records: list[Record]) -> list[Row]:
         is_baseline = group is base
         difference = None
         if base and not is_baseline:
-            difference = paired(
-                {r.seed: r.value(quality) for r in group}, {r.seed: r.value(quality) for r in base}
-            )
+            difference = paired({r.seed: r.value(quality) for r in group}, {r.seed: r.value(quality) for r in base})
         names = [n for n in group[0].metrics if all(n in r.metrics for r in group)]
-        spread = {
-            n: Spread.of([r.value(n) for r in group]) for n in (*names, "seconds", "peak_bytes", "flops")
-        }
+        spread = {n: Spread.of([r.value(n) for r in group]) for n in (*names, "seconds", "peak_bytes", "flops")}
         rows.append(
             Row(
                 group[0].method,
@@ -199,5 +193,5 @@ def spread_text(spread: Spread, unit: str) -> str:
     """`2.310 ± 0.012 bits/byte`; the spread is left out with one seed."""
     if unit == "bytes":
         return quantity(spread.mean, unit)
-    more = f" ± {spread.std:.2g}" if spread.std else ""   # counts do not vary
+    more = f" ± {spread.std:.2g}" if spread.std else ""  # counts do not vary
     return f"{number(spread.mean)}{more} {unit}".rstrip()

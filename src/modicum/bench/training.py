@@ -183,12 +183,8 @@ def memory(documents: Iterable[Document], tokenizer: Tokenizer) -> MemoryDocumen
     quality: dict[str, list[float]] = {}
     rows = list(documents)
     sites = list(dict.fromkeys(d.site for d in rows))
-    told = dict(
-        zip(sites, tokenizer.encode_batch([METADATA.format(s) for s in sites], specials=False), strict=True)
-    )
-    for document, ids in zip(
-        rows, tokenizer.encode_batch([d.text for d in rows], specials=False), strict=True
-    ):
+    told = dict(zip(sites, tokenizer.encode_batch([METADATA.format(s) for s in sites], specials=False), strict=True))
+    for document, ids in zip(rows, tokenizer.encode_batch([d.text for d in rows], specials=False), strict=True):
         held.setdefault(document.domain, []).append(([tokenizer.start_id, *ids, tokenizer.eos_id], 1))
         metadata.setdefault(document.domain, []).append(told[document.site])
         score = document.quality
@@ -197,9 +193,7 @@ def memory(documents: Iterable[Document], tokenizer: Tokenizer) -> MemoryDocumen
 
 
 @functools.lru_cache(maxsize=2)
-def corpus_tokens(
-    source: str | None, corpus_bytes: int, heldout_bytes: int, tokenizer: Tokenizer
-) -> MemoryDocuments:
+def corpus_tokens(source: str | None, corpus_bytes: int, heldout_bytes: int, tokenizer: Tokenizer) -> MemoryDocuments:
     return memory(lab.corpus(source, corpus_bytes, heldout_bytes).train, tokenizer)
 
 

@@ -44,14 +44,17 @@ class Budget:
     def require(self, cost: Cost, what: str) -> None:
         """Raise `BudgetError` with the arithmetic if `cost` does not fit."""
         for name, need, limit, text in (
-                ("memory", cost.peak_bytes, self.memory_bytes, units.bytes_text),
-                ("disk", cost.disk_bytes, self.disk_bytes, units.bytes_text),
-                ("time", cost.seconds, self.seconds, lambda s: f"{s:.0f} s"),
-                ("tokens", cost.tokens, self.tokens, lambda n: f"{n:.3g}"),
-                ("flops", cost.flops, self.flops, lambda n: f"{n:.3g}")):
+            ("memory", cost.peak_bytes, self.memory_bytes, units.bytes_text),
+            ("disk", cost.disk_bytes, self.disk_bytes, units.bytes_text),
+            ("time", cost.seconds, self.seconds, lambda s: f"{s:.0f} s"),
+            ("tokens", cost.tokens, self.tokens, lambda n: f"{n:.3g}"),
+            ("flops", cost.flops, self.flops, lambda n: f"{n:.3g}"),
+        ):
             if limit is not None and need > limit:
-                raise BudgetError(f"{what} needs {text(need)} of {name}, the budget is {text(limit)} "
-                                  f"({text(need - limit)} too much); raise budget.{name} or ask for less")
+                raise BudgetError(
+                    f"{what} needs {text(need)} of {name}, the budget is {text(limit)} "
+                    f"({text(need - limit)} too much); raise budget.{name} or ask for less"
+                )
 
 
 class Deadline:

@@ -22,10 +22,14 @@ class Cost:
 
     def then(self, other: Cost) -> Cost:
         """Both, one after the other: times and counts add, the peak is the larger."""
-        return Cost(tokens=self.tokens + other.tokens, flops=self.flops + other.flops,
-                    seconds=self.seconds + other.seconds, peak_bytes=max(self.peak_bytes, other.peak_bytes),
-                    disk_bytes=self.disk_bytes + other.disk_bytes,
-                    parameters=max(self.parameters, other.parameters))
+        return Cost(
+            tokens=self.tokens + other.tokens,
+            flops=self.flops + other.flops,
+            seconds=self.seconds + other.seconds,
+            peak_bytes=max(self.peak_bytes, other.peak_bytes),
+            disk_bytes=self.disk_bytes + other.disk_bytes,
+            parameters=max(self.parameters, other.parameters),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

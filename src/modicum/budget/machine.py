@@ -36,9 +36,14 @@ def memory_limit() -> int:
 def describe() -> dict[str, Any]:
     """cpu, cores, memory_bytes, available_bytes, system, python."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"cpu": cpu_name(), "cores": cores, "memory_bytes": memory_limit(),
-            "available_bytes": psutil.virtual_memory().available, "system": platform.platform(),
-            "python": platform.python_version()}
+    return {
+        "cpu": cpu_name(),
+        "cores": cores,
+        "memory_bytes": memory_limit(),
+        "available_bytes": psutil.virtual_memory().available,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
 
 
 def free_disk(folder: str | Path) -> int:
@@ -47,4 +52,3 @@ def free_disk(folder: str | Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-

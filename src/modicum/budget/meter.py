@@ -38,6 +38,7 @@ def resident_peak() -> int:
     except OSError:
         pass
     import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if os.uname().sysname == "Darwin" else peak * 1024
 
@@ -80,6 +81,7 @@ class Meter:
             self._thread.start()
         if self._count_flops:
             from torch.utils.flop_counter import FlopCounterMode
+
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
         self._cuda = _cuda()
@@ -94,8 +96,9 @@ class Meter:
             now = process.memory_info().rss + (_children_bytes(process) if self.children else 0)
             self._sampled = max(self._sampled, now)
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._cuda:
             self._cuda.synchronize()
         self.seconds = time.perf_counter() - self._start
@@ -116,5 +119,6 @@ class Meter:
 
 def _cuda() -> Any:
     import sys
+
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None

@@ -6,14 +6,27 @@ import re
 
 from modicum.core.errors import UserError
 
-_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_BYTES = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 _SECONDS = {"ms": 1e-3, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 _SCALE = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12, "p": 1e15, "e": 1e18}
 _QUANTITY = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*$")
 
-KINDS = {"bytes": "a size such as 512MiB, 2GiB or 1.5GB", "seconds": "a time such as 45s, 10m or 1.5h",
-         "tokens": "a count such as 50Mtok or 1e6tok", "flops": "a count such as 1e15flop or 3Pflop"}
+KINDS = {
+    "bytes": "a size such as 512MiB, 2GiB or 1.5GB",
+    "seconds": "a time such as 45s, 10m or 1.5h",
+    "tokens": "a count such as 50Mtok or 1e6tok",
+    "flops": "a count such as 1e15flop or 3Pflop",
+}
 
 
 def parse(text: str | int | float, kind: str) -> float:
@@ -40,8 +53,13 @@ def kind_of(text: str) -> tuple[str, float] | None:
         return "bytes", number * _BYTES[unit]
     if unit in _SECONDS:
         return "seconds", number * _SECONDS[unit]
-    for name, kind in (("tokens", "tokens"), ("token", "tokens"), ("tok", "tokens"),
-                       ("flops", "flops"), ("flop", "flops")):
+    for name, kind in (
+        ("tokens", "tokens"),
+        ("token", "tokens"),
+        ("tok", "tokens"),
+        ("flops", "flops"),
+        ("flop", "flops"),
+    ):
         if unit.endswith(name) and unit[: -len(name)] in _SCALE:
             return kind, number * _SCALE[unit[: -len(name)]]
     return None

@@ -18,8 +18,28 @@ from typer.core import TyperCommand, TyperGroup
 from modicum.core.errors import ModicumError, unknown
 
 HERE = Path(__file__).parent
-ORDER = ("run", "plan", "curate", "predict", "pretrain", "adapt", "compress", "index", "search", "ask", "serve",
-         "simulate", "chat", "eval", "bench", "ls", "show", "new", "check", "doctor")
+ORDER = (
+    "run",
+    "plan",
+    "curate",
+    "predict",
+    "pretrain",
+    "adapt",
+    "compress",
+    "index",
+    "search",
+    "ask",
+    "serve",
+    "simulate",
+    "chat",
+    "eval",
+    "bench",
+    "ls",
+    "show",
+    "new",
+    "check",
+    "doctor",
+)
 
 
 def verbs() -> list[str]:
@@ -51,8 +71,12 @@ def _help(name: str) -> str:
     return (ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))) or "").split("\n")[0]
 
 
-app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @app.callback()

@@ -8,14 +8,16 @@ from typing import Any
 from modicum.retrieve.ground import Generate, Generated, Messages
 
 
-def local_generator(model: str, *, max_tokens: int = 256, temperature: float = 0.0, device: str = "cpu",
-                    dtype: str | None = None) -> tuple[Generate, Callable[[str], int], int]:
+def local_generator(
+    model: str, *, max_tokens: int = 256, temperature: float = 0.0, device: str = "cpu", dtype: str | None = None
+) -> tuple[Generate, Callable[[str], int], int]:
     """(generate, token count of a text, the model's context length). The model loads here, once."""
     from modicum.data.tokenizer import Tokenizer
     from modicum.model.folder import load_model
     from modicum.serve.config import EngineConfig
     from modicum.serve.engine import Engine
     from modicum.serve.request import SamplingParams
+
     tokenizer = Tokenizer.load(model)
     engine = Engine(load_model(model, dtype=dtype, device=device), tokenizer, EngineConfig())
     specials = [t.content for t in tokenizer.backend.get_added_tokens_decoder().values() if t.special]

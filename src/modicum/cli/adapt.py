@@ -1,4 +1,5 @@
 """Adapt a model to question/answer pairs with a small trained form."""
+
 from __future__ import annotations
 
 import json
@@ -13,9 +14,7 @@ if TYPE_CHECKING:
 
 def adapt(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
-    pairs: Annotated[
-        Path, typer.Argument(help="A JSONL file of question/answer or messages, or a curated folder.")
-    ],
+    pairs: Annotated[Path, typer.Argument(help="A JSONL file of question/answer or messages, or a curated folder.")],
     out: Annotated[
         Path, typer.Option("--out", help="Folder of adapter and checkpoints; a stopped run goes on from it.")
     ],
@@ -24,11 +23,9 @@ def adapt(
     ] = "lora:rank=8",
     targets: Annotated[
         str | None,
-        typer.Option(help="Layers, as globs with commas between, e.g. 'layers.*.attention.*' (the paper's).")
+        typer.Option(help="Layers, as globs with commas between, e.g. 'layers.*.attention.*' (the paper's)."),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Form of the frozen weights below it, e.g. int4:group=64.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Form of the frozen weights below it, e.g. int4:group=64.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the pairs (3 by default).")] = None,
     tokens: Annotated[str | None, typer.Option(help="Length of the run instead, e.g. 2Mtok.")] = None,
     steps: Annotated[int | None, typer.Option(help="Length of the run instead, in steps.")] = None,
@@ -50,10 +47,25 @@ def adapt(
     from modicum.adapt.run import adapt as run
     from modicum.budget import Deadline, units
     from modicum.core.events import Events
+
     config = AdaptConfig(
-        form=form, targets=targets, base=base, epochs=epochs, tokens=tokens, steps=steps, lr=lr,
-        sequence_length=sequence_length, batch_sequences=batch, micro_batch=micro_batch, heldout=heldout,
-        limit=limit, merge=merge, dtype=dtype, device=device, seed=seed)
+        form=form,
+        targets=targets,
+        base=base,
+        epochs=epochs,
+        tokens=tokens,
+        steps=steps,
+        lr=lr,
+        sequence_length=sequence_length,
+        batch_sequences=batch,
+        micro_batch=micro_batch,
+        heldout=heldout,
+        limit=limit,
+        merge=merge,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
     deadline = Deadline(units.parse(time, "seconds") if time else None)
     result = run(model, pairs, config, out, events=Events(out / "events.jsonl", "adapt"), deadline=deadline)
     if as_json:
@@ -64,15 +76,20 @@ def adapt(
 
 def _tell(result: AdaptResult, out: Path) -> None:
     from modicum.budget.units import bytes_text
+
     stopped = f"; stopped by {result.stopped}" if result.stopped else ""
-    print(f"{out}: {result.steps} steps on {result.pairs} pairs in {result.seconds:.0f} s, "
-          f"{result.trainable:,} trained parameters{stopped}")
+    print(
+        f"{out}: {result.steps} steps on {result.pairs} pairs in {result.seconds:.0f} s, "
+        f"{result.trainable:,} trained parameters{stopped}"
+    )
     for count, what in ((result.cut, "answers cut to fit"), (result.dropped, "left out: question too long")):
         if count:
             print(f"  {count} {what}")
     if result.heldout_before is not None and result.heldout_after is not None:
-        print(f"  held-out loss {result.heldout_before:.4f} -> {result.heldout_after:.4f} "
-              f"nats per answer token ({result.heldout_pairs} pairs)")
+        print(
+            f"  held-out loss {result.heldout_before:.4f} -> {result.heldout_after:.4f} "
+            f"nats per answer token ({result.heldout_pairs} pairs)"
+        )
     if result.adapter:
         print(f"  adapter {result.adapter} ({bytes_text(result.adapter_bytes)}), in PEFT format")
     if result.model:

@@ -1,4 +1,5 @@
 """Ask a question and get an answer with numbered sources from an index."""
+
 from __future__ import annotations
 
 import json
@@ -8,24 +9,33 @@ from typing import Annotated
 import typer
 
 
-def ask(index: Annotated[str, typer.Argument(help="A folder made by `modicum index`.")],
-        question: Annotated[str, typer.Argument(help="What you want to know.")],
-        model: Annotated[str | None, typer.Option(help="A model folder to answer with; with --url, the name of a model "
-                                                       "that the server has.")] = None,
-        url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server: http://127.0.0.1:8000/v1.")] = None,
-        k: Annotated[int, typer.Option("-k", help="Passages to ground on.")] = 5,
-        mode: Annotated[str | None, typer.Option(help="bm25, dense or fused (if there is an encoder).")] = None,
-        prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt with its sources; what the model's "
-                                                               "context leaves, at most 2048, if left out.")] = None,
-        max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
-        temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-        encoder: Annotated[str | None, typer.Option(help="Where the encoder's model is now, if it moved.")] = None,
-        device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
-        as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def ask(
+    index: Annotated[str, typer.Argument(help="A folder made by `modicum index`.")],
+    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model folder to answer with; with --url, the name of a model that the server has."),
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server: http://127.0.0.1:8000/v1.")] = None,
+    k: Annotated[int, typer.Option("-k", help="Passages to ground on.")] = 5,
+    mode: Annotated[str | None, typer.Option(help="bm25, dense or fused (if there is an encoder).")] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest prompt with its sources; what the model's context leaves, at most 2048, if left out."
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    encoder: Annotated[str | None, typer.Option(help="Where the encoder's model is now, if it moved.")] = None,
+    device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
     """Ask a question and get an answer with numbered sources from an index."""
     from modicum.core.errors import UserError
     from modicum.retrieve import ground
     from modicum.retrieve.search import Searcher
+
     if not url and not model:
         raise UserError("nobody is named to write the answer; add --model FOLDER, or --url http://HOST:PORT/v1")
     searcher = Searcher(index, device=device, model=encoder)
@@ -34,12 +44,16 @@ def ask(index: Annotated[str, typer.Argument(help="A folder made by `modicum ind
         generate = ground.openai_generator(url, model=model, max_tokens=max_tokens, temperature=temperature)
     else:
         from modicum.cli._local import local_generator
-        generate, count, context = local_generator(str(model), max_tokens=max_tokens, temperature=temperature,
-                                                   device=device)
+
+        generate, count, context = local_generator(
+            str(model), max_tokens=max_tokens, temperature=temperature, device=device
+        )
         room = context - max_tokens
         if prompt_tokens is not None and prompt_tokens > room:
-            raise UserError(f"--prompt-tokens {prompt_tokens} and --max-tokens {max_tokens} exceed the model's context "
-                            f"of {context}; their sum must stay within it")
+            raise UserError(
+                f"--prompt-tokens {prompt_tokens} and --max-tokens {max_tokens} exceed the model's context "
+                f"of {context}; their sum must stay within it"
+            )
         prompt_tokens = prompt_tokens or min(2048, room)
 
     def show(piece: str) -> None:
@@ -47,8 +61,9 @@ def ask(index: Annotated[str, typer.Argument(help="A folder made by `modicum ind
             sys.stdout.write(piece)
             sys.stdout.flush()
 
-    answer = ground.ask(question, searcher, generate, k=k, mode=mode, prompt_budget=prompt_tokens or 2048, count=count,
-                        on_text=show)
+    answer = ground.ask(
+        question, searcher, generate, k=k, mode=mode, prompt_budget=prompt_tokens or 2048, count=count, on_text=show
+    )
     if as_json:
         print(json.dumps(answer.as_dict(), indent=2, ensure_ascii=False))
         return

@@ -18,9 +18,7 @@ def catalogue(
 
     home = record.checkout()
     if home is None and (write or check):
-        raise UserError(
-            "modicum is installed, not a checkout: there is no README to write; type: modicum catalogue"
-        )
+        raise UserError("modicum is installed, not a checkout: there is no README to write; type: modicum catalogue")
     if write and home:
         for path in made.write(home):
             print(f"wrote {path.relative_to(home)}")

@@ -10,32 +10,20 @@ import typer
 
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder, a hub id, or the URL of a server.")],
-    system: Annotated[
-        str | None, typer.Option(help="What the model is told before the conversation.")
-    ] = None,
-    message: Annotated[
-        str | None, typer.Option("-m", "--message", help="Say this, print the answer, end.")
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    message: Annotated[str | None, typer.Option("-m", "--message", help="Say this, print the answer, end.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
-    ] = 0.95,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
-    name: Annotated[
-        str | None, typer.Option(help="With a URL: the model's name there; default: the first.")
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="MODICUM_API_KEY", help="With a URL: its key.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="With a URL: the model's name there; default: the first.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="MODICUM_API_KEY", help="With a URL: its key.")] = None,
     cache: Annotated[str, typer.Option(help="Memory for keys and values: auto, 1GiB, 50ktok.")] = "auto",
     size: Annotated[
         str | None,
         typer.Option(help="Of a model in blocks (compress --form bitstack): load so much, e.g. 24MiB."),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Talk to a model in the terminal. /reset forgets the conversation, /exit (or Ctrl-D) ends it."""
@@ -50,9 +38,7 @@ def chat(
         from modicum.serve.config import EngineConfig
         from modicum.serve.load import load_engine
 
-        engine = load_engine(
-            model, EngineConfig(cache=cache, max_sequences=1), dtype=dtype, device=device, size=size
-        )
+        engine = load_engine(model, EngineConfig(cache=cache, max_sequences=1), dtype=dtype, device=device, size=size)
         talk = Conversation(local(engine, params), system)
 
     def answer(text: str) -> None:

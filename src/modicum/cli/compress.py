@@ -1,4 +1,5 @@
 """Compress a model's weights; say what it takes on disk."""
+
 from __future__ import annotations
 
 import json
@@ -41,6 +42,7 @@ def compress(
     from modicum.budget.units import bytes_text
     from modicum.compress.run import compress as run
     from modicum.core.events import Events
+
     if size is not None:
         _cut(model, size, out, as_json)
         return
@@ -61,10 +63,13 @@ def compress(
     if as_json:
         print(json.dumps(result.as_dict() | ({"yardsticks": bits} if bits else {}), indent=2))
         return
-    print(f"{out}: {bytes_text(result.original_bytes)} -> {bytes_text(result.bytes)} "
-          f"({result.ratio:.2f} times smaller)")
-    print(f"  {result.modules} matrices in {result.form}: {result.bits_per_weight:.2f} bits per weight, "
-          f"relative error {result.error:.4f} (most in {result.worst_module}: {result.worst_error:.4f})")
+    print(
+        f"{out}: {bytes_text(result.original_bytes)} -> {bytes_text(result.bytes)} ({result.ratio:.2f} times smaller)"
+    )
+    print(
+        f"  {result.modules} matrices in {result.form}: {result.bits_per_weight:.2f} bits per weight, "
+        f"relative error {result.error:.4f} (most in {result.worst_module}: {result.worst_error:.4f})"
+    )
     for name, value in bits.items():
         print(f"  {name}: {value:.3f} bits per byte of held-out text")
     if result.least_bytes:
@@ -94,5 +99,7 @@ def _cut(model: str, size: str, out: Path, as_json: bool) -> None:
 def _yardsticks(folder: Path) -> dict[str, float]:
     from modicum.compress.yardstick import yardsticks
     from modicum.data.document import read_documents
-    return yardsticks((d.text for d in read_documents(folder, "heldout")),
-                      (d.text for d in read_documents(folder, "train")))
+
+    return yardsticks(
+        (d.text for d in read_documents(folder, "heldout")), (d.text for d in read_documents(folder, "train"))
+    )

@@ -10,17 +10,25 @@ import typer
 
 
 def curate(
-    sources: Annotated[list[str], typer.Argument(
-        metavar="SOURCE...", help="Folders, files, hub:NAME, or `python`: its own documentation.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Folders, files, hub:NAME, or `python`: its own documentation."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    steps: Annotated[str | None, typer.Option(
-        help="Steps between spaces, with knobs, such as 'normalise minhash:threshold=0.7'. "
-             "See: modicum ls step")] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps between spaces, with knobs, such as 'normalise minhash:threshold=0.7'. See: modicum ls step"
+        ),
+    ] = None,
     vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer that is trained.")] = 8192,
-    reserved: Annotated[int, typer.Option(
-        help="So many tokens of it are kept free at its end, for objectives that need marks (ul2: 103).")] = 0,
-    tokenizer: Annotated[str | None, typer.Option(
-        help="Folder of an existing tokenizer (a model's) to use instead.")] = None,
+    reserved: Annotated[
+        int,
+        typer.Option(help="So many tokens of it are kept free at its end, for objectives that need marks (ul2: 103)."),
+    ] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of an existing tokenizer (a model's) to use instead.")
+    ] = None,
     heldout: Annotated[float, typer.Option(help="Share of the text no model is trained on.")] = 0.02,
     limit: Annotated[str | None, typer.Option(help="Read about so much of each source: 10MB.")] = None,
     text_field: Annotated[str, typer.Option(help="Where JSONL and Parquet keep their text.")] = "text",
@@ -37,10 +45,16 @@ def curate(
     from modicum.data.curate import STEPS, CurateConfig
     from modicum.data.curate import curate as run
     from modicum.data.readers import ReadConfig
+
     most = None if limit is None else int(units.parse(limit, "bytes"))
-    config = CurateConfig(steps=STEPS if steps is None else steps.split(), vocab_size=vocab_size,
-                          reserved=reserved, tokenizer=tokenizer, heldout=heldout,
-                          read=ReadConfig(limit_bytes=most, text_field=text_field))
+    config = CurateConfig(
+        steps=STEPS if steps is None else steps.split(),
+        vocab_size=vocab_size,
+        reserved=reserved,
+        tokenizer=tokenizer,
+        heldout=heldout,
+        read=ReadConfig(limit_bytes=most, text_field=text_field),
+    )
     curation = run(sources, out, config, engine=engine, processes=processes, events=Events(stage="curate"))
     books = curation.books
     if as_json:
@@ -55,7 +69,11 @@ def curate(
         print(f"{book['step']:<14}{count}{text}{book['seconds']:>9.1f}   {drops}".rstrip())
     for split, counts in books["splits"].items():
         domains = ", ".join(f"{name} {entry['tokens']}" for name, entry in counts["domains"].items())
-        print(f"{split}: {counts['documents']} documents, {size(counts['bytes'])}, {counts['tokens']} tokens"
-              + (f" ({domains})" if domains else ""))
-    print(f"{out}: tokenizer of {books['tokenizer']['vocab_size']}, {books['seconds']:.1f} s; "
-          f"every dropped document and its reason: {out / 'drops.jsonl'}")
+        print(
+            f"{split}: {counts['documents']} documents, {size(counts['bytes'])}, {counts['tokens']} tokens"
+            + (f" ({domains})" if domains else "")
+        )
+    print(
+        f"{out}: tokenizer of {books['tokenizer']['vocab_size']}, {books['seconds']:.1f} s; "
+        f"every dropped document and its reason: {out / 'drops.jsonl'}"
+    )

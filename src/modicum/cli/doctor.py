@@ -18,9 +18,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
 
     machine, lines = found["machine"], []
     lines.append(("cpu", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads in use"))
-    lines.append(
-        ("memory", f"{bytes_text(machine['memory_bytes'])}, {bytes_text(found['memory_free_bytes'])} free")
-    )
+    lines.append(("memory", f"{bytes_text(machine['memory_bytes'])}, {bytes_text(found['memory_free_bytes'])} free"))
     lines.append(("disk here", f"{bytes_text(found['disk_free_bytes'])} free"))
     lines.append(("gpu", ", ".join(machine["gpus"]) or "none: everything runs on the CPU"))
     lines.append(("bfloat16", found["bfloat16"]))
@@ -70,9 +68,7 @@ def examine() -> dict:
     if memory < 4 * 2**30:
         problems.append("less than 4 GiB of memory are free, which the quickstart may need; close something")
     if disk < 5 * 2**30:
-        problems.append(
-            "less than 5 GiB of disk are free here, where runs are written; start from another disk"
-        )
+        problems.append("less than 5 GiB of disk are free here, where runs are written; start from another disk")
     return {
         "machine": machine,
         "memory_free_bytes": memory,
@@ -119,11 +115,7 @@ def extras() -> dict[str, list[str]]:
         missing = []
         for need in needs:
             name = re.match(r"[\w.-]+", need)
-            if (
-                not re.search(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]", need)
-                or not name
-                or name[0] == "modicum"
-            ):
+            if not re.search(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]", need) or not name or name[0] == "modicum":
                 continue
             try:
                 importlib.metadata.version(name[0])

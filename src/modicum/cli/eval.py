@@ -17,26 +17,19 @@ def eval(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Tasks with knobs, separated by commas: needle,copy:length=64,"
-            "choice:file=F.jsonl,lm-eval:TASK."
+            help="Tasks with knobs, separated by commas: needle,copy:length=64,choice:file=F.jsonl,lm-eval:TASK."
         ),
     ] = "",
     text: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Bits per byte of this folder, file or curated corpus (its held-out part); repeat for more."
-        ),
+        typer.Option(help="Bits per byte of this folder, file or curated corpus (its held-out part); repeat for more."),
     ] = None,
-    against: Annotated[
-        str | None, typer.Option(help="A second model: paired differences with their errors.")
-    ] = None,
+    against: Annotated[str | None, typer.Option(help="A second model: paired differences with their errors.")] = None,
     limit: Annotated[int | None, typer.Option(help="Documents per task.")] = None,
     shots: Annotated[int, typer.Option(help="Solved examples before each question.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of generated tasks.")] = 0,
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own lm-eval YAML tasks.")] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Window for --text (default: the model's).")
-    ] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Window for --text (default: the model's).")] = None,
     overlap: Annotated[float, typer.Option(help="Share of each window that only gives context.")] = 0.0,
     prefix: Annotated[
         str, typer.Option(help="Before a prompt: auto (bos if the model has one), start (bos or eos), none.")
@@ -45,13 +38,9 @@ def eval(
         str | None,
         typer.Option(help="Of a model in blocks (compress --form bitstack): load so much, e.g. 24MiB."),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    batch_tokens: Annotated[
-        int, typer.Option(help="Tokens of one forward pass; lower it if memory is short.")
-    ] = 8192,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass; lower it if memory is short.")] = 8192,
     out: Annotated[
         Path, typer.Option(help="Folder where finished items are kept; the same command goes on from there.")
     ] = Path("evaluations"),

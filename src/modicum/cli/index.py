@@ -1,4 +1,5 @@
 """Index a folder, a curated folder or a collection, for search and grounded answers."""
+
 from __future__ import annotations
 
 import json
@@ -7,17 +8,26 @@ from typing import Annotated
 import typer
 
 
-def index(source: Annotated[str, typer.Argument(help="A folder or file of text, a folder made by `modicum curate`, "
-                                                     "`python`, or a corpus.parquet with id and text.")],
-          out: Annotated[str, typer.Option("--out", help="Folder to write.")],
-          encoder: Annotated[str | None, typer.Option(help="A model folder or hub id for dense vectors, or lsa for "
-                                                           "none; BM25 alone if left out.")] = None,
-          method: Annotated[str, typer.Option("--index", help="Vector index: exact, or hnsw:M=32.")] = "exact",
-          knobs: Annotated[str | None, typer.Option("--encoder-knobs", help="Such as layers=[0,1],share=0.5.")] = None,
-          device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
-          memory: Annotated[str | None, typer.Option(help="Refuse vectors that need more memory, e.g. 2GiB.")] = None,
-          time: Annotated[str | None, typer.Option(help="Stop encoding after so long, keep the work: 10m.")] = None,
-          as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def index(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder or file of text, a folder made by `modicum curate`, "
+            "`python`, or a corpus.parquet with id and text."
+        ),
+    ],
+    out: Annotated[str, typer.Option("--out", help="Folder to write.")],
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="A model folder or hub id for dense vectors, or lsa for none; BM25 alone if left out."),
+    ] = None,
+    method: Annotated[str, typer.Option("--index", help="Vector index: exact, or hnsw:M=32.")] = "exact",
+    knobs: Annotated[str | None, typer.Option("--encoder-knobs", help="Such as layers=[0,1],share=0.5.")] = None,
+    device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
+    memory: Annotated[str | None, typer.Option(help="Refuse vectors that need more memory, e.g. 2GiB.")] = None,
+    time: Annotated[str | None, typer.Option(help="Stop encoding after so long, keep the work: 10m.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
     """Index a folder, a curated folder or a collection, for search and grounded answers."""
     from modicum.budget import units
     from modicum.budget.budget import Budget, Deadline
@@ -25,13 +35,20 @@ def index(source: Annotated[str, typer.Argument(help="A folder or file of text, 
     from modicum.retrieve.encoders import make_encoder, parse_knobs
     from modicum.retrieve.search import build_index
     from modicum.retrieve.sources import read_passages
+
     budget = Budget.parse(memory=memory, time=time)
     choice = Choice.parse("index", method)
-    choice.config()   # a wrong knob is refused before anything is read
+    choice.config()  # a wrong knob is refused before anything is read
     skipped: dict[str, int] = {}
     made = make_encoder(encoder, device=device, **parse_knobs(knobs)) if encoder else None
-    header = build_index(read_passages(source, skipped), out, encoder=made, index=choice, budget=budget,
-                         deadline=Deadline(budget.seconds))
+    header = build_index(
+        read_passages(source, skipped),
+        out,
+        encoder=made,
+        index=choice,
+        budget=budget,
+        deadline=Deadline(budget.seconds),
+    )
     if as_json:
         shown = {k: v for k, v in header.items() if k != "files"}
         print(json.dumps(shown | {"out": out, "skipped": skipped}, indent=2))
@@ -40,4 +57,4 @@ def index(source: Annotated[str, typer.Argument(help="A folder or file of text, 
     print(f"{out}: {header['passages']} passages in {header['seconds']:.1f} s ({sizes})")
     for reason, n in sorted(skipped.items()):
         print(f"  left out: {n} {reason}")
-    print(f"next: modicum search {out} \"what to look for\"")
+    print(f'next: modicum search {out} "what to look for"')

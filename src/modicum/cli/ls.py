@@ -1,4 +1,5 @@
 """List the ports, or one port's methods."""
+
 from __future__ import annotations
 
 import json
@@ -9,8 +10,10 @@ import typer
 from modicum.core import registry
 
 
-def ls(port: Annotated[str | None, typer.Argument(help="A port, e.g. optimizer; all of them if left out.")] = None,
-       as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def ls(
+    port: Annotated[str | None, typer.Argument(help="A port, e.g. optimizer; all of them if left out.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
     """List the ports, or one port's methods. Nothing is imported, so this answers at once."""
     names = [port] if port else list(registry.ports())
     listing = {name: registry.methods(name) for name in names}

@@ -1,4 +1,5 @@
 """Print the bill of every stage of a recipe, and refuse what cannot fit."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Annotated
 import typer
 
 
-def plan(recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.")],
-         overrides: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, e.g. budget.memory=2GiB.")] = None,
-         out: Annotated[Path | None, typer.Option(help="The run directory that would be used.")] = None,
-         as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, e.g. budget.memory=2GiB.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory that would be used.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
     """Print the bill of every stage (parameters, FLOPs, bytes, seconds on this machine); nothing is run."""
     import json
 

@@ -19,9 +19,7 @@ def predict(
             "(and run, final if several rows belong to one run)."
         ),
     ],
-    law: Annotated[
-        str, typer.Option(help="Form of law, with knobs: chinchilla, power:x=tokens, ...")
-    ] = "chinchilla",
+    law: Annotated[str, typer.Option(help="Form of law, with knobs: chinchilla, power:x=tokens, ...")] = "chinchilla",
     at: Annotated[
         list[str] | None, typer.Option(help="Point to predict: parameters=1e9,tokens=2e10 (repeat for more).")
     ] = None,
@@ -32,9 +30,7 @@ def predict(
     level: Annotated[float, typer.Option(help="Share of new runs the interval should hold.")] = 0.95,
     cut: Annotated[
         float | None,
-        typer.Option(
-            help="Back-test: fit on this share of the runs (smallest FLOPs first), predict the rest."
-        ),
+        typer.Option(help="Back-test: fit on this share of the runs (smallest FLOPs first), predict the rest."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write an HTML figure here.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws behind the intervals.")] = 0,
@@ -79,10 +75,7 @@ def predict(
             result["backtest"] = tried
         print(json.dumps(result, indent=2))
         return
-    print(
-        f"{law}: {fit.points} rows of {fit.runs} runs, mean residual {fit.residual:.2%}, "
-        f"spread by {fit.method}"
-    )
+    print(f"{law}: {fit.points} rows of {fit.runs} runs, mean residual {fit.residual:.2%}, spread by {fit.method}")
     for name, value in fit.parameters.items():
         print(f"  {name:<8} {value:.5g}  ± {spread[name]:.2g}")
     if said:
@@ -131,9 +124,7 @@ def _points(texts: list[str]) -> list[dict[str, float]]:
             kind = name if name in ("tokens", "flops") else None
             quantity = units.kind_of(value)
             if quantity is None or quantity[0] not in ("number", kind):
-                raise UserError(
-                    f"--at {name}={value}: {value!r} is not a number; write for example {name}=1e9"
-                )
+                raise UserError(f"--at {name}={value}: {value!r} is not a number; write for example {name}=1e9")
             point[name] = quantity[1]
         points.append(point)
     return points

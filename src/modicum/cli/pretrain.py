@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 def pretrain(
     curated: Annotated[Path, typer.Argument(help="A folder made by `modicum curate`.")],
-    out: Annotated[
-        Path, typer.Option("--out", help="Folder of model and checkpoints; a stopped run goes on from it.")
-    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of model and checkpoints; a stopped run goes on from it.")],
     parameters: Annotated[
         str | None, typer.Option(help="Size of a new model, e.g. 5M or 125M (5M by default).")
     ] = None,
@@ -32,17 +30,13 @@ def pretrain(
     packing: Annotated[str, typer.Option(help="How documents become sequences.")] = "concat",
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     batch: Annotated[str, typer.Option(help="Tokens per step, over all processes, e.g. 16ktok.")] = "16ktok",
-    micro_batch: Annotated[
-        int | None, typer.Option(help="Sequences per forward pass, to save memory.")
-    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass, to save memory.")] = None,
     clip: Annotated[float, typer.Option(help="Limit of the gradient's norm, 0 for none.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     nonfinite: Annotated[str, typer.Option(help="What a NaN does: stop, or skip the step.")] = "stop",
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 2,
-    eval_every: Annotated[
-        int, typer.Option(help="Steps between held-out losses, 0 for only at the end.")
-    ] = 100,
+    eval_every: Annotated[int, typer.Option(help="Steps between held-out losses, 0 for only at the end.")] = 100,
     memory: Annotated[
         list[str] | None, typer.Option(help="A memory saver, e.g. recompute or cce; may be given again.")
     ] = None,

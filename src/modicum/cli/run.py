@@ -1,4 +1,5 @@
 """Run a recipe from text to a served, measured model; finished stages are skipped."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Annotated
 import typer
 
 
-def run(recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.")],
-        overrides: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, e.g. corpus=FOLDER "
-                                                              "budget.time=5m.")] = None,
-        out: Annotated[Path | None, typer.Option(help="The run directory; default runs/RECIPE.")] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as JSON at the end.")] = False) -> None:
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, e.g. corpus=FOLDER budget.time=5m.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; default runs/RECIPE.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as JSON at the end.")] = False,
+) -> None:
     """Run a recipe: plan, then every stage; what is finished is skipped, what was cut off goes on."""
     import sys
 

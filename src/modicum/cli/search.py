@@ -1,4 +1,5 @@
 """Search an index: by words, by meaning, or both fused."""
+
 from __future__ import annotations
 
 import json
@@ -7,24 +8,42 @@ from typing import Annotated
 import typer
 
 
-def search(index: Annotated[str, typer.Argument(help="A folder made by `modicum index`.")],
-           query: Annotated[str, typer.Argument(help="What to look for.")],
-           k: Annotated[int, typer.Option("-k", help="Results to show.")] = 5,
-           mode: Annotated[str | None, typer.Option(help="bm25, dense or fused (if there is an encoder).")] = None,
-           encoder: Annotated[str | None, typer.Option(help="Where the encoder's model is now, if it moved.")] = None,
-           device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
-           full: Annotated[bool, typer.Option("--full", help="Print whole passages.")] = False,
-           check: Annotated[bool, typer.Option("--check", help="Verify every file's checksum first.")] = False,
-           as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def search(
+    index: Annotated[str, typer.Argument(help="A folder made by `modicum index`.")],
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    k: Annotated[int, typer.Option("-k", help="Results to show.")] = 5,
+    mode: Annotated[str | None, typer.Option(help="bm25, dense or fused (if there is an encoder).")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Where the encoder's model is now, if it moved.")] = None,
+    device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
+    full: Annotated[bool, typer.Option("--full", help="Print whole passages.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Verify every file's checksum first.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
     """Search an index: by words, by meaning, or both fused."""
     from modicum.retrieve.ground import approximate_tokens, excerpt
     from modicum.retrieve.search import Searcher
+
     searcher = Searcher(index, device=device, model=encoder, check=check)
     hits = searcher.search(query, k, mode)
     if as_json:
-        print(json.dumps([{"rank": i, "score": h.score, "ranks": h.ranks, "id": h.passage.id, "title": h.passage.title,
-                           "source": h.passage.source, "text": h.passage.text} for i, h in enumerate(hits, 1)],
-                         indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                [
+                    {
+                        "rank": i,
+                        "score": h.score,
+                        "ranks": h.ranks,
+                        "id": h.passage.id,
+                        "title": h.passage.title,
+                        "source": h.passage.source,
+                        "text": h.passage.text,
+                    }
+                    for i, h in enumerate(hits, 1)
+                ],
+                indent=2,
+                ensure_ascii=False,
+            )
+        )
         return
     if not hits:
         print("nothing matches")

@@ -10,42 +10,30 @@ import typer
 
 def serve(
     model: Annotated[str, typer.Argument(help="A model folder, or a hub id OWNER/NAME.")],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
-    name: Annotated[
-        str | None, typer.Option(help="Model name in the API; the folder's name if left out.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Model name in the API; the folder's name if left out.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="MODICUM_API_KEY", help="Ask clients for this key.", show_envvar=True)
     ] = None,
-    form: Annotated[
-        str | None, typer.Option(help="Hold the layers' weights in this form, e.g. int8 or int4.")
-    ] = None,
+    form: Annotated[str | None, typer.Option(help="Hold the layers' weights in this form, e.g. int8 or int4.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A LoRA adapter folder in PEFT format.")] = None,
     cache: Annotated[str, typer.Option(help="Memory for keys and values: auto, 1GiB, 50ktok.")] = "auto",
     max_sequences: Annotated[int, typer.Option(help="Sequences computed at once.")] = 64,
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 2048,
-    max_length: Annotated[
-        int | None, typer.Option(help="Prompt and answer together; default: the model's.")
-    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Prompt and answer together; default: the model's.")] = None,
     block_size: Annotated[int, typer.Option(help="Tokens per cache block.")] = 16,
     prefix_cache: Annotated[bool, typer.Option(help="Reuse what equal beginnings have computed.")] = True,
     chunked_prefill: Annotated[
         bool | None,
-        typer.Option(
-            help="Compute prompts in pieces between decodes; default: as the scheduler's knobs say."
-        ),
+        typer.Option(help="Compute prompts in pieces between decodes; default: as the scheduler's knobs say."),
     ] = None,
     scheduler: Annotated[str, typer.Option(help="KEY or KEY:knob=value; see modicum ls scheduler.")] = "fcfs",
     kv: Annotated[str, typer.Option(help="KEY or KEY:knob=value; see modicum ls kv.")] = "full",
     drafter: Annotated[
         str, typer.Option(help="Guess tokens ahead; KEY or KEY:knob=value, see modicum ls drafter.")
     ] = "none",
-    draft_tokens: Annotated[
-        int, typer.Option(help="Guessed tokens of one step, shared by its sequences.")
-    ] = 96,
+    draft_tokens: Annotated[int, typer.Option(help="Guessed tokens of one step, shared by its sequences.")] = 96,
     draft_when: Annotated[str, typer.Option(help="pays (judged by the clock) or always.")] = "pays",
     cuda_graphs: Annotated[
         bool, typer.Option(help="On a GPU, replay decode steps instead of launching every kernel anew.")
@@ -57,9 +45,7 @@ def serve(
         str | None,
         typer.Option(help="Of a model in blocks (compress --form bitstack): load so much, e.g. 24MiB."),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; more are answered 429.")] = 256,
     drain: Annotated[float, typer.Option(help="Seconds that running requests get after Ctrl-C.")] = 10.0,
@@ -90,9 +76,7 @@ def serve(
         activation_bits=activation_bits,
     )
     if drain < 0 or max_queue < 1:
-        raise UserError(
-            f"--drain {drain} must not be negative and --max-queue {max_queue} must be at least 1"
-        )
+        raise UserError(f"--drain {drain} must not be negative and --max-queue {max_queue} must be at least 1")
     folder = find_folder(model)
     tokenizer = Tokenizer.load(folder)
     decoder = load_model(folder, dtype=dtype, device=device, size=size)

@@ -43,8 +43,7 @@ def show(
             )
             return
         print(
-            f"{text}\n\nbaseline  {info.baseline}\n"
-            f"methods   {', '.join(registry.methods(port))}\nplace     {info.path}"
+            f"{text}\n\nbaseline  {info.baseline}\nmethods   {', '.join(registry.methods(port))}\nplace     {info.path}"
         )
         return
     known = registry.methods(port)

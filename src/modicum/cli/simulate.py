@@ -95,9 +95,7 @@ def simulate(
     most = min(max_length or 1 << 62, about.get("max_length", 1 << 62)) - 1
     part = whole.piece(first, requests if requests is not None else len(whole) - first).shorter(shorter)
     played = part.within(most)
-    slo = sim.SLO(
-        tbt=slo_tbt or sim.strict_tbt(pace, played, limits["max_sequences"]), ttft=slo_ttft, delay=slo_delay
-    )
+    slo = sim.SLO(tbt=slo_tbt or sim.strict_tbt(pace, played, limits["max_sequences"]), ttft=slo_ttft, delay=slo_delay)
     seeds = seed if poisson else None
     if rate is not None or (poisson and not find_rate):
         if rate is None and played.rate is None:

@@ -16,13 +16,14 @@ from modicum.core.errors import UserError
 from modicum.data.tokenizer import Tokenizer
 from modicum.model import attach
 
-BATCH = 8     # sequences computed at a time
+BATCH = 8  # sequences computed at a time
 
 
 def texts(source: str | Path) -> Iterator[str]:
     """Training documents of a curated folder, or the text of anything the readers know."""
     from modicum.data.document import Document, read_documents
     from modicum.data.readers import ReadConfig, find, read
+
     if (Path(source) / "documents").is_dir():
         yield from (document.text for document in read_documents(source, "train"))
         return
@@ -43,14 +44,12 @@ def sequences(documents: Iterable[str], tokenizer: Tokenizer, count: int, length
             break
     n = min(count, len(held) // length)
     if n < 1:
-        raise UserError(f"the calibration text has {len(held)} tokens, one sequence takes {length}; "
-                        "give more text")
-    return torch.tensor(held[:n * length]).view(n, length)
+        raise UserError(f"the calibration text has {len(held)} tokens, one sequence takes {length}; give more text")
+    return torch.tensor(held[: n * length]).view(n, length)
 
 
 @torch.no_grad()
-def activations(model: nn.Module, tokens_NT: Tensor, names: Sequence[str],
-                rows: int = 4096) -> dict[str, Tensor]:
+def activations(model: nn.Module, tokens_NT: Tensor, names: Sequence[str], rows: int = 4096) -> dict[str, Tensor]:
     """By module name: what `tokens_NT` puts into the linear layers `names`, about `rows` rows, spread evenly.
 
     Layers that read the same tensor share one.
@@ -64,6 +63,7 @@ def activations(model: nn.Module, tokens_NT: Tensor, names: Sequence[str],
             if last[0] is not args[0]:
                 last[:] = [args[0], args[0].flatten(0, -2)[::every].clone()]
             found[name].append(last[1])
+
         return note
 
     layers = attach.linears(model)
@@ -88,8 +88,9 @@ def nats(model: nn.Module, tokens_NT: Tensor) -> float:
 
     def add(logits: Tensor, tokens: Tensor) -> None:
         nonlocal total
-        loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(),
-                                           reduction="sum")
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+        )
         total += loss.item()
 
     _each(model, tokens_NT, add)

@@ -25,7 +25,7 @@ from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_model, save_model
 from modicum.model.forms import LinearForm
 
-ROWS = 4096    # of a matrix compared at a time, so that a large table needs no second copy in float32
+ROWS = 4096  # of a matrix compared at a time, so that a large table needs no second copy in float32
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "modicum.json")
 
 
@@ -41,7 +41,7 @@ class CompressResult:
     form: str
     folder: str
     modules: int
-    weights: int                # entries of the compressed matrices
+    weights: int  # entries of the compressed matrices
     bits_per_weight: float
     bytes: int
     original_bytes: int
@@ -60,10 +60,19 @@ class CompressResult:
         return dataclasses.asdict(self) | {"ratio": self.ratio}
 
 
-def compress(model_folder: str | Path, choice: Any, folder: str | Path, *,
-             targets: Sequence[str] = ("layers.*",), embeddings: Any = None, head: Any = None,
-             calibration: str | Path | None = None, sequences: int = 64, length: int = 512,
-             events: Events | None = None) -> CompressResult:
+def compress(
+    model_folder: str | Path,
+    choice: Any,
+    folder: str | Path,
+    *,
+    targets: Sequence[str] = ("layers.*",),
+    embeddings: Any = None,
+    head: Any = None,
+    calibration: str | Path | None = None,
+    sequences: int = 64,
+    length: int = 512,
+    events: Events | None = None,
+) -> CompressResult:
     """Fit the form `choice` to the linear layers that `targets` name and save what `load_model` reads.
 
     embeddings, head: forms for the token embedding and the output head, which stay as they are by default; a
@@ -77,36 +86,48 @@ def compress(model_folder: str | Path, choice: Any, folder: str | Path, *,
     if Path(folder).resolve() == source.resolve():
         raise UserError(f"{folder} is the model itself; write the compressed one to another folder")
     if sequences < 1 or length < 2:
-        raise UserError(f"{sequences} sequences of {length} tokens are too few to calibrate with; give at "
-                        "least 1 of 2 tokens")
+        raise UserError(
+            f"{sequences} sequences of {length} tokens are too few to calibrate with; give at least 1 of 2 tokens"
+        )
     picked = Choice.parse("form", choice)
     kinds: list[Any] = []
     for form in (picked, *(Choice.parse("form", f) for f in (embeddings, head) if f is not None)):
         kind: Any = registry.load("form", form.method).cls
         kinds.append(kind)
         if "adapter" in kind.supports:
-            raise UserError(f"the form {form.method!r} is an adapter, which adds to the weights; choose one "
-                            "that holds them in less, for instance int4:group=64")
+            raise UserError(
+                f"the form {form.method!r} is an adapter, which adds to the weights; choose one "
+                "that holds them in less, for instance int4:group=64"
+            )
         attach.require_fit(form)
         form.config()
     in_blocks = any("stack" in kind.supports for kind in kinds)
     if in_blocks and calibration is None:
-        raise UserError(f"{picked} loads the blocks first that matter most, which is measured on text; give "
-                        "some: --calibration CURATED, or a folder of text")
+        raise UserError(
+            f"{picked} loads the blocks first that matter most, which is measured on text; give "
+            "some: --calibration CURATED, or a folder of text"
+        )
     model = load_model(source)
     if stack.stacks(model):
-        raise UserError(f"{source} holds its weights in blocks already; for fewer bytes type: modicum "
-                        f"compress {source} --size 24MiB --out {folder}")
+        raise UserError(
+            f"{source} holds its weights in blocks already; for fewer bytes type: modicum "
+            f"compress {source} --size 24MiB --out {folder}"
+        )
     tokens_NT = None
     if calibration is not None:
-        tokens_NT = calibrate.sequences(calibrate.texts(calibration), Tokenizer.load(source),
-                                        2 * sequences if in_blocks else sequences,
-                                        min(length, model.config.context_length))
+        tokens_NT = calibrate.sequences(
+            calibrate.texts(calibration),
+            Tokenizer.load(source),
+            2 * sequences if in_blocks else sequences,
+            min(length, model.config.context_length),
+        )
     plan: dict[str, Any] = dict.fromkeys(targets, picked)
     if head is not None:
         if model.config.tied and embeddings is None:
-            raise UserError("the head is tied to the embedding, so a form for the head alone would store it "
-                            "twice; give a form for the embeddings, which both then share")
+            raise UserError(
+                "the head is tied to the embedding, so a form for the head alone would store it "
+                "twice; give a form for the embeddings, which both then share"
+            )
         if not model.config.tied or Choice.parse("form", head) != Choice.parse("form", embeddings):
             plan["lm_head"] = head
     tally = _Tally()
@@ -130,11 +151,19 @@ def compress(model_folder: str | Path, choice: Any, folder: str | Path, *,
     tally.close()
     save_model(model, folder, source)
     result = CompressResult(
-        form=str(picked), folder=str(folder), modules=tally.modules, weights=tally.weights,
-        bits_per_weight=8 * tally.bytes / tally.weights, bytes=weight_bytes(folder),
-        original_bytes=weight_bytes(source), error=(tally.lost / tally.norm) ** 0.5 if tally.norm else 0.0,
-        worst_module=tally.worst[1], worst_error=tally.worst[0], seconds=time.perf_counter() - began,
-        least_bytes=least)
+        form=str(picked),
+        folder=str(folder),
+        modules=tally.modules,
+        weights=tally.weights,
+        bits_per_weight=8 * tally.bytes / tally.weights,
+        bytes=weight_bytes(folder),
+        original_bytes=weight_bytes(source),
+        error=(tally.lost / tally.norm) ** 0.5 if tally.norm else 0.0,
+        worst_module=tally.worst[1],
+        worst_error=tally.worst[0],
+        seconds=time.perf_counter() - began,
+        least_bytes=least,
+    )
     write_json(Path(folder) / "compress.json", result.as_dict())
     if events:
         events.emit("compressed", **result.as_dict())
@@ -166,8 +195,12 @@ class _Tally:
             left = weight_OI.float()
             lost = [_square(left := left - form.block_weight(i)) for i in range(form.held)]
         else:
-            lost = [sum(_square(after.float() - before.float()) for after, before in
-                        zip(form.dense().split(ROWS), weight_OI.split(ROWS), strict=True))]
+            lost = [
+                sum(
+                    _square(after.float() - before.float())
+                    for after, before in zip(form.dense().split(ROWS), weight_OI.split(ROWS), strict=True)
+                )
+            ]
         self.noted.append((name, form, norm, lost))
 
     def close(self) -> None:
@@ -197,8 +230,7 @@ def _one(model: Decoder, name: str, choice: Any, tally: _Tally, inputs_RI: Tenso
     """Replace one layer; its weight is freed before the next, so the peak is the model and one layer."""
     layer = model.get_submodule(name)
     if isinstance(layer, LinearForm):
-        raise UserError(f"module {name!r} holds the form {layer.choice} already; compress the model it came "
-                        "from")
+        raise UserError(f"module {name!r} holds the form {layer.choice} already; compress the model it came from")
     weight_OI = attach.plain(layer)[0].detach()
     calibration = None if inputs_RI is None else {name: inputs_RI}
     tally.add(name, weight_OI, attach.attach(model, {name: choice}, calibration=calibration)[name])

@@ -25,8 +25,9 @@ from modicum.model.stack import Stack
 
 
 @torch.no_grad()
-def sort_blocks(model: nn.Module, found: Mapping[str, Stack], tokens_NT: Tensor, *,
-                events: Events | None = None) -> list[tuple[str, int, float]]:
+def sort_blocks(
+    model: nn.Module, found: Mapping[str, Stack], tokens_NT: Tensor, *, events: Events | None = None
+) -> list[tuple[str, int, float]]:
     """Measure every block of the stacks `found` in `model` and give them their `order`.
 
     Costs one pass over `tokens_NT` per block above the first ones, with each weight held once in float32
@@ -55,8 +56,7 @@ def sort_blocks(model: nn.Module, found: Mapping[str, Stack], tokens_NT: Tensor,
                     kept = found[name].kept
                     assert kept is not None
                     kept += found[name].block_weight(level)
-                ordered += [(name, level, loss) for name, loss in
-                            sorted(losses.items(), key=lambda item: item[1])]
+                ordered += [(name, level, loss) for name, loss in sorted(losses.items(), key=lambda item: item[1])]
     finally:
         for form in found.values():
             form.kept = None
@@ -76,6 +76,7 @@ def cut(folder: str | Path, size: float, out: str | Path) -> stack.Resized:
     model = load_model(source)
     resized = stack.resize(model, source, size)
     save_model(model, out, source)
-    write_json(Path(out) / "compress.json", {"bytes": resized.bytes, "blocks": resized.blocks,
-                                             "of_blocks": resized.available})
+    write_json(
+        Path(out) / "compress.json", {"bytes": resized.bytes, "blocks": resized.blocks, "of_blocks": resized.available}
+    )
     return resized

@@ -12,18 +12,20 @@ from typing import Any
 
 from modicum.core.errors import UserError
 
-DICTIONARY_BYTES = 112_640     # the default of the zstd command line tool
+DICTIONARY_BYTES = 112_640  # the default of the zstd command line tool
 _SAMPLE, _SAMPLES = 4096, 8192
 
 
-def yardsticks(text: Iterable[str] | bytes, train: Iterable[str] | None = None, *,
-               dictionary_bytes: int = DICTIONARY_BYTES) -> dict[str, float]:
+def yardsticks(
+    text: Iterable[str] | bytes, train: Iterable[str] | None = None, *, dictionary_bytes: int = DICTIONARY_BYTES
+) -> dict[str, float]:
     """Bits per byte of `text`, as one stream, under xz -9, zstd -19, and zstd -19 with a dictionary.
 
     train: texts that the dictionary is made from, as the model was from them; it is not counted among the
     compressed bytes, as the model is not. Without `train` there is no such entry. Holds `text` in memory.
     """
     import zstandard
+
     data = text if isinstance(text, bytes) else b"\n".join(_encoded(text))
     if not data:
         raise UserError("there is no text to measure; give held-out documents")
@@ -33,8 +35,10 @@ def yardsticks(text: Iterable[str] | bytes, train: Iterable[str] | None = None, 
 
     # As xz -9 does, but with tables for this much data instead of for 64 MiB; the output is as long.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": min(max(len(data), 4096), 64 << 20)}]
-    found = {"xz -9": bits(lzma.compress(data, filters=filters)),
-             "zstd -19": bits(zstandard.ZstdCompressor(level=19).compress(data))}
+    found = {
+        "xz -9": bits(lzma.compress(data, filters=filters)),
+        "zstd -19": bits(zstandard.ZstdCompressor(level=19).compress(data)),
+    }
     if train is not None:
         dictionary = _dictionary(train, dictionary_bytes)
         if dictionary is not None:
@@ -50,9 +54,10 @@ def _encoded(texts: Iterable[str]) -> Iterator[bytes]:
 def _dictionary(train: Iterable[str], size: int) -> Any:
     """A zstd dictionary from pieces of the first texts, or None if there is too little for one."""
     import zstandard
+
     samples: list[Any] = []
     for text in _encoded(train):
-        samples += (text[i:i + _SAMPLE] for i in range(0, len(text), _SAMPLE))
+        samples += (text[i : i + _SAMPLE] for i in range(0, len(text), _SAMPLE))
         if len(samples) >= _SAMPLES:
             break
     try:

@@ -1,8 +1,8 @@
 """Choosing a method and its knobs, in a recipe or on the command line.
 
-    adamw                                     the method with the paper's defaults
-    galore:rank=64,scale=0.25                 on a command line
-    {method: galore, rank: 64, scale: 0.25}   in a recipe
+adamw                                     the method with the paper's defaults
+galore:rank=64,scale=0.25                 on a command line
+{method: galore, rank: 64, scale: 0.25}   in a recipe
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from modicum.core.errors import UserError, unknown
 def make_config(config: type, knobs: dict[str, Any], where: str) -> Any:
     """Build the dataclass `config` from `knobs`, with types checked and unknown names refused."""
     import pydantic
+
     names = [f.name for f in dataclasses.fields(config) if f.init]
     for name in knobs:
         if name not in names:
@@ -31,8 +32,9 @@ def make_config(config: type, knobs: dict[str, Any], where: str) -> Any:
         knob = ".".join(str(p) for p in first["loc"]) or "?"
         # Without a place it is the config's own check of its knobs together that failed.
         what = f"knob {knob}={first['input']!r} is not valid: " if first["loc"] else ""
-        raise UserError(f"{where}: {what}{first['msg'].removeprefix('Value error, ')}. "
-                        f"Type: modicum show {where}") from None
+        raise UserError(
+            f"{where}: {what}{first['msg'].removeprefix('Value error, ')}. Type: modicum show {where}"
+        ) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}. Type: modicum show {where}") from None
 
@@ -60,8 +62,10 @@ class Choice:
         elif isinstance(value, dict) and isinstance(value.get("method"), str):
             key, knobs = value["method"], {k: v for k, v in value.items() if k != "method"}
         else:
-            raise UserError(f"{value!r} does not name a {port} method; write its key, or a mapping with 'method' "
-                            f"and its knobs. Allowed: {', '.join(registry.methods(port))}")
+            raise UserError(
+                f"{value!r} does not name a {port} method; write its key, or a mapping with 'method' "
+                f"and its knobs. Allowed: {', '.join(registry.methods(port))}"
+            )
         if key not in registry.methods(port):
             raise unknown(f"{port} method", key, registry.methods(port), f"Type: modicum ls {port}")
         return cls(port, key, knobs)

@@ -34,8 +34,9 @@ class MissingExtra(UserError):
     """An optional package is needed for what was asked."""
 
     def __init__(self, package: str, extra: str, purpose: str):
-        super().__init__(f"{purpose} needs the package {package!r}, which is not installed; "
-                         f"type: pip install 'modicum[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed; type: pip install 'modicum[{extra}]'"
+        )
 
 
 def unknown(kind: str, given: object, allowed: Iterable[object], hint: str = "") -> UserError:
@@ -44,5 +45,6 @@ def unknown(kind: str, given: object, allowed: Iterable[object], hint: str = "")
     near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
     did_you_mean = f" Did you mean {near[0]!r}?" if near else ""
     shown = ", ".join(names[:24]) + (", ..." if len(names) > 24 else "")
-    return UserError(f"unknown {kind} {str(given)!r}.{did_you_mean} Allowed: {shown or '(none)'}."
-                     + (f" {hint}" if hint else ""))
+    return UserError(
+        f"unknown {kind} {str(given)!r}.{did_you_mean} Allowed: {shown or '(none)'}." + (f" {hint}" if hint else "")
+    )

@@ -132,7 +132,7 @@ class Progress:
     def _show(self, final: bool = False) -> None:
         text = self.line()
         if self._live:
-            self._stream.write("\r\x1b[K" + text[:_columns()] + ("\n" if final else ""))
+            self._stream.write("\r\x1b[K" + text[: _columns()] + ("\n" if final else ""))
         else:
             self._stream.write(text + "\n")
         self._written, self._shown_at = text, self.done
@@ -141,4 +141,5 @@ class Progress:
 
 def _columns() -> int:
     import shutil
+
     return shutil.get_terminal_size((120, 24)).columns - 1

@@ -45,7 +45,7 @@ class MethodInfo:
     key: str
     summary: str
     module: str
-    path: Path | None   # None for a plug-in that is not imported yet
+    path: Path | None  # None for a plug-in that is not imported yet
 
     @property
     def card(self) -> str:
@@ -53,6 +53,7 @@ class MethodInfo:
         if self.path is None:
             return load(self.port, self.key).module.__doc__ or ""
         import ast
+
         return ast.get_docstring(ast.parse(self.path.read_text(encoding="utf-8"))) or ""
 
 
@@ -97,7 +98,7 @@ def ports() -> dict[str, PortInfo]:
         if head and head[0]:
             baseline = _BASELINE.search(path.read_text(encoding="utf-8"))
             if not baseline:
-                raise UserError(f"port {head[1]!r} in {path} names no baseline; add BASELINE = \"KEY\"")
+                raise UserError(f'port {head[1]!r} in {path} names no baseline; add BASELINE = "KEY"')
             package = f"modicum.{path.parent.parent.name}.{path.parent.name}"
             found[head[1]] = PortInfo(head[1], head[2], package, path.parent, baseline[1])
     return dict(sorted(found.items()))
@@ -119,15 +120,16 @@ def methods(port_name: str) -> dict[str, MethodInfo]:
             continue
         head = _first_line(path)
         if head is None or head[0]:
-            raise UserError(f"{path}: the first line must read \"\"\"KEY: what it does; got something else")
+            raise UserError(f'{path}: the first line must read """KEY: what it does; got something else')
         found[head[1]] = MethodInfo(port_name, head[1], head[2], f"{place.package}.{path.stem}", path)
     for entry in importlib.metadata.entry_points(group="modicum.methods"):
         entry_port, _, key = entry.name.partition("/")
         if entry_port != port_name or not key:
             continue
         if key in found:
-            raise UserError(f"method {entry.name!r} of {entry.value} is already taken by {found[key].module}; "
-                            "rename one of them")
+            raise UserError(
+                f"method {entry.name!r} of {entry.value} is already taken by {found[key].module}; rename one of them"
+            )
         found[key] = MethodInfo(port_name, key, f"plug-in {entry.value}", entry.value, None)
     return dict(sorted(found.items(), key=lambda item: (item[0] != place.baseline, item[0])))
 
@@ -135,11 +137,16 @@ def methods(port_name: str) -> dict[str, MethodInfo]:
 def base_class(port_name: str) -> type:
     """The one subclass of `Method` that the port's package defines."""
     module = importlib.import_module(port(port_name).package)
-    bases = [v for v in vars(module).values()
-             if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module.__name__]
+    bases = [
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module.__name__
+    ]
     if len(bases) != 1:
-        raise UserError(f"port {port_name!r} must define one subclass of Method in {module.__name__}, "
-                        f"found {[b.__name__ for b in bases]}")
+        raise UserError(
+            f"port {port_name!r} must define one subclass of Method in {module.__name__}, "
+            f"found {[b.__name__ for b in bases]}"
+        )
     return bases[0]
 
 
@@ -152,12 +159,20 @@ def load(port_name: str, key: str) -> Loaded:
     info = known[key]
     module = importlib.import_module(info.module)
     base = base_class(port_name)
-    classes = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, base)
-               and v.__module__ == module.__name__ and not v.__name__.startswith("_")]
+    classes = [
+        v
+        for v in vars(module).values()
+        if isinstance(v, type)
+        and issubclass(v, base)
+        and v.__module__ == module.__name__
+        and not v.__name__.startswith("_")
+    ]
     config = getattr(module, "Config", None)
     if len(classes) != 1 or not dataclasses.is_dataclass(config) or not isinstance(config, type):
-        raise UserError(f"{info.module}: a method file holds one dataclass Config and one public subclass of "
-                        f"{base.__name__}; found {[c.__name__ for c in classes]} and Config={config!r}")
+        raise UserError(
+            f"{info.module}: a method file holds one dataclass Config and one public subclass of "
+            f"{base.__name__}; found {[c.__name__ for c in classes]} and Config={config!r}"
+        )
     return Loaded(info, classes[0], config, module)
 
 
@@ -171,5 +186,6 @@ def build(port_name: str, choice: Any, *runtime: Any, **more: Any) -> Any:
     `runtime` is what the port says its methods are constructed from, after their config.
     """
     from modicum.core.choice import Choice
+
     picked = Choice.parse(port_name, choice)
     return load(port_name, picked.method).cls(picked.config(), *runtime, **more)

@@ -34,7 +34,7 @@ from modicum.data.tokenizer import Tokenizer
 
 STEPS = ("normalise", "python-split", "quality", "exact-dedup", "minhash")
 OURS = ("documents", "tokens", "tokenizer.json", "tokenizer_config.json", "drops.jsonl", "curation.json")
-VERSION = 1   # of what is written; another one makes old folders be curated again
+VERSION = 1  # of what is written; another one makes old folders be curated again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class CurateConfig:
     heldout_bytes: int = 8 << 20
     read: ReadConfig = field(default_factory=ReadConfig)
     seed: int = 0
-    group_bytes: int | None = None   # what one process works on at a time; None: by the size of the corpus
+    group_bytes: int | None = None  # what one process works on at a time; None: by the size of the corpus
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class Curation:
         path = Path(folder) / "curation.json"
         if not path.is_file():
             state = "is unfinished" if (Path(folder) / ".work").is_dir() else "is not a curated folder"
-            raise UserError(f"{folder} {state} (it has no curation.json); "
-                            f"type: modicum curate SOURCE --out {folder}")
+            raise UserError(f"{folder} {state} (it has no curation.json); type: modicum curate SOURCE --out {folder}")
         try:
             return cls(Path(folder), read_json(path))
         except ValueError as error:
@@ -86,7 +85,7 @@ class Curation:
         return {b["step"]: b["drops"] for b in self.books["steps"] if b["drops"]}
 
     def count(self, what: str, split: str = "train") -> int:
-        """"documents", "bytes" of text, or "tokens" (stored) of a split."""
+        """ "documents", "bytes" of text, or "tokens" (stored) of a split."""
         return int(self.books["splits"][split][what])
 
     def shards(self, split: str = "train") -> TokenShards:
@@ -99,8 +98,15 @@ class Curation:
         return read_documents(self.folder, split, domain)
 
 
-def curate(sources: str | Sequence[str], folder: str | Path, config: CurateConfig | None = None, *,
-           events: Events | None = None, engine: str = "local", processes: int | None = None) -> Curation:
+def curate(
+    sources: str | Sequence[str],
+    folder: str | Path,
+    config: CurateConfig | None = None,
+    *,
+    events: Events | None = None,
+    engine: str = "local",
+    processes: int | None = None,
+) -> Curation:
     """Curate `sources` (a folder, a file, `python`, `hub:NAME`, or several) into `folder`.
 
     The outcome depends on sources and config alone, not on engine or processes. A folder that holds the
@@ -112,16 +118,25 @@ def curate(sources: str | Sequence[str], folder: str | Path, config: CurateConfi
     choices = [Choice.parse("step", step) for step in config.steps]
     own = None if config.tokenizer is None else Tokenizer.load(config.tokenizer)
     if own is not None and config.reserved:
-        raise UserError(f"reserved={config.reserved} is for a tokenizer that is trained; {config.tokenizer} is taken "
-                        "as it is: leave out one of the two")
+        raise UserError(
+            f"reserved={config.reserved} is for a tokenizer that is trained; {config.tokenizer} is taken "
+            "as it is: leave out one of the two"
+        )
     if not 0 <= config.heldout < 1:
         raise UserError(f"heldout={config.heldout} must be a share, at least 0 and below 1")
     units = _find_all(sources, config.read, folder)
-    name = fingerprint({"version": VERSION, "steps": [choice.resolved() for choice in choices],
-                        "units": [[u.id, u.kind, u.stamp] for u in units],
-                        "read": asdict(config.read), "heldout": [config.heldout, config.heldout_bytes],
-                        "tokenizer": own.fingerprint if own else [config.vocab_size, config.tokenizer_bytes],
-                        "seed": config.seed} | ({"reserved": config.reserved} if config.reserved else {}))
+    name = fingerprint(
+        {
+            "version": VERSION,
+            "steps": [choice.resolved() for choice in choices],
+            "units": [[u.id, u.kind, u.stamp] for u in units],
+            "read": asdict(config.read),
+            "heldout": [config.heldout, config.heldout_bytes],
+            "tokenizer": own.fingerprint if own else [config.vocab_size, config.tokenizer_bytes],
+            "seed": config.seed,
+        }
+        | ({"reserved": config.reserved} if config.reserved else {})
+    )
     if (folder / "curation.json").is_file():
         done = Curation.load(folder)
         if done.books.get("fingerprint") == name:
@@ -131,8 +146,17 @@ def curate(sources: str | Sequence[str], folder: str | Path, config: CurateConfi
     with engines.make(engine, cores() if processes is None else processes) as machine:
         try:
             with _claim(folder, name) as work:
-                run = Run(units, folder, work, config, choices=choices, own=own, events=events,
-                          machine=machine, sources=sources)
+                run = Run(
+                    units,
+                    folder,
+                    work,
+                    config,
+                    choices=choices,
+                    own=own,
+                    events=events,
+                    machine=machine,
+                    sources=sources,
+                )
                 books = run.all() | {"version": VERSION, "fingerprint": name}
                 write_json(folder / "curation.json", books)
                 shutil.rmtree(work, ignore_errors=True)
@@ -183,12 +207,12 @@ def _claim(folder: Path, name: str) -> Iterator[Path]:
     with open(work / "lock", "w") as lock:
         try:
             import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
             pass
         except BlockingIOError:
-            raise UserError(f"another process is curating into {folder}; wait for it, or give another "
-                            "folder") from None
+            raise UserError(f"another process is curating into {folder}; wait for it, or give another folder") from None
         mark = work / "fingerprint"
         if not mark.is_file() or mark.read_text() != name:
             for path in [folder / n for n in OURS] + [p for p in work.iterdir() if p.name != "lock"]:
@@ -197,6 +221,6 @@ def _claim(folder: Path, name: str) -> Iterator[Path]:
                 file.write(name)
         (folder / "curation.json").unlink(missing_ok=True)
         for place in (work, folder / "documents", folder / "tokens"):
-            for stale in place.rglob(".*.part"):   # of a run that was killed while it wrote
+            for stale in place.rglob(".*.part"):  # of a run that was killed while it wrote
                 stale.unlink()
         yield work

@@ -16,8 +16,8 @@ from modicum.core.files import atomic_file
 if TYPE_CHECKING:
     import pyarrow
 
-ROWS = 256          # documents per Arrow batch when reading
-GROUP_BYTES = 8 << 20   # text bytes per Parquet row group when writing, so that readers stay within memory
+ROWS = 256  # documents per Arrow batch when reading
+GROUP_BYTES = 8 << 20  # text bytes per Parquet row group when writing, so that readers stay within memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +75,17 @@ class Drop:
 def to_table(documents: Iterable[Document]) -> pyarrow.Table:
     """Columns id, text, domain, source, meta (JSON text)."""
     import pyarrow as pa
+
     rows = list(documents)
-    return pa.table({"id": pa.array([d.id for d in rows], pa.string()),
-                     "text": pa.array([d.text for d in rows], pa.large_string()),
-                     "domain": pa.array([d.domain for d in rows], pa.string()),
-                     "source": pa.array([d.source for d in rows], pa.string()),
-                     "meta": pa.array([json.dumps(d.meta, sort_keys=True) if d.meta else "" for d in rows],
-                                      pa.string())})
+    return pa.table(
+        {
+            "id": pa.array([d.id for d in rows], pa.string()),
+            "text": pa.array([d.text for d in rows], pa.large_string()),
+            "domain": pa.array([d.domain for d in rows], pa.string()),
+            "source": pa.array([d.source for d in rows], pa.string()),
+            "meta": pa.array([json.dumps(d.meta, sort_keys=True) if d.meta else "" for d in rows], pa.string()),
+        }
+    )
 
 
 def from_batch(batch: pyarrow.RecordBatch) -> Iterator[Document]:
@@ -96,6 +100,7 @@ def write_documents(path: str | Path, documents: Iterable[Document]) -> int:
     Nothing is written for no documents.
     """
     import pyarrow.parquet as pq
+
     groups = _groups(documents)
     first = next(groups, None)
     if first is None:
@@ -125,20 +130,23 @@ def read_parquet(path: str | Path) -> Iterator[Document]:
     """The documents of one file written by `write_documents`, in order, in bounded memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=ROWS):
                 yield from from_batch(batch)
     except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError) as error:
-        raise CorruptError(f"{path} is not a documents file that can be read ({str(error).splitlines()[0]}); "
-                           "curate again") from None
+        raise CorruptError(
+            f"{path} is not a documents file that can be read ({str(error).splitlines()[0]}); curate again"
+        ) from None
 
 
 def document_files(folder: str | Path, split: str = "train") -> list[Path]:
     """The Parquet files of one split of a curated folder, in order."""
     if not (Path(folder) / "documents").is_dir():
-        raise UserError(f"{folder} is not a curated folder (it has no documents/); "
-                        f"type: modicum curate SOURCE --out {folder}")
+        raise UserError(
+            f"{folder} is not a curated folder (it has no documents/); type: modicum curate SOURCE --out {folder}"
+        )
     return sorted((Path(folder) / "documents").glob(f"{split}-*.parquet"))
 
 

@@ -18,20 +18,53 @@ from modicum.data.document import Document, Drop
 if TYPE_CHECKING:
     from modicum.data.readers import ReadConfig
 
-CODE = {suffix: language for language, suffixes in {
-    "python": ".py .pyi .pyx", "javascript": ".js .mjs .cjs .jsx", "typescript": ".ts .tsx", "c": ".c .h",
-    "c++": ".cc .cpp .cxx .hpp .hh .hxx .cu .cuh", "java": ".java", "go": ".go", "rust": ".rs", "ruby": ".rb",
-    "php": ".php", "c#": ".cs", "swift": ".swift", "kotlin": ".kt .kts", "scala": ".scala",
-    "shell": ".sh .bash .zsh", "sql": ".sql", "r": ".r", "julia": ".jl", "lua": ".lua", "perl": ".pl .pm",
-    "haskell": ".hs", "ocaml": ".ml .mli",
-    "css": ".css .scss", "fortran": ".f90 .f", "assembly": ".s .asm", "elixir": ".ex .exs", "dart": ".dart",
-    "make": ".mk .cmake", "tex": ".tex", "zig": ".zig", "lisp": ".el .lisp .clj .scm"}.items()
-    for suffix in suffixes.split()}
+CODE = {
+    suffix: language
+    for language, suffixes in {
+        "python": ".py .pyi .pyx",
+        "javascript": ".js .mjs .cjs .jsx",
+        "typescript": ".ts .tsx",
+        "c": ".c .h",
+        "c++": ".cc .cpp .cxx .hpp .hh .hxx .cu .cuh",
+        "java": ".java",
+        "go": ".go",
+        "rust": ".rs",
+        "ruby": ".rb",
+        "php": ".php",
+        "c#": ".cs",
+        "swift": ".swift",
+        "kotlin": ".kt .kts",
+        "scala": ".scala",
+        "shell": ".sh .bash .zsh",
+        "sql": ".sql",
+        "r": ".r",
+        "julia": ".jl",
+        "lua": ".lua",
+        "perl": ".pl .pm",
+        "haskell": ".hs",
+        "ocaml": ".ml .mli",
+        "css": ".css .scss",
+        "fortran": ".f90 .f",
+        "assembly": ".s .asm",
+        "elixir": ".ex .exs",
+        "dart": ".dart",
+        "make": ".mk .cmake",
+        "tex": ".tex",
+        "zig": ".zig",
+        "lisp": ".el .lisp .clj .scm",
+    }.items()
+    for suffix in suffixes.split()
+}
 MARKDOWN, HTML = {".md", ".markdown", ".mdx"}, {".html", ".htm", ".xhtml"}
 DATA = {".csv", ".tsv", ".xml", ".svg", ".json", ".yaml", ".yml", ".toml", ".lock", ".map", ".ini"}
 PACKED = {".gz", ".zst"}
-BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-        (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+BOMS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 # Control bytes that text does not hold: all but tab, line ends, form feed, backspace and escape.
 _CONTROL = re.compile(rb"[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -62,6 +95,7 @@ def _open(path: str) -> BinaryIO:
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.endswith(".zst"):
         import zstandard
+
         file = open(path, "rb")  # noqa: SIM115  (closed with the reader)
         reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
         return io.BufferedReader(_Errors(reader))
@@ -79,6 +113,7 @@ class _Errors(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         import zstandard
+
         try:
             return int(self._reader.readinto(buffer))
         except zstandard.ZstdError as error:
@@ -106,15 +141,16 @@ def decode(data: bytes) -> str | None:
         return None if _CONTROL.search(data) else data.decode("cp1252", "replace")
 
 
-def text(path: str, id_: str, config: ReadConfig, domain: str = "prose",
-         meta: dict[str, Any] | None = None) -> Iterator[Document | Drop]:
+def text(
+    path: str, id_: str, config: ReadConfig, domain: str = "prose", meta: dict[str, Any] | None = None
+) -> Iterator[Document | Drop]:
     """One document, or several of at most max_document_bytes cut at a line (ids end in #part0000)."""
     meta = meta or {}
     with _open(path) as file:
         block = file.read(config.max_document_bytes + 1)
         part, many = 0, len(block) > config.max_document_bytes
         if many and any(block.startswith(mark) for mark, encoding in BOMS if encoding != "utf-8-sig"):
-            yield too_large(id_, config)   # cutting at a line end would cut a character of two bytes
+            yield too_large(id_, config)  # cutting at a line end would cut a character of two bytes
             return
         while block:
             more = len(block) > config.max_document_bytes
@@ -179,10 +215,17 @@ def html(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
     import logging
 
     import trafilatura
+
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
     logging.getLogger("htmldate").setLevel(logging.CRITICAL)
-    content = trafilatura.extract(data, output_format="markdown", include_formatting=True,
-                                  include_comments=False, include_tables=True, favor_recall=True)
+    content = trafilatura.extract(
+        data,
+        output_format="markdown",
+        include_formatting=True,
+        include_comments=False,
+        include_tables=True,
+        favor_recall=True,
+    )
     if not content or not content.strip():
         yield Drop(id_, "no-text", "no main text found in the page")
         return
@@ -190,6 +233,7 @@ def html(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
     meta = {"format": "markdown"}
     if title:
         import html as entities
+
         meta["title"] = " ".join(entities.unescape(decode(title[1]) or "").split())
     yield Document(id_, content, "prose", id_, meta)
 
@@ -234,14 +278,17 @@ def record(row: Any, id_: str, source: str, config: ReadConfig) -> Document | Dr
     if isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score):
         meta["quality"] = float(score)
     origin = row.get("url") or row.get("source")
-    return Document(id_, _SURROGATE.sub("\ufffd", content),
-                    domain if isinstance(domain, str) and domain else "prose",
-                    origin if isinstance(origin, str) else source,
-                    json.loads(_SURROGATE.sub("\ufffd", json.dumps(meta, ensure_ascii=False))))
+    return Document(
+        id_,
+        _SURROGATE.sub("\ufffd", content),
+        domain if isinstance(domain, str) and domain else "prose",
+        origin if isinstance(origin, str) else source,
+        json.loads(_SURROGATE.sub("\ufffd", json.dumps(meta, ensure_ascii=False))),
+    )
 
 
 def jsonl(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
-    limit = config.max_document_bytes * 2 + 4096   # escapes may double a text
+    limit = config.max_document_bytes * 2 + 4096  # escapes may double a text
     with _open(path) as file:
         number = 0
         while line := file.readline(limit):
@@ -265,16 +312,21 @@ def jsonl(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
 def parquet(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     number = 0
     try:
         with pq.ParquetFile(path) as file:
             names = set(file.schema_arrow.names)
             if config.text_field not in names:
-                yield Drop(id_, "no-text-field", f"no column {config.text_field!r}; it has: "
-                           + ", ".join(sorted(names)[:8]))
+                yield Drop(
+                    id_, "no-text-field", f"no column {config.text_field!r}; it has: " + ", ".join(sorted(names)[:8])
+                )
                 return
-            wanted = [n for n in ("id", config.text_field, "domain", "source", "url", "title", "language",
-                                  "format") if n in names]
+            wanted = [
+                n
+                for n in ("id", config.text_field, "domain", "source", "url", "title", "language", "format")
+                if n in names
+            ]
             for batch in file.iter_batches(batch_size=64, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
@@ -290,9 +342,18 @@ def data(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
 def pydoc(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
     """pydoc_data/topics.py: the language reference's topics, one document each."""
     from modicum.data.python_source import topics
+
     for topic, content in topics(Path(path).read_text(encoding="utf-8")):
         yield Document(f"{id_}#{topic}", content, "prose", id_, {"title": topic, "kind": "reference"})
 
 
-READERS: dict[str, Reader] = {"text": text, "markdown": markdown, "html": html, "code": code, "jsonl": jsonl,
-                              "parquet": parquet, "data": data, "pydoc": pydoc}
+READERS: dict[str, Reader] = {
+    "text": text,
+    "markdown": markdown,
+    "html": html,
+    "code": code,
+    "jsonl": jsonl,
+    "parquet": parquet,
+    "data": data,
+    "pydoc": pydoc,
+}

@@ -14,7 +14,7 @@ from modicum.data.document import Document
 from modicum.data.passages import is_python, sections
 from modicum.data.python_source import Function, first_sentence, functions
 
-ANSWER = 600      # characters; longer answers are cut at a paragraph, sentence or word
+ANSWER = 600  # characters; longer answers are cut at a paragraph, sentence or word
 QUESTION = 300
 
 
@@ -80,5 +80,5 @@ def shorten(text: str, most: int) -> str:
     for mark, keep in (("\n\n", 0), (". ", 1), ("\n", 0), (" ", 0)):
         at = text.rfind(mark, most // 3, most)
         if at > 0:
-            return text[:at + keep].rstrip()
+            return text[: at + keep].rstrip()
     return text[:most]

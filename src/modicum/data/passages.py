@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from modicum.data.document import Document
 from modicum.data.python_source import DOC_FORMAT, first_sentence, functions
 
-WORDS = 200   # a passage is cut where it has more
-LEAST = 5     # and left out where it has fewer
+WORDS = 200  # a passage is cut where it has more
+LEAST = 5  # and left out where it has fewer
 _MARKDOWN_HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*\s*$")
 _UNDERLINE = re.compile(r"^([=\-~^*+\"'`#])\1{2,}\s*$")
 _FENCE = re.compile(r"^\s*(```|~~~)")
@@ -93,8 +93,9 @@ def _cut(id_: str, shown: str, title: str, body: str, source: str, words: int) -
         head = f"{shown}\n\n" if shown else ""
         if len(summary.split()) < 4 or not rest:
             summary = rest = ""
-        yield Passage(id_ if n == 0 else f"{id_}+{n}", head + chunk, source, title, summary,
-                              head + rest if summary else "")
+        yield Passage(
+            id_ if n == 0 else f"{id_}+{n}", head + chunk, source, title, summary, head + rest if summary else ""
+        )
 
 
 def _pack(blocks: Iterable[str], words: int, joint: str) -> Iterator[str]:
@@ -161,5 +162,9 @@ def sections(document: Document) -> Iterator[Section]:
 
 
 def _is_title(line: str, under: str) -> bool:
-    return (bool(_UNDERLINE.match(under)) and 0 < len(line.strip()) <= len(under.rstrip()) + 1
-            and not line.startswith((" ", "\t")) and any(map(str.isalpha, line)))
+    return (
+        bool(_UNDERLINE.match(under))
+        and 0 < len(line.strip()) <= len(under.rstrip()) + 1
+        and not line.startswith((" ", "\t"))
+        and any(map(str.isalpha, line))
+    )

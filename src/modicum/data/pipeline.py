@@ -30,7 +30,7 @@ from modicum.data.document import Document, Drop, read_parquet, write_documents
 from modicum.data.readers import ReadConfig, Unit, read
 from modicum.data.steps import Context, Step
 
-SIGNATURE_ROWS, SIGNATURE_BYTES = 64, 4 << 20    # documents handed to a corpus step at once
+SIGNATURE_ROWS, SIGNATURE_BYTES = 64, 4 << 20  # documents handed to a corpus step at once
 
 
 class StepError(ModicumError):
@@ -57,8 +57,11 @@ class Book:
         self.stats.update(other["stats"])
 
     def as_dict(self) -> dict[str, Any]:
-        return vars(self) | {"drops": dict(sorted(self.drops.items())), "seconds": round(self.seconds, 4),
-                             "stats": dict(sorted(self.stats.items()))}
+        return vars(self) | {
+            "drops": dict(sorted(self.drops.items())),
+            "seconds": round(self.seconds, 4),
+            "stats": dict(sorted(self.stats.items())),
+        }
 
 
 class _Feed:
@@ -95,8 +98,9 @@ def stage(step: Step, items: Iterator[Document], book: Book, drops: list[str]) -
         except ModicumError:
             raise
         except Exception as error:
-            raise StepError(f"step {book.step} failed on document {feed.current!r}: "
-                            f"{type(error).__name__}: {error}") from error
+            raise StepError(
+                f"step {book.step} failed on document {feed.current!r}: {type(error).__name__}: {error}"
+            ) from error
         finally:
             book.seconds += time.perf_counter() - start - (feed.seconds - before)
         if isinstance(item, Drop):
@@ -158,19 +162,17 @@ def run_group(task: dict[str, Any]) -> dict[str, Any]:
         items = stage(step, items, books[-1], drops)
     figures = _Figures(task["signature"], seed)
     count = write_documents(stem.with_suffix(".parquet"), figures.collect(items))
-    for step, book in zip(steps, books[-len(steps):] if steps else [], strict=True):
+    for step, book in zip(steps, books[-len(steps) :] if steps else [], strict=True):
         book.stats.update(step.close())
     figures.save(stem.with_suffix(".npz"))
     with atomic_file(stem.with_suffix(".drops.jsonl"), "w") as file:
         file.writelines(drops)
-    result = {"books": [b.as_dict() for b in books], "documents": count,
-              "signature_seconds": figures.seconds}
+    result = {"books": [b.as_dict() for b in books], "documents": count, "signature_seconds": figures.seconds}
     write_json(stem.with_suffix(".json"), result)
     return result
 
 
-def _read(units: Iterable[dict[str, Any]], config: ReadConfig, book: Book,
-          drops: list[str]) -> Iterator[Document]:
+def _read(units: Iterable[dict[str, Any]], config: ReadConfig, book: Book, drops: list[str]) -> Iterator[Document]:
     start = time.perf_counter()
     for fields in units:
         unit = Unit(**fields)
@@ -235,8 +237,10 @@ class _Figures:
         except ModicumError:
             raise
         except Exception as error:
-            raise StepError(f"step {type(self.step).__module__} failed on one of the documents "
-                            f"{self._held[0].id!r} ... {self._held[-1].id!r}: {error}") from error
+            raise StepError(
+                f"step {type(self.step).__module__} failed on one of the documents "
+                f"{self._held[0].id!r} ... {self._held[-1].id!r}: {error}"
+            ) from error
         self.seconds += time.perf_counter() - start
         self._held = []
 
@@ -258,6 +262,7 @@ def finished(stem: Path) -> dict[str, Any] | None:
 
 def load_figures(stems: Sequence[Path], name: str, file: Path | None = None) -> np.ndarray:
     """One figure of all documents, in the order of parts and rows; mapped from `file` if one is given."""
+
     def arrays() -> Iterator[np.ndarray]:
         for stem in stems:
             with np.load(stem.with_suffix(".npz"), allow_pickle=False) as stored:
@@ -282,8 +287,12 @@ class Ids:
     def __init__(self, stems: Sequence[Path]):
         import pyarrow as pa
         import pyarrow.parquet as pq
-        columns = [pq.read_table(s.with_suffix(".parquet"), columns=["id"])["id"]
-                   for s in stems if s.with_suffix(".parquet").exists()]
+
+        columns = [
+            pq.read_table(s.with_suffix(".parquet"), columns=["id"])["id"]
+            for s in stems
+            if s.with_suffix(".parquet").exists()
+        ]
         self._ids = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
 
     def __len__(self) -> int:

@@ -12,18 +12,21 @@ from dataclasses import dataclass
 
 from modicum.data.document import Document
 
-SIGNATURE_LIMIT = 400    # characters; longer defaults are cut
+SIGNATURE_LIMIT = 400  # characters; longer defaults are cut
 # meta["format"] of the language in a Python file: `## signature`, docstring, and so on.
 DOC_FORMAT = "python-doc"
-COMMENT = " (comment)"   # ends the heading of a block of comments
-COMMENT_LINES = 3        # a block of so many comment lines or more is prose; fewer stay beside their code
+COMMENT = " (comment)"  # ends the heading of a block of comments
+COMMENT_LINES = 3  # a block of so many comment lines or more is prose; fewer stay beside their code
 _SENTENCE_END = re.compile(r"(?<=[.!?])([\"')\]]*)\s+(?=[\"'(\[]?[A-Z0-9<`*])|\n\s*\n")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|approx|resp|Mr|Dr)\.|\b[A-Z]\.)[\"')\]]*$")
 # A string of any kind, or (group 1) a comment: whichever begins first holds the other's marks.
 _STRING_OR_COMMENT = re.compile(
-    r'"""(?:\\.|[^\\])*?"""|' r"'''(?:\\.|[^\\])*?'''|" r'"(?:\\.|[^"\\\n])*"|'
+    r'"""(?:\\.|[^\\])*?"""|'
+    r"'''(?:\\.|[^\\])*?'''|"
+    r'"(?:\\.|[^"\\\n])*"|'
     r"'(?:\\.|[^'\\\n])*'|(#[^\n]*)",
-    re.DOTALL)
+    re.DOTALL,
+)
 _HEADING = re.compile(r"^## (class |module )?([\w.<>]+)((?:\(| \(|$).*)$", re.MULTILINE)
 _NO_WORDS = re.compile(r"^[\W_]*$")
 
@@ -60,9 +63,10 @@ def module_name(path: str) -> str:
 def parse(text: str) -> ast.Module | None:
     """The syntax tree, or None for source that this Python cannot parse."""
     import warnings
+
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")   # odd escapes in other people's strings
+            warnings.simplefilter("ignore")  # odd escapes in other people's strings
             return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
@@ -72,9 +76,9 @@ def first_sentence(text: str) -> tuple[str, str]:
     """(first sentence on one line, the rest)."""
     text = text.strip()
     for end in _SENTENCE_END.finditer(text):
-        at = end.end(1) if end[1] else end.start()   # a closing quotation mark belongs to its sentence
+        at = end.end(1) if end[1] else end.start()  # a closing quotation mark belongs to its sentence
         if not _ABBREVIATION.search(text[:at]):
-            return " ".join(text[:at].split()), text[end.end():].strip()
+            return " ".join(text[:at].split()), text[end.end() :].strip()
     return " ".join(text.split()), ""
 
 
@@ -110,7 +114,7 @@ def _sections(text: str, path: str) -> Iterator[Function]:
         if "<" not in name and not rest.startswith(COMMENT) and _is_public(name):
             own = name.rpartition(".")[2]
             shown = {"class": f"class {own}{rest}", "module": f"module {name}"}.get(kind, own + rest)
-            yield _function(kind, name, shown, text[head.end():end].strip(), path, 0)
+            yield _function(kind, name, shown, text[head.end() : end].strip(), path, 0)
 
 
 def _walk(node: ast.Module | ast.ClassDef, prefix: str, path: str) -> Iterator[Function]:
@@ -179,10 +183,10 @@ def split(document: Document) -> tuple[str, str] | None:
     tree = parse(text)
     if tree is None:
         return None
-    lines = re.findall(r"[^\n]*\n|[^\n]+", text)   # as `ast` counts them; str.splitlines knows more line ends
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)  # as `ast` counts them; str.splitlines knows more line ends
     name = module_name(document.source or document.id)
     prose: list[tuple[int, str]] = []
-    removed: dict[int, str | None] = {}      # 0-based line -> what stands there instead
+    removed: dict[int, str | None] = {}  # 0-based line -> what stands there instead
 
     def take(node: ast.Module | Definition, title: str) -> None:
         first = node.body[0] if node.body else None
@@ -192,7 +196,7 @@ def split(document: Document) -> tuple[str, str] | None:
         begin, end = first.lineno - 1, (first.end_lineno or first.lineno) - 1
         before = _at(lines[begin], first.col_offset)
         after = _after(lines[end], first.end_col_offset or 0)
-        if before.strip() or after.strip():   # shares its line with code: leave it there
+        if before.strip() or after.strip():  # shares its line with code: leave it there
             return
         if not _NO_WORDS.match(doc):
             prose.append((first.lineno, _section(title, doc)))
@@ -206,11 +210,15 @@ def split(document: Document) -> tuple[str, str] | None:
             if isinstance(child, Definition):
                 title = f"{prefix}.{child.name}"
                 shown = signature(child)
-                take(child, f"class {title}" + shown[6 + len(child.name):] if isinstance(child, ast.ClassDef)
-                     else title + shown[len(child.name):])
+                take(
+                    child,
+                    f"class {title}" + shown[6 + len(child.name) :]
+                    if isinstance(child, ast.ClassDef)
+                    else title + shown[len(child.name) :],
+                )
                 visit(child, title if isinstance(child, ast.ClassDef) else f"{title}.<locals>")
             else:
-                visit(child, prefix)   # under `if`, `try`, ...
+                visit(child, prefix)  # under `if`, `try`, ...
 
     take(tree, f"module {name}")
     visit(tree, name)
@@ -243,7 +251,7 @@ def _comment_blocks(text: str) -> Iterator[tuple[int, int, str]]:
     for match in _STRING_OR_COMMENT.finditer(text):
         if match[1]:
             begin = text.rfind("\n", 0, match.start()) + 1
-            if not text[begin:match.start()].strip():
+            if not text[begin : match.start()].strip():
                 line += text.count("\n", counted, match.start())
                 counted = match.start()
                 rows.append((line, match.start() - begin, match[1].lstrip("#!:").rstrip("# ")))

@@ -53,8 +53,7 @@ class Unit:
         return asdict(self)
 
 
-def find(source: str, config: ReadConfig, *, label: str | None = None,
-         exclude: Iterable[Path] = ()) -> list[Unit]:
+def find(source: str, config: ReadConfig, *, label: str | None = None, exclude: Iterable[Path] = ()) -> list[Unit]:
     """The units of one source, sorted by id. Raises UserError if there is nothing to read.
 
     source: `python`, `hub:NAME[:CONFIG][@SPLIT]`, or a path. exclude: folders not to enter.
@@ -70,8 +69,9 @@ def find(source: str, config: ReadConfig, *, label: str | None = None,
     else:
         units = list(_path(source, label, {p.resolve() for p in exclude}))
     if not units:
-        raise UserError(f"{source} holds no files to read; give a folder of text, Markdown, HTML, code, "
-                        "JSONL or Parquet files")
+        raise UserError(
+            f"{source} holds no files to read; give a folder of text, Markdown, HTML, code, JSONL or Parquet files"
+        )
     if config.limit_bytes is not None and units[0].kind != "hub":
         units = _limited(units, config.limit_bytes)
     return sorted(units, key=lambda unit: unit.id)
@@ -92,15 +92,22 @@ def _path(source: str, label: str | None, exclude: set[Path]) -> Iterator[Unit]:
         return
     for folder, folders, files in os.walk(root, onerror=lambda error: None):
         here = Path(folder)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in SKIPPED_FOLDERS
-                            and (here / f).resolve() not in exclude)
+        folders[:] = sorted(
+            f
+            for f in folders
+            if not f.startswith(".") and f not in SKIPPED_FOLDERS and (here / f).resolve() not in exclude
+        )
         for name in sorted(files):
             if not name.startswith("."):
                 yield _unit(here / name, f"{label}/{(here / name).relative_to(root).as_posix()}")
-        for name in folders:   # a folder that cannot be listed is a dropped document, not a gap
+        for name in folders:  # a folder that cannot be listed is a dropped document, not a gap
             if not os.access(here / name, os.R_OK | os.X_OK):
-                yield Unit(id=f"{label}/{(here / name).relative_to(root).as_posix()}", kind="unreadable",
-                           path=str(here / name), nbytes=0)
+                yield Unit(
+                    id=f"{label}/{(here / name).relative_to(root).as_posix()}",
+                    kind="unreadable",
+                    path=str(here / name),
+                    nbytes=0,
+                )
 
 
 def _unit(path: Path, id_: str) -> Unit:
@@ -109,8 +116,9 @@ def _unit(path: Path, id_: str) -> Unit:
     except OSError:
         return Unit(id=_clean(id_), kind="unreadable", path=str(path), nbytes=0)
     kind = formats.kind_of(path) if stat.S_ISREG(info.st_mode) else "special"
-    return Unit(id=_clean(id_), kind=kind, path=str(path), nbytes=info.st_size,
-                stamp=f"{info.st_size}-{info.st_mtime_ns}")
+    return Unit(
+        id=_clean(id_), kind=kind, path=str(path), nbytes=info.st_size, stamp=f"{info.st_size}-{info.st_mtime_ns}"
+    )
 
 
 def _clean(name: str) -> str:
@@ -147,6 +155,7 @@ def _limited(units: list[Unit], limit: int) -> list[Unit]:
 
 def require_hub() -> None:
     import importlib.util
+
     if importlib.util.find_spec("datasets") is None:
         raise MissingExtra("datasets", "hub", "reading hub:NAME")
 
@@ -183,13 +192,16 @@ def _hub(unit: Unit, config: ReadConfig) -> Iterator[Document | Drop]:
     """Records of `NAME[:CONFIG][@SPLIT]`, streamed; the whole set is never on disk or in memory."""
     require_hub()
     import datasets
+
     name, _, split = unit.path.partition("@")
     name, _, subset = name.partition(":")
     try:
         rows = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
     except Exception as error:  # the library raises its own, the hub's and the network's
-        raise UserError(f"hub:{unit.path} cannot be opened: {_short(error)}. Write hub:NAME, "
-                        "hub:NAME:CONFIG or hub:NAME@SPLIT, and check the name and the network") from None
+        raise UserError(
+            f"hub:{unit.path} cannot be opened: {_short(error)}. Write hub:NAME, "
+            "hub:NAME:CONFIG or hub:NAME@SPLIT, and check the name and the network"
+        ) from None
     size = 0
     for i, row in enumerate(rows):
         item = formats.record(dict(row), f"{unit.id}#{i}", unit.id, config)

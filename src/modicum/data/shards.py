@@ -32,8 +32,8 @@ from modicum.core.files import atomic_file, fingerprint, read_json, sha256, writ
 from modicum.data.document import Document
 from modicum.data.tokenizer import Tokenizer
 
-BATCH_BYTES = 1 << 20   # text encoded at once
-METADATA = "URL: {}\n\n"   # Gao et al. 2025, arXiv:2501.01956, section 2
+BATCH_BYTES = 1 << 20  # text encoded at once
+METADATA = "URL: {}\n\n"  # Gao et al. 2025, arXiv:2501.01956, section 2
 BESIDE: dict[str, np.dtype[Any]] = {"quality": np.dtype("<f4"), "site": np.dtype("<i4")}
 
 
@@ -44,19 +44,26 @@ class Documents(Protocol):
     def domains(self) -> list[str]: ...
     def documents(self, domain: str) -> int:
         """Number of documents."""
+
     def lengths(self, domain: str) -> np.ndarray:
         """int64 [documents]: stored tokens of each."""
+
     def tokens(self, domain: str, i: int) -> np.ndarray:
         """Stored token ids of document i, a view."""
+
     def loss_start(self, domain: str, i: int) -> int:
         """How many leading tokens of document i are given rather than learnt (1 = only the start token)."""
+
     def metadata(self, domain: str, i: int) -> np.ndarray:
         """Token ids of what is known of document i besides its text. Raises UserError if nothing was kept."""
+
     def quality(self, domain: str) -> np.ndarray:
         """float32 [documents]: scores, NaN where unknown. Raises UserError if none were kept."""
+
     @property
     def reserved(self) -> int:
         """Ids at the vocabulary's end that no text uses."""
+
     @property
     def fingerprint(self) -> str: ...
 
@@ -67,8 +74,7 @@ def folder_of(domain: str) -> str:
     return name.replace(".", "%2E", 1) if name.startswith(".") else name
 
 
-def write_part(folder: str | Path, part: int, documents: Iterable[Document],
-               tokenizer: Tokenizer) -> dict[str, Any]:
+def write_part(folder: str | Path, part: int, documents: Iterable[Document], tokenizer: Tokenizer) -> dict[str, Any]:
     """Encode one part of a corpus: one .bin and .idx per domain. Gives the manifest's entries by domain.
 
     Memory is that of the part's index, 16 bytes a document.
@@ -102,9 +108,14 @@ def write_part(folder: str | Path, part: int, documents: Iterable[Document],
         rows = index[domain]
         with atomic_file(f"{stem}.idx") as file:
             file.write(np.asarray(rows, "<i8").data)
-        entries[domain] = {"file": f"{folder_of(domain)}/{part:05d}", "documents": len(rows) // 2 - 1,
-                           "tokens": rows[-2], "bytes": rows[-1],
-                           "sha256": sha256(f"{stem}.bin"), "index_sha256": sha256(f"{stem}.idx")}
+        entries[domain] = {
+            "file": f"{folder_of(domain)}/{part:05d}",
+            "documents": len(rows) // 2 - 1,
+            "tokens": rows[-2],
+            "bytes": rows[-1],
+            "sha256": sha256(f"{stem}.bin"),
+            "index_sha256": sha256(f"{stem}.idx"),
+        }
         told = tokenizer.encode_batch([METADATA.format(name) for name in sites[domain]], specials=False)
         write_json(f"{stem}.sites.json", dict(zip(sites[domain], told, strict=True)))
         entries[domain]["sites_sha256"] = sha256(f"{stem}.sites.json")
@@ -130,8 +141,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def write_manifest(folder: str | Path, parts: Iterable[Mapping[str, Any]],
-                   tokenizer: Tokenizer) -> dict[str, Any]:
+def write_manifest(folder: str | Path, parts: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> dict[str, Any]:
     """Join the parts' entries (in order) into manifest.json, which makes the folder whole."""
     domains: dict[str, dict[str, Any]] = {}
     for part in parts:
@@ -140,10 +150,16 @@ def write_manifest(folder: str | Path, parts: Iterable[Mapping[str, Any]],
             for count in ("documents", "tokens", "bytes"):
                 total[count] += entry[count]
             total["shards"].append(dict(entry))
-    manifest = {"version": 1, "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
-                "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
-                "start_id": tokenizer.start_id, "eos_id": tokenizer.eos_id, "reserved": tokenizer.reserved,
-                "domains": dict(sorted(domains.items()))}
+    manifest = {
+        "version": 1,
+        "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "start_id": tokenizer.start_id,
+        "eos_id": tokenizer.eos_id,
+        "reserved": tokenizer.reserved,
+        "domains": dict(sorted(domains.items())),
+    }
     write_json(Path(folder) / "manifest.json", manifest)
     return manifest
 
@@ -161,13 +177,17 @@ class TokenShards:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         if not path.is_file():
-            raise UserError(f"{folder} has no manifest.json: not token shards, or unfinished; "
-                            "type: modicum curate SOURCE --out FOLDER, then give FOLDER/tokens/train")
+            raise UserError(
+                f"{folder} has no manifest.json: not token shards, or unfinished; "
+                "type: modicum curate SOURCE --out FOLDER, then give FOLDER/tokens/train"
+            )
         try:
             self.manifest = read_json(path)
             self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
-            self._shards = {d: [_Shard(self.folder / s["file"], s, self.dtype) for s in entry["shards"]]
-                            for d, entry in self.manifest["domains"].items()}
+            self._shards = {
+                d: [_Shard(self.folder / s["file"], s, self.dtype) for s in entry["shards"]]
+                for d, entry in self.manifest["domains"].items()
+            }
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptError(f"{path} is damaged ({type(error).__name__}: {error}); curate again") from None
         self._first = {d: np.cumsum([0] + [s.documents for s in parts]) for d, parts in self._shards.items()}
@@ -200,7 +220,7 @@ class TokenShards:
 
     def tokens(self, domain: str, i: int) -> np.ndarray:
         shard, row = self._find(domain, i)
-        return shard.tokens[shard.index[row, 0]:shard.index[row + 1, 0]]
+        return shard.tokens[shard.index[row, 0] : shard.index[row + 1, 0]]
 
     def text_bytes(self, domain: str, i: int) -> int:
         """UTF-8 bytes of document i's text."""
@@ -222,8 +242,14 @@ class TokenShards:
     def quality(self, domain: str) -> np.ndarray:
         if not any("quality_sha256" in shard.entry for shard in self._shards[domain]):
             raise no_scores(domain)
-        return np.concatenate([shard.beside("quality") if "quality_sha256" in shard.entry else
-                               np.full(shard.documents, np.nan, np.float32) for shard in self._shards[domain]])
+        return np.concatenate(
+            [
+                shard.beside("quality")
+                if "quality_sha256" in shard.entry
+                else np.full(shard.documents, np.nan, np.float32)
+                for shard in self._shards[domain]
+            ]
+        )
 
     def _find(self, domain: str, i: int) -> tuple[_Shard, int]:
         first = self._first[domain]
@@ -236,8 +262,13 @@ class TokenShards:
         """Recompute every checksum. Raises CorruptError naming the first file that differs."""
         for shards in self._shards.values():
             for shard in shards:
-                for suffix, key in ((".bin", "sha256"), (".idx", "index_sha256"), (".site", "site_sha256"),
-                                    (".sites.json", "sites_sha256"), (".quality", "quality_sha256")):
+                for suffix, key in (
+                    (".bin", "sha256"),
+                    (".idx", "index_sha256"),
+                    (".site", "site_sha256"),
+                    (".sites.json", "sites_sha256"),
+                    (".quality", "quality_sha256"),
+                ):
                     path = shard.stem.with_name(shard.stem.name + suffix)
                     if key in shard.entry and sha256(path) != shard.entry[key]:
                         raise CorruptError(f"{path} does not match its checksum; curate again")
@@ -257,8 +288,10 @@ class _Shard:
         """One figure a document: "quality" or "site"."""
         if name not in self.kept:
             if f"{name}_sha256" not in self.entry:
-                raise UserError(f"{self.stem.parent} keeps no {name} of its documents: it was curated before "
-                                "that was done; curate again into another folder")
+                raise UserError(
+                    f"{self.stem.parent} keeps no {name} of its documents: it was curated before "
+                    "that was done; curate again into another folder"
+                )
             path = self.stem.with_name(f"{self.stem.name}.{name}")
             self.kept[name] = _mapped(path, BESIDE[name], self.documents)
         return self.kept[name]
@@ -274,8 +307,10 @@ class _Shard:
 
 
 def no_scores(domain: str) -> UserError:
-    return UserError(f"the documents of {domain!r} have no quality scores, so there is no order by them; give records "
-                     'with a number in "quality" (JSONL, Parquet), or curate with the step `score`')
+    return UserError(
+        f"the documents of {domain!r} have no quality scores, so there is no order by them; give records "
+        'with a number in "quality" (JSONL, Parquet), or curate with the step `score`'
+    )
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
@@ -294,9 +329,14 @@ class MemoryDocuments:
     document's}; quality: {domain: score of each}; reserved: ids at the vocabulary's end that no text uses.
     """
 
-    def __init__(self, examples: Mapping[str, Iterable[tuple[Iterable[int], int]]], *,
-                 metadata: Mapping[str, Iterable[Iterable[int]]] | None = None,
-                 quality: Mapping[str, Iterable[float]] | None = None, reserved: int = 0):
+    def __init__(
+        self,
+        examples: Mapping[str, Iterable[tuple[Iterable[int], int]]],
+        *,
+        metadata: Mapping[str, Iterable[Iterable[int]]] | None = None,
+        quality: Mapping[str, Iterable[float]] | None = None,
+        reserved: int = 0,
+    ):
         self.reserved = reserved
         self._metadata = {d: [np.fromiter(ids, np.int64) for ids in rows] for d, rows in (metadata or {}).items()}
         self._quality = {d: np.fromiter(scores, np.float32) for d, scores in (quality or {}).items()}
@@ -313,8 +353,12 @@ class MemoryDocuments:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint({d: [(t.tolist(), s) for t, s in zip(rows, self._starts[d], strict=True)]
-                            for d, rows in self._tokens.items()})
+        return fingerprint(
+            {
+                d: [(t.tolist(), s) for t, s in zip(rows, self._starts[d], strict=True)]
+                for d, rows in self._tokens.items()
+            }
+        )
 
     def documents(self, domain: str) -> int:
         return len(self._tokens[domain])

@@ -27,7 +27,7 @@ def heldout_rows(keys_N: np.ndarray, sizes_N: np.ndarray, share: float, most_byt
     while at < len(keys) and room > 0:
         run = np.cumsum(sizes[at:])
         fits = int(np.searchsorted(run, room, side="right"))
-        chosen[at:at + fits] = True
+        chosen[at : at + fits] = True
         room -= int(run[fits - 1]) if fits else 0
         at += fits + 1
         smallest = int(sizes[at:].min()) if at < len(keys) else 0

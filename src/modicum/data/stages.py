@@ -29,21 +29,31 @@ if TYPE_CHECKING:
     from modicum.data.curate import CurateConfig
 
 SPLITS = ("train", "heldout")
-LEAST_GROUP, LARGEST_GROUP = 4 << 20, 256 << 20   # bytes; about 1024 groups in between
+LEAST_GROUP, LARGEST_GROUP = 4 << 20, 256 << 20  # bytes; about 1024 groups in between
 
 
 class Run:
     """One curation of `units` into `folder`, with its markers in `work`. own: a given tokenizer."""
 
-    def __init__(self, units: list[Unit], folder: Path, work: Path, config: CurateConfig, *,
-                 choices: list[Choice], own: Tokenizer | None, events: Events, machine: engines.Engine,
-                 sources: Sequence[str]):
+    def __init__(
+        self,
+        units: list[Unit],
+        folder: Path,
+        work: Path,
+        config: CurateConfig,
+        *,
+        choices: list[Choice],
+        own: Tokenizer | None,
+        events: Events,
+        machine: engines.Engine,
+        sources: Sequence[str],
+    ):
         self.units, self.folder, self.work, self.config = units, folder, work, config
         self.choices, self.own, self.events = choices, own, events
         self.machine, self.sources = machine, sources
         self.books: list[pipeline.Book] = []
         self.drop_files: list[Path] = []
-        self.split_bytes: list[dict[str, int]] = []   # text bytes of each part by split
+        self.split_bytes: list[dict[str, int]] = []  # text bytes of each part by split
         self.start = time.monotonic()
 
     def all(self) -> dict[str, Any]:
@@ -56,8 +66,9 @@ class Run:
         manifests = self._tokenize(tokenizer)
         return self._books(tokenizer, manifests)
 
-    def _tasks(self, label: str, function: str, tasks: list[dict[str, Any]],
-               weights: Sequence[float]) -> list[dict[str, Any]]:
+    def _tasks(
+        self, label: str, function: str, tasks: list[dict[str, Any]], weights: Sequence[float]
+    ) -> list[dict[str, Any]]:
         """Results of tasks, those with a marker (`stem`.json) read from it."""
         results: list[dict[str, Any] | None] = [pipeline.finished(Path(t["stem"])) for t in tasks]
         todo = [i for i, result in enumerate(results) if result is None]
@@ -80,16 +91,22 @@ class Run:
             stems = [place / f"part-{g:05d}" for g in range(len(groups))]
             tasks = []
             for g, stem in enumerate(stems):
-                task: dict[str, Any] = {"stem": str(stem.resolve()), "seed": self.config.seed,
-                                        "steps": [_choice(c) for c in line],
-                                        "signature": _choice(corpus) if corpus else None}
+                task: dict[str, Any] = {
+                    "stem": str(stem.resolve()),
+                    "seed": self.config.seed,
+                    "steps": [_choice(c) for c in line],
+                    "signature": _choice(corpus) if corpus else None,
+                }
                 if number == 0:
                     task |= {"units": [u.as_dict() for u in groups[g]], "read": asdict(self.config.read)}
                 else:
                     task |= {"input": f"{before[g].resolve()}.parquet", "decisions": str(decisions[g])}
                 tasks.append(task)
-            what = ", ".join(["read"] * (number == 0) + [c.method for c in line]
-                             + ([f"{corpus.method} signatures"] if corpus else ["decisions"] * (not line)))
+            what = ", ".join(
+                ["read"] * (number == 0)
+                + [c.method for c in line]
+                + ([f"{corpus.method} signatures"] if corpus else ["decisions"] * (not line))
+            )
             results = self._tasks(f"curate: {what}", "modicum.data.pipeline:run_group", tasks, weights)
             books: dict[int, pipeline.Book] = {}
             for result in results:
@@ -123,8 +140,10 @@ class Run:
                 del signatures
                 (place / "signatures.bin").unlink()
             for g, path in enumerate(paths):
-                write_json(path, {str(i - int(first[g])): list(drops[i]) for i in sorted(drops)
-                                  if first[g] <= i < first[g + 1]})
+                write_json(
+                    path,
+                    {str(i - int(first[g])): list(drops[i]) for i in sorted(drops) if first[g] <= i < first[g + 1]},
+                )
         for g, path in enumerate(paths):
             ids = None
             lines = []
@@ -151,18 +170,26 @@ class Run:
             shutil.rmtree(self.work, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
-            raise UserError(f"nothing is left of {', '.join(self.sources)} to learn from (dropped: {why}); "
-                            "give other files, or fewer --steps")
+            raise UserError(
+                f"nothing is left of {', '.join(self.sources)} to learn from (dropped: {why}); "
+                "give other files, or fewer --steps"
+            )
         held = heldout_rows(keys, sizes, self.config.heldout, self.config.heldout_bytes)
         place = self.work / "split"
         place.mkdir(exist_ok=True)
         at, tasks, weights = 0, [], []
         for g, stem in enumerate(stems):
             n = len(pipeline.load_figures([stem], "sizes"))
-            tasks.append({"input": f"{stem.resolve()}.parquet", "part": g, "out": str(self.folder.resolve()),
-                          "heldout": np.flatnonzero(held[at:at + n]).tolist(),
-                          "stem": str((place / f"part-{g:05d}").resolve())})
-            weights.append(float(sizes[at:at + n].sum()))
+            tasks.append(
+                {
+                    "input": f"{stem.resolve()}.parquet",
+                    "part": g,
+                    "out": str(self.folder.resolve()),
+                    "heldout": np.flatnonzero(held[at : at + n]).tolist(),
+                    "stem": str((place / f"part-{g:05d}").resolve()),
+                }
+            )
+            weights.append(float(sizes[at : at + n].sum()))
             at += n
         results = self._tasks("curate: held-out split", "modicum.data.stages:write_split", tasks, weights)
         self.split_bytes = [result["bytes"] for result in results]
@@ -172,17 +199,18 @@ class Run:
         if self.own is not None:
             self.own.save(self.folder)
             return self.own
-        if (self.folder / "tokenizer_config.json").is_file():   # written second
+        if (self.folder / "tokenizer_config.json").is_file():  # written second
             return Tokenizer.load(self.folder)
         keys, sizes = pipeline.load_figures(stems, "keys"), pipeline.load_figures(stems, "sizes")
         chosen = np.zeros(len(keys), bool)
-        order = np.argsort(keys, kind="stable")[::-1]   # from the other end than the held-out documents
+        order = np.argsort(keys, kind="stable")[::-1]  # from the other end than the held-out documents
         order = order[~held[order]]
-        chosen[order[:1 + int(np.searchsorted(np.cumsum(sizes[order]), self.config.tokenizer_bytes))]] = True
+        chosen[order[: 1 + int(np.searchsorted(np.cumsum(sizes[order]), self.config.tokenizer_bytes))]] = True
 
         left = self.config.tokenizer_bytes
         total = float(min(left, int(sizes[chosen].sum())))
         with self.events.progress("curate: tokenizer", total, "B") as progress:
+
             def texts(left: int) -> Iterator[str]:
                 documents = (d for s in stems for d in pipeline.undecided(f"{s}.parquet", None))
                 for document, wanted in zip(documents, chosen, strict=True):
@@ -203,14 +231,21 @@ class Run:
             place.mkdir(exist_ok=True)
             files = document_files(self.folder, split)
             sizes = [float(self.split_bytes[int(f.stem.split("-")[1])][split]) for f in files]
-            tasks = [{"input": str(f.resolve()), "part": int(f.stem.split("-")[1]),
-                      "out": str((self.folder / "tokens" / split).resolve()),
-                      "tokenizer": str(self.folder.resolve()),
-                      "stem": str((place / f.stem).resolve())} for f in files]
+            tasks = [
+                {
+                    "input": str(f.resolve()),
+                    "part": int(f.stem.split("-")[1]),
+                    "out": str((self.folder / "tokens" / split).resolve()),
+                    "tokenizer": str(self.folder.resolve()),
+                    "stem": str((place / f.stem).resolve()),
+                }
+                for f in files
+            ]
             label = f"curate: tokens, {split}"
             entries = self._tasks(label, "modicum.data.stages:tokenize_part", tasks, sizes)
-            manifests[split] = write_manifest(self.folder / "tokens" / split, [e["domains"] for e in entries],
-                                              tokenizer)
+            manifests[split] = write_manifest(
+                self.folder / "tokens" / split, [e["domains"] for e in entries], tokenizer
+            )
         return manifests
 
     def _books(self, tokenizer: Tokenizer, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -222,17 +257,27 @@ class Run:
                         shutil.copyfileobj(file, out)
         splits: dict[str, dict[str, Any]] = {}
         for split, manifest in manifests.items():
-            domains = {name: {k: v for k, v in entry.items() if k != "shards"}
-                       for name, entry in manifest["domains"].items()}
+            domains = {
+                name: {k: v for k, v in entry.items() if k != "shards"} for name, entry in manifest["domains"].items()
+            }
             splits[split] = {k: sum(d[k] for d in domains.values()) for k in ("documents", "bytes", "tokens")}
             splits[split]["domains"] = domains
-        return {"sources": list(self.sources),
-                "steps": [b.as_dict() for b in self.books], "splits": splits,
-                 "heldout": {"by": "hash of document id", "share": self.config.heldout,
-                             "most_bytes": self.config.heldout_bytes},
-                 "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
-                               "trained": self.own is None},
-                 "seconds": round(time.monotonic() - self.start, 3)}
+        return {
+            "sources": list(self.sources),
+            "steps": [b.as_dict() for b in self.books],
+            "splits": splits,
+            "heldout": {
+                "by": "hash of document id",
+                "share": self.config.heldout,
+                "most_bytes": self.config.heldout_bytes,
+            },
+            "tokenizer": {
+                "fingerprint": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "trained": self.own is None,
+            },
+            "seconds": round(time.monotonic() - self.start, 3),
+        }
 
 
 def _choice(choice: Choice) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from modicum.data.shards import Documents
 NO_LOSS = -100
 ORDERS = ("shuffled", "quality", "stored")
 NOTHING = np.zeros(0, np.int64)
-GRADE = 256   # stretches of one grade of quality
+GRADE = 256  # stretches of one grade of quality
 
 
 class EndOfData(UserError):
@@ -89,7 +89,7 @@ class _Domain:
     served: int = 0
     credit: float = 0.0
     order: np.ndarray | None = None
-    scores: np.ndarray | None = None   # of its documents
+    scores: np.ndarray | None = None  # of its documents
 
     @property
     def stretches(self) -> int:
@@ -116,9 +116,21 @@ class Stream:
     next row. At most half a row's worth of it.
     """
 
-    def __init__(self, shards: Documents, mixture: Any = "natural", packing: Any = "concat", *,
-                 sequence_length: int, seed: int = 0, epochs: int | None = None, total: float | None = None,
-                 shuffle: bool = True, stretch: int | None = None, order: str = "shuffled", metadata: float = 0.0):
+    def __init__(
+        self,
+        shards: Documents,
+        mixture: Any = "natural",
+        packing: Any = "concat",
+        *,
+        sequence_length: int,
+        seed: int = 0,
+        epochs: int | None = None,
+        total: float | None = None,
+        shuffle: bool = True,
+        stretch: int | None = None,
+        order: str = "shuffled",
+        metadata: float = 0.0,
+    ):
         if sequence_length < 1:
             raise UserError(f"sequence_length={sequence_length} must be at least 1")
         if order not in ORDERS:
@@ -128,8 +140,8 @@ class Stream:
         self.shards, self.sequence_length, self.seed = shards, sequence_length, seed
         self.epochs, self.total, self.metadata = epochs, total, metadata
         self.order = order if shuffle else "stored"
-        self.horizon = total      # of the order by quality: a longer run goes on in the order it began with
-        self.places = 0           # given in rows so far, padding and metadata included
+        self.horizon = total  # of the order by quality: a longer run goes on in the order it began with
+        self.places = 0  # given in rows so far, padding and metadata included
         self.stretch = stretch or sequence_length
         self.domains: dict[str, _Domain] = {}
         for name in shards.domains:
@@ -143,9 +155,11 @@ class Stream:
         self.packing: Packing = registry.build("packing", packing)
         self.pending: list[Piece] = []
         if metadata > 0 and (total is None or not self.packing.masks_documents or sequence_length < 2):
-            raise UserError("metadata before each document needs the run's length (total), rows of two tokens or more, "
-                            "and documents that do not see each other; choose packing concat:mask=true")
-        for name, domain in self.domains.items():    # what is missing is told before the run, not in it
+            raise UserError(
+                "metadata before each document needs the run's length (total), rows of two tokens or more, "
+                "and documents that do not see each other; choose packing concat:mask=true"
+            )
+        for name, domain in self.domains.items():  # what is missing is told before the run, not in it
             if self.order == "quality":
                 domain.scores = np.nan_to_num(shards.quality(name), nan=-np.inf)
             if metadata > 0:
@@ -197,8 +211,11 @@ class Stream:
     def _draw(self) -> Piece | None:
         """The next stretch: of the domain with the most credit."""
         weights = self.mixture.weights(sum(d.served for d in self.domains.values()), self.total)
-        open_ = [d for d in self.domains.values()
-                 if weights.get(d.name, 0) > 0 and (self.epochs is None or d.epoch < self.epochs)]
+        open_ = [
+            d
+            for d in self.domains.values()
+            if weights.get(d.name, 0) > 0 and (self.epochs is None or d.epoch < self.epochs)
+        ]
         if not open_:
             return None
         chosen = max(open_, key=lambda d: d.credit)
@@ -228,24 +245,26 @@ class Stream:
                 stored = self.shards.tokens(piece.domain, piece.document)
                 begin = at + len(lead)
                 stop, end = piece.start + piece.length, begin + piece.length
-                tokens[count, begin:end] = stored[piece.start:stop]
-                if len(lead):   # where the document begins, its start token stays in front of all
+                tokens[count, begin:end] = stored[piece.start : stop]
+                if len(lead):  # where the document begins, its start token stays in front of all
                     opening = int(piece.start == 0)
                     tokens[count, at] = stored[0]
-                    tokens[count, at + opening:begin + opening] = lead
-                targets[count, begin:end] = stored[piece.start + 1:stop + 1]
+                    tokens[count, at + opening : begin + opening] = lead
+                targets[count, begin:end] = stored[piece.start + 1 : stop + 1]
                 given = self.shards.loss_start(piece.domain, piece.document) - 1 - piece.start
                 if given > 0:
-                    targets[count, begin:min(begin + given, end)] = NO_LOSS
+                    targets[count, begin : min(begin + given, end)] = NO_LOSS
                 documents[count, at:end] = k
-                positions[count, at:end] = ramp[:end - at]
+                positions[count, at:end] = ramp[: end - at]
                 self.domains[piece.domain].served += piece.length
                 at = end
             self.places += T
             count += 1
         if count == 0:
-            raise EndOfData(f"the data ended after {self.done} tokens ({self.epochs} epochs of "
-                            f"{self.epoch_tokens}); ask for more epochs, or for fewer tokens")
+            raise EndOfData(
+                f"the data ended after {self.done} tokens ({self.epochs} epochs of "
+                f"{self.epoch_tokens}); ask for more epochs, or for fewer tokens"
+            )
         masks = self.packing.masks_documents
         if not masks:
             positions[:] = ramp
@@ -261,9 +280,9 @@ class Stream:
             return [(NOTHING, piece) for piece in row]
         room, fitted = self.sequence_length, []
         for k, piece in enumerate(row):
-            lead = self.shards.metadata(piece.domain, piece.document)[:self.sequence_length // 2]
+            lead = self.shards.metadata(piece.domain, piece.document)[: self.sequence_length // 2]
             room -= len(lead)
-            late = row[k + 1:]
+            late = row[k + 1 :]
             if room < piece.length:
                 if room > 0:
                     piece, rest = piece.split(room)
@@ -289,11 +308,27 @@ class Stream:
     def state(self) -> dict[str, Any]:
         """JSON-able place: per domain its epoch, stretches drawn in it and tokens consumed in all, and the
         pieces of documents that were drawn and not consumed yet ([domain, document, start, length])."""
-        domains = {d.name: {"epoch": d.epoch, "drawn": d.drawn, "tokens": d.served, "credit": d.credit,
-                            "of": [len(d.lengths), self.sizes[d.name]]} for d in self.domains.values()}
-        return {"version": 2, "stretch": self.stretch, "seed": self.seed, "shuffle": self.order != "stored",
-                "order": self.order, "horizon": self.horizon, "places": self.places, "domains": domains,
-                "pending": [list(p) for p in self.pending]}
+        domains = {
+            d.name: {
+                "epoch": d.epoch,
+                "drawn": d.drawn,
+                "tokens": d.served,
+                "credit": d.credit,
+                "of": [len(d.lengths), self.sizes[d.name]],
+            }
+            for d in self.domains.values()
+        }
+        return {
+            "version": 2,
+            "stretch": self.stretch,
+            "seed": self.seed,
+            "shuffle": self.order != "stored",
+            "order": self.order,
+            "horizon": self.horizon,
+            "places": self.places,
+            "domains": domains,
+            "pending": [list(p) for p in self.pending],
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`, whose seed and stretch hold. Mixture, packing, sequence length may have changed.
@@ -305,12 +340,16 @@ class Stream:
             if domain is None or [len(domain.lengths), self.sizes[name]] != list(saved["of"]):
                 had = "{} documents, {} tokens".format(*saved["of"])
                 have = "is gone" if domain is None else f"has {len(domain.lengths)}, {self.sizes[name]}"
-                raise UserError(f"cannot go on: domain {name!r} had {had} and now {have}; "
-                                "give the same data, or start a new run folder")
+                raise UserError(
+                    f"cannot go on: domain {name!r} had {had} and now {have}; "
+                    "give the same data, or start a new run folder"
+                )
         order = state.get("order", "shuffled" if state["shuffle"] else "stored")
         if (order == "quality") != (self.order == "quality"):
-            raise UserError(f"cannot go on: the stream was in {order} order and is now asked for {self.order}; "
-                            "give the same schedule, or start a new run folder")
+            raise UserError(
+                f"cannot go on: the stream was in {order} order and is now asked for {self.order}; "
+                "give the same schedule, or start a new run folder"
+            )
         self.seed, self.order, self.stretch = state["seed"], order, state["stretch"]
         self.horizon = state.get("horizon", self.horizon)
         self.places = state.get("places", sum(d["tokens"] for d in state["domains"].values()))

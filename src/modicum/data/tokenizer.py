@@ -23,16 +23,22 @@ if TYPE_CHECKING:
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 SPECIALS = (EOS, PAD, *ROLES)
-RESERVED = "<|reserved_{}|>"   # counted from the last id of the vocabulary downwards
+RESERVED = "<|reserved_{}|>"  # counted from the last id of the vocabulary downwards
 # Words with their leading space, numbers in threes, runs of punctuation, runs of line ends and spaces:
 # an indentation stays one piece and no merge crosses from a word into punctuation.
-SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-CHAT = ("{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
-PLAIN_CHAT = ("{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n"
-              "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
+SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+PLAIN_CHAT = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 
 
 class Tokenizer:
@@ -43,9 +49,17 @@ class Tokenizer:
     with in the shards: the bos, or else the eos. stop_ids end a generation.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, eos: str, bos: str | None = None,
-                 pad: str | None = None, template: str | None = None, settings: dict[str, Any] | None = None,
-                 stop_ids: Sequence[int] = ()):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos: str,
+        bos: str | None = None,
+        pad: str | None = None,
+        template: str | None = None,
+        settings: dict[str, Any] | None = None,
+        stop_ids: Sequence[int] = (),
+    ):
         self.backend = backend
         self.eos_token, self.bos_token, self.pad_token = eos, bos, pad or eos
         self.template = template
@@ -101,8 +115,9 @@ class Tokenizer:
         """
         return list(self._side(specials).encode(text, add_special_tokens=add_special).ids)
 
-    def encode_batch(self, texts: Sequence[str], *, specials: bool = True,
-                     add_special: bool = False) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, specials: bool = True, add_special: bool = False
+    ) -> list[list[int]]:
         encoded = self._side(specials).encode_batch_fast(list(texts), add_special_tokens=add_special)
         return [list(e.ids) for e in encoded]
 
@@ -116,25 +131,35 @@ class Tokenizer:
         add_special=False. Raises UserError where the template refuses the messages.
         """
         import jinja2
+
         template = self.template
         if template is None:
             template = CHAT if all(self.backend.token_to_id(r) is not None for r in ROLES) else PLAIN_CHAT
         try:
-            return str(_compiled(template).render(messages=list(messages), add_generation_prompt=generate,
-                                                  eos_token=self.eos_token, bos_token=self.bos_token or "",
-                                                  pad_token=self.pad_token, **variables))
+            return str(
+                _compiled(template).render(
+                    messages=list(messages),
+                    add_generation_prompt=generate,
+                    eos_token=self.eos_token,
+                    bos_token=self.bos_token or "",
+                    pad_token=self.pad_token,
+                    **variables,
+                )
+            )
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template does not accept these messages: {error}") from None
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise UserError(f"the chat template failed on these messages ({type(error).__name__}: {error})") \
-                from None
+            raise UserError(f"the chat template failed on these messages ({type(error).__name__}: {error})") from None
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, each whole or not at all."""
         folder = Path(folder)
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                    "model_max_length": 1 << 20} | self.settings
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 1 << 20,
+        } | self.settings
         settings |= {"eos_token": self.eos_token, "bos_token": self.bos_token, "pad_token": self.pad_token}
         if self.template is not None:
             settings["chat_template"] = self.template
@@ -144,11 +169,14 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         """From any folder with a tokenizer.json. Raises UserError or CorruptError."""
         import tokenizers
+
         folder = Path(folder)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise UserError(f"{folder} has no tokenizer.json; give a folder with one (a model's folder, "
-                            "or the output of: modicum curate SOURCE --out FOLDER)")
+            raise UserError(
+                f"{folder} has no tokenizer.json; give a folder with one (a model's folder, "
+                "or the output of: modicum curate SOURCE --out FOLDER)"
+            )
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
@@ -171,15 +199,24 @@ class Tokenizer:
                 value = backend.id_to_token(number) if isinstance(number, int) and number >= 0 else None
             return value if value is not None and backend.token_to_id(value) is not None else None
 
-        eos = token("eos") or next((t for t in (EOS, "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
-                                    if backend.token_to_id(t) is not None), None)
+        eos = token("eos") or next(
+            (t for t in (EOS, "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>") if backend.token_to_id(t) is not None),
+            None,
+        )
         if eos is None:
             raise UserError(f"{folder} has no end-of-text token; name its eos_token in tokenizer_config.json")
         stops = config.get("eos_token_id")
         stops = [s for s in (stops if isinstance(stops, list) else [stops]) if isinstance(s, int) and s >= 0]
         kept = {k: v for k, v in settings.items() if k not in ("chat_template", "added_tokens_decoder")}
-        return cls(backend, eos=eos, bos=token("bos"), pad=token("pad"), template=_template(folder, settings),
-                   settings=kept, stop_ids=stops)
+        return cls(
+            backend,
+            eos=eos,
+            bos=token("bos"),
+            pad=token("pad"),
+            template=_template(folder, settings),
+            settings=kept,
+            stop_ids=stops,
+        )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 8192, reserved: int = 0) -> Tokenizer:
@@ -190,20 +227,30 @@ class Tokenizer:
         """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
+
         if reserved < 0:
             raise UserError(f"reserved={reserved} must be a number of tokens, 0 or more")
         least = 256 + len(SPECIALS) + reserved
         if vocab_size < least:
-            raise UserError(f"vocab_size={vocab_size} is too small; it must be at least {least} "
-                            f"(256 bytes and {len(SPECIALS) + reserved} special tokens)")
+            raise UserError(
+                f"vocab_size={vocab_size} is too small; it must be at least {least} "
+                f"(256 bytes and {len(SPECIALS) + reserved} special tokens)"
+            )
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         backend.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size - reserved, special_tokens=list(SPECIALS),
-                                      initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - reserved,
+            special_tokens=list(SPECIALS),
+            initial_alphabet=alphabet,
+            show_progress=False,
+        )
         backend.train_from_iterator(texts, trainer)
         backend.add_special_tokens([RESERVED.format(i) for i in reversed(range(reserved))])
         return cls(backend, eos=EOS, pad=PAD, template=CHAT)
@@ -256,9 +303,9 @@ def _sandbox() -> Any:
         raise jinja2.TemplateError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
-    environment.filters["tojson"] = lambda value, indent=None, **_: json.dumps(value, ensure_ascii=False,
-                                                                               indent=indent)
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = lambda value, indent=None, **_: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment

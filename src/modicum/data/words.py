@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-PRIME = 0x100000001B3   # odd, so that it has an inverse modulo 2^64
+PRIME = 0x100000001B3  # odd, so that it has an inverse modulo 2^64
 TABLE = 0x3000
 # Ranges whose characters are words by themselves: kana, Han; beyond the basic plane, more Han.
 SINGLE = ((0x3040, 0xABFF), (0x20000, 0x3FFFF))
@@ -55,7 +55,7 @@ def word_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
     # H(word) = sum of c_i p^(i - start), from prefix sums of c_i p^i; other characters add nothing.
     powers, inverse = _powers(max(1 << 12, 1 << (len(points) - 1).bit_length()))
     values = np.where(word, points.astype(np.uint64) + np.uint64(1), np.uint64(0))
-    prefix = np.concatenate([[np.uint64(0)], np.cumsum(values * powers[:len(points)], dtype=np.uint64)])
+    prefix = np.concatenate([[np.uint64(0)], np.cumsum(values * powers[: len(points)], dtype=np.uint64)])
     letters = np.concatenate([[0], np.cumsum(word)])
     return mix((prefix[ends] - prefix[starts]) * inverse[starts]), letters[ends] - letters[starts]
 
@@ -64,12 +64,15 @@ def word_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
 def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
     """p^i and p^-i modulo 2^64 for i < count."""
     first = np.ones(1, np.uint64)
-    return tuple(np.cumprod(np.concatenate([first, np.full(count - 1, p, np.uint64)]), dtype=np.uint64)
-                 for p in (PRIME, pow(PRIME, -1, 1 << 64)))  # type: ignore[return-value]
+    return tuple(
+        np.cumprod(np.concatenate([first, np.full(count - 1, p, np.uint64)]), dtype=np.uint64)
+        for p in (PRIME, pow(PRIME, -1, 1 << 64))
+    )  # type: ignore[return-value]
 
 
 @cache
 def _word_table() -> np.ndarray:
     """Which of the first characters belong to words; of those above, all do."""
-    return np.array([chr(i).isalnum() or chr(i) == "_" or unicodedata.category(chr(i))[0] == "M"
-                     for i in range(TABLE - 1)] + [True])
+    return np.array(
+        [chr(i).isalnum() or chr(i) == "_" or unicodedata.category(chr(i))[0] == "M" for i in range(TABLE - 1)] + [True]
+    )

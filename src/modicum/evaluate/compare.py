@@ -32,9 +32,7 @@ def paired_ratio(
     """The same for sum(a)/sum(size) - sum(b)/sum(size), such as bits per byte; error by paired bootstrap."""
     a, b, size = (np.asarray(v, dtype=float) for v in (a_N, b_N, size_N))
     if not a.shape == b.shape == size.shape or not len(a):
-        raise UserError(
-            f"a paired comparison needs the same documents of both models; got {len(a)} and {len(b)}"
-        )
+        raise UserError(f"a paired comparison needs the same documents of both models; got {len(a)} and {len(b)}")
     rng, found = np.random.default_rng(seed), []
     for _ in range(resamples if len(a) > 1 else 0):
         picked = rng.integers(len(a), size=len(a))
@@ -71,8 +69,7 @@ def compare(results_a: Sequence[Any], results_b: Sequence[Any]) -> list[dict[str
                 continue
             if name == "bits_per_byte":
                 bits_a, bits_b, size = (
-                    [float(pair[i][key]) for pair in pairs]
-                    for i, key in ((0, "bits"), (1, "bits"), (0, "bytes"))
+                    [float(pair[i][key]) for pair in pairs] for i, key in ((0, "bits"), (1, "bits"), (0, "bytes"))
                 )
                 said = paired_ratio(bits_a, bits_b, size)
             elif all(name in x and name in y for x, y in pairs):

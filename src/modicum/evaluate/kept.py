@@ -27,9 +27,7 @@ class Kept:
         self._events = Events(path, stage="eval")
         self._items: dict[str, Any] = {}
         if path is not None:
-            self._items = {
-                e["key"]: e["value"] for e in read_events(path, "item") if "key" in e and "value" in e
-            }
+            self._items = {e["key"]: e["value"] for e in read_events(path, "item") if "key" in e and "value" in e}
 
     def __contains__(self, key: str) -> bool:
         return key in self._items

@@ -76,9 +76,7 @@ def document_nats(
     limit = context_limit(model)
     length = sequence_length or limit
     if length > limit and model.config.position == "learned":
-        raise UserError(
-            f"sequence_length={length} exceeds the model's {limit} positions; give at most {limit}"
-        )
+        raise UserError(f"sequence_length={length} exceeds the model's {limit} positions; give at most {limit}")
     shared = int(overlap * length) if isinstance(overlap, float) and overlap < 1 else int(overlap)
     if not 0 <= shared < length:
         raise UserError(

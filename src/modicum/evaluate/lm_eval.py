@@ -60,9 +60,7 @@ class ModicumLM(LM):
     def tokenizer_name(self) -> str:
         return self.tokenizer.fingerprint
 
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.chat(chat_history, generate=add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -111,14 +109,9 @@ class ModicumLM(LM):
                     "this task asks for sampled text, the adapter generates greedily only; set "
                     "do_sample: false in the task's generation_kwargs"
                 )
-            stops = [
-                [s["until"]] if isinstance(s.get("until"), str) else list(s.get("until") or [])
-                for s in settings
-            ]
+            stops = [[s["until"]] if isinstance(s.get("until"), str) else list(s.get("until") or []) for s in settings]
             room = int(self.model.config.context_length) - 1
-            budgets = [
-                min(int(s.get("max_gen_toks", self.max_new_tokens)), max(room // 2, 1)) for s in settings
-            ]
+            budgets = [min(int(s.get("max_gen_toks", self.max_new_tokens)), max(room // 2, 1)) for s in settings]
             texts = greedy_replies(
                 self.model,
                 self.tokenizer,
@@ -153,9 +146,7 @@ def run_lm_eval(
     from modicum.evaluate.run import LM_EVAL, TaskResult
 
     if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(
-            f"--include-path {include_path} is no folder; give the one that holds your task's YAML"
-        )
+        raise UserError(f"--include-path {include_path} is no folder; give the one that holds your task's YAML")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # The harness's own thousands of files are read only if a name is not in the user's folder.
     manager = TaskManager(include_path=str(include_path), include_defaults=False) if include_path else None
@@ -201,9 +192,7 @@ def run_lm_eval(
                 for s in samples
             ]
             title = LM_EVAL + (name if list(members) == [name] else f"{name}/{member}")
-            metric = next(
-                (m for m in ("acc_norm", "acc", "exact_match") if m in figures), next(iter(figures), "")
-            )
+            metric = next((m for m in ("acc_norm", "acc", "exact_match") if m in figures), next(iter(figures), ""))
             results.append(TaskResult(title, metric, figures, rows))
     return results
 

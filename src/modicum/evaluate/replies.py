@@ -38,9 +38,7 @@ def greedy_replies(
     rows = []
     for prompt, budget in zip(prompts, budgets, strict=True):
         if budget >= limit:
-            raise UserError(
-                f"max_new_tokens={budget} leaves no room for a prompt in {limit} positions; ask for fewer"
-            )
+            raise UserError(f"max_new_tokens={budget} leaves no room for a prompt in {limit} positions; ask for fewer")
         ids = front + tokenizer.encode(prompt)
         rows.append((ids or [tokenizer.start_id])[-(limit - budget) :])
     check_ids(model, max((max(row) for row in rows), default=0))

@@ -35,14 +35,10 @@ class FileConfig:
         list(string.Formatter().parse(self.prompt))  # raises ValueError for an unbalanced brace
 
 
-def rows_of(
-    config: FileConfig, split: str, limit: int | None, seed: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows_of(config: FileConfig, split: str, limit: int | None, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, row) of a split: all rows where the file has no split column."""
     kept = [
-        (number, row)
-        for number, row in enumerate(read_rows(config.file))
-        if row.get(config.split) in (None, split)
+        (number, row) for number, row in enumerate(read_rows(config.file)) if row.get(config.split) in (None, split)
     ]
     if not kept and split == "test":
         raise UserError(f"{config.file} has no rows of split {split!r}; name the column with split=COLUMN")
@@ -65,9 +61,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         except pyarrow.ArrowInvalid as error:
             raise CorruptError(f"{path} is not a readable Parquet file: {error}") from None
     if path.suffix not in (".jsonl", ".ndjson"):
-        raise UserError(
-            f"{path}: {path.suffix or 'no suffix'} is not a task's file; allowed: .jsonl, .parquet"
-        )
+        raise UserError(f"{path}: {path.suffix or 'no suffix'} is not a task's file; allowed: .jsonl, .parquet")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
@@ -83,9 +77,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def pick(row: dict[str, Any], column: str, where: str) -> Any:
     if row.get(column) is None:
-        raise unknown(
-            f"column in {where}", column, row, "Name the file's columns by knobs, e.g. question=COLUMN"
-        )
+        raise unknown(f"column in {where}", column, row, "Name the file's columns by knobs, e.g. question=COLUMN")
     return row[column]
 
 

@@ -189,9 +189,7 @@ def answer(
     )
     for i, text in zip(written, texts, strict=True):
         replies[i] = text
-    pairs = [
-        (i, choice) for i, r in enumerate(requests) if not isinstance(r, Generate) for choice in r.choices
-    ]
+    pairs = [(i, choice) for i, r in enumerate(requests) if not isinstance(r, Generate) for choice in r.choices]
     scores = loglikelihood(
         model,
         tokenizer,
@@ -282,9 +280,7 @@ def _text_row(id_: str, value: Sequence[float]) -> dict[str, Any]:
     return {"id": id_, "nats": nats, "bytes": nbytes, "tokens": tokens, "bits": nats / math.log(2)}
 
 
-def text_documents(
-    source: str | Path, limit: int | None = None, split: str = "heldout"
-) -> Iterable[tuple[str, str]]:
+def text_documents(source: str | Path, limit: int | None = None, split: str = "heldout") -> Iterable[tuple[str, str]]:
     """(id, text) of a curated folder's held-out documents, or of any source the reader knows."""
     import itertools
 

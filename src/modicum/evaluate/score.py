@@ -74,9 +74,7 @@ def score_rows(
             h_BTD = model.hidden(tokens_BT.to(model.device))
             h_SD = h_BTD.reshape(-1, h_BTD.shape[-1])[torch.cat(place_S).to(h_BTD.device)]
             nats_S, greedy_S = chosen(model, h_SD, torch.cat(target_S).to(h_BTD.device))
-            for i, nats, greedy in zip(
-                picked, nats_S.cpu().split(sizes), greedy_S.cpu().split(sizes), strict=True
-            ):
+            for i, nats, greedy in zip(picked, nats_S.cpu().split(sizes), greedy_S.cpu().split(sizes), strict=True):
                 results[i] = nats.double().numpy(), greedy.numpy()
             if advance:
                 advance(sum(sizes))
@@ -184,12 +182,8 @@ def loglikelihood(
         # inputs are all tokens but the last
         tokens = (before + after)[-(limit + 1) :]
         rows.append((tokens, len(after)))
-    scored = score_rows(
-        model, rows, pad_id=safe_pad(model, tokenizer), batch_tokens=batch_tokens, advance=advance
-    )
+    scored = score_rows(model, rows, pad_id=safe_pad(model, tokenizer), batch_tokens=batch_tokens, advance=advance)
     return [
-        LogLikelihood(
-            float(nats.sum()), bool(greedy.all()), len(nats), len(text.encode("utf-8", "surrogatepass"))
-        )
+        LogLikelihood(float(nats.sum()), bool(greedy.all()), len(nats), len(text.encode("utf-8", "surrogatepass")))
         for (nats, greedy), (_, text) in zip(scored, pairs, strict=True)
     ]

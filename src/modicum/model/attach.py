@@ -26,7 +26,7 @@ from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.model.forms import Gradient, LinearForm, LinearShape
 
-HEADS = ("lm_head", "embed_out")   # what gives logits; forms go there only where they are told to
+HEADS = ("lm_head", "embed_out")  # what gives logits; forms go there only where they are told to
 
 
 class FormEmbedding(nn.Module):
@@ -84,8 +84,10 @@ def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, str]:
             raise UserError(_no_match(pattern, names))
         for name in hits:
             if name in chosen:
-                raise UserError(f"module {name!r} is matched by {chosen[name]!r} and by {pattern!r}; "
-                                "make the patterns exclude each other")
+                raise UserError(
+                    f"module {name!r} is matched by {chosen[name]!r} and by {pattern!r}; "
+                    "make the patterns exclude each other"
+                )
             chosen[name] = pattern
     return chosen
 
@@ -94,18 +96,26 @@ def _no_match(pattern: str, names: Iterable[str]) -> str:
     names = list(names)
     ends = {name.rsplit(".", 1)[-1] for name in names}
     if pattern in ends:
-        return (f"pattern {pattern!r} matches no linear layer; a pattern is over the full name: "
-                f"type '*.{pattern}'")
-    shapes = list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in name.split("."))
-                                for name in names))
+        return f"pattern {pattern!r} matches no linear layer; a pattern is over the full name: type '*.{pattern}'"
+    shapes = list(
+        dict.fromkeys(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names)
+    )
     near = difflib.get_close_matches(pattern, shapes + names, n=3, cutoff=0.3)
     shown = ", ".join(shapes[:12]) + (", ..." if len(shapes) > 12 else "")
-    return (f"pattern {pattern!r} matches no linear layer." + (f" Near: {', '.join(near)}." if near else "")
-            + f" Linear layers here: {shown or '(none)'}")
+    return (
+        f"pattern {pattern!r} matches no linear layer."
+        + (f" Near: {', '.join(near)}." if near else "")
+        + f" Linear layers here: {shown or '(none)'}"
+    )
 
 
-def attach(model: nn.Module, choices: Mapping[str, Any], *, calibration: Mapping[str, Tensor] | None = None,
-           generator: torch.Generator | None = None) -> dict[str, LinearForm]:
+def attach(
+    model: nn.Module,
+    choices: Mapping[str, Any],
+    *,
+    calibration: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, LinearForm]:
     """Replace the linear layers that the patterns name by forms, fitted to their weights.
 
     choices: pattern to a form (`"lora:rank=8"`, a mapping or a `Choice`); the patterns may not overlap.
@@ -134,14 +144,16 @@ def attach(model: nn.Module, choices: Mapping[str, Any], *, calibration: Mapping
     return made
 
 
-def _make(layer: nn.Module, choice: Choice, calibration_NI: Tensor | None,
-          generator: torch.Generator | None) -> LinearForm:
+def _make(
+    layer: nn.Module, choice: Choice, calibration_NI: Tensor | None, generator: torch.Generator | None
+) -> LinearForm:
     adapter = "adapter" in _supports(choice)
     there = layer if isinstance(layer, LinearForm) else None
     if there is not None and not (adapter and "base" in there.supports):
         held = there.choice.method if there.choice else type(there).__name__
-        raise UserError(f"holds the form {held!r} already and {choice.method!r} cannot go on top of it; "
-                        "merge or detach it first")
+        raise UserError(
+            f"holds the form {held!r} already and {choice.method!r} cannot go on top of it; merge or detach it first"
+        )
     base = (there or wrap(layer)) if adapter else None
     weight_OI, bias_O = (base.dense(), base.bias_value()) if base is not None else plain(layer)
     if has_data(weight_OI) and not bool(weight_OI.isfinite().all()):
@@ -159,8 +171,10 @@ def require_fit(choice: Any) -> None:
     parsed = Choice.parse("form", choice)
     cls: Any = registry.load("form", parsed.method).cls
     if cls.fit_error is None:
-        raise UserError(f"the form {parsed.method!r} does not take over a trained weight, it starts afresh; "
-                        f"it is for pretraining: modicum pretrain CURATED --form {parsed} --out RUN")
+        raise UserError(
+            f"the form {parsed.method!r} does not take over a trained weight, it starts afresh; "
+            f"it is for pretraining: modicum pretrain CURATED --form {parsed} --out RUN"
+        )
 
 
 def _supports(choice: Choice) -> frozenset[str]:
@@ -196,15 +210,16 @@ def wrap(layer: nn.Module) -> LinearForm:
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Everywhere `old` is a child, also under a second name (shared modules stay shared)."""
-    found, inside = False, set(new.modules())   # an adapter keeps the old form as its base
+    found, inside = False, set(new.modules())  # an adapter keeps the old form as its base
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
             if child is old and parent not in inside:
                 setattr(parent, key, new)
                 found = True
     if not found:
-        raise UserError("a form cannot replace the model itself; put the layer into a module, "
-                        "for instance nn.Sequential(layer)")
+        raise UserError(
+            "a form cannot replace the model itself; put the layer into a module, for instance nn.Sequential(layer)"
+        )
 
 
 def _announce(model: nn.Module, made: Mapping[str, LinearForm]) -> None:
@@ -221,8 +236,11 @@ def fills(cls: type[LinearForm], hook: str) -> bool:
 
 def _by_class(model: nn.Module, hook: str) -> list[tuple[type[LinearForm], dict[str, LinearForm]]]:
     present = forms(model)
-    return [(cls, {name: form for name, form in present.items() if type(form) is cls})
-            for cls in dict.fromkeys(type(form) for form in present.values()) if fills(cls, hook)]
+    return [
+        (cls, {name: form for name, form in present.items() if type(form) is cls})
+        for cls in dict.fromkeys(type(form) for form in present.values())
+        if fills(cls, hook)
+    ]
 
 
 def before_step(model: nn.Module, gradient: Gradient, step: int, total: int) -> None:
@@ -266,8 +284,10 @@ def places(model: nn.Module, choice: Any) -> list[str]:
     names = [name for name in linears(model) if not name.endswith(HEADS)]
     found = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in cls.places)]
     if not found:
-        raise UserError(f"the form {picked.method!r} goes into {', '.join(cls.places)}, which this model has not; "
-                        "name its layers yourself")
+        raise UserError(
+            f"the form {picked.method!r} goes into {', '.join(cls.places)}, which this model has not; "
+            "name its layers yourself"
+        )
     return found
 
 
@@ -291,8 +311,10 @@ def merge(model: nn.Module) -> list[str]:
     present = forms(model)
     for name, form in present.items():
         if "merge" not in form.supports:
-            raise UserError(f"module {name!r}: the form {form.choice or type(form).__name__} is not "
-                            "linear and cannot be merged into a weight; keep it, or detach it")
+            raise UserError(
+                f"module {name!r}: the form {form.choice or type(form).__name__} is not "
+                "linear and cannot be merged into a weight; keep it, or detach it"
+            )
     for form in present.values():
         _replace(model, form, as_linear(form))
     _plain_embeddings(model)
@@ -309,7 +331,7 @@ def as_linear(form: LinearForm) -> nn.Linear:
     linear = nn.Linear(form.in_features, form.out_features, bias=False, device="meta")
     weight, bias = form.dense(), form.bias_value()
     linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach().clone())
-    linear.bias = bias   # type: ignore[assignment]   # None where there is none
+    linear.bias = bias  # type: ignore[assignment]   # None where there is none
     return linear.train(form.training)
 
 
@@ -319,12 +341,15 @@ def attach_embedding(model: nn.Module, name: str, choice: Any) -> LinearForm:
     table = dict(model.named_modules()).get(name)
     if not isinstance(table, nn.Embedding):
         near = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
-        raise UserError(f"module {name!r} is no token embedding that a form can take; embeddings here: "
-                        f"{', '.join(near) or '(none)'}")
+        raise UserError(
+            f"module {name!r} is no token embedding that a form can take; embeddings here: "
+            f"{', '.join(near) or '(none)'}"
+        )
     supports = _supports(picked)
     if "embedding" not in supports or "adapter" in supports:
-        raise UserError(f"the form {picked.method!r} cannot hold an embedding; choose one that supports it, "
-                        "for instance int8")
+        raise UserError(
+            f"the form {picked.method!r} cannot hold an embedding; choose one that supports it, for instance int8"
+        )
     form = _make(table, picked, None, None)
     for layer in linears(model).values():
         if getattr(layer, "weight", None) is table.weight:

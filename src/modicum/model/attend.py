@@ -26,8 +26,18 @@ class Attend(Protocol):
     `next_positions(tokens_BT) -> positions_BT`, which the decoder asks when it is given no positions.
     """
 
-    def __call__(self, layer: int, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, /, *, window: int | None,
-                 scale: float, softcap: float | None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q_BHTE: Tensor,
+        k_BGSE: Tensor,
+        v_BGSE: Tensor,
+        /,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         """Returns out_BHTE."""
         ...
 
@@ -36,8 +46,17 @@ def pattern_of(window: int | None) -> AttentionPattern:
     return Causal() if window is None else Sliding(SlidingConfig(window=window))
 
 
-def attention(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, scale: float, softcap: float | None = None,
-              mask: Tensor | None = None, causal: bool = False, window: int | None = None) -> Tensor:
+def attention(
+    q_BHTE: Tensor,
+    k_BGSE: Tensor,
+    v_BGSE: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+) -> Tensor:
     """softmax(softcap(q k^T * scale) + mask) v, by the fastest way this machine has.
 
     `mask` is bool (True: seen) or additive and broadcasts to BHTS. `causal`: queries are the last T positions
@@ -49,18 +68,24 @@ def attention(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, scale: float, s
     if T > 1 or softcap is not None:
         half = q_BHTE.dtype in (torch.bfloat16, torch.float16)
         narrow = window is not None and 2 * window < T
-        if softcap is not None or (window is not None and mask is None) or (
-                q_BHTE.device.type == "cpu" and T > 1 and (half or narrow)):
-            return tiled_attention(q_BHTE, k_BGSE, v_BGSE, scale=scale, mask=mask, causal=causal,
-                                   window=window, softcap=softcap)
+        if (
+            softcap is not None
+            or (window is not None and mask is None)
+            or (q_BHTE.device.type == "cpu" and T > 1 and (half or narrow))
+        ):
+            return tiled_attention(
+                q_BHTE, k_BGSE, v_BGSE, scale=scale, mask=mask, causal=causal, window=window, softcap=softcap
+            )
     elif groups > 1 and (mask is None or mask.shape[1] == 1):
         # One query: the heads that share a key/value head become its queries, and nothing is copied.
         B, H, _, E = q_BHTE.shape
-        out = F.scaled_dot_product_attention(q_BHTE.reshape(B, H // groups, groups, E), k_BGSE, v_BGSE,
-                                             attn_mask=mask, scale=scale)
+        out = F.scaled_dot_product_attention(
+            q_BHTE.reshape(B, H // groups, groups, E), k_BGSE, v_BGSE, attn_mask=mask, scale=scale
+        )
         return out.reshape(B, H, 1, E)
-    return F.scaled_dot_product_attention(q_BHTE, k_BGSE, v_BGSE, attn_mask=mask, scale=scale,
-                                          is_causal=causal and mask is None, enable_gqa=groups > 1)
+    return F.scaled_dot_product_attention(
+        q_BHTE, k_BGSE, v_BGSE, attn_mask=mask, scale=scale, is_causal=causal and mask is None, enable_gqa=groups > 1
+    )
 
 
 def _readable(tensor: Tensor) -> bool:
@@ -77,8 +102,9 @@ class DenseAttend:
     built at its first use and shared by the layers.
     """
 
-    def __init__(self, documents_BT: Tensor | None = None, mask_BT: Tensor | None = None,
-                 pattern: AttentionPattern | None = None):
+    def __init__(
+        self, documents_BT: Tensor | None = None, mask_BT: Tensor | None = None, pattern: AttentionPattern | None = None
+    ):
         # A mask costs kernels time, so one that says nothing is dropped (looking is free only on the CPU).
         if documents_BT is not None and _readable(documents_BT):
             documents_BT = None if (documents_BT == documents_BT[:, :1]).all() else documents_BT
@@ -87,15 +113,23 @@ class DenseAttend:
         self.documents_BT, self.mask_BT, self.pattern = documents_BT, mask_BT, pattern
         self._masks: dict[int | None, Tensor | None] = {}
 
-    def __call__(self, layer: int, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, window: int | None,
-                 scale: float, softcap: float | None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q_BHTE: Tensor,
+        k_BGSE: Tensor,
+        v_BGSE: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         T = q_BHTE.shape[2]
         window = None if window is None or window >= T else window
         if window not in self._masks:
             self._masks[window] = self._mask(T, window, q_BHTE)
         mask = self._masks[window]
-        return attention(q_BHTE, k_BGSE, v_BGSE, scale=scale, softcap=softcap, mask=mask, causal=True,
-                         window=window)
+        return attention(q_BHTE, k_BGSE, v_BGSE, scale=scale, softcap=softcap, mask=mask, causal=True, window=window)
 
     def _mask(self, T: int, window: int | None, like: Tensor) -> Tensor | None:
         """Additive, B1TT or 11TT in the queries' dtype; None when plain causal attention says it all."""
@@ -125,21 +159,30 @@ class BlockAttend:
         self.pattern, self.size = pattern, size
         self._plans: dict[tuple[int, int, int | None], list[tuple[Tensor | slice, Tensor | None]]] = {}
 
-    def __call__(self, layer: int, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, window: int | None,
-                 scale: float, softcap: float | None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q_BHTE: Tensor,
+        k_BGSE: Tensor,
+        v_BGSE: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         T, S = q_BHTE.shape[2], k_BGSE.shape[2]
         window = None if window is None or window >= S else window
         if (T, S, window) not in self._plans:
             self._plans[T, S, window] = self._plan(T, S, window, q_BHTE.device)
         outs = []
         for row, (keys, mask) in enumerate(self._plans[T, S, window]):
-            q = q_BHTE[:, :, row * self.size:(row + 1) * self.size]
-            outs.append(attention(q, k_BGSE[:, :, keys], v_BGSE[:, :, keys], scale=scale, softcap=softcap,
-                                  mask=mask))
+            q = q_BHTE[:, :, row * self.size : (row + 1) * self.size]
+            outs.append(attention(q, k_BGSE[:, :, keys], v_BGSE[:, :, keys], scale=scale, softcap=softcap, mask=mask))
         return torch.cat(outs, dim=2)
 
-    def _plan(self, T: int, S: int, window: int | None,
-              device: torch.device) -> list[tuple[Tensor | slice, Tensor | None]]:
+    def _plan(
+        self, T: int, S: int, window: int | None, device: torch.device
+    ) -> list[tuple[Tensor | slice, Tensor | None]]:
         """Per row of blocks: which keys, and the mask among them (None if all are seen)."""
         blocks = self.pattern.blocks(T, S, self.size)
         layer_pattern = pattern_of(window)
@@ -157,7 +200,7 @@ class BlockAttend:
             if bool((kinds[wanted] == ALL).all()):
                 plan.append((keys, None))
                 continue
-            q_pos = position[S - T + row * self.size:S - T + min((row + 1) * self.size, T), None]
+            q_pos = position[S - T + row * self.size : S - T + min((row + 1) * self.size, T), None]
             seen = self.pattern.allowed(q_pos, position[keys]) & layer_pattern.allowed(q_pos, position[keys])
             plan.append((keys, seen[None, None]))
         return plan

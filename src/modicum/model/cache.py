@@ -21,9 +21,16 @@ class ContiguousCache:
     * kv_heads * capacity * head_dim values. Not for training.
     """
 
-    def __init__(self, config: DecoderConfig, batch: int, capacity: int, *,
-                 dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu", padding_B: Tensor | None = None):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        padding_B: Tensor | None = None,
+    ):
         shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
@@ -35,26 +42,40 @@ class ContiguousCache:
         index_1T = torch.arange(self.length, self.length + tokens_BT.shape[1], device=tokens_BT.device)[None]
         return index_1T if self.padding_B is None else (index_1T - self.padding_B[:, None]).clamp(min=0)
 
-    def __call__(self, layer: int, q_BHTE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, *, window: int | None,
-                 scale: float, softcap: float | None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q_BHTE: Tensor,
+        k_BGTE: Tensor,
+        v_BGTE: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         T, start = q_BHTE.shape[2], self.length
         end = start + T
         if end > self.capacity:
-            raise UserError(f"the cache holds {self.capacity} tokens and {end} are needed; make it with "
-                            f"capacity={end}")
+            raise UserError(f"the cache holds {self.capacity} tokens and {end} are needed; make it with capacity={end}")
         self.k[layer, :, :, start:end] = k_BGTE
         self.v[layer, :, :, start:end] = v_BGTE
         first = 0 if window is None or T > 1 else max(0, end - window)
         mask = self._mask(start, end, first, window, q_BHTE.device)
         causal = mask is None and T > 1
-        out = attention(q_BHTE, self.k[layer, :, :, first:end], self.v[layer, :, :, first:end], scale=scale,
-                        softcap=softcap, mask=mask, causal=causal)
+        out = attention(
+            q_BHTE,
+            self.k[layer, :, :, first:end],
+            self.v[layer, :, :, first:end],
+            scale=scale,
+            softcap=softcap,
+            mask=mask,
+            causal=causal,
+        )
         if layer == self.config.layers - 1:
             self.length = end
         return out
 
-    def _mask(self, start: int, end: int, first: int, window: int | None,
-              device: torch.device) -> Tensor | None:
+    def _mask(self, start: int, end: int, first: int, window: int | None, device: torch.device) -> Tensor | None:
         """Bool, B1TS or 11TS; None where every kept key is seen (one token) or causality says it all."""
         T = end - start
         window = None if window is None or window >= end else window

@@ -15,8 +15,7 @@ from modicum.core.errors import UserError, unknown
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
-              "int8": 1}
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class Rope:
     """
 
     theta: float = 10000.0
-    fraction: float = 1.0       # share of each head's dimensions that is rotated, from the front
+    fraction: float = 1.0  # share of each head's dimensions that is rotated, from the front
     kind: str = "default"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -41,47 +40,47 @@ class Rope:
 class DecoderConfig:
     """The shape of a decoder-only transformer. Raises `UserError` for a shape that cannot be built."""
 
-    family: str = "llama"               # whose file format `save_model` writes: a file of model/families
+    family: str = "llama"  # whose file format `save_model` writes: a file of model/families
     vocab_size: int
-    width: int                          # residual stream
+    width: int  # residual stream
     layers: int
-    heads: int                          # query heads
-    kv_heads: int                       # key/value heads; divides `heads`
+    heads: int  # query heads
+    kv_heads: int  # key/value heads; divides `heads`
     head_dim: int
     mlp_width: int
-    context_length: int = 2048          # longest sequence it was made for; learned positions end there
+    context_length: int = 2048  # longest sequence it was made for; learned positions end there
 
-    norm: str = "rms"                   # rms | rms_plus_one (weight stored minus one) | layer
+    norm: str = "rms"  # rms | rms_plus_one (weight stored minus one) | layer
     norm_eps: float = 1e-6
-    norm_place: str = "pre"             # pre | output (of a branch) | sandwich (both) | after (the sum)
+    norm_place: str = "pre"  # pre | output (of a branch) | sandwich (both) | after (the sum)
     final_norm: bool = True
-    parallel: bool = False              # attention and MLP read the same stream and are added together
-    gated: bool = True                  # MLP: down(act(gate(x)) * up(x)), else down(act(up(x)))
+    parallel: bool = False  # attention and MLP read the same stream and are added together
+    gated: bool = True  # MLP: down(act(gate(x)) * up(x)), else down(act(up(x)))
     activation: str = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: str | None = None          # None | head (over head_dim) | full (over all heads together)
+    qk_norm: str | None = None  # None | head (over head_dim) | full (over all heads together)
 
-    position: str = "rope"              # rope | learned
-    position_offset: int = 0            # rows skipped at the start of a learned table
+    position: str = "rope"  # rope | learned
+    position_offset: int = 0  # rows skipped at the start of a learned table
     rope: Rope = field(default_factory=Rope)
-    rope_local: Rope | None = None      # rotation of the layers that have a window, if it differs
-    rope_layers: tuple[bool, ...] | None = None     # which layers rotate at all; None: every one
-    windows: tuple[int | None, ...] | None = None   # per layer: keys a query sees, itself included; None: all
+    rope_local: Rope | None = None  # rotation of the layers that have a window, if it differs
+    rope_layers: tuple[bool, ...] | None = None  # which layers rotate at all; None: every one
+    windows: tuple[int | None, ...] | None = None  # per layer: keys a query sees, itself included; None: all
 
-    scale: float | None = None          # of attention scores; None: head_dim ** -0.5
-    scale_by_layer: bool = False        # layer i divides its scale by i + 1
-    attention_softcap: float | None = None          # cap * tanh(score / cap)
+    scale: float | None = None  # of attention scores; None: head_dim ** -0.5
+    scale_by_layer: bool = False  # layer i divides its scale by i + 1
+    attention_softcap: float | None = None  # cap * tanh(score / cap)
     logit_softcap: float | None = None
-    embed_scale: float | None = None    # multiplies token embeddings
-    embed_width: int | None = None      # width of the embeddings if projected into and out of the stream
-    tied: bool = False                  # the head's weight is the embedding's
+    embed_scale: float | None = None  # multiplies token embeddings
+    embed_width: int | None = None  # width of the embeddings if projected into and out of the stream
+    tied: bool = False  # the head's weight is the embedding's
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
-    source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)     # config.json as read
+    source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # config.json as read
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width"):
@@ -92,13 +91,15 @@ class DecoderConfig:
         for name in ("windows", "rope_layers"):
             per_layer = getattr(self, name)
             if per_layer is not None and len(per_layer) != self.layers:
-                raise UserError(f"{name} has {len(per_layer)} entries for {self.layers} layers; "
-                                "give one per layer")
+                raise UserError(f"{name} has {len(per_layer)} entries for {self.layers} layers; give one per layer")
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
-        for name, allowed in (("norm", ("rms", "rms_plus_one", "layer")), ("position", ("rope", "learned")),
-                              ("norm_place", ("pre", "output", "sandwich", "after")),
-                              ("qk_norm", (None, "head", "full"))):
+        for name, allowed in (
+            ("norm", ("rms", "rms_plus_one", "layer")),
+            ("position", ("rope", "learned")),
+            ("norm_place", ("pre", "output", "sandwich", "after")),
+            ("qk_norm", (None, "head", "full")),
+        ):
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
 
@@ -115,7 +116,7 @@ class DecoderConfig:
         return self.rope_local if local else self.rope
 
     def attention_scale(self, layer: int) -> float:
-        scale = self.head_dim ** -0.5 if self.scale is None else self.scale
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
         return scale / (layer + 1) if self.scale_by_layer else scale
 
     # counts ---------------------------------------------------------------------------------------
@@ -179,10 +180,20 @@ def _round_up(value: float, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
 
 
-def llama_like(vocab_size: int, width: int, layers: int, heads: int | None = None,
-               kv_heads: int | None = None, mlp_width: int | None = None, *, head_dim: int | None = None,
-               context_length: int = 2048,
-               rope_theta: float = 10000.0, tied: bool = True, **more: Any) -> DecoderConfig:
+def llama_like(
+    vocab_size: int,
+    width: int,
+    layers: int,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    mlp_width: int | None = None,
+    *,
+    head_dim: int | None = None,
+    context_length: int = 2048,
+    rope_theta: float = 10000.0,
+    tied: bool = True,
+    **more: Any,
+) -> DecoderConfig:
     """A Llama-style decoder: pre-norm RMSNorm, RoPE, SwiGLU, no biases.
 
     Heads default to 64 dimensions each (32 below width 256), key/value heads to the query heads, the MLP to
@@ -199,13 +210,31 @@ def llama_like(vocab_size: int, width: int, layers: int, heads: int | None = Non
     if head_dim < 2 or head_dim % 2:
         raise UserError(f"width={width} with heads={heads} gives head_dim={head_dim}; RoPE needs an even one")
     return DecoderConfig(
-        family="llama", vocab_size=vocab_size, width=width, layers=layers, heads=heads,
-        kv_heads=kv_heads or heads, head_dim=head_dim, mlp_width=mlp_width or _round_up(width * 8 / 3, 64),
-        context_length=context_length, norm_eps=1e-5, rope=Rope(theta=rope_theta), tied=tied, **more)
+        family="llama",
+        vocab_size=vocab_size,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads or heads,
+        head_dim=head_dim,
+        mlp_width=mlp_width or _round_up(width * 8 / 3, 64),
+        context_length=context_length,
+        norm_eps=1e-5,
+        rope=Rope(theta=rope_theta),
+        tied=tied,
+        **more,
+    )
 
 
-def sized(parameters: float, vocab_size: int, *, context_length: int = 2048, tied: bool | None = None,
-          aspect: float | None = None, **more: Any) -> DecoderConfig:
+def sized(
+    parameters: float,
+    vocab_size: int,
+    *,
+    context_length: int = 2048,
+    tied: bool | None = None,
+    aspect: float | None = None,
+    **more: Any,
+) -> DecoderConfig:
     """The Llama-style shape nearest to `parameters`, embeddings included.
 
     width / layers is near `aspect`, which defaults to 40 at ten million parameters and grows with their
@@ -221,8 +250,10 @@ def sized(parameters: float, vocab_size: int, *, context_length: int = 2048, tie
             break
         heads = width // (64 if width >= 256 else 32)
         share = next((s for s in (2, 3) if heads >= 4 and heads % s == 0), 1)
-        one, two = (llama_like(vocab_size, width, n, heads, heads // share, context_length=context_length,
-                               tied=tied, **more) for n in (1, 2))
+        one, two = (
+            llama_like(vocab_size, width, n, heads, heads // share, context_length=context_length, tied=tied, **more)
+            for n in (1, 2)
+        )
         per_layer = two.parameters() - one.parameters()
         guess = (parameters - one.parameters()) / per_layer + 1
         for layers in {max(1, math.floor(guess)), max(1, math.ceil(guess))}:
@@ -230,12 +261,25 @@ def sized(parameters: float, vocab_size: int, *, context_length: int = 2048, tie
             badness = 8 * abs(math.log(count / parameters)) + abs(math.log(width / layers / aspect))
             badness += 0.3 * (heads >= 4 and share == 1)
             if best is None or badness < best[0]:
-                best = badness, llama_like(vocab_size, width, layers, heads, heads // share,
-                                           context_length=context_length, tied=tied, **more)
+                best = (
+                    badness,
+                    llama_like(
+                        vocab_size,
+                        width,
+                        layers,
+                        heads,
+                        heads // share,
+                        context_length=context_length,
+                        tied=tied,
+                        **more,
+                    ),
+                )
     if best is None or not 0.5 < best[1].parameters() / parameters < 2:
         smallest = llama_like(vocab_size, 64, 1, 2, tied=tied).parameters()
-        raise UserError(f"no decoder with a vocabulary of {vocab_size} has about {parameters:.3g} "
-                        f"parameters; "
-                        f"the smallest has {smallest:,}: ask for more parameters or train a smaller "
-                        f"vocabulary")
+        raise UserError(
+            f"no decoder with a vocabulary of {vocab_size} has about {parameters:.3g} "
+            f"parameters; "
+            f"the smallest has {smallest:,}: ask for more parameters or train a smaller "
+            f"vocabulary"
+        )
     return best[1]

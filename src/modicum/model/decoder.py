@@ -69,24 +69,36 @@ class Decoder(nn.Module):
                     continue
                 scale = (2 * self.config.layers) ** -0.5 if name.endswith((".o", ".down")) else 1.0
                 fresh = torch.empty(module.weight.shape, dtype=torch.float32, device=module.weight.device)
-                nn.init.trunc_normal_(fresh, 0.0, std * scale, -3 * std * scale, 3 * std * scale,
-                                      generator=generator)
+                nn.init.trunc_normal_(fresh, 0.0, std * scale, -3 * std * scale, 3 * std * scale, generator=generator)
                 module.weight.copy_(fresh)
             elif isinstance(module, nn.LayerNorm | RMSNorm):
                 module.weight.fill_(0.0 if getattr(module, "plus_one", False) else 1.0)
             if isinstance(bias := getattr(module, "bias", None), Tensor):
                 bias.zero_()
 
-    def forward(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None,
-                documents_BT: Tensor | None = None, mask_BT: Tensor | None = None, attend: Attend
-                | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        attend: Attend | None = None,
+    ) -> Tensor:
         """logits_BTV in the model's dtype. Arguments as in `hidden`."""
-        return self.head(self.hidden(tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT,
-                                     mask_BT=mask_BT, attend=attend))
+        return self.head(
+            self.hidden(tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT, mask_BT=mask_BT, attend=attend)
+        )
 
-    def hidden(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None,
-               documents_BT: Tensor | None = None, mask_BT: Tensor | None = None, attend: Attend
-               | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        attend: Attend | None = None,
+    ) -> Tensor:
         """h_BTD after the final norm (and the output projection, where a family has one).
 
         `documents_BT`: integers; tokens attend within equal numbers only. `mask_BT`: True for real tokens.
@@ -143,8 +155,7 @@ class Decoder(nn.Module):
         return next(p for p in self.parameters() if p.is_floating_point())
 
 
-def default_positions(tokens_BT: Tensor, documents_BT: Tensor | None = None,
-                      mask_BT: Tensor | None = None) -> Tensor:
+def default_positions(tokens_BT: Tensor, documents_BT: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
     """Positions from 0 (1T or BT): restarting with each document, and not counting padding."""
     T = tokens_BT.shape[1]
     index_1T = torch.arange(T, device=tokens_BT.device)[None]

@@ -46,8 +46,17 @@ class FlexAttend:
         self.pattern, self.size, self.compiled = pattern, size, compiled
         self._masks: dict[tuple[int, int, int | None], Any] = {}
 
-    def __call__(self, layer: int, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, window: int | None,
-                 scale: float, softcap: float | None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q_BHTE: Tensor,
+        k_BGSE: Tensor,
+        v_BGSE: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         T, S = q_BHTE.shape[2], k_BGSE.shape[2]
         window = None if window is None or window >= S else window
         if (T, S, window) not in self._masks:
@@ -59,8 +68,14 @@ class FlexAttend:
             return cap * torch.tanh(score / cap)
 
         out: Tensor = _kernel(self.compiled)(
-            q_BHTE, k_BGSE, v_BGSE, score_mod=None if softcap is None else capped,
-            block_mask=self._masks[T, S, window], scale=scale, enable_gqa=q_BHTE.shape[1] != k_BGSE.shape[1])
+            q_BHTE,
+            k_BGSE,
+            v_BGSE,
+            score_mod=None if softcap is None else capped,
+            block_mask=self._masks[T, S, window],
+            scale=scale,
+            enable_gqa=q_BHTE.shape[1] != k_BGSE.shape[1],
+        )
         return out
 
     def block_mask(self, T: int, S: int, window: int | None, device: torch.device) -> Any:

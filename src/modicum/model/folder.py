@@ -32,12 +32,26 @@ from modicum.model.families import (
 )
 from modicum.model.safetensor import Item, SafetensorsFile, write_safetensors
 
-DTYPE_NAMES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
-               "bf16": torch.bfloat16,
-               "float16": torch.float16, "fp16": torch.float16, "float64": torch.float64}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
-                   "generation_config.json")
+DTYPE_NAMES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float64": torch.float64,
+}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 FORMS_JSON, FORMS_FILE = "modicum.json", "modicum.safetensors"
 HEADS = ("lm_head.weight", "embed_out.weight")  # stored again by some, though tied to the embedding
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -60,16 +74,20 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     if path.is_file():
         raise UserError(f"{text} is a file; give the folder that holds config.json and model.safetensors")
     if not _HUB_ID.match(text) or text.startswith((".", "/", "~")):
-        raise UserError(f"no model at {text}; give a folder with config.json and model.safetensors, "
-                        "or a hub id OWNER/NAME")
+        raise UserError(
+            f"no model at {text}; give a folder with config.json and model.safetensors, or a hub id OWNER/NAME"
+        )
     from huggingface_hub import snapshot_download
+
     try:
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(text, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"no folder {text}, and the hub did not give it ({type(error).__name__}: "
-                        f"{reason[:160]}); check the name and the network, or give a local folder") from None
+        raise UserError(
+            f"no folder {text}, and the hub did not give it ({type(error).__name__}: "
+            f"{reason[:160]}); check the name and the network, or give a local folder"
+        ) from None
 
 
 def load_config(path_or_hub_id: str | Path) -> DecoderConfig:
@@ -97,21 +115,28 @@ def _shards(folder: Path) -> list[Path]:
             raise CorruptError(f"{index} is not a valid index ({error}); fetch it again") from None
         missing = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
         if missing:
-            raise UserError(f"{index} names {missing[0]}, which is not in {folder} "
-                            f"({len(missing)} of {len(names)} shards missing); fetch the model again")
+            raise UserError(
+                f"{index} names {missing[0]}, which is not in {folder} "
+                f"({len(missing)} of {len(names)} shards missing); fetch the model again"
+            )
         return [folder / n for n in names]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
-        raise UserError(f"{folder} holds pickled weights (.bin), which can run code when opened and are not "
-                        "read; convert them to model.safetensors first (transformers: "
-                        "model.save_pretrained(FOLDER) writes it)")
-    raise UserError(f"{folder} has no model.safetensors nor model.safetensors.index.json; give a "
-                    "folder with weights")
+        raise UserError(
+            f"{folder} holds pickled weights (.bin), which can run code when opened and are not "
+            "read; convert them to model.safetensors first (transformers: "
+            "model.save_pretrained(FOLDER) writes it)"
+        )
+    raise UserError(f"{folder} has no model.safetensors nor model.safetensors.index.json; give a folder with weights")
 
 
-def load_model(path_or_hub_id: str | Path, dtype: torch.dtype | str | None = None,
-               device: torch.device | str = "cpu", size: float | str | None = None) -> Decoder:
+def load_model(
+    path_or_hub_id: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    size: float | str | None = None,
+) -> Decoder:
     """A `Decoder` with the weights of a Hugging Face folder or hub id, in eval mode.
 
     `dtype` None keeps each tensor's own. Weights are in memory once: the modules are made without
@@ -131,8 +156,7 @@ def load_model(path_or_hub_id: str | Path, dtype: torch.dtype | str | None = Non
     return model.eval()
 
 
-def _restore_forms(model: Decoder, folder: Path, dtype: torch.dtype | None,
-                   device: torch.device) -> Path | None:
+def _restore_forms(model: Decoder, folder: Path, dtype: torch.dtype | None, device: torch.device) -> Path | None:
     """Attach and fill the forms described in modicum.json; the file that holds them, None without any."""
     if not (folder / FORMS_JSON).exists():
         return None
@@ -159,8 +183,9 @@ def _plain_parameters(model: Decoder) -> dict[str, nn.Parameter]:
     return found
 
 
-def fill_weights(model: Decoder, folder: Path, dtype: torch.dtype | None, device: torch.device,
-                 beside: Path | None = None) -> None:
+def fill_weights(
+    model: Decoder, folder: Path, dtype: torch.dtype | None, device: torch.device, beside: Path | None = None
+) -> None:
     """Give every plain parameter its stored value; `beside` holds those the family has no place for."""
     config = model.config
     family = families()[config.family]
@@ -186,13 +211,16 @@ def fill_weights(model: Decoder, folder: Path, dtype: torch.dtype | None, device
     missing = [stored for stored, rule in plan.items() if any(n not in filled for n in rule.ours)]
     for what, names in (("lacks", missing), ("has unexpected", unexpected)):
         if names:
-            raise UserError(f"{folder} {what} {len(names)} weight(s) for a {config.family} model: "
-                            f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}; config.json and "
-                            "weights do not belong together")
-    if second_head is not None and not torch.equal(second_head.to(device, dtype),
-                                                   filled["embed.weight"].to(dtype)):
-        raise UserError(f"{folder}: config.json ties the head to the embedding but the file holds another "
-                        "head; set tie_word_embeddings to false in config.json")
+            raise UserError(
+                f"{folder} {what} {len(names)} weight(s) for a {config.family} model: "
+                f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}; config.json and "
+                "weights do not belong together"
+            )
+    if second_head is not None and not torch.equal(second_head.to(device, dtype), filled["embed.weight"].to(dtype)):
+        raise UserError(
+            f"{folder}: config.json ties the head to the embedding but the file holds another "
+            "head; set tie_word_embeddings to false in config.json"
+        )
     for name, tensor in filled.items():
         owner, _, attribute = name.rpartition(".")
         trained = parameters[name].requires_grad
@@ -201,14 +229,23 @@ def fill_weights(model: Decoder, folder: Path, dtype: torch.dtype | None, device
         model.lm_head.weight = model.embed.weight
 
 
-def _fill(filled: dict[str, Tensor], rule: Rule, file: SafetensorsFile, name: str,
-          parameters: dict[str, nn.Parameter],
-          head_dim: int, dtype: torch.dtype | None, device: torch.device) -> None:
+def _fill(
+    filled: dict[str, Tensor],
+    rule: Rule,
+    file: SafetensorsFile,
+    name: str,
+    parameters: dict[str, nn.Parameter],
+    head_dim: int,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:
     """Read one stored tensor into `filled`, under the names of the parameters it holds."""
     shapes = [tuple(parameters[n].shape) for n in rule.ours]
     if file.shape(name) != stored_shape(rule, shapes):
-        raise UserError(f"{file.path}: {name} has shape {file.shape(name)}, config.json asks for "
-                        f"{stored_shape(rule, shapes)}; config and weights are of different models")
+        raise UserError(
+            f"{file.path}: {name} has shape {file.shape(name)}, config.json asks for "
+            f"{stored_shape(rule, shapes)}; config and weights are of different models"
+        )
     for target, part in zip(rule.ours, unpack(rule, file.read(name), shapes, head_dim), strict=True):
         part = part.to(device, dtype or part.dtype)
         # A part of a larger tensor gets its own storage, so that nothing keeps the whole alive.
@@ -216,8 +253,9 @@ def _fill(filled: dict[str, Tensor], rule: Rule, file: SafetensorsFile, name: st
         filled[target] = part if alone else part.clone(memory_format=torch.contiguous_format)
 
 
-def save_model(model: Decoder, folder: str | Path, tokenizer_folder: str | Path | None = None, *,
-               max_shard_bytes: int = 5 << 30) -> None:
+def save_model(
+    model: Decoder, folder: str | Path, tokenizer_folder: str | Path | None = None, *, max_shard_bytes: int = 5 << 30
+) -> None:
     """Write a Hugging Face folder that `transformers` loads: config.json, safetensors, tokenizer files.
 
     The folder appears whole or not at all, and replaces one of the same name. Weights keep their dtype; a
@@ -226,21 +264,32 @@ def save_model(model: Decoder, folder: str | Path, tokenizer_folder: str | Path 
     (`merge` before saving makes it whole for everyone).
     """
     config = model.config
-    if config.tied and isinstance(model.lm_head, nn.Linear) and model.lm_head.weight is not getattr(
-            model.embed, "weight", None):
-        config = model.config = dataclasses.replace(config, tied=False)     # a method gave the head its own
+    if (
+        config.tied
+        and isinstance(model.lm_head, nn.Linear)
+        and model.lm_head.weight is not getattr(model.embed, "weight", None)
+    ):
+        config = model.config = dataclasses.replace(config, tied=False)  # a method gave the head its own
     parameters = _plain_parameters(model)
     plan = expand(config, parameters)
     homeless = sorted(set(parameters) - {name for rule in plan.values() for name in rule.ours})
     description = form_state.describe(model)
     if homeless and description is None:
-        raise UserError(f"a {config.family} folder has no place for {', '.join(homeless[:4])}; choose "
-                        f"another family for this shape (families: {', '.join(families())})")
+        raise UserError(
+            f"a {config.family} folder has no place for {', '.join(homeless[:4])}; choose "
+            f"another family for this shape (families: {', '.join(families())})"
+        )
     items: list[Item] = []
     for stored, rule in plan.items():
         parts = [parameters[n].data for n in rule.ours]
-        items.append((stored, stored_shape(rule, [tuple(p.shape) for p in parts]), parts[0].dtype,
-                      partial(pack, rule, parts, config.head_dim)))
+        items.append(
+            (
+                stored,
+                stored_shape(rule, [tuple(p.shape) for p in parts]),
+                parts[0].dtype,
+                partial(pack, rule, parts, config.head_dim),
+            )
+        )
     dtype = str(model.dtype).removeprefix("torch.")
     with atomic_directory(Path(folder)) as new:
         write_json(new / "config.json", write_config(config, dtype))
@@ -250,8 +299,10 @@ def save_model(model: Decoder, folder: str | Path, tokenizer_folder: str | Path 
             if blocks:
                 write_safetensors(new / stack.BLOCKS_FILE, blocks.values(), as_given=True)
             state = form_state.form_state(model) | {n: parameters[n] for n in homeless}
-            write_safetensors(new / FORMS_FILE, [(n, tuple(x.shape), x.dtype, partial(_itself, x))
-                                                 for n, x in state.items() if n not in blocks])
+            write_safetensors(
+                new / FORMS_FILE,
+                [(n, tuple(x.shape), x.dtype, partial(_itself, x)) for n, x in state.items() if n not in blocks],
+            )
             write_json(new / FORMS_JSON, description)
         if tokenizer_folder is not None:
             copied = [n for n in TOKENIZER_FILES if (Path(tokenizer_folder) / n).is_file()]
@@ -283,5 +334,4 @@ def _write_shards(folder: Path, items: list[Item], limit: int) -> None:
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / name, shard)
         where |= {item[0]: name for item in shard}
-    write_json(folder / "model.safetensors.index.json",
-               {"metadata": {"total_size": total}, "weight_map": where})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})

@@ -24,8 +24,9 @@ VERSION = 1
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
     """Every form of `model` as JSON: method, knobs, shape, layout, base. None if there is no form."""
-    embeddings = {id(module.form): name for name, module in model.named_modules()
-                  if isinstance(module, attach.FormEmbedding)}
+    embeddings = {
+        id(module.form): name for name, module in model.named_modules() if isinstance(module, attach.FormEmbedding)
+    }
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
@@ -44,21 +45,33 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 def _entry(form: LinearForm) -> dict[str, Any]:
     if form.choice is None:
         raise ValueError(f"{form} was not made by attach, so how to make it again is not known")
-    return {"form": form.choice.resolved(), "in": form.in_features, "out": form.out_features,
-            "bias": form.bias_value() is not None, "dtype": str(form.dtype).removeprefix("torch."),
-            "layout": form.layout(),
-            "base": None if form.base is None else _entry(form.base)}
+    return {
+        "form": form.choice.resolved(),
+        "in": form.in_features,
+        "out": form.out_features,
+        "bias": form.bias_value() is not None,
+        "dtype": str(form.dtype).removeprefix("torch."),
+        "layout": form.layout(),
+        "base": None if form.base is None else _entry(form.base),
+    }
 
 
-def restore(model: nn.Module, description: Mapping[str, Any], *, dtype: torch.dtype | None = None,
-            device: torch.device | str = "cpu") -> dict[str, LinearForm]:
+def restore(
+    model: nn.Module,
+    description: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, LinearForm]:
     """Put the described forms, still empty, where plain layers are; dtype None means that of each form.
 
     Raises `CorruptError` if they do not fit the model.
     """
     if description.get("version") != VERSION:
-        raise CorruptError(f"the description of forms has version {description.get('version')!r}, this "
-                           f"modicum reads {VERSION}; write the folder again")
+        raise CorruptError(
+            f"the description of forms has version {description.get('version')!r}, this "
+            f"modicum reads {VERSION}; write the folder again"
+        )
     made: dict[str, LinearForm] = {}
     for name, entry in description["forms"].items():
         try:
@@ -68,16 +81,19 @@ def restore(model: nn.Module, description: Mapping[str, Any], *, dtype: torch.dt
             new = attach.FormEmbedding(form) if entry.get("embedding") else form
             weight = getattr(old, "weight", None)
             if weight is not None and weight.numel() != form.in_features * form.out_features:
-                raise CorruptError(f"module {name!r} holds {tuple(weight.shape)} values, its form "
-                                   f"{form.out_features} x {form.in_features}; the folder's files do not "
-                                   "belong together")
+                raise CorruptError(
+                    f"module {name!r} holds {tuple(weight.shape)} values, its form "
+                    f"{form.out_features} x {form.in_features}; the folder's files do not "
+                    "belong together"
+                )
             for place, module in [(name, new), *((tied, form) for tied in entry.get("tied", ()))]:
                 parent, _, key = place.rpartition(".")
                 setattr(model.get_submodule(parent), key, module)
             new.train(old.training)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CorruptError(f"the form described for {name!r} cannot be made ({error}); "
-                               "write the folder again") from None
+            raise CorruptError(
+                f"the form described for {name!r} cannot be made ({error}); write the folder again"
+            ) from None
     for cls in dict.fromkeys(type(form) for form in made.values()):
         cls.after_attach(model, {name: form for name, form in made.items() if type(form) is cls})
     if any("adapter" in form.supports for form in made.values()):
@@ -87,8 +103,13 @@ def restore(model: nn.Module, description: Mapping[str, Any], *, dtype: torch.dt
 
 def _form(entry: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str) -> LinearForm:
     base = None if entry["base"] is None else _form(entry["base"], dtype, device)
-    shape = LinearShape(in_features=entry["in"], out_features=entry["out"], bias=entry["bias"],
-                        dtype=dtype or getattr(torch, entry["dtype"]), device=device)
+    shape = LinearShape(
+        in_features=entry["in"],
+        out_features=entry["out"],
+        bias=entry["bias"],
+        dtype=dtype or getattr(torch, entry["dtype"]),
+        device=device,
+    )
     choice = Choice.parse("form", entry["form"])
     form: LinearForm = registry.build("form", choice, shape, base)
     form.choice = choice
@@ -113,14 +134,15 @@ def form_state(model: nn.Module) -> dict[str, Tensor]:
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors outside forms by module name: what the rest of the folder holds."""
-    inside = {id(tensor) for form in attach.forms(model).values()
-              for tensor in form.state_dict(keep_vars=True).values()}
-    return {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()
-            if id(tensor) not in inside}
+    inside = {
+        id(tensor) for form in attach.forms(model).values() for tensor in form.state_dict(keep_vars=True).values()
+    }
+    return {
+        name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in inside
+    }
 
 
-def load_form_state(model: nn.Module, tensors: Mapping[str, Tensor],
-                    dtype: torch.dtype | None = None) -> None:
+def load_form_state(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """Fill the forms that `restore` made, floating weights in `dtype` (None: in their own).
 
     Raises `CorruptError` for a missing, unknown or misshapen tensor.
@@ -128,14 +150,22 @@ def load_form_state(model: nn.Module, tensors: Mapping[str, Tensor],
     expected = form_state(model)
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
-        raise CorruptError(f"the stored forms do not match their description: missing {missing[:3]}, unknown "
-                           f"{extra[:3]}; write the folder again")
-    formats = {f"{name}.{key}" for name, module in model.named_modules() if isinstance(module, LinearForm)
-               for key in module.stored}
+        raise CorruptError(
+            f"the stored forms do not match their description: missing {missing[:3]}, unknown "
+            f"{extra[:3]}; write the folder again"
+        )
+    formats = {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, LinearForm)
+        for key in module.stored
+    }
     for name, place in expected.items():
         value = tensors[name]
         free = value.dtype.is_floating_point and place.dtype.is_floating_point and name not in formats
         if value.shape != place.shape or not (free or value.dtype == place.dtype):
-            raise CorruptError(f"stored tensor {name!r} is {value.dtype} {tuple(value.shape)}, its form "
-                               f"wants {place.dtype} {tuple(place.shape)}; write the folder again")
+            raise CorruptError(
+                f"stored tensor {name!r} is {value.dtype} {tuple(value.shape)}, its form "
+                f"wants {place.dtype} {tuple(place.shape)}; write the folder again"
+            )
         place.data = value.to(place.device, (dtype or value.dtype) if free else value.dtype)

@@ -13,8 +13,15 @@ from modicum.model.decoder import Decoder
 
 
 @torch.inference_mode()
-def greedy(model: Decoder, tokens_BT: Tensor, max_new_tokens: int, *, mask_BT: Tensor | None = None,
-           eos_ids: Collection[int] | None = None, pad_id: int | None = None) -> Tensor:
+def greedy(
+    model: Decoder,
+    tokens_BT: Tensor,
+    max_new_tokens: int,
+    *,
+    mask_BT: Tensor | None = None,
+    eos_ids: Collection[int] | None = None,
+    pad_id: int | None = None,
+) -> Tensor:
     """The most likely next token, again and again: prompt and continuation, (B, T + new).
 
     `mask_BT` marks real tokens of prompts padded on the left. A row ends at one of `eos_ids` (default: the
@@ -23,21 +30,25 @@ def greedy(model: Decoder, tokens_BT: Tensor, max_new_tokens: int, *, mask_BT: T
     B, T = tokens_BT.shape
     config = model.config
     if config.position == "learned" and T + max_new_tokens > config.context_length:
-        raise UserError(f"{T} + {max_new_tokens} tokens exceed the model's {config.context_length} "
-                        "positions; shorten the prompt or ask for fewer new tokens")
+        raise UserError(
+            f"{T} + {max_new_tokens} tokens exceed the model's {config.context_length} "
+            "positions; shorten the prompt or ask for fewer new tokens"
+        )
     padding_B = None
     if mask_BT is not None:
         real = mask_BT.bool()
         if (real[:, :-1] & ~real[:, 1:]).any():
             raise UserError("prompts must be padded on the left, with mask_BT True for real tokens")
         padding_B = (~real).sum(dim=1)
-    eos = torch.tensor(sorted(config.eos_ids if eos_ids is None else eos_ids), dtype=torch.long,
-                       device=tokens_BT.device)
+    eos = torch.tensor(
+        sorted(config.eos_ids if eos_ids is None else eos_ids), dtype=torch.long, device=tokens_BT.device
+    )
     pad = next((i for i in (pad_id, config.pad_id, *config.eos_ids) if i is not None), 0)
 
     def fresh() -> ContiguousCache:
-        return ContiguousCache(config, B, T + max_new_tokens, dtype=model.dtype, device=tokens_BT.device,
-                               padding_B=padding_B)
+        return ContiguousCache(
+            config, B, T + max_new_tokens, dtype=model.dtype, device=tokens_BT.device, padding_B=padding_B
+        )
 
     cache, sequence, new = fresh(), tokens_BT, tokens_BT
     ended = torch.zeros(B, dtype=torch.bool, device=tokens_BT.device)

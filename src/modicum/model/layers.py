@@ -24,7 +24,7 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-Rotation = tuple[Tensor, Tensor] | None     # cos and sin, B1T(R/2)
+Rotation = tuple[Tensor, Tensor] | None  # cos and sin, B1T(R/2)
 
 
 class RMSNorm(nn.Module):
@@ -71,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
         unit, g = x.reshape(-1, size).to(wide), grad.reshape(-1, size).to(wide)
         length = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
         scale = length.square_().div_(size).add_(ctx.eps).rsqrt_()
-        unit = unit * scale                                         # x / rms(x)
+        unit = unit * scale  # x / rms(x)
         dweight = (g * unit).sum(0)
         g = g * weight.to(wide)
         dx = g.addcmul_(unit, (g * unit).mean(-1, keepdim=True), value=-1).mul_(scale)
@@ -116,8 +116,9 @@ class Attention(nn.Module):
             q_BHTE, k_BGTE = self.q_norm(q_BHTE), self.k_norm(k_BGTE)
         if rotation is not None:
             q_BHTE, k_BGTE = rotate(q_BHTE, *rotation), rotate(k_BGTE, *rotation)
-        out_BHTE = attend(self.layer, q_BHTE, k_BGTE, v_BGTE, window=self.window, scale=self.scale,
-                          softcap=self.softcap)
+        out_BHTE = attend(
+            self.layer, q_BHTE, k_BGTE, v_BGTE, window=self.window, scale=self.scale, softcap=self.softcap
+        )
         return self.o(out_BHTE.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -15,8 +15,7 @@ from modicum.core.errors import UserError
 from modicum.model.config import Rope
 
 
-def frequencies(rope: Rope, head_dim: int, context_length: int, *,
-                long: bool = False) -> tuple[Tensor, float]:
+def frequencies(rope: Rope, head_dim: int, context_length: int, *, long: bool = False) -> tuple[Tensor, float]:
     """(R/2 angles per position step in float32, factor on cos and sin).
 
     linear: Chen et al. 2023, arXiv:2306.15595. yarn: Peng et al. 2023, arXiv:2309.00071. llama3: Llama 3.1.
@@ -25,14 +24,15 @@ def frequencies(rope: Rope, head_dim: int, context_length: int, *,
     rotated = int(head_dim * rope.fraction)
     options = rope.options
     steps = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
-    plain = 1.0 / (rope.theta ** steps)
+    plain = 1.0 / (rope.theta**steps)
     original = options.get("original_max_position_embeddings") or context_length
     try:
         if rope.kind == "linear":
             return plain / options["factor"], 1.0
         if rope.kind == "llama3":
-            return _llama3(plain, options["factor"], options["low_freq_factor"], options["high_freq_factor"],
-                           original), 1.0
+            return _llama3(
+                plain, options["factor"], options["low_freq_factor"], options["high_freq_factor"], original
+            ), 1.0
         if rope.kind == "yarn":
             return _yarn(rope, steps, original, context_length)
         if rope.kind == "longrope":
@@ -41,11 +41,13 @@ def frequencies(rope: Rope, head_dim: int, context_length: int, *,
             scale = options.get("attention_factor")
             if scale is None:
                 scale = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
-            return 1.0 / (factors * rope.theta ** steps), scale
+            return 1.0 / (factors * rope.theta**steps), scale
     except KeyError as error:
-        raise UserError(f"RoPE scaling {rope.kind!r} lacks {error}; given: "
-                        f"{', '.join(options) or 'nothing'}. "
-                        "Add it to rope_parameters in config.json") from None
+        raise UserError(
+            f"RoPE scaling {rope.kind!r} lacks {error}; given: "
+            f"{', '.join(options) or 'nothing'}. "
+            "Add it to rope_parameters in config.json"
+        ) from None
     return plain, 1.0
 
 
@@ -72,7 +74,7 @@ def _yarn(rope: Rope, steps: Tensor, original: int, context_length: int) -> tupl
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotated - 1)
     ramp = ((torch.arange(rotated // 2, dtype=torch.float32) - low) / (high - low or 0.001)).clamp(0, 1)
-    plain = rope.theta ** steps
+    plain = rope.theta**steps
     angles = ramp / (factor * plain) + (1 - ramp) / plain
 
     def magnitude(weight: float) -> float:
@@ -130,6 +132,6 @@ class _Rotate(torch.autograd.Function):
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """Whole rows at a time: kernels are four times as fast on them as on halves of rows."""
     half = cos.shape[-1]
-    part = x[..., :2 * half].contiguous()
+    part = x[..., : 2 * half].contiguous()
     turned = (part * torch.cat([cos, cos], -1)).addcmul_(part.roll(half, -1), torch.cat([-sin, sin], -1), value=sign)
-    return turned if 2 * half == x.shape[-1] else torch.cat([turned, x[..., 2 * half:]], -1)
+    return turned if 2 * half == x.shape[-1] else torch.cat([turned, x[..., 2 * half :]], -1)

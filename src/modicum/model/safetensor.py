@@ -19,10 +19,20 @@ from torch import Tensor
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.files import atomic_file
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
-          "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100 << 20
 
@@ -46,24 +56,25 @@ class SafetensorsFile:
         size = self.path.stat().st_size
         length = int.from_bytes(self._file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise CorruptError(f"{self.path} is not a whole safetensors file ({size} bytes); fetch or write "
-                               "it again")
+            raise CorruptError(f"{self.path} is not a whole safetensors file ({size} bytes); fetch or write it again")
         try:
             entries = json.loads(self._file.read(length))
             entries.pop("__metadata__", None)
             for name, entry in entries.items():
                 begin, end = entry["data_offsets"]
                 if entry["dtype"] not in DTYPES:
-                    raise UserError(f"{self.path}: {name} has dtype {entry['dtype']}; readable: "
-                                    f"{', '.join(DTYPES)}")
+                    raise UserError(f"{self.path}: {name} has dtype {entry['dtype']}; readable: {', '.join(DTYPES)}")
                 wanted = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
                 if not 0 <= begin <= end <= size - 8 - length or end - begin != wanted:
-                    raise CorruptError(f"{self.path}: {name} should occupy {wanted} bytes from {begin}, the "
-                                       f"file ends at {size - 8 - length}; it was cut or damaged: fetch or "
-                                       f"write it again")
+                    raise CorruptError(
+                        f"{self.path}: {name} should occupy {wanted} bytes from {begin}, the "
+                        f"file ends at {size - 8 - length}; it was cut or damaged: fetch or "
+                        f"write it again"
+                    )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptError(f"{self.path} has no valid safetensors header ({error}); fetch or write it "
-                               "again") from None
+            raise CorruptError(
+                f"{self.path} has no valid safetensors header ({error}); fetch or write it again"
+            ) from None
         return entries, 8 + length
 
     def __enter__(self) -> SafetensorsFile:
@@ -126,7 +137,7 @@ def write_safetensors(path: str | Path, tensors: Iterable[Item], *, as_given: bo
     as_given: the tensors lie in the file in their order here, for those who read its beginning only.
     """
     items = list(tensors)
-    if not as_given:   # wide types first, so that all are aligned
+    if not as_given:  # wide types first, so that all are aligned
         items.sort(key=lambda item: (-item[2].itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

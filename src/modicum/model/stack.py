@@ -39,7 +39,7 @@ class Stack(Protocol):
     held: int
     available: int
     order: list[int]
-    kept: Tensor | None     # stands for the weight, if set: whoever tries sums of blocks sets it
+    kept: Tensor | None  # stands for the weight, if set: whoever tries sums of blocks sets it
     in_features: int
     out_features: int
 
@@ -53,8 +53,11 @@ class Stack(Protocol):
 
 def stacks(model: nn.Module) -> dict[str, Stack]:
     """Every stack of `model` by module name, those below an adapter included."""
-    found: dict[str, Any] = {name: module for name, module in model.named_modules()
-                             if isinstance(module, LinearForm) and "stack" in module.supports}
+    found: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LinearForm) and "stack" in module.supports
+    }
     return found
 
 
@@ -64,7 +67,7 @@ def ranking(found: Mapping[str, Stack], held: bool = False) -> list[tuple[str, i
     blocks = [(name, i) for name, n in counts.items() for i in range(n)]
     if all(len(form.order) >= counts[name] for name, form in found.items()):
         return sorted(blocks, key=lambda block: found[block[0]].order[block[1]])
-    return sorted(blocks, key=lambda block: block[1])     # stable: within a level, by module
+    return sorted(blocks, key=lambda block: block[1])  # stable: within a level, by module
 
 
 def nbytes(model: nn.Module) -> int:
@@ -84,6 +87,7 @@ def block_items(model: nn.Module) -> dict[str, Item]:
 
 def emptied(description: Mapping[str, Any]) -> dict[str, Any]:
     """A folder's description of forms with every stack empty, so that making the forms takes no room."""
+
     def entry(old: Mapping[str, Any] | None) -> dict[str, Any] | None:
         if old is None:
             return None
@@ -133,14 +137,19 @@ def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> R
     """
     found, path = stacks(model), Path(folder) / BLOCKS_FILE
     if not found:
-        raise UserError(f"the model of {folder} is of one size only; make one of any size with: modicum "
-                        "compress MODEL --form bitstack --calibration TEXT --out STACK")
+        raise UserError(
+            f"the model of {folder} is of one size only; make one of any size with: modicum "
+            "compress MODEL --form bitstack --calibration TEXT --out STACK"
+        )
     fixed = nbytes(model) - sum(form.held * form.block_bytes for form in found.values())
     least = fixed + sum(form.block_bytes for form in found.values())
     whole = fixed + sum(form.available * form.block_bytes for form in found.values())
-    wanted = fitting(found, None if size is None else size - fixed,
-                     f"{bytes_text(size or 0)} is too small for {folder}: one block of each layer and what "
-                     f"is not in blocks take {bytes_text(least)}, all blocks {bytes_text(whole)}")
+    wanted = fitting(
+        found,
+        None if size is None else size - fixed,
+        f"{bytes_text(size or 0)} is too small for {folder}: one block of each layer and what "
+        f"is not in blocks take {bytes_text(least)}, all blocks {bytes_text(whole)}",
+    )
     read = dropped = 0
     for name, form in found.items():
         if wanted[name] < form.held:
@@ -153,16 +162,20 @@ def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> R
         with SafetensorsFile(path) as file:
             for name, i in missing:
                 read += _read(file, name, i, found[name])
-    return Resized(nbytes(model), sum(form.held for form in found.values()),
-                   sum(form.available for form in found.values()), read, dropped)
+    return Resized(
+        nbytes(model),
+        sum(form.held for form in found.values()),
+        sum(form.available for form in found.values()),
+        read,
+        dropped,
+    )
 
 
 def _read(file: SafetensorsFile, name: str, i: int, form: Stack) -> int:
     tensor = f"{name}.block_{i}"
     told = tensor in file.names and (file.shape(tensor), file.dtype(tensor))
     if told != ((form.block_bytes,), torch.uint8):
-        raise CorruptError(f"{file.path} has no block {tensor} of {form.block_bytes} bytes; write the folder "
-                           "again")
+        raise CorruptError(f"{file.path} has no block {tensor} of {form.block_bytes} bytes; write the folder again")
     value = file.read(tensor)
     form.set_layout({"blocks": i + 1})
     getattr(form, f"block_{i}").copy_(value)
@@ -178,8 +191,12 @@ def trim(found: Mapping[str, Stack], bits: Mapping[str, float | None]) -> None:
         mine = {name: form for name, form in found.items() if bits[name] == wanted and form.held}
         weights = sum(form.in_features * form.out_features for form in mine.values())
         least = 8 * sum(form.block_bytes for form in mine.values()) / max(weights, 1)
-        drop(mine, wanted * weights / 8, f"bits={wanted:g} is less than one block of each layer takes "
-                                         f"({least:.2f} bits per weight); give more, or a smaller rank")
+        drop(
+            mine,
+            wanted * weights / 8,
+            f"bits={wanted:g} is less than one block of each layer takes "
+            f"({least:.2f} bits per weight); give more, or a smaller rank",
+        )
 
 
 def drop(found: Mapping[str, Stack], room: float, what: str) -> None:

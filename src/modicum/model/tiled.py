@@ -16,14 +16,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 128     # queries per block
-Options = tuple[float, bool, int | None, float | None, int]     # scale, causal, window, softcap, block
+BLOCK = 128  # queries per block
+Options = tuple[float, bool, int | None, float | None, int]  # scale, causal, window, softcap, block
 
 
-def tiled_attention(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, scale: float,
-                    mask: Tensor | None = None, causal: bool = False, window: int | None = None,
-                    softcap: float | None = None,
-                    block: int = BLOCK) -> Tensor:
+def tiled_attention(
+    q_BHTE: Tensor,
+    k_BGSE: Tensor,
+    v_BGSE: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    block: int = BLOCK,
+) -> Tensor:
     """softmax(softcap(q k^T * scale) + mask) v as out_BHTE.
 
     `mask`: bool (True: seen) or additive, (B or 1, H or 1, T, S); every query must see a key. `causal`:
@@ -39,7 +47,7 @@ def tiled_attention(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, *, scale: fl
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()    # once here instead of once per block
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once here instead of once per block
         ctx.save_for_backward(q, k, v, mask)
         ctx.options = options
         B, H, T, E = q.shape
@@ -58,7 +66,7 @@ class _Tiled(torch.autograd.Function):
         B, H, T, E = q.shape
         G = k.shape[1]
         dq = torch.empty(B, T, H, E, dtype=q.dtype, device=q.device).transpose(1, 2)
-        wide = torch.promote_types(q.dtype, torch.float32)      # blocks add up here
+        wide = torch.promote_types(q.dtype, torch.float32)  # blocks add up here
         dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
         for rows, keys in _tiles(T, k.shape[2], ctx.options):
             p, capped, q_rows = _weights(q, k, mask, rows, keys, ctx.options)
@@ -83,8 +91,9 @@ def _tiles(T: int, S: int, options: Options) -> list[tuple[slice, slice]]:
     return tiles
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, keys: slice,
-             options: Options) -> tuple[Tensor, Tensor | None, Tensor]:
+def _weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, keys: slice, options: Options
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """(softmax weights B,G,R*t,s of a block; its scores after the softcap, if any; its queries B,G,R*t,E)."""
     scale, causal, window, softcap, _ = options
     B, H, T, E = q.shape

@@ -22,7 +22,7 @@ import numpy as np
 from modicum.core.errors import CorruptError
 from modicum.retrieve.indexes import Hits
 
-_WORD = re.compile(r"[^\W_]+(?:[._]+[^\W_]+)*")                    # an identifier with its dots and underscores
+_WORD = re.compile(r"[^\W_]+(?:[._]+[^\W_]+)*")  # an identifier with its dots and underscores
 _CAMEL = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+|\d+")
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 
@@ -33,12 +33,12 @@ def tokenize(text: str) -> list[str]:
     >>> tokenize("json.loads parses myFileName")
     ['json.load', 'json', 'load', 'parse', 'myfilename', 'my', 'file', 'name']
     """
-    if not text.isascii():   # accents are folded, so that a query typed without them still matches
+    if not text.isascii():  # accents are folded, so that a query typed without them still matches
         text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
         text = _UNSPACED.sub(lambda run: " " + " ".join(_pairs(run[0])) + " ", unicodedata.normalize("NFC", text))
     terms = []
     for word in _WORD.findall(text):
-        if word.islower() and word.isalpha():   # the common case
+        if word.islower() and word.isalpha():  # the common case
             terms.append(_singular(word.casefold()))
             continue
         parts = [p.casefold() for piece in re.split(r"[._]+", word) for p in _CAMEL.findall(piece)]
@@ -50,7 +50,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def _pairs(run: str) -> list[str]:
-    return [run[i:i + 2] for i in range(len(run) - 1)] or [run]
+    return [run[i : i + 2] for i in range(len(run) - 1)] or [run]
 
 
 def _singular(word: str) -> str:
@@ -74,7 +74,8 @@ class BM25:
     def build(cls, texts: Iterable[str], *, k1: float = 1.5, b: float = 0.75) -> BM25:
         """One pass over `texts`; memory holds four bytes per term occurrence, and the vocabulary."""
         import bm25s
-        vocabulary = {"": 0}   # no text has this term; it keeps the table non-empty
+
+        vocabulary = {"": 0}  # no text has this term; it keeps the table non-empty
         rows: list[array[int]] = []
         for text in texts:
             rows.append(array("i", [vocabulary.setdefault(t, len(vocabulary)) for t in tokenize(text)]))
@@ -98,10 +99,10 @@ class BM25:
         for q, query in enumerate(queries):
             scores_N = self.scores(query)
             rows = np.flatnonzero(scores_N > 0) if subset is None else subset[scores_N[subset] > 0]
-            if len(rows) > k:   # keep all that tie with the k-th, then let the row number decide
+            if len(rows) > k:  # keep all that tie with the k-th, then let the row number decide
                 rows = rows[scores_N[rows] >= np.partition(scores_N[rows], len(rows) - k)[len(rows) - k]]
             rows = rows[np.lexsort((rows, -scores_N[rows]))][:k]
-            hits.ids_QK[q, :len(rows)], hits.scores_QK[q, :len(rows)] = rows, scores_N[rows]
+            hits.ids_QK[q, : len(rows)], hits.scores_QK[q, : len(rows)] = rows, scores_N[rows]
         return hits
 
     def save(self, folder: str | Path) -> None:
@@ -114,6 +115,7 @@ class BM25:
     def load(cls, folder: str | Path, n_rows: int) -> BM25:
         """Open memory-mapped; the files' checksums are the caller's to check."""
         import bm25s
+
         if not any(Path(folder).glob("*.json")):
             return cls(bm25s.BM25(method="lucene"), n_rows)
         try:

@@ -17,7 +17,7 @@ from modicum.retrieve.latent import Latent
 from modicum.retrieve.passages import grouped
 from modicum.retrieve.whiten import Whitener
 
-SMALL = 100_000_000   # parameters
+SMALL = 100_000_000  # parameters
 
 
 class DecoderEncoder(Encoder):
@@ -43,13 +43,26 @@ class DecoderEncoder(Encoder):
 
     kind = "decoder"
 
-    def __init__(self, model: str | Path, *, layers: Sequence[int] | None = None, sif: float = 1e-3,
-                 whiten: float = 1.0, remove: int = 0, dims: int = 512, latent: int = 512, share: float = 0.6,
-                 max_tokens: int = 512, batch_tokens: int = 8192, device: str = "cpu"):
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        layers: Sequence[int] | None = None,
+        sif: float = 1e-3,
+        whiten: float = 1.0,
+        remove: int = 0,
+        dims: int = 512,
+        latent: int = 512,
+        share: float = 0.6,
+        max_tokens: int = 512,
+        batch_tokens: int = 8192,
+        device: str = "cpu",
+    ):
         import torch
 
         from modicum.data.tokenizer import Tokenizer
         from modicum.model.folder import find_folder, load_model
+
         self.model = str(model)
         place = find_folder(self.model)
         self.tokenizer = Tokenizer.load(place)
@@ -73,9 +86,16 @@ class DecoderEncoder(Encoder):
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
-            "layers": list(self.layers), "sif": self.sif, "whiten": self.whitener.power, "remove": self.whitener.remove,
-            "dims": self.whitener.dims, "latent": self.latent.wanted, "share": self.share,
-            "max_tokens": self.max_tokens, "batch_tokens": self.batch_tokens}
+            "layers": list(self.layers),
+            "sif": self.sif,
+            "whiten": self.whitener.power,
+            "remove": self.whitener.remove,
+            "dims": self.whitener.dims,
+            "latent": self.latent.wanted,
+            "share": self.share,
+            "max_tokens": self.max_tokens,
+            "batch_tokens": self.batch_tokens,
+        }
 
     def _tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         # Cut characters first: a text of megabytes would be tokenized for its first max_tokens only.
@@ -96,6 +116,7 @@ class DecoderEncoder(Encoder):
 
     def pool(self, texts: Sequence[str]) -> np.ndarray:
         import torch
+
         rows = self._tokens(texts)
         weights_V = torch.from_numpy(self.weights())
         pooled_NE = np.zeros((len(rows), self._hidden), np.float32)
@@ -104,12 +125,14 @@ class DecoderEncoder(Encoder):
                 lengths_B = torch.tensor([len(rows[i]) for i in batch])
                 T = int(lengths_B.max())
                 tokens_BT = torch.full((len(batch), T + 1), self.tokenizer.start_id)
-                for b, i in enumerate(batch):   # padding stands on the right, where causal states do not see it
-                    tokens_BT[b, 1:len(rows[i]) + 1] = torch.from_numpy(rows[i])
+                for b, i in enumerate(batch):  # padding stands on the right, where causal states do not see it
+                    tokens_BT[b, 1 : len(rows[i]) + 1] = torch.from_numpy(rows[i])
                 w_BT = weights_V[tokens_BT[:, 1:]] * (torch.arange(T) < lengths_B[:, None])
                 w_BT = (w_BT / w_BT.sum(1, keepdim=True)).to(self._decoder.device)
-                parts = [torch.einsum("bt,btd->bd", w_BT, torch.nn.functional.normalize(h_BTD[:, 1:].float(), dim=-1))
-                         for h_BTD in self._states(tokens_BT.to(self._decoder.device))]
+                parts = [
+                    torch.einsum("bt,btd->bd", w_BT, torch.nn.functional.normalize(h_BTD[:, 1:].float(), dim=-1))
+                    for h_BTD in self._states(tokens_BT.to(self._decoder.device))
+                ]
                 pooled_NE[batch] = torch.cat(parts, dim=-1).cpu().numpy()
         return np.hstack([pooled_NE, self.latent(texts)]) if self.latent.dim else pooled_NE
 
@@ -153,21 +176,23 @@ class DecoderEncoder(Encoder):
         return [kept[layer] for layer in self.layers]
 
     def fit(self, blocks: Iterable[np.ndarray]) -> None:
-        self.whitener.fit(pooled_NE[:, :self._hidden] for pooled_NE in blocks)
+        self.whitener.fit(pooled_NE[:, : self._hidden] for pooled_NE in blocks)
 
     def finish(self, pooled_NE: np.ndarray) -> np.ndarray:
-        hidden_NE, latent_NE = unit(self.whitener(pooled_NE[:, :self._hidden])), pooled_NE[:, self._hidden:]
+        hidden_NE, latent_NE = unit(self.whitener(pooled_NE[:, : self._hidden])), pooled_NE[:, self._hidden :]
         if not latent_NE.shape[1]:
             return hidden_NE
-        return unit(np.hstack([(1 - self.share) ** 0.5 * hidden_NE, self.share ** 0.5 * unit(latent_NE)]))
+        return unit(np.hstack([(1 - self.share) ** 0.5 * hidden_NE, self.share**0.5 * unit(latent_NE)]))
 
     def state(self) -> dict[str, np.ndarray]:
         return {"counts": self.counts_V} | self.whitener.state() | self.latent.state()
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         if state["counts"].shape != self.counts_V.shape:
-            raise CorruptError(f"the encoder's statistics are for {state['counts'].shape[0]} tokens, {self.model} has "
-                               f"{len(self.counts_V)}; build the index again")
+            raise CorruptError(
+                f"the encoder's statistics are for {state['counts'].shape[0]} tokens, {self.model} has "
+                f"{len(self.counts_V)}; build the index again"
+            )
         self.counts_V = state["counts"].copy()
         self.whitener.set_state(state)
         self.latent.set_state(state)

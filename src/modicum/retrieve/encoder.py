@@ -19,7 +19,7 @@ import numpy as np
 
 from modicum.core.files import sha256, write_json
 
-SAMPLE_BYTES = 1 << 20   # read from each end of a weight file to recognise it
+SAMPLE_BYTES = 1 << 20  # read from each end of a weight file to recognise it
 
 
 class Encoder(ABC):
@@ -64,10 +64,11 @@ class Encoder(ABC):
     def save(self, folder: str | Path) -> None:
         """Settings and state; not the model itself."""
         from safetensors.numpy import save_file
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         here = self.settings()
-        if Path(self.model).is_dir():   # found again when index and model move together
+        if Path(self.model).is_dir():  # found again when index and model move together
             here["relative"] = os.path.relpath(Path(self.model).resolve(), folder.resolve())
         write_json(folder / "encoder.json", here)
         save_file({k: np.ascontiguousarray(v) for k, v in self.state().items()}, str(folder / "encoder.safetensors"))

@@ -15,8 +15,16 @@ from modicum.retrieve.decoder_encoder import DecoderEncoder
 from modicum.retrieve.encoder import Encoder, fingerprint, unit
 from modicum.retrieve.latent import Latent
 
-__all__ = ["DecoderEncoder", "Encoder", "LatentEncoder", "SentenceTransformerEncoder", "load_encoder", "make_encoder",
-           "parse_knobs", "unit"]
+__all__ = [
+    "DecoderEncoder",
+    "Encoder",
+    "LatentEncoder",
+    "SentenceTransformerEncoder",
+    "load_encoder",
+    "make_encoder",
+    "parse_knobs",
+    "unit",
+]
 
 
 class SentenceTransformerEncoder(Encoder):
@@ -33,12 +41,17 @@ class SentenceTransformerEncoder(Encoder):
         try:
             self._model = SentenceTransformer(self.model, device=device, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"{model} does not open as an encoder ({str(error).splitlines()[0]}); give a folder or a "
-                            "hub id of a sentence-transformers model, or decoder:FOLDER for a language model") from None
+            raise UserError(
+                f"{model} does not open as an encoder ({str(error).splitlines()[0]}); give a folder or a "
+                "hub id of a sentence-transformers model, or decoder:FOLDER for a language model"
+            ) from None
 
     def _vectors(self, encode: Any, texts: Sequence[str]) -> np.ndarray:
-        return unit(np.asarray(encode(list(texts), batch_size=self.batch, show_progress_bar=False,
-                                      convert_to_numpy=True), np.float32))
+        return unit(
+            np.asarray(
+                encode(list(texts), batch_size=self.batch, show_progress_bar=False, convert_to_numpy=True), np.float32
+            )
+        )
 
     def pool(self, texts: Sequence[str]) -> np.ndarray:
         return self._vectors(self._model.encode_document, texts)
@@ -103,6 +116,7 @@ def make_encoder(spec: str, *, device: str = "cpu", **knobs: Any) -> Encoder:
 def parse_knobs(text: str | None) -> dict[str, Any]:
     """`layers=[0,1],max_tokens=256` as keywords of an encoder."""
     import yaml
+
     try:
         knobs = yaml.safe_load("{" + (text or "").replace("=", ": ") + "}")
     except yaml.YAMLError:
@@ -124,6 +138,7 @@ def _construct(kind: Any, model: str | Path, device: str, knobs: dict[str, Any])
 def load_encoder(folder: str | Path, *, device: str = "cpu", model: str | None = None) -> Encoder:
     """The encoder saved in `folder`; `model` says where its model is now, if it moved."""
     from safetensors.numpy import load_file
+
     folder = Path(folder)
     saved = read_json(folder / "encoder.json")
     kind, was, relative = saved.pop("kind"), saved.pop("model"), saved.pop("relative", None)
@@ -136,8 +151,9 @@ def load_encoder(folder: str | Path, *, device: str = "cpu", model: str | None =
     if expected is not None and not Path(place).is_dir():
         raise UserError(f"the encoder's model is not at {place} any more; say where it is with: --encoder FOLDER")
     if fingerprint(place) != expected:
-        raise UserError(f"{place} is not the model this index was made with; point --encoder at that one, "
-                        "or build the index again")
+        raise UserError(
+            f"{place} is not the model this index was made with; point --encoder at that one, or build the index again"
+        )
     encoder = _construct(KINDS[kind], place, device, saved)
     encoder.set_state(load_file(str(folder / "encoder.safetensors")))
     return encoder

@@ -30,6 +30,6 @@ def fuse(results: Sequence[Hits], depth: int, k: float = K) -> Hits:
     fused = Hits.empty(len(results[0].ids_QK), depth)
     for q in range(len(fused.ids_QK)):
         best = reciprocal_rank([[i for i in r.ids_QK[q].tolist() if i >= 0] for r in results], k)[:depth]
-        fused.ids_QK[q, :len(best)] = [item for item, _ in best]
-        fused.scores_QK[q, :len(best)] = np.array([score for _, score in best], np.float32)
+        fused.ids_QK[q, : len(best)] = [item for item, _ in best]
+        fused.scores_QK[q, : len(best)] = np.array([score for _, score in best], np.float32)
     return fused

@@ -15,9 +15,11 @@ from modicum.core.errors import BudgetError, MissingExtra, ModicumError, UserErr
 from modicum.retrieve.bm25 import tokenize
 from modicum.retrieve.search import Hit, Searcher
 
-SYSTEM = ("Answer the question from the numbered sources below and from nothing else. After each statement, cite the "
-          "source it rests on by its number, like [1]. If the sources do not hold the answer, say so.")
-MIN_SOURCE_TOKENS = 24   # a source cut shorter than this says too little to be worth its place
+SYSTEM = (
+    "Answer the question from the numbered sources below and from nothing else. After each statement, cite the "
+    "source it rests on by its number, like [1]. If the sources do not hold the answer, say so."
+)
+MIN_SOURCE_TOKENS = 24  # a source cut shorter than this says too little to be worth its place
 Messages = list[dict[str, str]]
 
 
@@ -75,9 +77,18 @@ def approximate_tokens(text: str) -> int:
     return -(-len(text.encode("utf-8", "surrogatepass")) // 3)
 
 
-def ask(question: str, searcher: Searcher, generate: Generate, *, k: int = 5, mode: str | None = None,
-        prompt_budget: int = 2048, count: Callable[[str], int] | None = None, system: str = SYSTEM,
-        on_text: Callable[[str], None] | None = None) -> Answer:
+def ask(
+    question: str,
+    searcher: Searcher,
+    generate: Generate,
+    *,
+    k: int = 5,
+    mode: str | None = None,
+    prompt_budget: int = 2048,
+    count: Callable[[str], int] | None = None,
+    system: str = SYSTEM,
+    on_text: Callable[[str], None] | None = None,
+) -> Answer:
     """Search, show the best k passages to `generate`, and return its text with its sources.
 
     `prompt_budget` bounds the prompt in tokens as `count` measures them (`approximate_tokens` if None); lower-ranked
@@ -100,45 +111,56 @@ def ask(question: str, searcher: Searcher, generate: Generate, *, k: int = 5, mo
     reply = Generated(reply) if isinstance(reply, str) else reply
     cited, unknown = citations(reply.text, len(sources))
     return Answer(
-        question=question, text=reply.text, citations=cited, unknown_citations=unknown,
+        question=question,
+        text=reply.text,
+        citations=cited,
+        unknown_citations=unknown,
         sources=[Source(**asdict(s) | {"cited": s.number in cited}) for s in sources],
         prompt_tokens=estimate if reply.prompt_tokens is None else reply.prompt_tokens,
-        completion_tokens=reply.completion_tokens, seconds=time.monotonic() - start,
-        seconds_to_first=first[0] if first else None)
+        completion_tokens=reply.completion_tokens,
+        seconds=time.monotonic() - start,
+        seconds_to_first=first[0] if first else None,
+    )
 
 
-def compose(question: str, hits: Sequence[Hit], budget: int, count: Callable[[str], int],
-            system: str = SYSTEM) -> tuple[Messages, list[Source], int]:
+def compose(
+    question: str, hits: Sequence[Hit], budget: int, count: Callable[[str], int], system: str = SYSTEM
+) -> tuple[Messages, list[Source], int]:
     """(messages, numbered sources, tokens): the prompt with as many hits as the budget holds, best first.
 
     Every source still to come keeps an equal share of what is left, so that a long first passage does not
     crowd out the others; a short one leaves its rest to them.
     """
+
     def messages_with(blocks: Sequence[str]) -> Messages:
         shown = "\n\n".join(blocks) if blocks else "(no source matches)"
-        return [{"role": "system", "content": system},
-                {"role": "user", "content": f"Sources:\n\n{shown}\n\nQuestion: {question}"}]
+        return [
+            {"role": "system", "content": system},
+            {"role": "user", "content": f"Sources:\n\n{shown}\n\nQuestion: {question}"},
+        ]
 
     def tokens(blocks: Sequence[str]) -> int:
-        return sum(count(m["content"]) + 4 for m in messages_with(blocks))   # 4: role marks of a chat template
+        return sum(count(m["content"]) + 4 for m in messages_with(blocks))  # 4: role marks of a chat template
 
     fixed = tokens([])
     if fixed + (MIN_SOURCE_TOKENS if hits else 0) > budget:
-        raise BudgetError(f"the instructions and the question take {fixed} tokens, the prompt budget is {budget} and a "
-                          f"source needs {MIN_SOURCE_TOKENS}; ask a shorter question or allow a longer prompt")
+        raise BudgetError(
+            f"the instructions and the question take {fixed} tokens, the prompt budget is {budget} and a "
+            f"source needs {MIN_SOURCE_TOKENS}; ask a shorter question or allow a longer prompt"
+        )
     blocks: list[str] = []
     sources: list[Source] = []
     for place, hit in enumerate(hits):
         left = budget - tokens(blocks) if blocks else budget - fixed
         head = f"[{len(sources) + 1}] {' '.join(hit.passage.title.split())} ({hit.passage.source})".replace(" ()", "")
         room = left // (len(hits) - place) - count(head) - 2
-        if room < MIN_SOURCE_TOKENS:   # an equal share is too little: serve fewer, each readable
+        if room < MIN_SOURCE_TOKENS:  # an equal share is too little: serve fewer, each readable
             room = min(left - count(head) - 2, MIN_SOURCE_TOKENS)
             if room < MIN_SOURCE_TOKENS:
                 break
         text = excerpt(hit.passage.text, question, room, count)
         blocks.append(f"{head}\n{text}")
-        while text and tokens(blocks) > budget:   # counts of parts need not add up to the count of the whole
+        while text and tokens(blocks) > budget:  # counts of parts need not add up to the count of the whole
             text = text[: int(len(text) * 0.9)]
             blocks[-1] = f"{head}\n{text}"
         if not text:
@@ -170,7 +192,7 @@ def excerpt(text: str, question: str, limit: int, count: Callable[[str], int]) -
             best, best_score = (start, end), score
         size -= sizes[start] if end > start else 0
         end = max(end, start + 1)
-    return "\n".join(lines[best[0]:best[1]]).strip("\n")
+    return "\n".join(lines[best[0] : best[1]]).strip("\n")
 
 
 def _pieces(line: str, limit: int, count: Callable[[str], int]) -> Iterator[str]:
@@ -193,18 +215,28 @@ _CITATION = re.compile(r"\[(\d{1,3}(?:\s*[,;]\s*\d{1,3})*)\]")
 
 def citations(text: str, n_sources: int) -> tuple[list[int], list[int]]:
     """(cited, unknown): numbers in square brackets outside code, by first mention; unknown ones name no source."""
-    found = dict.fromkeys(int(number) for group in _CITATION.findall(_CODE.sub(" ", text))
-                          for number in re.findall(r"\d+", group))
+    found = dict.fromkeys(
+        int(number) for group in _CITATION.findall(_CODE.sub(" ", text)) for number in re.findall(r"\d+", group)
+    )
     return [n for n in found if 1 <= n <= n_sources], [n for n in found if not 1 <= n <= n_sources]
 
 
-def openai_generator(url: str | None = None, *, model: str | None = None, api_key: str | None = None,
-                     max_tokens: int = 256, temperature: float = 0.0, timeout: float = 120.0, **more: Any) -> Generate:
+def openai_generator(
+    url: str | None = None,
+    *,
+    model: str | None = None,
+    api_key: str | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    timeout: float = 120.0,
+    **more: Any,
+) -> Generate:
     """A generator behind any OpenAI-compatible server (`url` ends in /v1), streamed by the `openai` client.
 
     model: the server's first one if None. api_key: the environment's OPENAI_API_KEY, or none for a local server.
     """
     import os
+
     try:
         import openai
     except ImportError:
@@ -215,8 +247,14 @@ def openai_generator(url: str | None = None, *, model: str | None = None, api_ke
         try:
             name = model or client.models.list().data[0].id
             stream = client.chat.completions.create(
-                model=name, messages=messages, max_tokens=max_tokens, temperature=temperature, stream=True,   # type: ignore[call-overload]
-                stream_options={"include_usage": True}, **more)
+                model=name,
+                messages=messages,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                stream=True,  # type: ignore[call-overload]
+                stream_options={"include_usage": True},
+                **more,
+            )
             pieces: list[str] = []
             usage: Any = None
             for chunk in stream:
@@ -228,14 +266,17 @@ def openai_generator(url: str | None = None, *, model: str | None = None, api_ke
         except IndexError:
             raise UserError(f"{client.base_url} serves no model; start one with: modicum serve MODEL") from None
         except openai.APIConnectionError as error:
-            raise UserError(f"nothing answers at {client.base_url} ({error.__cause__ or error}); start a server with: "
-                            "modicum serve MODEL, or check the URL (it usually ends in /v1)") from None
+            raise UserError(
+                f"nothing answers at {client.base_url} ({error.__cause__ or error}); start a server with: "
+                "modicum serve MODEL, or check the URL (it usually ends in /v1)"
+            ) from None
         except openai.APIStatusError as error:
             kind = UserError if 400 <= error.status_code < 500 else ModicumError
             raise kind(f"{client.base_url} refused ({error.status_code}): {error.message}") from None
         except openai.APIError as error:
             raise ModicumError(f"{client.base_url} failed while answering: {error.message}; ask again") from None
-        return Generated("".join(pieces), getattr(usage, "prompt_tokens", None),
-                         getattr(usage, "completion_tokens", None))
+        return Generated(
+            "".join(pieces), getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+        )
 
     return generate

@@ -24,14 +24,24 @@ from modicum.retrieve.encoders import Encoder
 from modicum.retrieve.passages import Passage, Passages
 from modicum.retrieve.search import MODES, Searcher, build_index
 
-MIN_WORDS = 3   # a shorter sentence ("Return it.") names no item
+MIN_WORDS = 3  # a shorter sentence ("Return it.") names no item
 
 
-def known_item(passages: Sequence[Passage] | Passages, *, encoder: Encoder | str | None = None, index: Any = "exact",
-               k: int = 10, limit: int | None = 1000, seed: int = 0, folder: str | Path | None = None,
-               device: str = "cpu", variants: Sequence[str] = ("as_is", "withheld"), as_is: Searcher | None = None,
-               examples: int = 5,
-               events: Events | None = None) -> dict[str, Any]:
+def known_item(
+    passages: Sequence[Passage] | Passages,
+    *,
+    encoder: Encoder | str | None = None,
+    index: Any = "exact",
+    k: int = 10,
+    limit: int | None = 1000,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    device: str = "cpu",
+    variants: Sequence[str] = ("as_is", "withheld"),
+    as_is: Searcher | None = None,
+    examples: int = 5,
+    events: Events | None = None,
+) -> dict[str, Any]:
     """{variant: {mode: {"mrr@10": {"mean", "error"}, "recall@1", ...}}} with "queries", "passages", "examples".
 
     At most `limit` queries, drawn with `seed`; "ambiguous" counts the sentences that `known_items` leaves out. The
@@ -52,17 +62,26 @@ def known_item(passages: Sequence[Passage] | Passages, *, encoder: Encoder | str
                     raise UserError(f"{as_is.folder} does not index these {len(passages)} passages as they are")
             else:
                 place = Path(folder or temporary) / variant
-                build_index(passages, place, encoder=encoder, index=index, withheld=variant == "withheld",
-                            device=device, events=events)
+                build_index(
+                    passages,
+                    place,
+                    encoder=encoder,
+                    index=index,
+                    withheld=variant == "withheld",
+                    device=device,
+                    events=events,
+                )
                 searcher = Searcher(place, device=device)
             result[variant] = compare_modes(searcher, queries, relevant, k=k, seed=seed)
             result.setdefault("examples", {})[variant] = [
-                _example(searcher, queries[i], passages[wanted[i]].id, k) for i in range(min(examples, len(queries)))]
+                _example(searcher, queries[i], passages[wanted[i]].id, k) for i in range(min(examples, len(queries)))
+            ]
     return result
 
 
-def known_items(passages: Iterable[Passage], limit: int | None = None,
-                seed: int = 0) -> tuple[list[str], list[int], int]:
+def known_items(
+    passages: Iterable[Passage], limit: int | None = None, seed: int = 0
+) -> tuple[list[str], list[int], int]:
     """(queries, the row each was taken from, sentences left out): at most `limit`, drawn with `seed`.
 
     A sentence that several passages share names no one of them and is left out.
@@ -81,43 +100,73 @@ def known_items(passages: Iterable[Passage], limit: int | None = None,
             row_of[key], sentence_of[key] = row, sentence
     keys = [key for key in row_of if key not in ambiguous]
     if not keys:
-        raise UserError("no passage has a summary sentence of its own and a body, so there is no known item to search "
-                        "for; index source code with docstrings, or evaluate with judged queries")
+        raise UserError(
+            "no passage has a summary sentence of its own and a body, so there is no known item to search "
+            "for; index source code with docstrings, or evaluate with judged queries"
+        )
     if limit is not None and len(keys) > limit:
         keys = [keys[i] for i in sorted(np.random.default_rng(seed).choice(len(keys), limit, replace=False))]
     return [sentence_of[key] for key in keys], [row_of[key] for key in keys], len(ambiguous)
 
 
-def compare_modes(searcher: Searcher, queries: Sequence[str], relevant: metrics.Relevant, *, k: int = 10, seed: int = 0,
-                  batch: int = 256) -> dict[str, Any]:
+def compare_modes(
+    searcher: Searcher,
+    queries: Sequence[str],
+    relevant: metrics.Relevant,
+    *,
+    k: int = 10,
+    seed: int = 0,
+    batch: int = 256,
+) -> dict[str, Any]:
     """{mode: metrics with standard errors, and "queries_per_second"} for every mode the index has."""
     found: dict[str, list[np.ndarray]] = defaultdict(list)
     seconds: dict[str, float] = defaultdict(float)
     for mode in [m for m in MODES if m in searcher.modes]:
         for start in range(0, len(queries), batch):
             began = time.perf_counter()
-            found[mode].append(searcher.rank(queries[start:start + batch], max(k, 10), mode).ids_QK)
+            found[mode].append(searcher.rank(queries[start : start + batch], max(k, 10), mode).ids_QK)
             seconds[mode] += time.perf_counter() - began
     cuts: dict[str, Any] = {"mrr": (k,), "ndcg": (k,), "recall": sorted({1, 5, k})}
-    return {mode: metrics.summarize(np.concatenate(parts), relevant, **cuts, seed=seed)
-            | {"queries_per_second": len(queries) / max(seconds[mode], 1e-9)} for mode, parts in found.items()}
+    return {
+        mode: metrics.summarize(np.concatenate(parts), relevant, **cuts, seed=seed)
+        | {"queries_per_second": len(queries) / max(seconds[mode], 1e-9)}
+        for mode, parts in found.items()
+    }
 
 
 def _example(searcher: Searcher, query: str, wanted: str, k: int) -> dict[str, Any]:
     hits = searcher.search(query, k)
-    return {"query": query, "wanted": wanted,
-            "rank": next((i for i, h in enumerate(hits, 1) if h.passage.id == wanted), None),
-            "hits": [{"id": h.passage.id, "title": h.passage.title, "source": h.passage.source, "score": h.score,
-                      "ranks": h.ranks} for h in hits[:3]]}
+    return {
+        "query": query,
+        "wanted": wanted,
+        "rank": next((i for i, h in enumerate(hits, 1) if h.passage.id == wanted), None),
+        "hits": [
+            {
+                "id": h.passage.id,
+                "title": h.passage.title,
+                "source": h.passage.source,
+                "score": h.score,
+                "ranks": h.ranks,
+            }
+            for h in hits[:3]
+        ],
+    }
 
 
 # judged collections -------------------------------------------------------------------------------------------
 
+
 def read_collection(path: str | Path) -> Iterator[Passage]:
     """The passages of `corpus.parquet` (id, text, and title if there is one)."""
     for row in _table(path, ("id", "text"), ("title",)):
-        yield Passage(id=row["id"], text=row["text"] or "", source=f"{Path(path).parent.name}/{row['id']}",
-                      title=row.get("title") or "", summary="", body=row["text"] or "")
+        yield Passage(
+            id=row["id"],
+            text=row["text"] or "",
+            source=f"{Path(path).parent.name}/{row['id']}",
+            title=row.get("title") or "",
+            summary="",
+            body=row["text"] or "",
+        )
 
 
 def read_judgements(queries: str | Path, qrels: str | Path) -> tuple[list[str], list[str], list[dict[str, float]]]:
@@ -131,8 +180,9 @@ def read_judgements(queries: str | Path, qrels: str | Path) -> tuple[list[str], 
     return [r["id"] for r in kept], [r["text"] for r in kept], [grades[r["id"]] for r in kept]
 
 
-def evaluate_qrels(searcher: Searcher, queries: str | Path, qrels: str | Path, *, k: int = 10, limit: int | None = None,
-                   seed: int = 0) -> dict[str, Any]:
+def evaluate_qrels(
+    searcher: Searcher, queries: str | Path, qrels: str | Path, *, k: int = 10, limit: int | None = None, seed: int = 0
+) -> dict[str, Any]:
     """Metrics by mode on judged queries; a relevant document that is not in the index counts as missed.
 
     queries: Parquet with id and text. qrels: Parquet with query_id, doc_id, relevance.
@@ -142,7 +192,7 @@ def evaluate_qrels(searcher: Searcher, queries: str | Path, qrels: str | Path, *
         chosen = sorted(np.random.default_rng(seed).choice(len(texts), limit, replace=False))
         texts, grades = [texts[i] for i in chosen], [grades[i] for i in chosen]
     row_of = {id: row for row, id in enumerate(searcher.passages.ids())}
-    absent = -2   # counts towards recall's denominator and is never returned; each absent one needs its own number
+    absent = -2  # counts towards recall's denominator and is never returned; each absent one needs its own number
     relevant: list[dict[int, float]] = []
     for found in grades:
         relevant.append({row_of.get(id, absent - n): grade for n, (id, grade) in enumerate(found.items())})
@@ -152,6 +202,7 @@ def evaluate_qrels(searcher: Searcher, queries: str | Path, qrels: str | Path, *
 def _table(path: str | Path, needed: Sequence[str], wanted: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     try:
         file = pq.ParquetFile(path)
     except FileNotFoundError:

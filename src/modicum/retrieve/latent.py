@@ -24,8 +24,8 @@ import numpy as np
 from modicum.core.errors import UserError
 from modicum.retrieve.bm25 import tokenize
 
-SAMPLE = 50_000     # passages the directions are computed from
-TERMS = 32_768      # terms kept, those in most passages first
+SAMPLE = 50_000  # passages the directions are computed from
+TERMS = 32_768  # terms kept, those in most passages first
 OVERSAMPLE, POWER = 16, 3
 
 
@@ -56,11 +56,11 @@ class Latent:
             df.update(set(row))
             if n < SAMPLE:
                 sample.append(row)
-            elif (place := rng.randrange(n + 1)) < SAMPLE:   # every passage is kept with the same chance
+            elif (place := rng.randrange(n + 1)) < SAMPLE:  # every passage is kept with the same chance
                 sample[place] = row
             n += 1
         names = list(numbers)
-        kept = [number for number, count in df.most_common(TERMS) if count > 1]   # a term of one passage joins nothing
+        kept = [number for number, count in df.most_common(TERMS) if count > 1]  # a term of one passage joins nothing
         self.terms = {names[number]: place for place, number in enumerate(kept)}
         self.idf_V = np.array([math.log(1 + (n - df[t] + 0.5) / (df[t] + 0.5)) for t in kept], np.float32)
         place_of = np.full(len(names), -1, np.int64)
@@ -81,6 +81,7 @@ class Latent:
     def _matrix(self, rows: Sequence[np.ndarray]) -> Any:
         """Sparse x_NV of rows of term places; negative places are left out."""
         from scipy.sparse import csr_matrix
+
         pairs = [np.unique(row[row >= 0], return_counts=True) for row in rows]
         data = [(1 + np.log(tf)) * self.idf_V[places] for places, tf in pairs]
         data = [d / np.linalg.norm(d) if len(d) else d for d in data]
@@ -90,7 +91,7 @@ class Latent:
         return csr_matrix((flat.astype(np.float32), places, ends), shape=(len(rows), len(self.idf_V)))
 
     def state(self) -> dict[str, np.ndarray]:
-        names = "\n".join(self.terms).encode()   # a term holds no line end
+        names = "\n".join(self.terms).encode()  # a term holds no line end
         return {"latent_terms": np.frombuffer(names, np.uint8), "latent_idf": self.idf_V, "latent_map": self.map_VD}
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
@@ -106,7 +107,7 @@ def _directions(x_NV: Any, dim: int, seed: int) -> np.ndarray:
         return np.empty((x_NV.shape[1], 0))
     width = min(dim + OVERSAMPLE, *x_NV.shape)
     q_NR = x_NV @ np.random.default_rng(seed).standard_normal((x_NV.shape[1], width), dtype=np.float32)
-    for _ in range(POWER):   # each pass through X and X^T sharpens the gap between large and small s
+    for _ in range(POWER):  # each pass through X and X^T sharpens the gap between large and small s
         q_NR = np.linalg.qr(q_NR)[0]
         q_NR = x_NV @ np.linalg.qr(x_NV.T @ q_NR)[0]
     _, s_R, w_RV = np.linalg.svd((x_NV.T @ np.linalg.qr(q_NR)[0]).T, full_matrices=False)

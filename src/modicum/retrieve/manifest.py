@@ -9,13 +9,16 @@ from typing import Any
 from modicum.core import files
 from modicum.core.errors import CorruptError, UserError
 
-FULL_BYTES = 256 << 20   # larger files are checked by size unless everything is asked for: reading them takes long
+FULL_BYTES = 256 << 20  # larger files are checked by size unless everything is asked for: reading them takes long
 
 
 def describe(folder: Path) -> dict[str, dict[str, Any]]:
     """{relative path: {bytes, sha256}} of every file under `folder`."""
-    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": files.sha256(p)}
-            for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": files.sha256(p)}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def verify(folder: Path, listed: dict[str, dict[str, Any]], *, everything: bool = False) -> None:
@@ -25,8 +28,9 @@ def verify(folder: Path, listed: dict[str, dict[str, Any]], *, everything: bool 
         if not path.is_file():
             raise CorruptError(f"{path} is missing; build the index again with: modicum index SOURCE --out FOLDER")
         if path.stat().st_size != expected["bytes"]:
-            raise CorruptError(f"{path} has {path.stat().st_size} bytes, {expected['bytes']} were written; "
-                               "build the index again")
+            raise CorruptError(
+                f"{path} has {path.stat().st_size} bytes, {expected['bytes']} were written; build the index again"
+            )
         if (everything or expected["bytes"] <= FULL_BYTES) and files.sha256(path) != expected["sha256"]:
             raise CorruptError(f"{path} does not match its checksum; build the index again")
 

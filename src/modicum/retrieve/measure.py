@@ -14,8 +14,15 @@ from modicum.core.files import tree_bytes
 from modicum.retrieve.indexes import Index
 
 
-def measure(index: Index, queries_QD: np.ndarray, truth_QK: np.ndarray, *, subset: Iterable[int] | None = None,
-            batch: int | None = None, repeats: int = 3) -> dict[str, float]:
+def measure(
+    index: Index,
+    queries_QD: np.ndarray,
+    truth_QK: np.ndarray,
+    *,
+    subset: Iterable[int] | None = None,
+    batch: int | None = None,
+    repeats: int = 3,
+) -> dict[str, float]:
     """{"recall@K", "queries_per_second", "seconds_per_query", "memory_bytes", "disk_bytes"}.
 
     truth_QK: the true nearest ids of each query, -1 where there are fewer; recall@K is the share of them found among
@@ -29,13 +36,21 @@ def measure(index: Index, queries_QD: np.ndarray, truth_QK: np.ndarray, *, subse
     step, best = batch or n_queries, float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        found = [index.search(queries_QD[i:i + step], k, chosen).ids_QK for i in range(0, n_queries, step)]
+        found = [index.search(queries_QD[i : i + step], k, chosen).ids_QK for i in range(0, n_queries, step)]
         best = min(best, time.perf_counter() - start)
     ids_QK = np.concatenate(found)
-    shares = [np.isin(truth[truth >= 0], ids).mean() for truth, ids in zip(truth_QK, ids_QK, strict=True)
-              if (truth >= 0).any()]
+    shares = [
+        np.isin(truth[truth >= 0], ids).mean()
+        for truth, ids in zip(truth_QK, ids_QK, strict=True)
+        if (truth >= 0).any()
+    ]
     with tempfile.TemporaryDirectory() as folder:
         index.save(Path(folder) / "index")
         disk = tree_bytes(Path(folder) / "index")
-    return {f"recall@{k}": float(np.mean(shares)) if shares else 1.0, "queries_per_second": n_queries / best,
-            "seconds_per_query": best / n_queries, "memory_bytes": float(index.nbytes()), "disk_bytes": float(disk)}
+    return {
+        f"recall@{k}": float(np.mean(shares)) if shares else 1.0,
+        "queries_per_second": n_queries / best,
+        "seconds_per_query": best / n_queries,
+        "memory_bytes": float(index.nbytes()),
+        "disk_bytes": float(disk),
+    }

@@ -20,8 +20,12 @@ Relevant = Sequence[Mapping[int, float]]
 
 def grades(ids_QK: np.ndarray, relevant: Relevant) -> np.ndarray:
     """grades_QK (float64) of the results; 0 for missing places (id -1) and for unjudged documents."""
-    return np.array([[found.get(i, 0.0) if i >= 0 else 0.0 for i in row]
-                     for row, found in zip(ids_QK.tolist(), relevant, strict=True)]).reshape(ids_QK.shape)
+    return np.array(
+        [
+            [found.get(i, 0.0) if i >= 0 else 0.0 for i in row]
+            for row, found in zip(ids_QK.tolist(), relevant, strict=True)
+        ]
+    ).reshape(ids_QK.shape)
 
 
 def reciprocal_ranks(ids_QK: np.ndarray, relevant: Relevant, k: int = 10) -> np.ndarray:
@@ -41,8 +45,8 @@ def ndcgs(ids_QK: np.ndarray, relevant: Relevant, k: int = 10) -> np.ndarray:
     gain_QK = grades(ids_QK[:, :k], relevant)
     discount = 1 / np.log2(np.arange(2, max(k, gain_QK.shape[1]) + 2))
     best = [sorted((g for g in found.values() if g > 0), reverse=True)[:k] for found in relevant]
-    ideal_Q = np.array([np.dot(grades, discount[:len(grades)]) for grades in best], float)
-    return np.divide(gain_QK @ discount[:gain_QK.shape[1]], ideal_Q, out=np.zeros(len(gain_QK)), where=ideal_Q > 0)
+    ideal_Q = np.array([np.dot(grades, discount[: len(grades)]) for grades in best], float)
+    return np.divide(gain_QK @ discount[: gain_QK.shape[1]], ideal_Q, out=np.zeros(len(gain_QK)), where=ideal_Q > 0)
 
 
 def bootstrap_error(values_Q: np.ndarray, samples: int = 1000, seed: int = 0) -> float:
@@ -54,11 +58,20 @@ def bootstrap_error(values_Q: np.ndarray, samples: int = 1000, seed: int = 0) ->
     return float(np.std(means, ddof=1))
 
 
-def summarize(ids_QK: np.ndarray, relevant: Relevant, *, mrr: Sequence[int] = (10,), recall: Sequence[int] = (1, 5, 10),
-              ndcg: Sequence[int] = (10,), seed: int = 0) -> dict[str, dict[str, float]]:
+def summarize(
+    ids_QK: np.ndarray,
+    relevant: Relevant,
+    *,
+    mrr: Sequence[int] = (10,),
+    recall: Sequence[int] = (1, 5, 10),
+    ndcg: Sequence[int] = (10,),
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
     """{"mrr@10": {"mean", "error"}, ...} over the queries; `error` is the bootstrap standard error."""
     values = {f"mrr@{k}": reciprocal_ranks(ids_QK, relevant, k) for k in mrr}
     values |= {f"recall@{k}": recalls(ids_QK, relevant, k) for k in recall}
     values |= {f"ndcg@{k}": ndcgs(ids_QK, relevant, k) for k in ndcg}
-    return {name: {"mean": float(v.mean()) if len(v) else float("nan"), "error": bootstrap_error(v, seed=seed)}
-            for name, v in values.items()}
+    return {
+        name: {"mean": float(v.mean()) if len(v) else float("nan"), "error": bootstrap_error(v, seed=seed)}
+        for name, v in values.items()
+    }

@@ -18,7 +18,7 @@ from modicum.core.errors import CorruptError, UserError
 from modicum.core.files import atomic_file
 from modicum.data.passages import Passage
 
-ROWS = 512   # passages per row group: what one random access decompresses
+ROWS = 512  # passages per row group: what one random access decompresses
 COLUMNS = tuple(f.name for f in fields(Passage))
 T = TypeVar("T")
 
@@ -37,9 +37,10 @@ def write_passages(path: str | Path, passages: Iterable[Passage]) -> int:
     """Write a Parquet file whole or not at all; returns the number of rows. A repeated id is a `UserError`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     schema = pa.schema([(name, pa.string()) for name in COLUMNS])
     count = 0
-    seen: set[int] = set()   # 64-bit hashes: eight bytes an id, and no two ids share one in practice
+    seen: set[int] = set()  # 64-bit hashes: eight bytes an id, and no two ids share one in practice
     with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for rows in grouped(passages, ROWS):
             for passage in rows:
@@ -64,12 +65,14 @@ class Passages(Sequence[Passage]):
     def __init__(self, path: str | Path):
         import pyarrow as pa
         import pyarrow.parquet as pq
+
         self.path = Path(path)
         try:
             self._file = pq.ParquetFile(path)
         except (pa.ArrowInvalid, OSError) as error:
-            raise CorruptError(f"{path} cannot be read as passages ({str(error).splitlines()[0]}); "
-                               "build the index again") from None
+            raise CorruptError(
+                f"{path} cannot be read as passages ({str(error).splitlines()[0]}); build the index again"
+            ) from None
         missing = set(COLUMNS) - set(self._file.schema_arrow.names)
         if missing:
             raise CorruptError(f"{path} lacks the columns {', '.join(sorted(missing))}; build the index again")

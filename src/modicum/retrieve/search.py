@@ -35,7 +35,7 @@ from modicum.retrieve.passages import Passage, Passages, grouped, indexed_text, 
 
 FORMAT = 1
 MODES = ("bm25", "dense", "fused")
-SHARD = 2048        # passages encoded between two saves
+SHARD = 2048  # passages encoded between two saves
 MAKE = "modicum index SOURCE --out FOLDER"
 
 
@@ -48,10 +48,20 @@ class Hit:
     ranks: dict[str, int]
 
 
-def build_index(passages: Iterable[Passage], out: str | Path, *, encoder: Encoder | str | None = None,
-                index: str | dict[str, Any] | Choice = "exact", withheld: bool = False, k1: float = 1.5,
-                b: float = 0.75, device: str = "cpu", budget: Budget | None = None, deadline: Deadline | None = None,
-                events: Events | None = None) -> dict[str, Any]:
+def build_index(
+    passages: Iterable[Passage],
+    out: str | Path,
+    *,
+    encoder: Encoder | str | None = None,
+    index: str | dict[str, Any] | Choice = "exact",
+    withheld: bool = False,
+    k1: float = 1.5,
+    b: float = 0.75,
+    device: str = "cpu",
+    budget: Budget | None = None,
+    deadline: Deadline | None = None,
+    events: Events | None = None,
+) -> dict[str, Any]:
     """Index a stream of passages into folder `out` and return its manifest.
 
     encoder: None for BM25 alone. withheld: index title and body without the summary sentence (for evaluation).
@@ -66,36 +76,66 @@ def build_index(passages: Iterable[Passage], out: str | Path, *, encoder: Encode
     begun = work.exists()
     try:
         work.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f".{out.name}.*.part"):   # what a killed build had begun to assemble
+        for stale in out.parent.glob(f".{out.name}.*.part"):  # what a killed build had begun to assemble
             shutil.rmtree(stale, ignore_errors=True)
-        header = _build(passages, out, work, encoder, choice, withheld, {"k1": k1, "b": b}, budget or Budget(),
-                        deadline or Deadline(None), events or Events())
+        header = _build(
+            passages,
+            out,
+            work,
+            encoder,
+            choice,
+            withheld,
+            {"k1": k1, "b": b},
+            budget or Budget(),
+            deadline or Deadline(None),
+            events or Events(),
+        )
     except (UserError, OSError) as error:
-        if not begun:   # a mistake leaves nothing behind; an interruption keeps its shards
+        if not begun:  # a mistake leaves nothing behind; an interruption keeps its shards
             shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, OSError):
-            raise UserError(f"{out} cannot be written ({error.strerror or error}); free space there or choose another "
-                            "folder with --out") from None
+            raise UserError(
+                f"{out} cannot be written ({error.strerror or error}); free space there or choose another "
+                "folder with --out"
+            ) from None
         raise
     shutil.rmtree(work)
     return header
 
 
-def _build(passages: Iterable[Passage], out: Path, work: Path, encoder: Encoder | None, choice: Choice, withheld: bool,
-           lexical: dict[str, float], budget: Budget, deadline: Deadline, events: Events) -> dict[str, Any]:
+def _build(
+    passages: Iterable[Passage],
+    out: Path,
+    work: Path,
+    encoder: Encoder | None,
+    choice: Choice,
+    withheld: bool,
+    lexical: dict[str, float],
+    budget: Budget,
+    deadline: Deadline,
+    events: Events,
+) -> dict[str, Any]:
     start, digest = time.monotonic(), hashlib.sha256()
     count = write_passages(work / "passages.parquet", _hashed(passages, digest))
     if not count:
         raise UserError(f"there is no passage to index for {out}; give a source with text in it")
     rows = Passages(work / "passages.parquet")
-    header: dict[str, Any] = {"format": FORMAT, "passages": count, "passages_sha256": digest.hexdigest(),
-                              "withheld": withheld, "bm25": lexical, "index": None, "encoder": None, "dim": None}
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "passages": count,
+        "passages_sha256": digest.hexdigest(),
+        "withheld": withheld,
+        "bm25": lexical,
+        "index": None,
+        "encoder": None,
+        "dim": None,
+    }
     dense: Index = build("index", choice)
     if encoder is not None:
         header |= {"index": choice.resolved(), "encoder": encoder.settings()}
         key = fingerprint([digest.hexdigest(), header["encoder"], withheld, SHARD])
         for width in _pool_shards(encoder, rows, work / "vectors", key, withheld, deadline, events):
-            budget.require(dense.cost(count, width), f"an index of {count} vectors")   # before the long work
+            budget.require(dense.cost(count, width), f"an index of {count} vectors")  # before the long work
         encoder.fit(_shards(work / "vectors"))
     with atomic_directory(out) as staged:
         BM25.build((indexed_text(p, withheld=withheld) for p in rows), **lexical).save(staged / "bm25")
@@ -104,8 +144,12 @@ def _build(passages: Iterable[Passage], out: Path, work: Path, encoder: Encoder 
             dense.save(staged / "dense")
             encoder.save(staged / "encoder")
         shutil.copyfile(work / "passages.parquet", staged / "passages.parquet")
-        header |= {"dim": dense.dim, "bytes": {p.name: tree_bytes(p) for p in sorted(staged.iterdir())},
-                   "seconds": round(time.monotonic() - start, 3), "files": manifest.describe(staged)}
+        header |= {
+            "dim": dense.dim,
+            "bytes": {p.name: tree_bytes(p) for p in sorted(staged.iterdir())},
+            "seconds": round(time.monotonic() - start, 3),
+            "files": manifest.describe(staged),
+        }
         write_json(staged / "manifest.json", header)
     events.emit("index", passages=count, bytes=tree_bytes(out), seconds=header["seconds"])
     return header
@@ -117,8 +161,9 @@ def _hashed(passages: Iterable[Passage], digest: Any) -> Iterator[Passage]:
         yield passage
 
 
-def _pool_shards(encoder: Encoder, rows: Passages, folder: Path, key: str, withheld: bool, deadline: Deadline,
-                 events: Events) -> Iterator[int]:
+def _pool_shards(
+    encoder: Encoder, rows: Passages, folder: Path, key: str, withheld: bool, deadline: Deadline, events: Events
+) -> Iterator[int]:
     """One file of pooled vectors per `SHARD` passages; those of an earlier attempt with the same key are kept.
 
     Yields the width of the vectors after each new file.
@@ -136,8 +181,10 @@ def _pool_shards(encoder: Encoder, rows: Passages, folder: Path, key: str, withh
                 progress.resume_at(progress.done + len(group))
                 continue
             if deadline.passed:
-                raise ModicumError(f"the deadline stopped the encoding at {i * SHARD} of {len(rows)} passages; they "
-                                  "are kept, and the same command goes on from there with more time")
+                raise ModicumError(
+                    f"the deadline stopped the encoding at {i * SHARD} of {len(rows)} passages; they "
+                    "are kept, and the same command goes on from there with more time"
+                )
             pooled_NE = encoder.pool([indexed_text(p, withheld=withheld) for p in group])
             with atomic_file(path) as file:
                 np.save(file, pooled_NE)
@@ -166,8 +213,10 @@ class Searcher:
         self.folder, self._device, self._model = Path(folder), device, model
         self.manifest = manifest.read_header(self.folder, "manifest.json", "index", MAKE)
         if self.manifest.get("format") != FORMAT or "files" not in self.manifest:
-            raise CorruptError(f"{self.folder / 'manifest.json'} has format {self.manifest.get('format')!r}, this "
-                               f"version reads {FORMAT}; build it again with: {MAKE}")
+            raise CorruptError(
+                f"{self.folder / 'manifest.json'} has format {self.manifest.get('format')!r}, this "
+                f"version reads {FORMAT}; build it again with: {MAKE}"
+            )
         manifest.verify(self.folder, self.manifest["files"], everything=check)
         self.passages = Passages(self.folder / "passages.parquet")
         self.bm25 = BM25.load(self.folder / "bm25", len(self.passages))
@@ -187,15 +236,18 @@ class Searcher:
             self._encoder = load_encoder(self.folder / "encoder", device=self._device, model=self._model)
         return self._encoder
 
-    def rankings(self, queries: Sequence[str], k: int, mode: str | None = None,
-                 subset: Iterable[int] | None = None) -> dict[str, Hits]:
+    def rankings(
+        self, queries: Sequence[str], k: int, mode: str | None = None, subset: Iterable[int] | None = None
+    ) -> dict[str, Hits]:
         """Rows and scores by mode: the one asked for (the best there is, if None) and those it is fused from."""
         mode = mode or self.modes[-1]
         if mode not in MODES:
             raise unknown("search mode", mode, MODES)
         if mode not in self.modes:
-            raise UserError(f"{self.folder} has no dense vectors, so mode {mode!r} cannot be searched; use bm25, or "
-                            f"type: {MAKE} --encoder MODEL")
+            raise UserError(
+                f"{self.folder} has no dense vectors, so mode {mode!r} cannot be searched; use bm25, or "
+                f"type: {MAKE} --encoder MODEL"
+            )
         if k < 1:
             raise UserError(f"k={k} is not a number of results; ask for 1 or more")
         depth = max(100, 4 * k) if mode == "fused" else k
@@ -212,13 +264,15 @@ class Searcher:
             found["fused"] = fusion.fuse([found["bm25"], found["dense"]], k)
         return found
 
-    def rank(self, queries: Sequence[str], k: int, mode: str | None = None,
-             subset: Iterable[int] | None = None) -> Hits:
+    def rank(
+        self, queries: Sequence[str], k: int, mode: str | None = None, subset: Iterable[int] | None = None
+    ) -> Hits:
         """Row numbers and scores, shape (queries, k)."""
         return self.rankings(queries, k, mode, subset)[mode or self.modes[-1]]
 
-    def search(self, query: str, k: int = 10, mode: str | None = None,
-               subset: Iterable[int] | None = None) -> list[Hit]:
+    def search(
+        self, query: str, k: int = 10, mode: str | None = None, subset: Iterable[int] | None = None
+    ) -> list[Hit]:
         """The k best passages for a query, best first; fewer when fewer match. `subset`: row numbers to search in."""
         if not query.strip():
             raise UserError("the query is empty; write what to look for")
@@ -229,5 +283,8 @@ class Searcher:
                 if row >= 0 and name != "fused":
                     ranks.setdefault(row, {})[name] = rank
         best = found[mode or self.modes[-1]]
-        return [Hit(self.passages[row], float(score), ranks.get(row, {}))
-                for row, score in zip(best.ids_QK[0].tolist(), best.scores_QK[0], strict=True) if row >= 0]
+        return [
+            Hit(self.passages[row], float(score), ranks.get(row, {}))
+            for row, score in zip(best.ids_QK[0].tolist(), best.scores_QK[0], strict=True)
+            if row >= 0
+        ]

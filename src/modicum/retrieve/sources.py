@@ -33,6 +33,7 @@ def read_passages(source: str | Path, skipped: dict[str, int] | None = None) -> 
 
 def _read(source: str, skipped: dict[str, int]) -> Iterator[Document]:
     from modicum.data.readers import ReadConfig, find, read
+
     config, reasons = ReadConfig(), Counter[str]()
     for unit in find(source, config):
         for found in read(unit, config):
@@ -46,6 +47,7 @@ def _read(source: str, skipped: dict[str, int]) -> Iterator[Document]:
 def _is_collection(path: Path) -> bool:
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     try:
         names: list[Any] = pq.read_schema(path).names
     except pa.ArrowInvalid:

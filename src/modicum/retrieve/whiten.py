@@ -33,7 +33,7 @@ class Whitener:
         n, sum_E, sum_EE = 0, None, None
         for x_NE in blocks:
             if sum_E is None or sum_EE is None:
-                shift_E = x_NE.mean(axis=0, dtype=np.float64)   # sums about a point near the mean lose no digits
+                shift_E = x_NE.mean(axis=0, dtype=np.float64)  # sums about a point near the mean lose no digits
                 sum_E, sum_EE = np.zeros(x_NE.shape[1]), np.zeros((x_NE.shape[1], x_NE.shape[1]))
             centred_NE = x_NE - shift_E
             n += len(x_NE)
@@ -47,7 +47,7 @@ class Whitener:
         values, vectors = np.maximum(values[::-1], 0)[kept], vectors[:, ::-1][:, kept]
         if not len(values):
             raise UserError(f"remove={self.remove} leaves none of {len(sum_E)} dimensions; remove fewer")
-        floor = max(self.shrink * values.mean(), 1e-12)   # vectors that are all alike become zeros, not noise
+        floor = max(self.shrink * values.mean(), 1e-12)  # vectors that are all alike become zeros, not noise
         self.mean_E = (shift_E + sum_E / n).astype(np.float32)
         self.map_ED = (vectors * (values + floor) ** (-self.power / 2)).astype(np.float32)
         return self

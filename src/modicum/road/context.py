@@ -1,11 +1,11 @@
 """The run directory, and what a stage gets to work with.
 
-    RUN/run.yaml            the recipe with every default
-    RUN/plan.json           the bill made before the first stage, with what it was measured from
-    RUN/events.jsonl        everything that happened, line by line
-    RUN/stages/NAME/...     a stage's files; done.json marks it finished: fingerprint, figures, cost
-    RUN/ledger.json         planned against measured, by stage
-    RUN/report.html         all of it, to read
+RUN/run.yaml            the recipe with every default
+RUN/plan.json           the bill made before the first stage, with what it was measured from
+RUN/events.jsonl        everything that happened, line by line
+RUN/stages/NAME/...     a stage's files; done.json marks it finished: fingerprint, figures, cost
+RUN/ledger.json         planned against measured, by stage
+RUN/report.html         all of it, to read
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ def stages_of(recipe: Recipe) -> list[str]:
     for name in wanted:
         for need in stage_module(name).NEEDS:
             if need not in wanted:
-                raise UserError(f"the recipe has {name} but not {need}, which {name} reads; "
-                                f"remove '{need}: null' or add '{name}: null'")
+                raise UserError(
+                    f"the recipe has {name} but not {need}, which {name} reads; "
+                    f"remove '{need}: null' or add '{name}: null'"
+                )
     return wanted
 
 
@@ -46,8 +48,9 @@ def stage_fingerprint(recipe: Recipe, name: str) -> str:
     """Changes exactly when the stage's result may: its own part of the recipe, its inputs', the version."""
     module = stage_module(name)
     inputs = {need: stage_fingerprint(recipe, need) for need in module.NEEDS}
-    return fingerprint({"stage": name, "version": __version__, "seed": recipe.seed, "uses": module.uses(recipe),
-                        "inputs": inputs})
+    return fingerprint(
+        {"stage": name, "version": __version__, "seed": recipe.seed, "uses": module.uses(recipe), "inputs": inputs}
+    )
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Run:
         """Hold RUN/.NAME.lock; the system lets go of it when the process dies, however it dies."""
         import fcntl
         import time
+
         self.folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.folder / f".{name}.lock", os.O_CREAT | os.O_RDWR, 0o644)
         end = time.monotonic() + wait
@@ -94,8 +98,10 @@ class Run:
                     break
                 except BlockingIOError:
                     if time.monotonic() >= end:
-                        raise UserError(f"another process is working in {self.folder}; wait for it, "
-                                        "or choose another folder with --out") from None
+                        raise UserError(
+                            f"another process is working in {self.folder}; wait for it, "
+                            "or choose another folder with --out"
+                        ) from None
                     time.sleep(0.1)
             yield
         finally:

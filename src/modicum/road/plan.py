@@ -31,12 +31,12 @@ class Planner:
 
     recipe: Recipe
     machine: dict[str, Any]
-    scratch: Path                                        # a folder for measuring, removed afterwards
+    scratch: Path  # a folder for measuring, removed afterwards
     say: Callable[[str], None] = lambda line: None
     decisions: dict[str, dict[str, Any]] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
     fixed: dict[str, Cost] = field(default_factory=dict)  # by stage: what it takes on a miniature (road.rehearse)
-    memo: dict[str, Any] = field(default_factory=dict)   # measurements that several stages share
+    memo: dict[str, Any] = field(default_factory=dict)  # measurements that several stages share
 
     def once(self, key: Any, measure: Callable[[], Any]) -> Any:
         """`measure()`, remembered under `key` (anything whose repr says what was measured)."""
@@ -60,6 +60,7 @@ class StagePlan:
 def plan_here(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Plan every stage in this process: {"machine", "stages": {name: {cost, decisions, basis}}, "total"}."""
     from modicum.road.rehearse import fixed_costs
+
     say("rehearsing every stage on a miniature")
     with tempfile.TemporaryDirectory(prefix="modicum-plan-") as scratch:
         planner = Planner(recipe, machine.describe(), Path(scratch), say, fixed=fixed_costs(recipe))
@@ -81,15 +82,24 @@ def _plan_stages(planner: Planner) -> dict[str, Any]:
 
 def _above(fixed: Cost, grown: Cost) -> Cost:
     """The work's own cost, with the fixed part of time and memory under it."""
-    return Cost(**grown.as_dict() | {"seconds": fixed.seconds + grown.seconds,
-                                     "peak_bytes": fixed.peak_bytes + grown.peak_bytes})
+    return Cost(
+        **grown.as_dict()
+        | {"seconds": fixed.seconds + grown.seconds, "peak_bytes": fixed.peak_bytes + grown.peak_bytes}
+    )
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
     """Plan in a process of its own. Raises the planner's own errors."""
     from modicum.road.worker import environment
-    done = subprocess.run([sys.executable, "-m", "modicum.road.plan"], input=recipe.model_dump_json(),
-                          stdout=subprocess.PIPE, text=True, check=False, env=environment())
+
+    done = subprocess.run(
+        [sys.executable, "-m", "modicum.road.plan"],
+        input=recipe.model_dump_json(),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=environment(),
+    )
     try:
         told = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
@@ -112,14 +122,18 @@ def require_fits(recipe: Recipe, plan: dict[str, Any], folder: str | Path) -> No
         limits.require(memory, f"{name} ({stage['basis']})")
         have = plan["machine"]["memory_bytes"]
         if cost.peak_bytes > have:
-            raise BudgetError(f"{name} needs {bytes_text(cost.peak_bytes)} of memory ({stage['basis']}), this machine "
-                              f"has {bytes_text(have)}; ask for a smaller model, batch or sequence length")
+            raise BudgetError(
+                f"{name} needs {bytes_text(cost.peak_bytes)} of memory ({stage['basis']}), this machine "
+                f"has {bytes_text(have)}; ask for a smaller model, batch or sequence length"
+            )
     total = Cost(**plan["total"])
     limits.require(Cost(disk_bytes=total.disk_bytes, seconds=total.seconds), "the whole road")
     free = machine.free_disk(folder)
     if total.disk_bytes > free:
-        raise BudgetError(f"the road writes {bytes_text(total.disk_bytes)}, {bytes_text(free)} are free where "
-                          f"{folder} is; free space or choose another folder with --out")
+        raise BudgetError(
+            f"the road writes {bytes_text(total.disk_bytes)}, {bytes_text(free)} are free where "
+            f"{folder} is; free space or choose another folder with --out"
+        )
 
 
 def bill_text(plan: dict[str, Any]) -> str:
@@ -128,19 +142,33 @@ def bill_text(plan: dict[str, Any]) -> str:
     lines = [head]
     for name, stage in [*plan["stages"].items(), ("whole road", {"cost": plan["total"], "basis": ""})]:
         c = Cost(**stage["cost"])
-        lines.append([name, *(count_text(v) if v else "–" for v in (c.parameters, c.tokens, c.flops)),
-                      bytes_text(c.peak_bytes), bytes_text(c.disk_bytes), seconds_text(c.seconds), stage["basis"]])
+        lines.append(
+            [
+                name,
+                *(count_text(v) if v else "–" for v in (c.parameters, c.tokens, c.flops)),
+                bytes_text(c.peak_bytes),
+                bytes_text(c.disk_bytes),
+                seconds_text(c.seconds),
+                stage["basis"],
+            ]
+        )
     widths = [max(len(row[i]) for row in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) if i in (0, 7) else cell.rjust(w) for i, (cell, w)
-                     in enumerate(zip(row, widths, strict=True))).rstrip() for row in lines)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i in (0, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in lines
+    )
 
 
 def main() -> int:
     from modicum.road.worker import frugal_allocator
+
     frugal_allocator()
     recipe = Recipe.model_validate_json(sys.stdin.read())
     if recipe.threads:
         import torch
+
         torch.set_num_threads(recipe.threads)
     try:
         plan = plan_here(recipe, say=lambda line: print(line, file=sys.stderr, flush=True))

@@ -48,7 +48,7 @@ class Limits(Section):
 class Curate(Section):
     steps: list[method("step")] = ["normalise", "quality", "python-split", "exact-dedup", "minhash"]  # type: ignore[valid-type]
     vocab_size: int = Field(4096, ge=258)
-    reserved: int = Field(0, ge=0)   # tokens of the vocabulary kept free for objectives that need marks
+    reserved: int = Field(0, ge=0)  # tokens of the vocabulary kept free for objectives that need marks
     heldout: float = Field(0.05, gt=0, lt=0.5)
     max_bytes: Bytes | None = None
     processes: int = Field(2, ge=1)
@@ -57,49 +57,49 @@ class Curate(Section):
 
 class Predict(Section):
     law: method("law") = "chinchilla"  # type: ignore[valid-type]
-    parameters: list[float] = [0.06, 0.12, 0.25]   # proxies' sizes as shares of the main model's
-    tokens: list[float] = [0.08, 0.12, 0.18]       # and their tokens as shares of the main run's
+    parameters: list[float] = [0.06, 0.12, 0.25]  # proxies' sizes as shares of the main model's
+    tokens: list[float] = [0.08, 0.12, 0.18]  # and their tokens as shares of the main run's
     level: float = Field(0.95, gt=0.5, lt=1)
 
 
 class Recall(Section):
     """Rows of the playground's recall tasks beside the corpus, growing longer (evaluate.recall)."""
 
-    lengths: list[int] = [64, 256, 1024]           # tokens of a row, one after another over the run
-    shares: list[float] = [0.5, 0.25, 0.25]        # of the run, for each length
-    text: float = Field(0.15, ge=0, lt=1)          # share of the rows that hold the corpus
-    copies: float = Field(0.25, ge=0, lt=1)        # share of the documents that are a list and its copy
-    vocabulary: Bytes = 2.0 * 2**20                # such text among what the tokenizer is trained on
+    lengths: list[int] = [64, 256, 1024]  # tokens of a row, one after another over the run
+    shares: list[float] = [0.5, 0.25, 0.25]  # of the run, for each length
+    text: float = Field(0.15, ge=0, lt=1)  # share of the rows that hold the corpus
+    copies: float = Field(0.25, ge=0, lt=1)  # share of the documents that are a list and its copy
+    vocabulary: Bytes = 2.0 * 2**20  # such text among what the tokenizer is trained on
 
 
 class Pretrain(Section):
-    parameters: float | None = None                # None: the planner chooses
-    shape: tuple[int, int] | None = None           # width and layers, for who wants to say them
-    heads: int | None = Field(None, ge=1)          # None: of 64 dimensions, 32 in models narrower than 256
-    time: Seconds | None = 210.0                   # with tokens None: as many as fit in this time
+    parameters: float | None = None  # None: the planner chooses
+    shape: tuple[int, int] | None = None  # width and layers, for who wants to say them
+    heads: int | None = Field(None, ge=1)  # None: of 64 dimensions, 32 in models narrower than 256
+    time: Seconds | None = 210.0  # with tokens None: as many as fit in this time
     tokens: Tokens | None = None
     sequence_length: int = Field(256, ge=16)
     batch_tokens: int = Field(1024, ge=64)
-    micro_batch: int | None = None                 # sequences of one forward pass; None: the whole batch
-    lr: float | None = None                        # None: from the model's width
-    optimizer: method("optimizer") = "adamw"       # type: ignore[valid-type]
-    schedule: method("schedule") = "wsd"           # type: ignore[valid-type]
+    micro_batch: int | None = None  # sequences of one forward pass; None: the whole batch
+    lr: float | None = None  # None: from the model's width
+    optimizer: method("optimizer") = "adamw"  # type: ignore[valid-type]
+    schedule: method("schedule") = "wsd"  # type: ignore[valid-type]
     objective: method("objective") = "next-token"  # type: ignore[valid-type]
-    memory: list[method("memory")] = []            # type: ignore[valid-type]
-    surgery: method("surgery") = "none"            # type: ignore[valid-type]
-    form: method("form") | None = None             # type: ignore[valid-type]
-    targets: list[str] = ["layers.*"]              # the linear layers that get the form
-    clip: float = Field(1.0, ge=0)                 # limit of the gradient's norm, 0 for none
-    masters: bool = True                           # float32 weights behind bf16 ones
-    mixture: method("mixture") = "natural"         # type: ignore[valid-type]
-    packing: method("packing") = "concat"          # type: ignore[valid-type]
+    memory: list[method("memory")] = []  # type: ignore[valid-type]
+    surgery: method("surgery") = "none"  # type: ignore[valid-type]
+    form: method("form") | None = None  # type: ignore[valid-type]
+    targets: list[str] = ["layers.*"]  # the linear layers that get the form
+    clip: float = Field(1.0, ge=0)  # limit of the gradient's norm, 0 for none
+    masters: bool = True  # float32 weights behind bf16 ones
+    mixture: method("mixture") = "natural"  # type: ignore[valid-type]
+    packing: method("packing") = "concat"  # type: ignore[valid-type]
     dtype: str = "bf16"
-    recall: Recall | None = None                   # learn to recall from the context as well
+    recall: Recall | None = None  # learn to recall from the context as well
 
 
 class Adapt(Section):
-    form: method("form") = "lora:rank=16"          # type: ignore[valid-type]
-    targets: list[str] | None = None               # the linear layers that get it; None: where its paper puts it
+    form: method("form") = "lora:rank=16"  # type: ignore[valid-type]
+    targets: list[str] | None = None  # the linear layers that get it; None: where its paper puts it
     tokens: Tokens = 200_000.0
     sequence_length: int = Field(256, ge=16)
     lr: float = Field(2e-3, gt=0)
@@ -111,22 +111,22 @@ class Compress(Section):
 
 
 class Ground(Section):
-    index: method("index") = "exact"               # type: ignore[valid-type]
-    encoder: str | None = None                     # None: the model of this run
+    index: method("index") = "exact"  # type: ignore[valid-type]
+    encoder: str | None = None  # None: the model of this run
     queries: int = Field(400, ge=1)
     passages: int | None = 20_000
 
 
 class Serve(Section):
-    questions: list[str] = []                      # empty: three are taken from the corpus
+    questions: list[str] = []  # empty: three are taken from the corpus
     passages: int = Field(3, ge=1)
     max_tokens: int = Field(64, ge=1)
     mode: str = "fused"
 
 
 class Evaluate(Section):
-    tasks: list[method("task")] = []               # type: ignore[valid-type]
-    bytes: Bytes = 400_000.0                       # held-out text scored by each variant of the model
+    tasks: list[method("task")] = []  # type: ignore[valid-type]
+    bytes: Bytes = 400_000.0  # held-out text scored by each variant of the model
 
 
 class Recipe(Section):
@@ -159,8 +159,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         near = sorted(str(p) for p in (path.parent if path.parent.is_dir() else Path("recipes")).glob("*.yaml"))
-        raise UserError(f"no recipe at {str(path)!r}; found here: {', '.join(near) or 'none'}. "
-                        "Type: modicum run recipes/quickstart.yaml")
+        raise UserError(
+            f"no recipe at {str(path)!r}; found here: {', '.join(near) or 'none'}. "
+            "Type: modicum run recipes/quickstart.yaml"
+        )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -188,8 +190,22 @@ def _check_pairs(pretrain: Pretrain, where: str) -> None:
     """Refuse methods of the pretraining that cannot be combined, before anything is planned."""
     from modicum.train.config import TrainConfig, check_supports
 
-    asked = pretrain.model_dump(include={"sequence_length", "batch_tokens", "micro_batch", "optimizer", "schedule",
-                                         "objective", "memory", "surgery", "form", "targets", "clip", "masters"})
+    asked = pretrain.model_dump(
+        include={
+            "sequence_length",
+            "batch_tokens",
+            "micro_batch",
+            "optimizer",
+            "schedule",
+            "objective",
+            "memory",
+            "surgery",
+            "form",
+            "targets",
+            "clip",
+            "masters",
+        }
+    )
     try:
         check_supports(TrainConfig(steps=1, **asked, dtype=pretrain.dtype))
     except UserError as error:

@@ -41,8 +41,13 @@ def miniature(recipe: Recipe, corpus: Path) -> Recipe:
     data = recipe.model_dump()
     data |= {"corpus": str(corpus), "model": None, "budget": {"time": 600, "memory": None, "disk": None}}
     data["curate"] |= {"vocab_size": VOCABULARY, "max_bytes": None, "heldout": 0.2, "engine": "local"}
-    data["pretrain"] |= {"sequence_length": LENGTH, "batch_tokens": LENGTH * ROWS, "tokens": TOKENS, "time": None,
-                         "micro_batch": None}
+    data["pretrain"] |= {
+        "sequence_length": LENGTH,
+        "batch_tokens": LENGTH * ROWS,
+        "tokens": TOKENS,
+        "time": None,
+        "micro_batch": None,
+    }
     if recipe.adapt:
         data["adapt"] |= {"tokens": 2 * 16 * LENGTH, "sequence_length": LENGTH, "pairs": 64}
     if recipe.ground:
@@ -56,14 +61,22 @@ def miniature(recipe: Recipe, corpus: Path) -> Recipe:
 def fixed_costs(recipe: Recipe) -> dict[str, Cost]:
     """Measured cost of each stage of the miniature, from the cache if this machine has rehearsed it before."""
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "faiss-cpu", "tokenizers")}
-    name = fingerprint({"modicum": __version__, "versions": versions, "machine": platform.node(),
-                        "python": sys.version, "recipe": resolved(miniature(recipe, Path("corpus")))})
+    name = fingerprint(
+        {
+            "modicum": __version__,
+            "versions": versions,
+            "machine": platform.node(),
+            "python": sys.version,
+            "recipe": resolved(miniature(recipe, Path("corpus"))),
+        }
+    )
     path = cache_folder() / f"rehearsal-{name}.json"
     if path.is_file():
         return {stage: Cost(**cost) for stage, cost in read_json(path).items()}
     if recipe.serve:
         from modicum.serve import native
-        native.library()   # compiled once for this machine, before anything is timed
+
+        native.library()  # compiled once for this machine, before anything is timed
     measured = _walk(recipe)
     write_json(path, measured)
     return {stage: Cost(**cost) for stage, cost in measured.items()}
@@ -84,9 +97,13 @@ def _walk(recipe: Recipe) -> dict[str, dict[str, Any]]:
         plan = {"predict": {"proxies": proxies, "main": decided | {"parameters": 100_000}}, "pretrain": decided}
         write_json(run.folder / "plan.json", {"stages": {k: {"decisions": v} for k, v in plan.items()}})
         for name in stages_of(small):
-            done = subprocess.run([sys.executable, "-m", "modicum.road.worker", str(run.folder), name, "600",
-                                   str(os.getpid())], capture_output=True, text=True, check=False,
-                                  env=environment())
+            done = subprocess.run(
+                [sys.executable, "-m", "modicum.road.worker", str(run.folder), name, "600", str(os.getpid())],
+                capture_output=True,
+                text=True,
+                check=False,
+                env=environment(),
+            )
             if done.returncode in (130, -2):
                 raise KeyboardInterrupt
             if done.returncode:

@@ -38,7 +38,7 @@ def run_recipe(recipe: Recipe, folder: str | Path, say: Callable[[str], None] = 
             plan = _plan(recipe, run, say)
             _walk(recipe, run, stages, plan, deadline, say)
     finally:
-        if fresh and [p.name for p in run.folder.iterdir()] == [".run.lock"]:   # refused: leave nothing behind
+        if fresh and [p.name for p in run.folder.iterdir()] == [".run.lock"]:  # refused: leave nothing behind
             (run.folder / ".run.lock").unlink()
             run.folder.rmdir()
     return run
@@ -50,24 +50,30 @@ def _require_inputs(recipe: Recipe, stages: list[str]) -> None:
     if recipe.model:
         from modicum.data.tokenizer import Tokenizer
         from modicum.model.folder import find_folder, load_config
+
         folder = find_folder(recipe.model)
         load_config(folder)
         Tokenizer.load(folder)
 
 
-def _walk(recipe: Recipe, run: Run, stages: list[str], plan: dict[str, Any], deadline: Deadline,
-          say: Callable[[str], None]) -> None:
+def _walk(
+    recipe: Recipe, run: Run, stages: list[str], plan: dict[str, Any], deadline: Deadline, say: Callable[[str], None]
+) -> None:
     for name in stages:
         record = run.done(name)
         if record and record["fingerprint"] == stage_fingerprint(recipe, name):
             say(f"{name}: done already, {seconds_text(record['measured']['seconds'])}")
             continue
         if deadline.passed:
-            raise StageFailed(f"budget.time={seconds_text(recipe.budget.time or 0)} is used up before {name}; "
-                              "finished stages are kept, the same command goes on", 1)
+            raise StageFailed(
+                f"budget.time={seconds_text(recipe.budget.time or 0)} is used up before {name}; "
+                "finished stages are kept, the same command goes on",
+                1,
+            )
         _run_stage(run, name, plan, deadline, say)
     _write_ledger(run, stages, plan)
     from modicum.road.report import write_report
+
     write_report(run)
 
 
@@ -95,13 +101,12 @@ def _plan(recipe: Recipe, run: Run, say: Callable[[str], None]) -> dict[str, Any
 def _run_stage(run: Run, name: str, plan: dict[str, Any], deadline: Deadline, say: Callable[[str], None]) -> None:
     planned = plan["stages"].get(name, {}).get("cost", {})
     say(f"{name}: planned {seconds_text(planned.get('seconds', 0))}")
-    command = [sys.executable, "-m", "modicum.road.worker", str(run.folder), name, str(deadline.left),
-               str(os.getpid())]
+    command = [sys.executable, "-m", "modicum.road.worker", str(run.folder), name, str(deadline.left), str(os.getpid())]
     process = subprocess.Popen(command, env=environment())
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.wait()   # the terminal has sent the signal to the stage as well; let it keep its work
+        process.wait()  # the terminal has sent the signal to the stage as well; let it keep its work
         raise
     if code == 130:
         raise KeyboardInterrupt
@@ -111,8 +116,11 @@ def _run_stage(run: Run, name: str, plan: dict[str, Any], deadline: Deadline, sa
             told = read_json(failed)
             raise StageFailed(f"{name}: {told['message']}", told["exit_code"])
         if code == DISK_FULL:
-            raise StageFailed(f"{name}: the disk is full where {run.folder} is; free space, and the same command "
-                              "goes on, or choose another folder with --out", 2)
+            raise StageFailed(
+                f"{name}: the disk is full where {run.folder} is; free space, and the same command "
+                "goes on, or choose another folder with --out",
+                2,
+            )
         killed = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         hint = " (the system may have run out of memory)" if code == -9 else ""
         raise StageFailed(f"{name} {killed}{hint}; finished work is kept, the same command goes on from there", 1)
@@ -124,8 +132,10 @@ def _write_ledger(run: Run, stages: list[str], plan: dict[str, Any]) -> None:
         record = run.done(name)
         if record is None:
             raise CorruptError(f"stage {name} left no readable done.json in {run.stage(name)}")
-        rows[name] = {"planned": record["planned"] or plan["stages"].get(name, {}).get("cost", {}),
-                      "measured": record["measured"]}
+        rows[name] = {
+            "planned": record["planned"] or plan["stages"].get(name, {}).get("cost", {}),
+            "measured": record["measured"],
+        }
     write_json(run.folder / "ledger.json", {"stages": rows, "machine": plan.get("machine", {})})
 
 
@@ -133,8 +143,12 @@ def check_folder(folder: Path) -> None:
     """A folder that holds something else than a run is refused, so that nothing foreign is touched."""
     if folder.is_file():
         raise UserError(f"{str(folder)!r} is a file; give a folder with --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.yaml").exists() \
-            and not (folder / ".run.lock").exists():
+    if (
+        folder.is_dir()
+        and any(folder.iterdir())
+        and not (folder / "run.yaml").exists()
+        and not (folder / ".run.lock").exists()
+    ):
         raise UserError(f"{str(folder)!r} holds files that are no run of modicum; choose another with --out")
 
 

@@ -25,9 +25,9 @@ from modicum.core.files import read_json, tree_bytes, write_json
 from modicum.road.context import Context, Run, stage_fingerprint, stage_module
 from modicum.road.recipe import load
 
-MMAP_THRESHOLD = 16 << 20   # bytes; larger blocks go back to the system when freed (1 MiB would halve the speed)
-DISK_FULL = 74              # exit code of a stage that could not even write why it failed
-SPINS = "1000"              # turns that a thread of OpenMP waits awake
+MMAP_THRESHOLD = 16 << 20  # bytes; larger blocks go back to the system when freed (1 MiB would halve the speed)
+DISK_FULL = 74  # exit code of a stage that could not even write why it failed
+SPINS = "1000"  # turns that a thread of OpenMP waits awake
 _M_MMAP_THRESHOLD, _PR_SET_PDEATHSIG = -3, 1
 
 
@@ -57,7 +57,7 @@ def die_with_parent(parent: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
-    def watch() -> None:   # where prctl does not exist, and for a parent that died before the call
+    def watch() -> None:  # where prctl does not exist, and for a parent that died before the call
         while os.getppid() == parent:
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -83,10 +83,20 @@ def main(folder: str, name: str, seconds: str, parent: str) -> int:
             events.emit("stage_start", planned=plan.get("cost", {}))
             with Meter(children=True) as meter:
                 figures = stage_module(name).run(context)
-            measured = figures.pop("cost", {}) | {"peak_bytes": meter.peak_bytes, "seconds": meter.seconds,
-                                                  "disk_bytes": tree_bytes(run.stage(name))}
-            run.finish(name, {"fingerprint": stage_fingerprint(recipe, name), "figures": figures,
-                              "planned": plan.get("cost", {}), "measured": measured})
+            measured = figures.pop("cost", {}) | {
+                "peak_bytes": meter.peak_bytes,
+                "seconds": meter.seconds,
+                "disk_bytes": tree_bytes(run.stage(name)),
+            }
+            run.finish(
+                name,
+                {
+                    "fingerprint": stage_fingerprint(recipe, name),
+                    "figures": figures,
+                    "planned": plan.get("cost", {}),
+                    "measured": measured,
+                },
+            )
             events.emit("stage_end", measured=measured)
         except ModicumError as error:
             return _say(failed, str(error), error.exit_code)

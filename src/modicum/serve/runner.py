@@ -73,8 +73,15 @@ class Native:
         self.threads = 0
         self._keep: list[Any] = []
         coded = [_stored(module) for module in model.modules() if isinstance(module, LinearForm)]
-        native.lay_together([t for found in coded if found and found[0] in (native.INT8, native.INT4)
-                             for t in found[1:] if t is not None])
+        native.lay_together(
+            [
+                t
+                for found in coded
+                if found and found[0] in (native.INT8, native.INT4)
+                for t in found[1:]
+                if t is not None
+            ]
+        )
         self._shape = self._describe(model, attend)
         native.use_large_pages((t.data_ptr(), t.nbytes) for t in self._keep if isinstance(t, Tensor))
         self._window = min((w for i in range(model.config.layers) if (w := model.config.window(i))), default=NO_WINDOW)

@@ -180,9 +180,7 @@ def calibrate(
     return StepTime(found.coefficients, found.spread, about)
 
 
-def play(
-    engine: Engine, trace: Trace, seed: int = 0, slo: SLO | None = None, by: str = "wall"
-) -> Played | None:
+def play(engine: Engine, trace: Trace, seed: int = 0, slo: SLO | None = None, by: str = "wall") -> Played | None:
     """Give the engine the trace's requests. Its steps take the time they take; waiting for arrivals takes none.
 
     None as soon as it is clear that `slo` is not met. Raises `ModicumError` if a request fails.

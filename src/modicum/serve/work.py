@@ -27,8 +27,14 @@ class Work:
 
 def arrange(works: list[Work]) -> list[Work]:
     """Row order: single tokens (whole caches by length, then thinned ones), trees by size, pieces; places set."""
-    works.sort(key=lambda w: ((w.n > 1) + (w.n > 1 and w.tree is None), w.sample.pages is not None,
-                              w.n if w.tree is not None else 0, w.start))
+    works.sort(
+        key=lambda w: (
+            (w.n > 1) + (w.n > 1 and w.tree is None),
+            w.sample.pages is not None,
+            w.n if w.tree is not None else 0,
+            w.start,
+        )
+    )
     at = 0
     for w in works:
         w.at = at

@@ -83,8 +83,7 @@ class Checkpoints:
         files = {"model": dict(model)} | {name: tensors for name, (tensors, _) in split.items() if tensors}
         first = self.ranks.first
         whole = {
-            name: {k: gather(t, keep=first).contiguous() for k, t in tensors.items()}
-            for name, tensors in files.items()
+            name: {k: gather(t, keep=first).contiguous() for k, t in tensors.items()} for name, tensors in files.items()
         }
         if first:
             record = {

@@ -102,9 +102,7 @@ class TrainConfig:
             value = getattr(self, name)
             number = isinstance(value, int | float) and math.isfinite(value)
             if not number or value < 0 or (value == 0 and not zero):
-                raise UserError(
-                    f"{name}={value!r} must be a {'number of at least 0' if zero else 'positive number'}"
-                )
+                raise UserError(f"{name}={value!r} must be a {'number of at least 0' if zero else 'positive number'}")
         if self.nonfinite not in ("stop", "skip"):
             raise unknown("nonfinite", self.nonfinite, ("stop", "skip"))
         if self.sequences < 1:
@@ -185,9 +183,7 @@ def _listed(value: Any) -> Any:
     return [_listed(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def refuse_changes(
-    before: Mapping[str, Any], after: Mapping[str, Any], folder: Any
-) -> dict[str, tuple[Any, Any]]:
+def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any], folder: Any) -> dict[str, tuple[Any, Any]]:
     """The allowed changes between a checkpoint's knobs and today's. Raises `UserError` naming the others."""
     found = changes(before, after)
     strict = {k: v for k, v in found.items() if k.split(".")[0] not in LOOSE}
@@ -251,9 +247,7 @@ def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any]
         return
     for name, method in everyone:
         if "fsdp" not in (able if method is stepper else method.supports):
-            raise UserError(
-                f"{name} cannot be combined with {world} processes (FSDP2); run it in one process"
-            )
+            raise UserError(f"{name} cannot be combined with {world} processes (FSDP2); run it in one process")
     if config.sequences % world:
         raise UserError(
             f"a batch of {config.sequences} sequences cannot be shared by {world} processes; "

@@ -159,8 +159,7 @@ class TrainEngine:
             missing.discard(name)
         if missing:
             raise UserError(
-                f"{where} is of another model: it lacks {min(missing)}; give the same model, "
-                "or another folder"
+                f"{where} is of another model: it lacks {min(missing)}; give the same model, or another folder"
             )
         self.write_back()
 
@@ -200,11 +199,7 @@ class TrainEngine:
 
     def norm(self) -> Tensor:
         """Global 2-norm of the gradients, float32, over all processes."""
-        grads = [
-            g
-            for g in (parallel.local(p.grad) for p in self.named.values() if p.grad is not None)
-            if g.numel()
-        ]
+        grads = [g for g in (parallel.local(p.grad) for p in self.named.values() if p.grad is not None) if g.numel()]
         square = torch.zeros((), device=self.device)
         if grads:
             square = torch.stack(list(torch._foreach_norm(grads, 2, dtype=torch.float32))).square().sum()

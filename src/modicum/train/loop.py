@@ -182,9 +182,7 @@ class Trainer(TrainEngine):
         saved = self.open()
         resumed = saved.step if saved else None
         if saved and saved.state["finished"] and saved.step >= total:
-            return TrainResult(
-                **saved.state["result"] | {"resumed_from": resumed, "checkpoint": str(saved.folder)}
-            )
+            return TrainResult(**saved.state["result"] | {"resumed_from": resumed, "checkpoint": str(saved.folder)})
         stopped: str | None = None
         last_saved = resumed or 0
         with contextlib.ExitStack() as stack:
@@ -350,9 +348,7 @@ class Trainer(TrainEngine):
         )
 
     def _damaged(self, path: Path, reason: str) -> None:
-        print(
-            f"modicum: checkpoint {path} is damaged ({reason}); looking at the one before it", file=sys.stderr
-        )
+        print(f"modicum: checkpoint {path} is damaged ({reason}); looking at the one before it", file=sys.stderr)
         self.events.emit("checkpoint_damaged", path=str(path), reason=reason)
 
     def _say_stopped(self, reason: str) -> None:

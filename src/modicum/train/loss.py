@@ -17,7 +17,7 @@ CPU_BYTES, CPU_ROWS = 8 << 20, 128  # slices that stay in a CPU's cache, with ro
 CUDA_BYTES = 512 << 20
 NO_LOSS = -100  # a target without loss, as in torch.nn.functional.cross_entropy
 Head = Callable[[Tensor], Tensor]
-CrossEntropy = Callable[[Tensor, Tensor, Head | None], tuple[Tensor, Tensor]]   # as `cross_entropy`
+CrossEntropy = Callable[[Tensor, Tensor, Head | None], tuple[Tensor, Tensor]]  # as `cross_entropy`
 _OTHER: ContextVar[CrossEntropy | None] = ContextVar("cross_entropy", default=None)
 
 
@@ -39,9 +39,7 @@ def token_loss(model: nn.Module, batch: Any, *, logits_bytes: int | None = None)
     """
     if hasattr(model, "hidden") and hasattr(model, "head"):
         decoder: Any = model
-        h_BTD = decoder.hidden(
-            batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT
-        )
+        h_BTD = decoder.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
         return cross_entropy(h_BTD, batch.targets_BT, decoder.head, logits_bytes)
     out = model(batch.tokens_BT)
     return cross_entropy(getattr(out, "logits", out), batch.targets_BT, None, logits_bytes)
@@ -105,9 +103,7 @@ class _Sliced(torch.autograd.Function):
     """d loss / d logits = softmax - onehot(target), pushed through the head slice by slice."""
 
     @staticmethod
-    def forward(
-        ctx: Any, h_ND: Tensor, targets_N: Tensor, head: Head | None, rows: int, *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, h_ND: Tensor, targets_N: Tensor, head: Head | None, rows: int, *weights: Tensor) -> Tensor:
         total = torch.zeros((), device=h_ND.device)
         grad_h = torch.empty_like(h_ND)
         grads: list[Tensor] = []
@@ -121,7 +117,7 @@ class _Sliced(torch.autograd.Function):
             total += loss
             delta = logp.exp_()
             delta.scatter_add_(1, columns, torch.full_like(columns, -1, dtype=delta.dtype))
-            delta.mul_(valid)   # a masked fill takes ten times as long
+            delta.mul_(valid)  # a masked fill takes ten times as long
             if head is None:
                 grad_h[part] = delta
                 continue

@@ -157,9 +157,7 @@ def rows_like(rows: Tensor, like: Tensor) -> Tensor:
         assert isinstance(like, DTensor)
         shape = torch.Size((like.shape[0], *rows.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            rows, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
-        )
+        return DTensor.from_local(rows, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
     return rows
 
 

@@ -23,8 +23,7 @@ class Masters:
         self.low = dict(trainable)
         self.named = {name: nn.Parameter(p.detach().float().clone()) for name, p in trainable.items()}
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._collector(self.named[name]))
-            for name, p in trainable.items()
+            p.register_post_accumulate_grad_hook(self._collector(self.named[name])) for name, p in trainable.items()
         ]
 
     @staticmethod

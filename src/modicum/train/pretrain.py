@@ -194,9 +194,7 @@ def _tokens_in(
             if made["seconds"] == config.seconds:
                 return int(made["tokens"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptError(
-                f"{plan} is damaged ({type(error).__name__}); remove it to plan anew"
-            ) from None
+            raise CorruptError(f"{plan} is damaged ({type(error).__name__}); remove it to plan anew") from None
     assert config.seconds is not None
     stream = Stream(
         curation.shards("train"),

@@ -25,8 +25,8 @@ from modicum.train.loop import TrainResult
 
 AXES = Axes(quality=Axis("pretrained_bits_per_byte"), cost=Axis("training_bytes", "lower", "bytes"))
 TARGETS = ("layers.*",)
-SEARCH_SEED = 7_919_000   # of the rate alone: nothing trained on it is reported
-STATE_BYTES = 3 * 2       # a parameter and two moments, in 16 bits
+SEARCH_SEED = 7_919_000  # of the rate alone: nothing trained on it is reported
+STATE_BYTES = 3 * 2  # a parameter and two moments, in 16 bits
 
 
 def applies(choice: Choice) -> bool:
@@ -35,9 +35,7 @@ def applies(choice: Choice) -> bool:
     return method.fit_error is None and "adapter" not in method.supports
 
 
-def measure(
-    bench: training.Bench, choice: Choice, seed: int, start: float
-) -> tuple[dict[str, float], TrainResult]:
+def measure(bench: training.Bench, choice: Choice, seed: int, start: float) -> tuple[dict[str, float], TrainResult]:
     """start: the rate at which the search begins."""
     rate = _tuned(bench.settings, str(choice), start)
     bits, model, result = _trained(bench, choice, seed, rate)
@@ -46,21 +44,24 @@ def measure(
 
 def count(model: Decoder) -> dict[str, float]:
     """training_bytes of the whole model and of its layers alone, and parameters trained."""
+
     def state(module: Any) -> int:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         where = sum(b.nbytes for n, b in module.named_buffers() if not b.is_floating_point())
         return STATE_BYTES * trained + where
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"training_bytes": state(model), "layer_training_bytes": state(model.layers),
-            "pretrained_parameters": trained}
+    return {
+        "training_bytes": state(model),
+        "layer_training_bytes": state(model.layers),
+        "pretrained_parameters": trained,
+    }
 
 
-def _trained(
-    bench: training.Bench, choice: Choice, seed: int, rate: float
-) -> tuple[float, Decoder, TrainResult]:
+def _trained(bench: training.Bench, choice: Choice, seed: int, rate: float) -> tuple[float, Decoder, TrainResult]:
     if bench.settings.model:
         from modicum.bench import lab
+
         model = Decoder(load_config(bench.settings.model), lab.seeded(seed)).to(bench.settings.device)
     else:
         model = bench.model(seed)

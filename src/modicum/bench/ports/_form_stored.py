@@ -15,7 +15,7 @@ from modicum.core.choice import Choice
 from modicum.model import attach, stack
 from modicum.model.decoder import Decoder
 
-SEQUENCES = 16   # of training text for the layers' inputs, and as many for the order
+SEQUENCES = 16  # of training text for the layers' inputs, and as many for the order
 
 
 def applies(choice: Choice) -> bool:
@@ -35,8 +35,9 @@ def formed(choice: Choice, seed: int, settings: Settings) -> Decoder:
 def _sorted(choice: str, seed: int, settings: Settings) -> Decoder:
     """With all blocks in measured order, once for all sizes."""
     bench, model = training.pretrained(settings, seed)
-    tokens_NT = calibration.sequences((d.text for d in bench.corpus.train), bench.tokenizer, 2 * SEQUENCES,
-                                      bench.scale.sequence_length)
+    tokens_NT = calibration.sequences(
+        (d.text for d in bench.corpus.train), bench.tokenizer, 2 * SEQUENCES, bench.scale.sequence_length
+    )
     names = [name for name in attach.linears(model) if name != "lm_head"]
     inputs = calibration.activations(model, tokens_NT[SEQUENCES:], names)
     attach.attach(model, dict.fromkeys(names, choice), calibration=inputs)

@@ -84,9 +84,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     )
 
 
-def prefill(
-    model: Decoder, tokens_BT: Tensor, attend: Attend, repeats: int
-) -> tuple[float, Tensor, float]:
+def prefill(model: Decoder, tokens_BT: Tensor, attend: Attend, repeats: int) -> tuple[float, Tensor, float]:
     """(bits per token, most likely next token BT, seconds of the fastest pass)."""
     seconds = []
     for _ in range(repeats + 1):

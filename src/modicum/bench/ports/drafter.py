@@ -29,9 +29,7 @@ from modicum.serve.engine import Engine
 from modicum.serve.request import Request, Sample, SamplingParams, Update
 from modicum.serve.work import Work
 
-AXES = Axes(
-    quality=Axis("tokens_per_forward", "higher"), cost=Axis("seconds_per_token", "lower", "s")
-)
+AXES = Axes(quality=Axis("tokens_per_forward", "higher"), cost=Axis("seconds_per_token", "lower", "s"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +164,7 @@ def play(
     )
     answers, seconds = [], 0.0
     for i, row in enumerate(rows):
-        params = SamplingParams(
-            temperature=temperature, seed=1000 * seed + i, max_tokens=scale.answer, ignore_eos=True
-        )
+        params = SamplingParams(temperature=temperature, seed=1000 * seed + i, max_tokens=scale.answer, ignore_eos=True)
         request = Request(list(row[: scale.prompt]), params)
         engine.forced = {request.id: list(row[scale.prompt :])} if forced else None
         engine.add(request)

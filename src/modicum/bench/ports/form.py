@@ -100,9 +100,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         "new_domain_bits_per_byte": untrained,
         **best,
     }
-    return Measurement(
-        metrics=metrics, cost=Cost(seconds=seconds, flops=flops), model=record, data=bench.corpus.record
-    )
+    return Measurement(metrics=metrics, cost=Cost(seconds=seconds, flops=flops), model=record, data=bench.corpus.record)
 
 
 def _trained(model: nn.Module) -> int:

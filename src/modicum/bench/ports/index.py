@@ -48,9 +48,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     index = registry.build("index", choice)
     ids = np.arange(len(vectors_ND), dtype=np.int64)
     start = time.perf_counter()
-    index.build(
-        ((ids[i : i + BLOCK], vectors_ND[i : i + BLOCK]) for i in range(0, len(ids), BLOCK)), settings.budget
-    )
+    index.build(((ids[i : i + BLOCK], vectors_ND[i : i + BLOCK]) for i in range(0, len(ids), BLOCK)), settings.budget)
     built = time.perf_counter() - start
     found = measuring.measure(index, queries_QD, truth_QK, batch=1)
     metrics = {
@@ -64,9 +62,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
 
 
 @functools.lru_cache(maxsize=2)
-def material(
-    source: str | None, scale: Scale, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+def material(source: str | None, scale: Scale, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
     """vectors_ND, queries_QD, the true ids_QK, and the data's record; the seed picks the queries."""
     rng = np.random.default_rng(seed)
     if source and source.endswith(".npy"):
@@ -82,9 +78,7 @@ def material(
     rows_ND = rows_ND[rng.permutation(len(rows_ND))[:wanted]]
     queries_QD, vectors_ND = rows_ND[: scale.queries], np.ascontiguousarray(rows_ND[scale.queries :])
     truth_QK = np.argsort(-(queries_QD @ vectors_ND.T), axis=1, kind="stable")[:, :K]
-    checksum = fingerprint(
-        [vectors_ND.shape, float(vectors_ND.sum(dtype=np.float64)), vectors_ND[0].tolist()]
-    )
+    checksum = fingerprint([vectors_ND.shape, float(vectors_ND.sum(dtype=np.float64)), vectors_ND[0].tolist()])
     record = {
         "name": name,
         "vectors": len(vectors_ND),
@@ -124,9 +118,7 @@ def _semantic(source: str | None, corpus_bytes: int, dimensions: int, limit: int
         for word in bag:
             rows.append(i)
             columns.append(known.setdefault(word, len(known)))
-    counts = sparse.csr_matrix(
-        (np.ones(len(rows), np.float32), (rows, columns)), shape=(len(words), len(known))
-    )
+    counts = sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(words), len(known)))
     frequency = np.bincount(counts.indices, minlength=len(known))
     kept = np.flatnonzero(frequency >= 2)
     weights = counts[:, kept].log1p() @ sparse.diags(np.log(len(words) / frequency[kept]).astype(np.float32))

@@ -74,8 +74,7 @@ def _table(source: str | None, scale: Scale, seed: int) -> tuple[dict[str, Any],
     distinct = list(dict.fromkeys(labels))
     kept = {distinct[i] for i in rng.permutation(len(distinct))[: max(2, round(scale.part * len(distinct)))]}
     part = {
-        name: [v for v, label in zip(column, labels, strict=True) if label in kept]
-        for name, column in runs.items()
+        name: [v for v, label in zip(column, labels, strict=True) if label in kept] for name, column in runs.items()
     }
     return part, {"name": Path(source).name, "checksum": sha256(source)[:16]}
 

@@ -67,9 +67,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         [sys.executable, "-m", __name__], input=json.dumps(told), capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise ModicumError(
-            f"measuring a step of memory/{choice} failed: {done.stderr.strip().splitlines()[-1:]}"
-        )
+        raise ModicumError(f"measuring a step of memory/{choice} failed: {done.stderr.strip().splitlines()[-1:]}")
     found = json.loads(done.stdout)
     metrics = {
         "bits_per_byte": bench.bits(model),
@@ -80,9 +78,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     }
     return Measurement(
         metrics=metrics,
-        cost=Cost(
-            seconds=result.seconds, flops=result.flops, tokens=result.tokens, peak_bytes=found["peak_bytes"]
-        ),
+        cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens, peak_bytes=found["peak_bytes"]),
         model=record,
         data=bench.corpus.record,
     )
@@ -98,9 +94,7 @@ def worker(choice: str, seed: int, scale: Scale, device: str) -> dict[str, float
         ctypes.CDLL(None).mallopt(-3, 1 << 16)  # freed blocks above 64 KiB go back: what is live is resident
     # First, because first calls load code and allocate buffers that are no step's.
     plain, gradient = _step(None, seed, scale, device, steps=0), _step(choice, seed, scale, device, steps=0)
-    error = torch.linalg.vector_norm(gradient["flat"] - plain["flat"]) / torch.linalg.vector_norm(
-        plain["flat"]
-    )
+    error = torch.linalg.vector_norm(gradient["flat"] - plain["flat"]) / torch.linalg.vector_norm(plain["flat"])
     del plain, gradient
     held: list[dict[str, Any]] = []
     peak, _ = _peak(lambda: held.append(_step(choice, seed, scale, device, scale.steps)), device)
@@ -163,11 +157,7 @@ def _step(choice: str | None, seed: int, scale: Scale, device: str, steps: int) 
         engine.optimizer.begin(scales)
         engine.gradients(batch, rows * length, Step(index, 0, 1, seed))
         if not steps:
-            return {
-                "flat": torch.cat(
-                    [p.grad.flatten().float() for p in engine.named.values() if p.grad is not None]
-                )
-            }
+            return {"flat": torch.cat([p.grad.flatten().float() for p in engine.named.values() if p.grad is not None])}
         engine.update(scales)
     return {"seconds": (time.perf_counter() - began) / steps}
 
@@ -212,9 +202,7 @@ def _loss(choice: str, seed: int, scale: Scale, device: str) -> dict[str, float]
             logits = model.head(h_1ND[0]).float()
             nn.functional.cross_entropy(logits, targets_1N[0], reduction="sum").backward()
             return
-        around = (
-            saver.around(SimpleNamespace(model=model)) if saver.saves == "loss" else contextlib.nullcontext()
-        )
+        around = saver.around(SimpleNamespace(model=model)) if saver.saves == "loss" else contextlib.nullcontext()
         with around:
             loss.cross_entropy(h_1ND, targets_1N, model.head)[0].backward()
 

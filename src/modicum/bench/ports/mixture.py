@@ -25,9 +25,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     record = bench.model_record(model)
     stream = bench.stream(seed, mixture=choice)
     result = bench.train(model, seed, stream)
-    by_domain = {
-        d: bench.bits(model, texts) for d in bench.corpus.domains if (texts := bench.corpus.heldout_texts(d))
-    }
+    by_domain = {d: bench.bits(model, texts) for d in bench.corpus.domains if (texts := bench.corpus.heldout_texts(d))}
     seen = {name: domain.served / stream.sizes[name] for name, domain in stream.domains.items()}
     metrics = {
         "domain_bits_per_byte": statistics.fmean(by_domain.values()),

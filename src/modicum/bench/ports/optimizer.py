@@ -70,9 +70,7 @@ _found: dict[tuple[str, Settings], Tuned] = {}
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     scale = settings.scale
     if seed == scale.tuning_seed:
-        raise UserError(
-            f"seed {seed} is the one that rates are tuned on; report others, or give --scale tuning_seed=N"
-        )
+        raise UserError(f"seed {seed} is the one that rates are tuned on; report others, or give --scale tuning_seed=N")
     tuned = tune(choice, settings)
     bench = training.Bench.of(settings)
     bits, result, gauge = _run(bench, choice, seed, tuned.factor, tuned.decay)

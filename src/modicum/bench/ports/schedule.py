@@ -32,9 +32,7 @@ from modicum.train.config import stream_knobs
 from modicum.train.part import Part
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("half_way_bits_per_byte", "lower", "bits/byte"))
-ONWARD = Axes(
-    quality=Axis("onward_bits_per_byte"), cost=Axis("onward_old_bits_per_byte", "lower", "bits/byte")
-)
+ONWARD = Axes(quality=Axis("onward_bits_per_byte"), cost=Axis("onward_old_bits_per_byte", "lower", "bits/byte"))
 LIMITS = {"tokens"}
 PART = 1000  # characters of the documents of mixed quality
 

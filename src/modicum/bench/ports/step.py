@@ -26,9 +26,7 @@ QUICK = Scale(**training.QUICK)
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     bench = training.Bench.of(settings)
     step = registry.build("step", choice)
-    corpus = lab.corpus(
-        settings.data, settings.scale.corpus_bytes, settings.scale.heldout_bytes, parted=False
-    )
+    corpus = lab.corpus(settings.data, settings.scale.corpus_bytes, settings.scale.heldout_bytes, parted=False)
     given = corpus.train
     start = time.perf_counter()
     step.open(Context(seed=seed))
@@ -37,9 +35,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     seconds = time.perf_counter() - start
     kept = [item for item in out if isinstance(item, Document)]
     if not kept:
-        raise UserError(
-            f"step {choice} dropped all {len(given)} documents; give other knobs or another corpus"
-        )
+        raise UserError(f"step {choice} dropped all {len(given)} documents; give other knobs or another corpus")
     model = bench.model(seed)
     record = bench.model_record(model)
     result = bench.train(model, seed, bench.stream(seed, kept))

@@ -49,16 +49,12 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         docs = itertools.islice(task.docs("train", scale.documents, seed), scale.documents)
         texts = tuple(Document(str(d["id"]), task.text(d), "task") for d in docs)
         corpus = lab.Corpus(str(choice), texts, texts[:1], fingerprint([d.text for d in texts]))
-        bench = training.Bench(
-            corpus, Tokenizer.train((d.text for d in texts), scale.vocabulary), scale, settings
-        )
+        bench = training.Bench(corpus, Tokenizer.train((d.text for d in texts), scale.vocabulary), scale, settings)
         model = bench.model(seed)
         result = bench.train(model, seed, bench.stream(seed, texts, packing="concat:mask=true"))
         kind, spent = "small decoder, trained on the task", Cost(seconds=result.seconds, flops=result.flops)
     start = time.perf_counter()
-    (found,) = run_tasks(
-        model, bench.tokenizer, [str(choice)], limit=scale.examples, seed=seed, events=lab.Quiet()
-    )
+    (found,) = run_tasks(model, bench.tokenizer, [str(choice)], limit=scale.examples, seed=seed, events=lab.Quiet())
     seconds = time.perf_counter() - start
     figures = {name: figure["value"] for name, figure in found.figures.items()}
     metrics = {

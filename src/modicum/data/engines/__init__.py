@@ -11,8 +11,7 @@ from typing import Any, Protocol
 from modicum.core.errors import CorruptError, ModicumError, UserError, unknown
 
 ENGINES = ("local", "ray")
-_KINDS = {"UserError": UserError, "CorruptError": CorruptError, "MissingExtra": UserError,
-          "BudgetError": UserError}
+_KINDS = {"UserError": UserError, "CorruptError": CorruptError, "MissingExtra": UserError, "BudgetError": UserError}
 
 
 class Engine(Protocol):
@@ -30,9 +29,11 @@ def make(name: str, processes: int) -> Engine:
         raise UserError(f"processes={processes} must be at least 1")
     if name == "local":
         from modicum.data.engines.local import Local
+
         return Local(processes)
     if name == "ray":
         from modicum.data.engines.ray import Ray
+
         return Ray(processes)
     raise unknown("engine", name, ENGINES)
 

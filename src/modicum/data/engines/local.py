@@ -19,7 +19,7 @@ from typing import Any
 from modicum.data.engines import answer
 from modicum.data.engines.worker import execute
 
-PATIENCE = 10.0   # seconds a worker has to end after an error elsewhere
+PATIENCE = 10.0  # seconds a worker has to end after an error elsewhere
 
 
 class Local:
@@ -33,7 +33,7 @@ class Local:
     def __exit__(self, *error: object) -> None:
         for worker in self.workers:
             if error[0] is not None:
-                worker.terminate()   # ends it with its half-written file removed
+                worker.terminate()  # ends it with its half-written file removed
             with contextlib.suppress(OSError):
                 if worker.stdin:
                     worker.stdin.close()
@@ -49,12 +49,22 @@ class Local:
 
     def _start(self, count: int) -> None:
         threads = str(max(1, (os.cpu_count() or 1) // self.processes))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-                                    "RAYON_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "RAYON_NUM_THREADS": threads,
+            "OMP_NUM_THREADS": threads,
+        }
         while len(self.workers) < count:
-            self.workers.append(subprocess.Popen(
-                [sys.executable, "-m", "modicum.data.engines.worker"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment))
+            self.workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "modicum.data.engines.worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    encoding="utf-8",
+                    env=environment,
+                )
+            )
 
     def run(self, function: str, tasks: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         if self.processes == 1 or len(tasks) <= 1:
@@ -101,5 +111,3 @@ class Local:
 def died(code: int, i: int) -> str:
     why = "killed, most likely for want of memory" if code == -9 else f"ended with code {code}"
     return f"a worker process was {why} in task {i}; use fewer processes, then type the same command again"
-
-

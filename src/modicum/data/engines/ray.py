@@ -35,14 +35,16 @@ class Ray:
 
         import ray
         import ray.data
+
         self._mine = not ray.is_initialized()
         if self._mine:
             paths = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
             local: dict[str, Any] = {"num_cpus": self.processes, "include_dashboard": False}
             if os.environ.get("RAY_ADDRESS"):
-                local = {}   # a running cluster has its own
-            ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR,
-                     runtime_env=paths, **local)
+                local = {}  # a running cluster has its own
+            ray.init(
+                ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR, runtime_env=paths, **local
+            )
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -52,12 +54,14 @@ class Ray:
     def __exit__(self, *error: object) -> None:
         if self._mine:
             import ray
+
             ray.shutdown()
 
     def run(self, function: str, tasks: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         if not tasks:
             return
         import ray.data
+
         rows = [{"index": i, "function": function, "task": json.dumps(task)} for i, task in enumerate(tasks)]
         for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(_row).iter_rows():
             yield int(row["index"]), answer(json.loads(row["reply"]))

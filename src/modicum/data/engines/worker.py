@@ -22,6 +22,7 @@ def execute(function: str, task: dict[str, Any]) -> dict[str, Any]:
         return {"error": type(error).__name__, "message": str(error)}
     except OSError as error:
         import errno
+
         if error.errno == errno.ENOSPC:
             return {"error": "UserError", "message": no_space(error)}
         return {"error": "ModicumError", "message": f"{type(error).__name__}: {error}"}
@@ -34,15 +35,14 @@ def execute(function: str, task: dict[str, Any]) -> dict[str, Any]:
 
 def no_space(error: OSError) -> str:
     where = f" while writing {error.filename}" if error.filename else ""
-    return (f"no space left on the device{where}; free some, then type the same command again: "
-            "finished parts are kept")
+    return f"no space left on the device{where}; free some, then type the same command again: finished parts are kept"
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)   # the parent decides what Ctrl-C ends
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))   # an exception, so that open files are cleaned up
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that open files are cleaned up
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)   # whatever prints must not stand among the replies
+    os.dup2(2, 1)  # whatever prints must not stand among the replies
     for line in sys.stdin:
         request = json.loads(line)
         replies.write(json.dumps(execute(request["function"], request["task"])) + "\n")

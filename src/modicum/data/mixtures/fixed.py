@@ -18,7 +18,7 @@ from modicum.data.mixtures import Mixture
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    weights: dict[str, float] = field(default_factory=dict)   # empty: equal weights
+    weights: dict[str, float] = field(default_factory=dict)  # empty: equal weights
 
 
 class Fixed(Mixture):

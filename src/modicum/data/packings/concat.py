@@ -18,7 +18,7 @@ from modicum.data.packings import Packing, Piece
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    mask: bool = False   # attention within documents only
+    mask: bool = False  # attention within documents only
 
 
 TOY = Config(mask=True)

@@ -11,8 +11,32 @@ from modicum.core import registry
 from modicum.data.document import Document, Drop
 from modicum.data.steps import Context, Step
 
-_WORDS = ["budget", "model", "token", "layer", "index", "the", "of", "and", "to", "cache", "loss", "data",
-          "word", "with", "page", "text", "rank", "that", "seed", "have", "step", "batch", "key", "value"]
+_WORDS = [
+    "budget",
+    "model",
+    "token",
+    "layer",
+    "index",
+    "the",
+    "of",
+    "and",
+    "to",
+    "cache",
+    "loss",
+    "data",
+    "word",
+    "with",
+    "page",
+    "text",
+    "rank",
+    "that",
+    "seed",
+    "have",
+    "step",
+    "batch",
+    "key",
+    "value",
+]
 
 
 def toy_documents() -> list[Document]:
@@ -25,13 +49,25 @@ def toy_documents() -> list[Document]:
     texts = [" ".join(words(120)) + "." for _ in range(10)]
     near = texts[3].split()
     near[60] = "otherwise"
-    texts += [texts[0], " ".join(near), texts[0].upper(), "short", "e\u0301\r\nline \x07\n\n\n\n\nend  ",
-              "\u4e00\u4e8c\u4e09" * 40, "\U0001f600 " * 30, "same line\n" * 40, " \n ", "#\n" * 30]
+    texts += [
+        texts[0],
+        " ".join(near),
+        texts[0].upper(),
+        "short",
+        "e\u0301\r\nline \x07\n\n\n\n\nend  ",
+        "\u4e00\u4e8c\u4e09" * 40,
+        "\U0001f600 " * 30,
+        "same line\n" * 40,
+        " \n ",
+        "#\n" * 30,
+    ]
     documents = [Document(f"d{i}", text, "prose", f"d{i}") for i, text in enumerate(texts)]
     source = '"""Module words.\n\nMore."""\nimport os\n\ndef f(x):\n    """Twice."""\n    return 2 * x\n'
-    documents += [Document("m.py", source, "code", "toy/m.py", {"language": "python"}),
-                  Document("bad.py", "def f(:\n", "code", "toy/bad.py", {"language": "python"}),
-                  Document("long.js", "x = 1;" * 400, "code", "toy/long.js", {"language": "javascript"})]
+    documents += [
+        Document("m.py", source, "code", "toy/m.py", {"language": "python"}),
+        Document("bad.py", "def f(:\n", "code", "toy/bad.py", {"language": "python"}),
+        Document("long.js", "x = 1;" * 400, "code", "toy/long.js", {"language": "javascript"}),
+    ]
     return documents
 
 
@@ -49,7 +85,7 @@ def _run(key: str, documents: list[Document], sizes: list[int]) -> list[Document
     at = 0
     while at < len(documents):
         size = sizes[len(batches) % len(sizes)]
-        batches.append(documents[at:at + size])
+        batches.append(documents[at : at + size])
         at += size
     if step.scope == "document":
         out = [item for batch in batches for item in step.run(batch)]
@@ -86,7 +122,7 @@ def check_reasons(key: str) -> None:
             assert item.reason and " " not in item.reason, f"{key}: drop of {name} has reason {item.reason!r}"
         else:
             assert item.text.strip() or not texts[name].strip(), f"{key}: {name} is left with no text"
-    assert seen == {d.id for d in documents}, f"{key}: {({d.id for d in documents} - seen)} vanished"
+    assert seen == {d.id for d in documents}, f"{key}: { ({d.id for d in documents} - seen) } vanished"
 
 
 def check_again(key: str) -> None:
@@ -99,10 +135,21 @@ def check_again(key: str) -> None:
 
 def check_other_process(key: str) -> None:
     """The same output in another process with another hash seed."""
-    code = ("from modicum.data.steps._conformance import _run, toy_documents\n"
-            f"print(ascii(_run({key!r}, toy_documents(), [4])))")
+    code = (
+        "from modicum.data.steps._conformance import _run, toy_documents\n"
+        f"print(ascii(_run({key!r}, toy_documents(), [4])))"
+    )
     import os
-    outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                              env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")}
+
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
     assert len(outputs) == 1, f"{key}: output depends on PYTHONHASHSEED"
     assert outputs == {ascii(_run(key, toy_documents(), [4])) + "\n"}, f"{key}: differs between processes"

@@ -43,5 +43,4 @@ class ExactDedup(Step):
         ranked = signatures_NK[order]
         same = np.concatenate([[False], (ranked[1:] == ranked[:-1]).all(axis=1)])
         first = np.maximum.accumulate(np.where(same, 0, np.arange(len(same))))
-        return {int(order[k]): ("duplicate", f"same as {ids[int(order[first[k]])]}")
-                for k in np.flatnonzero(same)}
+        return {int(order[k]): ("duplicate", f"same as {ids[int(order[first[k]])]}") for k in np.flatnonzero(same)}

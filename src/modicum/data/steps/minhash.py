@@ -27,13 +27,13 @@ from modicum.data.document import Document
 from modicum.data.steps import Step
 from modicum.data.words import combine, mix, ngrams, word_hashes
 
-BLOCK = 1 << 14   # n-grams hashed at once: 16 MiB for 128 permutations
+BLOCK = 1 << 14  # n-grams hashed at once: 16 MiB for 128 permutations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    threshold: float = 0.8   # Jaccard similarity from which two documents are one
-    ngram: int = 5           # words
+    threshold: float = 0.8  # Jaccard similarity from which two documents are one
+    ngram: int = 5  # words
     permutations: int = 128
     seed: int = 1
 
@@ -64,7 +64,7 @@ class MinHash(Step):
     def _signature(self, hashes: np.ndarray) -> np.ndarray:
         least = np.full(self.config.permutations, 2**32 - 1, np.uint32)
         for start in range(0, len(hashes), BLOCK):
-            mixed = hashes[start:start + BLOCK, None] * self.factors + self.offsets
+            mixed = hashes[start : start + BLOCK, None] * self.factors + self.offsets
             np.minimum(least, (mixed >> np.uint64(32)).astype(np.uint32).min(axis=0), out=least)
         return least
 
@@ -89,7 +89,7 @@ class MinHash(Step):
         """row -> its (band, value) buckets that at least one other row is in."""
         found: dict[int, list[tuple[int, int]]] = {}
         for band in range(self.bands):
-            part = np.ascontiguousarray(signatures_NK[:, band * self.rows:(band + 1) * self.rows])
+            part = np.ascontiguousarray(signatures_NK[:, band * self.rows : (band + 1) * self.rows])
             values = mix(combine(part.astype(np.uint64)))
             _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
             for row in np.flatnonzero(counts[inverse] > 1):

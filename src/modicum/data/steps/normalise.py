@@ -28,7 +28,7 @@ _TRAILING = re.compile(r"[^\S\n]+(?=\n|\Z)")
 @dataclass(frozen=True, kw_only=True)
 class Config:
     form: Literal["NFC", "NFKC", "none"] = "NFC"
-    blank_lines: int = 2   # empty lines kept in a row, in prose
+    blank_lines: int = 2  # empty lines kept in a row, in prose
 
 
 class Normalise(Step):

@@ -22,7 +22,7 @@ from modicum.data.steps import Step
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    min_characters: int = 1   # parts shorter than this are dropped as too-short
+    min_characters: int = 1  # parts shorter than this are dropped as too-short
 
 
 class PythonSplit(Step):

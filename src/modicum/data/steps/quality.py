@@ -33,23 +33,37 @@ from modicum.data.document import Document, Drop
 from modicum.data.steps import Step
 from modicum.data.words import ngrams, word_hashes
 
-COMMON = {language: frozenset(words.split()) for language, words in {
-    "en": "the be to of and that have with", "de": "der die das und ist nicht mit ein",
-    "fr": "le la les et des est pas une", "es": "el los las que y una con para",
-    "it": "il di che non per una con sono", "pt": "os que não uma com para mais da",
-    "nl": "de het een van niet met zijn voor", "sv": "och att det som en på är med",
-    "pl": "w nie na się że do jest z", "cs": "a se na je že do pro jako", "da": "og at det som en til er med",
-    "fi": "ja on ei että se oli myös kun", "hu": "a az és hogy nem egy is meg",
-    "ro": "și de la în cu nu este o",
-    "tr": "ve bir bu için ile da de çok", "id": "yang dan di ini itu dengan untuk dari",
-    "vi": "và của là có không một cho được",
-}.items()}
+COMMON = {
+    language: frozenset(words.split())
+    for language, words in {
+        "en": "the be to of and that have with",
+        "de": "der die das und ist nicht mit ein",
+        "fr": "le la les et des est pas une",
+        "es": "el los las que y una con para",
+        "it": "il di che non per una con sono",
+        "pt": "os que não uma com para mais da",
+        "nl": "de het een van niet met zijn voor",
+        "sv": "och att det som en på är med",
+        "pl": "w nie na się że do jest z",
+        "cs": "a se na je že do pro jako",
+        "da": "og at det som en til er med",
+        "fi": "ja on ei että se oli myös kun",
+        "hu": "a az és hogy nem egy is meg",
+        "ro": "și de la în cu nu este o",
+        "tr": "ve bir bu için ile da de çok",
+        "id": "yang dan di ini itu dengan untuk dari",
+        "vi": "và của là có không một cho được",
+    }.items()
+}
 TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 _BULLET = re.compile(r"^\s*[-*•‣·●▪]\s")
-_GENERATED = re.compile(r"auto-?generated|automatically generated|generated automatically|"
-                        r"this file (?:is|was) generated|generated from ['\"]|do not edit", re.IGNORECASE)
+_GENERATED = re.compile(
+    r"auto-?generated|automatically generated|generated automatically|"
+    r"this file (?:is|was) generated|generated from ['\"]|do not edit",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +74,10 @@ class Config:
     reference_words: int = 10
     repetition: bool = True
     repetition_words: int = 200
-    max_line: int = 1000       # code: characters
-    mean_line: float = 100.0   # code: characters
-    alphanumeric: float = 0.25   # code: share of characters
-    generated: bool = True     # code: drop what says in its first lines that a program wrote it
+    max_line: int = 1000  # code: characters
+    mean_line: float = 100.0  # code: characters
+    alphanumeric: float = 0.25  # code: share of characters
+    generated: bool = True  # code: drop what says in its first lines that a program wrote it
 
 
 class Quality(Step):
@@ -135,8 +149,7 @@ def _latin(text: str) -> bool:
     return sum("a" <= c <= "z" for c in head) > 0.5 * sum(map(str.isalpha, head))
 
 
-def _repetition(text: str, lines: list[str], hashes: np.ndarray,
-                letters: np.ndarray) -> Iterator[tuple[str, str]]:
+def _repetition(text: str, lines: list[str], hashes: np.ndarray, letters: np.ndarray) -> Iterator[tuple[str, str]]:
     paragraphs = [p.strip() for p in re.split(r"\n\s*\n", text) if p.strip()]
     for name, units in (("lines", [line.strip() for line in lines]), ("paragraphs", paragraphs)):
         seen: set[str] = set()
@@ -153,10 +166,10 @@ def _repetition(text: str, lines: list[str], hashes: np.ndarray,
         grams = ngrams(hashes, n)
         _, inverse, counts = np.unique(grams, return_inverse=True, return_counts=True)
         if counts.max() < 2:
-            return   # longer ones do not repeat either
+            return  # longer ones do not repeat either
         if n in TOP:
             at = int(np.argmax(inverse == np.argmax(counts)))
-            share = float(counts.max() * letters[at:at + n].sum() / total)
+            share = float(counts.max() * letters[at : at + n].sum() / total)
             name = "top-ngram"
         else:
             covered = _covered(np.flatnonzero(counts[inverse] > 1), n, len(hashes))

@@ -115,9 +115,7 @@ def check_aggregate(key: str) -> None:
     found = task.aggregate(rows)[task.metric]
     values = np.array([row[task.metric] for row in rows])
     assert np.isclose(found["value"], 0.3), f"3 of 10 right gives {found}"
-    assert np.isclose(found["stderr"], values.std(ddof=1) / np.sqrt(10)), (
-        f"the standard error is {found['stderr']}"
-    )
+    assert np.isclose(found["stderr"], values.std(ddof=1) / np.sqrt(10)), f"the standard error is {found['stderr']}"
 
 
 def check_training_text(key: str) -> None:

@@ -27,9 +27,7 @@ class Config(PlaygroundConfig):
         super().__post_init__()
         self.require(1 <= self.digits <= 30, "digits must lie between 1 and 30")
         self.require(2 <= self.terms <= 10, "terms must lie between 2 and 10")
-        self.require(
-            bool(self.operations) and not set(self.operations) - set("+-*"), "operations must be of + - *"
-        )
+        self.require(bool(self.operations) and not set(self.operations) - set("+-*"), "operations must be of + - *")
 
 
 TOY = Config(examples=20)

@@ -47,9 +47,7 @@ class Choice(Task):
             where = f"{c.file}, row {number}"
             choices = pick(row, c.choices, where)
             if not isinstance(choices, list | tuple) or len(choices) < 2:
-                raise UserError(
-                    f"{where}: {c.choices!r} holds {choices!r}; it must be a list of two or more texts"
-                )
+                raise UserError(f"{where}: {c.choices!r} holds {choices!r}; it must be a list of two or more texts")
             choices = [str(choice) for choice in choices]
             yield {
                 "id": str(row.get("id", number)),

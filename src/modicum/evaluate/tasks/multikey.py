@@ -54,8 +54,7 @@ class Multikey(Playground):
         before = "".join(self.text(shot) + "\n\n" for shot in shots) + doc["prompt"]
         answers = doc["answer"].split(" | ")
         return [
-            Generate(before + "".join(f" {a} |" for a in answers[:i]), 8, ("\n", ".", "|"))
-            for i in range(len(answers))
+            Generate(before + "".join(f" {a} |" for a in answers[:i]), 8, ("\n", ".", "|")) for i in range(len(answers))
         ]
 
     def grade(self, doc: Doc, replies: Sequence[Any]) -> dict[str, float]:

@@ -26,12 +26,8 @@ class Config(PlaygroundConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.hops >= 1 and self.chains >= 1, "hops and chains must be at least 1")
-        self.require(
-            (self.hops + 1) * self.chains <= len(NOUNS), f"(hops + 1) * chains must be at most {len(NOUNS)}"
-        )
-        self.require(
-            self.length >= 5 * self.hops * self.chains, "length must be at least 5 words for each fact"
-        )
+        self.require((self.hops + 1) * self.chains <= len(NOUNS), f"(hops + 1) * chains must be at most {len(NOUNS)}")
+        self.require(self.length >= 5 * self.hops * self.chains, "length must be at least 5 words for each fact")
 
 
 TOY = Config(length=64, examples=20)

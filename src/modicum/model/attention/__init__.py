@@ -16,7 +16,7 @@ from modicum.core.registry import Method
 
 BASELINE = "causal"
 
-NONE, SOME, ALL = 0, 1, 2   # what a block of the mask allows
+NONE, SOME, ALL = 0, 1, 2  # what a block of the mask allows
 
 
 class AttentionPattern(Method):
@@ -38,8 +38,7 @@ class AttentionPattern(Method):
             q_pos = torch.arange(start, min(start + size, q_len)) + (k_len - q_len)
             seen = self.allowed(q_pos[:, None], k_pos[None, :])
             parts = seen.split(size, dim=1)
-            rows.append(torch.tensor([ALL if p.all() else SOME if p.any() else NONE for p in parts],
-                                     dtype=torch.uint8))
+            rows.append(torch.tensor([ALL if p.all() else SOME if p.any() else NONE for p in parts], dtype=torch.uint8))
         return torch.stack(rows)
 
     def keys_per_query(self, length: int) -> float:

@@ -34,7 +34,7 @@ def check_blocks_agree_with_allowed(key: str) -> None:
         truth = pattern.allowed(q_pos[:, None], k_pos[None, :])
         for i in range(blocks.shape[0]):
             for j in range(blocks.shape[1]):
-                part = truth[i * size:(i + 1) * size, j * size:(j + 1) * size]
+                part = truth[i * size : (i + 1) * size, j * size : (j + 1) * size]
                 expected = ALL if part.all() else 1 if part.any() else NONE
                 where = f"block ({i}, {j}) of {q_len=} {k_len=} {size=}"
                 assert blocks[i, j] == expected, f"{where} is {blocks[i, j]}, allowed says {expected}"
@@ -55,6 +55,7 @@ def check_counts_agree_with_allowed(key: str) -> None:
 def check_block_attention_is_exact(key: str) -> None:
     """Attention over the mask's blocks alone equals attention under the elementwise mask, in float64."""
     from modicum.model.attend import BlockAttend
+
     pattern = _make(key)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 37, 8, generator=generator, dtype=torch.float64)

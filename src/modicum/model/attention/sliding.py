@@ -20,7 +20,7 @@ from modicum.model.attention import ALL, NONE, SOME, AttentionPattern, block_spa
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    window: int = 4096      # keys a query sees, itself included
+    window: int = 4096  # keys a query sees, itself included
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -28,7 +28,7 @@ class Config:
 
 
 TOY = Config(window=5)
-SWEEP = ("window=64", "window=256")   # what a bench on short sequences can tell apart
+SWEEP = ("window=64", "window=256")  # what a bench on short sequences can tell apart
 
 
 class Sliding(AttentionPattern):

@@ -43,8 +43,7 @@ def rules(table: str, **how: bool) -> tuple[Rule, ...]:
         theirs, ours = line.split()
         head, brace, rest = ours.partition("{")
         parts, _, tail = rest.partition("}")
-        found.append(Rule(theirs, tuple(head + p + tail for p in parts.split(",")) if brace else (ours,),
-                          **how))
+        found.append(Rule(theirs, tuple(head + p + tail for p in parts.split(",")) if brace else (ours,), **how))
     return tuple(found)
 
 
@@ -86,8 +85,10 @@ def read_config(hf: Keys, where: str = "config.json") -> DecoderConfig:
         raise unknown(f"model_type in {where}", model_type, by_type, "Give a model of one of these types")
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method")
-        raise UserError(f"{where} describes quantised weights ({method}); "
-                        "give the unquantised checkpoint, and compress it with: modicum compress")
+        raise UserError(
+            f"{where} describes quantised weights ({method}); "
+            "give the unquantised checkpoint, and compress it with: modicum compress"
+        )
     family = families()[by_type[model_type]]
     full = family.defaults | hf
     fields: Keys = {"family": by_type[model_type], **family.fixed}
@@ -97,8 +98,11 @@ def read_config(hf: Keys, where: str = "config.json") -> DecoderConfig:
         fields[ours] = full[theirs]
     fields |= family.read(full)
     eos = hf.get("eos_token_id")
-    fields |= {"bos_id": hf.get("bos_token_id"), "pad_id": hf.get("pad_token_id"),
-               "eos_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)}
+    fields |= {
+        "bos_id": hf.get("bos_token_id"),
+        "pad_id": hf.get("pad_token_id"),
+        "eos_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+    }
     return DecoderConfig(**fields, source=dict(hf))
 
 
@@ -112,18 +116,22 @@ def write_config(config: DecoderConfig, dtype: str) -> Keys:
         return config.source | {dtype_key: dtype}
     written: Keys = {"architectures": [family.architecture], "model_type": family.model_types[0]}
     written |= {theirs: getattr(config, ours) for theirs, ours in family.keys.items()} | family.write(config)
-    written |= {"bos_token_id": config.bos_id, "pad_token_id": config.pad_id, dtype_key: dtype,
-                "use_cache": True,
-                "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1
-                else next(iter(config.eos_ids), None)}
+    written |= {
+        "bos_token_id": config.bos_id,
+        "pad_token_id": config.pad_id,
+        dtype_key: dtype,
+        "use_cache": True,
+        "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None),
+    }
     written = config.source | written
     again = read_config(written)
     if again != config:
-        lost = [k for k in config.__dataclass_fields__ if k != "source"
-                and getattr(again, k) != getattr(config, k)]
+        lost = [k for k in config.__dataclass_fields__ if k != "source" and getattr(again, k) != getattr(config, k)]
         shown = ", ".join(f"{k}={getattr(config, k)!r}" for k in lost)
-        raise UserError(f"a {config.family} config.json cannot say {shown}; "
-                        f"choose another family for this shape (families: {', '.join(families())})")
+        raise UserError(
+            f"a {config.family} config.json cannot say {shown}; "
+            f"choose another family for this shape (families: {', '.join(families())})"
+        )
     return written
 
 
@@ -136,7 +144,8 @@ def expand(config: DecoderConfig, names: Iterable[str]) -> dict[str, Rule]:
             ours = tuple(name.replace("*", str(layer)) for name in rule.ours)
             if all(name in have for name in ours):
                 found[rule.theirs.replace("*", str(layer))] = Rule(
-                    rule.theirs.replace("*", str(layer)), ours, rule.transposed, rule.by_head)
+                    rule.theirs.replace("*", str(layer)), ours, rule.transposed, rule.by_head
+                )
     return found
 
 
@@ -165,6 +174,7 @@ def unpack(rule: Rule, stored: Any, shapes: list[tuple[int, ...]], head_dim: int
 def pack(rule: Rule, parameters: list[Any], head_dim: int) -> Any:
     """The stored tensor from its parameters: the inverse of `unpack`."""
     import torch
+
     if rule.by_head:
         split = [p.view(-1, head_dim, *p.shape[1:]) for p in parameters]
         joined = torch.stack(split, dim=1)

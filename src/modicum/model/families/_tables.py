@@ -8,12 +8,23 @@ from modicum.core.errors import UserError, unknown
 from modicum.model.config import DecoderConfig, Rope
 from modicum.model.families import Keys, rules
 
-KEYS = {"vocab_size": "vocab_size", "hidden_size": "width", "num_hidden_layers": "layers",
-        "num_attention_heads": "heads", "intermediate_size": "mlp_width",
-        "max_position_embeddings": "context_length", "rms_norm_eps": "norm_eps",
-        "tie_word_embeddings": "tied"}
-DEFAULTS: Keys = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048,
-                  "hidden_act": "silu", "rope_theta": 10000.0}
+KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp_width",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tied",
+}
+DEFAULTS: Keys = {
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+}
 
 EMBED = rules("""
     model.embed_tokens.weight  embed.weight
@@ -48,8 +59,15 @@ QK_NORMS = rules("""
 LLAMA_RULES = EMBED + PRE_NORMS + PROJECTIONS
 IGNORED = (r"rotary_emb\.inv_freq$",)
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
-               "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
 
 
 def activation(hf: Keys, key: str = "hidden_act") -> Keys:
@@ -65,8 +83,10 @@ def activation_name(config: DecoderConfig) -> str:
 def heads(hf: Keys, always: bool = True) -> Keys:
     """kv_heads and head_dim, which default to heads and width / heads."""
     dim = hf.get("head_dim") if always else None
-    return {"kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            "head_dim": dim or hf["hidden_size"] // hf["num_attention_heads"]}
+    return {
+        "kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        "head_dim": dim or hf["hidden_size"] // hf["num_attention_heads"],
+    }
 
 
 def write_heads(config: DecoderConfig) -> Keys:
@@ -77,14 +97,19 @@ def refuse(hf: Keys, **unsupported: Any) -> None:
     """Raise for a key that holds a value this decoder does not reproduce."""
     for key, value in unsupported.items():
         if hf.get(key) == value:
-            raise UserError(f"config.json has {key}={value!r}, which is not supported for {hf['model_type']} "
-                            "models")
+            raise UserError(f"config.json has {key}={value!r}, which is not supported for {hf['model_type']} models")
 
 
 # RoPE: transformers 5 writes rope_parameters (flat, or per layer type), older ones rope_theta, rope_scaling.
 
-def rope(hf: Keys, layer_type: str | None = None, theta_key: str = "rope_theta", fraction: float = 1.0,
-         fraction_key: str = "partial_rotary_factor") -> Rope:
+
+def rope(
+    hf: Keys,
+    layer_type: str | None = None,
+    theta_key: str = "rope_theta",
+    fraction: float = 1.0,
+    fraction_key: str = "partial_rotary_factor",
+) -> Rope:
     parameters = hf.get("rope_parameters") or {}
     nested = layer_type is not None and isinstance(parameters.get(layer_type), dict)
     given = dict(parameters[layer_type] if nested else {} if layer_type else parameters)
@@ -110,8 +135,11 @@ def _scaling(rope: Rope) -> Keys:
 def write_rope(config: DecoderConfig) -> Keys:
     """Both notations, so that older and newer readers agree."""
     kept = _scaling(config.rope)
-    written: Keys = {"rope_parameters": kept, "rope_theta": config.rope.theta,
-                     "rope_scaling": None if config.rope.kind == "default" else kept}
+    written: Keys = {
+        "rope_parameters": kept,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": None if config.rope.kind == "default" else kept,
+    }
     if config.rope.fraction != 1.0:
         written["partial_rotary_factor"] = config.rope.fraction
     return written
@@ -119,12 +147,16 @@ def write_rope(config: DecoderConfig) -> Keys:
 
 def write_two_ropes(config: DecoderConfig) -> Keys:
     local = config.rope_local or config.rope
-    return {"rope_parameters": {"full_attention": _scaling(config.rope),
-                                "sliding_attention": _scaling(local)},
-            "rope_theta": config.rope.theta, "rope_local_base_freq": local.theta, "rope_scaling": None}
+    return {
+        "rope_parameters": {"full_attention": _scaling(config.rope), "sliding_attention": _scaling(local)},
+        "rope_theta": config.rope.theta,
+        "rope_local_base_freq": local.theta,
+        "rope_scaling": None,
+    }
 
 
 # Windows: a list of layer types, or a rule to derive it.
+
 
 def windows(hf: Keys, default_types: list[str]) -> Keys:
     types, window = hf.get("layer_types") or default_types, hf.get("sliding_window")
@@ -138,9 +170,11 @@ def windows(hf: Keys, default_types: list[str]) -> Keys:
 def write_windows(config: DecoderConfig) -> Keys:
     """One window size in a list of layer types. Two sizes are caught by reading the result again."""
     sizes = [w for w in config.windows or () if w]
-    return {"sliding_window": sizes[0] if sizes else None, "use_sliding_window": bool(sizes),
-            "layer_types": ["sliding_attention" if config.window(i) else "full_attention"
-                            for i in range(config.layers)]}
+    return {
+        "sliding_window": sizes[0] if sizes else None,
+        "use_sliding_window": bool(sizes),
+        "layer_types": ["sliding_attention" if config.window(i) else "full_attention" for i in range(config.layers)],
+    }
 
 
 def one_window(config: DecoderConfig) -> Keys:

@@ -6,21 +6,37 @@ from modicum.model.families import _tables as t
 
 def _read(hf: Keys) -> Keys:
     types = ["full_attention" if i % 2 else "sliding_attention" for i in range(hf["num_hidden_layers"])]
-    return gemma.read(hf) | t.windows(hf, types) | {
-        "scale": hf["query_pre_attn_scalar"] ** -0.5, "attention_softcap": hf.get("attn_logit_softcapping"),
-        "logit_softcap": hf.get("final_logit_softcapping")}
+    return (
+        gemma.read(hf)
+        | t.windows(hf, types)
+        | {
+            "scale": hf["query_pre_attn_scalar"] ** -0.5,
+            "attention_softcap": hf.get("attn_logit_softcapping"),
+            "logit_softcap": hf.get("final_logit_softcapping"),
+        }
+    )
 
 
 FAMILY = Family(
-    model_types=("gemma2",), architecture="Gemma2ForCausalLM", keys=t.KEYS, ignored=t.IGNORED,
+    model_types=("gemma2",),
+    architecture="Gemma2ForCausalLM",
+    keys=t.KEYS,
+    ignored=t.IGNORED,
     prefix="model.",
     rules=t.EMBED + t.SANDWICH_NORMS + t.PROJECTIONS,
     fixed={"norm": "rms_plus_one", "norm_place": "sandwich"},
     defaults=gemma.DEFAULTS | {"query_pre_attn_scalar": 256, "sliding_window": 4096},
     read=_read,
-    write=lambda c: t.write_heads(c) | t.write_rope(c) | t.write_windows(c) | {
-        "hidden_activation": t.activation_name(c), "attention_bias": c.qkv_bias,
-        "query_pre_attn_scalar": round(c.attention_scale(0) ** -2),
-        "attn_logit_softcapping": c.attention_softcap,
-        "final_logit_softcapping": c.logit_softcap},
+    write=lambda c: (
+        t.write_heads(c)
+        | t.write_rope(c)
+        | t.write_windows(c)
+        | {
+            "hidden_activation": t.activation_name(c),
+            "attention_bias": c.qkv_bias,
+            "query_pre_attn_scalar": round(c.attention_scale(0) ** -2),
+            "attn_logit_softcapping": c.attention_softcap,
+            "final_logit_softcapping": c.logit_softcap,
+        }
+    ),
 )

@@ -6,25 +6,46 @@ from modicum.model.families import _tables as t
 
 def _read(hf: Keys) -> Keys:
     pattern = hf["sliding_window_pattern"]
-    types = ["sliding_attention" if (i + 1) % pattern else "full_attention"
-             for i in range(hf["num_hidden_layers"])]
-    return gemma.read(hf) | t.windows(hf, types) | {
-        "rope": t.rope(hf, "full_attention"),
-        "rope_local": t.rope(hf, "sliding_attention", "rope_local_base_freq"),
-        "scale": hf["query_pre_attn_scalar"] ** -0.5, "logit_softcap": hf.get("final_logit_softcapping")}
+    types = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(hf["num_hidden_layers"])]
+    return (
+        gemma.read(hf)
+        | t.windows(hf, types)
+        | {
+            "rope": t.rope(hf, "full_attention"),
+            "rope_local": t.rope(hf, "sliding_attention", "rope_local_base_freq"),
+            "scale": hf["query_pre_attn_scalar"] ** -0.5,
+            "logit_softcap": hf.get("final_logit_softcapping"),
+        }
+    )
 
 
 FAMILY = Family(
-    model_types=("gemma3_text",), architecture="Gemma3ForCausalLM", keys=t.KEYS, ignored=t.IGNORED,
+    model_types=("gemma3_text",),
+    architecture="Gemma3ForCausalLM",
+    keys=t.KEYS,
+    ignored=t.IGNORED,
     prefix="model.",
     rules=t.EMBED + t.SANDWICH_NORMS + t.PROJECTIONS + t.QK_NORMS,
     fixed={"norm": "rms_plus_one", "norm_place": "sandwich", "qk_norm": "head"},
-    defaults=gemma.DEFAULTS | {
-        "query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 6,
-        "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
+    defaults=gemma.DEFAULTS
+    | {
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 10000.0,
+    },
     read=_read,
-    write=lambda c: t.write_heads(c) | t.write_two_ropes(c) | t.write_windows(c) | {
-        "hidden_activation": t.activation_name(c), "attention_bias": c.qkv_bias,
-        "query_pre_attn_scalar": round(c.attention_scale(0) ** -2),
-        "final_logit_softcapping": c.logit_softcap},
+    write=lambda c: (
+        t.write_heads(c)
+        | t.write_two_ropes(c)
+        | t.write_windows(c)
+        | {
+            "hidden_activation": t.activation_name(c),
+            "attention_bias": c.qkv_bias,
+            "query_pre_attn_scalar": round(c.attention_scale(0) ** -2),
+            "final_logit_softcapping": c.logit_softcap,
+        }
+    ),
 )

@@ -4,12 +4,20 @@ from modicum.model.families import Family
 from modicum.model.families import _tables as t
 
 FAMILY = Family(
-    model_types=("mistral",), architecture="MistralForCausalLM", keys=t.KEYS, ignored=t.IGNORED,
-    rules=t.LLAMA_RULES, prefix="model.",
+    model_types=("mistral",),
+    architecture="MistralForCausalLM",
+    keys=t.KEYS,
+    ignored=t.IGNORED,
+    rules=t.LLAMA_RULES,
+    prefix="model.",
     defaults=t.DEFAULTS | {"max_position_embeddings": 131072},
-    read=lambda hf: t.heads(hf) | t.activation(hf) | {
-        "rope": t.rope(hf),
-        "windows": (hf["sliding_window"],) * hf["num_hidden_layers"] if hf.get("sliding_window") else None},
-    write=lambda c: t.write_heads(c) | t.write_rope(c) | t.one_window(c) | {
-        "hidden_act": t.activation_name(c)},
+    read=lambda hf: (
+        t.heads(hf)
+        | t.activation(hf)
+        | {
+            "rope": t.rope(hf),
+            "windows": (hf["sliding_window"],) * hf["num_hidden_layers"] if hf.get("sliding_window") else None,
+        }
+    ),
+    write=lambda c: t.write_heads(c) | t.write_rope(c) | t.one_window(c) | {"hidden_act": t.activation_name(c)},
 )

@@ -9,26 +9,50 @@ def _read(hf: Keys) -> Keys:
     t.refuse(hf, layer_norm_elementwise_affine=False, _remove_final_layer_norm=True)
     before, bias, embed = hf["do_layer_norm_before"], hf["enable_bias"], hf.get("word_embed_proj_dim")
     return t.activation(hf, "activation_function") | {
-        "kv_heads": hf["num_attention_heads"], "head_dim": hf["hidden_size"] // hf["num_attention_heads"],
-        "norm_place": "pre" if before else "after", "final_norm": before,
-        "qkv_bias": bias, "o_bias": bias, "mlp_bias": bias,
-        "embed_width": embed if embed and embed != hf["hidden_size"] else None}
+        "kv_heads": hf["num_attention_heads"],
+        "head_dim": hf["hidden_size"] // hf["num_attention_heads"],
+        "norm_place": "pre" if before else "after",
+        "final_norm": before,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": bias,
+        "embed_width": embed if embed and embed != hf["hidden_size"] else None,
+    }
 
 
 def _write(c: DecoderConfig) -> Keys:
-    return {"activation_function": c.activation, "do_layer_norm_before": c.norm_place == "pre",
-            "enable_bias": c.qkv_bias, "word_embed_proj_dim": c.embed_width or c.width, "dropout": 0.0}
+    return {
+        "activation_function": c.activation,
+        "do_layer_norm_before": c.norm_place == "pre",
+        "enable_bias": c.qkv_bias,
+        "word_embed_proj_dim": c.embed_width or c.width,
+        "dropout": 0.0,
+    }
 
 
 FAMILY = Family(
-    model_types=("opt",), architecture="OPTForCausalLM", prefix="model.",
-    keys={"vocab_size": "vocab_size", "hidden_size": "width", "num_hidden_layers": "layers",
-          "num_attention_heads": "heads", "ffn_dim": "mlp_width", "max_position_embeddings": "context_length",
-          "tie_word_embeddings": "tied"},
+    model_types=("opt",),
+    architecture="OPTForCausalLM",
+    prefix="model.",
+    keys={
+        "vocab_size": "vocab_size",
+        "hidden_size": "width",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+        "ffn_dim": "mlp_width",
+        "max_position_embeddings": "context_length",
+        "tie_word_embeddings": "tied",
+    },
     fixed={"norm": "layer", "norm_eps": 1e-5, "gated": False, "position": "learned", "position_offset": 2},
-    defaults={"max_position_embeddings": 2048, "tie_word_embeddings": True, "do_layer_norm_before": True,
-              "enable_bias": True, "activation_function": "relu"},
-    read=_read, write=_write,
+    defaults={
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "do_layer_norm_before": True,
+        "enable_bias": True,
+        "activation_function": "relu",
+    },
+    read=_read,
+    write=_write,
     rules=rules("""
         model.decoder.embed_tokens.weight                     embed.weight
         model.decoder.embed_positions.weight                  positions.weight

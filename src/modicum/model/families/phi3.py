@@ -17,22 +17,39 @@ def _rope(hf: Keys) -> Rope:
 
 def _write(c: DecoderConfig) -> Keys:
     original = c.rope.options.get("original_max_position_embeddings", c.context_length)
-    return t.write_rope(c) | t.one_window(c) | {
-        "num_key_value_heads": c.kv_heads, "hidden_act": t.activation_name(c),
-        "original_max_position_embeddings": original}
+    return (
+        t.write_rope(c)
+        | t.one_window(c)
+        | {
+            "num_key_value_heads": c.kv_heads,
+            "hidden_act": t.activation_name(c),
+            "original_max_position_embeddings": original,
+        }
+    )
 
 
 FAMILY = Family(
-    model_types=("phi3",), architecture="Phi3ForCausalLM", keys=t.KEYS, ignored=t.IGNORED, prefix="model.",
-    rules=t.EMBED + t.PRE_NORMS + rules("""
+    model_types=("phi3",),
+    architecture="Phi3ForCausalLM",
+    keys=t.KEYS,
+    ignored=t.IGNORED,
+    prefix="model.",
+    rules=t.EMBED
+    + t.PRE_NORMS
+    + rules("""
         model.layers.*.self_attn.qkv_proj.weight  layers.*.attention.{q,k,v}.weight
         model.layers.*.self_attn.o_proj.weight    layers.*.attention.o.weight
         model.layers.*.mlp.gate_up_proj.weight    layers.*.mlp.{gate,up}.weight
         model.layers.*.mlp.down_proj.weight       layers.*.mlp.down.weight"""),
-    defaults=t.DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
-                           "original_max_position_embeddings": 4096},
-    read=lambda hf: t.heads(hf) | t.activation(hf) | {
-        "rope": _rope(hf),
-        "windows": (hf["sliding_window"],) * hf["num_hidden_layers"] if hf.get("sliding_window") else None},
+    defaults=t.DEFAULTS
+    | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+    read=lambda hf: (
+        t.heads(hf)
+        | t.activation(hf)
+        | {
+            "rope": _rope(hf),
+            "windows": (hf["sliding_window"],) * hf["num_hidden_layers"] if hf.get("sliding_window") else None,
+        }
+    ),
     write=_write,
 )

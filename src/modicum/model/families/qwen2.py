@@ -17,11 +17,19 @@ def qwen_windows(hf: Keys) -> Keys:
 
 
 FAMILY = Family(
-    model_types=("qwen2",), architecture="Qwen2ForCausalLM", keys=t.KEYS, ignored=t.IGNORED,
-    rules=t.LLAMA_RULES, prefix="model.",
+    model_types=("qwen2",),
+    architecture="Qwen2ForCausalLM",
+    keys=t.KEYS,
+    ignored=t.IGNORED,
+    rules=t.LLAMA_RULES,
+    prefix="model.",
     fixed={"qkv_bias": True},
     defaults=t.DEFAULTS | {"max_position_embeddings": 32768, "max_window_layers": 28},
     read=lambda hf: t.heads(hf) | t.activation(hf) | qwen_windows(hf) | {"rope": t.rope(hf)},
-    write=lambda c: t.write_heads(c) | t.write_rope(c) | t.write_windows(c) | {
-        "hidden_act": t.activation_name(c), "max_window_layers": c.layers},
+    write=lambda c: (
+        t.write_heads(c)
+        | t.write_rope(c)
+        | t.write_windows(c)
+        | {"hidden_act": t.activation_name(c), "max_window_layers": c.layers}
+    ),
 )

@@ -24,7 +24,7 @@ from modicum.core.errors import UserError
 from modicum.core.registry import Method
 
 BASELINE = "dense"
-Gradient = Callable[[nn.Parameter], Tensor | None]   # the summed gradient of one of a form's parameters
+Gradient = Callable[[nn.Parameter], Tensor | None]  # the summed gradient of one of a form's parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,13 @@ class LinearShape:
 
     @classmethod
     def of(cls, weight_OI: Tensor, bias_O: Tensor | None, device: str | None = None) -> LinearShape:
-        return cls(in_features=weight_OI.shape[1], out_features=weight_OI.shape[0], bias=bias_O is not None,
-                   dtype=weight_OI.dtype, device=device or weight_OI.device)
+        return cls(
+            in_features=weight_OI.shape[1],
+            out_features=weight_OI.shape[0],
+            bias=bias_O is not None,
+            dtype=weight_OI.dtype,
+            device=device or weight_OI.device,
+        )
 
 
 class LinearForm(Method, nn.Module):
@@ -65,8 +70,8 @@ class LinearForm(Method, nn.Module):
     #: Largest ||dense() - W|| / ||W|| (Frobenius) after `fit` on a Gaussian W; 0 is exact, None unbounded.
     fit_error: ClassVar[float | None] = 0.0
 
-    choice: Choice | None = None   # set by `model.attach`: what `describe` records
-    transposed: bool = False       # set by `model.attach`: stands where a transformers Conv1D stood
+    choice: Choice | None = None  # set by `model.attach`: what `describe` records
+    transposed: bool = False  # set by `model.attach`: stands where a transformers Conv1D stood
     shape: LinearShape
     base: LinearForm | None
     bias: nn.Parameter | None
@@ -86,8 +91,14 @@ class LinearForm(Method, nn.Module):
 
     # --- what a method must say -------------------------------------------------------------------
 
-    def fit(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, calibration_NI: Tensor | None = None,
-            generator: torch.Generator | None = None) -> Self:
+    def fit(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None = None,
+        *,
+        calibration_NI: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         """Take over `weight_OI` and `bias_O`; an adapter, whose base holds them already, starts as a no-op.
 
         calibration_NI: sample inputs, for methods that weigh errors by activations.
@@ -168,8 +179,7 @@ class LinearForm(Method, nn.Module):
         trained = sum(p.numel() for p in form.trainable())
         below = 0 if base is None else base.nbytes()
         weights = trained if base is not None else shape.in_features * shape.out_features
-        return Cost(tokens=tokens, parameters=trained, disk_bytes=form.nbytes() - below,
-                    flops=2.0 * tokens * weights)
+        return Cost(tokens=tokens, parameters=trained, disk_bytes=form.nbytes() - below, flops=2.0 * tokens * weights)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -209,8 +219,10 @@ def check_rank(method: str, rank: int, shape: LinearShape) -> None:
     """Raises `UserError` where a low-rank factor would be larger than the matrix."""
     small = min(shape.in_features, shape.out_features)
     if rank > small:
-        raise UserError(f"{method}: rank={rank} is larger than the matrix {shape.out_features} x "
-                        f"{shape.in_features}; give rank <= {small}")
+        raise UserError(
+            f"{method}: rank={rank} is larger than the matrix {shape.out_features} x "
+            f"{shape.in_features}; give rank <= {small}"
+        )
 
 
 def unique_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:

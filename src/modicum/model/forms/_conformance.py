@@ -137,6 +137,7 @@ def check_gradient_of_input(key: str) -> None:
 def check_state_round_trip(key: str) -> None:
     """describe + form_state, restored into a fresh model, compute bit for bit the same."""
     import json
+
     model, _ = _trained(key)
     description = json.loads(json.dumps(form_state.describe(model)))
     tensors = {name: tensor.clone() for name, tensor in form_state.form_state(model).items()}
@@ -153,6 +154,7 @@ def check_state_round_trip(key: str) -> None:
 def check_nbytes_is_what_is_stored(key: str) -> None:
     """nbytes() equals the bytes of the tensors in a safetensors file, which holds nothing twice."""
     from safetensors.torch import load, save
+
     _, forms = _trained(key)
     for form in forms.values():
         written = load(save({n: t.contiguous() for n, t in unique_tensors(form).items()}))
@@ -163,6 +165,7 @@ def check_nbytes_is_what_is_stored(key: str) -> None:
 def check_merge(key: str) -> None:
     """Merged into plain layers, the model computes the same; without `merge` it says so."""
     from modicum.core.errors import UserError
+
     model, forms = _trained(key)
     x = _inputs(6, IN)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modicum.model.forms import LinearForm
 
-KERNEL_ROWS = 16   # up to here the fused kernels beat decoding the weight (measured on an AVX-512 CPU)
+KERNEL_ROWS = 16  # up to here the fused kernels beat decoding the weight (measured on an AVX-512 CPU)
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -49,8 +49,12 @@ class QuantisedForm(LinearForm):
     def forward(self, x: Tensor) -> Tensor:
         y = None
         few = x.numel() <= KERNEL_ROWS * self.in_features
-        if (few and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-                and not (torch.is_grad_enabled() and x.requires_grad)):
+        if (
+            few
+            and x.dtype == torch.bfloat16
+            and x.device.type == "cpu"
+            and not (torch.is_grad_enabled() and x.requires_grad)
+        ):
             y = self._kernel(x.reshape(-1, self.in_features).contiguous())
         if y is None:
             y = _Decoded.apply(x, self)

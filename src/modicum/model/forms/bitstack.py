@@ -32,26 +32,42 @@ from modicum.core.errors import UserError
 from modicum.model.forms import LinearForm, LinearShape, check_rank
 from modicum.model.forms._quantised import QuantisedForm
 
-CLAIM = {"figure": "any size to the megabyte, on a par with or better than quantisation, most at extreme ratios",
-         "where": "abstract", "scale": "Llama 2, 3 and 3.1, 7B to 70B"}
+CLAIM = {
+    "figure": "any size to the megabyte, on a par with or better than quantisation, most at extreme ratios",
+    "where": "abstract",
+    "scale": "Llama 2, 3 and 3.1, 7B to 70B",
+}
 #: Of the small rank that small matrices need (16 factors of 16 bits are 5 bits per entry at width 96).
 SWEEP = (
-    "rank=2,blocks=12,bits=2", "rank=2,blocks=12,bits=2.25", "rank=2,blocks=12,bits=2.5",
-    "rank=2,blocks=12,bits=2.75", "rank=2,blocks=12,bits=3", "rank=2,blocks=12,bits=3.25",
-    "rank=2,blocks=12,bits=3.5", "rank=2,blocks=12,bits=3.75", "rank=2,blocks=12,bits=4",
-    "rank=2,blocks=12,bits=4.5", "rank=2,blocks=12,bits=5", "rank=2,blocks=12,bits=5.5",
-    "rank=2,blocks=12,bits=6", "rank=2,blocks=12,bits=6.5", "rank=2,blocks=12,bits=7",
-    "rank=2,blocks=12,bits=7.5", "rank=2,blocks=12,bits=8", "rank=2,blocks=12,bits=9",
-    "rank=2,blocks=12,bits=10", "rank=2,blocks=12,bits=12",
+    "rank=2,blocks=12,bits=2",
+    "rank=2,blocks=12,bits=2.25",
+    "rank=2,blocks=12,bits=2.5",
+    "rank=2,blocks=12,bits=2.75",
+    "rank=2,blocks=12,bits=3",
+    "rank=2,blocks=12,bits=3.25",
+    "rank=2,blocks=12,bits=3.5",
+    "rank=2,blocks=12,bits=3.75",
+    "rank=2,blocks=12,bits=4",
+    "rank=2,blocks=12,bits=4.5",
+    "rank=2,blocks=12,bits=5",
+    "rank=2,blocks=12,bits=5.5",
+    "rank=2,blocks=12,bits=6",
+    "rank=2,blocks=12,bits=6.5",
+    "rank=2,blocks=12,bits=7",
+    "rank=2,blocks=12,bits=7.5",
+    "rank=2,blocks=12,bits=8",
+    "rank=2,blocks=12,bits=9",
+    "rank=2,blocks=12,bits=10",
+    "rank=2,blocks=12,bits=12",
 )
 FACTOR = torch.float16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    rank: int = 16      # k, singular vectors kept of the magnitudes; fewer for narrow layers
-    blocks: int = 16    # n, iterations: blocks made for each layer
-    bits: float | None = None   # of the blocks kept, per weight, over all layers together; None: all blocks
+    rank: int = 16  # k, singular vectors kept of the magnitudes; fewer for narrow layers
+    blocks: int = 16  # n, iterations: blocks made for each layer
+    bits: float | None = None  # of the blocks kept, per weight, over all layers together; None: all blocks
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -93,7 +109,7 @@ class BitStack(QuantisedForm):
         return factors * FACTOR.itemsize + self.out_features * self.row_bytes
 
     def layout(self) -> dict[str, Any]:
-        return {"blocks": self.held} | ({"order": self.order[:self.held]} if self.order else {})
+        return {"blocks": self.held} | ({"order": self.order[: self.held]} if self.order else {})
 
     def set_layout(self, layout: dict[str, Any]) -> None:
         """Hold `blocks` blocks: those above go, new ones are empty. The rest as in `model.stack.Stack`."""
@@ -107,20 +123,24 @@ class BitStack(QuantisedForm):
 
     # --- the weight ---------------------------------------------------------------------------------
 
-    def fit(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, calibration_NI: Tensor | None = None,
-            generator: torch.Generator | None = None) -> Self:
+    def fit(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None = None,
+        *,
+        calibration_NI: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         scale_I = torch.ones(self.in_features, device=self.scale.device)
         if calibration_NI is not None:
             norm_I = calibration_NI.detach().to(self.scale.device, torch.float32).norm(dim=0)
             if has_data(norm_I) and not (bool(norm_I.isfinite().all()) and bool(norm_I.any())):
-                raise UserError("the calibration inputs are all zero, or hold NaN or infinite values; "
-                                "give others")
-            scale_I = norm_I / norm_I.mean() + 1e-3     # a channel that was silent keeps some weight
+                raise UserError("the calibration inputs are all zero, or hold NaN or infinite values; give others")
+            scale_I = norm_I / norm_I.mean() + 1e-3  # a channel that was silent keeps some weight
         self.scale.copy_(scale_I)
         left_OI = weight_OI.detach().to(self.scale.device, torch.float32) * self.scale.float()
         for i in range(self.held):
-            factors = [x.to(FACTOR).flatten().view(torch.uint8) for x in
-                       magnitudes(left_OI.abs(), self.config.rank)]
+            factors = [x.to(FACTOR).flatten().view(torch.uint8) for x in magnitudes(left_OI.abs(), self.config.rank)]
             block = torch.cat([*factors, pack(left_OI >= 0).flatten()])
             getattr(self, f"block_{i}").copy_(block)
             left_OI = left_OI - self._block(i)
@@ -136,8 +156,11 @@ class BitStack(QuantisedForm):
         block: Tensor = getattr(self, f"block_{i}")
         rank, out, into = self.config.rank, self.out_features, self.in_features
         first, second = 2 * rank * out, 2 * rank * (out + into)
-        return (block[:first].view(FACTOR).view(out, rank), block[first:second].view(FACTOR).view(rank, into),
-                block[second:].view(out, self.row_bytes))
+        return (
+            block[:first].view(FACTOR).view(out, rank),
+            block[first:second].view(FACTOR).view(rank, into),
+            block[second:].view(out, self.row_bytes),
+        )
 
     def _block(self, i: int, rows: Tensor | None = None) -> Tensor:
         """Sigma_i * U_i V_i in float32: all rows, or those named."""
@@ -166,6 +189,7 @@ class BitStack(QuantisedForm):
     def after_attach(cls, model: Any, forms: dict[str, LinearForm]) -> None:
         """Down to `bits` per weight over all layers, in the order of the blocks."""
         from modicum.model.stack import trim
+
         found: dict[str, Any] = dict(forms)
         trim(found, {name: form.config.bits for name, form in found.items()})
 
@@ -178,11 +202,11 @@ def magnitudes(size_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     size = size_OI.double()
     tall = size.shape[0] >= size.shape[1]
     values, vectors = torch.linalg.eigh(size.T @ size if tall else size @ size.T)
-    near = vectors[:, -rank:]                                # ascending: the last are the largest
+    near = vectors[:, -rank:]  # ascending: the last are the largest
     sigma = values[-rank:].clamp_min(0).sqrt()
     # A Gram matrix tells singular values apart down to 1e-8 of the largest; what is below is rounding.
     root = torch.where(sigma > 1e-7 * sigma[-1], sigma, 0).sqrt()
-    far = size @ near if tall else size.T @ near             # the other side's vectors times sigma
+    far = size @ near if tall else size.T @ near  # the other side's vectors times sigma
     far = torch.where(root > 0, far / root, 0)
     near = near * root
     U, Vt = (far, near) if tall else (near, far)

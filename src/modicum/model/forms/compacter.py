@@ -31,23 +31,40 @@ from torch import Tensor, nn
 from modicum.core.errors import UserError
 from modicum.model.forms import LinearForm, LinearShape
 
-CLAIM = {"figure": "on par with full fine-tuning training 0.073% of the parameters", "where": "Table 1, GLUE",
-         "scale": "T5-base 222M"}
+CLAIM = {
+    "figure": "on par with full fine-tuning training 0.073% of the parameters",
+    "where": "Table 1, GLUE",
+    "scale": "T5-base 222M",
+}
 SWEEP = ("bottleneck=24", "bottleneck=48")
 # The last matrices of the two sublayers, as this project and Hugging Face's models call them.
-ATTENTION: tuple[str, ...] = ("*attention.o", "*o_proj", "*attn*.c_proj", "*attention.output.dense",
-                              "*attn*.out_proj", "*attention.dense", "*Attention.o")
-FEED_FORWARD: tuple[str, ...] = ("*mlp.down", "*down_proj", "*mlp.c_proj", "*[0-9].output.dense", "*fc2",
-                                 "*dense_4h_to_h", "*DenseReluDense.wo")
+ATTENTION: tuple[str, ...] = (
+    "*attention.o",
+    "*o_proj",
+    "*attn*.c_proj",
+    "*attention.output.dense",
+    "*attn*.out_proj",
+    "*attention.dense",
+    "*Attention.o",
+)
+FEED_FORWARD: tuple[str, ...] = (
+    "*mlp.down",
+    "*down_proj",
+    "*mlp.c_proj",
+    "*[0-9].output.dense",
+    "*fc2",
+    "*dense_4h_to_h",
+    "*DenseReluDense.wo",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    n: Annotated[int, Field(ge=1)] = 4              # Kronecker products in a sum; divides bottleneck and features
-    bottleneck: Annotated[int, Field(ge=1)] = 24    # d
-    rank: Annotated[int, Field(ge=1)] = 1           # of the fast factors
+    n: Annotated[int, Field(ge=1)] = 4  # Kronecker products in a sum; divides bottleneck and features
+    bottleneck: Annotated[int, Field(ge=1)] = 24  # d
+    rank: Annotated[int, Field(ge=1)] = 1  # of the fast factors
     slow_std: Annotated[float, Field(gt=0)] = 1e-4  # the slow matrices start from N(0, slow_std^2)
-    norms: bool = True                              # the model's layer norms train, too
+    norms: bool = True  # the model's layer norms train, too
 
     def __post_init__(self) -> None:
         if self.bottleneck % self.n:
@@ -66,11 +83,15 @@ class Compacter(LinearForm):
         n, width, d, rank = config.n, shape.out_features, config.bottleneck, config.rank
         if width % n:
             near = [str(k) for k in range(1, d + 1) if width % k == 0 and d % k == 0]
-            raise UserError(f"compacter: n={n} does not divide the {width} outputs of the layer; give one of n="
-                            f"{', '.join(near)}, or attach it elsewhere")
+            raise UserError(
+                f"compacter: n={n} does not divide the {width} outputs of the layer; give one of n="
+                f"{', '.join(near)}, or attach it elsewhere"
+            )
         if rank > min(width, d) // n:
-            raise UserError(f"compacter: rank={rank} is larger than the fast matrices {width // n} x {d // n}; give "
-                            f"rank <= {min(width, d) // n}")
+            raise UserError(
+                f"compacter: rank={rank} is larger than the fast matrices {width // n} x {d // n}; give "
+                f"rank <= {min(width, d) // n}"
+            )
         super().__init__(config, shape, base)
         self.slow = nn.Parameter(self._empty(n, n, n))
         self.down_s = nn.Parameter(self._empty(n, width // n, rank))
@@ -81,10 +102,16 @@ class Compacter(LinearForm):
         self.up_b = nn.Parameter(self._empty(width))
         # Modules outside the form, so in a list, where they are not taken for its own.
         self._norms: list[nn.Module] = []
-        self._lends, self._joined = True, False   # lists the slow matrices as trainable; shares them already
+        self._lends, self._joined = True, False  # lists the slow matrices as trainable; shares them already
 
-    def fit(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, calibration_NI: Tensor | None = None,
-            generator: torch.Generator | None = None) -> Self:
+    def fit(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None = None,
+        *,
+        calibration_NI: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         nn.init.normal_(self.slow, std=self.config.slow_std, generator=generator)
         for factors in (self.down_s, self.down_t, self.up_s, self.up_t):
             for one in factors:
@@ -109,7 +136,7 @@ class Compacter(LinearForm):
         """One set of slow matrices for all forms of one n; the first form of all lists the norms."""
         adapters = [form for form in forms.values() if isinstance(form, Compacter)]
         shared: dict[int, Compacter] = {}
-        for form in sorted(adapters, key=lambda form: not form._joined):   # what has been learnt already stays
+        for form in sorted(adapters, key=lambda form: not form._joined):  # what has been learnt already stays
             lender = shared.setdefault(form.config.n, form)
             form.slow, form._lends, form._joined, form._norms = lender.slow, form is lender, True, []
         keeper = next((form for form in adapters if form.config.norms), None)
@@ -120,13 +147,16 @@ class Compacter(LinearForm):
 def kronecker(x: Tensor, slow: Tensor, s: Tensor, t: Tensor) -> Tensor:
     """x (..., k) times sum_i slow_i (x) (s_i t_i), (..., d); slow (n, n, n), s (n, k/n, r), t (n, r, d/n)."""
     n, rank = len(slow), s.shape[-1]
-    z = x.unflatten(-1, (n, -1)) @ s.transpose(0, 1).flatten(1)                  # (..., n, n r)
+    z = x.unflatten(-1, (n, -1)) @ s.transpose(0, 1).flatten(1)  # (..., n, n r)
     z = torch.einsum("...air,iac->...cir", z.unflatten(-1, (n, rank)), slow)
     return (z.flatten(-2) @ t.flatten(0, 1)).flatten(-2)
 
 
 def layer_norms(model: nn.Module) -> list[nn.Module]:
     """Every layer norm and RMS norm of `model` that has weights, whoever wrote its class."""
-    return [module for module in model.modules()
-            if type(module).__name__.lower().endswith(("layernorm", "rmsnorm"))
-            and any(True for _ in module.parameters(recurse=False))]
+    return [
+        module
+        for module in model.modules()
+        if type(module).__name__.lower().endswith(("layernorm", "rmsnorm"))
+        and any(True for _ in module.parameters(recurse=False))
+    ]

@@ -17,18 +17,21 @@ from pydantic import Field
 
 from modicum.model.forms import compacter
 
-CLAIM = {"figure": "on par with full fine-tuning training 0.047% of the parameters", "where": "abstract; Table 1",
-         "scale": "T5-base 222M"}
+CLAIM = {
+    "figure": "on par with full fine-tuning training 0.047% of the parameters",
+    "where": "abstract; Table 1",
+    "scale": "T5-base 222M",
+}
 SWEEP = ("bottleneck=24", "bottleneck=48")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(compacter.Config):
-    n: Annotated[int, Field(ge=1)] = 4              # Kronecker products in a sum; divides bottleneck and features
-    bottleneck: Annotated[int, Field(ge=1)] = 24    # d
-    rank: Annotated[int, Field(ge=1)] = 1           # of the fast factors
+    n: Annotated[int, Field(ge=1)] = 4  # Kronecker products in a sum; divides bottleneck and features
+    bottleneck: Annotated[int, Field(ge=1)] = 24  # d
+    rank: Annotated[int, Field(ge=1)] = 1  # of the fast factors
     slow_std: Annotated[float, Field(gt=0)] = 1e-4  # the slow matrices start from N(0, slow_std^2)
-    norms: bool = True                              # the model's layer norms train, too
+    norms: bool = True  # the model's layer norms train, too
 
 
 class CompacterPP(compacter.Compacter):

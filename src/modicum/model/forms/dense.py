@@ -33,8 +33,14 @@ class Dense(LinearForm):
         if self.bias is not None:
             self.bias.requires_grad_(True)
 
-    def fit(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, calibration_NI: Tensor | None = None,
-            generator: torch.Generator | None = None) -> Self:
+    def fit(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None = None,
+        *,
+        calibration_NI: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         with torch.no_grad():
             self.weight.copy_(weight_OI)
         self._set_bias(bias_O)

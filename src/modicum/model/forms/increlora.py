@@ -43,29 +43,32 @@ from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.model.forms import Gradient, LinearForm, LinearShape, lora
 
-CLAIM = {"figure": "better than LoRA and AdaLoRA at equal parameters, most of all with little data",
-         "where": "abstract; GLUE", "scale": "DeBERTaV3-base 184M"}
+CLAIM = {
+    "figure": "better than LoRA and AdaLoRA at equal parameters, most of all with little data",
+    "where": "abstract; GLUE",
+    "scale": "DeBERTaV3-base 184M",
+}
 SWEEP = ("rank=2", "rank=8")
-BLOCK = 1 << 22   # entries of dL/d(dW) that are there at once
+BLOCK = 1 << 22  # entries of dL/d(dW) that are there at once
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    rank: Annotated[int, Field(ge=1)] = 8            # that matrices have on average in the end
-    max_rank: Annotated[int, Field(ge=0)] = 0        # that one of them can reach, and reserves; 0: 2 rank
-    alpha: Annotated[float, Field(gt=0)] = 16.0      # scale of the update: alpha / rank
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0   # on the input of the update, while training
-    add: Annotated[int, Field(ge=0)] = 0             # ranks that a chosen matrix gets at once; 0: half of rank
-    begin: Share = 0.05                              # share of the run after which ranks are first added
-    interval: Annotated[float, Field(gt=0, le=1)] = 0.04   # share of the run between two additions
-    end: Share = 0.5                                 # share of the run when all ranks have been added
-    warmup: Share = 0.02                             # share of the run over which a new rank's rate rises
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.85      # smoothing of the sensitivity
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.85      # smoothing of its uncertainty
-    gamma: Annotated[float, Field(ge=0)] = 0.1       # weight of the regulariser
-    ahead: Annotated[float, Field(ge=0)] = 1e-5      # lambda by which the next ranks learn in advance; 0: they do not
-    std: Annotated[float, Field(gt=0)] = 0.02        # A and B start from N(0, std^2)
+    rank: Annotated[int, Field(ge=1)] = 8  # that matrices have on average in the end
+    max_rank: Annotated[int, Field(ge=0)] = 0  # that one of them can reach, and reserves; 0: 2 rank
+    alpha: Annotated[float, Field(gt=0)] = 16.0  # scale of the update: alpha / rank
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # on the input of the update, while training
+    add: Annotated[int, Field(ge=0)] = 0  # ranks that a chosen matrix gets at once; 0: half of rank
+    begin: Share = 0.05  # share of the run after which ranks are first added
+    interval: Annotated[float, Field(gt=0, le=1)] = 0.04  # share of the run between two additions
+    end: Share = 0.5  # share of the run when all ranks have been added
+    warmup: Share = 0.02  # share of the run over which a new rank's rate rises
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.85  # smoothing of the sensitivity
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.85  # smoothing of its uncertainty
+    gamma: Annotated[float, Field(ge=0)] = 0.1  # weight of the regulariser
+    ahead: Annotated[float, Field(ge=0)] = 1e-5  # lambda by which the next ranks learn in advance; 0: they do not
+    std: Annotated[float, Field(gt=0)] = 0.02  # A and B start from N(0, std^2)
 
     def __post_init__(self) -> None:
         if 0 < self.max_rank < self.rank:
@@ -92,24 +95,32 @@ class IncreLora(LinearForm):
         most = min(shape.in_features, shape.out_features)
         if max(config.rank, config.max_rank) > most:
             knob = f"rank={config.rank}" if config.rank > most else f"max_rank={config.max_rank}"
-            raise UserError(f"increlora: {knob} is larger than the matrix {shape.out_features} x "
-                            f"{shape.in_features}; give {knob.split('=')[0]} <= {most}")
+            raise UserError(
+                f"increlora: {knob} is larger than the matrix {shape.out_features} x "
+                f"{shape.in_features}; give {knob.split('=')[0]} <= {most}"
+            )
         super().__init__(config, shape, base)
         self.most = min(config.max_rank or 2 * config.rank, most)
         self.A = nn.Parameter(self._empty(self.most, shape.in_features))
         self.B = nn.Parameter(self._empty(shape.out_features, self.most))
-        self.E = nn.Parameter(self._empty(self.most))       # lambda
+        self.E = nn.Parameter(self._empty(self.most))  # lambda
         self.scaling = config.alpha / config.rank
         # What it has grown to; all of it is in the layout.
-        self.rank, self.growing = 1, config.rank > 1        # growing: some of the budget is left
+        self.rank, self.growing = 1, config.rank > 1  # growing: some of the budget is left
         self.sensitivity = self.uncertainty = 0.0
-        self.born, self.grown = [0] * self.most, [0] * self.most   # steps since which A and B, lambda of a rank learn
+        self.born, self.grown = [0] * self.most, [0] * self.most  # steps since which A and B, lambda of a rank learn
         # Of the step in progress.
         self.score: Tensor | None = None
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def fit(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, calibration_NI: Tensor | None = None,
-            generator: torch.Generator | None = None) -> Self:
+    def fit(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None = None,
+        *,
+        calibration_NI: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         nn.init.normal_(self.A, std=self.config.std, generator=generator)
         nn.init.normal_(self.B, std=self.config.std, generator=generator)
         nn.init.zeros_(self.E)
@@ -127,15 +138,16 @@ class IncreLora(LinearForm):
         a_RI, b_OR, _ = self.low_rank()
         if not (self.growing and self.training and torch.is_grad_enabled()):
             return y + (self.scaling * F.linear(F.linear(x, a_RI), b_OR)).to(y.dtype)
-        z = F.linear(x, self.A[:self.learning])
-        update = self.scaling * F.linear(z[..., :self.rank], b_OR)
+        z = F.linear(x, self.A[: self.learning])
+        update = self.scaling * F.linear(z[..., : self.rank], b_OR)
         if self.learning > self.rank:
-            update = _Ahead.apply(update, z[..., self.rank:], self.B[:, self.rank:self.learning],
-                                  self.scaling * self.config.ahead)
+            update = _Ahead.apply(
+                update, z[..., self.rank :], self.B[:, self.rank : self.learning], self.scaling * self.config.ahead
+            )
         return y + _Watch.apply(update, x, self).to(y.dtype)
 
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
-        return self.A[:self.rank], self.B[:, :self.rank] * self.E[:self.rank], self.scaling
+        return self.A[: self.rank], self.B[:, : self.rank] * self.E[: self.rank], self.scaling
 
     def dense(self) -> Tensor:
         weight = self.base.dense()
@@ -161,8 +173,14 @@ class IncreLora(LinearForm):
         return form
 
     def layout(self) -> dict[str, Any]:
-        return {"rank": self.rank, "growing": self.growing, "sensitivity": self.sensitivity,
-                "uncertainty": self.uncertainty, "born": list(self.born), "grown": list(self.grown)}
+        return {
+            "rank": self.rank,
+            "growing": self.growing,
+            "sensitivity": self.sensitivity,
+            "uncertainty": self.uncertainty,
+            "born": list(self.born),
+            "grown": list(self.grown),
+        }
 
     def set_layout(self, layout: dict[str, Any]) -> None:
         if layout:
@@ -204,23 +222,25 @@ class IncreLora(LinearForm):
     def observe(self, sensitivity: float) -> None:
         """Take in the sensitivity of a step."""
         self.score = None
-        if math.isfinite(sensitivity):   # a step that was skipped says nothing
+        if math.isfinite(sensitivity):  # a step that was skipped says nothing
             beta1, beta2 = self.config.beta1, self.config.beta2
             self.sensitivity = beta1 * self.sensitivity + (1 - beta1) * sensitivity
             self.uncertainty = beta2 * self.uncertainty + (1 - beta2) * abs(sensitivity - self.sensitivity)
 
     def grow(self, ranks: int, step: int) -> None:
         """Ranks learnt in advance come into use, and the next ones begin to learn."""
-        self.grown[self.rank:self.rank + ranks] = [step] * ranks
+        self.grown[self.rank : self.rank + ranks] = [step] * ranks
         before = self.learning
         self.rank += ranks
-        self.born[before:self.learning] = [step] * (self.learning - before)
+        self.born[before : self.learning] = [step] * (self.learning - before)
 
     def _rates(self, step: int, total: int) -> tuple[int, list[float], list[float]]:
         """(first rank that warms up, rates of A and B, rates of lambda) as shares, from that rank on."""
         steps = max(self.config.warmup * total, 1e-9)
-        rates = [[1.0 if since == 0 else min(1.0, (step - since) / steps) for since in of[:self.learning]]
-                 for of in (self.born, self.grown)]
+        rates = [
+            [1.0 if since == 0 else min(1.0, (step - since) / steps) for since in of[: self.learning]]
+            for of in (self.born, self.grown)
+        ]
         first = next((i for i in range(self.learning) if min(rates[0][i], rates[1][i]) < 1), self.learning)
         return first, rates[0][first:], rates[1][first:]
 

@@ -26,7 +26,7 @@ from modicum.model.forms._quantised import SCALE_DTYPES, QuantisedForm, round_up
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    group: Annotated[int, Field(ge=2, multiple_of=2)] = 64   # inputs that share scale and zero point
+    group: Annotated[int, Field(ge=2, multiple_of=2)] = 64  # inputs that share scale and zero point
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
 
@@ -53,8 +53,14 @@ class Int4(QuantisedForm):
         self.register_buffer("zero", self._empty(*sizes, dtype=dtype))
         self._kernel_weight: tuple[Tensor, Tensor] | None = None
 
-    def fit(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, calibration_NI: Tensor | None = None,
-            generator: torch.Generator | None = None) -> Self:
+    def fit(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None = None,
+        *,
+        calibration_NI: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         weight = weight_OI.detach().to(self.packed.device, torch.float32)
         # Pad by repeating the last input: zeros would widen the last group's range.
         missing = self.n_groups * self.group - self.in_features
@@ -88,7 +94,7 @@ class Int4(QuantisedForm):
     def _decode(self, packed: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
         codes = self._codes(packed).view(-1, self.n_groups, self.group).to(dtype) - 8
         weight = torch.addcmul(zero.to(dtype)[..., None], codes, scale.to(dtype)[..., None])
-        return weight.flatten(1)[:, :self.in_features]
+        return weight.flatten(1)[:, : self.in_features]
 
     def _kernel(self, x_NI: Tensor) -> Tensor | None:
         padded = self.n_groups * self.group
@@ -99,8 +105,9 @@ class Int4(QuantisedForm):
             order = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self._codes(self.packed).int(), 1)
             scales = torch.stack([self.scale.T, self.zero.T], -1).to(x_NI.dtype).contiguous()
             self._kernel_weight = (order, scales)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x_NI, self._kernel_weight[0], self.group,
-                                                          self._kernel_weight[1])
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x_NI, self._kernel_weight[0], self.group, self._kernel_weight[1]
+        )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._kernel_weight = None

@@ -24,7 +24,7 @@ from modicum.model.forms._quantised import SCALE_DTYPES, QuantisedForm, round_up
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    group: Annotated[int, Field(ge=0)] = 0   # inputs that share a scale; 0: the whole channel
+    group: Annotated[int, Field(ge=0)] = 0  # inputs that share a scale; 0: the whole channel
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
 
@@ -44,22 +44,29 @@ class Int8(QuantisedForm):
         self.group = min(config.group or shape.in_features, shape.in_features)
         self.n_groups = -(-shape.in_features // self.group)
         self.register_buffer("codes", self._empty(shape.out_features, shape.in_features, dtype=torch.int8))
-        self.register_buffer("scale", self._empty(shape.out_features, self.n_groups,
-                                                  dtype=SCALE_DTYPES[config.scale_dtype]))
+        self.register_buffer(
+            "scale", self._empty(shape.out_features, self.n_groups, dtype=SCALE_DTYPES[config.scale_dtype])
+        )
 
     def _grouped(self, weight_OI: Tensor) -> Tensor:
         """(O, I) to (O, groups, group), a short last group filled with zeros."""
         padded = F.pad(weight_OI, (0, self.n_groups * self.group - self.in_features))
         return padded.view(weight_OI.shape[0], self.n_groups, self.group)
 
-    def fit(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, calibration_NI: Tensor | None = None,
-            generator: torch.Generator | None = None) -> Self:
+    def fit(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None = None,
+        *,
+        calibration_NI: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         weight_OGi = self._grouped(weight_OI.detach().to(self.codes.device, torch.float32))
         scale_OG = round_up(weight_OGi.abs().amax(-1) / 127, self.scale.dtype)
         step_OG = torch.where(scale_OG == 0, 1, scale_OG.float())
         codes_OGi = (weight_OGi / step_OG[..., None]).round().clamp(-127, 127)
         self.scale.copy_(scale_OG)
-        self.codes.copy_(codes_OGi.flatten(1)[:, :self.in_features])
+        self.codes.copy_(codes_OGi.flatten(1)[:, : self.in_features])
         self._set_bias(bias_O)
         return self
 
@@ -74,7 +81,7 @@ class Int8(QuantisedForm):
     def _decode(self, codes_NI: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
         if self.n_groups == 1:
             return codes_NI.to(dtype) * scale_NG.to(dtype)
-        return codes_NI.to(dtype) * scale_NG.to(dtype).repeat_interleave(self.group, 1)[:, :self.in_features]
+        return codes_NI.to(dtype) * scale_NG.to(dtype).repeat_interleave(self.group, 1)[:, : self.in_features]
 
     def _kernel(self, x_NI: Tensor) -> Tensor | None:
         if self.n_groups != 1:

@@ -25,8 +25,11 @@ from torch import Tensor, nn
 
 from modicum.model.forms import LinearForm, LinearShape, check_rank
 
-CLAIM = {"figure": "on par with or better than full fine-tuning with 10,000x fewer trained parameters",
-         "where": "abstract and Table 4", "scale": "GPT-3 175B"}
+CLAIM = {
+    "figure": "on par with or better than full fine-tuning with 10,000x fewer trained parameters",
+    "where": "abstract and Table 4",
+    "scale": "GPT-3 175B",
+}
 SWEEP = ("rank=2", "rank=8")
 
 
@@ -34,7 +37,7 @@ SWEEP = ("rank=2", "rank=8")
 class Config:
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0   # on the input of the update, while training
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # on the input of the update, while training
     rslora: bool = False
 
 
@@ -55,8 +58,14 @@ class Lora(LinearForm):
         self.B = nn.Parameter(self._empty(shape.out_features, config.rank))
         self.scaling = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
 
-    def fit(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, calibration_NI: Tensor | None = None,
-            generator: torch.Generator | None = None) -> Self:
+    def fit(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None = None,
+        *,
+        calibration_NI: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.B)
         return self

@@ -36,20 +36,23 @@ from torch.autograd.function import once_differentiable
 
 from modicum.model.forms import LinearForm, LinearShape, check_rank
 
-CLAIM = {"figure": "perplexity 34.15 with 0.26 GB of parameters and optimizer state, dense 34.06 with 0.35, "
-                   "low rank alone 78.18 with 0.24",
-         "where": "Table 2", "scale": "LLaMA 60M, 1.1B tokens of C4"}
+CLAIM = {
+    "figure": "perplexity 34.15 with 0.26 GB of parameters and optimizer state, dense 34.06 with 0.35, "
+    "low rank alone 78.18 with 0.24",
+    "where": "Table 2",
+    "scale": "LLaMA 60M, 1.1B tokens of C4",
+}
 SWEEP = ("rank=24", "rank=24,density=0", "rank=24,start=spectral", "rank=24,density=0,start=spectral")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    rank: int = 128         # r; the paper: 128 at width 512 to 512 at width 2048, a quarter of the width
-    density: float = 0.03   # the paper's delta: share of the entries stored; 0: low rank alone
+    rank: int = 128  # r; the paper: 128 at width 512 to 512 at width 2048, a quarter of the width
+    density: float = 0.03  # the paper's delta: share of the entries stored; 0: low rank alone
     #: The product is scaled by alpha / rank. None: a quarter of the rank, which is the paper's 32 at rank 128
     #: (it takes less, 16 at rank 256 and 8 at 512, for wider layers).
     alpha: float | None = None
-    start: Literal["kaiming", "spectral"] = "kaiming"   # the paper's, or from the fresh weight's SVD
+    start: Literal["kaiming", "spectral"] = "kaiming"  # the paper's, or from the fresh weight's SVD
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -83,8 +86,14 @@ class SLTrain(LinearForm):
             self.bias.requires_grad_(True)
         self.scaling = 0.25 if config.alpha is None else config.alpha / config.rank
 
-    def fit(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, calibration_NI: Tensor | None = None,
-            generator: torch.Generator | None = None) -> Self:
+    def fit(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None = None,
+        *,
+        calibration_NI: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         """A fresh start of `weight_OI`'s shape, with its bias; `start=spectral` comes near its values."""
         entries, stored = self.in_features * self.out_features, self.V.numel()
         drawn = torch.randperm(entries, generator=generator, dtype=self.index.dtype, device="cpu")[:stored]
@@ -93,9 +102,9 @@ class SLTrain(LinearForm):
         bound = 1 / math.sqrt(self.in_features)
         if self.config.start == "spectral":
             left_OI, sigma, right_II = torch.linalg.svd(weight_OI.detach().float(), full_matrices=False)
-            root_R = (sigma[:self.config.rank] / self.scaling).sqrt()
-            self.B.copy_(left_OI[:, :self.config.rank] * root_R)
-            self.A.copy_(root_R[:, None] * right_II[:self.config.rank])
+            root_R = (sigma[: self.config.rank] / self.scaling).sqrt()
+            self.B.copy_(left_OI[:, : self.config.rank] * root_R)
+            self.A.copy_(root_R[:, None] * right_II[: self.config.rank])
             missed_OI = weight_OI.detach().float() - self.scaling * (self.B @ self.A).float()
             self.V.copy_(missed_OI.flatten().index_select(0, self.index))
         elif stored:
@@ -111,8 +120,7 @@ class SLTrain(LinearForm):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
-        y: Tensor = _LowRankPlusSparse.apply(x.to(self.A.dtype), self.B, self.A, self.V, self.index,
-                                             self.scaling)
+        y: Tensor = _LowRankPlusSparse.apply(x.to(self.A.dtype), self.B, self.A, self.V, self.index, self.scaling)
         y = y.to(dtype)
         return y if self.bias is None else y + self.bias.to(dtype)
 
@@ -140,8 +148,9 @@ class _LowRankPlusSparse(torch.autograd.Function):
     """y = x W^T with no dense weight kept from forward to backward, and no dense gradient kept at all."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, B_OR: Tensor, A_RI: Tensor, V_K: Tensor, index_K: Tensor,
-                scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, B_OR: Tensor, A_RI: Tensor, V_K: Tensor, index_K: Tensor, scaling: float
+    ) -> Tensor:
         ctx.save_for_backward(x, B_OR, A_RI, V_K, index_K)
         ctx.scaling = scaling
         return F.linear(x, compose(B_OR, A_RI, V_K, index_K, scaling))

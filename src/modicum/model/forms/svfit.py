@@ -30,14 +30,17 @@ from torch import Tensor, nn
 from modicum.core.errors import UserError
 from modicum.model.forms import LinearForm, LinearShape
 
-CLAIM = {"figure": "better than LoRA with 16x fewer trained parameters", "where": "abstract; GLUE",
-         "scale": "RoBERTa 125M and 355M"}
+CLAIM = {
+    "figure": "better than LoRA with 16x fewer trained parameters",
+    "where": "abstract; GLUE",
+    "scale": "RoBERTa 125M and 355M",
+}
 SWEEP = ("rank=8", "rank=32", "rank=0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    rank: Annotated[int, Field(ge=0)] = 0   # singular values that train, the largest first; 0: all of them
+    rank: Annotated[int, Field(ge=0)] = 0  # singular values that train, the largest first; 0: all of them
 
 
 class SVFit(LinearForm):
@@ -50,8 +53,10 @@ class SVFit(LinearForm):
             raise TypeError("svfit is an adapter and needs a base form")
         most = min(shape.in_features, shape.out_features)
         if config.rank > most:
-            raise UserError(f"svfit: rank={config.rank} is larger than the matrix {shape.out_features} x "
-                            f"{shape.in_features}; give rank <= {most}, or 0 for all its singular values")
+            raise UserError(
+                f"svfit: rank={config.rank} is larger than the matrix {shape.out_features} x "
+                f"{shape.in_features}; give rank <= {most}, or 0 for all its singular values"
+            )
         super().__init__(config, shape, base)
         rank = config.rank or most
         # Frozen parameters, not buffers: they follow from the weight, so checkpoints leave them out.
@@ -59,11 +64,18 @@ class SVFit(LinearForm):
         self.U = nn.Parameter(self._empty(shape.out_features, rank), requires_grad=False)
         self.delta = nn.Parameter(self._empty(rank))
 
-    def fit(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, calibration_NI: Tensor | None = None,
-            generator: torch.Generator | None = None) -> Self:
+    def fit(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None = None,
+        *,
+        calibration_NI: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         with torch.no_grad():
             u_OM, _, v_MI = torch.linalg.svd(
-                weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32)), full_matrices=False)
+                weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32)), full_matrices=False
+            )
             rank = len(self.delta)
             self.U.copy_(u_OM[:, :rank])
             self.V.copy_(v_MI[:rank])

@@ -27,15 +27,15 @@ from modicum.retrieve import manifest
 BASELINE = "exact"
 FORMAT = 1
 
-Block = tuple[np.ndarray, np.ndarray]   # ids_N int64, vectors_ND float32
+Block = tuple[np.ndarray, np.ndarray]  # ids_N int64, vectors_ND float32
 
 
 @dataclass(frozen=True)
 class Hits:
     """Results of Q queries, best first; places without a result hold id -1 and score -inf."""
 
-    ids_QK: np.ndarray      # int64
-    scores_QK: np.ndarray   # float32
+    ids_QK: np.ndarray  # int64
+    scores_QK: np.ndarray  # float32
 
     @classmethod
     def empty(cls, n_queries: int, k: int) -> Hits:
@@ -51,8 +51,8 @@ class Index(registry.Method):
 
     def __init__(self, config: Any):
         self.config = config
-        self.dim: int | None = None             # D, known from the first block on
-        self.ids_N = np.empty(0, np.int64)      # what is stored, in the method's own order
+        self.dim: int | None = None  # D, known from the first block on
+        self.ids_N = np.empty(0, np.int64)  # what is stored, in the method's own order
 
     def __len__(self) -> int:
         return len(self.ids_N)
@@ -73,7 +73,7 @@ class Index(registry.Method):
             ids_N, vectors_ND = self._check(ids, vectors)
             if not len(ids_N):
                 continue
-            if ids_N.min() <= top:   # rising ids, the common case, need no look-up
+            if ids_N.min() <= top:  # rising ids, the common case, need no look-up
                 _refuse_taken(ids_N, np.concatenate(taken))
             count, top = count + len(ids_N), max(top, int(ids_N.max()))
             budget.require(self.cost(count, vectors_ND.shape[1]), f"an index of {count} vectors")
@@ -100,8 +100,10 @@ class Index(registry.Method):
         if k < 1:
             raise UserError(f"k={k} is not a number of results; ask for 1 or more")
         if queries_QD.ndim != 2 or (self.dim is not None and queries_QD.shape[1] != self.dim):
-            raise UserError(f"queries of shape {queries_QD.shape} do not fit an index of width {self.dim}; "
-                            "give an array of (queries, width) from the encoder that made the index")
+            raise UserError(
+                f"queries of shape {queries_QD.shape} do not fit an index of width {self.dim}; "
+                "give an array of (queries, width) from the encoder that made the index"
+            )
         rows_S = None if subset is None else np.flatnonzero(np.isin(self.ids_N, np.fromiter(subset, np.int64)))
         if not len(self) or not len(queries_QD) or (rows_S is not None and not len(rows_S)):
             return Hits.empty(len(queries_QD), k)
@@ -116,9 +118,17 @@ class Index(registry.Method):
         with files.atomic_directory(path) as folder:
             np.save(folder / "ids.npy", self.ids_N)
             self._write(folder)
-            files.write_json(folder / "index.json", {
-                "format": FORMAT, "method": info.key, "knobs": dataclasses.asdict(self.config), "dim": self.dim,
-                "count": len(self), "files": manifest.describe(folder)})
+            files.write_json(
+                folder / "index.json",
+                {
+                    "format": FORMAT,
+                    "method": info.key,
+                    "knobs": dataclasses.asdict(self.config),
+                    "dim": self.dim,
+                    "count": len(self),
+                    "files": manifest.describe(folder),
+                },
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -131,11 +141,15 @@ class Index(registry.Method):
     def _check(self, ids: np.ndarray, vectors: np.ndarray) -> Block:
         ids_N, vectors_ND = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(vectors, np.float32)
         if vectors_ND.ndim != 2 or ids_N.shape != vectors_ND.shape[:1] or vectors_ND.shape[1] < 1:
-            raise UserError(f"ids of shape {ids_N.shape} and vectors of shape {vectors_ND.shape} do not belong "
-                            "together; give (N,) and (N, D)")
+            raise UserError(
+                f"ids of shape {ids_N.shape} and vectors of shape {vectors_ND.shape} do not belong "
+                "together; give (N,) and (N, D)"
+            )
         if self.dim not in (None, vectors_ND.shape[1]):
-            raise UserError(f"vectors have {vectors_ND.shape[1]} dimensions, the index has {self.dim}; "
-                            "encode them with the index's own encoder")
+            raise UserError(
+                f"vectors have {vectors_ND.shape[1]} dimensions, the index has {self.dim}; "
+                "encode them with the index's own encoder"
+            )
         if not np.isfinite(vectors_ND).all():
             raise UserError("a vector holds NaN or infinity; encode its text again")
         if len(ids_N) and ids_N.min() < 0:
@@ -188,8 +202,10 @@ def open_index(path: str | Path) -> Any:
     folder = Path(path)
     header = manifest.read_header(folder, "index.json", "index", "modicum index SOURCE --out FOLDER")
     if header.get("format") != FORMAT:
-        raise CorruptError(f"{folder / 'index.json'} has format {header.get('format')!r}, this version reads {FORMAT}; "
-                           "build the index again")
+        raise CorruptError(
+            f"{folder / 'index.json'} has format {header.get('format')!r}, this version reads {FORMAT}; "
+            "build the index again"
+        )
     manifest.verify(folder, header["files"])
     index = registry.build("index", choice.Choice("index", header["method"], header["knobs"]))
     index.dim = header["dim"]
@@ -203,5 +219,6 @@ def open_index(path: str | Path) -> Any:
 def top_rows(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Exact (rows_QK, scores_QK) by scanning vectors_ND (memory-mapped or not); -1 where k exceeds N."""
     import faiss
+
     scores_QK, rows_QK = faiss.knn(queries_QD, vectors_ND, k, metric=faiss.METRIC_INNER_PRODUCT)
     return rows_QK, scores_QK

@@ -22,7 +22,7 @@ def _vectors(n: int = N, seed: int = 0) -> np.ndarray:
 
 
 def _ids(n: int = N) -> np.ndarray:
-    return np.random.default_rng(1).permutation(10 * n)[:n].astype(np.int64)   # neither dense nor sorted
+    return np.random.default_rng(1).permutation(10 * n)[:n].astype(np.int64)  # neither dense nor sorted
 
 
 def _make(key: str) -> Index:
@@ -32,7 +32,7 @@ def _make(key: str) -> Index:
 
 def _built(key: str) -> tuple[Index, np.ndarray, np.ndarray]:
     ids_N, vectors_ND, index = _ids(), _vectors(), _make(key)
-    index.build((ids_N[i:i + 70], vectors_ND[i:i + 70]) for i in range(0, N, 70))
+    index.build((ids_N[i : i + 70], vectors_ND[i : i + 70]) for i in range(0, N, 70))
     return index, ids_N, vectors_ND
 
 
@@ -84,9 +84,13 @@ def check_add(key: str) -> None:
     index.build([(ids_N[:200], vectors_ND[:200])])
     index.add(ids_N[200:], vectors_ND[200:])
     _same(index.search(queries_QD, 10), _truth(ids_N, vectors_ND, queries_QD, 10), "after add")
-    for bad_ids, bad_vectors in ((ids_N[:1], vectors_ND[:1]), (np.array([99999, 99999]), vectors_ND[:2]),
-                                 (np.array([-4]), vectors_ND[:1]), (np.array([99999]), vectors_ND[:1, :-1]),
-                                 (np.array([99999]), np.full((1, D), np.nan, np.float32))):
+    for bad_ids, bad_vectors in (
+        (ids_N[:1], vectors_ND[:1]),
+        (np.array([99999, 99999]), vectors_ND[:2]),
+        (np.array([-4]), vectors_ND[:1]),
+        (np.array([99999]), vectors_ND[:1, :-1]),
+        (np.array([99999]), np.full((1, D), np.nan, np.float32)),
+    ):
         try:
             index.add(bad_ids, bad_vectors)
         except UserError:
@@ -101,7 +105,7 @@ def check_add(key: str) -> None:
 def check_remove(key: str) -> None:
     index, ids_N, vectors_ND = _built(key)
     queries_QD = _vectors(Q, 6)
-    for first, last in ((0, 20), (20, 150), (150, 290)):   # few, then many: whatever rebuilds itself does so
+    for first, last in ((0, 20), (20, 150), (150, 290)):  # few, then many: whatever rebuilds itself does so
         assert index.remove([*ids_N[first:last].tolist(), 123456]) == last - first, "remove counts what it removed"
         _same(index.search(queries_QD, 12), _truth(ids_N[last:], vectors_ND[last:], queries_QD, 12), "after remove")
         assert len(index) == N - last
@@ -133,7 +137,7 @@ def check_save_and_load(key: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index"
         index.save(path)
-        index.save(path)   # replaces what is there
+        index.save(path)  # replaces what is there
         assert [p.name for p in Path(folder).iterdir()] == ["index"], "saving leaves nothing beside the index"
         loaded = open_index(path)
         assert type(loaded) is type(index) and loaded.config == index.config
@@ -141,7 +145,7 @@ def check_save_and_load(key: str) -> None:
         loaded.add(ids_N[:30], vectors_ND[:30])
         _same(loaded.search(queries_QD, 9), _truth(ids_N, vectors_ND, queries_QD, 9), "add after load")
         loaded.remove(ids_N[100:].tolist())
-        loaded.save(path)   # over the files it was opened from
+        loaded.save(path)  # over the files it was opened from
         true = _truth(ids_N[:100], vectors_ND[:100], queries_QD, 9)
         _same(open_index(path).search(queries_QD, 9), true, "saved again")
         victim = max((p for p in path.iterdir() if p.name != "index.json"), key=lambda p: p.stat().st_size)
@@ -168,7 +172,8 @@ def check_budget(key: str) -> None:
         nonlocal taken
         for i in range(0, N, 50):
             taken += 1
-            yield np.arange(i, i + 50), vectors_ND[i:i + 50]
+            yield np.arange(i, i + 50), vectors_ND[i : i + 50]
+
     try:
         index.build(stream(), Budget(memory_bytes=index.cost(120, D).peak_bytes))
     except BudgetError:

@@ -26,7 +26,7 @@ from modicum.retrieve.indexes import Block, Index, top_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    block: int = 65536   # vectors gathered at a time when a subset is searched
+    block: int = 65536  # vectors gathered at a time when a subset is searched
 
 
 TOY = Config(block=64)
@@ -54,7 +54,7 @@ class Exact(Index):
                 spill.write(vectors_ND.data)
             spill.flush()
             self.ids_N = np.concatenate(ids)
-            if len(self.ids_N) and self.dim:   # the mapping keeps the unnamed file alive
+            if len(self.ids_N) and self.dim:  # the mapping keeps the unnamed file alive
                 self.vectors_ND = np.memmap(cast(Any, spill), np.float32, "r", shape=(len(self.ids_N), self.dim))
 
     def _add(self, ids_N: np.ndarray, vectors_ND: np.ndarray) -> None:
@@ -70,7 +70,7 @@ class Exact(Index):
         best_rows = np.full((len(queries_QD), k), -1, np.int64)
         best_scores = np.full((len(queries_QD), k), -np.inf, np.float32)
         for start in range(0, len(rows_S), self.config.block):
-            rows_B = rows_S[start:start + self.config.block]
+            rows_B = rows_S[start : start + self.config.block]
             found_QK, scores_QK = top_rows(queries_QD, np.ascontiguousarray(self.vectors_ND[rows_B]), k)
             rows_QK = np.where(found_QK < 0, -1, rows_B[found_QK])
             scores = np.concatenate([best_scores, np.where(found_QK < 0, -np.inf, scores_QK)], axis=1)

@@ -31,10 +31,10 @@ from modicum.retrieve.indexes import Block, Index, top_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    M: Annotated[int, Field(ge=2, le=512)] = 32          # links of a vector per layer
-    ef_construction: Annotated[int, Field(ge=1)] = 200   # candidates considered when a vector is linked
-    ef_search: Annotated[int, Field(ge=1)] = 64          # candidates kept by a search (at least k)
-    scan: Annotated[float, Field(ge=0, le=1)] = 0.05     # subsets up to this share of the index are scanned exactly
+    M: Annotated[int, Field(ge=2, le=512)] = 32  # links of a vector per layer
+    ef_construction: Annotated[int, Field(ge=1)] = 200  # candidates considered when a vector is linked
+    ef_search: Annotated[int, Field(ge=1)] = 64  # candidates kept by a search (at least k)
+    scan: Annotated[float, Field(ge=0, le=1)] = 0.05  # subsets up to this share of the index are scanned exactly
     rebuild: Annotated[float, Field(ge=0, le=1)] = 0.25  # removed share at which the graph is built anew
 
 
@@ -46,7 +46,7 @@ class HNSW(Index):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.graph: Any = None              # its rows are places; `place_N` maps rows of ids_N to them
+        self.graph: Any = None  # its rows are places; `place_N` maps rows of ids_N to them
         self.place_N = np.empty(0, np.int64)
 
     def cost(self, n_vectors: int, dim: int) -> Cost:
@@ -63,6 +63,7 @@ class HNSW(Index):
 
     def _insert(self, ids_N: np.ndarray, vectors_ND: np.ndarray) -> None:
         import faiss
+
         if self.graph is None:
             self.graph = faiss.IndexHNSWFlat(vectors_ND.shape[1], self.config.M, faiss.METRIC_INNER_PRODUCT)
             self.graph.hnsw.efConstruction = self.config.ef_construction
@@ -88,7 +89,7 @@ class HNSW(Index):
                 self._insert(ids_N[part], old.reconstruct_batch(places_N[part]))
 
     def _search(self, queries_QD: np.ndarray, k: int, rows_S: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        faiss: Any = importlib.import_module("faiss")   # its stubs lack what is used here
+        faiss: Any = importlib.import_module("faiss")  # its stubs lack what is used here
         if rows_S is not None and len(rows_S) <= max(self.config.scan * len(self), k):
             found_QK, scores_QK = top_rows(queries_QD, self.graph.reconstruct_batch(self.place_N[rows_S]), k)
             return np.where(found_QK < 0, -1, rows_S[found_QK]), scores_QK
@@ -106,12 +107,14 @@ class HNSW(Index):
 
     def _write(self, folder: Path) -> None:
         import faiss
+
         np.save(folder / "places.npy", self.place_N)
         if self.graph is not None:
             faiss.write_index(self.graph, str(folder / "graph.faiss"))
 
     def _read(self, folder: Path) -> None:
         import faiss
+
         self.place_N = np.load(folder / "places.npy", allow_pickle=False)
         if (folder / "graph.faiss").exists():
             self.graph = faiss.read_index(str(folder / "graph.faiss"))

@@ -10,8 +10,13 @@ from modicum.core.events import count_text, seconds_text
 from modicum.core.files import read_json
 from modicum.road.context import Run
 
-FIELDS = {"seconds": ("time", seconds_text), "peak_bytes": ("peak memory", bytes_text),
-          "tokens": ("tokens", count_text), "flops": ("FLOPs", count_text), "disk_bytes": ("disk", bytes_text)}
+FIELDS = {
+    "seconds": ("time", seconds_text),
+    "peak_bytes": ("peak memory", bytes_text),
+    "tokens": ("tokens", count_text),
+    "flops": ("FLOPs", count_text),
+    "disk_bytes": ("disk", bytes_text),
+}
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,17 @@ from modicum.road.report.ledger import FIELDS, rows
 
 def as_json(run: Run) -> str:
     figures = {name: run.figures(name) for name in read_json(run.folder / "ledger.json")["stages"]}
-    return json.dumps({"run": str(run.folder), "report": str(run.folder / "report.html"),
-                       "ledger": read_json(run.folder / "ledger.json"), "figures": figures},
-                      indent=2, ensure_ascii=False, default=str)
+    return json.dumps(
+        {
+            "run": str(run.folder),
+            "report": str(run.folder / "report.html"),
+            "ledger": read_json(run.folder / "ledger.json"),
+            "figures": figures,
+        },
+        indent=2,
+        ensure_ascii=False,
+        default=str,
+    )
 
 
 def as_text(run: Run) -> str:
@@ -28,8 +36,10 @@ def headline(run: Run) -> str:
     if run.done("predict") and run.done("pretrain"):
         p, loss = run.figures("predict")["prediction"], run.figures("pretrain")["heldout_loss"]
         inside = "inside" if p["low"] <= loss <= p["high"] else "OUTSIDE"
-        lines.append(f"predicted loss {p['mean']:.3f} [{p['low']:.3f}, {p['high']:.3f}], measured {loss:.3f}: "
-                     f"{inside} the {p['level']:.0%} interval")
+        lines.append(
+            f"predicted loss {p['mean']:.3f} [{p['low']:.3f}, {p['high']:.3f}], measured {loss:.3f}: "
+            f"{inside} the {p['level']:.0%} interval"
+        )
     if run.done("evaluate"):
         figures = run.figures("evaluate")
         best = figures["variants"][0]
@@ -43,8 +53,9 @@ def answers_text(run: Run) -> str:
         return ""
     blocks = []
     for answer in run.figures("serve")["answers"]:
-        text = textwrap.fill(" ".join(answer["text"].split()) or "(empty answer)", 100, initial_indent="  ",
-                             subsequent_indent="  ")
+        text = textwrap.fill(
+            " ".join(answer["text"].split()) or "(empty answer)", 100, initial_indent="  ", subsequent_indent="  "
+        )
         sources = [f"  [{i}] {s['title']}  {s['source']}" for i, s in enumerate(answer["sources"], 1)]
         blocks.append("\n".join([f"Q: {answer['question']}", text, *sources]))
     return "\n\n".join(blocks)
@@ -62,5 +73,7 @@ def ledger_text(run: Run) -> str:
             cells += [entry.planned_text, entry.measured_text, "" if entry.error is None else f"{entry.error:+.0%}"]
         table.append(cells)
     widths = [max(len(r[i]) for r in table) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths,
-                     strict=True))) for r in table)
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in table
+    )

@@ -14,7 +14,7 @@ from modicum.road.plan import Planner, StagePlan
 from modicum.road.recipe import Recipe
 
 NEEDS = ("curate", "pretrain")
-RATE = 40e6   # weights fitted per second by round-to-nearest forms; a form that takes longer says so in its cost
+RATE = 40e6  # weights fitted per second by round-to-nearest forms; a form that takes longer says so in its cost
 
 
 def uses(recipe: Recipe) -> dict[str, Any]:
@@ -33,8 +33,16 @@ def plan(planner: Planner) -> StagePlan:
         kind: Any = registry.load("form", choice.method).cls
         per = kind.cost(choice.config(), (shape.width, shape.width)).disk_bytes
         stored += weights * per / shape.width**2
-    return StagePlan(Cost(parameters=weights, disk_bytes=stored, seconds=len(recipe.compress.forms) * weights / RATE,
-                          peak_bytes=weights * 6), {}, "weights and one layer in float32 at a time")
+    return StagePlan(
+        Cost(
+            parameters=weights,
+            disk_bytes=stored,
+            seconds=len(recipe.compress.forms) * weights / RATE,
+            peak_bytes=weights * 6,
+        ),
+        {},
+        "weights and one layer in float32 at a time",
+    )
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -44,11 +52,23 @@ def run(context: Context) -> dict[str, Any]:
     variants = [{"name": recipe.pretrain.dtype, "folder": source, "bytes": weight_bytes(source)}]
     for form in recipe.compress.forms:
         choice = Choice.parse("form", form)
-        made = compress(source, form, context.folder / choice.method, embeddings=form if _embeds(choice) else None,
-                        calibration=context.figures("curate")["folder"] if _in_blocks(choice) else None,
-                        events=context.events)
-        variants.append({"name": str(choice), "folder": made.folder, "bytes": made.bytes, "error": made.error,
-                         "bits_per_weight": made.bits_per_weight})
+        made = compress(
+            source,
+            form,
+            context.folder / choice.method,
+            embeddings=form if _embeds(choice) else None,
+            calibration=context.figures("curate")["folder"] if _in_blocks(choice) else None,
+            events=context.events,
+        )
+        variants.append(
+            {
+                "name": str(choice),
+                "folder": made.folder,
+                "bytes": made.bytes,
+                "error": made.error,
+                "bits_per_weight": made.bits_per_weight,
+            }
+        )
     return {"variants": variants, "cost": {"parameters": context.figures("pretrain")["parameters"]}}
 
 

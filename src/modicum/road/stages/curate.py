@@ -22,8 +22,8 @@ from modicum.road.recipe import Recipe, resolved
 from modicum.road.worker import environment
 
 NEEDS: tuple[str, ...] = ()
-PARTS = 32        # files of a sample, so that both sides of the held-out split get some
-GROUP = 4 << 20   # bytes that one process works on at a time (data.curate)
+PARTS = 32  # files of a sample, so that both sides of the held-out split get some
+GROUP = 4 << 20  # bytes that one process works on at a time (data.curate)
 SAMPLE = 4 << 20  # bytes that the planner curates for the stages that follow
 
 
@@ -41,8 +41,12 @@ def _limit(recipe: Recipe) -> int | None:
 def uses(recipe: Recipe) -> dict[str, Any]:
     section = recipe.curate.model_dump(exclude={"processes", "engine"})
     recall = recipe.pretrain.recall
-    return {"corpus": recipe.corpus, "files": _corpus(recipe.corpus, _limit(recipe))[0], "curate": section,
-            "tokenizer": recipe.model} | ({"recall": recall.vocabulary} if recall else {})
+    return {
+        "corpus": recipe.corpus,
+        "files": _corpus(recipe.corpus, _limit(recipe))[0],
+        "curate": section,
+        "tokenizer": recipe.model,
+    } | ({"recall": recall.vocabulary} if recall else {})
 
 
 def _sources(recipe: Recipe, folder: Path) -> list[str]:
@@ -61,9 +65,16 @@ def _sources(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def _config(recipe: Recipe, limit: int | None, **more: Any) -> CurateConfig:
-    return CurateConfig(steps=recipe.curate.steps, vocab_size=recipe.curate.vocab_size,
-                        reserved=recipe.curate.reserved, tokenizer=recipe.model,
-                        heldout=recipe.curate.heldout, read=ReadConfig(limit_bytes=limit), seed=recipe.seed, **more)
+    return CurateConfig(
+        steps=recipe.curate.steps,
+        vocab_size=recipe.curate.vocab_size,
+        reserved=recipe.curate.reserved,
+        tokenizer=recipe.model,
+        heldout=recipe.curate.heldout,
+        read=ReadConfig(limit_bytes=limit),
+        seed=recipe.seed,
+        **more,
+    )
 
 
 def plan(planner: Planner) -> StagePlan:
@@ -73,19 +84,34 @@ def plan(planner: Planner) -> StagePlan:
     processes = recipe.curate.processes
     size = min(total, SAMPLE)
     with contextlib.redirect_stderr(io.StringIO()):
-        made = curate(_sources(recipe, planner.scratch), planner.scratch / "sample",
-                      _config(recipe, size, group_bytes=size // processes), processes=processes)
-    busy = min(total, GROUP * processes)   # every process at work: more text takes more time and no more memory
+        made = curate(
+            _sources(recipe, planner.scratch),
+            planner.scratch / "sample",
+            _config(recipe, size, group_bytes=size // processes),
+            processes=processes,
+        )
+    busy = min(total, GROUP * processes)  # every process at work: more text takes more time and no more memory
     alone, fixed = _alone(planner, busy), planner.fixed.get("curate", Cost())
     tokens = {split: made.count("tokens", split) for split in ("train", "heldout")}
     scale = total / size
     seconds = max(alone.seconds - fixed.seconds, 0.0) * total / busy
-    cost = Cost(tokens=(tokens["train"] + tokens["heldout"]) * scale, seconds=seconds,
-                peak_bytes=max(alone.peak_bytes - fixed.peak_bytes, 0.0), disk_bytes=_bytes(made) * scale)
-    return StagePlan(cost, {"train_tokens": tokens["train"] * scale, "vocab_size": made.tokenizer().vocab_size,
-                            "bytes_per_token": made.count("bytes") / made.count("tokens"),
-                            "sample": str(made.folder), "sample_share": size / total},
-                     f"{busy / 2**20:.0f} of {total / 2**20:.1f} MiB curated")
+    cost = Cost(
+        tokens=(tokens["train"] + tokens["heldout"]) * scale,
+        seconds=seconds,
+        peak_bytes=max(alone.peak_bytes - fixed.peak_bytes, 0.0),
+        disk_bytes=_bytes(made) * scale,
+    )
+    return StagePlan(
+        cost,
+        {
+            "train_tokens": tokens["train"] * scale,
+            "vocab_size": made.tokenizer().vocab_size,
+            "bytes_per_token": made.count("bytes") / made.count("tokens"),
+            "sample": str(made.folder),
+            "sample_share": size / total,
+        },
+        f"{busy / 2**20:.0f} of {total / 2**20:.1f} MiB curated",
+    )
 
 
 def _alone(planner: Planner, size: int) -> Cost:
@@ -95,8 +121,12 @@ def _alone(planner: Planner, size: int) -> Cost:
     recipe["curate"]["max_bytes"] = size
     write_text(run.folder / "run.yaml", resolved(Recipe.model_validate(recipe)))
     write_json(run.folder / "plan.json", {"stages": {}})
-    subprocess.run([sys.executable, "-m", "modicum.road.worker", str(run.folder), "curate", "600", str(os.getpid())],
-                   capture_output=True, check=False, env=environment())
+    subprocess.run(
+        [sys.executable, "-m", "modicum.road.worker", str(run.folder), "curate", "600", str(os.getpid())],
+        capture_output=True,
+        check=False,
+        env=environment(),
+    )
     record = run.done("curate")
     if record is None:
         raise ModicumError("the curation of a sample failed; type: modicum curate CORPUS --out FOLDER to see why")
@@ -109,18 +139,37 @@ def _bytes(made: Curation) -> float:
 
 def run(context: Context) -> dict[str, Any]:
     recipe = context.recipe
-    made = curate(_sources(recipe, context.folder), context.folder / "data", _config(recipe, _limit(recipe)),
-                  events=context.events, engine=recipe.curate.engine, processes=recipe.curate.processes)
-    steps = [{"name": b["step"], "documents_in": b["documents_in"], "documents_out": b["documents_out"],
-              "seconds": b["seconds"]} for b in made.books["steps"]]
+    made = curate(
+        _sources(recipe, context.folder),
+        context.folder / "data",
+        _config(recipe, _limit(recipe)),
+        events=context.events,
+        engine=recipe.curate.engine,
+        processes=recipe.curate.processes,
+    )
+    steps = [
+        {
+            "name": b["step"],
+            "documents_in": b["documents_in"],
+            "documents_out": b["documents_out"],
+            "seconds": b["seconds"],
+        }
+        for b in made.books["steps"]
+    ]
     drops: dict[str, int] = {}
     for by_reason in made.drops.values():
         for reason, n in by_reason.items():
             drops[reason] = drops.get(reason, 0) + n
-    return {"folder": str(made.folder), "documents_in": made.books["steps"][0]["documents_in"],
-            "documents_out": made.count("documents") + made.count("documents", "heldout"), "steps": steps,
-            "drops": dict(sorted(drops.items(), key=lambda item: -item[1])),
-            "domains": made.books["splits"]["train"]["domains"], "tokens_train": made.count("tokens"),
-            "tokens_heldout": made.count("tokens", "heldout"), "vocab_size": made.tokenizer().vocab_size,
-            "bytes_per_token": made.count("bytes") / made.count("tokens"),
-            "cost": {"tokens": made.count("tokens") + made.count("tokens", "heldout")}}
+    return {
+        "folder": str(made.folder),
+        "documents_in": made.books["steps"][0]["documents_in"],
+        "documents_out": made.count("documents") + made.count("documents", "heldout"),
+        "steps": steps,
+        "drops": dict(sorted(drops.items(), key=lambda item: -item[1])),
+        "domains": made.books["splits"]["train"]["domains"],
+        "tokens_train": made.count("tokens"),
+        "tokens_heldout": made.count("tokens", "heldout"),
+        "vocab_size": made.tokenizer().vocab_size,
+        "bytes_per_token": made.count("bytes") / made.count("tokens"),
+        "cost": {"tokens": made.count("tokens") + made.count("tokens", "heldout")},
+    }

@@ -45,8 +45,11 @@ def plan(planner: Planner) -> StagePlan:
         points.append((size, meter.seconds, meter.peak_bytes, tree_bytes(folder)))
     (n1, t1, m1, _), (n2, t2, m2, d2) = points
     rate, growth = max(t2 - t1, 0.5 * t2) / max(n2 - n1, 1), max(m2 - m1, 0) / max(n2 - n1, 1)
-    return StagePlan(Cost(seconds=reading + rate * count, peak_bytes=growth * count, disk_bytes=d2 / n2 * count), {},
-                     f"{n1} and {n2} passages indexed, about {count:,.0f} expected")
+    return StagePlan(
+        Cost(seconds=reading + rate * count, peak_bytes=growth * count, disk_bytes=d2 / n2 * count),
+        {},
+        f"{n1} and {n2} passages indexed, about {count:,.0f} expected",
+    )
 
 
 def _passages(curation: Curation) -> Iterator[Passage]:
@@ -61,15 +64,37 @@ def run(context: Context) -> dict[str, Any]:
     curation = Curation.load(context.figures("curate")["folder"])
     found = list(itertools.islice(_passages(curation), recipe.ground.passages))
     encoder = recipe.ground.encoder or context.figures("pretrain")["folder"]
-    result = known_item(found, encoder=encoder, index=recipe.ground.index, limit=recipe.ground.queries,
-                        seed=recipe.seed, folder=context.folder, events=context.events, examples=4)
+    result = known_item(
+        found,
+        encoder=encoder,
+        index=recipe.ground.index,
+        limit=recipe.ground.queries,
+        seed=recipe.seed,
+        folder=context.folder,
+        events=context.events,
+        examples=4,
+    )
     by_id = {p.id: p for p in found}
     metrics = {name: {mode: _flat(m) for mode, m in result[name].items()} for name in ("withheld", "as_is")}
-    examples = [{"query": e["query"], "rank": e["rank"],
-                 "hits": [{"title": h["title"], "source": h["source"], "excerpt": excerpt(by_id[h["id"]].text)}
-                          for h in e["hits"]]} for e in result["examples"]["withheld"]]
-    return {"folder": str(context.folder / "as_is"), "passages": len(found), "queries": result["queries"],
-            "metrics": metrics, "examples": examples, "index_bytes": tree_bytes(context.folder / "as_is"), "cost": {}}
+    examples = [
+        {
+            "query": e["query"],
+            "rank": e["rank"],
+            "hits": [
+                {"title": h["title"], "source": h["source"], "excerpt": excerpt(by_id[h["id"]].text)} for h in e["hits"]
+            ],
+        }
+        for e in result["examples"]["withheld"]
+    ]
+    return {
+        "folder": str(context.folder / "as_is"),
+        "passages": len(found),
+        "queries": result["queries"],
+        "metrics": metrics,
+        "examples": examples,
+        "index_bytes": tree_bytes(context.folder / "as_is"),
+        "cost": {},
+    }
 
 
 def excerpt(text: str) -> str:

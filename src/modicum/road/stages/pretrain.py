@@ -19,12 +19,25 @@ from modicum.train.forms import merged
 from modicum.train.loop import train
 
 NEEDS = ("curate",)
-SHAPES = ((64, 2), (96, 2), (128, 2), (192, 2), (256, 2), (256, 4), (320, 6), (384, 8), (512, 8), (512, 12),
-          (768, 12), (1024, 16), (1024, 24))   # width and layers the planner chooses from; at few tokens two
+SHAPES = (
+    (64, 2),
+    (96, 2),
+    (128, 2),
+    (192, 2),
+    (256, 2),
+    (256, 4),
+    (320, 6),
+    (384, 8),
+    (512, 8),
+    (512, 12),
+    (768, 12),
+    (1024, 16),
+    (1024, 24),
+)  # width and layers the planner chooses from; at few tokens two
 #                                                layers learn as much per token as four, for half the time
-TOKENS_PER_PARAMETER = 3.0   # least tokens per parameter: what a run of minutes should still see
-EVALUATIONS = 2              # held-out losses of a run, the last one at its end
-EPOCHS = 4.0                 # most passes over the corpus
+TOKENS_PER_PARAMETER = 3.0  # least tokens per parameter: what a run of minutes should still see
+EVALUATIONS = 2  # held-out losses of a run, the last one at its end
+EPOCHS = 4.0  # most passes over the corpus
 
 
 def uses(recipe: Recipe) -> dict[str, Any]:
@@ -34,9 +47,14 @@ def uses(recipe: Recipe) -> dict[str, Any]:
 def plan(planner: Planner) -> StagePlan:
     """Choose the largest shape that sees enough tokens in the time (unless the recipe fixes them)."""
     recipe, curate = planner.recipe, planner.decisions["curate"]
-    candidates = [training.shape_of(recipe)] if recipe.model else [
-        training.shape_of(recipe, s, curate["vocab_size"]) for s in ([recipe.pretrain.shape] if recipe.pretrain.shape
-                                                                     else SHAPES)]
+    candidates = (
+        [training.shape_of(recipe)]
+        if recipe.model
+        else [
+            training.shape_of(recipe, s, curate["vocab_size"])
+            for s in ([recipe.pretrain.shape] if recipe.pretrain.shape else SHAPES)
+        ]
+    )
     if recipe.pretrain.parameters and not recipe.model:
         candidates = [min(candidates, key=lambda c: abs(c.parameters() - float(recipe.pretrain.parameters or 0)))]
     shape, tokens = _choose(planner, candidates, curate["train_tokens"] * EPOCHS)
@@ -44,9 +62,15 @@ def plan(planner: Planner) -> StagePlan:
     cost = training.training_cost(planner, shape, config, EVALUATIONS)
     cost = Cost(**cost.as_dict() | {"disk_bytes": cost.disk_bytes * 2 + shape.parameters() * 2})
     step = training.step_seconds(planner, shape, config)
-    return StagePlan(cost, {"shape": None if recipe.model else {"width": shape.width, "layers": shape.layers},
-                            "tokens": config.total_tokens, "lr": config.lr},
-                     f"{config.total_steps} steps of {config.step_tokens} tokens at {step:.3f} s, memory traced")
+    return StagePlan(
+        cost,
+        {
+            "shape": None if recipe.model else {"width": shape.width, "layers": shape.layers},
+            "tokens": config.total_tokens,
+            "lr": config.lr,
+        },
+        f"{config.total_steps} steps of {config.step_tokens} tokens at {step:.3f} s, memory traced",
+    )
 
 
 def _choose(planner: Planner, candidates: list[DecoderConfig], most: float) -> tuple[DecoderConfig, float]:
@@ -78,23 +102,47 @@ def run(context: Context) -> dict[str, Any]:
     curation = Curation.load(context.figures("curate")["folder"])
     size = decided["shape"] and (decided["shape"]["width"], decided["shape"]["layers"])
     shape = training.shape_of(recipe, size, curation.tokenizer().vocab_size)
-    config = training.train_config(recipe, shape, decided["tokens"], checkpoint_every=100,
-                                   eval_every=-(-int(decided["tokens"]) // recipe.pretrain.batch_tokens // EVALUATIONS))
+    config = training.train_config(
+        recipe,
+        shape,
+        decided["tokens"],
+        checkpoint_every=100,
+        eval_every=-(-int(decided["tokens"]) // recipe.pretrain.batch_tokens // EVALUATIONS),
+    )
     model = training.make_model(recipe, shape)
-    result = train(model, training.training_stream(recipe, curation, config.total_tokens), config, context.folder,
-                   events=context.events, deadline=context.deadline,
-                   heldout=training.heldout_stream(recipe, curation), label="pretrain")
+    result = train(
+        model,
+        training.training_stream(recipe, curation, config.total_tokens),
+        config,
+        context.folder,
+        events=context.events,
+        deadline=context.deadline,
+        heldout=training.heldout_stream(recipe, curation),
+        label="pretrain",
+    )
     if result.stopped:
-        raise ModicumError(f"the time budget ended after {count_text(result.tokens)} of "
-                           f"{count_text(config.total_tokens)} tokens; the checkpoint is kept, and the same command "
-                           "with a larger budget.time goes on from it")
+        raise ModicumError(
+            f"the time budget ended after {count_text(result.tokens)} of "
+            f"{count_text(config.total_tokens)} tokens; the checkpoint is kept, and the same command "
+            "with a larger budget.time goes on from it"
+        )
     folder = context.folder / "model"
     save_model(merged(model) if recipe.pretrain.form else model, folder, tokenizer_folder=curation.folder)
-    what = "went on from " + str(recipe.model) if recipe.model else \
-        f"a Llama-style decoder of {shape.layers} layers and width {shape.width}"
-    return {"folder": str(folder), "parameters": shape.parameters(), "tokens": result.tokens, "loss": result.loss,
-            "heldout_loss": result.heldout_loss, "seconds": result.seconds, "bytes": tree_bytes(folder),
-            "description": f"{shape.parameters() / 1e6:.2f} M parameters: {what}; {result.steps} steps of "
-                           f"{config.step_tokens:,} tokens in {recipe.pretrain.dtype}, "
-                           f"{result.tokens / result.seconds:,.0f} tokens/s over {seconds_text(result.seconds)}.",
-            "cost": {"parameters": shape.parameters(), "tokens": result.tokens, "flops": result.flops}}
+    what = (
+        "went on from " + str(recipe.model)
+        if recipe.model
+        else f"a Llama-style decoder of {shape.layers} layers and width {shape.width}"
+    )
+    return {
+        "folder": str(folder),
+        "parameters": shape.parameters(),
+        "tokens": result.tokens,
+        "loss": result.loss,
+        "heldout_loss": result.heldout_loss,
+        "seconds": result.seconds,
+        "bytes": tree_bytes(folder),
+        "description": f"{shape.parameters() / 1e6:.2f} M parameters: {what}; {result.steps} steps of "
+        f"{config.step_tokens:,} tokens in {recipe.pretrain.dtype}, "
+        f"{result.tokens / result.seconds:,.0f} tokens/s over {seconds_text(result.seconds)}.",
+        "cost": {"parameters": shape.parameters(), "tokens": result.tokens, "flops": result.flops},
+    }

@@ -49,9 +49,16 @@ def plan(planner: Planner) -> StagePlan:
 
     seconds, prompt = planner.once(("serve", shape, answer), measure)
     forward = training.forward_cost(planner, shape, 1024, 256)
-    return StagePlan(Cost(parameters=shape.parameters(), tokens=questions * (answer + prompt),
-                          seconds=seconds * questions, peak_bytes=forward.peak_bytes + 64 * 2**20),
-                     {}, "an answer timed; weights, cache and passages")
+    return StagePlan(
+        Cost(
+            parameters=shape.parameters(),
+            tokens=questions * (answer + prompt),
+            seconds=seconds * questions,
+            peak_bytes=forward.peak_bytes + 64 * 2**20,
+        ),
+        {},
+        "an answer timed; weights, cache and passages",
+    )
 
 
 def questions_of(searcher: Searcher, seed: int) -> list[str]:
@@ -62,7 +69,7 @@ def questions_of(searcher: Searcher, seed: int) -> list[str]:
         passage = searcher.passages[int(row)]
         name = passage.title.split("(")[0].strip()
         if len(passage.summary.split()) >= 5 and name and " " not in name and not name.split(".")[-1].startswith("_"):
-            wanted.append(f"What does `{name}` do?")   # as the pairs ask that it was adapted to
+            wanted.append(f"What does `{name}` do?")  # as the pairs ask that it was adapted to
         if len(wanted) == ASKED:
             return wanted
     for row in rng.permutation(len(searcher.passages))[: ASKED - len(wanted)]:
@@ -85,26 +92,55 @@ def run(context: Context) -> dict[str, Any]:
         budget = min(engine.max_length, 1024) - recipe.serve.max_tokens
         with context.events.progress("ask", len(asked), "questions") as progress:
             for question in asked:
-                answer = ask(question, searcher, generate, k=recipe.serve.passages, mode=recipe.serve.mode,
-                             prompt_budget=budget, count=lambda text: len(tokenizer.encode(text, specials=False)))
+                answer = ask(
+                    question,
+                    searcher,
+                    generate,
+                    k=recipe.serve.passages,
+                    mode=recipe.serve.mode,
+                    prompt_budget=budget,
+                    count=lambda text: len(tokenizer.encode(text, specials=False)),
+                )
                 answers.append(_row(answer))
                 context.events.emit("answer", **answers[-1])
                 progress.update(1)
     stats = engine.stats()
     small = model.config.parameters() < 1e8
-    remark = ("A model of a few million parameters, trained for minutes, has caught the manner of such texts and not "
-              "their meaning: the sources are right long before the sentences are. Give a pretrained model with "
-              "model=PATH for answers that read well.") if small else ""
+    remark = (
+        (
+            "A model of a few million parameters, trained for minutes, has caught the manner of such texts and not "
+            "their meaning: the sources are right long before the sentences are. Give a pretrained model with "
+            "model=PATH for answers that read well."
+        )
+        if small
+        else ""
+    )
     total = sum(a["prompt_tokens"] + a["tokens"] for a in answers)
-    return {"answers": answers, "model": folder, "stats": stats, "remark": remark,
-            "cost": {"tokens": total, "flops": total * model.config.flops_per_token(512),
-                     "parameters": model.config.parameters()}}
+    return {
+        "answers": answers,
+        "model": folder,
+        "stats": stats,
+        "remark": remark,
+        "cost": {
+            "tokens": total,
+            "flops": total * model.config.flops_per_token(512),
+            "parameters": model.config.parameters(),
+        },
+    }
 
 
 def _row(answer: Answer) -> dict[str, Any]:
     tokens, first = answer.completion_tokens or 0, answer.seconds_to_first or answer.seconds
-    return {"question": answer.question, "text": answer.text.strip(), "citations": answer.citations,
-            "sources": [{"id": s.id, "title": s.title, "source": s.source, "excerpt": excerpt(s.excerpt)}
-                        for s in answer.sources],
-            "prompt_tokens": answer.prompt_tokens, "tokens": tokens, "seconds": answer.seconds, "ttft": first,
-            "tokens_per_second": tokens / max(answer.seconds - first, 1e-6)}
+    return {
+        "question": answer.question,
+        "text": answer.text.strip(),
+        "citations": answer.citations,
+        "sources": [
+            {"id": s.id, "title": s.title, "source": s.source, "excerpt": excerpt(s.excerpt)} for s in answer.sources
+        ],
+        "prompt_tokens": answer.prompt_tokens,
+        "tokens": tokens,
+        "seconds": answer.seconds,
+        "ttft": first,
+        "tokens_per_second": tokens / max(answer.seconds - first, 1e-6),
+    }

@@ -38,12 +38,8 @@ def _logits(
     tile = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for d in range(0, D, STEP):
         at = d + tl.arange(0, STEP)
-        h = tl.load(
-            H + rows[:, None] * D + at[None, :], mask=(rows < N)[:, None] & (at < D)[None, :], other=0.0
-        )
-        w = tl.load(
-            W + columns[None, :] * D + at[:, None], mask=(columns < V)[None, :] & (at < D)[:, None], other=0.0
-        )
+        h = tl.load(H + rows[:, None] * D + at[None, :], mask=(rows < N)[:, None] & (at < D)[None, :], other=0.0)
+        w = tl.load(W + columns[None, :] * D + at[:, None], mask=(columns < V)[None, :] & (at < D)[:, None], other=0.0)
         tile = tl.dot(h, w, tile, input_precision="ieee")
     if HAS_BIAS:
         tile += tl.load(B + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]

@@ -58,9 +58,7 @@ def _batch(seed: int = 1) -> Batch:
     targets = tokens[:, 1:].clone()
     targets[0, 5:] = -100
     documents = (torch.arange(LENGTH)[None] >= torch.arange(3, 3 + ROWS)[:, None]).long()
-    return Batch(
-        tokens[:, :-1].contiguous(), targets, documents, torch.arange(LENGTH).expand(ROWS, LENGTH).clone()
-    )
+    return Batch(tokens[:, :-1].contiguous(), targets, documents, torch.arange(LENGTH).expand(ROWS, LENGTH).clone())
 
 
 def _gradient(engine: TrainEngine, seed: int = 1) -> tuple[float, Tensor]:
@@ -97,9 +95,7 @@ def check_accumulates(key: str) -> None:
     _, whole = _gradient(engine)
     _, parts = _gradient(_engine([_choice(key)], micro_batch=1))
     error = float((parts - whole).norm() / whole.norm())
-    assert error <= 2 * _saver(engine).gradient_error, (
-        f"{key}: the gradient's error over micro-batches is {error:.2g}"
-    )
+    assert error <= 2 * _saver(engine).gradient_error, f"{key}: the gradient's error over micro-batches is {error:.2g}"
 
 
 def check_leaves_the_model_as_it_was(key: str) -> None:
@@ -113,9 +109,7 @@ def check_leaves_the_model_as_it_was(key: str) -> None:
         assert torch.equal(value, after.state_dict()[name]), f"{key}: {name} changed"
     tokens = _batch().tokens_BT
     with torch.no_grad():
-        assert torch.equal(before.eval()(tokens), after.eval()(tokens)), (
-            f"{key}: the model computes something else"
-        )
+        assert torch.equal(before.eval()(tokens), after.eval()(tokens)), f"{key}: the model computes something else"
 
 
 def check_resumes_bit_for_bit(key: str) -> None:
@@ -136,9 +130,7 @@ def check_resumes_bit_for_bit(key: str) -> None:
     begun, resumed = _engine([_choice(key)]), _engine([_choice(key)])
     go(begun, 0, 4)
     tensors, values = split_state(_saver(begun).state_dict())
-    _saver(resumed).load_state_dict(
-        join_state(load(save({n: t.contiguous() for n, t in tensors.items()})), values)
-    )
+    _saver(resumed).load_state_dict(join_state(load(save({n: t.contiguous() for n, t in tensors.items()})), values))
     assert torch.equal(go(resumed, 4, 5), wanted), f"{key}: the gradient differs after resuming"
 
 
@@ -162,9 +154,7 @@ def check_without_gradients(key: str) -> None:
         with _saver(engine).around(engine):
             found = engine.model(tokens)
     assert torch.equal(found, wanted), f"{key}: logits change where no gradient is taken"
-    assert _saver(engine).state_dict().keys() == state.keys(), (
-        f"{key}: state appears where no gradient is taken"
-    )
+    assert _saver(engine).state_dict().keys() == state.keys(), f"{key}: state appears where no gradient is taken"
 
 
 def check_an_error_leaves_no_trace(key: str) -> None:
@@ -188,9 +178,7 @@ def check_trace(key: str) -> None:
     ]
     cls: Any = registry.load("memory", key).cls
     limit = 1.0 if cls.saves == "nothing" else 0.995
-    assert peaks[1] <= limit * peaks[0], (
-        f"{key}: the traced peak is {peaks[1]:,} bytes, without it {peaks[0]:,}"
-    )
+    assert peaks[1] <= limit * peaks[0], f"{key}: the traced peak is {peaks[1]:,} bytes, without it {peaks[0]:,}"
 
 
 def check_names_what_it_saves(key: str) -> None:

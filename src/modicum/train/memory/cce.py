@@ -79,9 +79,7 @@ class Cce(MemorySaver):
     def around(self, trainer: Any) -> contextlib.AbstractContextManager[None]:
         return losses.using(partial(self.loss, trainer.model))
 
-    def loss(
-        self, model: Any, h_BTD: Tensor, targets_BT: Tensor, head: losses.Head | None
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, model: Any, h_BTD: Tensor, targets_BT: Tensor, head: losses.Head | None) -> tuple[Tensor, Tensor]:
         """As `train.loss.cross_entropy`, which it leaves alone for a head that is not the model's own."""
         if head is None or head != model.head:
             return losses.sliced(h_BTD, targets_BT, head)
@@ -104,14 +102,10 @@ def classifier(model: nn.Module) -> Classifier:
         if weight_VD.requires_grad or not any(p.requires_grad for p in layer.parameters()):
             return Classifier(weight_VD, bias_V, softcap)
     held = layer.choice.method if layer.choice else type(layer).__name__
-    raise UserError(
-        f"memory 'cce' cannot be combined with the form {held!r} on lm_head; leave one of them out"
-    )
+    raise UserError(f"memory 'cce' cannot be combined with the form {held!r} on lm_head; leave one of them out")
 
 
-def linear_cross_entropy(
-    h_BTD: Tensor, head: Classifier, targets_BT: Tensor, config: Config
-) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(h_BTD: Tensor, head: Classifier, targets_BT: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(softcap(h W^T + b))[target] over targets that are not NO_LOSS, and their count.
 
     The sum is float32 (float64 for such input), differentiable once in h, weight and bias.

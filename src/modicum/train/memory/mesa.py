@@ -153,9 +153,7 @@ class Mesa(MemorySaver):
 
         return with_bytes
 
-    def _hooks(
-        self, name: str, chosen: Callable[[Tensor], bool], grouped: Callable[[Tensor], Grouped]
-    ) -> Any:
+    def _hooks(self, name: str, chosen: Callable[[Tensor], bool], grouped: Callable[[Tensor], Grouped]) -> Any:
         count = 0
 
         def pack(t: Tensor) -> Any:
@@ -192,9 +190,7 @@ class Mesa(MemorySaver):
         if before is not None and before.shape == seen.shape:
             before = before.to(seen.device)
             seen = torch.lerp(seen, before, self.config.decay)
-            self.estimates[place] = torch.where(
-                seen.isfinite(), seen, before
-            )  # a step that overflowed is forgotten
+            self.estimates[place] = torch.where(seen.isfinite(), seen, before)  # a step that overflowed is forgotten
         else:
             self.estimates[place] = seen.nan_to_num(0.0, 0.0, 0.0)
         return Packed(view, t, seen.view(2, *shape), self._generator if self.config.stochastic else None)
@@ -249,9 +245,7 @@ class Packed:
         out = torch.empty(self.bytes.shape, dtype=self.dtype, device=self.bytes.device)
         rows = max(1, PIECE * len(out) // out.numel())
         for part in range(0, len(out), rows):
-            out[part : part + rows] = (
-                self.bytes[part : part + rows].float().mul_(spread / LEVELS).add_(offset)
-            )
+            out[part : part + rows] = self.bytes[part : part + rows].float().mul_(spread / LEVELS).add_(offset)
         return out.view(self.shape)
 
     def reshaped(self, shape: torch.Size) -> Packed:

@@ -20,8 +20,11 @@ from torch import nn
 from modicum.core.errors import UserError
 from modicum.train.memory import MemorySaver
 
-CLAIM = {"figure": "O(sqrt(n)) memory for n layers at the cost of one more forward pass", "where": "abstract",
-         "scale": "1,000-layer residual network, 48 GB to 7 GB"}
+CLAIM = {
+    "figure": "O(sqrt(n)) memory for n layers at the cost of one more forward pass",
+    "where": "abstract",
+    "scale": "1,000-layer residual network, 48 GB to 7 GB",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,17 +33,14 @@ def _make(key: str, named: dict[str, nn.Parameter], lr: float = 1e-2) -> Optimiz
     return loaded.cls(getattr(loaded.module, "TOY", None) or loaded.config(), list(named.items()), lr=lr)
 
 
-def _steps(
-    optimizer: Optimizer, named: dict[str, nn.Parameter], first: int, last: int, lr: float = 1.0
-) -> None:
+def _steps(optimizer: Optimizer, named: dict[str, nn.Parameter], first: int, last: int, lr: float = 1.0) -> None:
     """Gradients of half the squared distance to 1, with noise of the step's own."""
     for i in range(first, last):
         scales = {"lr": lr}
         optimizer.begin(scales)
         generator = torch.Generator().manual_seed(i)
         loss = sum(
-            (((p - 1) ** 2) / 2 + 0.1 * p * torch.randn(p.shape, generator=generator)).sum()
-            for p in named.values()
+            (((p - 1) ** 2) / 2 + 0.1 * p * torch.randn(p.shape, generator=generator)).sum() for p in named.values()
         )
         assert isinstance(loss, Tensor)
         loss.backward()

@@ -47,9 +47,7 @@ class Adam:
         if self.bits == 32:
             m, v = held["exp_avg"], held["exp_avg_sq"]
         else:
-            m, v = (
-                dequantise(held[name], held[f"{name}_scale"], self.block, signed) for name, signed in FIELDS
-            )
+            m, v = (dequantise(held[name], held[f"{name}_scale"], self.block, signed) for name, signed in FIELDS)
         m.lerp_(g_RC, 1 - self.beta1)
         v.mul_(self.beta2).addcmul_(g_RC, g_RC, value=1 - self.beta2)
         if self.bits == 8:

@@ -62,9 +62,7 @@ class AdamW8bit(Optimizer):
 
     def __init__(self, config: Config, named: Iterable[tuple[str, Tensor]], *, lr: float = 1e-3):
         super().__init__(config, named, lr=lr)
-        self.adam = Adam(
-            beta1=config.beta1, beta2=config.beta2, eps=config.eps, bits=8, block=config.block
-        )
+        self.adam = Adam(beta1=config.beta1, beta2=config.beta2, eps=config.eps, bits=8, block=config.block)
         self.low = {name for name, p in self.named.items() if _is_low(config, name, p.ndim)}
         self.moments: dict[str, dict[str, Tensor]] = {}  # this process's rows
         self.steps: dict[str, int] = {}
@@ -130,6 +128,4 @@ def _is_low(config: Config, name: str, ndim: int) -> bool:
 
 
 def _plain(config: Config) -> plain.Config:
-    return plain.Config(
-        beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay
-    )
+    return plain.Config(beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)

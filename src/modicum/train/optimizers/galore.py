@@ -199,15 +199,11 @@ class GaLore(Optimizer):
                 flops += int(4 * k * math.prod(shape) + 14 * math.prod(compact) + svd)
         other, knobs = lowrank.other(config)
         rest = other.cost(knobs, {n: s for n, s in shapes.items() if not lowrank.is_projected(n, len(s))})
-        return Cost(
-            peak_bytes=held + rest.peak_bytes, flops=flops + rest.flops, parameters=count + rest.parameters
-        )
+        return Cost(peak_bytes=held + rest.peak_bytes, flops=flops + rest.flops, parameters=count + rest.parameters)
 
 
 def _adam(config: Config) -> Adam:
-    return Adam(
-        beta1=config.beta1, beta2=config.beta2, eps=config.eps, bits=config.bits, block=config.block
-    )
+    return Adam(beta1=config.beta1, beta2=config.beta2, eps=config.eps, bits=config.bits, block=config.block)
 
 
 def _by_rows(field: str, held: Mapping[str, Tensor]) -> bool:

@@ -189,9 +189,7 @@ class GradNormLoRP(Optimizer):
                 flops += (8 * r + 12) * math.prod(shape) + 8 * k * r * sum(shape)
         other, knobs = lowrank.other(config)
         rest = other.cost(knobs, {n: s for n, s in shapes.items() if not lowrank.is_projected(n, len(s))})
-        return Cost(
-            peak_bytes=held + rest.peak_bytes, flops=flops + rest.flops, parameters=count + rest.parameters
-        )
+        return Cost(peak_bytes=held + rest.peak_bytes, flops=flops + rest.flops, parameters=count + rest.parameters)
 
 
 def _own(held: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:

@@ -52,13 +52,10 @@ class Config:
     def __post_init__(self) -> None:
         check_adam(self.beta1, self.beta2, self.eps, self.weight_decay)
         if self.every < 0 or self.recovery < 0:
-            raise ValueError(
-                f"every={self.every} and recovery={self.recovery} must be at least 0 steps"
-            )
+            raise ValueError(f"every={self.every} and recovery={self.recovery} must be at least 0 steps")
         if 0 < self.every <= self.recovery and self.reset:
             raise ValueError(
-                f"recovery={self.recovery} must be shorter than every={self.every}, or the rate never "
-                "recovers"
+                f"recovery={self.recovery} must be shorter than every={self.every}, or the rate never recovers"
             )
         if self.every and not (self.refactor or self.reset):
             raise ValueError("refactor and reset are both off; write every=0 for plain AdamW")
@@ -79,9 +76,7 @@ class RefactorReset(Optimizer):
     def __init__(self, config: Config, named: Iterable[tuple[str, Tensor]], *, lr: float = 1e-3):
         super().__init__(config, named, lr=lr)
         self.pairs = pairs(self.named, config.factors)
-        knobs = adamw.Config(
-            beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay
-        )
+        knobs = adamw.Config(beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)
         self.adam = adamw.AdamW(knobs, self.named.items(), lr=lr)
         self.steps = 0
 

@@ -24,8 +24,11 @@ from modicum.core.errors import UserError
 from modicum.train.engine import TrainEngine
 from modicum.train.surgery._masks import Masking, check_sparsity, smallest
 
-CLAIM = {"figure": "loss of a dense model at equal compute, with fewer parameters at the end", "where": "abstract",
-         "scale": "58M to 468M parameters"}
+CLAIM = {
+    "figure": "loss of a dense model at equal compute, with fewer parameters at the end",
+    "where": "abstract",
+    "scale": "58M to 468M parameters",
+}
 SWEEP = ("sparsity=0.5", "sparsity=0.75")
 
 
@@ -107,8 +110,7 @@ def window(config: Config, steps: int, share: float) -> tuple[int, int]:
     kept = 1 - config.sparsity
     costs = [1 - share * (1 - d) for d in (1.0, (1 - kept) / math.log(1 / kept), kept)]
     parts = [
-        part / cost
-        for part, cost in zip((config.start, config.end - config.start, 1 - config.end), costs, strict=True)
+        part / cost for part, cost in zip((config.start, config.end - config.start, 1 - config.end), costs, strict=True)
     ]
     scale = steps / sum(parts)
     return round(parts[0] * scale), round((parts[0] + parts[1]) * scale)

@@ -33,8 +33,11 @@ from modicum.train.engine import TrainEngine
 from modicum.train.parallel import gather, is_sharded
 from modicum.train.surgery import Surgery
 
-CLAIM = {"figure": "the loss of 300B tokens from scratch after 194B, 54.6% faster", "where": "abstract",
-         "scale": "7B parameters"}
+CLAIM = {
+    "figure": "the loss of 300B tokens from scratch after 194B, 54.6% faster",
+    "where": "abstract",
+    "scale": "7B parameters",
+}
 LATEST = 0.2  # of the run's tokens, where the formula decides
 
 _LAYER = re.compile(r"layers\.(\d+)\.")

@@ -25,8 +25,11 @@ from torch import nn
 from modicum.train.engine import TrainEngine
 from modicum.train.surgery._masks import Masking, check_sparsity, prunable
 
-CLAIM = {"figure": "2.5 times fewer pretraining FLOPs at 75% sparsity without a significant loss after dense "
-                   "fine-tuning", "where": "abstract", "scale": "GPT-3 XL, 1.3B parameters"}
+CLAIM = {
+    "figure": "2.5 times fewer pretraining FLOPs at 75% sparsity without a significant loss after dense fine-tuning",
+    "where": "abstract",
+    "scale": "GPT-3 XL, 1.3B parameters",
+}
 SWEEP = ("sparsity=0.5", "sparsity=0.75", "sparsity=0.5,dense=0.2")
 
 
