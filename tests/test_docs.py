@@ -69,7 +69,7 @@ def test_links_between_pages_lead_somewhere(page):
 
 
 def test_recipe_overrides_on_the_pages_are_valid():
-    from modicum.road.recipe import load
+    from modicum.pipeline.recipe import load
 
     for page in PAGES:
         for words in commands(page.read_text()):

@@ -29,7 +29,7 @@ from modicum.core.files import atomic_directory, read_json, write_json
 from modicum.model import attach
 from modicum.model.decoder import Decoder
 from modicum.model.families import Rule, expand, pack, unpack
-from modicum.model.forms import LinearForm
+from modicum.model.linear import LinearForm
 from modicum.model.safetensor import SafetensorsFile, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -214,7 +214,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> dict[str, LinearForm]:
         for name, part in zip(place.ours, parts, strict=True):
             used_R = part.any(0) if len(parts) > 1 and b_OR.any() else torch.ones(len(a_RI), dtype=torch.bool)
             if used_R.any():
-                choices[name] = Choice("form", "lora", _at_rank(knobs, int(used_R.sum()), len(a_RI)))
+                choices[name] = Choice("linear", "lora", _at_rank(knobs, int(used_R.sum()), len(a_RI)))
                 values[name] = a_RI[used_R], part[:, used_R]
     made = attach.attach(model, choices)
     for name, form in made.items():

@@ -32,7 +32,7 @@ from modicum.data.tokenizer import Tokenizer
 from modicum.model import attach
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_config, load_model, parse_dtype, save_model
-from modicum.model.forms import LinearForm
+from modicum.model.linear import LinearForm
 from modicum.train.config import TrainConfig
 from modicum.train.evaluate import mean_loss
 from modicum.train.loop import Trainer
@@ -88,7 +88,7 @@ class AdaptConfig:
             raise UserError(f"heldout={self.heldout} must be a share, at least 0 and below 1")
         for field in ("form", "base"):
             if getattr(self, field) is not None:
-                Choice.parse("form", getattr(self, field)).config()
+                Choice.parse("linear", getattr(self, field)).config()
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def adapt(
     before anything is trained; KeyboardInterrupt after Ctrl-C, with the checkpoint written.
     """
     source, folder = find_folder(model_folder), Path(folder)
-    kind: Any = registry.load("form", Choice.parse("form", config.form).method).cls
+    kind: Any = registry.load("linear", Choice.parse("linear", config.form).method).cls
     attach.require_fit(config.form)
     if config.merge and "merge" not in kind.supports:
         raise UserError(f"the form {config.form} is not linear and cannot be merged; leave merge out")
@@ -287,7 +287,7 @@ def _afresh(source: Path, config: AdaptConfig, learnt: Mapping[str, _Learnt]) ->
     attach.settle(model)
     if config.merge:
         attach.merge(model)
-    elif Choice.parse("form", config.form).method == "dense":
+    elif Choice.parse("linear", config.form).method == "dense":
         attach.detach(model)
     return model
 

@@ -92,7 +92,7 @@ def in_checkout(port: str, key: str) -> Made:
         )
     made = Made(
         info.path / f"{python_name(key)}.py",
-        home / "tests" / f"test_{info.room}_{python_name(key)}.py",
+        home / "tests" / info.room / f"test_{python_name(key)}.py",
         f"{info.package}.{python_name(key)}",
     )
     _write(made, render(info, key, made.module), {})

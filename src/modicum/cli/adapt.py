@@ -19,7 +19,7 @@ def adapt(
         Path, typer.Option("--out", help="Folder of adapter and checkpoints; a stopped run goes on from it.")
     ],
     form: Annotated[
-        str, typer.Option(help="What is trained: lora:rank=8,alpha=16, dense, ... (modicum ls form)")
+        str, typer.Option(help="What is trained: lora:rank=8,alpha=16, dense, ... (modicum ls linear)")
     ] = "lora:rank=8",
     targets: Annotated[
         str | None,

@@ -16,7 +16,7 @@ def compress(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     form: Annotated[
-        str, typer.Option(help="How weights are held: int8, int4:group=64, bitstack, ... (modicum ls form)")
+        str, typer.Option(help="How weights are held: int8, int4:group=64, bitstack, ... (modicum ls linear)")
     ] = "int4:group=64",
     targets: Annotated[str, typer.Option(help="Layers, as globs with commas between.")] = "layers.*",
     embeddings: Annotated[

@@ -17,8 +17,8 @@ def plan(
     """Print the bill of every stage (parameters, FLOPs, bytes, seconds on this machine); nothing is run."""
     import json
 
-    from modicum.road import plan as planning
-    from modicum.road.recipe import load
+    from modicum.pipeline import plan as planning
+    from modicum.pipeline.recipe import load
 
     made = load(recipe, overrides or [])
     bill = planning.make_plan(made)

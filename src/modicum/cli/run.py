@@ -17,9 +17,9 @@ def run(
     """Run a recipe: plan, then every stage; what is finished is skipped, what was cut off goes on."""
     import sys
 
-    from modicum.road import report
-    from modicum.road.recipe import load
-    from modicum.road.run import check_folder, run_recipe
+    from modicum.pipeline import report
+    from modicum.pipeline.recipe import load
+    from modicum.pipeline.run import check_folder, run_recipe
 
     made = load(recipe, overrides or [])
     folder = out or Path("runs") / made.name

@@ -23,7 +23,7 @@ from modicum.data.tokenizer import Tokenizer
 from modicum.model import attach, stack
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_model, save_model
-from modicum.model.forms import LinearForm
+from modicum.model.linear import LinearForm
 
 ROWS = 4096  # of a matrix compared at a time, so that a large table needs no second copy in float32
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "modicum.json")
@@ -89,10 +89,10 @@ def compress(
         raise UserError(
             f"{sequences} sequences of {length} tokens are too few to calibrate with; give at least 1 of 2 tokens"
         )
-    picked = Choice.parse("form", choice)
+    picked = Choice.parse("linear", choice)
     kinds: list[Any] = []
-    for form in (picked, *(Choice.parse("form", f) for f in (embeddings, head) if f is not None)):
-        kind: Any = registry.load("form", form.method).cls
+    for form in (picked, *(Choice.parse("linear", f) for f in (embeddings, head) if f is not None)):
+        kind: Any = registry.load("linear", form.method).cls
         kinds.append(kind)
         if "adapter" in kind.supports:
             raise UserError(
@@ -128,7 +128,7 @@ def compress(
                 "the head is tied to the embedding, so a form for the head alone would store it "
                 "twice; give a form for the embeddings, which both then share"
             )
-        if not model.config.tied or Choice.parse("form", head) != Choice.parse("form", embeddings):
+        if not model.config.tied or Choice.parse("linear", head) != Choice.parse("linear", embeddings):
             plan["lm_head"] = head
     tally = _Tally()
     matched = attach.match(model, plan)
@@ -146,7 +146,7 @@ def compress(
         found = stack.stacks(model)
         sort_blocks(model, found, tokens_NT[:sequences], events=events)
         asked = {name: plan[matched[name]] if name in matched else embeddings for name in found}
-        stack.trim(found, {name: Choice.parse("form", form).config().bits for name, form in asked.items()})
+        stack.trim(found, {name: Choice.parse("linear", form).config().bits for name, form in asked.items()})
         least = stack.nbytes(model) - sum((form.held - 1) * form.block_bytes for form in found.values())
     tally.close()
     save_model(model, folder, source)
@@ -218,11 +218,11 @@ def _square(values: Tensor) -> float:
 
 def _whole(choice: Any) -> Choice:
     """A form in blocks is made with all of them; which ones stay is decided when they are sorted."""
-    parsed = Choice.parse("form", choice)
-    kind: Any = registry.load("form", parsed.method).cls
+    parsed = Choice.parse("linear", choice)
+    kind: Any = registry.load("linear", parsed.method).cls
     if "stack" not in kind.supports:
         return parsed
-    return Choice("form", parsed.method, {k: v for k, v in parsed.knobs.items() if k != "bits"})
+    return Choice("linear", parsed.method, {k: v for k, v in parsed.knobs.items() if k != "bits"})
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from modicum.budget.trace import has_data
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
-from modicum.model.forms import Gradient, LinearForm, LinearShape
+from modicum.model.linear import Gradient, LinearForm, LinearShape
 
 HEADS = ("lm_head", "embed_out")  # what gives logits; forms go there only where they are told to
 
@@ -126,7 +126,7 @@ def attach(
     Raises `UserError` for a pattern that matches nothing, overlapping patterns, a second form where the
     first does not support it, and knobs that do not fit the matrix; the model is then unchanged.
     """
-    parsed = {pattern: Choice.parse("form", choice) for pattern, choice in choices.items()}
+    parsed = {pattern: Choice.parse("linear", choice) for pattern, choice in choices.items()}
     chosen = match(model, parsed)
     layers = linears(model)
     made: dict[str, LinearForm] = {}
@@ -159,7 +159,7 @@ def _make(
     if has_data(weight_OI) and not bool(weight_OI.isfinite().all()):
         raise UserError(f"its weight holds NaN or infinite values; {choice.method!r} cannot be fitted to it")
     shape = LinearShape.of(weight_OI, bias_O)
-    form: LinearForm = registry.build("form", choice, shape, base)
+    form: LinearForm = registry.build("linear", choice, shape, base)
     form.choice, form.transposed = choice, is_conv1d(layer) or getattr(there, "transposed", False)
     with torch.no_grad():
         form.fit(weight_OI, bias_O, calibration_NI=calibration_NI, generator=generator)
@@ -168,8 +168,8 @@ def _make(
 
 def require_fit(choice: Any) -> None:
     """Raise `UserError` for a form that starts afresh: put into a trained model, it would forget weights."""
-    parsed = Choice.parse("form", choice)
-    cls: Any = registry.load("form", parsed.method).cls
+    parsed = Choice.parse("linear", choice)
+    cls: Any = registry.load("linear", parsed.method).cls
     if cls.fit_error is None:
         raise UserError(
             f"the form {parsed.method!r} does not take over a trained weight, it starts afresh; "
@@ -178,7 +178,7 @@ def require_fit(choice: Any) -> None:
 
 
 def _supports(choice: Choice) -> frozenset[str]:
-    cls: Any = registry.load("form", choice.method).cls
+    cls: Any = registry.load("linear", choice.method).cls
     return cls.supports
 
 
@@ -200,8 +200,8 @@ def plain(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 def wrap(layer: nn.Module) -> LinearForm:
     """A plain layer as a `dense` form that shares its parameters (a Conv1D's are transposed, so copied)."""
     weight_OI, bias_O = plain(layer)
-    form: Any = registry.build("form", "dense", LinearShape.of(weight_OI, bias_O, device="meta"))
-    form.choice = Choice("form", "dense")
+    form: Any = registry.build("linear", "dense", LinearShape.of(weight_OI, bias_O, device="meta"))
+    form.choice = Choice("linear", "dense")
     form.weight = nn.Parameter(weight_OI.detach().contiguous()) if is_conv1d(layer) else layer.weight
     form.bias = bias_O
     form._like = weight_OI.detach().new_empty(0)
@@ -279,8 +279,8 @@ def places(model: nn.Module, choice: Any) -> list[str]:
 
     Raises `UserError` where there is none.
     """
-    picked = Choice.parse("form", choice)
-    cls: Any = registry.load("form", picked.method).cls
+    picked = Choice.parse("linear", choice)
+    cls: Any = registry.load("linear", picked.method).cls
     names = [name for name in linears(model) if not name.endswith(HEADS)]
     found = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in cls.places)]
     if not found:
@@ -337,7 +337,7 @@ def as_linear(form: LinearForm) -> nn.Linear:
 
 def attach_embedding(model: nn.Module, name: str, choice: Any) -> LinearForm:
     """Let a form hold the token embedding `name`; a linear head tied to it shares the form."""
-    picked = Choice.parse("form", choice)
+    picked = Choice.parse("linear", choice)
     table = dict(model.named_modules()).get(name)
     if not isinstance(table, nn.Embedding):
         near = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]

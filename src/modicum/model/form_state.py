@@ -17,7 +17,7 @@ from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import CorruptError
 from modicum.model import attach
-from modicum.model.forms import LinearForm, LinearShape
+from modicum.model.linear import LinearForm, LinearShape
 
 VERSION = 1
 
@@ -110,8 +110,8 @@ def _form(entry: Mapping[str, Any], dtype: torch.dtype | None, device: torch.dev
         dtype=dtype or getattr(torch, entry["dtype"]),
         device=device,
     )
-    choice = Choice.parse("form", entry["form"])
-    form: LinearForm = registry.build("form", choice, shape, base)
+    choice = Choice.parse("linear", entry["form"])
+    form: LinearForm = registry.build("linear", choice, shape, base)
     form.choice = choice
     form.set_layout(entry["layout"])
     form.requires_grad_(False)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from modicum.budget.units import bytes_text
 from modicum.core.errors import CorruptError, UserError
-from modicum.model.forms import LinearForm, unique_tensors
+from modicum.model.linear import LinearForm, unique_tensors
 from modicum.model.safetensor import Item, SafetensorsFile
 
 BLOCKS_FILE = "modicum-blocks.safetensors"

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from modicum.core.errors import UserError
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
-from modicum.model.forms import LinearForm
 from modicum.model.layers import Block, RMSNorm
+from modicum.model.linear import LinearForm
 from modicum.serve import native
 from modicum.serve.attend import StepAttend
 from modicum.serve.drafters import layout
@@ -273,9 +273,9 @@ def _thinned(works: Sequence[Work]) -> Any:
 
 def _stored(module: Any) -> tuple[int, Tensor, Tensor | None, Tensor | None] | None:
     """Kind, weight, scale and zero of a linear layer the kernels can read; None for any other."""
-    from modicum.model.forms.dense import Dense
-    from modicum.model.forms.int4 import Int4
-    from modicum.model.forms.int8 import Int8
+    from modicum.model.linear.dense import Dense
+    from modicum.model.linear.int4 import Int4
+    from modicum.model.linear.int8 import Int8
 
     if type(module) in (nn.Linear, Dense):
         weight = module.weight

@@ -118,7 +118,7 @@ class TrainConfig:
         for choice in self.memory:
             Choice.parse("memory", choice)
         if self.form is not None:
-            Choice.parse("form", self.form)
+            Choice.parse("linear", self.form)
         if self.total_steps < 1:
             raise UserError(
                 f"tokens={self.tokens:g} is less than one step of {self.step_tokens} ({self.sequences} "
@@ -154,7 +154,7 @@ class TrainConfig:
         for port in PORTS:
             plain[port] = Choice.parse(port, plain[port]).resolved()
         plain["memory"] = [Choice.parse("memory", choice).resolved() for choice in self.memory]
-        plain["form"] = None if self.form is None else Choice.parse("form", self.form).resolved()
+        plain["form"] = None if self.form is None else Choice.parse("linear", self.form).resolved()
         plain["targets"] = list(self.targets)
         plain["batch_sequences"], plain["batch_tokens"] = self.sequences, self.step_tokens
         return plain
@@ -208,7 +208,7 @@ def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any]
     savers = [_method("memory", choice) for choice in config.memory]
     (optimizer, stepper), (surgery, cutter) = chosen[0], chosen[PORTS.index("surgery")]
     able = stepper.able(Choice.parse("optimizer", config.optimizer).config())
-    forms = [] if config.form is None else [_method("form", config.form)]
+    forms = [] if config.form is None else [_method("linear", config.form)]
     share = config.sequences // world
     for word, wanted, what, otherwise in (
         (

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from modicum.budget.trace import has_data
 from modicum.core.errors import UserError
-from modicum.model.forms import LinearForm
+from modicum.model.linear import LinearForm
 from modicum.train import loss as losses
 from modicum.train.memory import MemorySaver
 

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from modicum.core.errors import UserError
-from modicum.model.forms import LinearForm
 from modicum.model.layers import MLP, Attention, RMSNorm
+from modicum.model.linear import LinearForm
 from modicum.train import parallel
 from modicum.train.memory import MemorySaver
 

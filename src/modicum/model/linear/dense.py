@@ -1,0 +1,59 @@
+"""dense: the weight as it is, every entry stored and trained.
+
+    y = x W^T + b
+
+The baseline of the port, and the form that holds a plain layer's weight under an adapter. Attached on its
+own it means full fine-tuning of the chosen layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modicum.model.linear import LinearForm, LinearShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Nothing to choose."""
+
+
+class Dense(LinearForm):
+    supports = frozenset({"merge", "base", "embedding"})
+    config: Config
+
+    def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
+        super().__init__(config, shape, base)
+        self.weight = nn.Parameter(self._empty(shape.out_features, shape.in_features))
+        if self.bias is not None:
+            self.bias.requires_grad_(True)
+
+    def fit(
+        self,
+        weight_OI: Tensor,
+        bias_O: Tensor | None = None,
+        *,
+        calibration_NI: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
+        with torch.no_grad():
+            self.weight.copy_(weight_OI)
+        self._set_bias(bias_O)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def rows(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.weight)
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]

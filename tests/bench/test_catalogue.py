@@ -1,0 +1,183 @@
+"""Cards read as text, and the catalogue made from them and from records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_record import make
+
+from modicum.bench import card, catalogue, figures, pages, record, stats
+from modicum.core import registry
+from modicum.core.errors import UserError
+from modicum.core.registry import MethodInfo
+
+METHOD = '''"""toy: does a thing
+over two lines.
+
+More words.
+
+    y = x
+
+Doe and Roe 2023, arXiv:2301.00001, section 2; later Poe et al. 2024, arXiv:2402.00002.
+"""
+
+CLAIM = {"figure": "half the bytes", "where": "Table 1", "scale": "7B"}
+SWEEP = ("rank=4", "rank=8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    seed: int = 0   # of the draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Base):
+    rank: Annotated[int, Field(ge=1, le=9)] = 8   # of the update
+    names: list[str] = field(default_factory=list)
+    path: str
+
+
+class Toy(Thing):
+    supports = frozenset({"b", "a"})
+'''
+
+
+def read(tmp_path: Path, text: str) -> card.Card:
+    (tmp_path / "toy.py").write_text(text)
+    return card.read_card(MethodInfo("linear", "toy", "does a thing", "nowhere", tmp_path / "toy.py"))
+
+
+def test_card_of_a_file(tmp_path: Path) -> None:
+    found = read(tmp_path, METHOD)
+    assert found.summary == "does a thing over two lines"
+    assert [(k.name, k.type, k.default, k.note) for k in found.knobs] == [
+        ("seed", "int", "0", "of the draw"),
+        ("rank", "int, ge=1, le=9", "8", "of the update"),
+        ("names", "list[str]", "[]", ""),
+        ("path", "str", "", ""),
+    ]
+    assert found.supports == ("a", "b") and found.sweep == ("rank=4", "rank=8")
+    assert found.paper == ("Doe and Roe 2023", "https://arxiv.org/abs/2301.00001")
+    assert card.claim_text(found.claim) == "half the bytes (Table 1; 7B)"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            '{"figure": "half the bytes", "where": "Table 1", "scale": "7B"}',
+            "make_claim()",
+            "CLAIM must be written out",
+        ),
+        ('"figure"', '"figures"', "CLAIM="),
+        ('("rank=4", "rank=8")', "4", "SWEEP=4"),
+        ("class Toy(", "class Toy((", "is not Python"),
+    ],
+)
+def test_a_wrong_card_is_told(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, METHOD.replace(old, new))
+
+
+def test_claim_may_be_a_string(tmp_path: Path) -> None:
+    text = METHOD.replace('{"figure": "half the bytes", "where": "Table 1", "scale": "7B"}', '"faster"')
+    assert read(tmp_path, text).claim == {"figure": "faster"}
+
+
+@pytest.mark.parametrize("port", registry.ports())
+def test_knobs_read_as_text_are_those_of_the_class(port: str) -> None:
+    import dataclasses
+
+    for key, info in registry.methods(port).items():
+        loaded = registry.load(port, key)
+        found = card.read_card(info)
+        assert [k.name for k in found.knobs] == [f.name for f in dataclasses.fields(loaded.config)], f"{port}/{key}"
+        cls = loaded.cls
+        assert set(found.supports) == set(cls.supports), f"{port}/{key}"  # type: ignore[attr-defined]
+        for knob, field in zip(found.knobs, dataclasses.fields(loaded.config), strict=True):
+            needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            assert bool(knob.default) != needed, f"{port}/{key}: {knob.name}"
+
+
+@pytest.mark.parametrize("port", registry.ports())
+def test_protocol_text_names_what_a_method_must_do(port: str) -> None:
+    import inspect
+
+    text = card.port_text(registry.port(port))
+    base = registry.base_class(port)
+    for name, value in vars(base).items():
+        if inspect.isfunction(value) and not name.startswith("_"):
+            assert f"def {name}(" in text, name
+    assert text.startswith(f"port {port}: ")
+
+
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "README.md").write_text("# title\n\nWords.\n")
+    records = []
+    for seed in range(3):
+        for method, loss, bytes_ in (("adamw", 2.0, 800.0), ("half", 1.9, 400.0)):
+            records.append(make(method, seed, loss + seed / 100, bytes_, baseline="adamw", claim={"figure": "0.5x"}))
+    for entry in records:
+        record.append(tmp_path / "evidence" / "optimizer.jsonl", entry)
+    return tmp_path
+
+
+def test_catalogue_is_written_once_and_goes_stale(tmp_path: Path) -> None:
+    home = checkout(tmp_path)
+    changed = catalogue.write(home)
+    assert home / "README.md" in changed and home / "docs/ports/optimizer.md" in changed
+    assert not catalogue.stale(home) and not catalogue.write(home)
+    text = (home / "README.md").read_text()
+    assert text.startswith("# title\n\nWords.\n") and text.count(catalogue.BEGIN) == 1
+    for port in registry.ports():
+        for key in registry.methods(port):
+            assert f"| **{key}** |" in text or f"| {key} |" in text, f"{port}/{key} is not in the table"
+    assert "loss 2.01 ± 0.01; state bytes 800 B" in text
+    (home / "README.md").write_text(text.replace("Words.", "Other words."))
+    assert not catalogue.stale(home), "the words around are the writer's own"
+    record.append(home / "evidence" / "optimizer.jsonl", make("adamw", 3, 2.5, 800.0, baseline="adamw"))
+    assert set(catalogue.stale(home)) == {
+        home / "README.md",
+        home / "docs/ports/optimizer.md",
+        home / "docs/ports/plots/optimizer.svg",
+    }
+    (home / "docs" / "ports" / "gone.md").write_text("a port of the past")
+    assert home / "docs/ports/gone.md" in catalogue.stale(home)
+    catalogue.write(home)
+    assert not (home / "docs" / "ports" / "gone.md").exists() and not catalogue.stale(home)
+
+
+def test_page_holds_protocol_cards_and_figures(tmp_path: Path) -> None:
+    home = checkout(tmp_path)
+    files = pages.port_files(registry.port("optimizer"), home / "docs/ports", home / "evidence")
+    page = files[home / "docs/ports/optimizer.md"]
+    assert "### adamw (baseline)" in page and "def step(" in page and "| `beta1` | `float` | `0.9` |" in page
+    assert "| half | 1.91 ± 0.01 | −5% [−5%, −5%] | 400 B | ×0.5 |" in page
+    assert "plots/optimizer.svg" in page and (home / "docs/ports/plots/optimizer.svg") in files
+    assert "commit abc" in page and "Seeds 0, 1, 2" in page
+
+
+def test_only_one_marker_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only one of"):
+        catalogue.readme(f"x\n{catalogue.BEGIN}\n", tmp_path)
+
+
+def test_newest_run_with_a_baseline_counts() -> None:
+    old = [make("base", run="1", loss=2.0), make("m", run="1", loss=1.0)]
+    new = [make("base", run="2", loss=4.0), make("m", run="2", loss=3.0)]
+    alone = [make("m", run="3", loss=9.0)]
+    row, members = figures.rows_of(old + new + alone)["m"]
+    assert row.quality.mean == 3.0 and members[-1].run == "2"
+
+
+def test_row_text() -> None:
+    records = [make(m, s, v + s / 10, c) for m, v, c in (("base", 2.0, 100.0), ("m", 1.0, 30.0)) for s in range(2)]
+    base, row = stats.compare(records)[0]
+    assert figures.measured_text(base) == "loss 2.05 ± 0.071; state bytes 100 B"
+    assert figures.measured_text(row) == "loss 1.05 ± 0.071, −49% [−49%, −49%]; state bytes 30 B, ×0.3"
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.0314, "+3.1%"), (-0.5, "−50%"), (0.0, "±0%"), (12.0, "+1200%")])
+def test_percent(share: float, text: str) -> None:
+    assert figures.percent(share) == text

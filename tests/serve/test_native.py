@@ -1,0 +1,332 @@
+"""The compiled kernels against the same layers computed in float64, and the engine that chooses them."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from serve_tools import engine, lively, tiny
+from torch import Tensor
+
+from modicum.core.errors import ModicumError, UserError
+from modicum.model.attach import attach
+from modicum.model.config import llama_like
+from modicum.model.decoder import Decoder
+from modicum.serve import native
+from modicum.serve.config import EngineConfig
+from modicum.serve.engine import Engine
+from modicum.serve.request import SamplingParams
+from modicum.serve.runner import Eager, Native, unserved
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.reason()}")
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "windows and caps": {
+        "windows": (None, 9),
+        "attention_softcap": 5.0,
+        "logit_softcap": 8.0,
+        "norm_place": "sandwich",
+    },
+    "biases, half rotation": {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "activation": "gelu_tanh"},
+    "norms of heads": {"qk_norm": "head", "norm": "rms_plus_one", "embed_scale": 3.0, "activation": "gelu"},
+    "norms of all heads": {"qk_norm": "full", "norm_place": "output", "activation": "relu"},
+    "no gate, odd sizes": {"gated": False, "head_dim": 20},
+    "long rows": {"mlp_width": 1700},
+}
+
+
+def decoder(name: str = "plain", width: int = 128, **more: Any) -> Decoder:
+    given = SHAPES[name] | more
+    given = {"head_dim": 32, "context_length": 256, "tied": False, "mlp_width": 192} | given
+    shape = llama_like(199, width, 2, 4, 2, **given)
+    model = lively(Decoder(shape, torch.Generator().manual_seed(0)), 2.0)
+    with torch.no_grad():
+        for name_, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name_))) * 0.2)
+    return model
+
+
+def logits_of(
+    model: Decoder, prompts: list[list[int]], steps: int = 3, dtype: str | None = None, **config: Any
+) -> tuple[Tensor, Any]:
+    """Logits of each step of all prompts at once, and the tokens that were fed; by the engine's own runner."""
+    e = Engine(model, None, EngineConfig(block_size=8, cache="2ktok", prefix_cache=False, dtype=dtype, **config))
+    caught: dict[int, list[Tensor]] = {}
+    runner = e.runner
+
+    def watched(works: Any, rows: Any, observe: bool) -> Any:
+        logits = runner(works, rows, observe)
+        for w in works:
+            if w.at + w.n - 1 in rows:
+                caught.setdefault(w.sample.request.id, []).append(logits[list(rows).index(w.at + w.n - 1)])
+        return logits
+
+    e.runner = watched  # type: ignore[assignment]
+    params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
+    tokens = [o.tokens for o in e.generate(prompts, params)]
+    assert isinstance(runner, Native)
+    return torch.stack([torch.stack(caught[i]).double() for i in sorted(caught)]), tokens  # (prompts, steps, V)
+
+
+def to_eight_bits(module: torch.nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+    """What goes into a matrix, rounded as the kernels do it: a step for each 64 inputs, 127 of them the largest."""
+    x = given[0].unflatten(-1, (-1, 64))
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return (torch.where(step > 0, torch.round(x / step) * step, 0.0).flatten(-2),)
+
+
+def exact(model: Decoder, prompts: list[list[int]], tokens: list[list[int]], eight: bool = False) -> Tensor:
+    """The same logits by the decoder in float64, codes decoded, each sequence whole and alone."""
+    from modicum.model.attach import forms
+
+    wide = Decoder(model.config, init=False).double()
+    state = {name: value for name, value in model.state_dict().items() if name in wide.state_dict()}
+    for name, form in forms(model).items():
+        state[f"{name}.weight"] = form.decode(torch.float64)  # type: ignore[operator]
+    wide.load_state_dict({name: value.double() for name, value in state.items()})
+    for name in (n for n in forms(model) if eight and n != "lm_head"):  # few rows want logits: exact as ever
+        wide.get_submodule(name).register_forward_pre_hook(to_eight_bits)  # type: ignore[arg-type]
+    rows = []
+    for prompt, said in zip(prompts, tokens, strict=True):
+        with torch.no_grad():
+            rows.append(wide(torch.tensor([prompt + said[:-1]]))[0, len(prompt) - 1 :])
+    return torch.stack(rows)
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+PROMPTS = [[5, 6, 7], list(range(40)), [9] * 17, list(range(90, 160)), [3]]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", SHAPES)
+def test_float32_shapes(name: str) -> None:
+    model = decoder(name)
+    got, tokens = logits_of(model, PROMPTS)
+    assert distance(got, exact(model, PROMPTS, tokens)) < 2e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", ["int8", "int8:group=64", "int4:group=32", "int4:group=64", "int4:group=128"])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_codes_are_multiplied_as_they_decode(form: str, count: int) -> None:
+    """float32: as exact as float32; few rows of bfloat16: far closer than bfloat16 activations could be."""
+    model = decoder()
+    attach(model, {"layers.*": form, "lm_head": form})
+    got, tokens = logits_of(model, PROMPTS[:count])
+    assert distance(got, exact(model, PROMPTS[:count], tokens)) < 2e-6
+    half = decoder().to(torch.bfloat16)
+    attach(half, {"layers.*": form, "lm_head": form})
+    got, tokens = logits_of(half, PROMPTS[:count], dtype="float32")
+    error = distance(got, exact(half, PROMPTS[:count], tokens))
+    assert error < (3e-4 if form.startswith("int8") and count == 1 else 2e-2)
+
+
+needs_eights = pytest.mark.skipif(
+    native.library() is None or "avx512_vnni" not in native.processor(), reason="no byte products"
+)
+
+
+def coded(form: str, width: int = 128) -> Decoder:
+    model = decoder(width=width).to(torch.bfloat16)
+    attach(model, {"layers.*": form, "lm_head": form})
+    return model
+
+
+@needs_eights
+@pytest.mark.parametrize("form", ["int8", "int8:group=64", "int4:group=64", "int4:group=128"])
+@pytest.mark.parametrize("width", [128, 320])
+def test_eight_bits_round_what_goes_in_and_nothing_else(form: str, width: int) -> None:
+    """But for a rare value that lies so near the middle of two codes that float32 and float64 part ways."""
+    model = coded(form, width)
+    prompts = [list(range(7 * i, 8 * i + 6)) for i in range(4)]  # rows enough to be multiplied in eight bits
+    got, tokens = logits_of(model, prompts, steps=1, dtype="float32", activation_bits=8)
+    want, unrounded = exact(model, prompts, tokens, eight=True), exact(model, prompts, tokens)
+    assert sorted(distance(g, w) for g, w in zip(got, want, strict=True))[1] < 1e-4
+    assert 0.01 < distance(unrounded, want) < 0.05
+
+
+@needs_eights
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_eight_bits_depend_on_neither_company_nor_threads(form: str) -> None:
+    model = coded(form)
+    together, _ = logits_of(model, PROMPTS[1:4], steps=1, activation_bits=8)
+    for prompt, want in zip(PROMPTS[1:4], together, strict=True):
+        assert torch.equal(logits_of(model, [prompt], steps=1, activation_bits=8)[0][0], want)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(logits_of(model, PROMPTS[1:4], steps=1, activation_bits=8)[0], together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_eights
+def test_a_nan_survives_eight_bits() -> None:
+    model = coded("int8")
+    with torch.no_grad():
+        model.embed.weight[11, 70] = float("nan")
+    logits_of(model, [[12] * 6], steps=1, activation_bits=8)
+    with pytest.raises(ModicumError, match="not a number"):
+        logits_of(model, [[11] * 6], steps=1, activation_bits=8)
+
+
+def test_eight_bits_need_codes_and_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="neither 16 nor 8"):
+        EngineConfig(activation_bits=4)
+    with pytest.raises(UserError, match="int8 or int4"):
+        Engine(decoder().to(torch.bfloat16), None, EngineConfig(cache="1ktok", activation_bits=8))
+    monkeypatch.setenv("MODICUM_NATIVE", "0")
+    with pytest.raises(UserError, match="MODICUM_NATIVE=0"):
+        Engine(coded("int8"), None, EngineConfig(cache="1ktok", activation_bits=8))
+
+
+@needs_kernels
+def test_bfloat16_is_no_further_from_exact_than_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder().to(torch.bfloat16)
+    got, tokens = logits_of(model, PROMPTS)
+    want = exact(model, PROMPTS, tokens)
+    with torch.no_grad():
+        eager = torch.stack(
+            [model(torch.tensor([p + t[:-1]]))[0, len(p) - 1 :] for p, t in zip(PROMPTS, tokens, strict=True)]
+        )
+    assert distance(got, want) < distance(eager.double(), want)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["plain", "long rows"])
+def test_company_does_not_change_a_bit(name: str, dtype: torch.dtype) -> None:
+    model = decoder(name).to(dtype)
+    together, tokens = logits_of(model, PROMPTS[1:3])
+    for i, prompt in enumerate(PROMPTS[1:3]):
+        alone, said = logits_of(model, [prompt])
+        assert said == [tokens[i]] and torch.equal(alone[0], together[i])
+
+
+@needs_kernels
+def test_threads_do_not_change_a_bit() -> None:
+    model, before = decoder(), torch.get_num_threads()
+    one, _ = logits_of(model, PROMPTS)
+    try:
+        torch.set_num_threads(3)
+        many, _ = logits_of(model, PROMPTS)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, many)
+
+
+@needs_kernels
+def test_long_sequences_grow_the_scores() -> None:
+    model = decoder()
+    prompts = [[7] * 10, [i % 199 for i in range(240)]]
+    for prompt in prompts:
+        got, tokens = logits_of(model, [prompt])
+        assert distance(got, exact(model, [prompt], tokens)) < 2e-6
+
+
+def test_what_is_not_served_falls_back() -> None:
+    why = unserved(tiny(), torch.float16)
+    assert why is not None and "float16" in why
+    lora = tiny()
+    attach(lora, {"layers.*.attention.*": "lora:rank=2"})
+    assert "lora" in (unserved(lora, torch.float32) or "").lower()
+    assert isinstance(Engine(lora, None, EngineConfig(cache="1ktok")).runner, Eager)
+    assert unserved(tiny(), torch.float32) is None
+
+
+def test_off_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODICUM_NATIVE", "0")
+    assert native.library() is None and "MODICUM_NATIVE" in native.reason()
+    assert isinstance(engine().runner, Eager)
+
+
+@needs_kernels
+def test_no_compiler_means_the_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", str(tmp_path / "nothing"))
+    native._load.cache_clear()
+    try:
+        assert native.library() is None and "could not build" in native.reason()
+        assert isinstance(engine().runner, Eager)
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()
+
+
+@needs_kernels
+def test_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = native.build("cc")
+    stamp = path.stat().st_mtime_ns
+    assert native.build("cc") == path and path.stat().st_mtime_ns == stamp
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@needs_kernels
+def test_structures_have_one_layout() -> None:
+    library = native.library()
+    assert library is not None
+    sizes = [library.modicum_layout(i) for i in range(5)]
+    assert sizes == [ctypes.sizeof(k) for k in (native.Matrix, native.Rope, native.Layer, native.Model, native.Step)]
+    assert np.dtype(np.int64).itemsize == ctypes.sizeof(native.I64)
+
+
+@needs_kernels
+def test_two_engines_read_the_same_codes() -> None:
+    """The second one must not move what the first one's kernels point to."""
+    model = decoder(width=1280)
+    attach(model, {"layers.*": "int8:group=64", "lm_head": "int8"})
+    assert sum(b.nbytes for b in model.buffers()) > native.LARGE_PAGE
+    one = Engine(model, None, EngineConfig(cache="1ktok"))
+    where = [b.data_ptr() for b in model.buffers()]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    want = one.generate(PROMPTS, params)
+    two = Engine(model, None, EngineConfig(cache="1ktok"))
+    assert [b.data_ptr() for b in model.buffers()] == where
+    assert [o.tokens for o in two.generate(PROMPTS, params)] == [o.tokens for o in want]
+    assert [o.tokens for o in one.generate(PROMPTS, params)] == [o.tokens for o in want]
+
+
+@needs_kernels
+@pytest.mark.parametrize("kv", ["snapkv:budget=24,window=4,kernel=3", "razorattention:budget=0.4,sinks=2,probe=12"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thinned_sequences_stay_with_the_kernels(kv: str, dtype: torch.dtype) -> None:
+    """Heads of different lengths, a token that stands for many, companions of all kinds: as the decoder has it."""
+    model = decoder().to(dtype)
+    params = SamplingParams(temperature=0, max_tokens=30, logprobs=1, ignore_eos=True)
+    prompts = [list(range(i, i + n)) for i, n in ((3, 70), (40, 90), (7, 5), (20, 61))]
+    found, eager_steps = [], 0
+    for by_kernels in (True, False):
+        e = Engine(model, None, EngineConfig(block_size=8, cache="2ktok", prefix_cache=False, kv=kv))
+        runner = e.runner
+        assert isinstance(runner, Native)
+        as_written = runner.eager
+
+        def counted(*given: Any, by: Any = as_written) -> Any:
+            nonlocal eager_steps
+            eager_steps += 1
+            return by(*given)
+
+        if by_kernels:
+            runner.eager = counted  # type: ignore[assignment]
+        else:
+            e.runner = as_written
+        outputs = e.generate(prompts, params)
+        assert e.stats()["thinnings"] > 0
+        found.append(outputs)
+    assert eager_steps <= 1  # the prompts, where the policy looks at their queries
+    close = 1e-4 if dtype == torch.float32 else 0.2
+    for mine, theirs in zip(*found, strict=True):
+        if dtype == torch.float32:
+            assert mine.tokens == theirs.tokens
+        for a, b in zip(mine.completions[0].logprobs, theirs.completions[0].logprobs, strict=True):
+            if a.token != b.token:
+                break
+            assert abs(a.logprob - b.logprob) < close
