@@ -35,6 +35,7 @@ ORDER = (
     "eval",
     "bench",
     "ls",
+    "get",
     "show",
     "new",
     "check",

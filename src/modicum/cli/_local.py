@@ -13,13 +13,14 @@ def local_generator(
 ) -> tuple[Generate, Callable[[str], int], int]:
     """(generate, token count of a text, the model's context length). The model loads here, once."""
     from modicum.data.tokenizer import Tokenizer
-    from modicum.model.folder import load_model
+    from modicum.model.folder import find_folder, load_model
     from modicum.serve.config import EngineConfig
     from modicum.serve.engine import Engine
     from modicum.serve.request import SamplingParams
 
-    tokenizer = Tokenizer.load(model)
-    engine = Engine(load_model(model, dtype=dtype, device=device), tokenizer, EngineConfig())
+    folder = find_folder(model)
+    tokenizer = Tokenizer.load(folder)
+    engine = Engine(load_model(folder, dtype=dtype, device=device), tokenizer, EngineConfig())
     specials = [t.content for t in tokenizer.backend.get_added_tokens_decoder().values() if t.special]
 
     def plain(text: str) -> str:

@@ -9,7 +9,7 @@ import typer
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub id, or the URL of a server.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a known name (modicum ls models), a hub id, or a URL.")],
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     message: Annotated[str | None, typer.Option("-m", "--message", help="Say this, print the answer, end.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,

@@ -19,7 +19,7 @@ def index(
     out: Annotated[str, typer.Option("--out", help="Folder to write.")],
     encoder: Annotated[
         str | None,
-        typer.Option(help="A model folder or hub id for dense vectors, or lsa for none; BM25 alone if left out."),
+        typer.Option(help="A model folder, known name or hub id for dense vectors, or lsa for none; else BM25 alone."),
     ] = None,
     method: Annotated[str, typer.Option("--index", help="Vector index: exact, or hnsw:M=32.")] = "exact",
     knobs: Annotated[str | None, typer.Option("--encoder-knobs", help="Such as layers=[0,1],share=0.5.")] = None,

@@ -1,4 +1,4 @@
-"""List the ports, or one port's methods."""
+"""List the ports, one port's methods, or the models known by name."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from modicum.core import registry
 
 
 def ls(
-    port: Annotated[str | None, typer.Argument(help="A port, e.g. optimizer; all of them if left out.")] = None,
+    port: Annotated[
+        str | None, typer.Argument(help="A port, e.g. optimizer; all ports if left out; or: models.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """List the ports, or one port's methods. Nothing is imported, so this answers at once."""
+    """List the ports, one port's methods, or the models known by name. Nothing heavy is imported."""
+    if port == "models":
+        _models(as_json)
+        return
     names = [port] if port else list(registry.ports())
     listing = {name: registry.methods(name) for name in names}
     if as_json:
@@ -26,3 +31,21 @@ def ls(
         for key, method in found.items():
             print(f"  {key + (' *' if key == info.baseline else ''):<18} {method.summary}")
     print("\n* baseline    modicum show PORT KEY for one method's card and knobs")
+
+
+def _models(as_json: bool) -> None:
+    from modicum.budget.units import bytes_text
+    from modicum.model import sources
+
+    known = sources.sources().values()
+    if as_json:
+        rows = {
+            s.name: s.record() | {"folder": str(sources.folder_of(s.name)), "fetched": sources.is_fetched(s)}
+            for s in known
+        }
+        print(json.dumps(rows, indent=2))
+        return
+    for s in known:
+        state = "fetched" if sources.is_fetched(s) else f"{bytes_text(sum(p.bytes for p in s.packages))} to fetch"
+        print(f"{s.name:<14} {s.kind:<8} {bytes_text(s.bytes):>9}  {state:<18} {s.licence:<19} {s.summary}")
+    print("\nmodicum get NAME fetches one; every verb that takes a model does so by itself")

@@ -9,7 +9,9 @@ import typer
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A model folder, or a hub id OWNER/NAME.")],
+    model: Annotated[
+        str, typer.Argument(help="A model folder, a known name (modicum ls models), or a hub id OWNER/NAME.")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Model name in the API; the folder's name if left out.")] = None,

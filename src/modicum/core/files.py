@@ -13,6 +13,13 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_home() -> Path:
+    """The user's cache folder: MODICUM_HOME, else XDG_CACHE_HOME/modicum, else ~/.cache/modicum. Not created."""
+    if os.environ.get("MODICUM_HOME"):
+        return Path(os.environ["MODICUM_HOME"]).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "modicum"
+
+
 def sha256(path: str | Path, block: int = 1 << 20) -> str:
     """Hex SHA-256 of a file, read in blocks of `block` bytes."""
     digest = hashlib.sha256()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modicum.budget import units
 from modicum.core.errors import CorruptError, UserError, unknown
 from modicum.core.files import atomic_directory, write_json
-from modicum.model import form_state, stack
+from modicum.model import form_state, sources, stack
 from modicum.model.attach import forms
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
@@ -65,17 +65,27 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-def find_folder(path_or_hub_id: str | Path) -> Path:
-    """The folder itself, or the local snapshot of a Hugging Face hub id (fetched if need be)."""
-    path = Path(path_or_hub_id).expanduser()
+def find_folder(path_or_name: str | Path) -> Path:
+    """The folder itself, the folder of a known name, or the local snapshot of a hub id; the latter two are fetched
+    if need be.
+
+    A text without a slash that `model.sources` knows is that model, unless a folder of the same name in the
+    working directory holds config.json; `./NAME` is always the folder.
+    """
+    text = str(path_or_name)
+    if isinstance(path_or_name, str):
+        text = sources.resolve(text)
+    path = Path(text).expanduser()
     if path.is_dir():
         return path
-    text = str(path_or_hub_id)
     if path.is_file():
         raise UserError(f"{text} is a file; give the folder that holds config.json and model.safetensors")
     if not _HUB_ID.match(text) or text.startswith((".", "/", "~")):
+        if re.fullmatch(r"[\w.-]+", text) and not text.startswith("."):
+            sources.source(text)  # refuses it with the nearest name
         raise UserError(
-            f"no model at {text}; give a folder with config.json and model.safetensors, or a hub id OWNER/NAME"
+            f"no model at {text}; give a folder with config.json and model.safetensors, a hub id OWNER/NAME, or a "
+            f"known name ({', '.join(sources.sources())})"
         )
     from huggingface_hub import snapshot_download
 

@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from modicum.core.files import sha256, write_json
+from modicum.model import sources
 
 SAMPLE_BYTES = 1 << 20  # read from each end of a weight file to recognise it
 
 
 class Encoder(ABC):
-    """What an index asks of an encoder. `model` is a folder or a hub id."""
+    """What an index asks of an encoder. `model` is a folder, a known name or a hub id."""
 
     kind: ClassVar[str]
     model: str
@@ -68,7 +69,9 @@ class Encoder(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         here = self.settings()
-        if Path(self.model).is_dir():  # found again when index and model move together
+        if Path(self.model).is_dir() and not sources.is_name(
+            self.model
+        ):  # found again when index and model move together
             here["relative"] = os.path.relpath(Path(self.model).resolve(), folder.resolve())
         write_json(folder / "encoder.json", here)
         save_file({k: np.ascontiguousarray(v) for k, v in self.state().items()}, str(folder / "encoder.safetensors"))
@@ -81,12 +84,15 @@ def unit(x_ND: np.ndarray) -> np.ndarray:
 
 
 def fingerprint(model: str) -> str | None:
-    """16 hex digits of a model folder: small files whole, weights by length and both ends. None for a hub id."""
-    folder = Path(model)
+    """16 hex digits of a model folder or known name: small files whole, weights by length and both ends.
+
+    None for a hub id.
+    """
+    folder = Path(sources.resolve(model))
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors") and p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".gguf") and p.is_file()):
         digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size} ".encode())
         if path.stat().st_size <= 2 * SAMPLE_BYTES:
             digest.update(sha256(path).encode())

@@ -11,6 +11,7 @@ import numpy as np
 
 from modicum.core.errors import MissingExtra, UserError, unknown
 from modicum.core.files import read_json
+from modicum.model import sources
 from modicum.retrieve.decoder_encoder import DecoderEncoder
 from modicum.retrieve.encoder import Encoder, fingerprint, unit
 from modicum.retrieve.latent import Latent
@@ -39,7 +40,7 @@ class SentenceTransformerEncoder(Encoder):
             raise MissingExtra("sentence-transformers", "encoders", f"the encoder {model}") from None
         self.model, self.batch = str(model), batch
         try:
-            self._model = SentenceTransformer(self.model, device=device, trust_remote_code=False)
+            self._model = SentenceTransformer(sources.resolve(self.model), device=device, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{model} does not open as an encoder ({str(error).splitlines()[0]}); give a folder or a "
@@ -94,22 +95,25 @@ KINDS: dict[str, Any] = {c.kind: c for c in (SentenceTransformerEncoder, LatentE
 
 
 def make_encoder(spec: str, *, device: str = "cpu", **knobs: Any) -> Encoder:
-    """From `decoder:FOLDER`, `sentence-transformers:MODEL`, `lsa` (or `lsa:512`), or a bare folder or hub id.
+    """From `decoder:MODEL`, `sentence-transformers:MODEL`, `lsa` (or `lsa:512`), or a bare MODEL: a folder, a known
+    name such as minilm, or a hub id.
 
     A folder with `modules.json`, or whose config names no causal language model, is taken for an encoder.
     """
     kind, _, rest = spec.partition(":")
     if kind in KINDS and (rest or kind == LatentEncoder.kind):
         return _construct(KINDS[kind], rest or "512", device, knobs)
-    folder = Path(spec)
+    folder = Path(sources.resolve(spec))
     if folder.is_dir() and not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
         raise UserError(f"{spec} holds neither modules.json nor config.json; give a model's folder")
     if not folder.exists() and (spec.startswith((".", "/", "~")) or spec.count("/") > 1):
         raise UserError(f"there is no folder {spec}; give a model's folder, or a hub id such as OWNER/NAME")
+    if not folder.exists() and "/" not in spec:
+        sources.source(spec)  # refuses it with the nearest name
     if folder.is_dir() and not (folder / "modules.json").is_file():
         named = read_json(folder / "config.json").get("architectures") or []
         if any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in named):
-            return _construct(DecoderEncoder, folder, device, knobs)
+            return _construct(DecoderEncoder, spec, device, knobs)
     return _construct(SentenceTransformerEncoder, spec, device, knobs)
 
 
@@ -146,9 +150,9 @@ def load_encoder(folder: str | Path, *, device: str = "cpu", model: str | None =
     if kind not in KINDS:
         raise unknown("encoder kind", kind, KINDS)
     place = model or was
-    if model is None and expected is not None and not Path(was).is_dir() and relative:
+    if model is None and expected is not None and not Path(was).is_dir() and not sources.is_name(was) and relative:
         place = str((folder / relative).resolve())
-    if expected is not None and not Path(place).is_dir():
+    if expected is not None and not Path(sources.resolve(place)).is_dir():
         raise UserError(f"the encoder's model is not at {place} any more; say where it is with: --encoder FOLDER")
     if fingerprint(place) != expected:
         raise UserError(
