@@ -145,7 +145,7 @@ def test_adapted_folder_is_the_trained_model(place: Path, tmp_path: Path, name: 
     trained = load_file(tmp_path / "out/checkpoints/step-00000010/model.safetensors")
     state = model.state_dict()
     assert all(torch.equal(state[n], t) for n, t in trained.items())
-    with pytest.raises(UserError, match="cannot be merged"):
+    with pytest.raises(UserError, match="cannot be combined with merge=true"):
         run(place, tmp_path / "merged", form=FORMS[name], merge=True)
 
 

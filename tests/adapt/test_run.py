@@ -147,13 +147,13 @@ def test_epochs_count_passes_over_the_pairs(place: Path, tmp_path: Path) -> None
     [
         ({"targets": "layers.*.attn.*"}, "layers.\\*.attention"),
         ({"form": "lora:rank=33"}, "rank=33"),
-        ({"form": "int8"}, "trains nothing"),
+        ({"form": "int8"}, "requires trainable"),
         ({"form": "lora:ranks=4"}, "rank"),
         ({"epochs": 2}, "the run once"),
         ({"heldout": 1.0}, "heldout"),
         ({"targets": ""}, "targets"),
         ({"sequence_length": 4}, "question"),
-        ({"base": "lora"}, "already"),
+        ({"base": "lora"}, "requires adapter_base"),
         ({"form": "lora:rank=4", "dtype": "int8"}, "dtype"),
     ],
 )

@@ -39,7 +39,7 @@ class Config(Base):
 
 
 class Toy(Thing):
-    supports = frozenset({"b", "a"})
+    provides = frozenset({"b", "a"})
 '''
 
 
@@ -57,7 +57,7 @@ def test_card_of_a_file(tmp_path: Path) -> None:
         ("names", "list[str]", "[]", ""),
         ("path", "str", "", ""),
     ]
-    assert found.supports == ("a", "b") and found.sweep == ("rank=4", "rank=8")
+    assert found.capabilities["provides"] == ("a", "b") and found.sweep == ("rank=4", "rank=8")
     assert found.paper == ("Doe and Roe 2023", "https://arxiv.org/abs/2301.00001")
     assert card.claim_text(found.claim) == "half the bytes (Table 1; 7B)"
 
@@ -94,7 +94,8 @@ def test_knobs_read_as_text_are_those_of_the_class(port: str) -> None:
         found = card.read_card(info)
         assert [k.name for k in found.knobs] == [f.name for f in dataclasses.fields(loaded.config)], f"{port}/{key}"
         cls = loaded.cls
-        assert set(found.supports) == set(cls.supports), f"{port}/{key}"  # type: ignore[attr-defined]
+        for words, literal in found.capabilities.items():
+            assert set(literal) == set(getattr(cls, words)), f"{port}/{key}: {words}"
         for knob, field in zip(found.knobs, dataclasses.fields(loaded.config), strict=True):
             needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             assert bool(knob.default) != needed, f"{port}/{key}: {knob.name}"

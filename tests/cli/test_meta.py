@@ -76,7 +76,7 @@ def test_listing_is_quick() -> None:
 def test_show_method_as_json(typed: Typed) -> None:
     found = json.loads(typed("show", "linear", "lora", "--json")[1])
     assert {k["name"] for k in found["knobs"]} >= {"rank", "alpha"} and found["path"].endswith("lora.py")
-    assert "adapter" in found["supports"] and found["card"].startswith("lora: ")
+    assert "adapter" in found["provides"] and found["card"].startswith("lora: ")
 
 
 @pytest.mark.parametrize(

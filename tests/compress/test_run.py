@@ -109,11 +109,11 @@ def test_compressing_twice_and_other_mistakes(stored, tmp_path: Path) -> None:
     compress(folder, "int8", tmp_path / "once")
     for source, form, knobs, word in (
         (tmp_path / "once", "int4", {}, "already"),
-        (folder, "lora", {}, "adapter"),
+        (folder, "lora", {}, "linear 'lora' cannot be combined with compressing"),
         (folder, "int4", {"targets": ["layer.*"]}, "matches no"),
         (folder, "int5", {}, "int4"),
         (folder, "int4:group=5", {}, "group"),
-        (folder, "int4", {"embeddings": "lora"}, "adapter"),
+        (folder, "int4", {"embeddings": "lora"}, "cannot be combined with compressing"),
         (tmp_path / "none", "int4", {}, "no model"),
     ):
         with pytest.raises(UserError, match=word) as caught:

@@ -290,7 +290,7 @@ PLUGIN = '''
         width: int = 4
 
     class GatedToy(LinearForm):
-        supports = frozenset({"adapter"})
+        provides = frozenset({"adapter", "fit", "trainable"})
         def __init__(self, config, shape, base=None):
             super().__init__(config, shape, base)
             self.down = nn.Parameter(self._empty(config.width, shape.in_features))

@@ -33,7 +33,6 @@ class Ladder(KVPolicy):
     """Each head keeps the first entries and a number of the last that differs by head and layer."""
 
     config: Config
-    supports = frozenset({"prefix-cache", "chunked-prefill", "window", "gqa"})
     observes = True
 
     def begin(self, prompt: int) -> KVPolicy:
@@ -233,8 +232,8 @@ def test_observers_see_every_token_once() -> None:
 def test_what_a_policy_does_not_support_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     from modicum.serve.kv.full import Full
 
-    monkeypatch.setattr(Full, "supports", frozenset({"gqa"}))
-    with pytest.raises(UserError, match="prefix-cache"):
+    monkeypatch.setattr(Full, "conflicts", frozenset({"prefix_cache", "sliding_window"}))
+    with pytest.raises(UserError, match="kv 'full' cannot be combined with the prefix cache; set prefix_cache=false"):
         Engine(tiny(), None, EngineConfig(cache="1ktok"))
     with pytest.raises(UserError, match="window"):
         Engine(_model(9), None, EngineConfig(cache="1ktok", prefix_cache=False))

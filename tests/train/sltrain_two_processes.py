@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
     ):
         told = config(steps=steps, form=form, schedule="constant", dtype=dtype, micro_batch=2)
         train(decoder(), stream(), told, folder / name, events=Events(folder / name / "events.jsonl"), label="")
-    SLTrain.supports = SLTrain.supports - {"fsdp"}
+    SLTrain.conflicts = SLTrain.conflicts | {"fsdp"}
     try:
         train(decoder(), stream(), config(form="sltrain:rank=4"), None, label="")
     except UserError as error:

@@ -16,7 +16,7 @@ from modicum.budget import Deadline
 from modicum.core.errors import ModicumError, UserError
 from modicum.core.events import Events, read_events
 from modicum.data.stream import Stream
-from modicum.train.config import TrainConfig, check_supports
+from modicum.train.config import TrainConfig, check_combination
 from modicum.train.evaluate import mean_loss
 from modicum.train.loop import Trainer, train
 from modicum.train.objectives import Step
@@ -178,7 +178,7 @@ def test_another_model_is_refused(tmp_path):
 class Poison(Part):
     """Makes a weight infinite before the gradients of one step."""
 
-    supports = frozenset({"fsdp"})
+    conflicts = frozenset()
 
     def __init__(self, step):
         self.step = step
@@ -293,7 +293,8 @@ def test_a_part_may_replace_the_model_and_resume_with_it(tmp_path):
 class Layerwise(AdamW):
     """Stands for a method that updates during the backward pass."""
 
-    supports = frozenset()
+    provides = frozenset()
+    conflicts = frozenset({"fsdp"})
 
 
 def test_combinations_that_cannot_work_are_refused(monkeypatch):
@@ -315,10 +316,10 @@ def test_combinations_that_cannot_work_are_refused(monkeypatch):
         ({"clip": 0.0, "masters": False, "micro_batch": 2}, "accumulation"),
     ):
         with pytest.raises(UserError, match=f"optimizer 'adamw' cannot be combined with .*{named}"):
-            check_supports(config(**knobs))
+            check_combination(config(**knobs))
     with pytest.raises(UserError, match=r"optimizer 'adamw' cannot be combined with 2 processes"):
-        check_supports(config(clip=0.0, masters=False), world=2)
-    check_supports(config(clip=0.0, masters=False))
+        check_combination(config(clip=0.0, masters=False), world=2)
+    check_combination(config(clip=0.0, masters=False))
 
 
 from modicum.core.registry import load as original  # noqa: E402

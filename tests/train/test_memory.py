@@ -17,7 +17,7 @@ from train_toys import losses as curve
 from modicum.core.errors import UserError
 from modicum.core.events import Events
 from modicum.train import loss as losses
-from modicum.train.config import check_supports
+from modicum.train.config import check_combination
 from modicum.train.loop import train
 
 HERE = Path(__file__).parent
@@ -98,14 +98,14 @@ def test_recompute_is_refused_where_nothing_can_be_recomputed() -> None:
 @pytest.mark.parametrize("pair", [("mesa", "recompute"), ("recompute", "mesa:decay=0.5"), ("cce", "cce:eps=0")])
 def test_two_that_act_on_the_same_are_refused_by_name(pair) -> None:
     first, second = (p.split(":")[0] for p in pair)
-    with pytest.raises(UserError, match=f"memory '{first}' cannot be combined with memory '{second}': both act on the"):
-        check_supports(config(memory=pair))
-    check_supports(config(memory=["none", "mesa", "cce"]))
+    with pytest.raises(UserError, match=f"memory '{first}' cannot be combined with memory '{second}': each"):
+        check_combination(config(memory=pair))
+    check_combination(config(memory=["none", "mesa", "cce"]))
 
 
 def test_mesa_is_refused_with_compiled_layers() -> None:
     with pytest.raises(UserError, match="memory 'mesa' cannot be combined with compile=true"):
-        check_supports(config(memory=["mesa"], compile=True))
+        check_combination(config(memory=["mesa"], compile=True))
 
 
 def test_the_verb_takes_several(tmp_path, monkeypatch, capsys) -> None:
@@ -145,7 +145,7 @@ def test_a_recipe_takes_several() -> None:
 
     quickstart = HERE.parents[1] / "recipes" / "quickstart.yaml"
     assert load(quickstart, ["pretrain.memory=[cce,mesa]"]).pretrain.memory == ["cce", "mesa"]
-    with pytest.raises(UserError, match="both act on the activations"):
+    with pytest.raises(UserError, match="each decides how activations"):
         load(quickstart, ["pretrain.memory=[recompute,mesa]"])
 
 

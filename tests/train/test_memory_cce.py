@@ -198,7 +198,7 @@ def test_what_it_cannot_take_apart_is_refused_by_name() -> None:
         )
 
     class Bent(type(attach.wrap(nn.Linear(4, 4)))):
-        supports = frozenset()
+        provides = frozenset()
 
     model = decoder(tied=False)
     model.lm_head = Bent(None, attach.LinearShape.of(model.lm_head.weight, None))

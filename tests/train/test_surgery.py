@@ -16,7 +16,7 @@ from modicum.core.events import Events
 from modicum.model.attach import attach
 from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.decoder import Decoder
-from modicum.train.config import check_supports
+from modicum.train.config import check_combination
 from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, run_flops, step_cost
 from modicum.train.loop import Trainer, train
@@ -380,11 +380,13 @@ def test_forms_are_refused(key):
 def test_masks_need_the_gradients_of_a_whole_step(key, monkeypatch):
     from modicum.train.optimizers.adamw import AdamW
 
-    monkeypatch.setattr(AdamW, "supports", frozenset({"masters"}))  # as one that updates during the backward pass
-    told = config(surgery=key, clip=0)
-    with pytest.raises(UserError, match=f"'adamw' cannot be combined with surgery '{key}', which needs the gradients"):
-        check_supports(told)
-    check_supports(config(surgery="gstack", clip=0))
+    monkeypatch.setattr(AdamW, "provides", frozenset())  # as one that updates during the backward pass
+    told = config(surgery=key, clip=0, masters=False)
+    with pytest.raises(
+        UserError, match=f"'adamw' cannot be combined with surgery '{key}', which requires step_gradients"
+    ):
+        check_combination(told)
+    check_combination(config(surgery="gstack", clip=0, masters=False))
 
 
 def test_a_model_without_layers_cannot_be_pruned():

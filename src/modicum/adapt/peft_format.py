@@ -87,7 +87,7 @@ def save_peft(model: nn.Module, folder: str | Path, base_model: str | None = Non
     base_model: path or hub id of the model that they belong to, recorded in the config.
     Raises `UserError` if there is no adapter or one that is no low-rank update.
     """
-    adapters = {name: form for name, form in attach.forms(model).items() if "adapter" in form.supports}
+    adapters = {name: form for name, form in attach.forms(model).items() if "adapter" in form.provides}
     if not adapters:
         raise UserError("the model has no adapter to save; attach one first, for instance lora:rank=8")
     factors = {}

@@ -23,7 +23,7 @@ from modicum.adapt.peft_format import save_peft
 from modicum.adapt.sources import load_sides
 from modicum.adapt.stream import PairStream
 from modicum.budget import Deadline
-from modicum.core import registry
+from modicum.core import compose
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.core.events import Events
@@ -122,6 +122,19 @@ class AdaptResult:
         return dataclasses.asdict(self)
 
 
+def members(config: AdaptConfig) -> list[compose.Member]:
+    """The adaptation's methods and settings, for `core.compose.resolve`."""
+    found = [compose.member(port, getattr(config, port)) for port in ("optimizer", "schedule")]
+    form = compose.member("linear", config.form)
+    found += [form, compose.setting(f"adapting with form={config.form}", requires={"trainable", "fit"})]
+    if config.merge:
+        found.append(compose.setting("merge=true", requires={"merge"}, remedy="leave merge out"))
+    if config.base is not None and "adapter" in form.provides:
+        base = compose.member("linear", config.base)
+        compose.resolve([base, compose.setting(f"base={config.base}", requires={"adapter_base"})])
+    return found
+
+
 def adapt(
     model_folder: str | Path,
     pairs: Any,
@@ -139,10 +152,7 @@ def adapt(
     before anything is trained; KeyboardInterrupt after Ctrl-C, with the checkpoint written.
     """
     source, folder = find_folder(model_folder), Path(folder)
-    kind: Any = registry.load("linear", Choice.parse("linear", config.form).method).cls
-    attach.require_fit(config.form)
-    if config.merge and "merge" not in kind.supports:
-        raise UserError(f"the form {config.form} is not linear and cannot be merged; leave merge out")
+    compose.resolve(members(config), options={"linear": "form"})
     tokenizer = tokenizer or Tokenizer.load(source)
     length = min(config.sequence_length, load_config(source).context_length)
     learn, held = load_sides(pairs, config.heldout, config.seed)
@@ -279,7 +289,7 @@ def _afresh(source: Path, config: AdaptConfig, learnt: Mapping[str, _Learnt]) ->
         mine = learnt[name]
         if mine.layout:
             form.set_layout(mine.layout)
-        own = set(form.parameters()) if "adapter" in form.supports else set()
+        own = set(form.parameters()) if "adapter" in form.provides else set()
         for ours, theirs in zip(form.trainable(), mine.trained, strict=True):
             ours.data = theirs.to("cpu", torch.float32 if ours in own else ours.dtype)
         for key, buffer in mine.buffers.items():

@@ -43,7 +43,7 @@ class Card:
     text: str  # the whole module docstring
     summary: str
     knobs: tuple[Knob, ...]
-    supports: tuple[str, ...]
+    capabilities: dict[str, tuple[str, ...]]  # provides, requires, conflicts
     claim: dict[str, str]
     sweep: tuple[str, ...]  # knob settings to bench instead of the defaults
     paper: tuple[str, str] | None  # (short name, link)
@@ -67,7 +67,7 @@ def read_card(info: MethodInfo) -> Card:
         doc,
         head.rstrip(".") or info.summary,
         _knobs(config, tree, text),
-        _supports(tree, text),
+        {name: _literal(name, tree, text) for name in ("provides", "requires", "conflicts")},
         _claim(tree, path),
         _sweep(tree, path),
         paper(doc),
@@ -131,9 +131,14 @@ def _class(name: str, tree: ast.Module, text: str) -> tuple[ast.ClassDef, ast.Mo
             return node, tree, text
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
-                path = _module_file(node.module) if (alias.asname or alias.name) == name else None
+                module, cls = node.module, alias.name
+                if name == f"{alias.asname or alias.name}.{name.rpartition('.')[2]}":  # a class of an imported module
+                    module, cls = f"{node.module}.{alias.name}", name.rpartition(".")[2]
+                elif (alias.asname or alias.name) != name:
+                    continue
+                path = _module_file(module)
                 if path is not None:
-                    return _class(alias.name, *_parsed(path, path.stat().st_mtime_ns))
+                    return _class(cls, *_parsed(path, path.stat().st_mtime_ns))
     return None
 
 
@@ -154,26 +159,26 @@ def _type(node: ast.expr) -> str:
     return ast.unparse(node)
 
 
-def _supports(tree: ast.Module, text: str) -> tuple[str, ...]:
-    """The words of the file's public class, its own or inherited."""
+def _literal(name: str, tree: ast.Module, text: str) -> tuple[str, ...]:
+    """The words that the file's public class, its own or inherited, gives `name`."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name != "Config" and not node.name.startswith("_"):
-            found = _words(node, tree, text)
+            found = _words(name, node, tree, text)
             if found is not None:
                 return found
     return ()
 
 
-def _words(cls: ast.ClassDef, tree: ast.Module, text: str) -> tuple[str, ...] | None:
+def _words(name: str, cls: ast.ClassDef, tree: ast.Module, text: str) -> tuple[str, ...] | None:
     for node in cls.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
-        if any(isinstance(t, ast.Name) and t.id == "supports" for t in targets):
+        if any(isinstance(t, ast.Name) and t.id == name for t in targets):
             value = node.value  # type: ignore[attr-defined]
             return tuple(sorted(str(n.value) for n in ast.walk(value) if isinstance(n, ast.Constant)))
     for base in cls.bases:
         found = _class(ast.unparse(base), tree, text)
-        words = _words(*found) if found else None
+        words = _words(name, *found) if found else None
         if words is not None:
             return words
     return None

@@ -135,8 +135,9 @@ def _card(card: Card) -> list[str]:
             default = f"`{cell(knob.default)}`" if knob.default else "required"
             lines.append(f"| `{knob.name}` | `{cell(knob.type)}` | {default} | {cell(knob.note)} |")
         lines.append("")
-    if card.supports:
-        lines += ["Supports " + ", ".join(f"`{s}`" for s in card.supports) + ".", ""]
+    words = {name: ", ".join(f"`{w}`" for w in words) for name, words in card.capabilities.items() if words}
+    if words:
+        lines += ["; ".join(f"{name} {text}" for name, text in words.items()).capitalize() + ".", ""]
     if card.claim:
         lines += [f"Claim: {claim_text(card.claim)}.", ""]
     return [*lines, f"[`{file}`](../../{file})", ""]

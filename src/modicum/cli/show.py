@@ -60,7 +60,7 @@ def show(
                     "card": card.text,
                     "path": str(card.path),
                     "knobs": [vars(k) for k in card.knobs],
-                    "supports": card.supports,
+                    **card.capabilities,
                     "claim": card.claim,
                     "measured": {c: row.as_dict() for c, (row, _) in found.items()},
                 },
@@ -75,7 +75,11 @@ def show(
             f"  {knob.name:<{width}}  {knob.type}{' = ' + knob.default if knob.default else '  (required)'}"
             + (f"    {knob.note}" if knob.note else "")
         )
-    print(("" if not card.knobs else "\n") + f"supports  {', '.join(card.supports) or '—'}")
+    if card.knobs:
+        print()
+    for name, words in card.capabilities.items():
+        if words:
+            print(f"{name:<9} {', '.join(words)}")
     if card.claim:
         print(f"claim     {cards.claim_text(card.claim)}")
     for choice, (row, run) in found.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modicum.compress import calibration as calibrate
 from modicum.compress.stacking import sort_blocks
-from modicum.core import registry
+from modicum.core import compose, registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.core.events import Events
@@ -94,14 +94,8 @@ def compress(
     for form in (picked, *(Choice.parse("linear", f) for f in (embeddings, head) if f is not None)):
         kind: Any = registry.load("linear", form.method).cls
         kinds.append(kind)
-        if "adapter" in kind.supports:
-            raise UserError(
-                f"the form {form.method!r} is an adapter, which adds to the weights; choose one "
-                "that holds them in less, for instance int4:group=64"
-            )
-        attach.require_fit(form)
-        form.config()
-    in_blocks = any("stack" in kind.supports for kind in kinds)
+        compose.resolve(members(form))
+    in_blocks = any("elastic" in kind.provides for kind in kinds)
     if in_blocks and calibration is None:
         raise UserError(
             f"{picked} loads the blocks first that matter most, which is measured on text; give "
@@ -191,7 +185,7 @@ class _Tally:
     def add(self, name: str, weight_OI: Tensor, form: Any) -> None:
         self.weights += weight_OI.numel()
         norm = _square(weight_OI)
-        if "stack" in form.supports:
+        if "elastic" in form.provides:
             left = weight_OI.float()
             lost = [_square(left := left - form.block_weight(i)) for i in range(form.held)]
         else:
@@ -220,9 +214,18 @@ def _whole(choice: Any) -> Choice:
     """A form in blocks is made with all of them; which ones stay is decided when they are sorted."""
     parsed = Choice.parse("linear", choice)
     kind: Any = registry.load("linear", parsed.method).cls
-    if "stack" not in kind.supports:
+    if "stack" not in kind.provides:
         return parsed
     return Choice("linear", parsed.method, {k: v for k, v in parsed.knobs.items() if k != "bits"})
+
+
+def members(form: Any) -> list[compose.Member]:
+    """A form and what compressing asks of it, for `core.compose.resolve`."""
+    remedy = "choose one that holds given weights in less, for instance int4:group=64"
+    return [
+        compose.member("linear", form),
+        compose.setting("compressing", requires={"fit"}, conflicts={"adapter"}, remedy=remedy),
+    ]
 
 
 @torch.no_grad()

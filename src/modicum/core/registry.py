@@ -26,17 +26,35 @@ from modicum.core.errors import UserError, unknown
 
 ROOT = Path(__file__).resolve().parents[1]
 _FIRST_LINE = re.compile(r'^\s*[rR]?"""(?:(port) )?([A-Za-z0-9][\w.+-]*): (.*?)\.?(?:""")?\s*$')
+_PROVIDES = re.compile(r"^    provides\b[^=\n]*= frozenset\((.*?)\)$", re.MULTILINE | re.DOTALL)
 _BASELINE = re.compile(r'^BASELINE\s*=\s*"([^"]+)"', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a method offers to and asks of whatever it is combined with, in words; see `core.compose`."""
+
+    provides: frozenset[str] = frozenset()
+    requires: frozenset[str] = frozenset()
+    conflicts: frozenset[str] = frozenset()
 
 
 class Method:
     """Base of every port's base class: what all methods of all ports have.
 
-    `Config` is the module-level dataclass of the method's file, found by the registry;
-    `supports` names what the method can be combined with (each port lists the words it reads).
+    `Config` is the module-level dataclass of the method's file, found by the registry. The three sets of words are
+    written out as literals; `core.compose` decides by them what can be combined. Where a knob decides, a method
+    overrides `capabilities`.
     """
 
-    supports: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[str]] = frozenset()
+    conflicts: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def capabilities(cls, config: Any) -> Capabilities:
+        """The class's words under these knobs."""
+        return Capabilities(cls.provides, cls.requires, cls.conflicts)
 
 
 @dataclass(frozen=True)
@@ -75,7 +93,7 @@ class Loaded:
     """An imported method: its class, its `Config` and its module."""
 
     info: MethodInfo
-    cls: type
+    cls: type[Any]
     config: type
     module: ModuleType
 
@@ -176,8 +194,21 @@ def load(port_name: str, key: str) -> Loaded:
     return Loaded(info, classes[0], config, module)
 
 
-def load_all(port_name: str) -> dict[str, Loaded]:
-    return {key: load(port_name, key) for key in methods(port_name)}
+def providers(word: str) -> dict[str, list[str]]:
+    """Keys by port of the methods whose class says `provides` the word, read as text: nothing is imported."""
+    found: dict[str, list[str]] = {}
+    for name, place in ports().items():
+        inherited = _provides(place.path / "__init__.py") or frozenset()
+        for key, info in methods(name).items():
+            words = _provides(info.path) if info.path else load(name, key).cls.provides
+            if word in (inherited if words is None else words):
+                found.setdefault(name, []).append(key)
+    return found
+
+
+def _provides(path: Path) -> frozenset[str] | None:
+    match = _PROVIDES.search(path.read_text(encoding="utf-8"))
+    return frozenset(re.findall(r'"([^"]+)"', match[1])) if match else None
 
 
 def build(port_name: str, choice: Any, *runtime: Any, **more: Any) -> Any:

@@ -136,7 +136,7 @@ def passes(steps: Sequence[Choice]) -> list[tuple[list[Choice], Choice | None]]:
     out: list[tuple[list[Choice], Choice | None]] = []
     line: list[Choice] = []
     for choice in steps:
-        if registry.load("step", choice.method).cls.scope == "corpus":  # type: ignore[attr-defined]
+        if registry.load("step", choice.method).cls.scope == "corpus":
             out.append((line, choice))
             line = []
         else:

@@ -139,7 +139,7 @@ def attach(
         _replace(model, layers[name], form)
         form.train(layers[name].training)
     _announce(model, made)
-    if any("adapter" in form.supports for form in forms(model).values()):
+    if any("adapter" in form.provides for form in forms(model).values()):
         freeze(model)
     return made
 
@@ -147,9 +147,9 @@ def attach(
 def _make(
     layer: nn.Module, choice: Choice, calibration_NI: Tensor | None, generator: torch.Generator | None
 ) -> LinearForm:
-    adapter = "adapter" in _supports(choice)
+    adapter = "adapter" in _provides(choice)
     there = layer if isinstance(layer, LinearForm) else None
-    if there is not None and not (adapter and "base" in there.supports):
+    if there is not None and not (adapter and "adapter_base" in there.provides):
         held = there.choice.method if there.choice else type(there).__name__
         raise UserError(
             f"holds the form {held!r} already and {choice.method!r} cannot go on top of it; merge or detach it first"
@@ -177,9 +177,9 @@ def require_fit(choice: Any) -> None:
         )
 
 
-def _supports(choice: Choice) -> frozenset[str]:
+def _provides(choice: Choice) -> frozenset[str]:
     cls: Any = registry.load("linear", choice.method).cls
-    return cls.supports
+    return cls.provides
 
 
 def plain_shape(layer: nn.Module) -> tuple[int, int]:
@@ -296,7 +296,7 @@ def detach(model: nn.Module) -> list[str]:
     changed = []
     for name, form in forms(model).items():
         kept = form
-        while "adapter" in kept.supports and kept.base is not None:
+        while "adapter" in kept.provides and kept.base is not None:
             kept = kept.base
         if kept is not form or _is_dense(form):
             _replace(model, form, as_linear(kept) if _is_dense(kept) else kept)
@@ -310,7 +310,7 @@ def merge(model: nn.Module) -> list[str]:
     """Replace every form by a plain `nn.Linear` (or `nn.Embedding`) holding its `dense()`. Names changed."""
     present = forms(model)
     for name, form in present.items():
-        if "merge" not in form.supports:
+        if "merge" not in form.provides:
             raise UserError(
                 f"module {name!r}: the form {form.choice or type(form).__name__} is not "
                 "linear and cannot be merged into a weight; keep it, or detach it"
@@ -345,11 +345,9 @@ def attach_embedding(model: nn.Module, name: str, choice: Any) -> LinearForm:
             f"module {name!r} is no token embedding that a form can take; embeddings here: "
             f"{', '.join(near) or '(none)'}"
         )
-    supports = _supports(picked)
-    if "embedding" not in supports or "adapter" in supports:
-        raise UserError(
-            f"the form {picked.method!r} cannot hold an embedding; choose one that supports it, for instance int8"
-        )
+    words = _provides(picked)
+    if "embedding" not in words or "adapter" in words:
+        raise UserError(f"the form {picked.method!r} cannot hold an embedding; choose one that can, for instance int8")
     form = _make(table, picked, None, None)
     for layer in linears(model).values():
         if getattr(layer, "weight", None) is table.weight:

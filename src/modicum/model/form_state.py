@@ -96,7 +96,7 @@ def restore(
             ) from None
     for cls in dict.fromkeys(type(form) for form in made.values()):
         cls.after_attach(model, {name: form for name, form in made.items() if type(form) is cls})
-    if any("adapter" in form.supports for form in made.values()):
+    if any("adapter" in form.provides for form in made.values()):
         attach.freeze(model)
     return made
 

@@ -1,6 +1,6 @@
 """Models in stacks of blocks: any number of bytes makes a model, the more the better.
 
-A form with the word `stack` in `supports` holds its weight as blocks, of which the first few alone are a
+A form with the word `elastic` in `provides` holds its weight as blocks, of which the first few alone are a
 coarser weight. A folder keeps the blocks of all layers in one file, the most useful first, so that a model of
 N bytes is what is always needed and the first blocks that fit:
 
@@ -56,7 +56,7 @@ def stacks(model: nn.Module) -> dict[str, Stack]:
     found: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, LinearForm) and "stack" in module.supports
+        if isinstance(module, LinearForm) and "elastic" in module.provides
     }
     return found
 

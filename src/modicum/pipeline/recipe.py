@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from modicum.budget import Budget, units
+from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError, UserError, unknown
 
@@ -182,34 +183,46 @@ def parse(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "rec
         recipe = Recipe.model_validate(data)
     except pydantic.ValidationError as error:
         raise _explain(error, where) from None
-    _check_pairs(recipe.pretrain, where)
+    _check_combinations(recipe, where)
     return recipe
 
 
-def _check_pairs(pretrain: Pretrain, where: str) -> None:
-    """Refuse methods of the pretraining that cannot be combined, before anything is planned."""
-    from modicum.train.config import TrainConfig, check_supports
+def _check_combinations(recipe: Recipe, where: str) -> None:
+    """Refuse what does not go together in a stage, before anything is planned."""
+    from modicum.adapt.run import AdaptConfig
+    from modicum.adapt.run import members as adapting
+    from modicum.compress.run import members as compressing
+    from modicum.core import compose
+    from modicum.train.config import TrainConfig
+    from modicum.train.config import members as training
 
-    asked = pretrain.model_dump(
-        include={
-            "sequence_length",
-            "batch_tokens",
-            "micro_batch",
-            "optimizer",
-            "schedule",
-            "objective",
-            "memory",
-            "surgery",
-            "form",
-            "targets",
-            "clip",
-            "masters",
-        }
+    pretrain = recipe.pretrain
+    names = (
+        "sequence_length batch_tokens micro_batch optimizer schedule objective memory surgery form targets clip masters"
     )
+    asked = pretrain.model_dump(include=set(names.split()))
     try:
-        check_supports(TrainConfig(steps=1, **asked, dtype=pretrain.dtype))
+        chosen = training(TrainConfig(steps=1, **asked, dtype=pretrain.dtype))
+        chosen += [compose.member(port, getattr(pretrain, port)) for port in ("packing", "mixture")]
+        marks = registry.build("objective", pretrain.objective).reserved()
+        if recipe.model or recipe.curate.reserved >= marks:
+            chosen.append(compose.setting("the vocabulary", provides={"reserved_tokens"}))
+        compose.resolve(
+            chosen,
+            options={
+                "linear": "pretrain.form",
+                "document_mask": "set pretrain.packing=concat:mask=true",
+                "reserved_tokens": f"set curate.reserved={marks}",
+            },
+            where=f"{where}: pretrain",
+        )
+        if recipe.adapt is not None:
+            config = AdaptConfig(form=recipe.adapt.form)
+            compose.resolve(adapting(config), options={"linear": "adapt.form"}, where=f"{where}: adapt")
+        for form in recipe.compress.forms if recipe.compress is not None else ():
+            compose.resolve(compressing(form), options={"linear": "compress.forms"}, where=f"{where}: compress")
     except UserError as error:
-        raise UserError(f"{where}: pretrain: {error}") from None
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
 
 
 def _set(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

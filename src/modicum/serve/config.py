@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from modicum.budget.units import bytes_text, kind_of
-from modicum.core import registry
+from modicum.core import compose, registry
 from modicum.core.choice import Choice
 from modicum.core.errors import BudgetError, UserError
 from modicum.model.config import DecoderConfig
@@ -128,17 +128,16 @@ def make_policy(config: EngineConfig, shape: DecoderConfig, scheduler: Scheduler
         softcap=shape.attention_softcap,
     )
     policy: KVPolicy = registry.build("kv", config.kv, cache)
-    wanted = {
-        "prefix-cache": config.prefix_cache,
-        "chunked-prefill": scheduler.chunks,
-        "window": any(windows),
-        "gqa": shape.heads != shape.kv_heads,
+    used = {
+        "prefix_cache": (config.prefix_cache, "the prefix cache", "set prefix_cache=false"),
+        "chunked_prefill": (scheduler.chunks, "chunked prefill", "set chunked_prefill=false"),
+        "sliding_window": (any(windows), "this model's sliding windows", "choose kv=full"),
+        "gqa": (shape.heads != shape.kv_heads, "this model's grouped-query attention", "choose kv=full"),
     }
-    lacking = [word for word, used in wanted.items() if used and word not in policy.supports]
-    if lacking:
-        raise UserError(
-            f"kv={config.kv} cannot be combined with {', '.join(lacking)}; turn that off, or choose kv=full"
-        )
+    settings = [
+        compose.setting(label, provides={word}, remedy=remedy) for word, (on, label, remedy) in used.items() if on
+    ]
+    compose.resolve([compose.member("kv", config.kv), *settings])
     return policy
 
 

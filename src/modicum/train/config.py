@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modicum.budget import units
-from modicum.core import registry
+from modicum.core import compose, registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError, unknown
 
@@ -196,58 +196,39 @@ def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any], folder: 
     return found
 
 
-def _method(port: str, choice: Any) -> tuple[str, Any]:
-    """("surgery 'spdf'", its class)."""
-    parsed = Choice.parse(port, choice)
-    return f"{port} {parsed.method!r}", registry.load(port, parsed.method).cls
+def members(config: TrainConfig, world: int = 1, callbacks: Mapping[str, Any] | None = None) -> list[compose.Member]:
+    """The run's methods and settings, for `core.compose.resolve`; `callbacks` act in the loop beside them."""
+    found = [compose.member(port, getattr(config, port)) for port in PORTS]
+    found += [compose.member("memory", choice) for choice in config.memory]
+    if config.form is not None:
+        found.append(compose.member("linear", config.form))
+        found.append(compose.setting(f"form={config.form}", requires={"trainable"}))
+    for name, one in (callbacks or {}).items():
+        label = getattr(one, "label", name)
+        found.append(compose.Member(label, one.provides, one.requires, one.conflicts))
+    rows = config.sequences // world
+    whole = {"requires": {"step_gradients"}}
+    if (config.micro_batch or rows) < rows:
+        label = f"micro_batch={config.micro_batch} (gradient accumulation)"
+        found.append(compose.setting(label, **whole, remedy=f"set micro_batch={rows}"))
+    if config.clip > 0:
+        found.append(compose.setting(f"clip={config.clip}", **whole, remedy="set clip=0"))
+    if config.dtype != "float32" and config.masters and world == 1:
+        remedy = "set masters=false or dtype=float32"
+        found.append(compose.setting("masters=true (float32 master weights)", **whole, remedy=remedy))
+    if config.compile:
+        found.append(compose.setting("compile=true", provides={"compile"}, remedy="set compile=false"))
+    if world > 1:
+        label = f"{world} processes (FSDP2)"
+        found.append(compose.setting(label, provides={"fsdp"}, remedy="run it in one process"))
+    return found
 
 
-def check_supports(config: TrainConfig, world: int = 1, parts: Mapping[str, Any] | None = None) -> None:
-    """Refuse before anything is built what cannot be combined with the methods; the error names the pair."""
-    chosen = [_method(port, getattr(config, port)) for port in PORTS]
-    savers = [_method("memory", choice) for choice in config.memory]
-    (optimizer, stepper), (surgery, cutter) = chosen[0], chosen[PORTS.index("surgery")]
-    able = stepper.able(Choice.parse("optimizer", config.optimizer).config())
-    forms = [] if config.form is None else [_method("linear", config.form)]
-    share = config.sequences // world
-    for word, wanted, what, otherwise in (
-        (
-            "accumulation",
-            (config.micro_batch or share) < share,
-            f"micro_batch={config.micro_batch} (accumulation)",
-            f"set micro_batch={share}",
-        ),
-        ("clip", config.clip > 0, f"clip={config.clip}", "set clip=0"),
-        (
-            "masters",
-            config.dtype != "float32" and config.masters and world == 1,
-            "masters=true",
-            "set masters=false or dtype=float32",
-        ),
-    ):
-        if wanted and word not in able:
-            raise UserError(f"{optimizer} cannot be combined with {what}; {otherwise}")
-    everyone = [*chosen, *savers, *forms, *(parts or {}).items()]
-    for name, method in everyone:
-        if getattr(method, "needs_gradients", False) and "clip" not in able:
-            raise UserError(
-                f"{optimizer} cannot be combined with {name}, which needs the gradients of a whole step at once; "
-                "leave one of them out"
-            )
-    held = forms[0][0] if forms else "the model's linear forms" if "forms" in (parts or {}) else None
-    if held and "form" not in cutter.supports:
-        raise UserError(f"{surgery} cannot be combined with {held}; leave one of them out")
-    for number, (name, method) in enumerate(savers):
-        for other, before in savers[:number]:
-            if method.saves == before.saves:
-                raise UserError(f"{other} cannot be combined with {name}: both act on the {method.saves}; name one")
-        if config.compile and "compile" not in method.supports:
-            raise UserError(f"{name} cannot be combined with compile=true; set compile=false")
-    if world == 1:
-        return
-    for name, method in everyone:
-        if "fsdp" not in (able if method is stepper else method.supports):
-            raise UserError(f"{name} cannot be combined with {world} processes (FSDP2); run it in one process")
+def check_combination(config: TrainConfig, world: int = 1, callbacks: Mapping[str, Any] | None = None) -> None:
+    """Refuse before anything is built what does not go together; the error names the pair."""
+    chosen = members(config, world, callbacks)
+    chosen.append(compose.setting("the data", provides={"document_mask", "reserved_tokens"}))  # checked with the batch
+    compose.resolve(chosen, options={"linear": "form"})
     if config.sequences % world:
         raise UserError(
             f"a batch of {config.sequences} sequences cannot be shared by {world} processes; "

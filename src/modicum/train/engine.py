@@ -19,7 +19,7 @@ from modicum.core.errors import UserError
 from modicum.data.stream import Batch
 from modicum.model import attach
 from modicum.train import parallel
-from modicum.train.config import TrainConfig, check_supports
+from modicum.train.config import TrainConfig, check_combination
 from modicum.train.forms import Forms, with_form
 from modicum.train.memory import MemorySaver
 from modicum.train.objectives import Objective, Step
@@ -51,7 +51,7 @@ class TrainEngine:
         if taken := {"model", "optimizer", "objective", "schedule", "surgery", "forms"} & self.extra.keys():
             raise UserError(f"a part cannot be named {sorted(taken)[0]!r}; choose another name")
         self.extra |= own
-        check_supports(config, self.ranks.world, self.extra)
+        check_combination(config, self.ranks.world, self.extra)
         self.objective: Objective = config.build("objective")
         self.schedule: Schedule = config.build("schedule")
         self.masters: Masters | None = None

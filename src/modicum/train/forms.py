@@ -27,11 +27,15 @@ class Forms(Part):
     which checkpoints keep.
     """
 
+    label = "the model's linear forms"
+
     def __init__(self, model: nn.Module):
         self.model = model
         kinds = {type(form) for form in attach.forms(model).values()}
-        self.supports = frozenset.intersection(*(kind.supports for kind in kinds))  # type: ignore[misc]
-        self.needs_gradients = any(attach.fills(kind, "before_step") for kind in kinds)
+        self.observes = any(attach.fills(kind, "before_step") for kind in kinds)
+        self.provides = frozenset({"linear"}).union(*(kind.provides for kind in kinds))  # type: ignore[misc]
+        self.requires = frozenset({"step_gradients"} if self.observes else ())  # type: ignore[misc]
+        self.conflicts = frozenset().union(*(kind.conflicts for kind in kinds))  # type: ignore[misc]
         self.changes = any(attach.fills(kind, "after_step") for kind in kinds)
 
     def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:
@@ -41,7 +45,7 @@ class Forms(Part):
         return model
 
     def before_step(self, trainer: TrainEngine) -> None:
-        if self.needs_gradients:
+        if self.observes:
             with _masters(trainer):
                 attach.before_step(self.model, trainer.gradient, trainer.steps_done + 1, trainer.config.total_steps)
 
@@ -62,7 +66,7 @@ def _masters(trainer: TrainEngine) -> contextlib.AbstractContextManager[None]:
 
 def merged(model: M) -> M:
     """`model`, changed in place: forms that are linear become plain layers, so that any program can read it."""
-    if all("merge" in form.supports for form in attach.forms(model).values()):
+    if all("merge" in form.provides for form in attach.forms(model).values()):
         attach.merge(model)
     return model
 

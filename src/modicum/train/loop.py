@@ -329,18 +329,19 @@ class Trainer(TrainEngine):
         )
         return self.steps_done
 
+    def _whole_step_gradients(self) -> bool:
+        return "step_gradients" in self.optimizer.capabilities(self.optimizer.config).provides
+
     def _not_finite(self, loss: float, norm: float) -> None:
         """Raise, or count the step as skipped; its gradients are dropped and its tokens stay consumed."""
         what = f"loss {loss:g}, gradient norm {norm:g} at step {self.steps_done + 1}"
         self.events.emit("nonfinite", step=self.steps_done + 1, loss=str(loss), grad_norm=str(norm))
-        if self.config.nonfinite == "skip" and "clip" in self.optimizer.able(self.optimizer.config):
+        if self.config.nonfinite == "skip" and self._whole_step_gradients():
             self.skipped += 1
             self.drop_gradients()
             return
         kept = self.checkpoints.all() if self.checkpoints else []
-        hint = "lower lr or lengthen the warm-up" + (
-            ", or set nonfinite=skip" if "clip" in self.optimizer.able(self.optimizer.config) else ""
-        )
+        hint = "lower lr or lengthen the warm-up" + (", or set nonfinite=skip" if self._whole_step_gradients() else "")
         raise ModicumError(
             f"training diverged: {what} (after {count_text(self.tokens)} tokens)"
             + (f"; the last checkpoint is {kept[-1]}" if kept else "")

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 
 class Part:
-    """No-op hooks. `supports` lists what the part can be combined with; see `config.check_supports`."""
+    """No-op hooks. What a callback can be combined with is said in words (`core.compose`); one that fills
+    `before_step` requires `step_gradients`."""
 
-    supports: ClassVar[frozenset[str]] = frozenset()
-    #: `before_step` is filled, so the gradients of a whole step must be there after its backward passes.
-    needs_gradients: bool = False
+    provides: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[str]] = frozenset()
+    conflicts: ClassVar[frozenset[str]] = frozenset({"fsdp"})
 
     def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:
         """Change or replace the model before the optimizer is built and a checkpoint's weights are read.

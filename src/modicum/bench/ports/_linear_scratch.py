@@ -32,7 +32,7 @@ STATE_BYTES = 3 * 2  # a parameter and two moments, in 16 bits
 def applies(choice: Choice) -> bool:
     """Whether the form starts afresh instead of taking over a trained weight."""
     method: Any = registry.load("linear", choice.method).cls
-    return method.fit_error is None and "adapter" not in method.supports
+    return method.fit_error is None and "adapter" not in method.provides
 
 
 def measure(bench: training.Bench, choice: Choice, seed: int, start: float) -> tuple[dict[str, float], TrainResult]:

@@ -20,7 +20,7 @@ SEQUENCES = 16  # of training text for the layers' inputs, and as many for the o
 
 def applies(choice: Choice) -> bool:
     method: Any = registry.load("linear", choice.method).cls
-    return "stack" in method.supports
+    return "elastic" in method.provides
 
 
 def formed(choice: Choice, seed: int, settings: Settings) -> Decoder:

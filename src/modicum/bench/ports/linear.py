@@ -48,7 +48,7 @@ def axes_of(choice: Choice) -> Axes:
     method: Any = registry.load("linear", choice.method).cls
     if _linear_scratch.applies(choice):
         return _linear_scratch.AXES
-    return ADAPT if "adapter" in method.supports else AXES
+    return ADAPT if "adapter" in method.provides else AXES
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:

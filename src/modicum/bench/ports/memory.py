@@ -202,7 +202,9 @@ def _loss(choice: str, seed: int, scale: Scale, device: str) -> dict[str, float]
             logits = model.head(h_1ND[0]).float()
             nn.functional.cross_entropy(logits, targets_1N[0], reduction="sum").backward()
             return
-        around = saver.around(SimpleNamespace(model=model)) if saver.saves == "loss" else contextlib.nullcontext()
+        around = (
+            saver.around(SimpleNamespace(model=model)) if "loss_memory" in saver.provides else contextlib.nullcontext()
+        )
         with around:
             loss.cross_entropy(h_1ND, targets_1N, model.head)[0].backward()
 

@@ -8,7 +8,7 @@ by the same ratio while the best lies at the edge (at most `widen` times), and t
 rate. What it cost is reported beside the result: `search_runs`, `search_seconds`. It is made once per
 process, and gives the same when made again.
 
-A method that needs factors (`needs = {"factors"}`) trains the same decoder with `form` in its layers. State
+A method that needs factors (`requires = {"factors"}`) trains the same decoder with `form` in its layers. State
 is what the optimizer held at most; seconds and FLOPs are those of one run.
 """
 
@@ -159,7 +159,7 @@ def _run(
     """One training run: held-out bits per byte, what the loop says of it, and the optimizer's state."""
     knobs = choice.knobs | ({} if decay is None else {"weight_decay": decay})
     method: Any = registry.load("optimizer", choice.method).cls
-    form = bench.settings.scale.form if "factors" in method.needs else None
+    form = bench.settings.scale.form if "factors" in method.requires else None
     model, gauge = bench.model(seed), Gauge()
     result = bench.train(
         model,

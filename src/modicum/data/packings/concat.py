@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from modicum.core.registry import Capabilities
 from modicum.data.packings import Packing, Piece
 
 
@@ -28,6 +29,10 @@ class Concat(Packing):
     def __init__(self, config: Config):
         super().__init__(config)
         self.masks_documents = config.mask
+
+    @classmethod
+    def capabilities(cls, config: Config) -> Capabilities:
+        return Capabilities(provides=frozenset({"document_mask"} if config.mask else ()))
 
     def row(self, draw: Callable[[], Piece | None], pending: list[Piece], length: int) -> list[Piece]:
         row: list[Piece] = []

@@ -21,8 +21,6 @@ class Config:
 
 
 class Causal(AttentionPattern):
-    supports = frozenset({"cache", "packing"})
-
     def __init__(self, config: Config | None = None):
         self.config = config or Config()
 

@@ -34,8 +34,6 @@ SWEEP = ("window=64,sinks=4", "window=256,sinks=4")  # what a bench on short seq
 
 
 class Lambda(AttentionPattern):
-    supports = frozenset({"cache", "packing"})
-
     def __init__(self, config: Config | None = None):
         self.config = config or Config()
 

@@ -32,8 +32,6 @@ SWEEP = ("window=64", "window=256")  # what a bench on short sequences can tell 
 
 
 class Sliding(AttentionPattern):
-    supports = frozenset({"cache", "packing"})
-
     def __init__(self, config: Config | None = None):
         self.config = config or Config()
 

@@ -54,14 +54,19 @@ class LinearForm(Method, nn.Module):
     All state lives in parameters and buffers, allocated by `__init__` from `config`, `shape` and `layout`
     alone, so that a stored form can be made again and filled by `load_state_dict`.
 
-    Words read in `supports`:
-    `merge`      linear in x, so `dense()` is the whole truth and may replace the form;
-    `adapter`    sits on a frozen `base` form, which keeps the fitted weight;
-    `base`       an adapter may sit on it (its forward passes gradients on to x);
-    `embedding`  `rows` is cheap, so it may hold a token embedding;
-    `stack`      holds blocks that may be loaded in part (`model.stack.Stack` says what that asks for);
-    `fsdp`       trains under FSDP2 as it does in one process.
+    Capabilities (`core.compose`) that a form may provide:
+    `fit`           takes over given weights;
+    `trainable`     has parameters that training changes;
+    `merge`         linear in x, so `dense()` is the whole truth and may replace the form;
+    `adapter`       sits on a frozen `base` form, which keeps the fitted weight;
+    `adapter_base`  an adapter may sit on it (its forward passes gradients on to x);
+    `embedding`     `rows` is cheap, so it may hold a token embedding;
+    `elastic`       holds blocks that may be loaded in part (`model.stack.Stack` says what that asks for);
+    `factors`       pairs of trained parameters NAME.A and NAME.B with W = B A (+ more).
+    Unless a form says otherwise it conflicts with `fsdp`.
     """
+
+    conflicts: ClassVar[frozenset[str]] = frozenset({"fsdp"})
 
     #: Names of buffers whose dtype is part of the format: `model.to(dtype)` moves them, never rounds them.
     stored: ClassVar[frozenset[str]] = frozenset()
@@ -174,7 +179,7 @@ class LinearForm(Method, nn.Module):
         if isinstance(shape, tuple):
             shape = LinearShape(out_features=shape[0], in_features=shape[1], dtype=torch.bfloat16)
         shape = dataclasses.replace(shape, device="meta")
-        base = registry.build("linear", "dense", shape) if "adapter" in cls.supports else None
+        base = registry.build("linear", "dense", shape) if "adapter" in cls.provides else None
         form = cls(config, shape, base)
         trained = sum(p.numel() for p in form.trainable())
         below = 0 if base is None else base.nbytes()

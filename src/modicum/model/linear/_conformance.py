@@ -70,7 +70,7 @@ def check_dense_agrees_with_forward(key: str) -> None:
     """forward(x) = x dense()^T + b, before and after some training, in any leading shape."""
     _, forms = _trained(key)
     for form in forms.values():
-        if "merge" not in form.supports:
+        if "merge" not in form.provides:
             continue
         x = _inputs(2, 3, form.in_features)
         bias = form.bias_value()
@@ -93,7 +93,7 @@ def check_starts_at_the_fitted_weight(key: str) -> None:
             continue
         layer: Any = before.get_submodule(name)
         weight = layer.weight
-        if "merge" in form.supports:
+        if "merge" in form.provides:
             error = ((form.dense() - weight).norm() / weight.norm()).item()
             assert error <= form.fit_error + 1e-6, f"{key}: fitted with error {error:.4f} > {form.fit_error}"
         x = _inputs(16, form.in_features)
@@ -107,7 +107,7 @@ def check_only_trainable_requires_grad(key: str) -> None:
     model = _model()
     forms = _attached(key, model)
     wanted = {id(p) for form in forms.values() for p in form.trainable()}
-    if any("adapter" in form.supports for form in forms.values()):
+    if any("adapter" in form.provides for form in forms.values()):
         have = {id(p) for p in model.parameters() if p.requires_grad}
         assert have == wanted, f"{key}: an adapter must leave exactly its trainable() requiring gradients"
     x = _inputs(4, IN).requires_grad_()
@@ -125,7 +125,7 @@ def check_gradient_of_input(key: str) -> None:
     """dL/dx is that of the dense layer with the same weight."""
     _, forms = _trained(key)
     for form in forms.values():
-        if "merge" not in form.supports:
+        if "merge" not in form.provides:
             continue
         x = _inputs(5, form.in_features).requires_grad_()
         upstream = _inputs(5, form.out_features)
@@ -170,7 +170,7 @@ def check_merge(key: str) -> None:
     x = _inputs(6, IN)
     with torch.no_grad():
         expected = model(x)
-        if not all("merge" in form.supports for form in forms.values()):
+        if not all("merge" in form.provides for form in forms.values()):
             try:
                 attach.merge(model)
             except UserError:

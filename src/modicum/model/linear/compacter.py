@@ -72,7 +72,7 @@ class Config:
 
 
 class Compacter(LinearForm):
-    supports = frozenset({"adapter"})
+    provides = frozenset({"adapter", "fit", "trainable"})
     places = ATTENTION + FEED_FORWARD
     config: Config
     base: LinearForm

@@ -35,5 +35,5 @@ class Config(compacter.Config):
 
 
 class CompacterPP(compacter.Compacter):
-    supports = frozenset({"adapter"})
+    provides = frozenset({"adapter", "fit", "trainable"})
     places = compacter.FEED_FORWARD

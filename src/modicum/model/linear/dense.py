@@ -24,7 +24,7 @@ class Config:
 
 
 class Dense(LinearForm):
-    supports = frozenset({"merge", "base", "embedding"})
+    provides = frozenset({"adapter_base", "embedding", "fit", "merge", "trainable"})
     config: Config
 
     def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):

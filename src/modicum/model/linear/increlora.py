@@ -85,7 +85,8 @@ TOY = Config(rank=2, max_rank=4, alpha=4.0, begin=0.0, end=0.7, interval=0.3)
 
 
 class IncreLora(LinearForm):
-    supports = frozenset({"merge", "adapter"})
+    provides = frozenset({"adapter", "fit", "merge", "trainable"})
+    requires = frozenset({"step_gradients"})
     config: Config
     base: LinearForm
 

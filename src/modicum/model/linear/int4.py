@@ -34,7 +34,7 @@ TOY = Config(group=16)
 
 
 class Int4(QuantisedForm):
-    supports = frozenset({"merge", "base", "embedding"})
+    provides = frozenset({"adapter_base", "embedding", "fit", "merge"})
     stored = frozenset({"scale", "zero"})
     fit_error = 0.13
     config: Config

@@ -32,7 +32,7 @@ TOY = Config(group=32)
 
 
 class Int8(QuantisedForm):
-    supports = frozenset({"merge", "base", "embedding"})
+    provides = frozenset({"adapter_base", "embedding", "fit", "merge"})
     stored = frozenset({"scale"})
     fit_error = 0.02
     config: Config

@@ -45,7 +45,7 @@ TOY = Config(rank=4, alpha=8.0)
 
 
 class Lora(LinearForm):
-    supports = frozenset({"merge", "adapter"})
+    provides = frozenset({"adapter", "fit", "merge", "trainable"})
     config: Config
     base: LinearForm
 

@@ -67,7 +67,8 @@ TOY = Config(rank=4, density=0.1, alpha=8.0)
 
 
 class SLTrain(LinearForm):
-    supports = frozenset({"merge", "base", "fsdp"})
+    provides = frozenset({"adapter_base", "factors", "merge", "trainable"})
+    conflicts = frozenset()
     fit_error = None
     config: Config
     index: Tensor

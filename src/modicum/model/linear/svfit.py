@@ -44,7 +44,7 @@ class Config:
 
 
 class SVFit(LinearForm):
-    supports = frozenset({"merge", "adapter"})
+    provides = frozenset({"adapter", "fit", "merge", "trainable"})
     config: Config
     base: LinearForm
 

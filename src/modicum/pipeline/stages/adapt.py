@@ -32,7 +32,7 @@ def uses(recipe: Recipe) -> dict[str, Any]:
 def _config(recipe: Recipe) -> AdaptConfig:
     a = recipe.adapt
     assert a
-    merge = "merge" in _form(recipe).supports
+    merge = "merge" in _form(recipe).provides
     return AdaptConfig(
         form=a.form,
         targets=a.targets,

@@ -75,10 +75,10 @@ def run(context: Context) -> dict[str, Any]:
 def _in_blocks(choice: Choice) -> bool:
     """Whether the form is sorted by what its parts do for text."""
     kind: Any = registry.load("linear", choice.method).cls
-    return "stack" in kind.supports
+    return "elastic" in kind.provides
 
 
 def _embeds(choice: Choice) -> bool:
     """Whether the form can hold a token embedding: half of a small model's bytes are there."""
     kind: Any = registry.load("linear", choice.method).cls
-    return "embedding" in kind.supports
+    return "embedding" in kind.provides

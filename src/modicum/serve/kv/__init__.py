@@ -92,8 +92,8 @@ class Keep:
 class KVPolicy(Method):
     """Base of the methods, constructed once per engine as `cls(config, shape)`.
 
-    `supports`: "prefix-cache", "chunked-prefill", "window" (layers with a sliding window), "gqa"; the
-    engine refuses at start-up what is not named. `observes`: whether `observe` is to be called, for the
+    A method that does not work with `prefix_cache`, `chunked_prefill`, `sliding_window` (layers that have one) or `gqa`
+    names it in `conflicts`. `observes`: whether `observe` is to be called, for the
     steps of which `wants` says so.
     `drops`: whether `keep` may leave anything out; False spares the question. `tail`: tokens at the end
     of a prompt that a sequence computes itself even where the prefix cache has them, to be observed.

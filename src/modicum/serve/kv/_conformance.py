@@ -108,14 +108,14 @@ def _check_held(engine: Engine, key: str) -> None:
 
 
 def check_engine_modes(key: str) -> None:
-    """Prefix cache, chunked prefill and a cache too small for all change no output (where supported)."""
-    supports = registry.load("kv", key).cls.supports  # type: ignore[attr-defined]
-    prefix = "prefix-cache" in supports
+    """Prefix cache, chunked prefill and a cache too small for all change no output (where it can be combined)."""
+    conflicts = registry.load("kv", key).cls.conflicts
+    prefix = "prefix_cache" not in conflicts
     want = [o.tokens for o in _engine(key, prefix_cache=False).generate(PROMPTS, GREEDY)]
     modes: list[dict[str, object]] = [{"prefix_cache": False, "max_sequences": 1}]
     if prefix:
         modes.append({"prefix_cache": True})
-    if "chunked-prefill" in supports:
+    if "chunked_prefill" not in conflicts:
         modes.append({"prefix_cache": prefix, "chunked_prefill": True, "max_batch_tokens": 8})
     for mode in modes:
         engine = _engine(key, **mode)

@@ -23,7 +23,6 @@ class Config:
 
 class Full(KVPolicy):
     config: Config
-    supports = frozenset({"prefix-cache", "chunked-prefill", "window", "gqa"})
     drops = False
 
     def allow(self, layer: int, n_tokens: int) -> int:

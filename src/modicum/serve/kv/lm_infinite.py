@@ -61,7 +61,7 @@ SWEEP = ("window=1014", "window=512", "window=307", "window=205", "window=102", 
 
 class LMInfinite(KVPolicy):
     config: Config
-    supports = frozenset({"prefix-cache", "chunked-prefill", "gqa"})
+    conflicts = frozenset({"sliding_window"})
     attends = True
     unbounded = True
     window: int  # known once the model is

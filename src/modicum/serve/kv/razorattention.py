@@ -69,7 +69,7 @@ SWEEP = ("budget=0.5", "budget=0.3", "budget=0.2", "budget=0.1", "budget=0.05")
 
 class RazorAttention(KVPolicy):
     config: Config
-    supports = frozenset({"prefix-cache", "chunked-prefill", "gqa"})
+    conflicts = frozenset({"sliding_window"})
     ranked: Sequence[tuple[int, int]] = ()  # (layer, KV head), those that retrieve most first
     prompt: int = 0
 

@@ -57,7 +57,6 @@ SWEEP = ("budget=0.5", "budget=0.3", "budget=0.2", "budget=0.1", "budget=0.05")
 
 class SnapKV(KVPolicy):
     config: Config
-    supports = frozenset({"prefix-cache", "chunked-prefill", "window", "gqa"})
     observes = True
 
     def __init__(self, config: Config, shape: CacheShape):

@@ -89,7 +89,6 @@ class Plan:
 class Scheduler(Method):
     """Base of the methods, constructed as `cls(config, block_size, n_blocks, token_limit, sequence_limit)`.
 
-    `supports`: "chunked-prefill" (a prompt may be computed over several steps), "prefix-cache".
     `stall_free`: a running sequence that decodes is in every step, unless it is preempted for its blocks.
     A method that needs to know how long steps take sets `pace` (a calibration) or `learner` (then the steps
     that `state` and `commit` tell of are timed by the clock they are given); `plan` finds it in its state.

@@ -29,7 +29,6 @@ class Config:
 
 class FirstComeFirstServed(Scheduler):
     config: Config
-    supports = frozenset({"chunked-prefill", "prefix-cache"})
 
     def plan(self, state: State) -> Plan:
         if self.config.chunked:

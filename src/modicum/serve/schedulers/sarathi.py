@@ -43,7 +43,6 @@ TOY = Config(chunk=6, tile=2)
 
 class Sarathi(Scheduler):
     config: Config
-    supports = frozenset({"chunked-prefill", "prefix-cache"})
     stall_free = True
 
     @property

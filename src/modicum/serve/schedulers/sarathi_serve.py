@@ -56,7 +56,6 @@ TOY = Config(budget=8, least=2)
 
 class SarathiServe(Scheduler):
     config: Config
-    supports = frozenset({"chunked-prefill", "prefix-cache"})
     stall_free = True
 
     def __init__(self, config: Config, *limits: Any, **more: Any):

@@ -5,9 +5,8 @@ before it trains (its forward pass must stay the same function of the same param
 and `around` is a context for forward and backward of each micro-batch. A run may use several savers that act
 on different things; two that act on the same are refused.
 
-Words in `supports`:
-    fsdp      works on sharded parameters
-    compile   works when the layers are compiled
+What a method acts on is a word that it both provides and conflicts with: `activation_memory` or `loss_memory`. One
+that works on sharded parameters has no conflict with `fsdp`, one that works on compiled layers none with `compile`.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ BASELINE = "none"
 class MemorySaver(Method, Part):
     """Base class: fill `around`, or `prepare`.
 
-    saves: what the method acts on, "activations" or "loss". exact: gradients are those of the plain step, up
+    exact: gradients are those of the plain step, up
     to the order of floating-point sums; otherwise conformance allows `gradient_error`, the largest relative
     error of the whole gradient (2-norm).
     """
 
-    supports: ClassVar[frozenset[str]] = frozenset()
-    saves: ClassVar[str] = "activations"
+    provides: ClassVar[frozenset[str]] = frozenset({"activation_memory"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"activation_memory", "fsdp", "compile"})
     gradient_error: ClassVar[float] = 1e-5
 
     def __init__(self, config: Any):

@@ -68,8 +68,8 @@ class Classifier:
 
 
 class Cce(MemorySaver):
-    supports = frozenset({"fsdp", "compile"})
-    saves = "loss"
+    provides = frozenset({"loss_memory"})
+    conflicts = frozenset({"loss_memory"})
     config: Config
 
     def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:
@@ -97,7 +97,7 @@ def classifier(model: nn.Module) -> Classifier:
     layer, softcap = decoder.lm_head, decoder.config.logit_softcap
     if not isinstance(layer, LinearForm):
         return Classifier(layer.weight, layer.bias, softcap)
-    if "merge" in layer.supports:
+    if "merge" in layer.provides:
         weight_VD, bias_V = layer.dense(), layer.bias_value()
         if weight_VD.requires_grad or not any(p.requires_grad for p in layer.parameters()):
             return Classifier(weight_VD, bias_V, softcap)

@@ -62,8 +62,8 @@ class Config:
 
 
 class Mesa(MemorySaver):
-    supports = frozenset({"fsdp"})
-    saves = "activations"
+    provides = frozenset({"activation_memory"})
+    conflicts = frozenset({"activation_memory", "compile"})
     gradient_error = 0.1
     config: Config
 

@@ -21,6 +21,6 @@ class Config:
 
 
 class Nothing(MemorySaver):
-    supports = frozenset({"fsdp", "compile"})
-    saves = "nothing"
+    provides = frozenset()
+    conflicts = frozenset()
     config: Config

@@ -33,7 +33,8 @@ class Config:
 
 
 class Recompute(MemorySaver):
-    supports = frozenset({"fsdp", "compile"})
+    provides = frozenset({"activation_memory"})
+    conflicts = frozenset({"activation_memory"})
     config: Config
 
     def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:

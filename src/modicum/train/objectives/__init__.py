@@ -42,10 +42,9 @@ class Loss:
 
 
 class Objective(Method, Part):
-    """Base class: fill `loss`. `needs` names the fields of a batch that it reads."""
+    """Base class: fill `loss`."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"tokens_BT", "targets_BT"})
-    supports: ClassVar[frozenset[str]] = frozenset({"fsdp"})
+    conflicts: ClassVar[frozenset[str]] = frozenset()
     random: ClassVar[bool] = False  # whether the loss draws random numbers
 
     def __init__(self, config: Any):

@@ -49,7 +49,7 @@ class Config:
 
 class MeCo(Objective):
     config: Config
-    needs = frozenset({"tokens_BT", "targets_BT", "documents_BT"})
+    requires = frozenset({"document_mask"})
 
     def stream_knobs(self) -> dict[str, Any]:
         return {"metadata": 1 - self.config.cooldown}

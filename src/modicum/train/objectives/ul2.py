@@ -146,6 +146,7 @@ class Corrupted(NamedTuple):
 
 
 class UL2(Objective):
+    requires = frozenset({"reserved_tokens"})
     config: Config
     random = True
 

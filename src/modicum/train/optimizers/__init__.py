@@ -8,14 +8,11 @@ clipped; `scales` comes from the schedule ({"lr": factor, ...}) and multiplies t
 Under bf16 training the parameters handed over are float32 master weights (see train.precision), so a
 method needs no code for that; with FSDP2 they are DTensors, sharded by rows.
 
-Words in `supports`:
-    fsdp           works on sharded parameters; a state tensor is sharded like its parameter, or whole and
-                   the same on every process
-    accumulation   a step may have several backward passes
-    clip           gradients are there after the backward pass, so that their norm can be limited
-    masters        updates happen in `step` alone, so that bf16 weights can follow float32 masters
-A method that updates layer by layer during the backward pass lacks the last three, and tells the loop of the
-gradients it used up in `spent`. Where a knob decides, `able(config)` says which words are left.
+Capabilities: `step_gradients` is provided where updates happen in `step` alone, so that a step may have several
+backward passes, the gradients' norm can be limited and bf16 weights can follow float32 masters. A method that updates
+layer by layer during the backward pass does not provide it, and tells the loop of the gradients it used up in
+`spent`. One that works on sharded parameters (a state tensor is sharded like its parameter, or whole and the same on
+every process) has no conflict with `fsdp`.
 """
 
 from __future__ import annotations
@@ -50,9 +47,8 @@ class Group:
 class Optimizer(Method, Part):
     """Base class. Subclasses fill `step`, the state functions and `cost`; `groups` where they differ."""
 
-    supports: ClassVar[frozenset[str]] = frozenset({"accumulation", "clip", "masters"})
-    #: What the model must have: "factors" are pairs of parameters NAME.A and NAME.B of a form W = B A.
-    needs: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset({"step_gradients"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"fsdp"})
 
     def __init__(self, config: Any, named: Iterable[tuple[str, Tensor]], *, lr: float = 1e-3):
         pairs = list(named)
@@ -78,11 +74,6 @@ class Optimizer(Method, Part):
 
     def begin(self, scales: Mapping[str, float]) -> None:
         """Called before the step's first backward pass, for methods that update during it."""
-
-    @classmethod
-    def able(cls, config: Any) -> frozenset[str]:
-        """`supports` under these knobs: an option may take words away."""
-        return cls.supports
 
     def spent(self) -> Tensor | float:
         """Sum of squares of the gradients used up during this step's backward pass, for the global norm."""

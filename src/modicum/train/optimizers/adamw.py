@@ -45,7 +45,7 @@ class AdamW(Optimizer):
     """Two moments in the parameter's dtype (float32 unless masters=false), one step count per tensor."""
 
     config: Config
-    supports = frozenset({"accumulation", "clip", "masters", "fsdp"})
+    conflicts = frozenset()
 
     def __init__(self, config: Config, named: Iterable[tuple[str, Tensor]], *, lr: float = 1e-3):
         super().__init__(config, named, lr=lr)

@@ -58,7 +58,7 @@ class AdamW8bit(Optimizer):
     """State: `NAME:exp_avg`, `NAME:exp_avg_sq` (uint8), their `_scale` per row and block, and `NAME:step`."""
 
     config: Config
-    supports = frozenset({"accumulation", "clip", "masters", "fsdp"})
+    conflicts = frozenset()
 
     def __init__(self, config: Config, named: Iterable[tuple[str, Tensor]], *, lr: float = 1e-3):
         super().__init__(config, named, lr=lr)

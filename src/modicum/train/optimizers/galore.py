@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from modicum.budget.cost import Cost
+from modicum.core.registry import Capabilities
 from modicum.train.optimizers import Group, Optimizer
 from modicum.train.optimizers import _lowrank as lowrank
 from modicum.train.optimizers._moments import Adam, check_adam, check_bits, flat, parted
@@ -73,11 +74,11 @@ class GaLore(Optimizer):
     """State of a projected matrix: `NAME:left` or `NAME:right` (the basis), the moments, and `NAME:step`."""
 
     config: Config
-    supports = frozenset({"accumulation", "clip", "masters", "fsdp"})
+    conflicts = frozenset()
 
     @classmethod
-    def able(cls, config: Any) -> frozenset[str]:
-        return frozenset() if config.per_layer else cls.supports
+    def capabilities(cls, config: Any) -> Capabilities:
+        return Capabilities() if config.per_layer else super().capabilities(config)
 
     def __init__(self, config: Config, named: Iterable[tuple[str, Tensor]], *, lr: float = 1e-3):
         super().__init__(config, named, lr=lr)

@@ -80,7 +80,7 @@ class GradNormLoRP(Optimizer):
     each its bases and moments (`I.left`, `I.exp_avg` ...), the magnitude's moments, and `step`."""
 
     config: Config
-    supports = frozenset({"accumulation", "clip", "masters"})
+    conflicts = frozenset({"fsdp"})
 
     def __init__(self, config: Config, named: Iterable[tuple[str, Tensor]], *, lr: float = 1e-3):
         super().__init__(config, named, lr=lr)

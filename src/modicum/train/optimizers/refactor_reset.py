@@ -70,8 +70,8 @@ class RefactorReset(Optimizer):
     """State: AdamW's since the last restart, and `steps`, those of the whole run."""
 
     config: Config
-    needs = frozenset({"factors"})
-    supports = frozenset({"accumulation", "clip", "masters", "fsdp"})
+    requires = frozenset({"factors"})
+    conflicts = frozenset()
 
     def __init__(self, config: Config, named: Iterable[tuple[str, Tensor]], *, lr: float = 1e-3):
         super().__init__(config, named, lr=lr)

@@ -27,7 +27,7 @@ class Schedule(Method, Part):
 
     FIRST: ClassVar[dict[str, Any]] = {}
     LATER: ClassVar[dict[str, Any]] = {}
-    supports: ClassVar[frozenset[str]] = frozenset({"fsdp"})
+    conflicts: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any):
         self.config = config

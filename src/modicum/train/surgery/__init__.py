@@ -8,9 +8,8 @@ the caller handed in holds the trained weights at the end.
 What a method does at which step follows from its config, the length of the run and the model's shapes alone,
 so that `marks`, `removed` and `flops` can tell of steps that are still to come: planners and benches ask them.
 
-Words in `supports`:
-    fsdp   works on sharded parameters
-    form   works when linear forms hold the weights
+Unless a method says otherwise it conflicts with `fsdp` (sharded parameters) and with the port `linear` (linear forms
+that hold the weights).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ BASELINE = "none"
 class Surgery(Method, Part):
     """Base class: fill the hooks of `Part` that the method needs, and what it tells of itself."""
 
-    supports: ClassVar[frozenset[str]] = frozenset()
+    conflicts: ClassVar[frozenset[str]] = frozenset({"fsdp", "linear"})
 
     def __init__(self, config: Any):
         self.config = config

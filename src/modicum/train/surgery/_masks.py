@@ -48,8 +48,8 @@ class Masking(Surgery):
     weight.
     """
 
-    supports = frozenset({"fsdp"})
-    needs_gradients = True
+    requires = frozenset({"step_gradients"})
+    conflicts = frozenset({"linear"})
 
     def __init__(self, config: Any):
         super().__init__(config)

@@ -59,7 +59,7 @@ class Config:
 
 class Stacking(Surgery):
     config: Config
-    supports = frozenset({"fsdp"})
+    conflicts = frozenset({"linear"})
 
     def __init__(self, config: Config):
         super().__init__(config)

@@ -20,5 +20,5 @@ class Config:
 
 
 class Nothing(Surgery):
-    supports = frozenset({"fsdp", "form"})
+    conflicts = frozenset()
     config: Config

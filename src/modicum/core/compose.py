@@ -1,0 +1,155 @@
+"""What goes with what: one resolver for training, adapting, compressing, serving, benches and recipes.
+
+A choice is a list of `Member`s: the chosen methods, and the settings beside them (two processes, a clipped gradient,
+a model with sliding windows). Each says in words of the field what it `provides`, `requires` and `conflicts` with:
+
+    requires    some other member must provide the word
+    conflicts   no other member may provide it
+
+A method provides its port's name and `PORT/KEY` besides its own words, so `conflicts = frozenset({"linear"})` refuses
+every linear form. Two members that provide the same word and conflict with it exclude each other.
+
+`resolve` refuses the first pair that does not go together, by name, with what to type instead, before anything is
+computed. No other place checks combinations. A method's file may say `BRINGS = ("transform/meco",)`: `complete` adds
+those halves of it to a choice.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from modicum.core import registry
+from modicum.core.choice import Choice
+from modicum.core.errors import UserError
+
+# The words that methods of this project use, with what each means. Plug-ins may add words of their own.
+CAPABILITIES = {
+    "activation_memory": "decides how activations are kept for the backward pass",
+    "adapter": "a trained update on a frozen base weight",
+    "adapter_base": "a frozen weight under an adapter: passes gradients on to its input",
+    "chunked_prefill": "prompts are computed over several steps",
+    "compile": "layers compiled with torch.compile",
+    "document_mask": "attention stays within a document",
+    "elastic": "weights in blocks, of which a part may be loaded",
+    "embedding": "single rows are cheap, so that it may hold a token embedding",
+    "factors": "weights as a product of two trained factors",
+    "fit": "takes over given weights",
+    "fsdp": "parameters sharded over several processes",
+    "gqa": "several query heads share a key and value head",
+    "loss_memory": "decides how the loss is computed from the last layer's output",
+    "merge": "linear in its input, so that it can become a plain weight again",
+    "prefix_cache": "requests share the cache of equal beginnings",
+    "reserved_tokens": "ids at the vocabulary's end that no text uses",
+    "sliding_window": "layers that attend to the last tokens only",
+    "step_gradients": "the gradients of a whole step are there before any weight changes",
+    "trainable": "has parameters that training changes",
+}
+
+_BRINGS = re.compile(r"^BRINGS\s*=\s*(\(.*?\))", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One part of a choice. `label`: how an error names it. `remedy`: what to type to be rid of it."""
+
+    label: str
+    provides: frozenset[str] = frozenset()
+    requires: frozenset[str] = frozenset()
+    conflicts: frozenset[str] = frozenset()
+    remedy: str = ""
+    port: str = ""
+
+
+def member(port: str, choice: object, remedy: str = "") -> Member:
+    """The member that a method of `port` is, with the knobs of `choice`. Imports the method."""
+    parsed = Choice.parse(port, choice)
+    cls: type[registry.Method] = registry.load(port, parsed.method).cls
+    words = cls.capabilities(parsed.config())
+    names = {port, f"{port}/{parsed.method}"}
+    label = f"{port} {parsed.method!r}"
+    return Member(label, words.provides | names, words.requires, words.conflicts, remedy, port)
+
+
+def setting(
+    label: str,
+    *,
+    provides: Iterable[str] = (),
+    requires: Iterable[str] = (),
+    conflicts: Iterable[str] = (),
+    remedy: str = "",
+) -> Member:
+    """A member that is no method: `setting("clip=1", requires={"step_gradients"}, remedy="set clip=0")`."""
+    return Member(label, frozenset(provides), frozenset(requires), frozenset(conflicts), remedy)
+
+
+def resolve(members: Sequence[Member], *, options: Mapping[str, str] | None = None, where: str = "") -> None:
+    """Raise `UserError` for the first members that do not go together.
+
+    options: what to write for a word that lacks a provider ({"document_mask": "packing=concat:mask=true"}), or
+    the option that takes methods of a port ({"linear": "form"}), for the error's last part. where: its first part.
+    """
+    for number, one in enumerate(members):
+        others = [*members[:number], *members[number + 1 :]]
+        for other in others:
+            if shared := one.conflicts & other.provides:
+                raise UserError(_prefix(where) + _conflict(one, other, min(shared)))
+        provided = frozenset().union(*(other.provides for other in others))
+        for word in sorted(one.requires - provided):
+            raise UserError(_prefix(where) + _missing(one, others, word, options or {}))
+
+
+def complete(choices: Sequence[Choice]) -> list[Choice]:
+    """`choices` and the methods that they bring along (`BRINGS`), each once; a half chosen by hand stays as chosen."""
+    found = list(choices)
+    for choice in found:  # grows while it is walked: what is brought may bring more
+        for port, key in brings(choice.port, choice.method):
+            if not any((c.port, c.method) == (port, key) for c in found):
+                found.append(Choice(port, key))
+    return found
+
+
+@cache
+def brings(port: str, key: str) -> tuple[tuple[str, str], ...]:
+    """(port, key) of the other halves that a method's file names in its literal `BRINGS`; nothing is imported."""
+    path = registry.methods(port)[key].path
+    text = path.read_text(encoding="utf-8") if path else ""
+    match = _BRINGS.search(text)
+    names = ast.literal_eval(match[1]) if match else getattr(registry.load(port, key).module, "BRINGS", ()) * (not path)
+    pairs = [(name.partition("/")[0], name.partition("/")[2]) for name in names]
+    for other_port, other_key in pairs:
+        if other_key not in registry.methods(other_port):
+            raise UserError(f"{port}/{key} brings {other_port}/{other_key}, which is not there; correct its BRINGS")
+    return tuple(pairs)
+
+
+def _prefix(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def _conflict(one: Member, other: Member, word: str) -> str:
+    if word in one.provides and word in other.provides and word in CAPABILITIES:
+        return f"{one.label} cannot be combined with {other.label}: each {CAPABILITIES[word]}; name one"
+    remedy = other.remedy or one.remedy or "leave one of them out"
+    one, other = (other, one) if other.port and not one.port else (one, other)
+    return f"{one.label} cannot be combined with {other.label}; {remedy}"
+
+
+def _missing(one: Member, others: Sequence[Member], word: str, options: Mapping[str, str]) -> str:
+    meaning = f" ({CAPABILITIES[word]})" if word in CAPABILITIES else ""
+    able = registry.providers(word)
+    at_fault = next((other for other in others if other.port in able), None)
+    if at_fault is not None:
+        remedy = one.remedy or options.get(word) or _choose(at_fault.port, able[at_fault.port], options)
+        return f"{at_fault.label} cannot be combined with {one.label}, which requires {word}{meaning}; {remedy}"
+    remedy = options.get(word) or one.remedy
+    if not remedy:
+        remedy = " or ".join(_choose(port, keys, options) for port, keys in able.items()) or "leave it out"
+    return f"{one.label} requires {word}{meaning}, which nothing chosen here provides; {remedy}"
+
+
+def _choose(port: str, keys: Sequence[str], options: Mapping[str, str]) -> str:
+    return f"choose {options.get(port, port)}={' or '.join(keys[:4])}"
