@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 .PHONY: quickstart test lint types contracts check clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/modicum run recipes/quickstart.yaml
+	$(BIN)/modicum run quickstart
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

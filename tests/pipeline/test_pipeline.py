@@ -14,11 +14,12 @@ from modicum.budget import Cost
 from modicum.core.errors import BudgetError, UserError
 from modicum.pipeline import STAGES
 from modicum.pipeline.context import Run, stage_fingerprint, stages_of
+from modicum.pipeline.named import recipes
 from modicum.pipeline.plan import bill_text, require_fits
 from modicum.pipeline.recipe import load, parse, resolved
 from modicum.pipeline.run import check_folder
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = list(recipes().values())
 SMALL = [
     "pretrain.tokens=120ktok",
     "pretrain.parameters=3e5",

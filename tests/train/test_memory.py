@@ -143,7 +143,7 @@ def test_the_verb_takes_several(tmp_path, monkeypatch, capsys) -> None:
 def test_a_recipe_takes_several() -> None:
     from modicum.pipeline.recipe import load
 
-    quickstart = HERE.parents[1] / "recipes" / "quickstart.yaml"
+    quickstart = "quickstart"
     assert load(quickstart, ["pretrain.memory=[cce,mesa]"]).pretrain.memory == ["cce", "mesa"]
     with pytest.raises(UserError, match="each decides how activations"):
         load(quickstart, ["pretrain.memory=[recompute,mesa]"])

@@ -1,4 +1,4 @@
-"""List the ports, one port's methods, or the models known by name."""
+"""List the ports, one port's methods, or the models or recipes known by name."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from modicum.core import registry
 
 def ls(
     port: Annotated[
-        str | None, typer.Argument(help="A port, e.g. optimizer; all ports if left out; or: models.")
+        str | None, typer.Argument(help="A port, e.g. optimizer; all ports if left out; or: models, recipes.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """List the ports, one port's methods, or the models known by name. Nothing heavy is imported."""
-    if port == "models":
-        _models(as_json)
+    """List the ports, one port's methods, or the models or recipes known by name. Nothing heavy is imported."""
+    if port in ("models", "recipes"):
+        (_models if port == "models" else _recipes)(as_json)
         return
     names = [port] if port else list(registry.ports())
     listing = {name: registry.methods(name) for name in names}
@@ -49,3 +49,15 @@ def _models(as_json: bool) -> None:
         state = "fetched" if sources.is_fetched(s) else f"{bytes_text(sum(p.bytes for p in s.packages))} to fetch"
         print(f"{s.name:<14} {s.kind:<8} {bytes_text(s.bytes):>9}  {state:<18} {s.licence:<19} {s.summary}")
     print("\nmodicum get NAME fetches one; every verb that takes a model does so by itself")
+
+
+def _recipes(as_json: bool) -> None:
+    from modicum.pipeline.named import recipes, summary
+
+    if as_json:
+        rows = {name: {"summary": summary(path), "file": str(path)} for name, path in recipes().items()}
+        print(json.dumps(rows, indent=2))
+        return
+    for name, path in recipes().items():
+        print(f"{name:<18} {summary(path)}")
+    print("\nmodicum run NAME runs one, modicum plan NAME shows its bill")

@@ -9,7 +9,7 @@ import typer
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe: a file, or a name such as quickstart (modicum ls recipes).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, e.g. budget.memory=2GiB.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory that would be used.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,

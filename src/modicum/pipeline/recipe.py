@@ -18,6 +18,7 @@ from modicum.budget import Budget, units
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError, UserError, unknown
+from modicum.pipeline.named import find
 
 Bytes = Annotated[float, BeforeValidator(lambda value: units.parse(value, "bytes"))]
 Seconds = Annotated[float, BeforeValidator(lambda value: units.parse(value, "seconds"))]
@@ -156,14 +157,8 @@ class Recipe(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `key.path=value` overrides. Raises `UserError` on any fault."""
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(str(p) for p in (path.parent if path.parent.is_dir() else Path("recipes")).glob("*.yaml"))
-        raise UserError(
-            f"no recipe at {str(path)!r}; found here: {', '.join(near) or 'none'}. "
-            "Type: modicum run recipes/quickstart.yaml"
-        )
+    """Read a recipe, a file or a packaged one by name, and apply `key.path=value` overrides. Raises `UserError` on any fault."""
+    path = find(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

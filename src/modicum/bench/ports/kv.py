@@ -8,7 +8,7 @@ token, the mean over pieces, and at most.
 With `questions` the playground's needle, multikey and copy are asked as well and judge the policy: share of
 right answers, and the bytes held while answering. That says something of a model that can recall:
 
-    modicum run recipes/playground-recall.yaml
+    modicum run playground-recall
     modicum bench kv --model runs/playground-recall/stages/pretrain/model --scale questions=100
 
 With `stream` a policy that bounds its cache also reads a text of so many times `sequence_length` on end.
