@@ -238,7 +238,7 @@ def test_padding_writes_where_the_first_row_does() -> None:
     assert runner(works, []) is None
     some = runner(works, [3, 1])
     assert some is not None and torch.allclose(some, logits[[3, 1]], rtol=1e-5, atol=1e-6)
-    assert torch.allclose(runner.says(1, 3), logits[1:3], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(runner.logits([1, 2]), logits[1:3], rtol=1e-5, atol=1e-6)
 
 
 @torch.inference_mode()

@@ -47,7 +47,10 @@ class Cache:
         """Note in a waiting job what the prefix cache holds of it now."""
         P, job = self.block_size, sample.job
         chain(sample.tokens, P, sample.names)
-        found = self.blocks.find(sample.names[: (job.length - self.policy.tail) // P])
+        most = job.length - self.policy.tail
+        if sample.scored:  # the tokens from the prompt's last one on are computed: their logits are what is asked for
+            most = min(most, len(sample.request.prompt) - 1)
+        found = self.blocks.find(sample.names[: most // P])
         job.hit = len(found) * P
         job.revived = sum(self.blocks.references[b] == 0 for b in found)
 

@@ -29,6 +29,7 @@ from modicum.serve.drafters import Drafter, Tree, layout
 from modicum.serve.kv import KVPolicy
 from modicum.serve.payoff import Payoff
 from modicum.serve.request import Sample, Update
+from modicum.serve.scoring import score
 from modicum.serve.trees import child, move
 from modicum.serve.work import Work, arrange, tokens_of
 
@@ -100,11 +101,12 @@ class Drafting:
             if logits_RV is not None:
                 drafter.observe(tokens_T[rows], logits_RV)
         self._walk(works, trees, logits_RV, at, updates)
+        score(engine, works, updates)
 
     def _extend(self, works: list[Work]) -> list[Work]:
         """Give tokens that are computed singly their trees, as far as there is room; returns these works."""
         config = self.engine.config
-        single = [w for w in works if w.n == 1 and w.start + 1 == w.sample.job.length]
+        single = [w for w in works if w.n == 1 and w.start + 1 == w.sample.job.length and not w.sample.scored]
         budget = min(config.draft_tokens, config.max_batch_tokens - sum(w.n for w in works))
         trees = []
         for i, w in enumerate(single):
@@ -133,7 +135,7 @@ class Drafting:
             if w.tree is None and w.n > 1:
                 for first in range(w.at, w.at + w.n, ROWS):
                     last = min(first + ROWS, w.at + w.n)
-                    self.drafter.observe(tokens_T[first:last], self.engine.runner.says(first, last))
+                    self.drafter.observe(tokens_T[first:last], self.engine.runner.logits(range(first, last)))
 
     def _walk(
         self, works: list[Work], trees: list[Work], logits_RV: Tensor | None, at: dict[int, int], updates: list[Update]
@@ -197,7 +199,7 @@ def _rows(works: Sequence[Work]) -> tuple[list[int], dict[int, int]]:
     at: dict[int, int] = {}
     for w in works:
         known = w.n if w.tree is None else 1
-        if w.start + known == w.sample.job.length:
+        if w.start + known == w.sample.job.length and not w.sample.scored:
             first = w.at + known - 1
             at[w.sample.id] = len(rows)
             rows += range(first, w.at + w.n)

@@ -16,7 +16,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ from modicum.serve.request import (
 from modicum.serve.runner import make_runner
 from modicum.serve.sampling import Choices, Penalties, choose
 from modicum.serve.schedulers import Job, Plan
+from modicum.serve.scoring import follow, score
 from modicum.serve.text import TextStream
 from modicum.serve.work import Work, arrange
 
@@ -100,16 +101,19 @@ class Engine:
         params, prompt, vocab = request.params, request.prompt, self.model.config.vocab_size
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
         limit = min(self.max_length, len(prompt) + (params.max_tokens or self.max_length))
-        text = self.tokenizer is not None and (request.detokenize or bool(params.stop))
+        text = self.tokenizer is not None and (request.detokenize or bool(params.stop)) and not request.continuations
         samples = []
-        for i in range(params.n):
+        watched = self.policy.drops or self.policy.observes
+        for i in range(request.n):
             job = Job(next(self._ids), request.arrival, len(prompt), len(prompt))
             sample = Sample(request, i, job, list(prompt), stops, limit, random.Random(f"{request.seed}/{i}"))
+            if request.continuations:
+                follow(sample, at_once=not (request.token_by_token or watched))
             if text:
                 sample.stream = TextStream(self.tokenizer, params.stop, prompt)
             if params.penalised:
                 sample.penalties = Penalties(prompt, (), vocab, self.model.device)
-            sample.policy = self.policy.begin(len(prompt)) if self.policy.drops or self.policy.observes else None
+            sample.policy = self.policy.begin(len(prompt)) if watched else None
             if self.drafting is not None:
                 self.drafting.begin(sample)
             samples.append(sample)
@@ -125,7 +129,7 @@ class Engine:
         request = self.requests.get(request_id)
         for sample in list(request.sequences if request else ()):
             if sample.finish is None:
-                self._end(sample, "abort")
+                self.end(sample, "abort")
 
     @property
     def busy(self) -> bool:
@@ -150,23 +154,41 @@ class Engine:
                 f"{len(prompts)} prompts and {len(each)} sampling parameters; give one for all, or one each"
             )
         requests = [Request(self.encode(p), s) for p, s in zip(prompts, each, strict=True)]
-        updates: dict[int, list[Update]] = {r.id: [] for r in requests}
+        for request in requests:
+            self.check(request)
+        finished = {}
+        for output in self.outputs(requests):
+            finished[output.request] = output
+            if progress:
+                progress(1)
+        return [finished[request.id] for request in requests]
+
+    def outputs(self, requests: Iterable[Request], ahead: int | None = None) -> Iterator[Output]:
+        """Outputs of `requests` as they finish; at most `ahead` of them are taken and in the engine at a time.
+
+        Leaving the loop early aborts the rest. Raises `InvalidRequest` when one is taken that cannot be served,
+        `ModicumError` if a step failed.
+        """
+        source = iter(requests)
+        mine: dict[int, tuple[Request, list[Update]]] = {}
         try:
-            for request in requests:
-                self.add(request)
-            while any(r.id in self.requests for r in requests):
-                before = len(self.requests)
+            while True:
+                for request in itertools.islice(source, None if ahead is None else ahead - len(mine)):
+                    self.add(request)
+                    mine[request.id] = request, []
+                if not mine:
+                    return
                 for update in self.step():
-                    if update.request in updates:
-                        updates[update.request].append(update)
                     if update.error:
                         raise ModicumError(f"generation failed: {update.error}")
-                if progress and len(self.requests) < before:
-                    progress(before - len(self.requests))
+                    if update.request in mine:
+                        mine[update.request][1].append(update)
+                for id in [id for id in mine if id not in self.requests]:
+                    request, updates = mine.pop(id)
+                    yield collect([request], {id: updates})[0]
         finally:
-            for request in requests:
-                self.abort(request.id)
-        return collect(requests, updates)
+            for id in mine:
+                self.abort(id)
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Update]:
         """Updates of one request as they come; leaving the loop early aborts it."""
@@ -232,7 +254,7 @@ class Engine:
         for id in list(requests):
             for sample in list(self.requests[id].sequences) if id in self.requests else []:
                 if sample.finish is None:
-                    self._end(sample, "error", suspect=True)
+                    self.end(sample, "error", suspect=True)
                     updates.append(Update(id, sample.index, finish="error", error=message))
         return updates
 
@@ -289,9 +311,10 @@ class Engine:
         self.counters["preemptions"] += 1
 
     def _run(self, works: list[Work], updates: list[Update]) -> None:
-        ready = [w for w in works if w.start + w.n == w.sample.job.length]
+        ready = [w for w in works if w.start + w.n == w.sample.job.length and not w.sample.scored]
         logits_BV = self.runner(works, [w.at + w.n - 1 for w in ready], self.policy.observes)
         self._commit(works, [w.sample for w in ready], logits_BV, updates)
+        score(self, works, updates)
 
     def _commit(
         self, works: list[Work], samples: list[Sample], logits_BV: Tensor | None, updates: list[Update]
@@ -329,9 +352,7 @@ class Engine:
         update = Update(sample.request.id, sample.index, tokens=[token], logprobs=[logprob] if logprob else [])
         if first:
             update.cached = sample.request.cached
-            if sample.index == 0:
-                for sibling in sample.request.sequences[1:]:
-                    self.scheduler.add(sibling.job)
+            self.start_siblings(sample)
         if sample.penalties is not None:
             sample.penalties.add(token)
         if token in sample.stops:
@@ -348,10 +369,16 @@ class Engine:
                 update.text += sample.stream.finish()
                 if sample.stream.stopped is not None:  # what was held back can complete a stop string
                     update.finish = "stop"
-            self._end(sample, update.finish)
+            self.end(sample, update.finish)
         return update
 
-    def _end(self, sample: Sample, finish: str, suspect: bool = False) -> None:
+    def start_siblings(self, sample: Sample) -> None:
+        """Queue a request's other sequences once the first has computed their prompt."""
+        if sample.index == 0:
+            for sibling in sample.request.sequences[1:]:
+                self.scheduler.add(sibling.job)
+
+    def end(self, sample: Sample, finish: str, suspect: bool = False) -> None:
         """Finish a sequence and free what it holds. Suspect contents are zeroed and not found again."""
         if suspect:
             self.cache.distrust(sample)

@@ -164,11 +164,11 @@ class Graphs:
             return self.model.head(h_BD)
         return self.model.head(h_BD[torch.tensor(list(rows), device=h_BD.device)])
 
-    def says(self, first: int, last: int) -> Tensor:
-        """Logits of places first .. last - 1 of the step that ran last."""
+    def logits(self, rows: Sequence[int]) -> Tensor:
+        """Logits (len(rows), V) of more rows of the step that ran last."""
         if self._last_BD is None:
-            return self.eager.says(first, last)
-        return self.model.head(self._last_BD[first:last])
+            return self.eager.logits(rows)
+        return self.model.head(self._last_BD[torch.tensor(list(rows), device=self._last_BD.device)])
 
     def _bucket(self, works: Sequence[Work]) -> Bucket | None:
         """None for what runs eagerly: not only single tokens on whole caches, too uneven, or one graph too many."""

@@ -168,10 +168,17 @@ class Output:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt (token ids) and what to do with it. `detokenize=False` leaves `text` empty."""
+    """A prompt (token ids) and what to do with it. `detokenize=False` leaves `text` empty.
+
+    With `continuations` nothing is sampled: each gives one completion, whose `logprobs` are those of its tokens
+    after the prompt (and of the most likely token at each of its places). A continuation is computed in one pass,
+    or, with `token_by_token` and where a KV policy drops or observes entries, as if it were generated.
+    """
 
     prompt: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    continuations: tuple[Sequence[int], ...] = ()
+    token_by_token: bool = False
     id: int = field(default_factory=lambda: next(_ids))
     arrival: float = field(default_factory=time.monotonic)
     detokenize: bool = True
@@ -183,18 +190,35 @@ class Request:
         given = self.params.seed
         self.seed = secrets.randbits(63) if given is None else given
 
+    @property
+    def n(self) -> int:
+        """Completions it gives."""
+        return len(self.continuations) or self.params.n
+
 
 def check_request(request: Request, most: int, vocab: int, has_tokenizer: bool) -> None:
     """Raise `InvalidRequest` for what an engine of `most` tokens and `vocab` token ids cannot serve."""
     params, prompt = request.params, request.prompt
     if not prompt:
         raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
-    if len(prompt) >= most:
+    if len(prompt) >= most and not request.continuations:
         raise InvalidRequest(
             f"the prompt has {len(prompt)} tokens, but prompt and answer together may have {most}; shorten the prompt",
             "prompt",
             "context_length_exceeded",
         )
+    for continuation in request.continuations:
+        if not continuation:
+            raise InvalidRequest("a continuation is empty; give at least one token", "continuations")
+        if len(prompt) + len(continuation) - 1 > most:
+            raise InvalidRequest(
+                f"prompt and continuation have {len(prompt)} and {len(continuation)} tokens, but together they may "
+                f"have {most + 1}; shorten one",
+                "continuations",
+                "context_length_exceeded",
+            )
+        if min(continuation) < 0 or max(continuation) >= vocab:
+            raise InvalidRequest(f"a continuation holds token ids outside 0 to {vocab - 1}", "continuations")
     if min(prompt) < 0 or max(prompt) >= vocab:
         raise InvalidRequest(f"the prompt holds token ids outside 0 to {vocab - 1}", "prompt")
     if any(not 0 <= t < vocab for t in (*params.logit_bias, *params.stop_token_ids)):
@@ -214,6 +238,9 @@ class Sample:
     stops: frozenset[int]
     limit: int  # length at which it ends
     random: random.Random
+    given: Sequence[int] = ()  # the continuation it follows
+    scored: bool = False  # all of `given` is among `tokens` and computed like a prompt
+    scores: list[TokenLogprob] = field(default_factory=list)
     stream: TextStream | None = None
     slot: int = -1  # row of the block table while running
     blocks: list[int] = field(default_factory=list)
@@ -240,7 +267,7 @@ def collect(requests: Sequence[Request], updates: Mapping[int, list[Update]]) ->
     """Put the updates of finished requests together, in the order of `requests`."""
     outputs = []
     for request in requests:
-        completions = [Completion(i) for i in range(request.params.n)]
+        completions = [Completion(i) for i in range(request.n)]
         for update in updates[request.id]:
             c = completions[update.index]
             c.text += update.text

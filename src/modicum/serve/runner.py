@@ -55,9 +55,9 @@ class Eager:
             return self.model.head(self._h_TD)
         return self.model.head(self._h_TD[torch.tensor(list(rows), device=device)])
 
-    def says(self, first: int, last: int) -> Tensor:
-        """Logits of places first .. last - 1 of the step that ran last."""
-        return self.model.head(self._h_TD[first:last])
+    def logits(self, rows: Sequence[int]) -> Tensor:
+        """Logits (len(rows), V) of more rows of the step that ran last."""
+        return self.model.head(self._h_TD[torch.tensor(list(rows), device=self._h_TD.device)])
 
 
 class Native:
@@ -87,7 +87,10 @@ class Native:
         self._window = min((w for i in range(model.config.layers) if (w := model.config.window(i))), default=NO_WINDOW)
         self._x_TD: Tensor | None = None  # of the last step, before the final norm
         self._state = 0
-        self._finalizer: weakref.finalize | None = None
+        self._head_shape = native.Model.from_buffer_copy(self._shape)
+        self._head_shape.layers = 0  # a step without layers: the final norm and the head
+        self._head_state = 0
+        self._finalizers: list[weakref.finalize] = []
 
     def __call__(self, works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:
         self._x_TD = None
@@ -132,8 +135,7 @@ class Native:
         self._x_TD = x_TD
         if not len(rows):
             return None
-        cap = config.logit_softcap
-        return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
+        return self._capped(logits_RV)
 
     def _serves(self, works: Sequence[Work]) -> bool:
         """Not a policy's own attention; of thinned sequences single tokens, where no window asks for positions."""
@@ -145,22 +147,45 @@ class Native:
         capped = self.model.config.attention_softcap is not None and self.attend.storage.weight_AP is not None
         return self._window == NO_WINDOW and not capped and all(w.n == 1 for w in thinned)
 
-    def says(self, first: int, last: int) -> Tensor:
+    def logits(self, rows: Sequence[int]) -> Tensor:
         if self._x_TD is None:
-            return self.eager.says(first, last)
-        return self.model.head(self.model.norm(self._x_TD[first:last].to(self.model.dtype)))
+            return self.eager.logits(rows)
+        self._open()
+        x_RD = self._x_TD[torch.tensor(list(rows))]
+        logits_RV = torch.empty(len(rows), self.model.config.vocab_size)
+        ready_R, zero_R = np.arange(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
+        step = native.Step(
+            rows=len(rows),
+            ready=len(rows),
+            x=x_RD.data_ptr(),
+            position=zero_R.ctypes.data,
+            place=zero_R.ctypes.data,
+            slot=zero_R.ctypes.data,
+            ready_row=ready_R.ctypes.data,
+            logits=logits_RV.data_ptr(),
+        )
+        if self.library.modicum_step(self._head_state, ctypes.byref(step)):
+            raise MemoryError("no memory for the logits of a step")
+        return self._capped(logits_RV)
+
+    def _capped(self, logits_RV: Tensor) -> Tensor:
+        cap = self.model.config.logit_softcap
+        return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
 
     def _open(self) -> None:
         """Working memory for as many threads as PyTorch uses now."""
         if self.threads == torch.get_num_threads():
             return
-        if self._finalizer:
-            self._finalizer()
-        self.threads = self._shape.threads = torch.get_num_threads()
-        self._state = self.library.modicum_open(ctypes.byref(self._shape))
-        if not self._state:
-            raise MemoryError("no memory for the working arrays of a step")
-        self._finalizer = weakref.finalize(self, self.library.modicum_close, self._state)
+        for finalizer in self._finalizers:
+            finalizer()
+        self.threads = self._shape.threads = self._head_shape.threads = torch.get_num_threads()
+        states = []
+        for shape in (self._shape, self._head_shape):
+            states.append(self.library.modicum_open(ctypes.byref(shape)))
+            if not states[-1]:
+                raise MemoryError("no memory for the working arrays of a step")
+            self._finalizers.append(weakref.finalize(self, self.library.modicum_close, states[-1]))
+        self._state, self._head_state = states
 
     def _describe(self, model: Decoder, attend: StepAttend) -> native.Model:
         c, storage = model.config, attend.storage

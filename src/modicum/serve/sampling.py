@@ -51,7 +51,7 @@ def choose(logits_BV: Tensor, samples: Sequence[Sample]) -> Choices:
     best_B, greedy_B = logits_BV.max(-1)
     params = [sample.params for sample in samples]
     if all(p.plain for p in params):
-        return Choices(greedy_B.tolist(), torch.isfinite(best_B).tolist(), {})
+        return Choices(_given(greedy_B.tolist(), samples), torch.isfinite(best_B).tolist(), {})
     finite = torch.isfinite(best_B).tolist()
     raw_BV = logits_BV
     logits_BV = _adjusted(logits_BV.float(), samples)
@@ -64,8 +64,16 @@ def choose(logits_BV: Tensor, samples: Sequence[Sample]) -> Choices:
         uniform = [samples[i].random.random() for i in rows]
         some_RV = logits_BV if len(rows) == len(samples) else logits_BV[index_R]
         greedy_B = greedy_B.index_copy(0, index_R, draw(some_RV, picked, uniform))
-    tokens = greedy_B.tolist()
+    tokens = _given(greedy_B.tolist(), samples)
     return Choices(tokens, finite, _logprobs(raw_BV, params, tokens))
+
+
+def _given(tokens: list[int], samples: Sequence[Sample]) -> list[int]:
+    """The tokens, those of samples that follow a given continuation replaced by its next one."""
+    return [
+        s.given[len(s.tokens) - len(s.request.prompt)] if s.given else token
+        for token, s in zip(tokens, samples, strict=True)
+    ]
 
 
 def draw(logits_RV: Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> Tensor:

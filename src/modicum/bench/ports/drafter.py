@@ -14,8 +14,6 @@ import functools
 import time
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from modicum.bench import training
 from modicum.bench.body import in_body
 from modicum.bench.harness import Axes, Axis, Measurement, Settings
@@ -26,8 +24,7 @@ from modicum.core.choice import Choice
 from modicum.model.decoder import Decoder
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
-from modicum.serve.request import Request, Sample, SamplingParams, Update
-from modicum.serve.work import Work
+from modicum.serve.request import Request, SamplingParams
 
 AXES = Axes(quality=Axis("tokens_per_forward", "higher"), cost=Axis("seconds_per_token", "lower", "s"))
 
@@ -65,22 +62,6 @@ class Play:
     @property
     def per_forward(self) -> float:
         return self.tokens / max(1, self.forwards)
-
-
-class Forced(Engine):
-    """Says the answers it is given."""
-
-    forced: dict[int, list[int]] | None = None  # request -> tokens to say
-
-    def _commit(
-        self, works: list[Work], samples: list[Sample], logits_BV: Tensor | None, updates: list[Update]
-    ) -> None:
-        if self.forced is not None and logits_BV is not None:
-            for row, sample in enumerate(samples):
-                token = self.forced[sample.request.id][len(sample.tokens) - len(sample.request.prompt)]
-                logits_BV[row] = 0.0
-                logits_BV[row, token] = 1.0
-        super()._commit(works, samples, logits_BV, updates)
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
@@ -150,7 +131,7 @@ def play(
     when: str = "always",
 ) -> Play:
     """Each prompt by itself, in one engine: what its drafter learns goes on to the next."""
-    engine = Forced(
+    engine = Engine(
         model,
         None,
         EngineConfig(
@@ -165,8 +146,8 @@ def play(
     answers, seconds = [], 0.0
     for i, row in enumerate(rows):
         params = SamplingParams(temperature=temperature, seed=1000 * seed + i, max_tokens=scale.answer, ignore_eos=True)
-        request = Request(list(row[: scale.prompt]), params)
-        engine.forced = {request.id: list(row[scale.prompt :])} if forced else None
+        given = (list(row[scale.prompt :]),) if forced else ()
+        request = Request(list(row[: scale.prompt]), params, given, token_by_token=True)
         engine.add(request)
         engine.step()  # the prompt and the first token
         start = time.perf_counter()

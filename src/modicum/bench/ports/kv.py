@@ -88,42 +88,28 @@ class Watched(Engine):
         return int((self.blocks.n_blocks - self.blocks.free) * self.storage.block_bytes - self.pages.free * page)
 
 
-class Forced(Watched):
-    """An engine that says given answers, and notes what it would have said and how likely the answer was."""
+@dataclass
+class Followed:
+    """Of given answers, token by token: surprise in nats, the most likely token in its place, bytes held before it."""
 
-    def __init__(self, model: Decoder, config: EngineConfig):
-        super().__init__(model, config)
-        self.answers: dict[int, list[int]] = {}  # request -> tokens to say
-        self.nats: list[float] = []
-        self.best: list[int] = []
-
-    def _commit(
-        self, works: list[Work], samples: list[Sample], logits_BV: Tensor | None, updates: list[Update]
-    ) -> None:
-        for row, sample in enumerate(samples):
-            assert logits_BV is not None
-            token = self.answers[sample.request.id][len(sample.tokens) - len(sample.request.prompt)]
-            logits_V = logits_BV[row].float()
-            self.nats.append(float(torch.logsumexp(logits_V, 0) - logits_V[token]))
-            self.best.append(int(logits_V.argmax()))
-            logits_BV[row] = 0.0
-            logits_BV[row, token] = 1.0
-        super()._commit(works, samples, logits_BV, updates)
+    nats: list[float]
+    best: list[int]
+    held: list[int]
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     scale: Scale = settings.scale
     bench, model = training.pretrained(settings, seed)
     start = time.perf_counter()
-    engine = play(model, pieces(bench, scale, seed), scale, choice)
+    followed = play(model, pieces(bench, scale, seed), scale, choice)
     seconds = time.perf_counter() - start
     truth = _full(scale, settings.data, settings.model, settings.device, seed)
-    after = [held for i, held in enumerate(engine.held) if i % scale.answer == scale.answer - 1]
+    after = [held for i, held in enumerate(followed.held) if i % scale.answer == scale.answer - 1]
     metrics = {
-        "bits_per_token": sum(engine.nats) / len(engine.nats) / math.log(2),
+        "bits_per_token": sum(followed.nats) / len(followed.nats) / math.log(2),
         "held_bytes": sum(after) / len(after),
-        "peak_held_bytes": max(engine.held),
-        "agreement": sum(a == b for a, b in zip(engine.best, truth, strict=True)) / len(truth),
+        "peak_held_bytes": max(followed.held),
+        "agreement": sum(a == b for a, b in zip(followed.best, truth, strict=True)) / len(truth),
     }
     if scale.questions:
         metrics = {("text_" if "held" in name else "") + name: value for name, value in metrics.items()}
@@ -132,7 +118,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         metrics |= stream(model, bench, scale, choice, seed)
     return Measurement(
         metrics=metrics,
-        cost=Cost(seconds=seconds, tokens=len(engine.nats)),
+        cost=Cost(seconds=seconds, tokens=len(followed.nats)),
         data=bench.corpus.record,
         model=bench.model_record(model, "small decoder, trained"),
         axes=RECALL if scale.questions else None,
@@ -185,13 +171,9 @@ def stream(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, 
     text = [t for d in bench.corpus.heldout for t in bench.tokenizer.encode(d.text, specials=False)]
     start = int(torch.randint(len(text), (1,), generator=lab.seeded(seed)))
     tokens = (text[start:] + text * (length // len(text) + 1))[:length]
-    engine = Forced(model, _engine_config(scale, choice, length + 1))
-    request = Request(tokens[: scale.prompt], SamplingParams(max_tokens=length - scale.prompt, ignore_eos=True))
-    engine.answers[request.id] = tokens[scale.prompt :]
-    engine.add(request)
-    while engine.requests:
-        engine.step()
-    tenth, middle = length // 10 // T * T or T, len(engine.held) // 2
+    followed = follow(Watched(model, _engine_config(scale, choice, length + 1)), [tokens], scale.prompt)
+    nats, held = followed.nats, followed.held
+    tenth, middle = length // 10 // T * T or T, len(held) // 2
     rows_BT = torch.tensor(tokens[-tenth:]).view(-1, T)
     with torch.inference_mode():
         pieces = [
@@ -199,11 +181,11 @@ def stream(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, 
         ]
     return {
         "stream_tokens": float(length),
-        "stream_bits_first": sum(engine.nats[:tenth]) / tenth / math.log(2),
-        "stream_bits_last": sum(engine.nats[-tenth:]) / tenth / math.log(2),
+        "stream_bits_first": sum(nats[:tenth]) / tenth / math.log(2),
+        "stream_bits_last": sum(nats[-tenth:]) / tenth / math.log(2),
         "stream_bits_last_in_pieces": sum(pieces) / len(pieces) / math.log(2),
-        "stream_held_bytes": float(max(engine.held)),
-        "stream_held_growth": float(max(engine.held[middle:]) - max(engine.held[:middle])),
+        "stream_held_bytes": float(max(held)),
+        "stream_held_growth": float(max(held[middle:]) - max(held[:middle])),
     }
 
 
@@ -241,14 +223,14 @@ def pieces(bench: training.Bench, scale: Scale, seed: int) -> list[list[int]]:
     return [text[start : start + length] for start in starts]
 
 
-def play(model: Decoder, rows: list[list[int]], scale: Scale, policy: Choice | str) -> Forced:
-    """Each piece by itself through the engine, its answer forced."""
-    engine = Forced(model, _engine_config(scale, policy, scale.prompt + scale.answer + 1))
-    for row in rows:
-        params = SamplingParams(temperature=0, max_tokens=scale.answer, ignore_eos=True)
-        request = Request(row[: scale.prompt], params)
-        engine.answers[request.id] = row[scale.prompt :]
-        engine.add(request)
-        while engine.requests:
-            engine.step()
-    return engine
+def play(model: Decoder, rows: list[list[int]], scale: Scale, policy: Choice | str) -> Followed:
+    """Each piece by itself through an engine, its answer given."""
+    return follow(Watched(model, _engine_config(scale, policy, scale.prompt + scale.answer + 1)), rows, scale.prompt)
+
+
+def follow(engine: Watched, rows: list[list[int]], prompt: int) -> Followed:
+    """What `engine` makes of each row's tokens after the first `prompt`, one row after the other."""
+    params = SamplingParams(temperature=0, logprobs=1)
+    requests = [Request(row[:prompt], params, (row[prompt:],), token_by_token=True) for row in rows]
+    scores = [t for output in engine.outputs(requests, ahead=1) for t in output.completions[0].logprobs]
+    return Followed([-t.logprob for t in scores], [t.top[0][0] for t in scores], engine.held)
