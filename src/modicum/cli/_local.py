@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from modicum.cli._grounding import without_specials
 from modicum.retrieve.ground import Generate, Generated, Messages
 
 
@@ -21,13 +22,7 @@ def local_generator(
     folder = find_folder(model)
     tokenizer = Tokenizer.load(folder)
     engine = Engine(load_model(folder, dtype=dtype, device=device), tokenizer, EngineConfig())
-    specials = [t.content for t in tokenizer.backend.get_added_tokens_decoder().values() if t.special]
-
-    def plain(text: str) -> str:
-        """The text with the names of special tokens broken up: a passage must not open a turn of its own."""
-        for name in specials:
-            text = text.replace(name, name[:1] + " " + name[1:])
-        return text
+    plain = without_specials(tokenizer)
 
     def generate(messages: Messages, on_text: Callable[[str], None]) -> Generated:
         prompt = tokenizer.chat([m | {"content": plain(m["content"])} for m in messages])

@@ -1,62 +1,112 @@
-"""Serve a model over an OpenAI-compatible API."""
+"""Serve a model over an OpenAI-compatible API, with a chat page if asked for."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from modicum.serve.engine import Engine
+    from modicum.serve.server import Server
+
+
+def _option(panel: str) -> Any:
+    """Options of one panel of the help text."""
+
+    def option(*names: str, help: str, **more: Any) -> Any:
+        return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+    return option
+
+
+_http, _page = _option("HTTP server"), _option("Chat page and search")
+_weights, _cache = _option("Model"), _option("Cache and batching")
+_speculative, _hardware = _option("Speculative decoding"), _option("Hardware")
+
+Model = Annotated[
+    str, typer.Argument(help="A model folder, a known name (modicum ls models), or a hub id OWNER/NAME.")
+]
+
+Host = Annotated[str, _http(help="Address to listen on; 0.0.0.0 lets other machines in.")]
+Port = Annotated[int, _http(help="Port; 0 takes a free one.")]
+Name = Annotated[str | None, _http(help="Model name in the API; the folder's name if left out.")]
+ApiKey = Annotated[str | None, _http(help="Require this API key.", envvar="MODICUM_API_KEY", show_envvar=True)]
+MaxQueue = Annotated[int, _http(help="Requests that may wait; more are answered 429.")]
+Drain = Annotated[float, _http(help="Seconds that running requests get after Ctrl-C.")]
+
+Ui = Annotated[bool, _page("--ui", help="Serve a chat page at /.")]
+IndexFolder = Annotated[
+    str | None, _page("--index", help="A folder made by `modicum index`: chats can cite its passages.")
+]
+Passages = Annotated[int, _page(help="Passages retrieved for a question, unless the request says how many.")]
+
+Form = Annotated[str | None, _weights(help="Quantize the layers' weights to this form, e.g. int8 or int4.")]
+Adapter = Annotated[str | None, _weights(help="A LoRA adapter folder in PEFT format.")]
+Size = Annotated[str | None, _weights(help="Weight-memory limit for a BitStack model, e.g. 24MiB.")]
+Dtype = Annotated[str | None, _weights(help="float32, bfloat16 or float16; default: as stored.")]
+
+Cache = Annotated[str, _cache(help="KV-cache memory: auto, 1GiB, 50ktok.")]
+MaxSequences = Annotated[int, _cache(help="Maximum sequences per step.")]
+MaxBatchTokens = Annotated[int, _cache(help="Maximum tokens per step.")]
+MaxLength = Annotated[int | None, _cache(help="Maximum length of prompt and answer together; default: the model's.")]
+BlockSize = Annotated[int, _cache(help="Tokens per cache block.")]
+PrefixCache = Annotated[bool, _cache(help="Reuse the cached keys and values of equal prompt prefixes.")]
+ChunkedPrefill = Annotated[
+    bool | None, _cache(help="Split prefill into chunks between decode steps; default: as the scheduler does.")
+]
+Scheduler = Annotated[str, _cache(help="KEY or KEY:knob=value; see modicum ls scheduler.")]
+Kv = Annotated[str, _cache(help="KV-cache policy, KEY or KEY:knob=value; see modicum ls kv.")]
+
+Drafter = Annotated[str, _speculative(help="Drafting method, KEY or KEY:knob=value; see modicum ls drafter.")]
+DraftTokens = Annotated[int, _speculative(help="Maximum draft tokens per step, over all sequences.")]
+DraftWhen = Annotated[str, _speculative(help="pays: only while it speeds up decoding; always: in every step.")]
+
+Device = Annotated[str, _hardware(help="cpu or cuda.")]
+CudaGraphs = Annotated[bool, _hardware(help="On a GPU, replay decode steps as CUDA graphs.")]
+ActivationBits = Annotated[
+    int,
+    _hardware(help="Activation precision of the CPU kernels: 16, or 8 (W8A8, W4A8: faster prefill, less accurate)."),
+]
+
 
 def serve(
-    model: Annotated[
-        str, typer.Argument(help="A model folder, a known name (modicum ls models), or a hub id OWNER/NAME.")
-    ],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="Model name in the API; the folder's name if left out.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="MODICUM_API_KEY", help="Ask clients for this key.", show_envvar=True)
-    ] = None,
-    form: Annotated[str | None, typer.Option(help="Hold the layers' weights in this form, e.g. int8 or int4.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="A LoRA adapter folder in PEFT format.")] = None,
-    cache: Annotated[str, typer.Option(help="Memory for keys and values: auto, 1GiB, 50ktok.")] = "auto",
-    max_sequences: Annotated[int, typer.Option(help="Sequences computed at once.")] = 64,
-    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 2048,
-    max_length: Annotated[int | None, typer.Option(help="Prompt and answer together; default: the model's.")] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens per cache block.")] = 16,
-    prefix_cache: Annotated[bool, typer.Option(help="Reuse what equal beginnings have computed.")] = True,
-    chunked_prefill: Annotated[
-        bool | None,
-        typer.Option(help="Compute prompts in pieces between decodes; default: as the scheduler's knobs say."),
-    ] = None,
-    scheduler: Annotated[str, typer.Option(help="KEY or KEY:knob=value; see modicum ls scheduler.")] = "fcfs",
-    kv: Annotated[str, typer.Option(help="KEY or KEY:knob=value; see modicum ls kv.")] = "full",
-    drafter: Annotated[
-        str, typer.Option(help="Guess tokens ahead; KEY or KEY:knob=value, see modicum ls drafter.")
-    ] = "none",
-    draft_tokens: Annotated[int, typer.Option(help="Guessed tokens of one step, shared by its sequences.")] = 96,
-    draft_when: Annotated[str, typer.Option(help="pays (judged by the clock) or always.")] = "pays",
-    cuda_graphs: Annotated[
-        bool, typer.Option(help="On a GPU, replay decode steps instead of launching every kernel anew.")
-    ] = True,
-    activation_bits: Annotated[
-        int, typer.Option(help="16, or 8: quicker prompts and batches on int8 or int4 matrices, rounded more.")
-    ] = 16,
-    size: Annotated[
-        str | None,
-        typer.Option(help="Of a model in blocks (compress --form bitstack): load so much, e.g. 24MiB."),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    max_queue: Annotated[int, typer.Option(help="Requests that may wait; more are answered 429.")] = 256,
-    drain: Annotated[float, typer.Option(help="Seconds that running requests get after Ctrl-C.")] = 10.0,
+    model: Model,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    name: Name = None,
+    api_key: ApiKey = None,
+    max_queue: MaxQueue = 256,
+    drain: Drain = 10.0,
+    ui: Ui = False,
+    index: IndexFolder = None,
+    passages: Passages = 3,
+    form: Form = None,
+    adapter: Adapter = None,
+    size: Size = None,
+    dtype: Dtype = None,
+    cache: Cache = "auto",
+    max_sequences: MaxSequences = 64,
+    max_batch_tokens: MaxBatchTokens = 2048,
+    max_length: MaxLength = None,
+    block_size: BlockSize = 16,
+    prefix_cache: PrefixCache = True,
+    chunked_prefill: ChunkedPrefill = None,
+    scheduler: Scheduler = "fcfs",
+    kv: Kv = "full",
+    drafter: Drafter = "none",
+    draft_tokens: DraftTokens = 96,
+    draft_when: DraftWhen = "pays",
+    device: Device = "cpu",
+    cuda_graphs: CudaGraphs = True,
+    activation_bits: ActivationBits = 16,
 ) -> None:
-    """Serve a model over an OpenAI-compatible API: /v1/completions, /v1/chat/completions, /v1/models."""
-    from modicum.budget.units import bytes_text
+    """Serve a model over an OpenAI-compatible API, with a chat page if asked for (--ui)."""
+    from modicum.cli._grounding import IndexGrounding
     from modicum.core.errors import UserError
     from modicum.data.tokenizer import Tokenizer
-    from modicum.model.folder import find_folder, load_model
+    from modicum.model.folder import find_folder
     from modicum.serve.config import EngineConfig
     from modicum.serve.engine import Engine
     from modicum.serve.server import Server, ServerConfig
@@ -79,8 +129,39 @@ def serve(
     )
     if drain < 0 or max_queue < 1:
         raise UserError(f"--drain {drain} must not be negative and --max-queue {max_queue} must be at least 1")
+    grounding = IndexGrounding(index, passages, device=device) if index else None
     folder = find_folder(model)
     tokenizer = Tokenizer.load(folder)
+    engine = Engine(_decoder(folder, form, adapter, size, dtype, device), tokenizer, config)
+    if grounding:
+        grounding.use(tokenizer, engine.max_length)
+    server = Server(
+        engine,
+        ServerConfig(
+            model=name or Path(model).resolve().name,
+            adapter=Path(adapter).resolve().name if adapter else None,
+            ui=ui,
+            host=host,
+            port=port,
+            api_key=api_key,
+            max_queue=max_queue,
+            drain=drain,
+        ),
+        grounding,
+    )
+    _announce(server, engine)
+    if grounding:
+        grounding.open_in_background()
+    server.serve_until_stopped()
+    print(f"stopped after {engine.stats()['generated_tokens']} generated tokens")
+
+
+def _decoder(
+    folder: Path, form: str | None, adapter: str | None, size: str | None, dtype: str | None, device: str
+) -> Any:
+    """The model as it is served: adapter attached (merged if a form follows), weights in the form asked for."""
+    from modicum.model.folder import load_model
+
     decoder = load_model(folder, dtype=dtype, device=device, size=size)
     if adapter:
         from modicum.adapt.peft_format import load_peft
@@ -93,28 +174,31 @@ def serve(
         if adapter:
             merge(decoder)
         attach(decoder, {"layers.*": form})
-    engine = Engine(decoder, tokenizer, config)
-    name = name or Path(model).resolve().name
-    server = Server(
-        engine,
-        ServerConfig(model=name, host=host, port=port, api_key=api_key, max_queue=max_queue, drain=drain),
-    )
-    stats = engine.stats()
-    key = ' -H "Authorization: Bearer $MODICUM_API_KEY"' if api_key else ""
+    return decoder
+
+
+def _announce(server: Server, engine: Engine) -> None:
+    """What is served and how to reach it."""
+    from modicum.budget.units import bytes_text
+
+    settings, stats, grounding = server.settings, engine.stats(), server.api.grounding
+    key = ' -H "Authorization: Bearer $MODICUM_API_KEY"' if settings.api_key else ""
     print(
-        f"{name} at {server.url}/v1: {engine.max_length} tokens of context, cache of {stats['blocks']} "
+        f"{settings.model} at {server.url}/v1: {engine.max_length} tokens of context, cache of {stats['blocks']} "
         f"blocks ({stats['blocks'] * stats['block_size']} tokens, {bytes_text(stats['cache_bytes'])}), "
         f"runner: {stats['runner']}"
     )
-    if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
+    if grounding:
+        print("index {index}: {passages} passages, {k} for each question".format(**grounding.card()))
+    if settings.ui:
+        print(f"chat page: {server.url}/")
+    if settings.host not in ("127.0.0.1", "localhost", "::1") and not settings.api_key:
         print("anybody who reaches this machine can use it: add --api-key, or leave --host out")
     print(
         f"""
   curl {server.url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\
-    -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}], "max_tokens": 64}}'
+    -d '{{"model": "{settings.model}", "messages": [{{"role": "user", "content": "Hello!"}}], "max_tokens": 64}}'
 
-Ctrl-C stops it; running requests get {drain:g} s.""",
+Ctrl-C stops it; running requests get {settings.drain:g} s.""",
         flush=True,
     )
-    server.serve_until_stopped()
-    print(f"stopped after {engine.stats()['generated_tokens']} generated tokens")

@@ -25,10 +25,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from modicum.core.errors import ModicumError, UserError
+from modicum.core.errors import BudgetError, ModicumError, UserError
+from modicum.serve.grounding import MAX_PASSAGES, Grounding, Messages
 from modicum.serve.metrics import Metrics
 from modicum.serve.request import Completion, InvalidRequest, Request, SamplingParams, Update, collect
-from modicum.serve.schema import ApiError, ChatBody, CompletionBody, Format, parse_body, usage
+from modicum.serve.schema import ApiError, ChatBody, CompletionBody, Format, SearchBody, parse_body, usage
 from modicum.serve.worker import QueueFull, Stopping, Worker
 
 log = logging.getLogger("modicum.serve")
@@ -37,9 +38,14 @@ Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """port 0 takes any free one. max_body in bytes, drain in seconds; api_key guards everything under /v1."""
+    """port 0 takes any free one. max_body in bytes, drain in seconds; api_key guards everything under /v1.
+
+    adapter: the name of the adapter that is part of the model, for clients to show. ui: serve the chat page at /.
+    """
 
     model: str = "model"
+    adapter: str | None = None
+    ui: bool = False
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
@@ -149,8 +155,9 @@ class EventStream(Response):
 class Api:
     """The handlers."""
 
-    def __init__(self, worker: Worker, config: ServerConfig):
-        self.worker, self.config, self.metrics = worker, config, Metrics(worker)
+    def __init__(self, worker: Worker, config: ServerConfig, grounding: Grounding | None = None):
+        self.worker, self.config, self.grounding = worker, config, grounding
+        self.metrics = Metrics(worker)
         self.tokenizer = worker.engine.tokenizer
         self.started = int(time.time())
 
@@ -160,9 +167,12 @@ class Api:
             ("/v1/models/{model:path}", self.model, "GET"),
             ("/v1/completions", self.completions, "POST"),
             ("/v1/chat/completions", self.chat, "POST"),
+            ("/v1/search", self.search, "POST"),
             ("/metrics", self.figures, "GET"),
             ("/health", self.health, "GET"),
         ]
+        if self.config.ui:
+            routes.append(("/", self.page, "GET"))
         return Starlette(
             routes=[Route(path, self._guarded(path, handler), methods=[method]) for path, handler, method in routes],
             exception_handlers={HTTPException: self._http_error},
@@ -200,11 +210,12 @@ class Api:
         assert isinstance(error, HTTPException)
         self.metrics.requests.labels("other", str(error.status_code)).inc()
         allowed = (error.headers or {}).get("Allow", "")
-        message = (
-            f"{request.method} is not allowed on {request.url.path}; use {allowed}"
-            if error.status_code == 405
-            else f"there is no {request.url.path} here; see /v1/models, /v1/completions, /v1/chat/completions"
-        )
+        if error.status_code == 405:
+            message = f"{request.method} is not allowed on {request.url.path}; use {allowed}"
+        elif request.url.path == "/":
+            message = "there is no chat page here; start the server with --ui, or see /v1/models"
+        else:
+            message = f"there is no {request.url.path} here; see /v1/models, /v1/completions, /v1/chat/completions"
         return _error(error.status_code, message, headers=dict(error.headers or {}))
 
     def _authorise(self, request: HttpRequest) -> None:
@@ -217,6 +228,11 @@ class Api:
                 "authentication_error",
                 code="invalid_api_key",
             )
+
+    async def page(self, request: HttpRequest) -> Response:
+        from modicum.serve import ui
+
+        return Response(ui.page(), media_type="text/html", headers=ui.headers())
 
     async def health(self, request: HttpRequest) -> Response:
         ok = self.worker.accepting
@@ -232,6 +248,8 @@ class Api:
             "created": self.started,
             "owned_by": "modicum",
             "max_model_len": self.worker.engine.max_length,
+            "adapter": self.config.adapter,
+            "search": self.grounding.card() if self.grounding else None,
         }
 
     async def models(self, request: HttpRequest) -> Response:
@@ -271,11 +289,44 @@ class Api:
         body: ChatBody = parse_body(await self._body(request), ChatBody)
         self._known(body.model)
         params = body.params()
+        messages: Messages = [m.plain() for m in body.messages]
+        sources: list[dict[str, Any]] | None = None
+        if body.search_wanted:
+            messages, sources = await asyncio.to_thread(self._ground, messages, body.search_k, params.max_tokens)
 
         def encode() -> list[int]:
-            return self._encode(self.tokenizer.chat([m.plain() for m in body.messages]), "messages", False)
+            return self._encode(self.tokenizer.chat(messages), "messages", False)
 
-        return await self._answer(request, body, [await asyncio.to_thread(encode)], params, chat=True)
+        return await self._answer(
+            request, body, [await asyncio.to_thread(encode)], params, chat=True, sources=sources
+        )
+
+    def _ground(
+        self, messages: Messages, k: int | None, max_tokens: int | None
+    ) -> tuple[Messages, list[dict[str, Any]]]:
+        grounding, k = self._passages(k, "search.k")
+        try:
+            return grounding.ground(messages, k, max_tokens)
+        except BudgetError as error:
+            raise InvalidRequest(str(error), "messages", "context_length_exceeded") from None
+
+    def _passages(self, k: int | None, param: str) -> tuple[Grounding, int]:
+        """The index, and how many passages are wanted of it."""
+        if self.grounding is None:
+            raise InvalidRequest(
+                "this server has no index to search; start it with: modicum serve MODEL --index FOLDER",
+                param.split(".")[0],
+                "no_index",
+            )
+        if k is not None and not 1 <= k <= MAX_PASSAGES:
+            raise InvalidRequest(f"{param}={k} is outside 1 to {MAX_PASSAGES}", param)
+        return self.grounding, k or self.grounding.k
+
+    async def search(self, request: HttpRequest) -> Response:
+        body: SearchBody = parse_body(await self._body(request), SearchBody)
+        grounding, k = self._passages(body.k, "k")
+        data = await asyncio.to_thread(grounding.search, body.query, k)
+        return JSONResponse({"object": "list", "data": data})
 
     def _encode(self, prompt: str | list[int], param: str, add_special: bool) -> list[int]:
         if not isinstance(prompt, str):
@@ -296,11 +347,12 @@ class Api:
         params: SamplingParams,
         chat: bool,
         echoes: list[str] | None = None,
+        sources: list[dict[str, Any]] | None = None,
     ) -> Response:
         ticket = Ticket(self.worker, [Request(p, params) for p in prompts])
         form = Format(chat, self.config.model, self.tokenizer)
         if body.stream:
-            events = self._events(ticket, form, body.usage_wanted, echoes or [])
+            events = self._events(ticket, form, body.usage_wanted, echoes or [], sources)
             return EventStream(ticket, events, self.metrics)
         heard: dict[int, list[Update]] = {r.id: [] for r in ticket.requests}
         async with _watched(ticket, request.receive):
@@ -318,15 +370,23 @@ class Api:
             sum(o.completion_tokens for o in outputs),
             sum(o.cached_tokens for o in outputs),
         )
-        return JSONResponse(form.whole(choices, used))
+        return JSONResponse(form.whole(choices, used, sources))
 
     async def _events(
-        self, ticket: Ticket, form: Format, with_usage: bool, echoes: list[str]
+        self,
+        ticket: Ticket,
+        form: Format,
+        with_usage: bool,
+        echoes: list[str],
+        sources: list[dict[str, Any]] | None,
     ) -> AsyncIterator[dict[str, Any]]:
         place = {r.id: i for i, r in enumerate(ticket.requests)}
         offsets: dict[int, int] = {}
         tokens = 0
         blank = {"usage": None} if with_usage else {}
+        if sources is not None:  # first, so that a client can show them while the prompt is computed
+            yield form.chunk(0, "", [], None, first=True) | {"sources": sources} | blank
+            offsets[0] = 0
         async for update in ticket.updates():
             request = place[update.request]
             index = request * ticket.requests[request].params.n + update.index

@@ -50,6 +50,8 @@ class ApiError(Exception):
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {}  # field: the values that ask for nothing
+
 
 class StreamOptions(_Body):
     include_usage: bool | None = None
@@ -77,8 +79,6 @@ class _Sampling(_Body):
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @property
     def usage_wanted(self) -> bool:
@@ -158,8 +158,13 @@ class Message(BaseModel):
         return (self.model_extra or {}) | {"role": self.role, "content": text}
 
 
+class SearchOptions(_Body):
+    k: int | None = None
+
+
 class ChatBody(_Sampling):
     messages: list[Message] = Field(min_length=1)
+    search: bool | SearchOptions | None = None  # beyond OpenAI's: ground the answer in the server's index
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -177,6 +182,14 @@ class ChatBody(_Sampling):
         "web_search_options": (None,),
     }
 
+    @property
+    def search_wanted(self) -> bool:
+        return self.search is not None and self.search is not False
+
+    @property
+    def search_k(self) -> int | None:
+        return self.search.k if isinstance(self.search, SearchOptions) else None
+
     def params(self) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs=true", "top_logprobs")
@@ -184,7 +197,12 @@ class ChatBody(_Sampling):
         return self._params((self.top_logprobs or 0) if self.logprobs else None, limit)
 
 
-def parse_body(data: bytes, kind: type[CompletionBody] | type[ChatBody]) -> Any:
+class SearchBody(_Body):
+    query: str
+    k: int | None = None
+
+
+def parse_body(data: bytes, kind: type[_Body]) -> Any:
     """Raises `ApiError` (400) that names the field and what is wrong with it."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
@@ -243,8 +261,13 @@ class Format:
             "choices": choices,
         }
 
-    def whole(self, completions: list[tuple[int, Completion]], used: dict[str, Any]) -> dict[str, Any]:
-        """`completions` with the index each choice gets."""
+    def whole(
+        self,
+        completions: list[tuple[int, Completion]],
+        used: dict[str, Any],
+        sources: list[dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """`completions` with the index each choice gets; `sources` of a grounded answer."""
         choices = []
         for index, c in completions:
             choice: dict[str, Any] = {
@@ -257,7 +280,8 @@ class Format:
             else:
                 choice["text"] = c.text
             choices.append(choice)
-        return self._shell("chat.completion" if self.chat else "text_completion", choices) | {"usage": used}
+        extra: dict[str, Any] = {"usage": used} | ({} if sources is None else {"sources": sources})
+        return self._shell("chat.completion" if self.chat else "text_completion", choices) | extra
 
     def chunk(
         self,

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server: /v1/models, /v1/completions, /v1/chat/completions, /metrics, /health.
+"""The OpenAI-compatible server: /v1/models, /v1/completions, /v1/chat/completions, /v1/search, /metrics, /health.
 
     with BackgroundServer(engine, ServerConfig(model="mine", port=0)) as server:
         client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
@@ -20,6 +20,7 @@ import uvicorn
 from modicum.core.errors import ModicumError, UserError
 from modicum.serve.api import Api, ServerConfig
 from modicum.serve.engine import Engine
+from modicum.serve.grounding import Grounding
 from modicum.serve.worker import Worker
 
 
@@ -42,13 +43,13 @@ def listen(config: ServerConfig) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn, which on its way out lets the engine finish what it can within `drain` seconds."""
 
-    def __init__(self, engine: Engine, config: ServerConfig):
+    def __init__(self, engine: Engine, config: ServerConfig, grounding: Grounding | None = None):
         if engine.tokenizer is None:
             raise UserError("the server needs a tokenizer; load the engine from a folder that has a tokenizer.json")
         self.settings = config
         self.socket = listen(config)
         self.worker = Worker(engine, config.max_queue)
-        self.api = Api(self.worker, config)
+        self.api = Api(self.worker, config, grounding)
         super().__init__(
             uvicorn.Config(
                 self.api.app(),
@@ -87,8 +88,8 @@ class Server(uvicorn.Server):
 class BackgroundServer:
     """A server in a thread, for a program that also talks to it; a context manager."""
 
-    def __init__(self, engine: Engine, config: ServerConfig | None = None):
-        self.server = Server(engine, config or ServerConfig(port=0))
+    def __init__(self, engine: Engine, config: ServerConfig | None = None, grounding: Grounding | None = None):
+        self.server = Server(engine, config or ServerConfig(port=0), grounding)
         self.url = self.server.url
         self._thread = threading.Thread(target=self.server.serve_until_stopped, daemon=True, name="modicum-server")
 
