@@ -45,14 +45,16 @@ class IndexGrounding:
         self._count = lambda text: len(tokenizer.encode(text, specials=False))
         self._plain, self._context = without_specials(tokenizer), context
 
-    def open_in_background(self) -> None:
+    def open_in_background(self) -> threading.Thread:
         def first() -> None:
             try:
                 self._hits("first search", 1)
             except ModicumError as error:
                 print(f"modicum: searches will fail: {error}", file=sys.stderr, flush=True)
 
-        threading.Thread(target=first, daemon=True, name="modicum-index").start()
+        thread = threading.Thread(target=first, daemon=True, name="modicum-index")
+        thread.start()
+        return thread
 
     def card(self) -> dict[str, Any]:
         return {"index": self.folder.resolve().name, "passages": self.passages, "k": self.k}
@@ -86,7 +88,8 @@ class IndexGrounding:
         (instructions, asked), sources, _ = compose(question, self._hits(question, k), budget, self._count, system)
         asked["content"] = self._plain(asked["content"])  # a passage must not open a turn of its own
         return [instructions, *turns, asked], [
-            {name: getattr(s, name) for name in ("number", "id", "title", "source", "excerpt", "score")} for s in sources
+            {name: getattr(s, name) for name in ("number", "id", "title", "source", "excerpt", "score")}
+            for s in sources
         ]
 
     def _hits(self, query: str, k: int) -> list[Hit]:

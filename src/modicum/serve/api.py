@@ -297,9 +297,7 @@ class Api:
         def encode() -> list[int]:
             return self._encode(self.tokenizer.chat(messages), "messages", False)
 
-        return await self._answer(
-            request, body, [await asyncio.to_thread(encode)], params, chat=True, sources=sources
-        )
+        return await self._answer(request, body, [await asyncio.to_thread(encode)], params, chat=True, sources=sources)
 
     def _ground(
         self, messages: Messages, k: int | None, max_tokens: int | None
