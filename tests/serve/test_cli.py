@@ -14,11 +14,13 @@ import pytest
 import torch
 from serve_tools import engine, folder, tiny
 from typer.testing import CliRunner
+from ui_tools import toy_index
 
 from modicum.adapt.peft_format import save_peft
 from modicum.cli import app
 from modicum.core.errors import UserError
 from modicum.model.attach import attach, merge
+from modicum.serve import ui
 from modicum.serve.chat import Conversation, local, remote
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
@@ -126,6 +128,8 @@ def test_mistakes_are_one_line(model: Path, monkeypatch: pytest.MonkeyPatch, tmp
         ["serve", str(model), "--scheduler", "fcsf"],
         ["serve", str(model), "--form", "int5"],
         ["serve", str(model), "--adapter", str(tmp_path)],
+        ["serve", str(model), "--index", str(tmp_path)],
+        ["serve", str(model), "--index", str(tmp_path), "--passages", "0"],
         ["chat", str(tmp_path), "-m", "x"],
     ):
         with pytest.raises(UserError) as caught:
@@ -133,8 +137,8 @@ def test_mistakes_are_one_line(model: Path, monkeypatch: pytest.MonkeyPatch, tmp
         assert "\n" not in str(caught.value)
 
 
-def test_serve_until_control_c(model: Path) -> None:
-    """The whole verb in a process of its own: URL printed, answers, ends cleanly on a signal under load."""
+def test_serve_until_control_c(model: Path, tmp_path: Path) -> None:
+    """The whole verb in a process of its own: URL printed, page, search, answers; a signal under load ends it."""
     command = [
         sys.executable,
         "-c",
@@ -150,6 +154,11 @@ def test_serve_until_control_c(model: Path) -> None:
         "--drain",
         "3",
         "--no-cuda-graphs",
+        "--ui",
+        "--index",
+        str(toy_index(tmp_path / "orchard")),
+        "--passages",
+        "2",
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -171,6 +180,9 @@ def test_serve_until_control_c(model: Path) -> None:
                 break
             except httpx.ConnectError:
                 time.sleep(0.05)
+        assert httpx.get(url).text == ui.page().decode() and f"chat page: {url}/" in printed
+        found = httpx.post(url + "/v1/search", json={"query": "kept"}, timeout=60).json()["data"]
+        assert {hit["id"] for hit in found} == {"apples.md", "pears.txt"} and "orchard: 3 passages" in printed
         thread.start()
         while "modicum_queued_requests 0.0" in (text := httpx.get(url + "/metrics").text) and (
             "modicum_generated_tokens_total 0.0" in text

@@ -25,9 +25,7 @@ _http, _page = _option("HTTP server"), _option("Chat page and search")
 _weights, _cache = _option("Model"), _option("Cache and batching")
 _speculative, _hardware = _option("Speculative decoding"), _option("Hardware")
 
-Model = Annotated[
-    str, typer.Argument(help="A model folder, a known name (modicum ls models), or a hub id OWNER/NAME.")
-]
+Model = Annotated[str, typer.Argument(help="A model folder, a known name (modicum ls models), or a hub id OWNER/NAME.")]
 
 Host = Annotated[str, _http(help="Address to listen on; 0.0.0.0 lets other machines in.")]
 Port = Annotated[int, _http(help="Port; 0 takes a free one.")]
