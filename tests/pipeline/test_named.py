@@ -28,4 +28,4 @@ def test_what_is_not_there_is_refused_with_what_is(tmp_path, monkeypatch) -> Non
 
 def test_every_recipe_begins_with_a_sentence() -> None:
     for path in recipes().values():
-        assert 20 < len(summary(path)) and "\n" not in summary(path), path
+        assert len(summary(path)) > 20 and "\n" not in summary(path), path

@@ -157,7 +157,7 @@ class Recipe(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, a file or a packaged one by name, and apply `key.path=value` overrides. Raises `UserError` on any fault."""
+    """Read a recipe (a file, or a packaged one by name), apply `key.path=value`. Raises `UserError` on any fault."""
     path = find(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
