@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,15 @@ class Verbs(TyperGroup):
         return command
 
 
+def _respect_quota() -> None:
+    """One thread per processor that a control group grants; libraries start one per processor of the machine."""
+    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        from modicum.budget.machine import cores
+
+        if (granted := cores()) < len(os.sched_getaffinity(0)):
+            os.environ["OMP_NUM_THREADS"] = str(granted)
+
+
 def _help(name: str) -> str:
     return (ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))) or "").split("\n")[0]
 
@@ -86,6 +96,7 @@ def root() -> None:
 
 
 def main() -> None:
+    _respect_quota()
     try:
         app()
     except ModicumError as error:

@@ -54,16 +54,16 @@ def examine() -> dict:
     """Everything `doctor` prints, as plain values."""
     import shutil
 
-    import psutil
     import torch
 
     from modicum.bench import ceilings, record
+    from modicum.budget.machine import memory_available
     from modicum.serve import graphs, native
 
     machine = record.machine()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rates = {d: ceilings.measure(d) for d in devices}
-    memory, disk = psutil.virtual_memory().available, shutil.disk_usage(".").free
+    memory, disk = memory_available(), shutil.disk_usage(".").free
     problems = []
     if memory < 4 * 2**30:
         problems.append("less than 4 GiB of memory are free, which the quickstart may need; close something")

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modicum.budget.machine import cores
 from modicum.core.choice import Choice
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.events import Events
@@ -170,11 +170,6 @@ def curate(
         events.emit("step", **book)
     events.emit("curated", **books["splits"]["train"] | {"seconds": books["seconds"]})
     return Curation(folder, books)
-
-
-def cores() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _find_all(sources: Sequence[str], config: ReadConfig, folder: Path) -> list[Unit]:

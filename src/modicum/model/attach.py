@@ -363,6 +363,7 @@ def _plain_embeddings(model: nn.Module) -> None:
     """After `merge` or `detach`: an embedding whose form is a plain linear now becomes an `nn.Embedding`."""
     for module in list(model.modules()):
         if isinstance(module, FormEmbedding) and isinstance(module.form, nn.Linear):
-            table = nn.Embedding(*module.form.weight.shape, device="meta")
-            table.weight = module.form.weight
+            weight = module.form.weight
+            table = nn.Embedding(*weight.shape, _weight=weight)
+            table.weight = weight
             _replace(model, module, table)

@@ -30,9 +30,9 @@ class Decoder(nn.Module):
         self.config = config
         self.checkpoint_layers = False
         embed_width = config.embed_width or config.width
-        self.embed = nn.Embedding(config.vocab_size, embed_width)
+        self.embed = _embedding(config.vocab_size, embed_width)
         if config.position == "learned":
-            self.positions = nn.Embedding(config.context_length + config.position_offset, config.width)
+            self.positions = _embedding(config.context_length + config.position_offset, config.width)
         if embed_width != config.width:
             self.embed_in = nn.Linear(embed_width, config.width, bias=False)
             self.embed_out = nn.Linear(config.width, embed_width, bias=False)
@@ -153,6 +153,11 @@ class Decoder(nn.Module):
         if isinstance(weight, Tensor):
             return weight
         return next(p for p in self.parameters() if p.is_floating_point())
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Not yet filled. Left to itself the module draws normal numbers, on `meta` by code that imports torch._dynamo."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
 def default_positions(tokens_BT: Tensor, documents_BT: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:

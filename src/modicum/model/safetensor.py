@@ -1,14 +1,21 @@
 """Reading and writing safetensors one tensor at a time, so that weights are in memory once.
 
-The library's reader maps the file, which counts a second time as resident memory while tensors are
-converted, and its writer copies the whole file into a buffer; both matter when a model fills half the
-machine. The format is a length (8 bytes, little-endian), a JSON header, and the tensors' bytes.
+A large tensor is read by mapping it from the file, privately and copy-on-write: nothing is copied, pages come
+in as they are used and are shared with every other process that reads the file, and writing to the tensor
+gives this process pages of its own and leaves the file alone. A tensor that is freed gives its pages back at
+once, so what is converted on loading is not resident twice (the library's reader keeps the whole file). The
+library's writer copies the whole file into a buffer. A file that is mapped may be renamed, replaced by a rename
+or deleted, as everything here does; a program that shortens it in place ends the processes that read it.
+
+The format is a length (8 bytes, little-endian), a JSON header, and the tensors' bytes.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +42,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100 << 20
+MAPPED = 64 << 10  # bytes: smaller tensors are copied, since a mapping is made of whole pages
 
 
 class SafetensorsFile:
@@ -46,6 +54,7 @@ class SafetensorsFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._file: BinaryIO = open(self.path, "rb")  # noqa: SIM115  (closed by __exit__)
+        self._map: mmap.mmap | None = None  # of the whole file; lives as long as a tensor in it
         try:
             self._entries, self._start = self._header()
         except BaseException:
@@ -82,6 +91,7 @@ class SafetensorsFile:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        self._map = None
 
     @property
     def names(self) -> list[str]:
@@ -94,12 +104,15 @@ class SafetensorsFile:
         return DTYPES[self._entries[name]["dtype"]]
 
     def read(self, name: str) -> Tensor:
-        """A new CPU tensor, filled straight from the file."""
+        """A CPU tensor that may be written to: the file's pages, copied on write, or for a small one new memory."""
         entry = self._entries[name]
-        begin, end = entry["data_offsets"]
-        tensor = torch.empty(entry["shape"], dtype=self.dtype(name))
+        begin, end = (self._start + offset for offset in entry["data_offsets"])
+        dtype = self.dtype(name)
+        if end - begin >= MAPPED and begin % dtype.itemsize == 0:
+            return self._mapped(begin, end).view(dtype).view(entry["shape"])
+        tensor = torch.empty(entry["shape"], dtype=dtype)
         if end > begin:
-            self._file.seek(self._start + begin)
+            self._file.seek(begin)
             buffer = tensor.view(-1).view(torch.uint8).numpy().data
             filled = 0
             while filled < len(buffer):
@@ -109,9 +122,40 @@ class SafetensorsFile:
                 filled += got
         return tensor
 
+    def _mapped(self, begin: int, end: int) -> Tensor:
+        """Bytes begin .. end - 1 of the file, in a storage of their own."""
+        if self._map is None:
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        view = memoryview(self._map)[begin:end]  # what the tensor keeps alive, and nothing else does
+        tensor = torch.frombuffer(view, dtype=torch.uint8)
+        weakref.finalize(view, _give_back, self._map, begin, end, tensor.data_ptr()).atexit = False
+        _mapped[tensor.data_ptr()] = end - begin
+        return tensor
+
     def mapping(self, names: Iterable[str]) -> Mapping[str, Tensor]:
         """`names` as a mapping whose tensors are read when asked for."""
         return _Lazy(self, list(names))
+
+
+_mapped: dict[int, int] = {}  # address -> bytes of the tensors whose memory is a file's pages
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor is one that `read` mapped, its data untouched or copied on write."""
+    return tensor.data_ptr() in _mapped
+
+
+def mapped_bytes() -> int:
+    """Bytes of all tensors that are mapped from files: the system counts their pages as memory it can have back."""
+    return sum(_mapped.values())
+
+
+def _give_back(mapped: mmap.mmap, begin: int, end: int, address: int) -> None:
+    """Let go of the pages that only the freed tensor used, while others keep the mapping."""
+    _mapped.pop(address, None)
+    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 class _Lazy(Mapping[str, Tensor]):

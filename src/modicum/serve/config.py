@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
+from modicum.budget.machine import memory_available
 from modicum.budget.units import bytes_text, kind_of
 from modicum.core import compose, registry
 from modicum.core.choice import Choice
 from modicum.core.errors import BudgetError, UserError
 from modicum.model.config import DecoderConfig
 from modicum.model.folder import parse_dtype
+from modicum.model.safetensor import mapped_bytes
 from modicum.serve.kv import CacheShape, KVPolicy
 from modicum.serve.schedulers import Scheduler
 
@@ -73,7 +74,10 @@ def cache_blocks(config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype,
     """Blocks for `config.cache`. Raises `UserError` if that is too small, `BudgetError` if too large."""
     token = shape.kv_bytes_per_token(dtype)
     block = token * config.block_size
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:  # pages of mapped weights count as free for the system, but every step needs them
+        free = max(0, memory_available() - mapped_bytes())
     most = config.max_sequences * -(
         -min(config.max_length or shape.context_length, shape.context_length) // config.block_size
     )

@@ -5,11 +5,14 @@ Shapes: L layers, G KV heads, N blocks (or pages of a sequence), P block_size, E
 Storage is one tensor for keys and one for values, (L, G, N, P, E): a block is a column through all
 layers and heads, and the cell (layer, head, block) is a page of P entries. Within a layer and head a run
 of consecutive blocks is plain contiguous memory, so one sequence's keys are often a view and never need
-to be turned for attention. Memory comes zeroed from the system and is only touched when used.
+to be turned for attention. On the CPU memory comes zeroed from the system, page by page as it is first used.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +31,21 @@ Lifted = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # k, v, position, weigh
 def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block: keys and values of `block_size` tokens in all layers."""
     return config.kv_bytes_per_token(dtype) * block_size
+
+
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on the CPU take memory only where they are touched (`torch.zeros` writes all of them).
+
+    In small pages, on purpose: a block is a few KiB in each layer and head, and with pages of 2 MiB the first
+    block of a model with 30 layers and 3 heads would take 360 MiB. Raises RuntimeError or OSError.
+    """
+    if device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 
 @dataclass(slots=True)
@@ -57,9 +75,9 @@ class Storage:
         self.block_bytes = block_bytes(config, block_size, dtype)
         shape = (self.layers, self.heads, n_blocks, block_size, config.head_dim)
         try:
-            self.k_LGNPE = torch.zeros(shape, dtype=dtype, device=device)
-            self.v_LGNPE = torch.zeros(shape, dtype=dtype, device=device)
-        except RuntimeError as error:
+            self.k_LGNPE = lazy_zeros(shape, dtype, device)
+            self.v_LGNPE = lazy_zeros(shape, dtype, device)
+        except (RuntimeError, OSError, OverflowError) as error:
             raise UserError(
                 f"a cache of {bytes_text(n_blocks * self.block_bytes)} does not fit the memory of "
                 f"{device} ({str(error).splitlines()[0]}); ask for less with cache=SIZE"
@@ -76,9 +94,8 @@ class Storage:
     def position_AP(self) -> Tensor:
         """Place in its sequence of every entry of every page (A of them); made when first needed."""
         if self._position_AP is None:
-            self._position_AP = torch.zeros(
-                (self.pages_per_block * self.n_blocks, self.block_size), dtype=torch.int32, device=self.device
-            )
+            shape = (self.pages_per_block * self.n_blocks, self.block_size)
+            self._position_AP = lazy_zeros(shape, torch.int32, self.device)
         return self._position_AP
 
     def wipe(self, blocks: Sequence[int]) -> None:

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modicum.budget.machine import cores, memory_available
 from modicum.core.errors import UserError
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
 from modicum.model.layers import Block, RMSNorm
 from modicum.model.linear import LinearForm
+from modicum.model.safetensor import is_mapped
 from modicum.serve import native
 from modicum.serve.attend import StepAttend
 from modicum.serve.drafters import layout
@@ -32,6 +34,7 @@ from modicum.serve.work import Work, by_policy, places_of, positions_of, tokens_
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of native/step.c
 NO_WINDOW = 1 << 62
+SETTLED = 16 << 20  # bytes of weights that one step moves out of their file's pages
 KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
@@ -66,11 +69,12 @@ class Native:
     name = "native"
 
     def __init__(self, model: Decoder, attend: StepAttend, library: ctypes.CDLL, eight: bool = False):
+        self._mapped: list[tuple[native.Matrix, Tensor, Tensor]] = []  # (read by the kernels, a module's, its memory)
         self.model, self.attend, self.library, self.eight = model, attend, library, eight
         if eight:
             self.name = "native, activations in eight bits"
         self.eager = Eager(model, attend)
-        self.threads = 0
+        self.threads, self._cores = 0, cores()  # threads that spin at barriers must each have a processor
         self._keep: list[Any] = []
         coded = [_stored(module) for module in model.modules() if isinstance(module, LinearForm)]
         native.lay_together(
@@ -84,6 +88,7 @@ class Native:
         )
         self._shape = self._describe(model, attend)
         native.use_large_pages((t.data_ptr(), t.nbytes) for t in self._keep if isinstance(t, Tensor))
+        self._pages: native.LargePages | None = None
         self._window = min((w for i in range(model.config.layers) if (w := model.config.window(i))), default=NO_WINDOW)
         self._x_TD: Tensor | None = None  # of the last step, before the final norm
         self._state = 0
@@ -100,6 +105,7 @@ class Native:
         depth = max((layout(w.tree).line_XD.shape[1] for w in trees if w.tree is not None), default=0)
         if depth >= self._window:  # a branch that reaches out of a window: only `serve.trees` looks at that
             return self.eager(works, rows, observe)
+        self._settle()
         self._open()
         config, table = self.model.config, self.attend.table
         position_T = np.array(positions_of(works), dtype=np.int64)
@@ -172,13 +178,46 @@ class Native:
         cap = self.model.config.logit_softcap
         return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
 
+    @torch.inference_mode(False)  # modules keep the new memory, and may be trained
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Before every step but the first, move some more of the weights that lie in a file's pages to large ones.
+
+        A mapped model answers at once, and reading it in small pages makes every step 10 to 20 % slower. Where the
+        weights are more than a quarter of the memory that is free they stay where they are: the system can drop
+        such pages and read them again.
+        """
+        if not self._mapped or not self._state:
+            return
+        if self._pages is None:
+            views = [view for _, _, view in self._mapped]
+            if 4 * sum(view.nbytes for view in views) > memory_available():
+                self._keep += views
+                self._mapped = []
+                return
+            self._pages = native.LargePages(views)
+        moved = 0
+        while self._mapped and moved < SETTLED:
+            matrix, weight, view = self._mapped.pop(0)
+            new = self._pages.copy(view)
+            if weight.data_ptr() == view.data_ptr():  # else somebody has given the module other memory
+                weight.data = new
+            matrix.weight = new.data_ptr()
+            self._keep.append(new)
+            moved += new.nbytes
+        if not self._mapped:
+            self._head_shape.head.weight = self._shape.head.weight
+            self.threads = 0  # states have copies of the head
+
     def _open(self) -> None:
-        """Working memory for as many threads as PyTorch uses now."""
-        if self.threads == torch.get_num_threads():
+        """Working memory for as many threads as PyTorch uses now, within the processors granted to this process."""
+        threads = min(torch.get_num_threads(), self._cores)
+        if self.threads == threads:
             return
         for finalizer in self._finalizers:
             finalizer()
-        self.threads = self._shape.threads = self._head_shape.threads = torch.get_num_threads()
+        self._finalizers = []
+        self.threads = self._shape.threads = self._head_shape.threads = threads
         states = []
         for shape in (self._shape, self._head_shape):
             states.append(self.library.modicum_open(ctypes.byref(shape)))
@@ -197,6 +236,7 @@ class Native:
                 native.MATRICES, (a.q, a.k, a.v, a.o, getattr(m, "gate", None), m.up, m.down), strict=True
             ):
                 setattr(layer, name, self._matrix(module))
+                self._note(getattr(layer, name), module)
             for name in native.NORMS:
                 norm = getattr(block if "out" in name or name.endswith("p_norm") or "att" in name else a, name, None)
                 setattr(layer, name, self._norm(norm))
@@ -207,7 +247,7 @@ class Native:
         for rope, table in zip(ropes, model._ropes, strict=False):
             rope.angles, rope.scale = self._floats(table.angles), table.scale
         self._keep += [layers, ropes, storage]
-        return native.Model(
+        shape = native.Model(
             layers=c.layers,
             width=c.width,
             heads=c.heads,
@@ -232,6 +272,14 @@ class Native:
             k_cache=storage.k_LGNPE.data_ptr(),
             v_cache=storage.v_LGNPE.data_ptr(),
         )
+        self._note(shape.head, model.lm_head)
+        return shape
+
+    def _note(self, matrix: native.Matrix, module: Any) -> None:
+        """Remember a matrix whose weight lies in a file's pages."""
+        found = None if module is None else _stored(module)
+        if found and is_mapped(found[1]):
+            self._mapped.append((matrix, found[1], found[1].detach()))
 
     def _floats(self, tensor: Tensor) -> int:
         kept = tensor.detach().float().contiguous()
@@ -256,7 +304,8 @@ class Native:
             if scale.dtype not in KINDS:
                 scale, zero = scale.float(), None if zero is None else zero.float()
         # Views of their own: this memory must stay, even if somebody gives the module's tensors another.
-        self._keep += [t.detach() for t in (weight, scale, zero) if t is not None]
+        kept = (None if is_mapped(weight) else weight, scale, zero)
+        self._keep += [t.detach() for t in kept if t is not None]
         bias = module.bias
         return native.Matrix(
             kind,

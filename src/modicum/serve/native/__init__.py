@@ -198,6 +198,26 @@ def use_large_pages(tensors: Iterable[tuple[int, int]]) -> None:
             _advise(first, last - first, 25)  # MADV_COLLAPSE
 
 
+class LargePages:
+    """Memory in large pages, handed out from its beginning on; each page is taken from the system at its first use."""
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        """Room for these."""
+        self._whole = torch.empty(sum(_aligned(t.nbytes) for t in tensors) + LARGE_PAGE, dtype=torch.uint8)
+        self._at = -self._whole.data_ptr() % LARGE_PAGE
+        _advise(self._whole.data_ptr() + self._at, self._whole.nbytes - LARGE_PAGE, 14)  # MADV_HUGEPAGE
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        new = self._whole[self._at : self._at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        new.copy_(tensor)
+        self._at += _aligned(tensor.nbytes)
+        return new
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
 def lay_together(tensors: Sequence[Tensor]) -> None:
     """Move tensors into one piece of memory, one after another, in large pages.
 
@@ -206,17 +226,11 @@ def lay_together(tensors: Sequence[Tensor]) -> None:
     them there twice. What lies together already stays: another engine may be reading it.
     """
     tensors = [t for t in tensors if t.untyped_storage().nbytes() == t.nbytes]
-    sizes = [-(-t.nbytes // 64) * 64 for t in tensors]
-    if sum(sizes) < LARGE_PAGE:
+    if sum(t.nbytes for t in tensors) < LARGE_PAGE:
         return
-    whole = torch.empty(sum(sizes) + LARGE_PAGE, dtype=torch.uint8)
-    at = -whole.data_ptr() % LARGE_PAGE
-    _advise(whole.data_ptr() + at, whole.nbytes - LARGE_PAGE, 14)  # MADV_HUGEPAGE: before the first touch
-    for tensor, size in zip(tensors, sizes, strict=True):
-        place = whole[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        place.copy_(tensor)
-        tensor.data = place
-        at += size
+    pages = LargePages(tensors)
+    for tensor in tensors:
+        tensor.data = pages.copy(tensor)
 
 
 def _advise(start: int, size: int, advice: int) -> None:
