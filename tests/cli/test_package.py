@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -14,30 +15,36 @@ ROOT = Path(__file__).parents[2]
 pytest.importorskip("hatchling")
 
 
+def build(target: str, out: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-800:]
+    return next(out.iterdir())
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    done = subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-800:]
-    return next(out.glob("modicum-*-py3-none-any.whl"))
+    return build("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def package_files() -> set[str]:
+    package = ROOT / "src" / "modicum"
+    found = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    return {f"modicum/{p.relative_to(package).as_posix()}" for p in found}
 
 
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
-    package = ROOT / "src" / "modicum"
-    want = {
-        f"modicum/{p.relative_to(package).as_posix()}"
-        for p in package.rglob("*")
-        if p.is_file() and "__pycache__" not in p.parts
-    }
-    held = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("modicum/")}
-    assert held == want
+    inside = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("modicum/")}
+    assert inside == package_files()
     for name in ("modicum/py.typed", "modicum/pipeline/recipes/quickstart.yaml", "modicum/serve/native/step.c"):
-        assert name in held
+        assert name in inside
+
+
+def test_so_does_the_sdist_from_which_build_makes_the_wheel(tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", tmp_path)) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert {f"src/{name}" for name in package_files()} <= names
+    assert {"LICENSE", "README.md", "pyproject.toml", "constraints.txt", "Makefile", ".importlinter"} <= names
 
 
 def test_it_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
