@@ -56,6 +56,27 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("large")
 
 
+def test_a_local_server_answers_to_no_foreign_name(server: BackgroundServer) -> None:
+    """A name that is pointed at this machine (DNS rebinding) gets nothing, unless there is a key to know."""
+    port = server.url.rsplit(":", 1)[1]
+    for host, status in (
+        ("localhost", 200),
+        (f"LOCALHOST:{port}", 200),
+        ("me.localhost", 200),
+        ("192.168.0.7", 200),
+        ("[::1]:80", 200),
+        ("evil.example", 403),
+        (f"127.0.0.1.evil.example:{port}", 403),
+        ("localhost.evil.example", 403),
+    ):
+        answer = httpx.get(server.url + "/v1/models", headers={"host": host})
+        assert answer.status_code == status, host
+        assert status == 200 or "--api-key" in answer.json()["error"]["message"]
+    with BackgroundServer(engine(), ServerConfig(port=0, api_key="sesame")) as keyed:
+        headers = {"host": "models.example", "authorization": "Bearer sesame"}
+        assert httpx.get(keyed.url + "/v1/models", headers=headers).status_code == 200
+
+
 def test_completion_is_the_engines(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="tiny", prompt="The cache", temperature=0, max_tokens=20)
     want = engine().generate(["The cache"], SamplingParams(temperature=0, max_tokens=20))[0]

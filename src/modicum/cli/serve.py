@@ -178,6 +178,7 @@ def _decoder(
 def _announce(server: Server, engine: Engine) -> None:
     """What is served and how to reach it."""
     from modicum.budget.units import bytes_text
+    from modicum.serve.api import LOOPBACK
 
     settings, stats, grounding = server.settings, engine.stats(), server.api.grounding
     key = ' -H "Authorization: Bearer $MODICUM_API_KEY"' if settings.api_key else ""
@@ -190,7 +191,7 @@ def _announce(server: Server, engine: Engine) -> None:
         print("index {index}: {passages} passages, {k} for each question".format(**grounding.card()))
     if settings.ui:
         print(f"chat page: {server.url}/")
-    if settings.host not in ("127.0.0.1", "localhost", "::1") and not settings.api_key:
+    if settings.host not in LOOPBACK and not settings.api_key:
         print("anybody who reaches this machine can use it: add --api-key, or leave --host out")
     print(
         f"""

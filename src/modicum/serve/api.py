@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import logging
 import time
@@ -33,6 +34,7 @@ from modicum.serve.schema import ApiError, ChatBody, CompletionBody, Format, Sea
 from modicum.serve.worker import QueueFull, Stopping, Worker
 
 log = logging.getLogger("modicum.serve")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
@@ -181,6 +183,7 @@ class Api:
     def _guarded(self, path: str, handler: Handler) -> Handler:
         async def run(request: HttpRequest) -> Response:
             try:
+                self._check_host(request)
                 if path.startswith("/v1"):
                     self._authorise(request)
                 response = await handler(request)
@@ -217,6 +220,24 @@ class Api:
         else:
             message = f"there is no {request.url.path} here; see /v1/models, /v1/completions, /v1/chat/completions"
         return _error(error.status_code, message, headers=dict(error.headers or {}))
+
+    def _check_host(self, request: HttpRequest) -> None:
+        """On loopback without a key, refuse foreign host names: a web page whose name is pointed at this machine
+        (DNS rebinding) could otherwise read the answers, and the index, through the user's browser."""
+        if self.config.api_key is not None or self.config.host not in LOOPBACK:
+            return
+        host = (request.url.hostname or "").rstrip(".").lower()
+        if host == "localhost" or host.endswith(".localhost"):
+            return
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(host)
+            return
+        raise ApiError(
+            403,
+            f"this server is local and does not answer to the host name {host!r}; use localhost or an address, "
+            "or start it with --api-key if a proxy is in front of it",
+            code="host_not_allowed",
+        )
 
     def _authorise(self, request: HttpRequest) -> None:
         key = self.config.api_key
