@@ -15,6 +15,7 @@ from modicum.model import sources
 from modicum.retrieve.decoder_encoder import DecoderEncoder
 from modicum.retrieve.encoder import Encoder, fingerprint, unit
 from modicum.retrieve.latent import Latent
+from modicum.retrieve.plain_sentence import PlainSentence
 
 __all__ = [
     "DecoderEncoder",
@@ -29,25 +30,36 @@ __all__ = [
 
 
 class SentenceTransformerEncoder(Encoder):
-    """Any model of the `sentence-transformers` library; its own prompts for queries and documents are used."""
+    """A model of the `sentence-transformers` kind; its own prompts for queries and documents are used.
+
+    A folder that is a transformer and one pooling is opened without that library (`PlainSentence`); any other with it.
+    """
 
     kind = "sentence-transformers"
 
     def __init__(self, model: str | Path, *, device: str = "cpu", batch: int = 64):
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError:
-            raise MissingExtra("sentence-transformers", "encoders", f"the encoder {model}") from None
         self.model, self.batch = str(model), batch
+        place = sources.resolve(self.model)
         try:
-            self._model = SentenceTransformer(sources.resolve(self.model), device=device, trust_remote_code=False)
+            self._plain = PlainSentence.open(place, device)
+            self._model = None if self._plain else self._library(place, device)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{model} does not open as an encoder ({str(error).splitlines()[0]}); give a folder or a "
+                f"{model} does not open as an encoder ({str(error).splitlines()[0]}); give a folder, a known name or a "
                 "hub id of a sentence-transformers model, or decoder:FOLDER for a language model"
             ) from None
 
-    def _vectors(self, encode: Any, texts: Sequence[str]) -> np.ndarray:
+    def _library(self, place: str, device: str) -> Any:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise MissingExtra("sentence-transformers", "encoders", f"the encoder {self.model}") from None
+        return SentenceTransformer(place, device=device, trust_remote_code=False)
+
+    def _vectors(self, side: str, texts: Sequence[str]) -> np.ndarray:
+        if self._plain is not None:
+            return unit(self._plain.encode(texts, self.batch))
+        encode = getattr(self._model, f"encode_{side}")
         return unit(
             np.asarray(
                 encode(list(texts), batch_size=self.batch, show_progress_bar=False, convert_to_numpy=True), np.float32
@@ -55,13 +67,13 @@ class SentenceTransformerEncoder(Encoder):
         )
 
     def pool(self, texts: Sequence[str]) -> np.ndarray:
-        return self._vectors(self._model.encode_document, texts)
+        return self._vectors("document", texts)
 
     def finish(self, pooled_NE: np.ndarray) -> np.ndarray:
         return pooled_NE
 
     def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
-        return self._vectors(self._model.encode_query, texts)
+        return self._vectors("query", texts)
 
 
 class LatentEncoder(Encoder):

@@ -1,0 +1,87 @@
+"""The common sentence encoder without the library `sentence-transformers`: a transformer, a pooling, unit length.
+
+Most published encoders (all-MiniLM, bge, e5, gte) are a transformer whose last hidden states are averaged over the
+tokens or taken at the first one. Their folders say so in modules.json; for such a folder `transformers` is enough, and
+no optional package needs to be installed. Whatever says more (prompts, dense layers, several poolings) is not opened
+here.
+
+Shape letters: N texts, B batch, T tokens, D width of the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+
+
+class PlainSentence:
+    """`PlainSentence.open(folder)` is None for a folder that says more than a transformer and one pooling."""
+
+    def __init__(self, folder: Path, pooling: str, max_tokens: int | None, device: str):
+        from transformers import AutoModel, AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        self._model = AutoModel.from_pretrained(str(folder), trust_remote_code=False).to(device).eval()
+        self._pooling, self._device = pooling, device
+        most = (max_tokens, getattr(self._model.config, "max_position_embeddings", None))
+        self._max_tokens = min([n for n in most if n] or [512])
+
+    @classmethod
+    def open(cls, folder: str | Path, device: str) -> PlainSentence | None:
+        folder = Path(folder)
+        shape = _plain(folder) if (folder / "modules.json").is_file() else None
+        return None if shape is None else cls(folder, *shape, device)
+
+    def encode(self, texts: Sequence[str], batch: int) -> np.ndarray:
+        """vectors_ND, float32, as pooled: not of length 1."""
+        import torch
+
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # alike in length: little padding
+        vectors_ND = np.empty((len(texts), self._model.config.hidden_size), np.float32)
+        with torch.inference_mode():
+            for at in range(0, len(order), batch):
+                rows = order[at : at + batch]
+                inputs = self._tokenizer(
+                    [texts[i].strip() for i in rows],
+                    padding=True,
+                    truncation=True,
+                    max_length=self._max_tokens,
+                    return_tensors="pt",
+                ).to(self._device)
+                h_BTD = self._model(**inputs).last_hidden_state.float()
+                if self._pooling == "cls":
+                    pooled_BD = h_BTD[:, 0]
+                else:
+                    mask_BT1 = inputs["attention_mask"][..., None].float()
+                    pooled_BD = (h_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1e-9)
+                vectors_ND[rows] = pooled_BD.cpu().numpy()
+        return vectors_ND
+
+
+def _plain(folder: Path) -> tuple[str, int | None] | None:
+    """(pooling, most tokens) of a folder that is a transformer, one pooling and at most a normalisation."""
+    modules = _read(folder / "modules.json")
+    kinds = [str(m.get("type", "")).rpartition(".")[2] for m in modules] if isinstance(modules, list) else []
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0].get("path"):
+        return None
+    pooling = _read(folder / str(modules[1].get("path", "")) / "config.json") or {}
+    modes = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value]
+    mode = pooling.get("pooling_mode") or (_MODES.get(modes[0]) if len(modes) == 1 else None)
+    settings: Any = _read(folder / "sentence_bert_config.json") or {}
+    prompts = (_read(folder / "config_sentence_transformers.json") or {}).get("prompts") or {}
+    if mode not in _MODES.values() or any(prompts.values()) or settings.keys() - {"max_seq_length", "do_lower_case"}:
+        return None
+    return None if settings.get("do_lower_case") else (str(mode), settings.get("max_seq_length"))
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
