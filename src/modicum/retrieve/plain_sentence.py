@@ -25,9 +25,16 @@ class PlainSentence:
 
     def __init__(self, folder: Path, pooling: str, max_tokens: int | None, device: str):
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
         self._tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        self._model = AutoModel.from_pretrained(str(folder), trust_remote_code=False).to(device).eval()
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # of reading weights, which takes a moment
+        try:
+            self._model = AutoModel.from_pretrained(str(folder), trust_remote_code=False).to(device).eval()
+        finally:
+            if shown:
+                logging.enable_progress_bar()
         self._pooling, self._device = pooling, device
         most = (max_tokens, getattr(self._model.config, "max_position_embeddings", None))
         self._max_tokens = min([n for n in most if n] or [512])

@@ -4,7 +4,8 @@
 everything also runs without (`serve.runner`). What is compiled is named by a hash of the sources, the
 compiler and the processor's abilities, so a cache shared between machines, or an upgrade, cannot mix them up.
 
-Environment: MODICUM_NATIVE=0 turns the kernels off; CC names the compiler; XDG_CACHE_HOME moves the cache.
+Environment: MODICUM_NATIVE=0 turns the kernels off; CC names the compiler; MODICUM_HOME or XDG_CACHE_HOME
+moves the cache.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from modicum.core.files import cache_home
 
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -141,8 +144,7 @@ def _load(wanted: str) -> tuple[ctypes.CDLL | None, str]:
 
 
 def folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "modicum" / "native"
+    return cache_home() / "native"
 
 
 def build(compiler: str) -> Path:
