@@ -21,7 +21,8 @@ def local_generator(
 
     folder = find_folder(model)
     tokenizer = Tokenizer.load(folder)
-    engine = Engine(load_model(folder, dtype=dtype, device=device), tokenizer, EngineConfig(max_sequences=1))
+    decoder = load_model(folder, dtype=dtype, device=device, keep_quantized=True)
+    engine = Engine(decoder, tokenizer, EngineConfig(max_sequences=1))
     plain = without_specials(tokenizer)
 
     def generate(messages: Messages, on_text: Callable[[str], None]) -> Generated:

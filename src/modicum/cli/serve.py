@@ -160,7 +160,7 @@ def _decoder(
     """The model as it is served: adapter attached (merged if a form follows), weights in the form asked for."""
     from modicum.model.folder import load_model
 
-    decoder = load_model(folder, dtype=dtype, device=device, size=size)
+    decoder = load_model(folder, dtype=dtype, device=device, size=size, keep_quantized=not (adapter or form))
     if adapter:
         from modicum.adapt.peft_format import load_peft
 

@@ -78,8 +78,14 @@ def find_folder(path_or_name: str | Path) -> Path:
     path = Path(text).expanduser()
     if path.is_dir():
         return path
+    if path.is_file() and path.suffix == ".gguf":
+        from modicum.model.gguf.load import folder_for
+
+        return folder_for(path)
     if path.is_file():
-        raise UserError(f"{text} is a file; give the folder that holds config.json and model.safetensors")
+        raise UserError(
+            f"{text} is a file; give a .gguf file, or the folder that holds config.json and model.safetensors"
+        )
     if not _HUB_ID.match(text) or text.startswith((".", "/", "~")):
         if re.fullmatch(r"[\w.-]+", text) and not text.startswith("."):
             sources.source(text)  # refuses it with the nearest name
@@ -146,17 +152,25 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     size: float | str | None = None,
+    *,
+    keep_quantized: bool = False,
 ) -> Decoder:
     """A `Decoder` with the weights of a Hugging Face folder or hub id, in eval mode.
 
     `dtype` None keeps each tensor's own. Weights are in memory once: the modules are made without
     storage and each tensor goes from its shard to its place, converted on the way. Linear forms that the
     folder describes are attached again. `size` ("24MiB"): of a folder in blocks (`model.stack`), so many
-    bytes of weights at most; without it, all blocks. Raises `UserError` for what is missing, unexpected,
-    misshapen or of an unknown family, and `CorruptError` for damaged files.
+    bytes of weights at most; without it, all blocks. `keep_quantized`: of a GGUF file whose matrices are in
+    Q4_0, Q4_1 or Q8_0, they keep their codes instead of becoming bfloat16. Raises `UserError` for what is missing,
+    unexpected, misshapen or of an unknown family, and `CorruptError` for damaged files.
     """
     folder = find_folder(path_or_hub_id)
     config, wanted, device = _read_config(folder), parse_dtype(dtype), torch.device(device)
+    if (folder / "model.gguf").exists() and not (folder / "model.safetensors").exists():
+        from modicum.model.gguf.load import load
+
+        keep = keep_quantized and wanted is None and device.type == "cpu"
+        return load(folder / "model.gguf", config, dtype=wanted, device=device, keep_quantized=keep)
     with torch.device("meta"):
         model = Decoder(config)
     stored_forms = _restore_forms(model, folder, wanted, device)

@@ -26,4 +26,4 @@ def load_engine(
     """
     folder = find_folder(path_or_hub_id)
     tokenizer = Tokenizer.load(folder)
-    return Engine(load_model(folder, dtype=dtype, device=device, size=size), tokenizer, config)
+    return Engine(load_model(folder, dtype=dtype, device=device, size=size, keep_quantized=True), tokenizer, config)

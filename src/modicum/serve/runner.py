@@ -355,7 +355,7 @@ def _stored(module: Any) -> tuple[int, Tensor, Tensor | None, Tensor | None] | N
         weight = module.weight
         ok = weight.dtype in KINDS and weight.is_contiguous() and weight.device.type == "cpu"
         return (KINDS[weight.dtype], weight, None, None) if ok else None
-    if type(module) is Int8 and (module.n_groups == 1 or module.group % 64 == 0):
+    if type(module) is Int8 and (module.n_groups == 1 or module.group == 32 or module.group % 64 == 0):
         return native.INT8, module.codes, module.scale, None
     if type(module) is Int4 and (module.group in (32, 64) or module.group % 128 == 0) and module.in_features % 16 == 0:
         return native.INT4, module.packed, module.scale, module.zero

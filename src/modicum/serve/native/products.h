@@ -92,10 +92,12 @@ INLINE void byte_kernel(const int M, const int N, const int AHEAD, ARGS) {
     int64_t plane = (a->stride - 64) / 2, G = padded_groups(a->groups);
     const int8_t *x = (const int8_t *)a->data + at * a->stride;
     start_from_zeros(M, N, a, at, zero, out);
-    for (int64_t g = 0; g < a->groups; g++) {
+    /* Groups of 32 go in pairs: four codes are summed in a lane, so that each half of a vector has a scale of its own. */
+    const int64_t pair = a->group == 32 && a->groups > 1 ? 2 : 1;
+    for (int64_t g = 0; g < a->groups; g += pair) {
         __m512i high[8], low[8];
         EACH_M EACH_N high[n * M + m] = low[n * M + m] = _mm512_setzero_si512();
-        int64_t end = least(a->in, (g + 1) * a->group);
+        int64_t end = least(a->in, (g + pair) * a->group);
         int64_t k = g * a->group;
 #define BYTES(LOAD) do { \
             __m512i wv[4]; \
@@ -107,8 +109,11 @@ INLINE void byte_kernel(const int M, const int N, const int AHEAD, ARGS) {
         } while (0)
         for (; k + 64 <= end; k += 64) BYTES(_mm512_loadu_si512(w + m * ldw + k));
         if (k < end) BYTES(_mm512_maskz_loadu_epi8(tail64(end - k), w + m * ldw + k));    /* x is 0 past its end */
-        EACH_M EACH_N out[n * M + m] = _mm512_fmadd_ps(joined(high[n * M + m], low[n * M + m]),
-                                                       _mm512_set1_ps(scale[m * G + g]), out[n * M + m]);
+        EACH_M {
+            __m512 by = _mm512_set1_ps(scale[m * G + g]);
+            if (pair == 2) by = _mm512_mask_mov_ps(by, 0xFF00, _mm512_set1_ps(scale[m * G + g + 1]));
+            EACH_N out[n * M + m] = _mm512_fmadd_ps(joined(high[n * M + m], low[n * M + m]), by, out[n * M + m]);
+        }
     }
 }
 

@@ -1,0 +1,205 @@
+"""Reading GGUF: every family and type, codes that stay codes, folders from lone files, damaged files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from modicum.core.errors import CorruptError, UserError
+from modicum.model.attach import forms
+from modicum.model.config import DecoderConfig, Rope
+from modicum.model.decoder import Decoder
+from modicum.model.gguf import architectures, read
+from modicum.model.gguf.load import load
+
+gguf = pytest.importorskip("gguf")
+SIZES = {"vocab_size": 64, "width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp_width": 96}
+MHA = SIZES | {"kv_heads": 4}
+GEMMA = {"norm": "rms_plus_one", "activation": "gelu_tanh", "embed_scale": 8.0, "tied": True}
+LAYER_NORM = {"norm": "layer", "gated": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "norm_eps": 1e-5}
+SHAPES = {
+    "llama": DecoderConfig(family="llama", **SIZES),
+    "llama-tied-biased": DecoderConfig(family="llama", tied=True, qkv_bias=True, o_bias=True, **SIZES),
+    "llama3": DecoderConfig(
+        family="llama",
+        rope=Rope(
+            theta=5e5,
+            kind="llama3",
+            options={
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        ),
+        **SIZES,
+    ),
+    "qwen2": DecoderConfig(family="qwen2", qkv_bias=True, **SIZES),
+    "qwen3": DecoderConfig(family="qwen3", qk_norm="head", **SIZES),
+    "olmo2": DecoderConfig(family="olmo2", qk_norm="full", norm_place="output", **MHA),
+    "gemma": DecoderConfig(family="gemma", **GEMMA, **SIZES),
+    "gemma2": DecoderConfig(
+        family="gemma2",
+        norm_place="sandwich",
+        windows=(8, None),
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+        **GEMMA,
+        **SIZES,
+    ),
+    "gemma3": DecoderConfig(
+        family="gemma3",
+        norm_place="sandwich",
+        qk_norm="head",
+        windows=(8, None),
+        rope=Rope(theta=1e6),
+        rope_local=Rope(theta=1e4),
+        **GEMMA,
+        **SIZES,
+    ),
+    "phi3": DecoderConfig(family="phi3", **SIZES),
+    "gpt2": DecoderConfig(family="gpt2", activation="gelu_tanh", position="learned", tied=True, **LAYER_NORM, **MHA),
+    "gptneox": DecoderConfig(
+        family="gpt_neox", parallel=True, rope=Rope(fraction=0.25), activation="gelu", **LAYER_NORM, **MHA
+    ),
+}  # fmt: skip
+
+
+def decoder(shape: DecoderConfig) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(shape).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2)
+    return model
+
+
+def write(path: Path, model: Decoder, kind: str = "F32", **more: object) -> Path:
+    """The model as a GGUF file by the reference package's writer, matrices of whole blocks in `kind`."""
+    arch = architectures.require(model.config)
+    writer = gguf.GGUFWriter(str(path), arch.name)
+    for key, value in (architectures.metadata(model.config) | more).items():
+        if key == "general.architecture":
+            continue
+        kinds = (
+            (bool, writer.add_bool),
+            (int, writer.add_uint32),
+            (float, writer.add_float32),
+            (str, writer.add_string),
+        )
+        add = next((a for k, a in kinds if isinstance(value, k)), writer.add_array)
+        add(key, value)
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {
+        name: architectures.to_gguf(arch, model.config, rule, [parameters[n].detach() for n in rule.ours])
+        for name, rule in architectures.plan(arch, model.config, parameters).items()
+    }
+    for name, x in (tensors | architectures.rope_tensors(model.config)).items():
+        values = x.float().numpy()
+        number = gguf.GGMLQuantizationType[kind]
+        whole = x.ndim == 2 and values.shape[-1] % gguf.GGML_QUANT_SIZES[number][0] == 0
+        number = number if whole else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quantize(values, number), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_family_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
+    model = decoder(SHAPES[name])
+    again = load(write(tmp_path / "m.gguf", model), dtype=torch.float32)
+    lost = [
+        field
+        for field in DecoderConfig.__dataclass_fields__
+        if field not in ("source", "rope") and getattr(again.config, field) != getattr(model.config, field)
+    ]
+    assert not lost, [(f, getattr(model.config, f), getattr(again.config, f)) for f in lost]
+    assert again.config.rope.kind == model.config.rope.kind
+    tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(again(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ1_0", "TQ2_0"])
+def test_every_type_is_dequantised_as_the_package_does(kind: str, tmp_path: Path) -> None:
+    shape = DecoderConfig(family="llama", **(SIZES | {"width": 256, "head_dim": 64, "mlp_width": 256}))
+    model = decoder(shape)
+    file = read.GGUFFile(write(tmp_path / "m.gguf", model, kind))
+    entry = file.tensors["blk.1.ffn_down.weight"]
+    assert entry.type.name == kind
+    wanted = gguf.dequantize(file.raw(entry).numpy(), entry.type)
+    assert np.array_equal(file.values(entry).float().numpy(), wanted)
+    again = load(file.path, dtype=torch.float32)
+    assert np.array_equal(again.layers[1].mlp.down.weight.detach().numpy(), wanted)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("name", ["llama-tied-biased", "gemma3", "phi3", "gpt2"])
+def test_kept_codes_are_the_dequantised_weights(kind: str, name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", decoder(SHAPES[name]), kind)
+    plain = load(path, dtype=torch.float32)
+    kept = load(path, dtype=torch.float32, keep_quantized=True)
+    found = forms(kept)
+    assert len(found) >= 2 * (7 if SHAPES[name].gated else 6), "every matrix of the layers keeps its codes"
+    for module, form in found.items():
+        dense = plain.embed.weight if module.startswith("embed") else plain.get_submodule(module).weight
+        # d (q - 8) + (m + 8 d) and d q + m differ by the rounding of float32 alone
+        torch.testing.assert_close(form.dense(), dense, rtol=0, atol=2e-6 * dense.abs().max().item())
+    tokens = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(kept(tokens), plain(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_near_misses_of_the_block_layout_are_told_apart(tmp_path: Path) -> None:
+    """Swapped halves, neighbours in one byte, or a minimum of the wrong sign would be other weights."""
+    file = read.GGUFFile(write(tmp_path / "m.gguf", decoder(SHAPES["llama"]), "Q4_1"))
+    entry = file.tensors["blk.0.ffn_gate.weight"]
+    wanted = torch.from_numpy(gguf.dequantize(file.raw(entry).numpy(), entry.type))
+    blocks = file.raw(entry).reshape(-1, 20)
+    d, m = blocks[:, :4].contiguous().view(torch.float16).float().unbind(-1)
+    body = blocks[:, 4:]
+    low, high = body & 15, body >> 4
+    right = (torch.cat([low, high], -1) * d[:, None] + m[:, None]).view_as(wanted)
+    assert torch.equal(right, wanted) and torch.equal(file.values(entry), wanted)
+    for codes, minimum in (
+        (torch.cat([high, low], -1), m),
+        (torch.stack([low, high], -1).flatten(1), m),
+        (torch.cat([low, high], -1), -m),
+    ):
+        assert not torch.allclose((codes * d[:, None] + minimum[:, None]).view_as(wanted), wanted, atol=1e-3)
+
+
+def test_what_is_damaged_or_unknown_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", decoder(SHAPES["llama"]))
+    data = path.read_bytes()
+    for name, content, error, words in (
+        ("short", data[:200], CorruptError, "damaged"),
+        ("cut", data[:-4096], CorruptError, "does not lie within the file"),
+        ("magic", b"GGML" + data[4:], CorruptError, "no GGUF file"),
+        ("empty", b"", CorruptError, "no GGUF file"),
+        ("huge", data[:8] + b"\xff" * 8 + data[16:], CorruptError, "damaged"),
+        ("other", data.replace(b"llama", b"bloom"), UserError, "unknown GGUF architecture 'bloom'"),
+        ("tensor", data.replace(b"blk.1.ffn_gate.weight", b"blk.1.ffn_gote.weight"), UserError, "ffn_gote"),
+    ):
+        broken = tmp_path / f"{name}.gguf"
+        broken.write_bytes(content)
+        with pytest.raises(error, match=words) as caught:
+            load(broken)
+        assert "\n" not in str(caught.value)
+
+
+def test_writing_to_a_loaded_weight_leaves_the_file_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", decoder(SHAPES["llama"]))
+    before = path.read_bytes()
+    model = load(path, dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert path.read_bytes() == before
