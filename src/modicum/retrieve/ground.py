@@ -19,6 +19,8 @@ SYSTEM = (
     "Answer the question from the numbered sources below and from nothing else. After each statement, cite the "
     "source it rests on by its number, like [1]. If the sources do not hold the answer, say so."
 )
+CLOSED = "Answer the question in a few words."  # to ask without sources, for comparison
+PASSAGES, BUDGET = 3, 512  # shown, and tokens of the prompt that they are shown in, if not said otherwise
 MIN_SOURCE_TOKENS = 24  # a source cut shorter than this says too little to be worth its place
 Messages = list[dict[str, str]]
 
@@ -168,6 +170,11 @@ def compose(
             break
         sources.append(Source(len(sources) + 1, hit.passage.id, hit.passage.title, hit.passage.source, text, hit.score))
     return messages_with(blocks), sources, tokens(blocks)
+
+
+def closed_book(question: str) -> Messages:
+    """The question without sources, to compare with."""
+    return [{"role": "system", "content": CLOSED}, {"role": "user", "content": f"Question: {question}"}]
 
 
 def excerpt(text: str, question: str, limit: int, count: Callable[[str], int]) -> str:
