@@ -43,7 +43,8 @@ def export(
     kind = format or ("gguf" if out.suffix == ".gguf" else "")
     if kind not in ("gguf", "hf"):
         raise UserError(
-            f"{out}: give a file that ends in .gguf, or --format with gguf or hf" + (f", not {format}" if format else "")
+            f"{out}: give a file that ends in .gguf, or --format with gguf or hf"
+            + (f", not {format}" if format else "")
         )
     types = Types(matrices=type, embeddings=embeddings, fallback=fallback, patterns=_patterns(tensor or []))
     source = find_folder(model)
@@ -64,8 +65,7 @@ def export(
     if not dry_run:
         run.write(loaded, out, types, planned, source.name)
     if as_json:
-        print(json.dumps({"out": str(out), "bytes": planned.bytes, "bits_per_weight": planned.bits, "notes": planned.notes,
-                          "tensors": [row.as_dict() for row in planned.rows]}, indent=2))  # fmt: skip
+        print(json.dumps({"out": str(out)} | planned.as_dict(), indent=2))
     elif not dry_run:
         print(f"{out}: written; to run it with llama.cpp: llama-cli -m {out}")
 

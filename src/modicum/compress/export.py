@@ -39,9 +39,6 @@ class Row:
     bits: float
     why: str
 
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 def merged(model: Decoder) -> list[str]:
     """Merge every linear form of `model`; the names that changed. Raises `UserError` for forms that are not linear."""
@@ -69,6 +66,10 @@ class Plan:
     rows: list[Row]
     vocabulary: dict[str, Any] | None
     notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        return {"bytes": self.bytes, "bits_per_weight": self.bits, "notes": self.notes, "tensors": rows}
 
     @property
     def bytes(self) -> int:

@@ -29,7 +29,7 @@ PRE = {
 
 
 def vocabulary(tokenizer: Tokenizer, size: int) -> tuple[dict[str, Any], list[str]]:
-    """(metadata, notes) of a tokenizer for a model of `size` embeddings; notes say where llama.cpp differs at the edges.
+    """(metadata, notes) of a tokenizer for a model of `size` embeddings; notes say where llama.cpp differs.
 
     Raises `UserError` for a tokenizer that llama.cpp has no rules for, and for one with more tokens than embeddings.
     """

@@ -22,7 +22,7 @@ CHUNK = 1 << 20  # weights that are quantised at once: the candidates' intermedi
 
 @dataclass(frozen=True)
 class TensorType:
-    """A GGUF tensor type: ggml's number for it, the file type a file mostly of it declares, weights and bytes of a block."""
+    """A GGUF tensor type: ggml's number, the file type of a file mostly of it, weights and bytes of a block."""
 
     code: int
     file_type: int
@@ -45,9 +45,9 @@ TYPES = {
     "q5_1": TensorType(7, 9, 32, 24),
     "q8_0": TensorType(8, 7, 32, 34),
     "q2_k": TensorType(10, 10, 256, 84),
-    "q3_k": TensorType(11, 12, 256, 110),
-    "q4_k": TensorType(12, 15, 256, 144),
-    "q5_k": TensorType(13, 17, 256, 176),
+    "q3_k": TensorType(11, 11, 256, 110),
+    "q4_k": TensorType(12, 14, 256, 144),
+    "q5_k": TensorType(13, 16, 256, 176),
     "q6_k": TensorType(14, 18, 256, 210),
 }
 
@@ -194,7 +194,7 @@ def _scales_and_minima(x_NSB: Tensor, levels: int, steps: Tensor) -> tuple[Tenso
 
 
 def _integers(value_NS: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """(factor_N1 in float16's values, integers_NS) whose product is near `value_NS`; the extreme gets the extreme integer."""
+    """(factor_N1 in float16's values, integers_NS) whose product is near `value_NS`; extreme goes to extreme."""
     if low < 0:
         factor = _extreme(value_NS) / low
     else:

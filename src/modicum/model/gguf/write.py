@@ -28,7 +28,7 @@ _PLAIN = ("position_embd.weight", "rope_freqs.weight", "rope_factors_long.weight
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor as it will be stored: `shape` (rows, columns) in this package's order, `why` not the type asked for."""
+    """One tensor as it will be stored: `shape` is (rows, columns), `why` it has not the type asked for."""
 
     name: str
     shape: tuple[int, ...]
@@ -89,7 +89,7 @@ def plan(model: Decoder, types: Types) -> list[Stored]:
             odd.append((name, shape[-1], kind))
     if unused:
         raise UserError(
-            f"no matrix is named like {', '.join(sorted(unused))}; names are like {', '.join(s.name for s in found[:4])}"
+            f"no matrix is named like {', '.join(sorted(unused))}; of: {', '.join(s.name for s in found[:4])}, ..."
         )
     if odd:
         name, columns, kind = odd[0]
@@ -111,7 +111,7 @@ def _asked(name: str, types: Types) -> str:
 def _parameters(model: Decoder) -> dict[str, Tensor]:
     if attach.forms(model):
         raise ValueError("merge the model's linear forms before it is written as GGUF")
-    found = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     arch = architectures.architecture(model.config)
     if model.lm_head.weight is model.embed.weight and arch.tied is not False:
         found.pop("lm_head.weight")
