@@ -242,7 +242,6 @@ def reread(model: Decoder, file: Path) -> Decoder:
 
 @pytest.mark.parametrize("case", CASES)
 def test_float_files_hold_the_weights_bit_for_bit(case: str, tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
     model = decoder(CASES[case])
     with torch.no_grad():
         for parameter in model.parameters():
@@ -302,7 +301,8 @@ def test_models_that_llama_cpp_would_compute_otherwise_are_refused(tmp_path: Pat
 
 
 def test_a_window_shortens_the_context(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     model = decoder(LLAMA | dict(model_type="mistral", sliding_window=17))
     write(model, tmp_path / "a.gguf", Types(matrices="f16"))
     assert gguf.GGUFReader(tmp_path / "a.gguf").fields["llama.context_length"].contents() == 17

@@ -1,5 +1,6 @@
 """GGUF's tensor types: ggml's rounding bit for bit, K-quants against a naive search, refusals."""
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,6 @@ import torch
 from modicum.core.errors import UserError
 from modicum.model.gguf.quantize import TYPES, fits, quantize
 
-gguf = pytest.importorskip("gguf")
 EXACT = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 K = {"q2_k": (2, 16), "q3_k": (3, 16), "q4_k": (4, 32), "q5_k": (5, 32), "q6_k": (6, 16)}  # bits, sub-block
 
