@@ -320,3 +320,18 @@ def test_hugging_face_folder_is_dense(tmp_path: Path, tokenizer: Tokenizer) -> N
     tokens = torch.randint(3, V, (1, 12), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         assert (theirs(tokens).logits - model(tokens)).abs().max() < 1e-4
+
+
+# A file keeps neither Llama 3's four numbers nor which GELU it was.
+@pytest.mark.parametrize("case", [c for c in CASES if c != "llama-llama3" and "neox" not in c])
+def test_what_is_written_is_read(case: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    from modicum.model.gguf.load import load
+
+    model = decoder(CASES[case]).float()
+    words, _ = vocabulary(tokenizer, V)
+    write(model, tmp_path / "a.gguf", Types(matrices="q5_0", fallback="f32"), vocabulary=words)
+    again, want = load(tmp_path / "a.gguf", dtype=torch.float32), reread(model, tmp_path / "a.gguf")
+    tokens = torch.randint(3, V, (1, 40), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert (again(tokens) - want(tokens)).abs().max() < 1e-4
+        assert (want(tokens) - model(tokens)).abs().max() > 1e-3, "five bits must change something"
