@@ -14,6 +14,7 @@ from modicum.budget import Cost
 from modicum.core.errors import BudgetError, UserError
 from modicum.pipeline import STAGES
 from modicum.pipeline.context import Run, stage_fingerprint, stages_of
+from modicum.pipeline.models import with_models
 from modicum.pipeline.named import recipes
 from modicum.pipeline.plan import bill_text, require_fits
 from modicum.pipeline.recipe import load, parse, resolved
@@ -35,6 +36,7 @@ SMALL = [
     "pretrain.sequence_length=64",
     "adapt.sequence_length=64",
 ]
+OWN = ["adapt.model=null", "adapt.grounded=0", "adapt.batch_tokens=1024", "ground.encoder=null", "fallback=null"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -44,6 +46,20 @@ def test_every_recipe_is_read_and_says_its_stages(path):
     import yaml
 
     assert resolved(parse(yaml.safe_load(resolved(recipe)))) == resolved(recipe)
+
+
+def test_a_model_that_cannot_be_had_is_refused_or_replaced_by_the_fallback(tmp_path):
+    asked = {"adapt": {"model": str(tmp_path / "none"), "grounded": 0.5}}
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"adapt\.model=.*none: no model at"):
+        with_models(parse(asked), said.append)
+    rescue = {"adapt.model": None, "adapt.grounded": 0.0, "pretrain.time": "2m"}
+    found = with_models(parse(asked | {"fallback": rescue}), said.append)
+    assert found.adapt and found.adapt.model is None and found.pretrain.time == 120 and not found.fallback
+    assert len(said) == 1 and "adapt.model=null" in said[0] and "\n" not in said[0]
+    assert with_models(found, said.append) == found and len(said) == 1
+    with pytest.raises(UserError, match=r"fallback: .*adapt\.modle"):
+        with_models(parse(asked | {"fallback": {"adapt.modle": None}}), said.append)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +104,13 @@ def test_fingerprints_follow_what_a_stage_reads(tmp_path):
     later = parse({"corpus": str(tmp_path)}, ["ground.queries=7"])
     changed = [s for s in STAGES if stage_fingerprint(base, s) != stage_fingerprint(later, s)]
     assert changed == ["ground", "serve"]
+    other = parse({"corpus": str(tmp_path)}, ["adapt.model=somewhere"])
+    assert [s for s in STAGES if stage_fingerprint(base, s) != stage_fingerprint(other, s)] == [
+        "adapt",
+        "compress",
+        "serve",
+        "evaluate",
+    ]
     reseeded = parse({"corpus": str(tmp_path)}, ["seed=1"])
     assert all(stage_fingerprint(base, s) != stage_fingerprint(reseeded, s) for s in STAGES)
 
@@ -181,7 +204,7 @@ def test_a_disk_that_fills_up_ends_a_stage_in_one_line(tmp_path):
         pytest.skip("needs the right to mount a file system")
     try:
         corpus = _corpus(tmp_path / "notes", "json", "argparse", "textwrap", "heapq", "string", "shutil")
-        overrides = [f"corpus={corpus}", *SMALL]
+        overrides = [f"corpus={corpus}", *SMALL, *OWN]
         (disk / "run").mkdir()
         recipe = load(RECIPES[0].parent / "quickstart.yaml", overrides)
         (disk / "run" / "run.yaml").write_text(resolved(recipe))
@@ -235,7 +258,7 @@ def test_a_kill_in_every_stage_ends_with_the_same_figures(tmp_path):
     for name in ("json", "argparse", "textwrap", "heapq", "ast", "inspect", "typing", "random", "string", "shutil"):
         source = __import__(name).__file__
         (corpus / f"{name}.py").write_text(Path(source).read_text())
-    command = ["run", str(RECIPES[0].parent / "quickstart.yaml"), f"corpus={corpus}", *SMALL]
+    command = ["run", str(RECIPES[0].parent / "quickstart.yaml"), f"corpus={corpus}", *SMALL, *OWN]
     assert _modicum(*command, "--out", str(tmp_path / "calm")).wait() == 0
     killed: list[str] = []
     cut = tmp_path / "kill"
@@ -301,6 +324,7 @@ def test_a_folder_and_a_real_model_take_the_same_road(tmp_path):
         f"corpus={corpus}",
         f"model={tmp_path / 'qwen3'}",
         *SMALL,
+        *OWN,
         "pretrain.parameters=null",
         "pretrain.tokens=60ktok",
         "pretrain.lr=3e-3",

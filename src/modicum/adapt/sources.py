@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,23 @@ from modicum.adapt.examples import Example, read_examples, split
 from modicum.core.errors import UserError
 
 
+@dataclass(frozen=True)
+class Sides:
+    """Examples that are split already."""
+
+    train: Sequence[Example]
+    heldout: Sequence[Example]
+
+
 def load_sides(pairs: Any, share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """(train, held-out) examples.
 
     pairs: path of a JSONL file or of a curated folder (whose own held-out documents then give the held-out
-    pairs), or an iterable of `Example`s or of objects with question and answer.
+    pairs), an iterable of `Example`s or of objects with question and answer, or `Sides` where the caller has split
+    them.
     """
+    if isinstance(pairs, Sides):
+        return list(pairs.train), list(pairs.heldout)
     if isinstance(pairs, str | Path):
         path = Path(pairs)
         if not path.is_dir():

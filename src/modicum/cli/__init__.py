@@ -27,7 +27,6 @@ ORDER = (
     "pretrain",
     "adapt",
     "compress",
-    "export",
     "index",
     "search",
     "ask",

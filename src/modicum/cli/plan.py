@@ -16,11 +16,13 @@ def plan(
 ) -> None:
     """Print the bill of every stage (parameters, FLOPs, bytes, seconds on this machine); nothing is run."""
     import json
+    import sys
 
     from modicum.pipeline import plan as planning
+    from modicum.pipeline.models import with_models
     from modicum.pipeline.recipe import load
 
-    made = load(recipe, overrides or [])
+    made = with_models(load(recipe, overrides or []), lambda line: print(line, file=sys.stderr))
     bill = planning.make_plan(made)
     print(json.dumps(bill, indent=2) if as_json else planning.bill_text(bill))
     planning.require_fits(made, bill, out or Path("runs") / made.name)

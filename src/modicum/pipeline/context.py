@@ -35,7 +35,7 @@ def stages_of(recipe: Recipe) -> list[str]:
     """Stages of the road that the recipe asks for, in order; one that needs an absent one is refused."""
     wanted = [name for name in STAGES if getattr(recipe, name) is not None]
     for name in wanted:
-        for need in stage_module(name).NEEDS:
+        for need in stage_module(name).needs(recipe):
             if need not in wanted:
                 raise UserError(
                     f"the recipe has {name} but not {need}, which {name} reads; "
@@ -47,7 +47,7 @@ def stages_of(recipe: Recipe) -> list[str]:
 def stage_fingerprint(recipe: Recipe, name: str) -> str:
     """Changes exactly when the stage's result may: its own part of the recipe, its inputs', the version."""
     module = stage_module(name)
-    inputs = {need: stage_fingerprint(recipe, need) for need in module.NEEDS}
+    inputs = {need: stage_fingerprint(recipe, need) for need in module.needs(recipe)}
     return fingerprint(
         {"stage": name, "version": __version__, "seed": recipe.seed, "uses": module.uses(recipe), "inputs": inputs}
     )

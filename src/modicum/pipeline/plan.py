@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from modicum.budget.units import bytes_text
 from modicum.core.errors import BudgetError, ModicumError, UserError
 from modicum.core.events import count_text, seconds_text
 from modicum.pipeline.context import stage_module, stages_of
+from modicum.pipeline.measured import Memo
 from modicum.pipeline.recipe import Recipe
 
 
@@ -37,6 +39,8 @@ class Planner:
     costs: dict[str, Cost] = field(default_factory=dict)
     fixed: dict[str, Cost] = field(default_factory=dict)  # by stage: what it takes on a miniature (pipeline.rehearse)
     memo: dict[str, Any] = field(default_factory=dict)  # measurements that several stages share
+    kept: Memo = field(default_factory=Memo)  # and those that later plans share, as they are no matter of the moment
+    objects: dict[str, Any] = field(default_factory=dict)
 
     def once(self, key: Any, measure: Callable[[], Any]) -> Any:
         """`measure()`, remembered under `key` (anything whose repr says what was measured)."""
@@ -44,6 +48,16 @@ class Planner:
         if name not in self.memo:
             self.memo[name] = measure()
         return self.memo[name]
+
+    def once_here(self, key: Any, measure: Callable[[], Any]) -> Any:
+        """The same for what does not change on this machine (a trace), kept between plans: JSON only."""
+        return self.kept.once(key, measure)
+
+    def object(self, name: str, make: Callable[[], Any]) -> Any:
+        """`make()`, made once and kept in memory while the plan is made."""
+        if name not in self.objects:
+            self.objects[name] = make()
+        return self.objects[name]
 
 
 @dataclass(frozen=True)
@@ -61,17 +75,21 @@ def plan_here(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
     """Plan every stage in this process: {"machine", "stages": {name: {cost, decisions, basis}}, "total"}."""
     from modicum.pipeline.rehearse import fixed_costs
 
-    say("rehearsing every stage on a miniature")
+    began = time.monotonic()
+    say("plan: fixed cost of every stage, once per machine")
     with tempfile.TemporaryDirectory(prefix="modicum-plan-") as scratch:
-        planner = Planner(recipe, machine.describe(), Path(scratch), say, fixed=fixed_costs(recipe))
-        return _plan_stages(planner)
+        planner = Planner(
+            recipe, machine.describe(), Path(scratch), say, fixed=fixed_costs(recipe), kept=Memo.of_machine()
+        )
+        return _plan_stages(planner, began)
 
 
-def _plan_stages(planner: Planner) -> dict[str, Any]:
+def _plan_stages(planner: Planner, began: float) -> dict[str, Any]:
     stages: dict[str, Any] = {}
     total = Cost()
-    for name in stages_of(planner.recipe):
-        planner.say(f"planning {name}")
+    names = stages_of(planner.recipe)
+    for number, name in enumerate(names):
+        planner.say(f"plan: {name} ({number + 2} of {len(names) + 1}, {time.monotonic() - began:.0f} s so far)")
         made: StagePlan = stage_module(name).plan(planner)
         cost = made.cost if made.whole else _above(planner.fixed[name], made.cost)
         planner.decisions[name], planner.costs[name] = made.decisions, cost

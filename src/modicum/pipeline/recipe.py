@@ -100,12 +100,17 @@ class Pretrain(Section):
 
 
 class Adapt(Section):
+    model: str | None = None  # a folder, a hub id or a name of `modicum get`; None: the model pretrained in this run
     form: method("linear") = "lora:rank=16"  # type: ignore[valid-type]
     targets: list[str] | None = None  # the linear layers that get it; None: where its paper puts it
     tokens: Tokens = 200_000.0
     sequence_length: int = Field(256, ge=16)
+    batch_tokens: int = Field(4096, ge=64)
+    micro_batch: int | None = Field(None, ge=1)  # sequences of one forward pass; None: the whole batch
     lr: float = Field(2e-3, gt=0)
     pairs: int = Field(20_000, ge=8)
+    heldout_pairs: int = Field(1000, ge=1)  # at most so many give the loss before and after
+    grounded: float = Field(0.0, ge=0, le=1)  # fraction of the pairs that are asked with retrieved passages
 
 
 class Compress(Section):
@@ -114,7 +119,7 @@ class Compress(Section):
 
 class Ground(Section):
     index: method("index") = "exact"  # type: ignore[valid-type]
-    encoder: str | None = None  # None: the model of this run
+    encoder: str | None = None  # an encoder's folder, hub id or name; None: the model pretrained in this run
     queries: int = Field(400, ge=1)
     passages: int | None = 20_000
 
@@ -123,12 +128,14 @@ class Serve(Section):
     questions: list[str] = []  # empty: three are taken from the corpus
     passages: int = Field(3, ge=1)
     max_tokens: int = Field(64, ge=1)
+    prompt_tokens: int = Field(960, ge=64)  # instructions, passages and question at most
     mode: str = "fused"
 
 
 class Evaluate(Section):
     tasks: list[method("task")] = []  # type: ignore[valid-type]
     bytes: Bytes = 400_000.0  # held-out text scored by each variant of the model
+    speed_tokens: int = Field(32, ge=2)  # that each variant writes to say how fast it is
 
 
 class Recipe(Section):
@@ -151,6 +158,9 @@ class Recipe(Section):
     ground: Ground | None = Ground()
     serve: Serve | None = Serve()
     evaluate: Evaluate = Evaluate()
+    fallback: dict[str, Any] | None = (
+        None  # overrides that hold where a model of the recipe cannot be had (pipeline.models)
+    )
 
     def limits(self) -> Budget:
         return Budget(seconds=self.budget.time, memory_bytes=self.budget.memory, disk_bytes=self.budget.disk)
@@ -180,6 +190,14 @@ def parse(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "rec
         raise _explain(error, where) from None
     _check_combinations(recipe, where)
     return recipe
+
+
+def overridden(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The recipe with `key.path: value` set, and nothing left to fall back to."""
+    data = recipe.model_dump(mode="json") | {"fallback": None}
+    for key, value in values.items():
+        _set(data, key.split("."), value, f"fallback.{key}={value}")
+    return parse(data, where="fallback")
 
 
 def _check_combinations(recipe: Recipe, where: str) -> None:

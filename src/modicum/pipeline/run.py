@@ -16,6 +16,7 @@ from modicum.core.events import Events, seconds_text
 from modicum.core.files import read_json, write_json, write_text
 from modicum.pipeline import plan as planning
 from modicum.pipeline.context import Run, stage_fingerprint, stages_of
+from modicum.pipeline.models import with_models
 from modicum.pipeline.recipe import Recipe, resolved
 from modicum.pipeline.worker import DISK_FULL, environment
 
@@ -32,6 +33,7 @@ def run_recipe(recipe: Recipe, folder: str | Path, say: Callable[[str], None] = 
     fresh = not run.folder.exists()
     try:
         with run.lock("run"):
+            recipe = with_models(recipe, say)
             stages = stages_of(recipe)
             _require_inputs(recipe, stages)
             deadline = Deadline(recipe.budget.time)

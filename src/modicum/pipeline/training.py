@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from modicum.budget import Cost
+from modicum.budget.meter import resident_now
 from modicum.budget.trace import trace
 from modicum.core import registry
 from modicum.core.errors import UserError
@@ -17,9 +21,11 @@ from modicum.data.stream import Batch, Stream
 from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.decoder import Decoder
 from modicum.model.folder import load_config, load_model, save_model
+from modicum.pipeline.models import folder_of
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.worker import trim_allocator
+from modicum.retrieve.encoders import Encoder, make_encoder
 from modicum.train.config import TrainConfig, stream_knobs
 from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, phases, step_cost
@@ -130,7 +136,7 @@ def make_model(recipe: Recipe, shape: DecoderConfig) -> Decoder:
 
 
 def step_seconds(
-    planner: Planner, shape: DecoderConfig, config: TrainConfig, steps: int = 5, make: Any = None, name: str = "step"
+    planner: Planner, shape: DecoderConfig, config: TrainConfig, make: Any = None, name: str = "step"
 ) -> float:
     """Seconds of one training step here: the median of a few real ones on random tokens, after a warm-up; where
     surgery changes the model, the mean over the run."""
@@ -145,22 +151,22 @@ def step_seconds(
         batch = Batch(tokens_BT, tokens_BT.clone(), documents_BT, positions_BT)
         seconds = 0.0
         for begin, end in phases(engine):
-            taken = []
-            for index in range(steps + 2):
-                began = time.perf_counter()
-                train_step(engine, batch, index)
-                taken.append(time.perf_counter() - began)
-            seconds += statistics.median(taken[2:]) * (end - begin) / config.total_steps
+            step = repeated(partial(_next_step, engine, batch, itertools.count()))
+            seconds += step * (end - begin) / config.total_steps
         return seconds
 
-    return planner.once((name, shape, config.sequences, config.sequence_length), measure)
+    return planner.once((name, shape, config, _masked(planner.recipe)), measure)
+
+
+def _next_step(engine: TrainEngine, batch: Batch, index: Iterator[int]) -> None:
+    train_step(engine, batch, next(index))
 
 
 def training_cost(planner: Planner, shape: DecoderConfig, config: TrainConfig, evaluations: int = 1) -> Cost:
     """What one run takes beyond a stage's fixed cost: steps timed here, memory traced."""
-    traced = planner.once(
-        ("trace", shape, config.sequences, config.sequence_length, config.micro_batch),
-        lambda: step_cost(lambda: blank(shape), config, shape.vocab_size, masked=_masked(planner.recipe)),
+    traced = planner.once_here(
+        ("trace", shape, config, _masked(planner.recipe)),
+        lambda: traced_step(lambda: blank(shape), config, shape, masked=_masked(planner.recipe)),
     )
     step = step_seconds(planner, shape, config)
     seconds = config.total_steps * step
@@ -169,11 +175,36 @@ def training_cost(planner: Planner, shape: DecoderConfig, config: TrainConfig, e
     return Cost(
         parameters=shape.parameters(),
         tokens=config.total_tokens,
-        flops=config.total_steps * traced.flops,
+        flops=config.total_steps * traced["flops"],
         seconds=seconds,
-        peak_bytes=traced.peak_bytes,
+        peak_bytes=traced["peak_bytes"],
         disk_bytes=state,
     )
+
+
+def traced_step(
+    make: Callable[[], Decoder], config: TrainConfig, shape: DecoderConfig, *, masked: bool
+) -> dict[str, float]:
+    """{"flops", "peak_bytes", "trainable"} of a step of the model that `make` makes without data."""
+    trainable: list[int] = []
+
+    def made() -> Decoder:
+        model = make()
+        trainable.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+        return model
+
+    traced = step_cost(made, config, shape.vocab_size, masked=masked)
+    return {"flops": traced.flops, "peak_bytes": traced.peak_bytes, "trainable": trainable[0]}
+
+
+def blank_in(shape: DecoderConfig, dtype: torch.dtype) -> Decoder:
+    """A decoder without values whose weights are in `dtype`, for a trace."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return blank(shape)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _masked(recipe: Recipe) -> bool:
@@ -187,82 +218,107 @@ def main_shape(planner: Planner) -> DecoderConfig:
 
 
 def scratch_model(planner: Planner) -> str:
-    """A model folder of the main shape with the sample's tokenizer, for measuring with."""
+    """A model folder of the pretrained model's shape with the sample's tokenizer, for measuring with."""
     if planner.recipe.model:
         return planner.recipe.model
     folder = planner.scratch / "model"
     if not folder.is_dir():
-        model = Decoder(main_shape(planner)).to(getattr(torch, DTYPES[planner.recipe.pretrain.dtype]))
+        model = Decoder(main_shape(planner)).to(torch_dtype(planner.recipe))
         save_model(model, folder, tokenizer_folder=planner.decisions["curate"]["sample"])
     return str(folder)
 
 
-def forward_cost(planner: Planner, shape: DecoderConfig, tokens: int, length: int) -> Cost:
-    """One scoring pass over `tokens` tokens in rows of `length`: timed for real, memory traced."""
+def subject(planner: Planner) -> str:
+    """The folder to measure with in place of the model that is adapted, compressed, served and evaluated."""
+    adapt = planner.recipe.adapt
+    return str(folder_of(adapt.model)) if adapt and adapt.model else scratch_model(planner)
+
+
+def subject_shape(planner: Planner) -> DecoderConfig:
+    return load_config(subject(planner))
+
+
+def subject_model(planner: Planner) -> Decoder:
+    """The subject in the recipe's dtype, loaded once for all stages; whoever changes it makes a copy."""
+    return planner.object("subject", lambda: load_model(subject(planner), dtype=torch_dtype(planner.recipe)))
+
+
+def torch_dtype(recipe: Recipe) -> torch.dtype:
+    found: torch.dtype = getattr(torch, DTYPES[recipe.pretrain.dtype])
+    return found
+
+
+def forward_seconds(planner: Planner, rows: int, length: int) -> float:
+    """Seconds that the subject takes to score `rows` rows of `length` tokens in one pass."""
     from modicum.evaluate.score import chosen
 
-    rows = max(tokens // length, 1)
+    model = subject_model(planner)
 
-    def work(make: Any) -> None:
-        model = make()
+    def work() -> None:
+        with torch.inference_mode():
+            h_BTD = model.hidden(torch.zeros((rows, length), dtype=torch.int64))
+            chosen(model, h_BTD.flatten(0, 1), torch.zeros(rows * length, dtype=torch.int64))
+        trim_allocator()  # as scoring does
+
+    return planner.once(("forward", rows, length), lambda: repeated(work))
+
+
+def forward_peak(planner: Planner, rows: int, length: int) -> float:
+    """Peak bytes of that pass, weights included, traced."""
+    from modicum.evaluate.score import chosen
+
+    shape, dtype = subject_shape(planner), torch_dtype(planner.recipe)
+
+    def work() -> None:
+        model = blank_in(shape, dtype)
         with torch.inference_mode():
             h_BTD = model.hidden(torch.zeros((rows, length), dtype=torch.int64))
             chosen(model, h_BTD.flatten(0, 1), torch.zeros(rows * length, dtype=torch.int64))
 
-    def measure() -> Cost:
-        dtype = getattr(torch, DTYPES[planner.recipe.pretrain.dtype])
-        model = Decoder(shape).to(dtype)
-        work(lambda: model)
-        taken = []
-        for _ in range(3):
-            began = time.perf_counter()
-            work(lambda: model)
-            trim_allocator()  # as scoring does
-            taken.append(time.perf_counter() - began)
-        traced = trace(lambda: work(lambda: blank(shape)))
-        return Cost(seconds=statistics.median(taken), peak_bytes=traced.peak_bytes)
-
-    return planner.once(("forward", shape, rows, length), measure)
+    return float(planner.once_here(("forward peak", shape, dtype, rows, length), lambda: trace(work).peak_bytes))
 
 
-def adapted_cost(planner: Planner, config: Any) -> tuple[DecoderConfig, Cost, int]:
-    """(shape, cost, trainable parameters) of training a form on top of the main model; traced and timed with it."""
-    from modicum.model import attach
+def repeated(work: Callable[[], Any], seconds: float = 1.5, most: int = 5) -> float:
+    """Median seconds of `work()` after one call that is not counted: as many calls as `seconds` allow, at least one."""
+    work()
+    taken: list[float] = []
+    while not taken or (len(taken) < most and sum(taken) + taken[-1] < seconds):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
 
-    shape = main_shape(planner)
-    tokens = (
-        config.tokens
-        // (config.batch_sequences * config.sequence_length)
-        * config.batch_sequences
-        * config.sequence_length
-    )
-    told = TrainConfig(
-        tokens=tokens,
-        sequence_length=config.sequence_length,
-        batch_sequences=config.batch_sequences,
-        lr=config.lr,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        dtype=config.dtype,
-    )
 
-    def adapted(model: Decoder) -> Decoder:
-        attach.attach(model, dict.fromkeys(config.targets or attach.places(model, config.form), config.form))
-        attach.freeze(model)
-        return model
+def encoder(planner: Planner) -> tuple[Encoder, Cost]:
+    """The recipe's encoder, loaded once, and what that takes: seconds, and bytes that stay."""
+    ground = planner.recipe.ground
+    assert ground
 
-    real = adapted(Decoder(shape))
-    trainable = sum(p.numel() for p in real.parameters() if p.requires_grad)
-    seconds = step_seconds(planner, shape, told, make=lambda: real, name="adapt")
-    traced = step_cost(lambda: adapted(blank(shape)), told, shape.vocab_size, masked=True)
-    return (
-        shape,
-        Cost(
-            parameters=trainable,
-            tokens=tokens,
-            flops=traced.flops * told.total_steps,
-            seconds=told.total_steps * seconds,
-            peak_bytes=traced.peak_bytes,
-        ),
-        trainable,
-    )
+    def load() -> tuple[Encoder, Cost]:
+        before = resident_now()
+        began = time.perf_counter()
+        made = make_encoder(ground.encoder or scratch_model(planner))
+        seconds = time.perf_counter() - began
+        return made, Cost(seconds=seconds, peak_bytes=max(resident_now() - before, 0))
+
+    found: tuple[Encoder, Cost] = planner.object("encoder", load)
+    return found
+
+
+def answer_seconds(planner: Planner, prompt: int, answer: int) -> float:
+    """Seconds of one answer of `answer` tokens to a prompt of `prompt` tokens by the engine, asked alone."""
+    from modicum.serve.config import EngineConfig
+    from modicum.serve.engine import Engine
+    from modicum.serve.request import SamplingParams
+
+    def engine() -> Any:
+        return Engine(subject_model(planner), None, EngineConfig(cache="64MiB", max_length=prompt + answer + 16))
+
+    numbers = itertools.count()  # no two prompts alike, so that none is found in the cache
+
+    def ask() -> None:
+        sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+        made.generate([[next(numbers) % 97, *[1] * (prompt - 1)]], sampling)
+
+    made = planner.object(f"engine {prompt + answer}", engine)
+    return planner.once(("answer", prompt, answer), lambda: repeated(ask, seconds=2.0, most=2))

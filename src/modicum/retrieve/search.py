@@ -35,7 +35,7 @@ from modicum.retrieve.passages import Passage, Passages, grouped, indexed_text, 
 
 FORMAT = 1
 MODES = ("bm25", "dense", "fused")
-SHARD = 2048  # passages encoded between two saves
+SHARD = 512  # passages encoded between two saves
 MAKE = "modicum index SOURCE --out FOLDER"
 
 

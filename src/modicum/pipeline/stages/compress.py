@@ -1,20 +1,29 @@
-"""compress: the pretrained model in fewer bytes, once for each form of the recipe."""
+"""compress: the model that answers in fewer bytes, once for each form of the recipe."""
 
 from __future__ import annotations
 
+import time
+from functools import partial
 from typing import Any
+
+from torch import nn
 
 from modicum.budget import Cost
 from modicum.compress.run import compress, weight_bytes
 from modicum.core import registry
 from modicum.core.choice import Choice
+from modicum.model import attach
 from modicum.pipeline import training
 from modicum.pipeline.context import Context
+from modicum.pipeline.models import answering
 from modicum.pipeline.plan import Planner, StagePlan
 from modicum.pipeline.recipe import Recipe
 
-NEEDS = ("curate", "pretrain")
-RATE = 40e6  # weights fitted per second by round-to-nearest forms; a form that takes longer says so in its cost
+TIMED = 512  # rows and columns of the matrix that a form is fitted to for the plan
+
+
+def needs(recipe: Recipe) -> tuple[str, ...]:
+    return ("curate", answering(recipe))
 
 
 def uses(recipe: Recipe) -> dict[str, Any]:
@@ -23,32 +32,36 @@ def uses(recipe: Recipe) -> dict[str, Any]:
 
 
 def plan(planner: Planner) -> StagePlan:
+    """Each form fitted to one matrix here, and its bytes as it says them itself."""
     recipe = planner.recipe
     assert recipe.compress
-    shape = training.main_shape(planner)
+    shape = training.subject_shape(planner)
     weights = shape.parameters()
-    stored = 0.0
+    stored = seconds = 0.0
     for form in recipe.compress.forms:
         choice = Choice.parse("linear", form)
         kind: Any = registry.load("linear", choice.method).cls
         per = kind.cost(choice.config(), (shape.width, shape.width)).disk_bytes
         stored += weights * per / shape.width**2
+        seconds += planner.once(("fit", str(choice)), partial(_seconds_per_weight, choice)) * weights
     return StagePlan(
-        Cost(
-            parameters=weights,
-            disk_bytes=stored,
-            seconds=len(recipe.compress.forms) * weights / RATE,
-            peak_bytes=weights * 6,
-        ),
+        Cost(parameters=weights, disk_bytes=stored, seconds=seconds, peak_bytes=weights * 6),
         {},
-        "weights and one layer in float32 at a time",
+        f"each form fitted to a matrix of {TIMED}×{TIMED}",
     )
+
+
+def _seconds_per_weight(choice: Choice) -> float:
+    layer = nn.Sequential(nn.Linear(TIMED, TIMED, bias=False))
+    began = time.perf_counter()
+    attach.attach(layer, {"0": choice})
+    return (time.perf_counter() - began) / TIMED**2
 
 
 def run(context: Context) -> dict[str, Any]:
     recipe = context.recipe
     assert recipe.compress
-    source = context.figures("pretrain")["folder"]
+    source = context.figures(answering(recipe))["folder"]
     variants = [{"name": recipe.pretrain.dtype, "folder": source, "bytes": weight_bytes(source)}]
     for form in recipe.compress.forms:
         choice = Choice.parse("linear", form)
@@ -69,7 +82,7 @@ def run(context: Context) -> dict[str, Any]:
                 "bits_per_weight": made.bits_per_weight,
             }
         )
-    return {"variants": variants, "cost": {"parameters": context.figures("pretrain")["parameters"]}}
+    return {"variants": variants, "cost": {"parameters": made.weights}}
 
 
 def _in_blocks(choice: Choice) -> bool:

@@ -21,7 +21,6 @@ from modicum.pipeline.plan import Planner, StagePlan
 from modicum.pipeline.recipe import Recipe, resolved
 from modicum.pipeline.worker import environment
 
-NEEDS: tuple[str, ...] = ()
 PARTS = 32  # files of a sample, so that both sides of the held-out split get some
 GROUP = 4 << 20  # bytes that one process works on at a time (data.curate)
 SAMPLE = 4 << 20  # bytes that the planner curates for the stages that follow
@@ -36,6 +35,10 @@ def _corpus(source: str, limit: int | None) -> tuple[str, int]:
 
 def _limit(recipe: Recipe) -> int | None:
     return None if recipe.curate.max_bytes is None else int(recipe.curate.max_bytes)
+
+
+def needs(recipe: Recipe) -> tuple[str, ...]:
+    return ()
 
 
 def uses(recipe: Recipe) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from modicum.budget import Cost, Meter
 from modicum.budget.meter import resident_now
+from modicum.compress.run import weight_bytes
 from modicum.compress.yardstick import yardsticks
 from modicum.core.choice import Choice
 from modicum.data.curate import Curation
@@ -15,58 +17,64 @@ from modicum.evaluate.lm import LMScore, bits_per_byte
 from modicum.model.folder import load_model
 from modicum.pipeline import training
 from modicum.pipeline.context import Context
+from modicum.pipeline.models import answering
 from modicum.pipeline.plan import Planner, StagePlan
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.worker import trim_allocator
+from modicum.serve.config import EngineConfig
+from modicum.serve.engine import Engine
+from modicum.serve.request import SamplingParams
 
-NEEDS = ("curate", "pretrain")
 BATCH_TOKENS = 2048  # of one forward pass: as fast as more on a CPU, and little memory
 OVERLAP = 0.0  # of a window, scored before and context only: small models gain nothing by it
-TIMED_BYTES = 100_000  # of the sample's held-out text: scored for the plan
 DICTIONARY_TEXT = 3 << 20  # bytes of training text that zstd's dictionary is made from
+PROMPT = 128  # tokens that a variant reads before it writes, to say how fast it is
+
+
+def needs(recipe: Recipe) -> tuple[str, ...]:
+    return ("curate", "pretrain", answering(recipe), *(("compress",) if recipe.compress else ()))
 
 
 def uses(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "evaluate": recipe.evaluate.model_dump(),
-        "compress": recipe.compress.model_dump() if recipe.compress else None,
-    }
+    return {"evaluate": recipe.evaluate.model_dump()}
 
 
 def plan(planner: Planner) -> StagePlan:
+    """A scoring pass and an answer timed, memory traced, the compressors run on the sample."""
     recipe, curate = planner.recipe, planner.decisions["curate"]
-    shape = training.main_shape(planner)
-    variants = 1 + (len(recipe.compress.forms) if recipe.compress else 0)
-    heldout = curate["train_tokens"] * curate["bytes_per_token"] * recipe.curate.heldout
-    tokens = min(recipe.evaluate.bytes, heldout) / curate["bytes_per_token"] / (1 - OVERLAP)
-    forward = training.forward_cost(planner, shape, BATCH_TOKENS, recipe.pretrain.sequence_length)
+    shape, length = training.subject_shape(planner), recipe.pretrain.sequence_length
     sample = Curation.load(curate["sample"])
+    texts = heldout_texts(sample, recipe.evaluate.bytes)
+    per_token = len("".join(texts[:4]).encode()) / max(
+        sum(len(t) for t in Tokenizer.load(training.subject(planner)).encode_batch(texts[:4])), 1
+    )
+    heldout = curate["train_tokens"] * curate["bytes_per_token"] * recipe.curate.heldout
+    tokens = min(recipe.evaluate.bytes, heldout) / per_token / (1 - OVERLAP)
+    variants = 1 + (len(recipe.compress.forms) if recipe.compress else 0)
+    before = variants + (1 if recipe.adapt and recipe.adapt.model else 0)  # the model as it was published
     with Meter() as meter:  # the compressors on the sample; their dictionary takes longer the more text there is
-        before = resident_now()
-        yardsticks(heldout_texts(sample, recipe.evaluate.bytes), _training_texts(sample))
+        resident = resident_now()
+        yardsticks(texts, _training_texts(sample))
     more = min(1 / curate["sample_share"], max(DICTIONARY_TEXT / max(sample.count("bytes"), 1), 1))
-    seconds = variants * tokens * _token_seconds(planner, sample) + meter.seconds * more
-    peak = max(forward.peak_bytes, (meter.peak_bytes - before) * more)
+    rows = max(BATCH_TOKENS // length, 1)
+    seconds = before * (
+        tokens / (rows * length) * training.forward_seconds(planner, rows, length)
+        + training.answer_seconds(planner, PROMPT, recipe.evaluate.speed_tokens) * 1.3
+    )
+    peak = max(
+        training.forward_peak(planner, rows, length),
+        (meter.peak_bytes - resident) * more,
+    )
     return StagePlan(
         Cost(
-            tokens=variants * tokens,
-            flops=variants * tokens * shape.flops_per_token(recipe.pretrain.sequence_length),
-            seconds=seconds,
+            tokens=before * tokens,
+            flops=before * tokens * shape.flops_per_token(length),
+            seconds=seconds + meter.seconds * more,
             peak_bytes=peak,
         ),
         {},
-        "scoring and compressors timed on the sample, a forward pass traced",
+        "scoring, answering and compressors timed on the sample, a pass traced",
     )
-
-
-def _token_seconds(planner: Planner, sample: Curation) -> float:
-    """Seconds that scoring takes per token: of the sample's held-out text, with what is not the forward pass."""
-    model = load_model(training.scratch_model(planner), dtype=training.DTYPES[planner.recipe.pretrain.dtype])
-    texts, tokenizer = heldout_texts(sample, TIMED_BYTES), sample.tokenizer()
-    score(model, tokenizer, texts[:1], planner.recipe)  # first calls take longer
-    began = time.perf_counter()
-    scored = score(model, tokenizer, texts, planner.recipe, lambda n: trim_allocator())
-    return (time.perf_counter() - began) / max(scored.tokens, 1)
 
 
 def score(model: Any, tokenizer: Tokenizer, texts: list[str], recipe: Recipe, advance: Any = None) -> LMScore:
@@ -107,12 +115,7 @@ def _training_texts(curation: Curation) -> list[str]:
 def run(context: Context) -> dict[str, Any]:
     recipe = context.recipe
     curation = Curation.load(context.figures("curate")["folder"])
-    source = context.figures("pretrain")
-    variants = (
-        context.figures("compress")["variants"]
-        if recipe.compress
-        else [{"name": recipe.pretrain.dtype, "folder": source["folder"], "bytes": source["bytes"]}]
-    )
+    variants = _variants(context)
     texts = heldout_texts(curation, recipe.evaluate.bytes)
     rows, tokens, flops = [], 0.0, 0.0
     for variant in variants:
@@ -127,7 +130,9 @@ def run(context: Context) -> dict[str, Any]:
 
             began = time.perf_counter()
             found = score(model, tokenizer, texts, recipe, advance)
-        rows.append(variant | found.as_dict() | {"seconds": time.perf_counter() - began, "bytes": variant["bytes"]})
+        seconds = time.perf_counter() - began
+        rate = {"tokens_per_second": _speed(model, recipe.evaluate.speed_tokens)}
+        rows.append(variant | found.as_dict() | {"seconds": seconds, "bytes": variant["bytes"]} | rate)
         context.events.emit("score", **rows[-1])
         tokens, flops = (
             tokens + found.tokens,
@@ -144,12 +149,44 @@ def run(context: Context) -> dict[str, Any]:
     return figures
 
 
+def _variants(context: Context) -> list[dict[str, Any]]:
+    """What is scored: the model that answers and its compressed copies, and that model before it was adapted.
+
+    `role`: before, answers, compressed.
+    """
+    recipe = context.recipe
+    made = context.figures(answering(recipe))
+    rows = (
+        context.figures("compress")["variants"]
+        if recipe.compress
+        else [{"name": recipe.pretrain.dtype, "folder": made["folder"], "bytes": weight_bytes(made["folder"])}]
+    )
+    rows = [row | {"role": "compressed" if i else "answers"} for i, row in enumerate(rows)]
+    if recipe.adapt and recipe.adapt.model:
+        base = made["base"]
+        before = {"name": Path(recipe.adapt.model).name, "folder": base, "bytes": weight_bytes(base), "role": "before"}
+        rows = [before, *rows]
+    return rows
+
+
+def _speed(model: Any, tokens: int) -> float:
+    """Tokens per second that the engine writes for one request, after a prompt of `PROMPT` tokens."""
+    engine = Engine(model, None, EngineConfig(cache="32MiB", max_length=PROMPT + tokens + 16))
+    taken = []
+    for first in range(3):  # the first calls take longer
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        (output,) = engine.generate([[first + 3] * PROMPT], sampling)
+        reply = output.completions[0]
+        taken.append((reply.seconds or 0.0) - (reply.first_token_seconds or 0.0))
+    return (tokens - 1) / max(min(taken), 1e-9)
+
+
 def _tasks(context: Context) -> dict[str, Any]:
     if not context.recipe.evaluate.tasks:
         return {}
     from modicum.evaluate.run import run_tasks
 
-    folder = context.figures("adapt" if context.recipe.adapt else "pretrain")["folder"]
+    folder = context.figures(answering(context.recipe))["folder"]
     results = run_tasks(
         load_model(folder),
         Tokenizer.load(folder),

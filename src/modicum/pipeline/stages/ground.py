@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
-import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from modicum.budget import Cost, Meter
+from modicum.budget.meter import resident_now
 from modicum.core.files import tree_bytes
 from modicum.data.curate import Curation
 from modicum.data.passages import Passage, passages
@@ -17,10 +22,17 @@ from modicum.pipeline import training
 from modicum.pipeline.context import Context
 from modicum.pipeline.plan import Planner, StagePlan
 from modicum.pipeline.recipe import Recipe
-from modicum.retrieve.known_item import known_item
+from modicum.retrieve.encoders import Encoder, make_encoder
+from modicum.retrieve.known_item import known_item, known_items
+from modicum.retrieve.search import SHARD
 
-NEEDS = ("curate", "pretrain")
+FIRST, MOST, TIMED = 24, 1000, 3.0  # passages of the plan's first sample, and of its second, seconds for that
 EXCERPT = 240
+
+
+def needs(recipe: Recipe) -> tuple[str, ...]:
+    assert recipe.ground
+    return ("curate",) if recipe.ground.encoder else ("curate", "pretrain")
 
 
 def uses(recipe: Recipe) -> dict[str, Any]:
@@ -29,51 +41,92 @@ def uses(recipe: Recipe) -> dict[str, Any]:
 
 
 def plan(planner: Planner) -> StagePlan:
-    """Does the stage's work on two small parts of the sample; time and memory grow in proportion from there."""
+    """The stage's own work on two small parts of the sample, the second as large as a few seconds allow."""
     recipe, curate = planner.recipe, planner.decisions["curate"]
     assert recipe.ground
-    encoder = recipe.ground.encoder or training.scratch_model(planner)
     began = time.perf_counter()
-    found = list(itertools.islice(_passages(Curation.load(curate["sample"])), recipe.ground.passages))
+    everything = list(_passages(Curation.load(curate["sample"]), None))
     reading = (time.perf_counter() - began) / curate["sample_share"]
-    count = min(recipe.ground.passages or 1e18, len(found) / curate["sample_share"])
-    points = []
-    for number, size in enumerate((len(found) // 8, len(found) // 3)):
-        folder = planner.scratch / f"ground-{number}"
+    count = min(recipe.ground.passages or 1e18, len(everything) / curate["sample_share"])
+    encoder, load = training.encoder(planner)
+    found = everything[: int(count)]
+    asked = min(recipe.ground.queries / count, 1.0)
+    seconds: list[float] = []
+    peaks: list[float] = []
+    sizes = [min(FIRST, len(found))]
+    while len(seconds) < len(sizes):
+        size, folder = sizes[-1], planner.scratch / f"ground-{len(sizes)}"
+        before = resident_now()
         with contextlib.redirect_stderr(io.StringIO()), Meter() as meter:
-            known_item(found[:size], encoder=encoder, index=recipe.ground.index, limit=32, folder=folder, examples=0)
-        points.append((size, meter.seconds, meter.peak_bytes, tree_bytes(folder)))
-    (n1, t1, m1, _), (n2, t2, m2, d2) = points
-    rate, growth = max(t2 - t1, 0.5 * t2) / max(n2 - n1, 1), max(m2 - m1, 0) / max(n2 - n1, 1)
+            _measure(found[:size], encoder, recipe, max(round(asked * size), 4), folder)
+        seconds.append(meter.seconds)
+        peaks.append(max(meter.peak_bytes - before, 0.0))
+        if len(sizes) == 1:
+            more = int(TIMED / max(meter.seconds, 1e-3) * size)
+            sizes.append(max(min(more, MOST, len(found)), min(size + 1, len(found))))
+    rate = max(seconds[-1] - seconds[0], 0.2 * seconds[-1]) / max(sizes[-1] - sizes[0], 1)
     return StagePlan(
-        Cost(seconds=reading + rate * count, peak_bytes=growth * count, disk_bytes=d2 / n2 * count),
-        {},
-        f"{n1} and {n2} passages indexed, about {count:,.0f} expected",
+        Cost(
+            seconds=load.seconds + reading + rate * count,
+            peak_bytes=load.peak_bytes + peaks[-1] * max(1.0, len(found[:SHARD]) / sizes[-1]),
+            disk_bytes=tree_bytes(planner.scratch / f"ground-{len(sizes)}") / sizes[-1] * count,
+        ),
+        {"sample": str(planner.scratch / f"ground-{len(sizes)}" / "as_is")},
+        f"{sizes[-1]} passages indexed, about {count:,.0f} expected",
     )
 
 
-def _passages(curation: Curation) -> Iterator[Passage]:
-    for split in ("train", "heldout"):
-        for document in curation.documents(split):
-            yield from passages(document)
+def _passages(curation: Curation, limit: int | None) -> list[Passage]:
+    """Passages of the corpus, at most `limit`: all of the held-out documents, which questions are held out with, and
+    of the training documents those that a hash of their name draws."""
+    heldout = [p for document in curation.documents("heldout") for p in passages(document)]
+    train = [p for document in curation.documents("train") for p in passages(document)]
+    if limit is None or len(heldout) + len(train) <= limit:
+        return train + heldout
+    chosen = sorted(train, key=lambda p: hashlib.blake2b(p.id.encode("utf-8", "surrogatepass")).digest())
+    kept = {p.id for p in chosen[: max(limit - len(heldout), 0)]}
+    return [p for p in train if p.id in kept] + heldout[:limit]
+
+
+def _measure(found: list[Passage], encoder: Encoder, recipe: Recipe, queries: int, folder: Path, **more: Any) -> Any:
+    """Known-item figures {"as_is", "withheld"} over `found`, with both indexes in `folder`.
+
+    as_is: every passage as it is, the index that is served. withheld: the passages asked for lack the sentence that
+    asks; all others are as they are, so that only the former are encoded again.
+    """
+    assert recipe.ground
+    knobs: dict[str, Any] = {"encoder": encoder, "index": recipe.ground.index, "folder": folder} | more
+    _remember(encoder)
+    _, rows, _ = known_items(found, queries, recipe.seed)
+    asked = set(rows)
+    bare = [p if i in asked else replace(p, summary="") for i, p in enumerate(found)]
+    as_is = known_item(found, variants=("as_is",), limit=queries, seed=recipe.seed, **knobs)
+    withheld = known_item(bare, variants=("withheld",), limit=None, seed=recipe.seed, **knobs)
+    return {**as_is, "withheld": withheld["withheld"], "examples": as_is["examples"] | withheld["examples"]}
+
+
+def _remember(encoder: Encoder) -> None:
+    """Let an encoder whose vectors depend on nothing but the text encode each text once."""
+    if encoder.kind != "sentence-transformers" or "pool" in vars(encoder):
+        return
+    pool = encoder.pool
+    seen: dict[str, np.ndarray] = {}
+
+    def remembered(texts: Sequence[str]) -> np.ndarray:
+        fresh = [t for t in dict.fromkeys(texts) if t not in seen]
+        if fresh:
+            seen.update(zip(fresh, pool(fresh), strict=True))
+        return np.stack([seen[t] for t in texts])
+
+    encoder.pool = remembered  # type: ignore[method-assign]
 
 
 def run(context: Context) -> dict[str, Any]:
     recipe = context.recipe
     assert recipe.ground
-    curation = Curation.load(context.figures("curate")["folder"])
-    found = list(itertools.islice(_passages(curation), recipe.ground.passages))
-    encoder = recipe.ground.encoder or context.figures("pretrain")["folder"]
-    result = known_item(
-        found,
-        encoder=encoder,
-        index=recipe.ground.index,
-        limit=recipe.ground.queries,
-        seed=recipe.seed,
-        folder=context.folder,
-        events=context.events,
-        examples=4,
-    )
+    found = _passages(Curation.load(context.figures("curate")["folder"]), recipe.ground.passages)
+    encoder = make_encoder(recipe.ground.encoder or context.figures("pretrain")["folder"])
+    result = _measure(found, encoder, recipe, recipe.ground.queries, context.folder, events=context.events, examples=4)
     by_id = {p.id: p for p in found}
     metrics = {name: {mode: _flat(m) for mode, m in result[name].items()} for name in ("withheld", "as_is")}
     examples = [
@@ -88,6 +141,7 @@ def run(context: Context) -> dict[str, Any]:
     ]
     return {
         "folder": str(context.folder / "as_is"),
+        "encoder": recipe.ground.encoder,
         "passages": len(found),
         "queries": result["queries"],
         "metrics": metrics,

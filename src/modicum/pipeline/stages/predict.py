@@ -21,7 +21,9 @@ from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.stages import pretrain
 from modicum.train.loop import train
 
-NEEDS = ("curate",)
+
+def needs(recipe: Recipe) -> tuple[str, ...]:
+    return ("curate",)
 
 
 def uses(recipe: Recipe) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from modicum.pipeline.recipe import Recipe
 from modicum.train.forms import merged
 from modicum.train.loop import train
 
-NEEDS = ("curate",)
 SHAPES = (
     (64, 2),
     (96, 2),
@@ -38,6 +37,10 @@ SHAPES = (
 TOKENS_PER_PARAMETER = 3.0  # least tokens per parameter: what a run of minutes should still see
 EVALUATIONS = 2  # held-out losses of a run, the last one at its end
 EPOCHS = 4.0  # most passes over the corpus
+
+
+def needs(recipe: Recipe) -> tuple[str, ...]:
+    return ("curate",)
 
 
 def uses(recipe: Recipe) -> dict[str, Any]:

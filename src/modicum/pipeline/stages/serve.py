@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from modicum.budget import Cost, Meter
+from modicum.budget import Cost
 from modicum.data.tokenizer import Tokenizer
 from modicum.model.folder import load_model
 from modicum.pipeline import training
 from modicum.pipeline.context import Context
+from modicum.pipeline.models import answering
 from modicum.pipeline.plan import Planner, StagePlan
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.stages.ground import excerpt
@@ -18,46 +19,39 @@ from modicum.retrieve.ground import Answer, ask, openai_generator
 from modicum.retrieve.search import Searcher
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
-from modicum.serve.request import SamplingParams
 from modicum.serve.server import BackgroundServer, ServerConfig
 
-NEEDS = ("pretrain", "ground")
 ASKED = 3
 CACHE = "64MiB"
 
 
+def needs(recipe: Recipe) -> tuple[str, ...]:
+    return ("ground", answering(recipe))
+
+
 def uses(recipe: Recipe) -> dict[str, Any]:
     assert recipe.serve
-    return {"serve": recipe.serve.model_dump(), "adapt": recipe.adapt.model_dump() if recipe.adapt else None}
+    return {"serve": recipe.serve.model_dump()}
 
 
 def plan(planner: Planner) -> StagePlan:
-    """One question's worth of prompt and answer through the real engine, on weights that say nothing."""
+    """One question's worth of prompt and answer through the real engine."""
     recipe = planner.recipe
     assert recipe.serve
-    shape = training.main_shape(planner)
+    shape = training.subject_shape(planner)
     questions, answer = len(recipe.serve.questions) or ASKED, recipe.serve.max_tokens
-
-    def measure() -> tuple[float, float]:
-        model = load_model(training.scratch_model(planner), dtype=training.DTYPES[recipe.pretrain.dtype])
-        engine = Engine(model, None, EngineConfig(cache=CACHE, max_length=min(1024, shape.context_length)))
-        prompt = min(engine.max_length - answer, 1024 - answer, shape.context_length - answer) // 2
-        engine.generate([[1]], SamplingParams(temperature=0, max_tokens=2))
-        with Meter() as meter:
-            engine.generate([[1] * max(prompt, 1)], SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True))
-        return meter.seconds, float(prompt)
-
-    seconds, prompt = planner.once(("serve", shape, answer), measure)
-    forward = training.forward_cost(planner, shape, 1024, 256)
+    prompt = max(min(recipe.serve.prompt_tokens, shape.context_length - answer) // 2, 1)
+    seconds = training.answer_seconds(planner, prompt, answer)
+    load = training.encoder(planner)[1]
     return StagePlan(
         Cost(
             parameters=shape.parameters(),
             tokens=questions * (answer + prompt),
-            seconds=seconds * questions,
-            peak_bytes=forward.peak_bytes + 64 * 2**20,
+            seconds=load.seconds + seconds * questions,
+            peak_bytes=load.peak_bytes + training.forward_peak(planner, 4, 256) + 64 * 2**20,
         ),
         {},
-        "an answer timed; weights, cache and passages",
+        "an answer timed; weights, cache and encoder",
     )
 
 
@@ -80,7 +74,7 @@ def questions_of(searcher: Searcher, seed: int) -> list[str]:
 def run(context: Context) -> dict[str, Any]:
     recipe = context.recipe
     assert recipe.serve
-    folder = context.figures("adapt" if recipe.adapt else "pretrain")["folder"]
+    folder = context.figures(answering(recipe))["folder"]
     searcher = Searcher(context.figures("ground")["folder"])
     tokenizer = Tokenizer.load(folder)
     model = load_model(folder, dtype=training.DTYPES[recipe.pretrain.dtype])
@@ -89,7 +83,7 @@ def run(context: Context) -> dict[str, Any]:
     answers = []
     with BackgroundServer(engine, ServerConfig(port=0)) as server:
         generate = openai_generator(server.url + "/v1", max_tokens=recipe.serve.max_tokens, temperature=0.0)
-        budget = min(engine.max_length, 1024) - recipe.serve.max_tokens
+        budget = min(engine.max_length - recipe.serve.max_tokens, recipe.serve.prompt_tokens)
         with context.events.progress("ask", len(asked), "questions") as progress:
             for question in asked:
                 answer = ask(
@@ -110,7 +104,7 @@ def run(context: Context) -> dict[str, Any]:
         (
             "A model of a few million parameters, trained for minutes, has caught the manner of such texts and not "
             "their meaning: the sources are right long before the sentences are. Give a pretrained model with "
-            "model=PATH for answers that read well."
+            "adapt.model=smollm2 for answers that read well."
         )
         if small
         else ""
