@@ -1,6 +1,6 @@
 """The catalogue: what every method does, costs and claims, written from registry and evidence alone.
 
-Three places are generated: the README's section between two markers, one page per port in docs/ports
+Three places are generated: the README's section between two markers (a line per port), one page per port in docs/ports
 with its plot, and the index of those pages. The same registry and records give the same bytes, so that
 a stale catalogue can be told by comparing.
 """
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modicum.bench import record
-from modicum.bench.card import Card, claim_text
-from modicum.bench.figures import cell, measured_text, of_method, rows_of
+from modicum.bench.figures import cell
 from modicum.bench.pages import NOTE, index, own_methods, port_files
 from modicum.core import registry
 from modicum.core.errors import UserError
@@ -23,7 +21,7 @@ BEGIN, END = "<!-- catalogue:begin -->", "<!-- catalogue:end -->"
 def generate(home: Path) -> dict[Path, str]:
     """Every generated file of the checkout `home` with its text. Plug-ins are left out."""
     evidence = home / "evidence"
-    files = {home / "README.md": readme((home / "README.md").read_text(encoding="utf-8"), evidence)}
+    files = {home / "README.md": readme((home / "README.md").read_text(encoding="utf-8"))}
     for info in registry.ports().values():
         files |= port_files(info, home / "docs" / "ports", evidence)
     files[home / "docs" / "ports" / "README.md"] = index()
@@ -49,7 +47,7 @@ def write(home: Path) -> list[Path]:
     return changed
 
 
-def readme(text: str, evidence: Path) -> str:
+def readme(text: str) -> str:
     """`text` with the catalogue between its markers; the section is added at the end if there is none."""
     if (BEGIN in text) != (END in text):
         raise UserError(f"README.md holds only one of {BEGIN} and {END}; write both or none")
@@ -57,44 +55,19 @@ def readme(text: str, evidence: Path) -> str:
         text = text.rstrip("\n") + f"\n\n## Catalogue\n\n{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{NOTE}\n\n{table(evidence)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{NOTE}\n\n{table()}\n{END}{after}"
 
 
-def table(evidence: Path) -> str:
-    """All ports and methods in one Markdown table."""
-    lines = [
-        "| port | method | what it does | paper | measured against the baseline | claim |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    n_methods = 0
+def table() -> str:
+    """One line per port: what it is, its methods, the baseline in bold."""
+    lines = ["| port | what a method decides | methods |", "| --- | --- | --- |"]
+    count = 0
     for info in registry.ports().values():
-        measured = rows_of(record.read(evidence / f"{info.name}.jsonl"))
-        for i, (key, card) in enumerate(own_methods(info.name).items()):
-            n_methods += 1
-            port = f"[{info.name}](docs/ports/{info.name}.md)" if i == 0 else ""
-            shown = [
-                ("" if row.choice == key else f"`{row.choice}`: ") + measured_text(row)
-                for row, _ in of_method(measured, key)
-            ]
-            figure = "<br>".join(shown) or "—"
-            cells = (
-                port,
-                f"**{key}**" if key == info.baseline else key,
-                cell(card.summary),
-                _paper(card),
-                figure,
-                cell(claim_text(card.claim)) or "—",
-            )
-            lines.append("| " + " | ".join(cells) + " |")
+        keys = list(own_methods(info.name))
+        count += len(keys)
+        names = ", ".join(f"**{key}**" if key == info.baseline else key for key in keys)
+        lines.append(f"| [{info.name}](docs/ports/{info.name}.md) | {cell(info.summary)} | {names} |")
     return (
-        f"{len(registry.ports())} ports, {n_methods} methods. Baselines are bold. A figure is the mean ± "
-        "standard deviation over seeds; the change is paired with the baseline seed by seed, with its "
-        "95% interval. Machine, model, data and seeds of every figure stand on the port's page.\n\n" + "\n".join(lines)
+        f"{len(registry.ports())} ports, {count} methods; baselines are bold. What each method does, its paper, its "
+        "knobs and what it was measured to be worth stand on its port's page.\n\n" + "\n".join(lines)
     )
-
-
-def _paper(card: Card) -> str:
-    if card.paper is None:
-        return "—"
-    name, link = card.paper
-    return f"[{cell(name)}]({link})" if link else cell(name)

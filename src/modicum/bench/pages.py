@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from modicum.bench import plots, record, stats
-from modicum.bench.card import Card, claim_text, port_text, read_card
+from modicum.bench.card import Card, claim_text, read_card
 from modicum.bench.figures import (
     cell,
     change_text,
@@ -47,11 +47,7 @@ def port_files(info: PortInfo, place: Path, evidence: Path) -> dict[Path, str]:
         f"modicum new {info.name} my-method",
         "```",
         "",
-        "## What it asks of a method",
-        "",
-        "```python",
-        port_text(info).strip(),
-        "```",
+        f"What it asks of a method: [`{_source(info)}`](../../{_source(info)}).",
         "",
         "## Measured",
         "",
@@ -62,6 +58,11 @@ def port_files(info: PortInfo, place: Path, evidence: Path) -> dict[Path, str]:
         lines += [f"### {key}" + (" (baseline)" if key == info.baseline else ""), "", *_card(card)]
     files = {place / f"{info.name}.md": "\n".join(lines).rstrip() + "\n"}
     return files | {place / "plots" / name: svg for name, svg in pictures.items()}
+
+
+def _source(info: PortInfo) -> str:
+    path = info.path / "__init__.py"
+    return path.relative_to(SOURCE).as_posix() if path.is_relative_to(SOURCE) else path.name
 
 
 def _measured(info: PortInfo, evidence: Path) -> tuple[list[str], dict[str, str]]:

@@ -30,4 +30,4 @@ def catalogue(
                 "type: modicum catalogue --write, and commit them"
             )
     if not write and not check:
-        print(made.table(record.folder()))
+        print(made.table())

@@ -82,8 +82,11 @@ def show(
             print(f"{name:<9} {', '.join(words)}")
     if card.claim:
         print(f"claim     {cards.claim_text(card.claim)}")
+    settings: dict[str, list[str]] = {}
     for choice, (row, run) in found.items():
-        print(f"measured  {choice}: {figures.measured_text(row)}\n          {figures.setting_text(run)}")
+        settings.setdefault(figures.setting_text(run), []).append(f"{choice}: {figures.measured_text(row)}")
+    for setting, lines in settings.items():  # what was measured in one run stands under its settings, said once
+        print("measured  " + "\n          ".join([*lines, setting]))
     if not found:
         print(f"measured  nothing yet; type: modicum bench {port} {key}")
     print(f"file      {card.path}")
