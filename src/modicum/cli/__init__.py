@@ -27,6 +27,7 @@ ORDER = (
     "pretrain",
     "adapt",
     "compress",
+    "export",
     "index",
     "search",
     "ask",

@@ -1,0 +1,98 @@
+"""Write a model for other programs: a GGUF file for llama.cpp, or a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from modicum.compress.export import Plan
+    from modicum.model.gguf.write import Types
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="File OUT.gguf, or a folder with --format hf.")],
+    format: Annotated[str | None, typer.Option(help="gguf or hf [default: by OUT's ending].")] = None,
+    type: Annotated[
+        str, typer.Option(help="Of the layers' matrices: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k ... q6_k.")
+    ] = "q8_0",
+    embeddings: Annotated[
+        str | None, typer.Option(help="Type of token embedding and head [default: q8_0 below a quantised type].")
+    ] = None,
+    fallback: Annotated[
+        str | None, typer.Option(help="Type for matrices whose rows are not whole blocks of theirs (256 for q2_k ...).")
+    ] = None,
+    tensor: Annotated[
+        list[str] | None, typer.Option(help="GLOB=TYPE over GGUF's names, e.g. 'blk.*.ffn_down.weight=q6_k'; repeat.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter folder to merge in first.")] = None,
+    tokenizer: Annotated[bool, typer.Option(help="Put the folder's tokenizer and chat template in.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be stored how.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Write MODEL, its adapters and linear forms merged in, for programs that know nothing of modicum."""
+    from modicum.compress import export as run
+    from modicum.core.errors import UserError
+    from modicum.model.folder import find_folder, load_model
+    from modicum.model.gguf.write import Types
+
+    kind = format or ("gguf" if out.suffix == ".gguf" else "")
+    if kind not in ("gguf", "hf"):
+        raise UserError(
+            f"{out}: give a file that ends in .gguf, or --format with gguf or hf"
+            + (f", not {format}" if format else "")
+        )
+    types = Types(matrices=type, embeddings=embeddings, fallback=fallback, patterns=_patterns(tensor or []))
+    source = find_folder(model)
+    loaded = load_model(source)
+    if adapter is not None:
+        from modicum.adapt.peft_format import load_peft
+
+        load_peft(loaded, adapter)
+    run.merged(loaded)
+    if kind == "hf":
+        if not dry_run:
+            run.write_folder(loaded, out, source)
+        print(json.dumps({"out": str(out), "parameters": loaded.config.parameters()}) if as_json else f"{out}: written")
+        return
+    planned = run.plan(loaded, types, source if tokenizer else None)
+    if not as_json:
+        _show(planned, types)
+    if not dry_run:
+        run.write(loaded, out, types, planned, source.name)
+    if as_json:
+        print(json.dumps({"out": str(out)} | planned.as_dict(), indent=2))
+    elif not dry_run:
+        print(f"{out}: written; to run it with llama.cpp: llama-cli -m {out}")
+
+
+def _patterns(given: list[str]) -> dict[str, str]:
+    from modicum.core.errors import UserError
+
+    found = {}
+    for text in given:
+        pattern, equals, kind = text.rpartition("=")
+        if not equals or not pattern or not kind:
+            raise UserError(f"--tensor {text}: write GLOB=TYPE, e.g. 'blk.*.ffn_down.weight=q6_k'")
+        found[pattern] = kind
+    return found
+
+
+def _show(planned: Plan, types: Types) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from modicum.budget.units import bytes_text
+
+    table = Table("tensors", "type", "count", "weights", "bits/weight", "size", "", box=None, pad_edge=False)
+    for row in planned.rows:
+        size = bytes_text(row.bytes)
+        table.add_row(row.tensors, row.type, str(row.count), f"{row.weights:,}", f"{row.bits:.4g}", size, row.why)
+    Console(width=140, highlight=False).print(table)
+    print(f"together {bytes_text(planned.bytes)}, {planned.bits:.3f} bits per weight")
+    for note in planned.notes:
+        print(f"note: {note}")

@@ -1,0 +1,106 @@
+"""A model for other programs: one GGUF file for llama.cpp and its relatives, or a plain Hugging Face folder.
+
+Linear forms (adapters, quantised weights) are merged into dense matrices first, so that nothing of this package is
+needed to read what is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modicum.core.errors import UserError
+from modicum.core.events import Progress
+from modicum.data.gguf_vocabulary import vocabulary
+from modicum.data.tokenizer import Tokenizer
+from modicum.model import attach
+from modicum.model.decoder import Decoder
+from modicum.model.folder import TOKENIZER_FILES, save_model
+from modicum.model.gguf import architectures
+from modicum.model.gguf import write as gguf
+from modicum.model.gguf.quantize import TYPES
+from modicum.model.gguf.write import Stored, Types
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tensors of one kind that are stored alike. bits: per weight, scales included."""
+
+    tensors: str
+    type: str
+    count: int
+    weights: int
+    bytes: int
+    bits: float
+    why: str
+
+
+def merged(model: Decoder) -> list[str]:
+    """Merge every linear form of `model`; the names that changed. Raises `UserError` for forms that are not linear."""
+    with torch.no_grad():
+        return attach.merge(model)
+
+
+def table(stored: Iterable[Stored]) -> list[Row]:
+    """What will be stored, by kind of tensor and type, in the file's order."""
+    groups: dict[tuple[str, str, str], list[Stored]] = {}
+    for item in stored:
+        parts = item.name.split(".")
+        kind = "norms and biases" if len(item.shape) < 2 else parts[2] if parts[0] == "blk" else parts[0]
+        groups.setdefault((kind, item.type, item.why), []).append(item)
+    return [
+        Row(kind, name, len(items), sum(i.weights for i in items), sum(i.bytes for i in items), TYPES[name].bits, why)
+        for (kind, name, why), items in groups.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A GGUF file before it is written: what is stored how, the tokenizer's metadata, and where it says less."""
+
+    rows: list[Row]
+    vocabulary: dict[str, Any] | None
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        return {"bytes": self.bytes, "bits_per_weight": self.bits, "notes": self.notes, "tensors": rows}
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def bits(self) -> float:
+        """Per weight, over all tensors."""
+        return 8 * self.bytes / sum(row.weights for row in self.rows)
+
+
+def plan(model: Decoder, types: Types, tokenizer: Path | None) -> Plan:
+    """What `write` will do with a merged model and the tokenizer of a folder (None: prompts are token ids)."""
+    stored = gguf.plan(model, types)
+    notes = architectures.notes(model.config, architectures.require(model.config))
+    words = None
+    if tokenizer is not None:
+        words, more = vocabulary(Tokenizer.load(tokenizer), model.config.vocab_size)
+        notes += more
+    return Plan(table(stored), words, notes)
+
+
+def write(model: Decoder, out: Path, types: Types, planned: Plan, name: str) -> None:
+    """Write the file that was planned, with a progress line."""
+    with Progress(f"export {out.name}", sum(row.weights for row in planned.rows), "weights") as progress:
+        gguf.write(model, out, types, vocabulary=planned.vocabulary, name=name, progress=progress.update)
+
+
+def write_folder(model: Decoder, out: Path, source: Path) -> None:
+    """Write a merged model as a Hugging Face folder with the tokenizer files of `source`, if it has any."""
+    if out.is_file():
+        raise UserError(f"{out} is a file; give the folder to write")
+    has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
+    save_model(model, out, source if has_tokenizer else None)
