@@ -217,6 +217,92 @@ def test_aborts_and_failures_give_pages_back() -> None:
     assert_clean(e)
 
 
+class Brittle(Ladder):
+    """Fails for prompts of 20 tokens when it is shown queries, for those of 37 when it is asked what to keep."""
+
+    def begin(self, prompt: int) -> KVPolicy:
+        policy = Brittle(self.config, self.shape)
+        policy.prompt, policy.seen = prompt, 0
+        return policy
+
+    def observe(self, layer: int, start: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
+        if self.prompt == 20:
+            raise KeyError("observed")
+
+    def keep(self, layer: int, entries: Entries) -> Keep:
+        if self.prompt == 37:
+            raise ValueError("kept")
+        return super().keep(layer, entries)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_policy_that_fails_ends_its_own_request_alone(chunked: bool) -> None:
+    more: dict[str, Any] = {"chunked_prefill": True, "max_batch_tokens": 16} if chunked else {}
+    e = _engine(tiny(), **more)
+    want = [_say(e.model, e.policy, p, 16) for p in PROMPTS]
+    e.policy = e.cache.policy = Brittle(Config(), e.policy.shape)
+    e.policy.prompt = 0
+    requests = [Request(p, GREEDY) for p in PROMPTS]
+    for request in requests:
+        e.add(request)
+    errors: dict[int, str] = {}
+    while e.busy:
+        errors |= {update.request: update.error for update in e.step() if update.error}
+    assert "observed" in errors.pop(requests[1].id) and "kept" in errors.pop(requests[2].id) and not errors
+    assert e.counters["failures"] == 2
+    for i in (0, 3):
+        assert requests[i].sequences[0].tokens[len(PROMPTS[i]) :] == want[i]
+    assert_clean(e)
+
+
+class TwoKinds(KVPolicy):
+    """Sequences that differ in all a policy may: some attend in their own way, each at its own temperature."""
+
+    attends = True
+
+    def begin(self, prompt: int) -> KVPolicy:
+        policy = TwoKinds(self.config, self.shape)
+        policy.exact = (0, 1 << 30, 0)[prompt % 3]
+        policy.sharpness = (3.0, 1.0, 0.2)[prompt % 3]
+        return policy
+
+    def allow(self, layer: int, n_tokens: int) -> int:
+        return min(n_tokens, 12)
+
+    def keep(self, layer: int, entries: Entries) -> Keep:
+        return Keep([torch.arange(max(0, n - 12), n) for n in entries.counts])
+
+    def attend(
+        self,
+        layer: int,
+        q_GBRTE: Tensor,
+        k_GBSE: Tensor,
+        v_GBSE: Tensor,
+        at_BT: Tensor,
+        position_GBS: Tensor,
+        held_GBS: Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        seen_GB1TS = (held_GBS[:, :, None] & (position_GBS[:, :, None] <= at_BT[:, :, None]))[:, :, None]
+        scores = q_GBRTE @ k_GBSE[:, :, None].transpose(-1, -2) * (scale * self.sharpness)
+        return scores.masked_fill(~seen_GB1TS, float("-inf")).softmax(-1) @ v_GBSE[:, :, None]
+
+
+def test_every_sequence_attends_by_its_own_policy() -> None:
+    prompts = [[random.Random(i).randrange(400) for _ in range(n)] for i, n in enumerate((30, 31, 32, 33, 34, 35))]
+    said = []
+    for groups in ([prompts], [prompts[::-1]], [[p] for p in prompts]):
+        e = _engine(tiny(), prefix_cache=False)
+        e.policy = e.cache.policy = TwoKinds(None, e.policy.shape)
+        answers = {len(p): o.tokens for ps in groups for p, o in zip(ps, e.generate(ps, GREEDY), strict=True)}
+        said.append([answers[len(p)] for p in prompts])
+        assert e.stats()["thinnings"] > 0 and e.counters["failures"] == 0
+        assert_clean(e)
+    assert said[0] == said[2] and said[1] == said[2]
+
+
 def test_observers_see_every_token_once() -> None:
     e = _engine(tiny(), chunked_prefill=True, max_batch_tokens=8, prefix_cache=False)
     request = Request(PROMPTS[3], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))

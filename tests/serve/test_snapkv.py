@@ -126,6 +126,38 @@ def test_memory_is_given_back_and_shared_blocks_stay() -> None:
     assert engine.blocks.free == engine.blocks.n_blocks
 
 
+def test_a_preempted_sequence_observes_its_prompts_end_again() -> None:
+    """After each number of generated tokens, at the default sizes: what the prefix cache holds must not hide it."""
+    rng = torch.Generator().manual_seed(5)
+    prompt, beside = (torch.randint(1, 400, (n,), generator=rng).tolist() for n in (47, 47))
+    params = SamplingParams(temperature=0, max_tokens=42, ignore_eos=True)
+    engine = Engine(tiny(), None, EngineConfig(cache="1ktok", kv="snapkv:budget=40"))
+    want = engine.generate([beside], params)[0].tokens
+    for generated in range(1, 41):
+        engine.blocks.clear()
+        first, second = Request(prompt, params), Request(beside, params)
+        engine.add(first)
+        sample = first.sequences[0]
+        while len(sample.tokens) < len(prompt) + generated:
+            engine.step()
+        engine._preempt(sample)
+        engine.add(second)
+        while engine.busy:
+            assert not any(update.error for update in engine.step()), f"after {generated} generated tokens"
+        assert second.sequences[0].tokens[47:] == want and len(sample.tokens) == 47 + 42
+    assert engine.stats()["preemptions"] == 40
+
+
+def test_four_equal_prompts_in_a_small_cache() -> None:
+    """Preempted by themselves, and found in the prefix cache on coming back."""
+    prompt = torch.randint(1, 400, (40,), generator=torch.Generator().manual_seed(6)).tolist()
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    for cache in ("84tok", "96tok"):
+        engine = Engine(tiny(), None, EngineConfig(block_size=4, cache=cache, kv="snapkv:budget=24,window=16"))
+        assert [len(o.tokens) for o in engine.generate([prompt] * 4, params)] == [30] * 4
+        assert engine.stats()["preemptions"] > 0 and engine.stats()["failures"] == 0
+
+
 def test_knobs_that_cannot_be() -> None:
     for knobs in ({"budget": 0}, {"budget": 1.5}, {"budget": 16, "window": 16}, {"kernel": 4}, {"pooling": "sum"}):
         with pytest.raises(UserError, match="snapkv"):

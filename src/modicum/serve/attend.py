@@ -12,6 +12,7 @@ Indices and masks are made once per step and window and shared by the layers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,12 +44,18 @@ class _Group:
 _Reach = tuple["slice | Tensor", slice, "Tensor | None"]
 
 
+def _own_policy(w: Work) -> int | None:
+    """Which policy a sequence attends by; None for plain attention."""
+    return id(w.sample.policy) if by_policy(w) else None
+
+
 class StepAttend:
     """An `attend` for the decoder. `begin` prepares a step, then every layer calls the object."""
 
     def __init__(self, storage: Storage, max_sequences: int):
         self.storage = storage
         self.table = np.zeros((max_sequences, 1), dtype=np.int64)  # block numbers by slot, see `hold`
+        self.faults: dict[int, Exception] = {}  # by sequence, of policies that failed while they observed
 
     def hold(self, slot: int, first: int, blocks: Sequence[int]) -> None:
         """Note the blocks of a slot from place `first` on; the table grows with its longest sequence."""
@@ -67,6 +74,7 @@ class StepAttend:
     def begin(self, works: Sequence[Work], observe: bool = False) -> None:
         """`works` in row order: see `work.arrange`."""
         P = self.storage.block_size
+        self.faults.clear()
         self._observers = [w for w in works if w.sample.policy.wants(w.start, w.n)] if observe else []
         trees = [w for w in works if w.tree is not None]
         singles = [w for w in works if w.n == 1 and w.tree is None]
@@ -76,7 +84,7 @@ class StepAttend:
         self._trees = TreeAttend(self, trees) if trees else None
         self._groups = self._grouped([w for w in singles if w.sample.pages is None and not by_policy(w)])
         thinned = [w for w in singles if w.sample.pages is not None]
-        self._thinned = Thinned(thinned, self.storage) if thinned else None
+        self._thinned = [Thinned(list(same), self.storage) for _, same in itertools.groupby(thinned, _own_policy)]
         self._reaches: dict[tuple[int, int | None, torch.dtype], _Reach] = {}
         rows = np.empty(sum(w.n for w in works), dtype=np.int64)
         for g in self._groups:
@@ -147,9 +155,9 @@ class StepAttend:
             out_TGRE[group.first : group.last] = self._single(
                 layer, i, group, q_GRTE[:, :, group.first : group.last], window, scale, softcap
             )
-        if self._thinned:
-            first, last = self._thinned.first, self._thinned.last
-            out_TGRE[first:last] = self._thinned(layer, q_GRTE[:, :, first:last], window, scale, softcap)
+        for thinned in self._thinned:
+            first, last = thinned.first, thinned.last
+            out_TGRE[first:last] = thinned(layer, q_GRTE[:, :, first:last], window, scale, softcap)
         if self._trees:
             first, last = self._trees.first, self._trees.last
             out_TGRE[first:last] = self._trees(layer, q_GRTE[:, :, first:last], window, scale, softcap)
@@ -160,7 +168,11 @@ class StepAttend:
             )
         for w in self._observers:
             places = slice(w.at, w.at + w.n)
-            w.sample.policy.observe(layer, w.start, q_HTE[:, places], k_GTE[:, places], v_GTE[:, places])
+            if w.sample.id not in self.faults:
+                try:
+                    w.sample.policy.observe(layer, w.start, q_HTE[:, places], k_GTE[:, places], v_GTE[:, places])
+                except Exception as error:
+                    self.faults[w.sample.id] = error
         return out_TGRE.view(T, H, E).transpose(0, 1)[None]
 
     def _write(self, layer: int, k_GTE: Tensor, v_GTE: Tensor) -> None:

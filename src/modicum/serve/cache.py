@@ -45,12 +45,14 @@ class Cache:
 
     def look_up(self, sample: Sample) -> None:
         """Note in a waiting job what the prefix cache holds of it now."""
-        P, job = self.block_size, sample.job
+        P, job, prompt = self.block_size, sample.job, len(sample.request.prompt)
         chain(sample.tokens, P, sample.names)
-        most = job.length - self.policy.tail
+        most = job.length - 1
+        if self.policy.tail > 1:  # the prompt's tail is observed, also when generated tokens follow it by now
+            most = min(most, prompt - self.policy.tail)
         if sample.scored:  # the tokens from the prompt's last one on are computed: their logits are what is asked for
-            most = min(most, len(sample.request.prompt) - 1)
-        found = self.blocks.find(sample.names[: most // P])
+            most = min(most, prompt - 1)
+        found = self.blocks.find(sample.names[: max(0, most) // P])
         job.hit = len(found) * P
         job.revived = sum(self.blocks.references[b] == 0 for b in found)
 

@@ -322,16 +322,23 @@ class Engine:
         """Book what was computed, sample the next token of `samples`, end what is finished."""
         chosen = choose(logits_BV, samples) if logits_BV is not None else Choices([], [], {})
         broken = {s.id for s, ok in zip(samples, chosen.finite, strict=True) if not ok}
+        faults = self.cache.attend.faults  # of policies that failed while they observed: theirs alone
         for w in works:
             sample = w.sample
             self.counters["computed_tokens"] += w.n
             self.scheduler.advance(sample.id, w.n, 0)
             if sample.pages is not None:
                 sample.pages.count_LG += w.n
-            if sample.id not in broken:
+            if sample.id not in broken and sample.id not in faults:
                 self.cache.publish(sample)
-                if self.policy.drops and not self.cache.thin(sample, w.n):
-                    self._preempt(sample)
+                try:
+                    if self.policy.drops and not self.cache.thin(sample, w.n):
+                        self._preempt(sample)
+                except Exception as error:
+                    faults[sample.id] = error
+        for w in works:
+            if (fault := faults.pop(w.sample.id, None)) is not None:
+                updates += self._failed({w.sample.request.id}, fault)
         now = self.clock()
         for i, sample in enumerate(samples):
             if sample.id in broken:

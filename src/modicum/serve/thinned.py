@@ -16,7 +16,10 @@ from modicum.serve.work import Work, by_policy
 
 
 class Thinned:
-    """Single tokens of sequences whose heads hold entries of their own choice."""
+    """Single tokens of sequences whose heads hold entries of their own choice; neighbours in the step's row.
+
+    Either all of them attend by one and the same policy object, or none does by its policy.
+    """
 
     def __init__(self, works: Sequence[Work], storage: Storage):
         self.storage = storage

@@ -112,7 +112,11 @@ class KVPolicy(Method):
         self.config, self.shape = config, shape
 
     def begin(self, prompt: int) -> KVPolicy:
-        """The policy of one sequence whose prompt has `prompt` tokens, with state of its own."""
+        """The policy of one sequence whose prompt has `prompt` tokens, with state of its own.
+
+        One that `attends` and keeps no state of a sequence returns itself: sequences with the same object are
+        attended together, others one by one.
+        """
         return copy.copy(self)
 
     def prepare(self, model: Decoder, probe: Sequence[int] = ()) -> None:
@@ -150,7 +154,7 @@ class KVPolicy(Method):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        """out_GBRTE of B sequences with T queries each, at places `at_BT`, over what the cache holds.
+        """out_GBRTE of B sequences that share this policy, with T queries each, at places `at_BT`, over what they hold.
 
         R query heads share a KV head; entries have their places and whether they are held (not padding).
         """

@@ -79,6 +79,9 @@ class LMInfinite(KVPolicy):
         self.pattern = registry.build("attention", f"lambda:window={self.window},sinks={self.config.sinks}")
         self.exact = min(self.config.sinks + self.window, self.ceiling + 1)
 
+    def begin(self, prompt: int) -> KVPolicy:
+        return self  # nothing is known of a sequence: all are attended together
+
     def allow(self, layer: int, n_tokens: int) -> int:
         return min(n_tokens, self.config.sinks + self.window)
 
