@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,15 @@ from torch import Tensor
 
 from modicum.core.errors import ModicumError, UserError
 from modicum.model.attach import attach
-from modicum.model.config import llama_like
+from modicum.model.config import Rope, llama_like
 from modicum.model.decoder import Decoder
 from modicum.serve import native
+from modicum.serve import runner as runner_module
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
-from modicum.serve.request import SamplingParams
+from modicum.serve.request import Request, SamplingParams
 from modicum.serve.runner import Eager, Native, unserved
+from modicum.serve.work import Work
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.reason()}")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -31,18 +36,31 @@ SHAPES: dict[str, dict[str, Any]] = {
         "logit_softcap": 8.0,
         "norm_place": "sandwich",
     },
-    "biases, half rotation": {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "activation": "gelu_tanh"},
+    "biases, half rotation": {
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+        "activation": "gelu_tanh",
+        "rope": Rope(fraction=0.5),
+    },
     "norms of heads": {"qk_norm": "head", "norm": "rms_plus_one", "embed_scale": 3.0, "activation": "gelu"},
     "norms of all heads": {"qk_norm": "full", "norm_place": "output", "activation": "relu"},
     "no gate, odd sizes": {"gated": False, "head_dim": 20},
     "long rows": {"mlp_width": 1700},
+    "two widths of rotation": {"windows": (None, 9), "rope_local": Rope(theta=100.0, fraction=0.5)},
+    "the wider rotation in windows": {
+        "windows": (None, 9),
+        "rope": Rope(fraction=0.25),
+        "rope_local": Rope(theta=50.0),
+    },
 }
 
 
 def decoder(name: str = "plain", width: int = 128, **more: Any) -> Decoder:
     given = SHAPES[name] | more
     given = {"head_dim": 32, "context_length": 256, "tied": False, "mlp_width": 192} | given
-    shape = llama_like(199, width, 2, 4, 2, **given)
+    rope = given.pop("rope", Rope())
+    shape = dataclasses.replace(llama_like(199, width, 2, 4, 2, **given), rope=rope)
     model = lively(Decoder(shape, torch.Generator().manual_seed(0)), 2.0)
     with torch.no_grad():
         for name_, parameter in model.named_parameters():
@@ -130,7 +148,7 @@ def test_codes_are_multiplied_as_they_decode(form: str, count: int) -> None:
 
 
 needs_eights = pytest.mark.skipif(
-    native.library() is None or "avx512_vnni" not in native.processor(), reason="no byte products"
+    native.library() is None or not native.multiplies_in_eight_bits(), reason="no products in eight bits"
 )
 
 
@@ -276,6 +294,98 @@ def test_structures_have_one_layout() -> None:
     sizes = [library.modicum_layout(i) for i in range(5)]
     assert sizes == [ctypes.sizeof(k) for k in (native.Matrix, native.Rope, native.Layer, native.Model, native.Step)]
     assert np.dtype(np.int64).itemsize == ctypes.sizeof(native.I64)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["two widths of rotation", "the wider rotation in windows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("position", [300, 5003, 100_003])
+def test_keys_are_turned_by_the_angle_of_their_position(name: str, dtype: torch.dtype, position: int) -> None:
+    """A token's keys in the first layer are those it has at place 0, turned; a cache in float32 shows how exactly."""
+    model = decoder(name, context_length=200_000).to(dtype)
+    e = Engine(model, None, EngineConfig(block_size=8, cache="400tok", dtype="float32", max_sequences=2))
+    assert isinstance(e.runner, Native)
+    works, storage = [], e.storage
+    for slot, start in enumerate((0, position)):
+        e.add(Request([7], SamplingParams(max_tokens=1)))
+        sample = list(e.samples.values())[-1]
+        sample.tokens, sample.slot = [7] * (start + 1), slot
+        e.cache.attend.hold(slot, 0, [slot] * (start // 8 + 1))  # what the places before hold changes nothing here
+        works.append(Work(sample, start, 1, slot))
+    e.runner(works, [0, 1])
+    plain_GE, far_GE = (storage.k_LGNPE[0, :, w.sample.slot, w.start % 8].double() for w in works)
+    rope = model.rope_tables()[0]
+    assert rope is not None
+    half = len(rope.angles)
+    angle = (torch.tensor(float(position)) * rope.angles).double()  # as exact as an angle in float32 is
+    a, b, rest = plain_GE.split([half, half, plain_GE.shape[1] - 2 * half], dim=1)
+    want_GE = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], dim=1)
+    assert distance(far_GE, want_GE) < 1e-6
+    assert distance(plain_GE, want_GE) > 0.1
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", ["width", "mlp_width", "head_dim", "rotated", "threads"])
+def test_memory_that_is_not_to_be_had_is_said(size: str) -> None:
+    runner = Engine(decoder(), None, EngineConfig(cache="1ktok")).runner
+    assert isinstance(runner, Native)
+    shape = native.Model.from_buffer_copy(runner._shape)
+    shape.threads = 1
+    setattr(shape, size, 1 << 49)
+    assert runner.library.modicum_open(ctypes.byref(shape)) is None
+
+
+@needs_kernels
+def test_threads_are_those_that_are_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    try:
+        for granted, asked, want in ((1, 2, 1), (3, 2, 2), (3, 1, 1)):
+            monkeypatch.setattr(runner_module, "cores", lambda granted=granted: granted)
+            torch.set_num_threads(asked)
+            e = Engine(decoder(), None, EngineConfig(cache="1ktok"))
+            e.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+            assert e.runner.threads == e.runner._shape.threads == want  # type: ignore[union-attr]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernels
+def test_a_machine_with_other_abilities_compiles_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that the kernels do not name: the compiler may use them."""
+    here = native.stamp("gcc 12")
+    assert native.stamp("gcc 13") != here
+    found = native.abilities()
+    monkeypatch.setattr(native, "abilities", lambda: found | {"avx512_of_tomorrow"})
+    assert native.stamp("gcc 12") != here
+
+
+def test_eight_bits_need_both_kinds_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"avx512_vnni", "avx512_bf16"}
+    for having in (both, both - {"avx512_bf16"}, both - {"avx512_vnni"}):
+        monkeypatch.setattr(native, "abilities", lambda having=having: frozenset(having))
+        assert native.multiplies_in_eight_bits() == (having == both)
+
+
+@needs_kernels
+def test_the_program_may_end_in_the_middle_of_a_step() -> None:
+    """An engine's thread that outlives its server must not find its memory freed."""
+    code = """
+import threading, time
+from modicum.model.config import llama_like
+from modicum.model.decoder import Decoder
+from modicum.serve.config import EngineConfig
+from modicum.serve.engine import Engine
+from modicum.serve.request import SamplingParams
+engine = Engine(Decoder(llama_like(400, 512, 8, context_length=4096)), None, EngineConfig(cache="8ktok"))
+def work():
+    while True:
+        engine.generate([list(range(390)) * 4] * 2, SamplingParams(max_tokens=1, ignore_eos=True))
+threading.Thread(target=work, daemon=True).start()
+while not engine.runner._state:
+    time.sleep(0.01)
+time.sleep(0.05)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @needs_kernels

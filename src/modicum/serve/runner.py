@@ -224,6 +224,7 @@ class Native:
             if not states[-1]:
                 raise MemoryError("no memory for the working arrays of a step")
             self._finalizers.append(weakref.finalize(self, self.library.modicum_close, states[-1]))
+            self._finalizers[-1].atexit = False  # a daemon thread may be in the middle of a step then
         self._state, self._head_state = states
 
     def _describe(self, model: Decoder, attend: StepAttend) -> native.Model:
@@ -245,7 +246,7 @@ class Native:
             layer.window, layer.scale = c.window(i) or 0, c.attention_scale(i)
         ropes = (native.Rope * max(1, len(model._ropes)))()
         for rope, table in zip(ropes, model._ropes, strict=False):
-            rope.angles, rope.scale = self._floats(table.angles), table.scale
+            rope.angles, rope.rotated, rope.scale = self._floats(table.angles), 2 * len(table.angles), table.scale
         self._keep += [layers, ropes, storage]
         shape = native.Model(
             layers=c.layers,
@@ -412,7 +413,7 @@ def make_runner(
 
 
 def _unserved_in_eight(model: Decoder) -> str | None:
-    if "avx512_vnni" not in native.processor() or "avx512_bf16" not in native.processor():
+    if not native.multiplies_in_eight_bits():
         return "a processor without VNNI and bfloat16 products"
     if model.dtype != torch.bfloat16:
         return f"a model in {str(model.dtype).removeprefix('torch.')}, not in bfloat16 (--dtype bfloat16)"

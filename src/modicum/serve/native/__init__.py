@@ -44,7 +44,7 @@ class Matrix(ctypes.Structure):
 
 
 class Rope(ctypes.Structure):
-    _fields_ = [("angles", POINTER), ("scale", F32), ("unused", F32)]
+    _fields_ = [("angles", POINTER), ("rotated", I64), ("scale", F32), ("unused", F32)]
 
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -94,14 +94,26 @@ class Step(ctypes.Structure):
     ]
 
 
-def processor() -> tuple[str, ...]:
-    """What this processor can do of what the kernels know to use."""
+@functools.cache
+def abilities() -> frozenset[str]:
+    """All the system says of this processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = next((set(line.split(":")[1].split()) for line in file if line.startswith("flags")), set())
+            return next(
+                (frozenset(line.split(":")[1].split()) for line in file if line.startswith("flags")), frozenset()
+            )
     except OSError:
-        return ()
-    return tuple(flag for flag in (*NEEDED, *USEFUL) if flag in flags)
+        return frozenset()
+
+
+def processor() -> tuple[str, ...]:
+    """What this processor can do of what the kernels know to use."""
+    return tuple(flag for flag in (*NEEDED, *USEFUL) if flag in abilities())
+
+
+def multiplies_in_eight_bits() -> bool:
+    """Whether there are products of activations in eight bits; they come with those in bfloat16."""
+    return {"avx512_vnni", "avx512_bf16"} <= abilities()
 
 
 def library() -> ctypes.CDLL | None:
@@ -150,10 +162,6 @@ def folder() -> Path:
 def build(compiler: str) -> Path:
     """The shared library, compiled if this machine has not got it yet. Raises OSError, SubprocessError."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-    sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.c")])
-    stamp = hashlib.sha256(repr((version, FLAGS, processor(), platform.machine())).encode())
-    for source in sources:
-        stamp.update(source.name.encode() + b"\0" + source.read_bytes())
     where = folder()
     try:
         where.mkdir(parents=True, exist_ok=True)
@@ -162,7 +170,7 @@ def build(compiler: str) -> Path:
         where.mkdir(mode=0o700, exist_ok=True)
         if where.stat().st_uid != os.getuid():
             raise
-    path = where / f"step-{stamp.hexdigest()[:24]}.so"
+    path = where / f"step-{stamp(version)}.so"
     if not path.exists():
         descriptor, fresh = tempfile.mkstemp(suffix=".so", dir=where)
         os.close(descriptor)
@@ -179,6 +187,14 @@ def build(compiler: str) -> Path:
             with contextlib.suppress(OSError):
                 os.unlink(fresh)
     return path
+
+
+def stamp(version: str) -> str:
+    """Names what this compiler makes of the sources here: -march=native may use any of the processor's abilities."""
+    digest = hashlib.sha256(repr((version, FLAGS, sorted(abilities()), platform.machine())).encode())
+    for source in sorted([*HERE.glob("*.h"), *HERE.glob("*.c")]):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:24]
 
 
 def use_large_pages(tensors: Iterable[tuple[int, int]]) -> None:

@@ -53,8 +53,11 @@ static float fixed_step(const float *x, int64_t n) {
     return largest / 32512.0f;
 }
 
+/* To the nearest integer; NaN becomes 0 (the step is NaN then, and so is what is multiplied with it). */
+INLINE __m512i code16(__m512 x) { return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x); }
+
 INLINE __m512i fixed16(const float *x, int64_t k, int64_t n, __m512 inverse) {
-    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(tail16(n - k), x + k), inverse));
+    return code16(_mm512_mul_ps(_mm512_maskz_loadu_ps(tail16(n - k), x + k), inverse));
 }
 
 /* Eight bits: x ~ step * code within each EIGHTS inputs. A NaN makes the step one, and so the sums. */
@@ -78,7 +81,7 @@ static void prepare_eights(Act *a, const float *x, int64_t ldx, int64_t from, in
             __m512 inverse = _mm512_set1_ps(step > 0 ? 127.0f / largest : 0.0f);
             __m512i sum = _mm512_setzero_si512();
             UNROLL for (int i = 0; i < 4; i++) {
-                __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
+                __m512i code = code16(_mm512_mul_ps(v[i], inverse));
                 __m128i bytes = _mm512_cvtepi32_epi8(code);
                 sum = _mm512_add_epi32(sum, code);
                 if (a->shape == AS_NIBBLE_EIGHTS) bytes = _mm_shuffle_epi8(bytes, split);

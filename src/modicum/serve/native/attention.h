@@ -57,14 +57,14 @@ INLINE const Thin *thinned(const Step *s, int64_t row) { return s->thin && s->th
 /* Norm and rotation of a row's queries of KV head g and of its key; key and value go to the cache. */
 static void place(const Model *m, const Layer *l, int64_t layer, const Step *s, int64_t row, int64_t g, float *q_H,
                   float *k_G, const float *v_G, float q_scale, float k_scale, const float *turn) {
-    int64_t E = m->head_dim, R = m->heads / m->kv_heads;
+    int64_t E = m->head_dim, R = m->heads / m->kv_heads, half = turn ? m->rope[l->rope].rotated / 2 : 0;
     for (int64_t r = 0; r <= R; r++) {
         float *x = r < R ? q_H + (g * R + r) * E : k_G + g * E;
         const float *weight = r < R ? l->q_norm : l->k_norm;
         if (weight && m->qk_norm_full)
             scale_by(x, x, weight + (r < R ? (g * R + r) * E : g * E), r < R ? q_scale : k_scale, E);
         else if (weight) scale_by(x, x, weight, rms_scale(x, E, m->eps), E);
-        if (turn) rotate(x, turn, turn + m->rotated / 2, m->rotated / 2);
+        if (turn) rotate(x, turn, turn + half, half);
     }
     const Thin *thin = thinned(s, row);
     int64_t part = layer * m->kv_heads + g;

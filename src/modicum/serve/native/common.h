@@ -25,6 +25,7 @@ typedef struct {          /* one linear layer: (out, in), row-major, as the modu
 
 typedef struct {
     const float *angles;                      /* rotated / 2 of them */
+    int64_t rotated;                          /* dimensions of a head that turn */
     float scale, unused;
 } Rope;
 
@@ -36,7 +37,9 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int64_t layers, width, heads, kv_heads, head_dim, mlp_width, rotated, activation, qk_norm_full, half, eight, ropes;
+    int64_t layers, width, heads, kv_heads, head_dim, mlp_width;
+    int64_t rotated;                          /* most of a rope's */
+    int64_t activation, qk_norm_full, half, eight, ropes;
     int64_t cache_kind, block_size, n_blocks, threads;
     float eps, softcap;
     const Layer *layer;
@@ -177,12 +180,12 @@ INLINE __m512 tanh16(__m512 x) {              /* 1 - 2 / (exp(2x) + 1) */
 /* Threads meet here many times per step: they spin, and yield when somebody is long in coming. */
 typedef struct {
     int waiting __attribute__((aligned(64)));
-    int round __attribute__((aligned(64)));
+    unsigned round __attribute__((aligned(64)));    /* wraps after some days of decoding: only equality is asked */
 } Barrier;
 
 static void meet(Barrier *b, int threads) {
     if (threads == 1) return;
-    int round = __atomic_load_n(&b->round, __ATOMIC_ACQUIRE);
+    unsigned round = __atomic_load_n(&b->round, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&b->waiting, 1, __ATOMIC_ACQ_REL) == threads) {
         __atomic_store_n(&b->waiting, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&b->round, round + 1, __ATOMIC_RELEASE);

@@ -29,7 +29,12 @@ typedef struct {
     Barrier barrier;
 } State;
 
-static void *room(int64_t bytes) { return aligned_alloc(ALIGN, round_up(bytes + 256, 4096)); }
+/* `lacking` becomes 1 where there is none. */
+static void *room(int64_t bytes, int *lacking) {
+    void *found = aligned_alloc(ALIGN, round_up(bytes + 256, 4096));
+    if (!found) *lacking = 1;
+    return found;
+}
 
 static int64_t widest(const Model *m) {
     return most(most(m->width, m->mlp_width), m->heads * m->head_dim);
@@ -44,44 +49,16 @@ static int64_t most_groups(const Model *m) {
     return padded_groups(n);
 }
 
-static void open_act(Act *a, int64_t wide, int64_t G) {
+static void open_act(Act *a, int64_t wide, int64_t G, int *lacking) {
     int64_t steps = padded_groups(wide / EIGHTS);
-    a->data = room(4 * TILE * (round_up(wide, 128) + 64));
-    a->step = room(4 * TILE * steps), a->total = room(4 * TILE * most(G, steps));
+    a->data = room(4 * TILE * (round_up(wide, 128) + 64), lacking);
+    a->step = room(4 * TILE * steps, lacking), a->total = room(4 * TILE * most(G, steps), lacking);
 }
 
 static void close_act(Act *a) { free(a->data), free(a->step), free(a->total); }
 
-/* Returns NULL when memory is short. The arrays that `model` points to must outlive the state. */
-State *modicum_open(const Model *model) {
-    State *s = room(sizeof(State));
-    if (!s) return NULL;
-    memset(s, 0, sizeof(State));
-    s->m = *model;
-    Model *m = &s->m;
-    int64_t R = m->heads / m->kv_heads, E = m->head_dim;
-    s->queries = most(1, QUERIES / R) * R;
-    int64_t heads = (m->heads + 2 * m->kv_heads) * m->head_dim, wide = widest(m), G = most_groups(m);
-    s->qkv = room(4 * TILE * heads), s->mixed = room(4 * TILE * m->heads * m->head_dim);
-    s->hidden = room(4 * TILE * m->mlp_width), s->branch = room(4 * TILE * m->width);
-    s->turn = room(4 * TILE * m->rotated * m->ropes);
-    open_act(&s->act, wide, G);
-    s->thread = calloc(m->threads, sizeof(Thread));
-    for (int64_t t = 0; s->thread && t < m->threads; t++) {
-        Thread *own = &s->thread[t];
-        open_act(&own->act, wide, G);
-        own->decoded.scale = room(4 * WIDE * G), own->decoded.zero = room(4 * WIDE * G);
-        own->decoded.weight = room(4 * LINE * round_up(wide, 128));
-        own->decoded.carry = room(TILE / 4 * QUADS * LINE * sizeof(__m512));
-        own->seen.keys = room(4 * KEYS * round_up(E, 32)), own->seen.values = room(4 * KEYS * round_up(E, 64));
-        own->seen.query = room(2 * s->queries * round_up(E, 32));
-        own->norm = room(4 * TILE * m->width), own->one = room(4 * TILE * CHUNK), own->two = room(4 * TILE * CHUNK);
-    }
-    return s;
-}
-
 void modicum_close(State *s) {
-    for (int64_t t = 0; t < s->m.threads; t++) {
+    for (int64_t t = 0; s->thread && t < s->m.threads; t++) {
         Thread *own = &s->thread[t];
         close_act(&own->act), free(own->decoded.scale), free(own->decoded.zero), free(own->decoded.weight);
         free(own->decoded.carry);
@@ -91,6 +68,39 @@ void modicum_close(State *s) {
     }
     close_act(&s->act), free(s->thread), free(s->qkv), free(s->mixed), free(s->hidden), free(s->branch), free(s->turn);
     free(s);
+}
+
+/* Returns NULL when memory is short, and has then taken none. The arrays that `model` points to must outlive the state. */
+State *modicum_open(const Model *model) {
+    int lacking = 0;
+    State *s = room(sizeof(State), &lacking);
+    if (!s) return NULL;
+    memset(s, 0, sizeof(State));
+    s->m = *model;
+    Model *m = &s->m;
+    int64_t R = m->heads / m->kv_heads, E = m->head_dim;
+    s->queries = most(1, QUERIES / R) * R;
+    int64_t heads = (m->heads + 2 * m->kv_heads) * m->head_dim, wide = widest(m), G = most_groups(m);
+    s->qkv = room(4 * TILE * heads, &lacking), s->mixed = room(4 * TILE * m->heads * m->head_dim, &lacking);
+    s->hidden = room(4 * TILE * m->mlp_width, &lacking), s->branch = room(4 * TILE * m->width, &lacking);
+    s->turn = room(4 * TILE * m->rotated * m->ropes, &lacking);
+    open_act(&s->act, wide, G, &lacking);
+    if (!(s->thread = calloc(m->threads, sizeof(Thread)))) lacking = 1;
+    for (int64_t t = 0; !lacking && t < m->threads; t++) {
+        Thread *own = &s->thread[t];
+        open_act(&own->act, wide, G, &lacking);
+        own->decoded.scale = room(4 * WIDE * G, &lacking), own->decoded.zero = room(4 * WIDE * G, &lacking);
+        own->decoded.weight = room(4 * LINE * round_up(wide, 128), &lacking);
+        own->decoded.carry = room(TILE / 4 * QUADS * LINE * sizeof(__m512), &lacking);
+        own->seen.keys = room(4 * KEYS * round_up(E, 32), &lacking);
+        own->seen.values = room(4 * KEYS * round_up(E, 64), &lacking);
+        own->seen.query = room(2 * s->queries * round_up(E, 32), &lacking);
+        own->norm = room(4 * TILE * m->width, &lacking);
+        own->one = room(4 * TILE * CHUNK, &lacking), own->two = room(4 * TILE * CHUNK, &lacking);
+    }
+    if (!lacking) return s;
+    modicum_close(s);
+    return NULL;
 }
 
 INLINE __m512 activate(__m512 x, int64_t kind) {    /* silu, gelu, gelu_tanh, relu */
@@ -164,10 +174,10 @@ static void fold(State *s, Thread *own, const Matrix *m, const float *from, int6
 
 /* Angles of all rotations for the rows of a tile: cosines, then sines. */
 static void turns(State *s, const Step *step, int64_t rows, int id, int threads) {
-    int64_t half = s->m.rotated / 2;
     for (int64_t job = id; job < s->m.ropes * rows; job += threads) {
         const Rope *rope = &s->m.rope[job / rows];
-        float *turn = s->turn + (job / rows * TILE + job % rows) * 2 * half;
+        int64_t half = rope->rotated / 2;
+        float *turn = s->turn + (job / rows * TILE + job % rows) * s->m.rotated;
         for (int64_t r = 0; r < half; r++) {
             float angle = (float)step->position[job % rows] * rope->angles[r];
             turn[r] = cosf(angle) * rope->scale, turn[half + r] = sinf(angle) * rope->scale;
@@ -278,9 +288,10 @@ int modicum_step(State *s, const Step *step) {
         if (longest + KEYS <= seen->stride) continue;
         int64_t stride = most(round_up(longest + 2 * KEYS, KEYS), 2 * seen->stride);
         free(seen->score), free(seen->at);
-        seen->score = room(4 * s->queries * stride), seen->at = room(8 * stride);
-        seen->stride = seen->score && seen->at ? stride : 0;
-        if (!seen->stride) return 1;
+        int lacking = 0;
+        seen->score = room(4 * s->queries * stride, &lacking), seen->at = room(8 * stride, &lacking);
+        seen->stride = lacking ? 0 : stride;
+        if (lacking) return 1;
     }
     s->barrier.waiting = 0;
 #pragma omp parallel num_threads((int)s->m.threads)
