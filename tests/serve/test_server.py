@@ -16,10 +16,10 @@ import pytest
 from serve_tools import assert_clean, engine
 
 from modicum.core.errors import UserError
-from modicum.serve.api import ClientGone, Ticket
 from modicum.serve.engine import Engine
 from modicum.serve.request import Request, SamplingParams
 from modicum.serve.server import BackgroundServer, ServerConfig
+from modicum.serve.ticket import ClientGone, Ticket
 from modicum.serve.worker import Worker
 
 
