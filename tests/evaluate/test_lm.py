@@ -8,9 +8,10 @@ import torch
 
 from modicum.core.errors import UserError
 from modicum.data.tokenizer import Tokenizer
+from modicum.evaluate.answer import Answerer
 from modicum.evaluate.lm import bits_per_byte, ratio_stderr, windows
-from modicum.evaluate.replies import cut, greedy_replies
 from modicum.evaluate.score import loglikelihood, score_rows, split_pair
+from modicum.evaluate.tasks import Choose, Generate
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
 from modicum.model.folder import save_model
@@ -118,9 +119,10 @@ def test_a_batch_changes_nothing(model, tokenizer):
 
 def test_replies_are_greedy_and_scored_as_such(model, tokenizer):
     prompts, budgets = ["the quick", "one two three one two three", "dog"], [4, 3, 4]
-    texts = greedy_replies(model, tokenizer, prompts, max_new_tokens=budgets)
+    asked = [Generate(prompt, budget, ()) for prompt, budget in zip(prompts, budgets, strict=True)]
+    texts = Answerer(model, tokenizer).answers(asked)
     for prompt, text, budget in zip(prompts, texts, budgets, strict=True):
-        assert greedy_replies(model, tokenizer, [prompt], max_new_tokens=budget) == [text]
+        assert Answerer(model, tokenizer).answers([Generate(prompt, budget, ())]) == [text]
         start = tokenizer.encode(prompt)
         ids = list(start)
         for _ in range(budget):
@@ -134,7 +136,45 @@ def test_replies_are_greedy_and_scored_as_such(model, tokenizer):
         ids[-1] = (ids[-1] + 1) % tokenizer.vocab_size
         ((_, greedy),) = score_rows(model, [(ids, len(ids) - len(start))])
         assert not greedy[-1] and greedy[:-1].all()
-    assert cut("one. two\nthree", ["\n", "."]) == "one" and cut("one", ["."]) == "one"
+    (whole,) = Answerer(model, tokenizer).answers([Generate("dog", 8, ())])
+    stops = (whole[5:7], whole[2:4])  # the earliest place counts, not the order
+    assert Answerer(model, tokenizer).answers([Generate("dog", 8, stops)]) == [
+        whole[: min(whole.index(s) for s in stops)]
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["auto", "start"])
+def test_choices_are_scored_as_by_the_decoder_itself(model, tokenizer, prefix):
+    """Other contexts after the cut between context and choice, contexts that lose their beginning, many at once."""
+    asked = [
+        Choose("the quick", (" brown fox", " lazy", "er dog")),
+        Choose("a b c " * 30, ("dog", "one two")),
+        Choose("", ("one", "two three")),
+        Choose("Question: two\nAnswer: ", ("three", "one")),
+    ]
+    found = Answerer(model, tokenizer, prefix=prefix).answers(asked)
+    for request, scores in zip(asked, found, strict=True):
+        pairs = [(request.prompt, choice) for choice in request.choices]
+        for mine, plain in zip(scores, loglikelihood(model, tokenizer, pairs, prefix=prefix), strict=True):
+            assert mine.nats == pytest.approx(plain.nats, abs=1e-4)
+            assert (mine.greedy, mine.tokens, mine.nbytes) == (plain.greedy, plain.tokens, plain.nbytes)
+
+
+def test_a_chat_template_wraps_what_is_answered_in_words(model, tokenizer):
+    auto = Answerer(model, tokenizer, template="auto")
+    ((ids,), (plain,)) = (
+        a.encode(Generate("the fox", 4, lead="The dog")).contexts for a in (auto, Answerer(model, tokenizer))
+    )
+    chat = tokenizer.chat([{"role": "user", "content": "the fox"}])
+    assert tokenizer.decode(ids, skip_special=False) == chat + "The dog" and chat.count("the fox") == 1
+    assert tokenizer.decode(plain) == "the fox"
+    choose = Choose("the fox", (" one", " two"))
+    assert auto.encode(choose) == Answerer(model, tokenizer).encode(choose)
+    always = Answerer(model, tokenizer, template="always").encode(choose)
+    assert tokenizer.decode(always.contexts[0], skip_special=False) == chat
+    assert [tokenizer.decode(ids) for ids in always.continuations] == ["one", "two"]
+    with pytest.raises(UserError, match="auto, always, none"):
+        Answerer(model, tokenizer, template="chat")
 
 
 def test_ratio_error_matches_the_delta_method():
@@ -160,6 +200,12 @@ def test_mistakes(model, tokenizer):
     with pytest.raises(UserError, match="exceeds"):
         loglikelihood(model, tokenizer, [("a", "the " * 100)])
     with pytest.raises(UserError, match="no room"):
-        greedy_replies(model, tokenizer, ["a"], max_new_tokens=32)
+        Answerer(model, tokenizer).answers([Generate("a", 32)])
+    with pytest.raises(UserError, match="empty continuation"):
+        Answerer(model, tokenizer).answers([Choose("a", ("b", ""))])
+    with pytest.raises(UserError, match="exceeds"):
+        Answerer(model, tokenizer).answers([Choose("a", ("the " * 100, "b"))])
+    with pytest.raises(UserError, match="do not belong together"):
+        Answerer(small, tokenizer).answers([Generate("the quick brown fox", 2)])
     with pytest.raises(UserError, match="prefix"):
         loglikelihood(model, tokenizer, [("a", "b")], prefix="bos")

@@ -99,3 +99,23 @@ def test_unknown_task_reads_every_task_of_the_harness(place):
     model, tokenizer = load_model(place / "model"), Tokenizer.load(place / "model")
     with pytest.raises(UserError, match="Did you mean 'local_choice'"):
         run_tasks(model, tokenizer, ["lm-eval:local_choise"], include_path=place)
+
+
+def test_a_chat_template_is_applied_once(place, monkeypatch):
+    """Written answers are asked for through the template by default, choices only with `always`; the harness wraps."""
+    from modicum.evaluate.answer import Answerer
+
+    model, tokenizer = load_model(place / "model"), Tokenizer.load(place / "model")
+    prompts = []
+    whole = Answerer.encode
+    monkeypatch.setattr(Answerer, "encode", lambda self, r: prompts.append(r.prompt) or whole(self, r))
+    mark = tokenizer.chat([{"role": "user", "content": "What"}]).partition("What")[0]
+    for template, name, marks in (
+        ("auto", "local_written", 1),
+        ("auto", "local_choice", 0),
+        ("always", "local_choice", 1),
+        ("none", "local_written", 0),
+    ):
+        prompts.clear()
+        run_tasks(model, tokenizer, [f"lm-eval:{name}"], include_path=place, limit=2, template=template)
+        assert prompts and all(p.count(mark) == marks for p in prompts), (template, name, prompts[:1])

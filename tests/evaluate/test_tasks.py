@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,17 +12,19 @@ import torch
 from typer.testing import CliRunner
 
 from modicum.cli import app
-from modicum.cli.eval import split_tasks
+from modicum.cli.eval import Side, split_tasks
 from modicum.core import registry
 from modicum.core.errors import UserError
 from modicum.data.tokenizer import Tokenizer
-from modicum.evaluate import run as running
+from modicum.evaluate.answer import Answerer
 from modicum.evaluate.compare import compare, paired, paired_ratio
 from modicum.evaluate.kept import Kept, model_fingerprint
 from modicum.evaluate.run import run_tasks, run_text, solved_texts
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
 from modicum.model.folder import save_model
+from modicum.model.linear import LinearForm
+from modicum.serve.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,8 @@ def test_choice_and_generate_read_files(tmp_path):
         list(registry.build("task", "choice:file=nowhere.jsonl").docs("test", None, 0))
     with pytest.raises(UserError, match="no index"):
         list(registry.build("task", spec | {"answer": "q"}).docs("test", None, 0))
+    with pytest.raises(UserError, match=r"'validation'\. Allowed: test, train"):
+        list(registry.build("task", spec | {"split": "validation"}).docs("test", None, 0))
     written = registry.build(
         "task",
         {
@@ -156,17 +161,119 @@ def test_choice_and_generate_read_files(tmp_path):
     }
 
 
+def test_splits_are_chosen(tmp_path):
+    def asked(*splits, **knobs):
+        """What rows of these splits are asked and shown, by their split's name."""
+        rows = [
+            {"id": f"{name}-{i}", "question": "q", "answer": "a", "split": name} for name in splits for i in range(9)
+        ]
+        (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+        task = registry.build("task", {"method": "generate", "file": str(tmp_path / "t.jsonl")} | knobs)
+        return [[d["id"].split("-")[0] for d in task.docs(side, 1, 0)] for side in ("test", "train")], task
+
+    assert asked("validation")[0] == [["validation"], []]
+    assert asked("train", "validation", "test")[0] == [["test"], ["train"]]
+    assert asked("train", "dev", "validation")[0] == [["validation"], ["train"]]
+    assert asked("test", "validation")[0] == [["test"], ["validation"]]
+    assert asked("train", "validation", "test", split="train")[0] == [["train"], ["validation"]]
+    assert asked("one", "two", split="two")[0] == [["two"], []]
+    for splits, knobs, match in (
+        (("one", "two"), {}, "one, two; choose one with split=NAME"),
+        (("validation", "test"), {"split": "vaildation"}, "Did you mean 'validation'"),
+        (("test",), {"split": "test", "split_column": "part"}, "no column 'part'"),
+    ):
+        with pytest.raises(UserError, match=match):
+            asked(*splits, **knobs)
+    task = asked("train", "test")[1]
+    shown = [[d["id"] for d in task.docs("train", 9, seed)] for seed in (0, 0, 1)]
+    assert shown[0] == shown[1] != shown[2] and sorted(shown[0]) == sorted(shown[2])
+    assert [d["id"] for d in task.docs("test", 3, 0)] == ["test-0", "test-1", "test-2"]
+
+
+def test_few_shot(model, tokenizer, tmp_path):
+    """The same drawn examples before every question; none of them the question itself."""
+    rows = [
+        {"id": f"{split}{i}", "question": f"{split} {i}", "choices": ["yes", "no"], "answer": i % 2, "split": split}
+        for split in ("train", "test")
+        for i in range(6)
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    prompts = []
+    whole = Answerer.encode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Answerer, "encode", lambda self, r: prompts.append(r.prompt) or whole(self, r))
+        run_tasks(model, tokenizer, [f"choice:file={tmp_path}/t.jsonl,shots=2"], shots=0)
+        with pytest.raises(UserError, match="has 6 examples to show, 7 were asked for"):
+            run_tasks(model, tokenizer, [f"choice:file={tmp_path}/t.jsonl"], shots=7)
+    shots = {p.rpartition("Question: ")[0] for p in prompts}
+    assert len(prompts) == 6 and len(shots) == 1 and shots.pop().count("Question: train") == 2
+
+
+LAYOUTS = {
+    "piqa": (
+        [{"goal": "Dry a plate", "sol1": "use a towel", "sol2": "use a sponge", "label": 0}],
+        ("Question: Dry a plate\nAnswer:", ["use a towel", "use a sponge"], 0),
+    ),
+    "hellaswag": (
+        [
+            {
+                "activity_label": "Washing",
+                "ctx_a": "A man  holds a plate. [header] Soap",
+                "ctx_b": "he",
+                "endings": ["dries it. [title] Done", "eats it.", "sings.", "[step] runs."],
+                "label": "1",
+            }
+        ],
+        ("Washing: A man holds a plate. Soap He", ["dries it.. Done", "eats it.", "sings.", "runs."], 1),
+    ),
+    "arc-easy": (
+        [{"question": "What melts?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "2"}],
+        ("Question: What melts?\nAnswer:", ["ice", "fire"], 1),
+    ),
+}
+LAYOUTS["arc-challenge"] = LAYOUTS["arc-easy"]
+
+
+@pytest.mark.parametrize("key", LAYOUTS)
+def test_the_data_sets_own_columns(key, tmp_path):
+    """Files as they are published ask the same as files with question, choices and answer."""
+    rows, (prompt, choices, answer) = LAYOUTS[key]
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    question = prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+    common = {"question": question, "choices": choices, "answer": answer}
+    (tmp_path / "common.jsonl").write_text(json.dumps(common))
+    found = []
+    for name in ("own", "common"):
+        task = registry.build("task", f"{key}:file={tmp_path}/{name}.jsonl")
+        (doc,) = task.docs("test", None, 0)
+        found.append(doc)
+        assert (doc["prompt"], doc["choices"], doc["answer"]) == (prompt, choices, answer)
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "x"}))
+    with pytest.raises(UserError, match="none of the columns"):
+        list(registry.build("task", f"{key}:file={tmp_path}/bad.jsonl").docs("test", None, 0))
+
+
 def test_choice_picks_by_likelihood(model, tokenizer):
     """The runner's accuracy on a file equals the argmax computed from single likelihoods."""
     from modicum.evaluate.score import loglikelihood
 
     spec = f"choice:file={registry.load('task', 'choice').module.TOY.file}"
     (result,) = run_tasks(model, tokenizer, [spec])
-    task, right = registry.build("task", spec), []
+    task, right = registry.build("task", spec), {"acc": [], "acc_norm": [], "acc_token": []}
     for doc in task.docs("test", None, 0):
         scores = [loglikelihood(model, tokenizer, [(doc["prompt"], " " + c)])[0] for c in doc["choices"]]
-        right.append(np.argmax([s.nats / s.nbytes for s in scores]) == doc["answer"])
-    assert result.value == pytest.approx(np.mean(right)) and result.figures["accuracy"]["documents"] == 6
+        nats = np.array([s.nats for s in scores])
+        for name, size in (
+            ("acc", [1] * len(nats)),
+            ("acc_norm", [len(c) for c in doc["choices"]]),
+            ("acc_token", [s.tokens for s in scores]),
+        ):
+            right[name].append((nats / size).argmax() == doc["answer"])
+    for name, values in right.items():
+        assert result.figures[name]["value"] == pytest.approx(np.mean(values))
+    assert result.value == result.figures["acc_norm"]["value"] and result.figures["acc_norm"]["documents"] == 6
+    (raw,) = run_tasks(model, tokenizer, [f"{spec},normalise=none"])
+    assert raw.value == result.figures["acc"]["value"]
 
 
 def test_a_model_that_knows_scores_one(tokenizer):
@@ -192,22 +299,20 @@ def test_a_model_that_knows_scores_one(tokenizer):
 
 def test_kept_items_are_not_asked_again(model, tokenizer, tmp_path, monkeypatch):
     file, tasks = tmp_path / "items.jsonl", ["copy:length=3", "multikey:keys=2,length=20"]
-    monkeypatch.setattr(running, "CHUNK", 4)
-    calls = []
-    whole = running.answer
+    whole = Answerer.replies
 
-    def stops(*args, **kwargs):
-        calls.append(len(args[2]))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return whole(*args, **kwargs)
+    def stops(self, documents, longest):
+        for i, reply in enumerate(whole(self, documents, longest)):
+            if i == 4:
+                raise KeyboardInterrupt
+            yield reply
 
-    monkeypatch.setattr(running, "answer", stops)
+    monkeypatch.setattr(Answerer, "replies", stops)
     with pytest.raises(KeyboardInterrupt):
         run_tasks(model, tokenizer, tasks, limit=10, keep=file)
     with open(file, "a") as torn:
         torn.write('{"kind": "item", "key": "torn')
-    monkeypatch.setattr(running, "answer", whole)
+    monkeypatch.setattr(Answerer, "replies", whole)
     results = run_tasks(model, tokenizer, tasks, limit=10, keep=file)
     assert [r.resumed for r in results] == [4, 0]
     again = run_tasks(model, tokenizer, tasks, limit=10, keep=file)
@@ -306,3 +411,48 @@ def test_verb(model, tokenizer, tmp_path, monkeypatch):
     ):
         failed = invoke(str(tmp_path / words[0]), *words[1:])
         assert isinstance(failed.exception, UserError) and "\n" not in str(failed.exception)
+
+
+def test_sides():
+    side = Side("m", kv="snapkv:budget=0.5", form="int8")
+    assert side.other("other") == Side("other", kv="snapkv:budget=0.5", form="int8")
+    assert side.other("owner/name:form=int4,kv=snapkv:budget=0.3,window=8,activation-bits=8") == Side(
+        "owner/name", kv="snapkv:budget=0.3,window=8", form="int4", activation_bits=8
+    )
+    assert side.other("kv=full") == Side("m", form="int8") and str(side.other("kv=full")) == "m:form=int8"
+    for text, match in (("m:from=int4", "Did you mean 'form'"), ("form=int8,window=8", "unknown option")):
+        with pytest.raises(UserError, match=match):
+            side.other(text)
+
+
+def test_verb_with_data_and_engine_options(tokenizer, tmp_path, monkeypatch):
+    """Tasks find their files, the engine's options reach it, and the same model in another form is paired with it."""
+    tokenizer.save(tmp_path / "tokenizer")
+    save_model(make(tokenizer), tmp_path / "a", tmp_path / "tokenizer")
+    toy = registry.load("task", "piqa").module.TOY.file
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "arc_easy.jsonl").write_text(Path(toy).read_text())
+    engines = []
+    whole = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, *a: engines.append(self) or whole(self, *a))
+
+    def invoke(*words):
+        words = ["eval", str(tmp_path / "a"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), *words]
+        monkeypatch.setattr("sys.argv", ["modicum", *words])
+        return CliRunner().invoke(app, words)
+
+    done = invoke("--tasks", "arc-easy", "--against", "form=int8,kv=snapkv:budget=0.5", "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["results"][0]["published"]["figure"].startswith("SmolLM2")
+    assert said["against"].endswith("a:form=int8,kv=snapkv:budget=0.5")
+    nats = [next(r for r in said["paired"] if r["figure"] == "nats")[side] for side in "ab"]
+    assert nats[0] != nats[1] and nats[0] == pytest.approx(nats[1], rel=0.05)
+    assert [e.config.kv for e in engines] == ["full", "snapkv:budget=0.5"]
+    assert [e.config.block_size for e in engines] == [4, 16]  # a policy's blocks are those it is served with
+    assert any(isinstance(m, LinearForm) for m in engines[1].model.modules())
+    table = invoke("--tasks", "arc-easy").output
+    assert "published" in table and "acc_norm *" in table and str(tmp_path / "data") not in table
+    for words, match in ((("--tasks", "piqa"), "piqa.parquet"), (("--tasks", "choice"), "choice.parquet")):
+        failed = invoke(*words)
+        assert isinstance(failed.exception, UserError) and match in str(failed.exception)

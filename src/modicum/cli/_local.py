@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from modicum.cli._grounding import without_specials
@@ -43,3 +44,24 @@ def local_generator(
 
     context: Any = engine.max_length
     return generate, count, int(context)
+
+
+def served_decoder(
+    folder: Path, form: str | None, adapter: str | None, size: str | None, dtype: str | None, device: str
+) -> Any:
+    """The model as it is served: adapter attached (merged if a form follows), weights in the form asked for."""
+    from modicum.model.folder import load_model
+
+    decoder = load_model(folder, dtype=dtype, device=device, size=size, keep_quantized=not (adapter or form))
+    if adapter:
+        from modicum.adapt.peft_format import load_peft
+
+        load_peft(decoder, adapter)
+    if form:
+        from modicum.model.attach import attach, merge, require_fit
+
+        require_fit(form)
+        if adapter:
+            merge(decoder)
+        attach(decoder, {"layers.*": form})
+    return decoder

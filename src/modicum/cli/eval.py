@@ -1,38 +1,61 @@
-"""Evaluate a model: bits per byte of text, tasks, lm-eval tasks; or two models, paired."""
+"""Evaluate a model: tasks on the serving engine, bits per byte of text, lm-eval tasks; or two models, paired."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from modicum.core.errors import UserError
+from modicum.core.errors import UserError, unknown
 
 
 def eval(
-    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a known name (modicum ls models) or a hub id.")],
     tasks: Annotated[
         str,
         typer.Option(
-            help="Tasks with knobs, separated by commas: needle,copy:length=64,choice:file=F.jsonl,lm-eval:TASK."
+            help="Tasks with knobs, separated by commas: piqa,needle,copy:length=64,choice:file=F.jsonl,lm-eval:TASK."
         ),
     ] = "",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the tasks' files: piqa.parquet, arc_easy.jsonl and so on.")
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(help="Bits per byte of this folder, file or curated corpus (its held-out part); repeat for more."),
     ] = None,
-    against: Annotated[str | None, typer.Option(help="A second model: paired differences with their errors.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents per task.")] = None,
-    shots: Annotated[int, typer.Option(help="Solved examples before each question.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of generated tasks.")] = 0,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Paired differences to a second model, MODEL or MODEL:form=int4,kv=...; or form=int4 of the same one."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items per task.")] = None,
+    shots: Annotated[int, typer.Option(help="Solved examples before each question, from another split.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of generated tasks and of the examples.")] = 0,
+    template: Annotated[
+        str,
+        typer.Option(
+            help="Chat template: auto (prompts answered in words, where the model has one), always (choices too), none."
+        ),
+    ] = "auto",
+    form: Annotated[str | None, typer.Option(help="Hold the layers' weights in this form, e.g. int8 or int4.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A LoRA adapter folder in PEFT format.")] = None,
+    kv: Annotated[str, typer.Option(help="KV policy; KEY or KEY:knob=value, see modicum ls kv.")] = "full",
+    drafter: Annotated[str, typer.Option(help="Guess tokens ahead; see modicum ls drafter.")] = "none",
+    activation_bits: Annotated[int, typer.Option(help="16, or 8 on int8 or int4 matrices.")] = 16,
+    cache: Annotated[str, typer.Option(help="Memory for keys and values: auto (a few steps' worth), 1GiB.")] = "auto",
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own lm-eval YAML tasks.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Window for --text (default: the model's).")] = None,
     overlap: Annotated[float, typer.Option(help="Share of each window that only gives context.")] = 0.0,
     prefix: Annotated[
-        str, typer.Option(help="Before a prompt: auto (bos if the model has one), start (bos or eos), none.")
+        str,
+        typer.Option(help="Before a prompt: auto (what the tokenizer puts there), start (bos or eos), none."),
     ] = "auto",
     size: Annotated[
         str | None,
@@ -40,17 +63,17 @@ def eval(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass; lower it if memory is short.")] = 8192,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass; lower it if memory is short.")] = 2048,
     out: Annotated[
         Path, typer.Option(help="Folder where finished items are kept; the same command goes on from there.")
     ] = Path("evaluations"),
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Evaluate a model: bits per byte of text, tasks, lm-eval tasks; or two models, paired."""
+    """Evaluate a model: tasks on the serving engine, bits per byte of text, lm-eval tasks; or two models, paired."""
     from modicum.core import registry
     from modicum.core.choice import Choice
 
-    names = split_tasks(tasks)
+    names = [with_file(name, data) for name in split_tasks(tasks)]
     if not names and not text:
         raise UserError(
             "nothing to evaluate; give --tasks (for example needle,copy:length=64) or --text FOLDER. "
@@ -62,17 +85,29 @@ def eval(
     for source in text or []:
         if not Path(source).exists() and not source.startswith(("hub:", "python")):
             raise UserError(f"--text {source}: no such folder or file")
+    first_side = Side(model, form, adapter, kv, drafter, activation_bits, size, dtype)
+    sides = [first_side] if against is None else [first_side, first_side.other(against)]
+    from modicum.cli._local import served_decoder
     from modicum.data.tokenizer import Tokenizer
+    from modicum.evaluate.answer import serving
     from modicum.evaluate.compare import compare
     from modicum.evaluate.kept import Kept
     from modicum.evaluate.run import TaskResult, run_tasks, run_text, text_documents
-    from modicum.model.folder import find_folder, load_model
+    from modicum.model.folder import find_folder
 
     kept = Kept(out / "items.jsonl")
 
-    def run(path: str, size: str | None = None) -> list[TaskResult]:
-        tokenizer = Tokenizer.load(find_folder(path))
-        decoder = load_model(path, dtype, device, size)
+    def run(side: Side) -> list[TaskResult]:
+        config = serving(
+            kv=side.kv,
+            drafter=side.drafter,
+            activation_bits=side.activation_bits,
+            cache=cache,
+            max_batch_tokens=batch_tokens,
+        )
+        folder = find_folder(side.model)
+        tokenizer = Tokenizer.load(folder)
+        decoder = served_decoder(folder, side.form, side.adapter, side.size, side.dtype, device)
         results = [
             run_text(
                 decoder,
@@ -94,49 +129,86 @@ def eval(
             shots=shots,
             seed=seed,
             prefix=prefix,
+            template=template,
+            engine=config,
             batch_tokens=batch_tokens,
             keep=kept,
             include_path=include_path,
         )
 
-    first = run(model, size)
-    rows = compare(first, run(against)) if against else []
+    found = [run(side) for side in sides]
+    labels = [str(side) for side in sides]
+    rows = compare(*found) if len(found) == 2 else []
     if as_json:
-        record: dict[str, Any] = {"model": model, "results": [r.as_dict() for r in first]}
-        if against:
-            record |= {"against": against, "paired": rows}
+        record: dict[str, Any] = {"model": labels[0], "results": [_record(r) for r in found[0]]}
+        if rows:
+            record |= {"against": labels[1], "against_results": [_record(r) for r in found[1]], "paired": rows}
         print(json.dumps(record, indent=2))
-    elif against:
-        _table(
-            [("task", "figure", model, against, "difference", "95% interval", "items")]
-            + [
-                (
-                    r["task"],
-                    r["figure"],
-                    f"{r['a']:.4f}",
-                    f"{r['b']:.4f}",
-                    f"{r['difference']:+.4f} ± {r['stderr']:.4f}",
-                    f"{r['low']:+.4f} to {r['high']:+.4f}",
-                    str(r["items"]),
-                )
-                for r in rows
-            ]
-        )
+    elif rows:
+        _print_pairs(labels, rows)
     else:
-        _table(
-            [("task", "figure", "value", "standard error", "documents")]
-            + [
-                (
-                    r.task,
-                    name,
-                    f"{f['value']:.4f}",
-                    f"{f['stderr']:.4f}" if f["stderr"] == f["stderr"] else "",
-                    str(f["documents"]),
-                )
-                for r in first
-                for name, f in r.figures.items()
-            ]
-        )
+        _print_figures(found[0])
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model and how it is held and served: what `--against` may change."""
+
+    model: str
+    form: str | None = None
+    adapter: str | None = None
+    kv: str = "full"
+    drafter: str = "none"
+    activation_bits: int = 16
+    size: str | None = None
+    dtype: str | None = None
+
+    def other(self, text: str) -> Side:
+        """`MODEL`, `MODEL:form=int4,kv=full`, or `form=int4` of the same model; what is not named stays."""
+        head, colon, tail = text.partition(":")
+        if "=" in head:
+            head, tail = self.model, text
+        elif colon and "=" not in tail:
+            head, tail = text, ""
+        options = [f.name for f in dataclasses.fields(self)][1:]
+        changed: dict[str, Any] = {}
+        last = ""
+        for part in filter(None, tail.split(",")):
+            name, equals, value = part.partition("=")
+            name = name.strip().replace("-", "_")
+            if equals and name in options:
+                changed[name] = int(value) if name == "activation_bits" and value.isdigit() else value
+                last = name
+            elif last and ":" in str(changed[last]):  # another knob of that method: kv=snapkv:budget=0.5,window=8
+                changed[last] += f",{part}"
+            else:
+                raise unknown("option of --against", name, options, "Write MODEL:form=int4, or form=int4")
+        return dataclasses.replace(self, model=head, **changed)
+
+    def __str__(self) -> str:
+        default = Side("")
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}
+        said = ",".join(f"{k}={v}" for k, v in own.items() if v != getattr(default, k))
+        return f"{self.model}:{said}" if said else self.model
+
+
+def with_file(name: str, data: Path | None) -> str:
+    """The task with its file in the folder `data`, if it reads one and none is named."""
+    from modicum.core import registry
+
+    key, _, knobs = name.partition(":")
+    if data is None or name.startswith("lm-eval:") or key not in registry.methods("task") or "file=" in knobs:
+        return name
+    if "file" not in {f.name for f in dataclasses.fields(registry.load("task", key).config)}:
+        return name
+    if not data.is_dir():
+        raise UserError(f"--data {data} is no folder; give the one that holds the tasks' files")
+    stems = list(dict.fromkeys((key, key.replace("-", "_"))))
+    files = [data / f"{stem}{suffix}" for stem in stems for suffix in (".parquet", ".jsonl", ".ndjson")]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
+        raise UserError(f"{data} has no file for {key}; it would be {files[0].name} or {files[1].name}, or name file=")
+    return f"{name}{',' if knobs else ':'}file={file}"
 
 
 def split_tasks(text: str) -> list[str]:
@@ -149,6 +221,62 @@ def split_tasks(text: str) -> list[str]:
         else:
             names.append(part)
     return list(dict.fromkeys(names))
+
+
+def _claim(task: str) -> dict[str, str]:
+    """What was published of a task, from its card."""
+    from modicum.bench.card import read_card
+    from modicum.core import registry
+
+    key = task.partition(":")[0]
+    return read_card(registry.methods("task")[key]).claim if key in registry.methods("task") else {}
+
+
+def _record(result: Any) -> dict[str, Any]:
+    record: dict[str, Any] = result.as_dict()
+    return record | ({"published": claim} if (claim := _claim(result.task)) else {})
+
+
+def _print_figures(results: Sequence[Any]) -> None:
+    from modicum.evaluate.run import short
+
+    rows = [("task", "figure", "value", "standard error", "items", "items/s", "published")]
+    for r in results:
+        rate = r.items_per_second
+        for name, f in r.figures.items():
+            main = name == r.metric
+            rows.append(
+                (
+                    short(r.task),
+                    name + " *" * main,
+                    f"{f['value']:.4f}",
+                    f"{f['stderr']:.4f}" if f["stderr"] == f["stderr"] else "",
+                    str(f["documents"]),
+                    f"{rate:.1f}" if main and rate else "",
+                    _claim(r.task).get("figure", "") if main else "",
+                )
+            )
+    _table(rows)
+
+
+def _print_pairs(labels: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    from modicum.evaluate.run import short
+
+    _table(
+        [("task", "figure", *labels, "difference", "95% interval", "items")]
+        + [
+            (
+                short(r["task"]),
+                r["figure"],
+                f"{r['a']:.4f}",
+                f"{r['b']:.4f}",
+                f"{r['difference']:+.4f} ± {r['stderr']:.4f}",
+                f"{r['low']:+.4f} to {r['high']:+.4f}",
+                str(r["items"]),
+            )
+            for r in rows
+        ]
+    )
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> None:

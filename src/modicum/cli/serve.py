@@ -102,6 +102,7 @@ def serve(
 ) -> None:
     """Serve a model over an OpenAI-compatible API, with a chat page if asked for (--ui)."""
     from modicum.cli._grounding import IndexGrounding
+    from modicum.cli._local import served_decoder
     from modicum.core.errors import UserError
     from modicum.data.tokenizer import Tokenizer
     from modicum.model.folder import find_folder
@@ -130,7 +131,7 @@ def serve(
     grounding = IndexGrounding(index, passages, device=device) if index else None
     folder = find_folder(model)
     tokenizer = Tokenizer.load(folder)
-    engine = Engine(_decoder(folder, form, adapter, size, dtype, device), tokenizer, config)
+    engine = Engine(served_decoder(folder, form, adapter, size, dtype, device), tokenizer, config)
     if grounding:
         grounding.use(tokenizer, engine.max_length)
     server = Server(
@@ -152,27 +153,6 @@ def serve(
         grounding.open_in_background()
     server.serve_until_stopped()
     print(f"stopped after {engine.stats()['generated_tokens']} generated tokens")
-
-
-def _decoder(
-    folder: Path, form: str | None, adapter: str | None, size: str | None, dtype: str | None, device: str
-) -> Any:
-    """The model as it is served: adapter attached (merged if a form follows), weights in the form asked for."""
-    from modicum.model.folder import load_model
-
-    decoder = load_model(folder, dtype=dtype, device=device, size=size, keep_quantized=not (adapter or form))
-    if adapter:
-        from modicum.adapt.peft_format import load_peft
-
-        load_peft(decoder, adapter)
-    if form:
-        from modicum.model.attach import attach, merge, require_fit
-
-        require_fit(form)
-        if adapter:
-            merge(decoder)
-        attach(decoder, {"layers.*": form})
-    return decoder
 
 
 def _announce(server: Server, engine: Engine) -> None:

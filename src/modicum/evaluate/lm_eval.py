@@ -10,17 +10,15 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modicum.core.errors import MissingExtra, UserError, unknown
 from modicum.core.files import fingerprint
+from modicum.evaluate.answer import Answerer
 from modicum.evaluate.kept import Kept, model_fingerprint
 from modicum.evaluate.lm import document_nats
-from modicum.evaluate.replies import cut, greedy_replies
-from modicum.evaluate.score import BATCH_TOKENS, loglikelihood
-
-if TYPE_CHECKING:
-    from modicum.data.tokenizer import Tokenizer
+from modicum.evaluate.score import BATCH_TOKENS
+from modicum.evaluate.tasks import Choose, Generate
 
 CHUNK = 256  # requests scored and kept at a time
 
@@ -32,29 +30,27 @@ except ImportError as error:
 
 
 class ModicumLM(LM):
-    """A `Decoder` with its tokenizer, as the harness asks for it.
+    """A `Decoder` behind the serving engine, as the harness asks for it.
 
-    prefix: what stands before a context, as in `evaluate.score`. Each request is kept by its fingerprint,
-    so a stopped evaluation goes on.
+    Each request is kept by its fingerprint, so a stopped evaluation goes on. Where the harness applies a chat
+    template it asks `apply_chat_template`; the answerer's own must be "none".
     """
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Tokenizer,
+        answerer: Answerer,
         *,
-        prefix: str = "auto",
         batch_tokens: int = BATCH_TOKENS,
         max_new_tokens: int = 256,
         kept: Kept | None = None,
         fingerprint_of_model: str | None = None,
     ):
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
-        self.prefix, self.batch_tokens, self.max_new_tokens = prefix, batch_tokens, max_new_tokens
+        self.answerer, self.model, self.tokenizer = answerer, answerer.model, answerer.tokenizer
+        self.batch_tokens, self.max_new_tokens = batch_tokens, max_new_tokens
         self.kept = kept or Kept()
-        self._name = [fingerprint_of_model or model_fingerprint(model, tokenizer), prefix]
-        self._device = model.device
+        self._name = [fingerprint_of_model or model_fingerprint(self.model, self.tokenizer), *answerer.settings]
+        self._device = self.model.device
 
     @property
     def tokenizer_name(self) -> str:
@@ -79,14 +75,14 @@ class ModicumLM(LM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         def work(arguments: list[Any]) -> list[Any]:
-            scores = loglikelihood(
-                self.model,
-                self.tokenizer,
-                [(a[0], a[1]) for a in arguments],
-                prefix=self.prefix,
-                batch_tokens=self.batch_tokens,
-            )
-            return [[s.nats, s.greedy] for s in scores]
+            # Choices of one question come one after the other, with the same context.
+            groups: list[Choose] = []
+            for context, continuation in arguments:
+                if groups and groups[-1].prompt == context:
+                    groups[-1] = Choose(context, (*groups[-1].choices, continuation))
+                else:
+                    groups.append(Choose(context, (continuation,)))
+            return [[s.nats, s.greedy] for scores in self.answerer.answers(groups) for s in scores]
 
         return [(float(nats), bool(greedy)) for nats, greedy in self._each("loglikelihood", requests, work)]
 
@@ -112,28 +108,19 @@ class ModicumLM(LM):
             stops = [[s["until"]] if isinstance(s.get("until"), str) else list(s.get("until") or []) for s in settings]
             room = int(self.model.config.context_length) - 1
             budgets = [min(int(s.get("max_gen_toks", self.max_new_tokens)), max(room // 2, 1)) for s in settings]
-            texts = greedy_replies(
-                self.model,
-                self.tokenizer,
-                [a[0] for a in arguments],
-                max_new_tokens=budgets,
-                stop=stops,
-                prefix=self.prefix,
-                batch_tokens=self.batch_tokens,
+            return self.answerer.answers(
+                [Generate(a[0], budget, tuple(stop)) for a, budget, stop in zip(arguments, budgets, stops, strict=True)]
             )
-            return [cut(text, stop) for text, stop in zip(texts, stops, strict=True)]
 
         return [str(text) for text in self._each("generate", requests, work)]
 
 
 def run_lm_eval(
-    model: Any,
-    tokenizer: Tokenizer,
+    answerer: Answerer,
     names: Sequence[str],
     *,
     limit: int | None = None,
     shots: int | None = None,
-    prefix: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
     kept: Kept | None = None,
     include_path: str | Path | None = None,
@@ -155,14 +142,6 @@ def run_lm_eval(
     for name in names:
         if name not in manager.all_tasks:
             raise unknown("lm-eval task", name, manager.all_tasks, "Add your own with --include-path FOLDER")
-    adapter = ModicumLM(
-        model,
-        tokenizer,
-        prefix=prefix,
-        batch_tokens=batch_tokens,
-        kept=kept,
-        fingerprint_of_model=fingerprint_of_model,
-    )
     results = []
     for name in names:
         # Not simple_evaluate: it seeds the whole process's generators and runs git and pip for its log.
@@ -171,7 +150,23 @@ def run_lm_eval(
             own = task.get_config("num_fewshot")
             task.set_config(key="num_fewshot", value=(own or 0) if shots is None or own == 0 else shots)
             task.set_fewshot_seed(seed=1234)
-        said = evaluate(lm=adapter, task_dict=loaded, limit=limit, log_samples=True, bootstrap_iters=1000)
+        written = all(task.OUTPUT_TYPE == "generate_until" for task in _members(loaded))
+        chat = answerer.template == "always" or (answerer.template == "auto" and written)
+        # The harness wraps the prompts itself, and a template brings its own beginning of the text.
+        adapter = ModicumLM(
+            answerer.plain(prefix="none" if chat else None),
+            batch_tokens=batch_tokens,
+            kept=kept,
+            fingerprint_of_model=fingerprint_of_model,
+        )
+        said = evaluate(
+            lm=adapter,
+            task_dict=loaded,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=1000,
+            apply_chat_template=chat,
+        )
         if said is None:
             raise UserError(f"lm-eval gave no result for {name}")
         members = said["samples"]

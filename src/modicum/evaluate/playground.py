@@ -90,6 +90,11 @@ def scatter(rng: Random, facts: Sequence[str], n_words: int, depths: Sequence[fl
     return " ".join(out + filler[done:])
 
 
+def lead(prompt: str) -> str:
+    """The unfinished sentence at a prompt's end, which the answer completes."""
+    return prompt.rpartition(". ")[2].rpartition("\n")[2]
+
+
 def normal(text: str) -> list[str]:
     """Words of an answer as they are compared: lower case, no punctuation around them."""
     words = (word.strip(".,;:!?\"'()[]") for word in text.lower().split())
@@ -117,7 +122,8 @@ class Playground(Task):
     def requests(self, doc: Doc, shots: Sequence[Doc]) -> list[Any]:
         prompt = "\n\n".join([self.text(shot) for shot in shots] + [doc["prompt"]])
         # a word of the lists is at most four tokens even of a byte-level vocabulary of a thousand
-        return [Generate(prompt, 4 * max(self.answer_words, len(doc["answer"].split())) + 4, ("\n", "."))]
+        words = max(self.answer_words, len(doc["answer"].split()))
+        return [Generate(prompt, 4 * words + 4, ("\n", "."), lead(prompt))]
 
     def grade(self, doc: Doc, replies: Sequence[Any]) -> dict[str, float]:
         """accuracy: the whole answer is right. words: the share of its words that are, place by place."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,17 +14,17 @@ from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.core.events import Events
 from modicum.core.files import fingerprint
+from modicum.evaluate.answer import Answerer
 from modicum.evaluate.kept import Kept, model_fingerprint
 from modicum.evaluate.lm import document_nats, summarise
-from modicum.evaluate.replies import greedy_replies
-from modicum.evaluate.score import BATCH_TOKENS, LogLikelihood, loglikelihood
-from modicum.evaluate.tasks import Doc, Generate, Task
+from modicum.evaluate.score import BATCH_TOKENS
+from modicum.evaluate.tasks import Doc, Task
+from modicum.serve.config import EngineConfig
 
 if TYPE_CHECKING:
     from modicum.data.tokenizer import Tokenizer
 
-CHUNK = 64  # documents answered, graded and kept at a time
-TEXT_CHUNK = 1 << 20  # bytes of text likewise
+TEXT_CHUNK = 1 << 20  # bytes of text scored and kept at a time
 LM_EVAL = "lm-eval:"
 
 
@@ -36,13 +37,19 @@ class TaskResult:
     figures: dict[str, dict[str, float]]
     rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
     resumed: int = 0  # of the rows, how many were kept from an earlier run
+    seconds: float = 0.0  # that the others took
+
+    @property
+    def items_per_second(self) -> float | None:
+        asked = len(self.rows) - self.resumed
+        return asked / self.seconds if asked and self.seconds else None
 
     @property
     def value(self) -> float:
         return self.figures[self.metric]["value"]
 
     def as_dict(self, rows: bool = False) -> dict[str, Any]:
-        record = asdict(self)
+        record = asdict(self) | {"items_per_second": self.items_per_second}
         return record if rows else {k: v for k, v in record.items() if k != "rows"}
 
 
@@ -55,6 +62,8 @@ def run_tasks(
     shots: int = 0,
     seed: int = 0,
     prefix: str = "auto",
+    template: str = "none",
+    engine: EngineConfig | None = None,
     batch_tokens: int = BATCH_TOKENS,
     keep: str | Path | Kept | None = None,
     include_path: str | Path | None = None,
@@ -62,47 +71,41 @@ def run_tasks(
 ) -> list[TaskResult]:
     """Evaluate `model` on tasks named as on the command line: "needle", "copy:length=512", "lm-eval:TASK".
 
-    limit: documents per task. shots: solved examples before each question, from the train split. prefix:
-    what stands before a prompt, "auto" (bos where the model has one), "start" or "none". keep: a JSONL
-    file (or an open `Kept`) of finished items. include_path: folder of lm-eval's own YAML tasks.
+    limit: documents per task. shots: solved examples before each question, from another split. prefix: what
+    stands before a prompt, "auto" (bos where the model has one), "start" or "none". template: "auto" (prompts to be
+    answered in words go through the chat template, where the tokenizer has one), "always" (choices too) or "none".
+    engine: how the model is served meanwhile (KV policy, drafter, eight-bit activations). batch_tokens: of one forward
+    pass of texts (`loglikelihood_rolling`). keep: a JSONL file (or an open `Kept`) of finished items. include_path:
+    folder of lm-eval's own YAML tasks.
     """
-    kept = keep if isinstance(keep, Kept) else Kept(keep)
+    kept, events = keep if isinstance(keep, Kept) else Kept(keep), events or Events()
     ours = [(name, registry.build("task", name)) for name in tasks if not name.startswith(LM_EVAL)]
     name_of_model = model_fingerprint(model, tokenizer)
+    answerer = Answerer(model, tokenizer, engine, prefix=prefix, template=template)
+    common = [name_of_model, *answerer.settings]
+    training = model.training
     found: dict[str, TaskResult] = {}
-    for name, task in ours:
-        common = [name_of_model, prefix, task.version, Choice.parse("task", name).resolved(), shots, seed]
-        found[name] = _run(
-            task,
-            name,
-            model,
-            tokenizer,
-            common,
-            limit,
-            shots,
-            seed,
-            prefix,
-            batch_tokens,
-            kept,
-            events or Events(),
-        )
-    theirs = [name.removeprefix(LM_EVAL) for name in tasks if name.startswith(LM_EVAL)]
-    if theirs:
-        from modicum.evaluate.lm_eval import run_lm_eval
+    try:
+        for name, task in ours:
+            own = getattr(task.config, "shots", None)
+            found[name] = _run(task, name, answerer, common, limit, shots if own is None else own, seed, kept, events)
+        theirs = [name.removeprefix(LM_EVAL) for name in tasks if name.startswith(LM_EVAL)]
+        if theirs:
+            from modicum.evaluate.lm_eval import run_lm_eval
 
-        for result in run_lm_eval(
-            model,
-            tokenizer,
-            theirs,
-            limit=limit,
-            shots=shots or None,
-            prefix=prefix,
-            batch_tokens=batch_tokens,
-            kept=kept,
-            include_path=include_path,
-            fingerprint_of_model=name_of_model,
-        ):
-            found[result.task] = result
+            for result in run_lm_eval(
+                answerer,
+                theirs,
+                limit=limit,
+                shots=shots or None,
+                batch_tokens=batch_tokens,
+                kept=kept,
+                include_path=include_path,
+                fingerprint_of_model=name_of_model,
+            ):
+                found[result.task] = result
+    finally:
+        model.train(training)
     return [
         result
         for name in tasks
@@ -114,14 +117,11 @@ def run_tasks(
 def _run(
     task: Task,
     name: str,
-    model: Any,
-    tokenizer: Tokenizer,
+    answerer: Answerer,
     common: list[Any],
     limit: int | None,
     shots: int,
     seed: int,
-    prefix: str,
-    batch_tokens: int,
     kept: Kept,
     events: Events,
 ) -> TaskResult:
@@ -129,32 +129,29 @@ def _run(
     if not docs:
         raise UserError(f"the task {name} gave no documents; look at its limit, split and file")
     examples = list(task.docs("train", shots + 1, seed)) if shots else []
+    common = [*common, task.version, Choice.parse("task", name).resolved(), shots, seed]
     asked = []
     for doc in docs:
         own = [e for e in examples if e["id"] != doc["id"]][:shots]
         if len(own) < shots:
-            raise UserError(f"the task {name} has {len(own)} examples to show, {shots} were asked for")
+            raise UserError(
+                f"the task {name} has {len(own)} examples to show, {shots} were asked for; a file needs another split "
+                "for them, such as train"
+            )
         requests = task.requests(doc, own)
         asked.append((doc, requests, fingerprint([common, doc["id"], [asdict(r) for r in requests]])))
     todo = [item for item in asked if item[2] not in kept]
-    with events.progress(name, len(docs), "documents") as progress:
+    start, total = time.perf_counter(), 0.0
+    with events.progress(short(name), len(docs), "items") as progress:
         progress.resume_at(len(docs) - len(todo))
-        total = 0.0
-        for start in range(0, len(todo), CHUNK):
-            chunk = todo[start : start + CHUNK]
-            replies = answer(
-                model,
-                tokenizer,
-                [r for _, requests, _ in chunk for r in requests],
-                prefix=prefix,
-                batch_tokens=batch_tokens,
-            )
-            for doc, requests, key in chunk:
-                own_replies = [next(replies) for _ in requests]
-                figures = task.grade(doc, own_replies)
-                total += figures[task.metric]
-                kept.add(key, figures, task=name, id=doc["id"], replies=_shown(own_replies))
-            progress.update(len(chunk), **{task.metric: total / (start + len(chunk))})
+        encoded = [[answerer.encode(request) for request in requests] for _, requests, _ in todo]
+        longest = max((e.longest for some in encoded for e in some), default=0)
+        for done, (i, replies) in enumerate(answerer.replies(enumerate(encoded), longest), 1):
+            doc, _, key = todo[i]
+            figures = task.grade(doc, replies)
+            total += figures[task.metric]
+            kept.add(key, figures, task=name, id=doc["id"], replies=_shown(replies))
+            progress.update(1, **{task.metric: total / done})
     rows = [kept[key] for _, _, key in asked]
     result = TaskResult(
         name,
@@ -162,49 +159,25 @@ def _run(
         task.aggregate(rows),
         [{"id": doc["id"]} | row for (doc, _, _), row in zip(asked, rows, strict=True)],
         len(docs) - len(todo),
+        time.perf_counter() - start if todo else 0.0,
     )
     events.emit("task", task=name, figures=result.figures)
     return result
 
 
-def answer(
-    model: Any,
-    tokenizer: Tokenizer,
-    requests: Sequence[Any],
-    *,
-    prefix: str = "auto",
-    batch_tokens: int = BATCH_TOKENS,
-) -> Any:
-    """An iterator over the replies to `requests` (Generate or Choose), in their order."""
-    replies: list[Any] = [None] * len(requests)
-    written = [i for i, r in enumerate(requests) if isinstance(r, Generate)]
-    texts = greedy_replies(
-        model,
-        tokenizer,
-        [requests[i].prompt for i in written],
-        max_new_tokens=[requests[i].max_new_tokens for i in written],
-        stop=[requests[i].stop for i in written],
-        prefix=prefix,
-        batch_tokens=batch_tokens,
-    )
-    for i, text in zip(written, texts, strict=True):
-        replies[i] = text
-    pairs = [(i, choice) for i, r in enumerate(requests) if not isinstance(r, Generate) for choice in r.choices]
-    scores = loglikelihood(
-        model,
-        tokenizer,
-        [(requests[i].prompt, choice) for i, choice in pairs],
-        prefix=prefix,
-        batch_tokens=batch_tokens,
-    )
-    for (i, _), score in zip(pairs, scores, strict=True):
-        replies[i] = [*(replies[i] or []), score]
-    return iter(replies)
+def short(task: str) -> str:
+    """A task's name as it is shown: its file without the folder."""
+    head, equals, tail = task.partition("file=")
+    path, comma, rest = tail.partition(",")
+    return f"{head}{equals}{Path(path).name}{comma}{rest}" if equals else task
 
 
 def _shown(replies: Iterable[Any]) -> list[Any]:
+    """Replies as they are kept: texts, or of each choice its nats, bytes and tokens."""
     return [
-        [round(s.nats, 4) for s in r] if isinstance(r, list) and r and isinstance(r[0], LogLikelihood) else r
+        {"nats": [s.nats for s in r], "bytes": [s.nbytes for s in r], "tokens": [s.tokens for s in r]}
+        if isinstance(r, list)
+        else r
         for r in replies
     ]
 

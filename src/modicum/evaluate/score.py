@@ -127,12 +127,15 @@ def safe_pad(model: Any, tokenizer: Tokenizer) -> int:
 
 
 def prefix_ids(tokenizer: Tokenizer, prefix: str) -> list[int]:
-    """What stands before a prompt: "auto" is the bos where the model has one, "start" bos or else eos."""
+    """What stands before a prompt: "auto" is what the tokenizer puts there (as in serving), "start" bos or else eos."""
     if prefix not in ("auto", "start", "none"):
         raise UserError(f"prefix={prefix!r} is not known; allowed: auto, start, none")
     if prefix == "start":
         return [tokenizer.start_id]
-    return [tokenizer.bos_id] if prefix == "auto" and tokenizer.bos_id is not None else []
+    if prefix == "none":
+        return []
+    alone, whole = tokenizer.encode("a"), tokenizer.encode("a", add_special=True)
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(alone)] == alone), [])
 
 
 def split_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:

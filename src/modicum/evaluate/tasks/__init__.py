@@ -22,11 +22,16 @@ Reply = Any  # to Generate: the text; to Choose: a list of score.LogLikelihood, 
 
 @dataclass(frozen=True)
 class Generate:
-    """Greedy text after `prompt`, until a stop string or `max_new_tokens`."""
+    """Greedy text after `prompt`, until a stop string or `max_new_tokens`.
+
+    lead: how the answer's sentence begins. Where a chat template makes the prompt a user's message, the
+    assistant's begins with this, so that it goes on as the plain prompt would.
+    """
 
     prompt: str
     max_new_tokens: int
     stop: tuple[str, ...] = ("\n",)
+    lead: str = ""
 
 
 @dataclass(frozen=True)

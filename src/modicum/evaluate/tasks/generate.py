@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from modicum.core.errors import UserError
-from modicum.evaluate.rows import FileConfig, fill, pick, rows_of
+from modicum.evaluate.rows import ColumnConfig, fill, pick, rows_of
 from modicum.evaluate.tasks import Doc, Generate, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(FileConfig):
+class Config(ColumnConfig):
     prompt: str = "Question: {question}\nAnswer:"
     max_new_tokens: int = 32
     stop: str = "\n"  # several are separated by |

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from modicum.evaluate.playground import NOUNS, Playground, PlaygroundConfig, normal, scatter
+from modicum.evaluate.playground import NOUNS, Playground, PlaygroundConfig, lead, normal, scatter
 from modicum.evaluate.tasks import Doc, Generate
 
 
@@ -53,9 +53,8 @@ class Multikey(Playground):
         """One request per query, the earlier answers given."""
         before = "".join(self.text(shot) + "\n\n" for shot in shots) + doc["prompt"]
         answers = doc["answer"].split(" | ")
-        return [
-            Generate(before + "".join(f" {a} |" for a in answers[:i]), 8, ("\n", ".", "|")) for i in range(len(answers))
-        ]
+        prompts = [before + "".join(f" {a} |" for a in answers[:i]) for i in range(len(answers))]
+        return [Generate(prompt, 8, ("\n", ".", "|"), lead(prompt)) for prompt in prompts]
 
     def grade(self, doc: Doc, replies: Sequence[Any]) -> dict[str, float]:
         answers = doc["answer"].split(" | ")
