@@ -39,11 +39,11 @@ CHAT = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.95}  # as `modicum cha
 class Model:
     """A language model with its tokenizer, ready to generate.
 
-    model: a known name (`modicum ls models`), a model folder or a hub id OWNER/NAME; fetched if need be. dtype:
-    "float32", "bfloat16" or "float16"; None as stored. device: "cpu" or "cuda". adapter: a LoRA folder in PEFT's
-    format. form: hold the layers' matrices in this linear form, for example "int8" or "int4" (an adapter is merged
-    first). size: of a model in blocks, load so much ("24MiB"). Other keywords are `EngineConfig`'s: cache="1GiB",
-    kv="snapkv", max_length=4096, ...
+    model: a known name (`modicum ls models`), a model folder, a .gguf file or a hub id OWNER/NAME; fetched if need be.
+    dtype: "float32", "bfloat16" or "float16"; None as stored. device: "cpu" or "cuda". adapter: a LoRA folder in
+    PEFT's format. form: hold the layers' matrices in this linear form, for example "int8" or "int4" (an adapter is
+    merged first); without form and adapter, a GGUF file's matrices keep their codes on a CPU. size: of a model in
+    blocks, load so much ("24MiB"). Other keywords are `EngineConfig`'s: cache="1GiB", kv="snapkv", ...
 
     Raises `UserError` (one line) for what cannot be used as given, `CorruptError` for damaged files. Not safe to use
     from several threads at once; for that there is `server`.
@@ -71,7 +71,11 @@ class Model:
             require_fit(form)
         self.folder = find_folder(model)
         self.tokenizer: Tokenizer = Tokenizer.load(self.folder)
-        self.decoder: Decoder = load_model(self.folder, dtype=dtype, device=device, size=size)
+        self.name = Path(model).expanduser().resolve().name.removesuffix(".gguf")  # in the API of a server
+        self._as_stored = adapter is None and form is None
+        self.decoder: Decoder = load_model(
+            self.folder, dtype=dtype, device=device, size=size, keep_quantized=self._as_stored
+        )
         self.adapter = None if adapter is None else Path(adapter)
         self.form = form
         if adapter is not None:
@@ -155,15 +159,19 @@ class Model:
     def save(self, folder: str | Path) -> Path:
         """Write a Hugging Face folder, whole or not at all: an adapter is merged in, a form is kept as it is.
 
-        With a form the folder is whole for modicum only; without one, for every program that reads such folders.
+        With a form the folder is whole for modicum only; without one, for every program that reads such folders (a
+        GGUF file's codes become plain matrices there).
         """
-        from modicum.model.attach import merge
-        from modicum.model.folder import save_model
+        from modicum.model.attach import forms, merge
+        from modicum.model.folder import load_model, save_model
 
         if self.adapter is not None and self.form is None:
             merge(self.decoder)
             self.adapter, self._engine = None, None  # an engine may have packed the weights as they were
-        save_model(self.decoder, folder, tokenizer_folder=self.folder)
+        decoder = self.decoder
+        if self._as_stored and (self.folder / "model.gguf").exists() and forms(decoder):
+            decoder = load_model(self.folder, dtype=self._load["dtype"])
+        save_model(decoder, folder, tokenizer_folder=self.folder)
         return Path(folder)
 
     def serve(self, host: str = "127.0.0.1", port: int = 8000, **settings: Any) -> None:
@@ -189,7 +197,7 @@ class Model:
     def _server_config(self, host: str, port: int, settings: dict[str, Any]) -> Any:
         from modicum.serve.api import ServerConfig
 
-        named = {"model": self.folder.resolve().name} | settings
+        named = {"model": self.name} | settings
         return ServerConfig(host=host, port=port, **_known("server setting", ServerConfig, named))
 
 

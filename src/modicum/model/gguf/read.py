@@ -7,6 +7,7 @@ type is dequantised by the `gguf` package, one tensor at a time. Shapes are thos
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import struct
 from collections.abc import Iterator
@@ -418,6 +419,8 @@ def folder_files(path: str | Path) -> dict[str, bytes]:
 
     file = GGUFFile(path)
     shape = config(file)
+    if shape.family in ("gemma2", "gemma3"):
+        shape = dataclasses.replace(shape, scale=shape.attention_scale(0))  # config.json has to spell it out
     written = write_config(shape, "bfloat16")
     generation = {"bos_token_id": shape.bos_id, "eos_token_id": list(shape.eos_ids), "pad_token_id": shape.pad_id}
     found = {"config.json": written, "generation_config.json": {k: v for k, v in generation.items() if v is not None}}
