@@ -132,7 +132,13 @@ def test_float32_shapes(name: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("form", ["int8", "int8:group=64", "int4:group=32", "int4:group=64", "int4:group=128"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("int8", "int8:group=64", "int4:group=32", "int4:group=64", "int4:group=128"),
+        *("ggml:type=q4_0", "ggml:type=q4_1", "ggml:type=q8_0"),
+    ],
+)
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_codes_are_multiplied_as_they_decode(form: str, count: int) -> None:
     """float32: as exact as float32; few rows of bfloat16: far closer than bfloat16 activations could be."""

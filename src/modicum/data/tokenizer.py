@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modicum.core import gguf
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.files import read_json, write_json, write_text
 
@@ -167,11 +168,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """From any folder with a tokenizer.json. Raises UserError or CorruptError."""
+        """From any folder with a tokenizer.json, or from a GGUF file or a folder with one. Raises UserError or
+        CorruptError."""
         import tokenizers
 
         folder = Path(folder)
         file = folder / "tokenizer.json"
+        if not file.is_file() and (stored := gguf.file_in(folder)) is not None:
+            return cls._of_gguf(gguf.GgufFile(stored))
         if not file.is_file():
             raise UserError(
                 f"{folder} has no tokenizer.json; give a folder with one (a model's folder, "
@@ -215,6 +219,25 @@ class Tokenizer:
             pad=token("pad"),
             template=_template(folder, settings),
             settings=kept,
+            stop_ids=stops,
+        )
+
+    @classmethod
+    def _of_gguf(cls, file: gguf.GgufFile) -> Tokenizer:
+        from modicum.core.gguf.tokenizer import stop_ids, tokenizer_of, tokenizer_settings
+
+        settings, stops = tokenizer_settings(file), stop_ids(file)
+        backend = tokenizer_of(file)
+        eos = settings["eos_token"] or (backend.id_to_token(stops[0]) if stops else None)
+        if eos is None:
+            raise UserError(f"{file.path} names no end-of-text token; give a folder with tokenizer.json instead")
+        return cls(
+            backend,
+            eos=eos,
+            bos=settings["bos_token"],
+            pad=settings["pad_token"],
+            template=file.metadata.get("tokenizer.chat_template"),
+            settings=settings,
             stop_ids=stops,
         )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modicum.budget import units
+from modicum.core import gguf
 from modicum.core.errors import CorruptError, UserError, unknown
 from modicum.core.files import atomic_directory, write_json
 from modicum.model import form_state, sources, stack
@@ -79,7 +80,7 @@ def find_folder(path_or_name: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.is_file() and path.suffix == ".gguf":
-        from modicum.model.gguf.load import folder_for
+        from modicum.model.gguf.read import folder_for
 
         return folder_for(path)
     if path.is_file():
@@ -114,6 +115,10 @@ def load_config(path_or_hub_id: str | Path) -> DecoderConfig:
 def _read_config(folder: Path) -> DecoderConfig:
     path = folder / "config.json"
     if not path.exists():
+        if (file := gguf.file_in(folder)) is not None:
+            from modicum.model.gguf.shape import config_of
+
+            return config_of(gguf.GgufFile(file))
         raise UserError(f"{folder} has no config.json; give a Hugging Face model folder")
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
@@ -160,17 +165,21 @@ def load_model(
     `dtype` None keeps each tensor's own. Weights are in memory once: the modules are made without
     storage and each tensor goes from its shard to its place, converted on the way. Linear forms that the
     folder describes are attached again. `size` ("24MiB"): of a folder in blocks (`model.stack`), so many
-    bytes of weights at most; without it, all blocks. `keep_quantized`: of a GGUF file whose matrices are in
-    Q4_0, Q4_1 or Q8_0, they keep their codes instead of becoming bfloat16. Raises `UserError` for what is missing,
-    unexpected, misshapen or of an unknown family, and `CorruptError` for damaged files.
+    bytes of weights at most; without it, all blocks. A GGUF file, or a folder that holds model.gguf instead of
+    safetensors, loads like its Hugging Face folder; `keep_quantized`, without a dtype and on a CPU, leaves its
+    matrices in Q4_0, Q4_1 and Q8_0 as they are (linear form `ggml`) instead of in bfloat16. Raises `UserError` for
+    what is missing, unexpected, misshapen or of an unknown family, and `CorruptError` for damaged files.
     """
-    folder = find_folder(path_or_hub_id)
-    config, wanted, device = _read_config(folder), parse_dtype(dtype), torch.device(device)
-    if (folder / "model.gguf").exists() and not (folder / "model.safetensors").exists():
-        from modicum.model.gguf.load import load
+    wanted, device = parse_dtype(dtype), torch.device(device)
+    lone = gguf.file_in(Path(path_or_hub_id).expanduser())  # its tokenizer is of no interest here
+    folder = lone or find_folder(path_or_hub_id)
+    if (file := gguf.file_in(folder)) is not None:
+        from modicum.model.gguf.read import load
 
-        keep = keep_quantized and wanted is None and device.type == "cpu"
-        return load(folder / "model.gguf", config, dtype=wanted, device=device, keep_quantized=keep)
+        if size is not None:
+            raise UserError(f"size={size!r} is for a folder in blocks (modicum compress --stack); {file} is not one")
+        return load(file, wanted, device, keep_quantized=keep_quantized and wanted is None and device.type == "cpu")
+    config = _read_config(folder)
     with torch.device("meta"):
         model = Decoder(config)
     stored_forms = _restore_forms(model, folder, wanted, device)
@@ -330,7 +339,13 @@ def save_model(
             write_json(new / FORMS_JSON, description)
         if tokenizer_folder is not None:
             copied = [n for n in TOKENIZER_FILES if (Path(tokenizer_folder) / n).is_file()]
-            if not copied:
+            if not copied and gguf.file_in(tokenizer_folder) is not None:
+                from modicum.model.gguf.read import folder_files
+
+                made = folder_files(tokenizer_folder)
+                for name in made.keys() & set(TOKENIZER_FILES):
+                    (new / name).write_bytes(made[name])
+            elif not copied:
                 raise UserError(f"{tokenizer_folder} has no tokenizer files; it should hold tokenizer.json")
             for name in copied:
                 shutil.copyfile(Path(tokenizer_folder) / name, new / name)

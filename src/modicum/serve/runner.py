@@ -2,8 +2,8 @@
 
 All give the logits of the wanted rows. `Eager` is the truth and runs everywhere; `Native` covers decoders of
 the Llama kind (RMSNorm, rotary positions, a sequential block) on a CPU with AVX-512 whose linear layers are
-plain, int8 or int4, and hands steps it has no kernels for to `Eager`: policies that observe or attend in their own
-way, several tokens of a thinned sequence, thinned layers with windows. It computes between the matrices in float32
+plain, int8, int4 or ggml, and hands steps it has no kernels for to `Eager`: policies that observe or attend in their
+own way, several tokens of a thinned sequence, thinned layers with windows. It computes between the matrices in float32
 and reads weights where the modules hold them: nothing is stored twice. On a GPU, `graphs.Graphs` replays decode
 steps of the decoder as written and hands the others to `Eager`.
 """
@@ -36,6 +36,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of native/st
 NO_WINDOW = 1 << 62
 SETTLED = 16 << 20  # bytes of weights that one step moves out of their file's pages
 KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+SCALE_KINDS = KINDS | {torch.float16: native.FLOAT16}
 
 
 class Eager:
@@ -302,7 +303,7 @@ class Native:
         out, group, groups = module.out_features, 0, 0
         if scale is not None:
             group, groups = module.group, module.n_groups
-            if scale.dtype not in KINDS:
+            if scale.dtype not in SCALE_KINDS:
                 scale, zero = scale.float(), None if zero is None else zero.float()
         # Views of their own: this memory must stay, even if somebody gives the module's tensors another.
         kept = (None if is_mapped(weight) else weight, scale, zero)
@@ -314,7 +315,9 @@ class Native:
             module.in_features,
             group,
             groups,
-            0 if scale is None else KINDS[scale.dtype],
+            0 if scale is None else SCALE_KINDS[scale.dtype],
+            # The code, as an unsigned number, that stands for the zero point.
+            128 if kind == native.INT8 else 0 if getattr(getattr(module, "config", None), "type", "") == "q4_1" else 8,
             weight.data_ptr(),
             None if scale is None else scale.data_ptr(),
             None if zero is None else zero.data_ptr(),
@@ -349,6 +352,7 @@ def _thinned(works: Sequence[Work]) -> Any:
 def _stored(module: Any) -> tuple[int, Tensor, Tensor | None, Tensor | None] | None:
     """Kind, weight, scale and zero of a linear layer the kernels can read; None for any other."""
     from modicum.model.linear.dense import Dense
+    from modicum.model.linear.ggml import Ggml
     from modicum.model.linear.int4 import Int4
     from modicum.model.linear.int8 import Int8
 
@@ -360,6 +364,9 @@ def _stored(module: Any) -> tuple[int, Tensor, Tensor | None, Tensor | None] | N
         return native.INT8, module.codes, module.scale, None
     if type(module) is Int4 and (module.group in (32, 64) or module.group % 128 == 0) and module.in_features % 16 == 0:
         return native.INT4, module.packed, module.scale, module.zero
+    if type(module) is Ggml and module.in_features % module.group == 0:
+        kind = native.INT8 if module.config.type == "q8_0" else native.INT4
+        return kind, module.codes, module.scale, module.minimum if module.config.type == "q4_1" else None
     return None
 
 
@@ -387,7 +394,8 @@ def unserved(model: Decoder, cache: torch.dtype) -> str | None:
     for i, block in enumerate(model.layers):
         if c.gated and isinstance(block, Block):
             gate, up = block.mlp.gate, block.mlp.up
-            if type(gate) is not type(up) or getattr(gate, "group", 0) != getattr(up, "group", 0):
+            kinds = {(type(m), getattr(m, "group", 0), found[0] if (found := _stored(m)) else None) for m in (gate, up)}
+            if len(kinds) > 1:
                 return f"gate and up of layer {i} are held differently"
     return None
 

@@ -32,13 +32,13 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
 USEFUL = ("avx512_bf16", "avx512_vnni")
 I64, F32, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+FLOAT32, BFLOAT16, INT8, INT4, FLOAT16 = range(5)
 LARGE_PAGE = 2**21  # bytes
 
 
 class Matrix(ctypes.Structure):
     _fields_ = [
-        *((name, I64) for name in ("kind", "out_", "in_", "group", "groups", "scale_kind")),
+        *((name, I64) for name in ("kind", "out_", "in_", "group", "groups", "scale_kind", "center")),
         *((name, POINTER) for name in ("weight", "scale", "zero", "bias")),
     ]
 

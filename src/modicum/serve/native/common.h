@@ -15,11 +15,11 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #define ALIGN 64
 
-enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, FLOAT16 = 4 };    /* of weights, caches; of scales, FLOAT16 too */
 
 typedef struct {          /* one linear layer: (out, in), row-major, as the module stores it */
-    int64_t kind, out, in, group, groups, scale_kind;
-    const void *weight, *scale, *zero;
+    int64_t kind, out, in, group, groups, scale_kind, center;
+    const void *weight, *scale, *zero;        /* w = scale * (code - center) + zero, codes as unsigned; zero may be NULL */
     const float *bias;
 } Matrix;
 
@@ -106,13 +106,17 @@ INLINE int64_t row_bytes(const Matrix *m) {
     return each[m->kind];
 }
 
+INLINE __m512 load_scales(const Matrix *m, const void *base, int64_t at, __mmask16 mask) {
+    if (m->scale_kind != FLOAT16) return load_as_float(base, at, m->scale_kind, mask);
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)base + at));
+}
+
 /* Of sixteen groups of an output's codes from g on, taken as unsigned: the scales, and what a code of zero stands for. */
 INLINE void scales_at(const Matrix *m, int64_t o, int64_t g, __m512 *scale, __m512 *zero) {
     __mmask16 mask = tail16(m->groups - g);
-    *scale = load_as_float(m->scale, o * m->groups + g, m->scale_kind, mask);
-    if (m->kind == INT8) *zero = _mm512_mul_ps(*scale, _mm512_set1_ps(-128.0f));
-    else *zero = _mm512_fnmadd_ps(*scale, _mm512_set1_ps(8.0f),
-                                  load_as_float(m->zero, o * m->groups + g, m->scale_kind, mask));
+    __m512 base = m->zero ? load_scales(m, m->zero, o * m->groups + g, mask) : _mm512_setzero_ps();
+    *scale = load_scales(m, m->scale, o * m->groups + g, mask);
+    *zero = _mm512_fnmadd_ps(*scale, _mm512_set1_ps((float)m->center), base);
 }
 
 /* The sums of sixteen vectors, as one vector. */

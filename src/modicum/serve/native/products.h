@@ -353,7 +353,7 @@ static void blocks(const Matrix *m, const Act *a, int64_t first, int64_t last, f
             __mmask16 mask = tail16(last - o);
             float *at = y + n * ldy + o - first;
             _mm512_mask_storeu_ps(at, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, at),
-                                                          load_as_float(m->scale, o, m->scale_kind, mask)));
+                                                          load_scales(m, m->scale, o, mask)));
         }
         if (direct) for (int64_t o = 0; o < last - first; o++) y[n * ldy + o] *= a->step[n];
     }
