@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from modicum.compress.run import CompressResult
+    from modicum.evaluate.quantization import Effect
 
 
 def compress(
@@ -36,6 +37,13 @@ def compress(
     yardstick: Annotated[
         Path | None, typer.Option(help="A curated folder: also say what xz and zstd make of its text.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option(help="Measure bits per byte before and after on a sample of text, and warn of a loss.")
+    ] = True,
+    sample: Annotated[
+        str | None,
+        typer.Option(help="The text to measure on; default: the calibration text, else Python's documentation."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Compress a model's weights into FORM and write a folder that every verb loads."""
@@ -60,8 +68,12 @@ def compress(
         events=Events(),
     )
     bits = _yardsticks(yardstick) if yardstick else {}
+    found = _effect(model, out, result, sample or calibration or "python", patterns) if measure else None
     if as_json:
-        print(json.dumps(result.as_dict() | ({"yardsticks": bits} if bits else {}), indent=2))
+        more: dict[str, Any] = {"yardsticks": bits} if bits else {}
+        if found is not None:
+            more["effect"] = found[0].as_dict() | {"alternatives": [o.as_dict() for o in found[1]]}
+        print(json.dumps(result.as_dict() | more, indent=2))
         return
     print(
         f"{out}: {bytes_text(result.original_bytes)} -> {bytes_text(result.bytes)} ({result.ratio:.2f} times smaller)"
@@ -70,6 +82,16 @@ def compress(
         f"  {result.modules} matrices in {result.form}: {result.bits_per_weight:.2f} bits per weight, "
         f"relative error {result.error:.4f} (most in {result.worst_module}: {result.worst_error:.4f})"
     )
+    if found is not None:
+        from modicum.evaluate.quantization import advice
+
+        effect, others = found
+        print(
+            f"  bits per byte on a sample: {effect.before:.3f} -> {effect.after:.3f} "
+            f"({effect.change:+.1%} ± {2 * effect.stderr:.1%})"
+        )
+        if effect.hurts:
+            print("\n".join(advice(effect, others)))
     for name, value in bits.items():
         print(f"  {name}: {value:.3f} bits per byte of held-out text")
     if result.least_bytes:
@@ -77,6 +99,26 @@ def compress(
         print(f"next: modicum chat {out} --size {_between(result)}")
         return
     print(f"next: modicum chat {out}")
+
+
+def _effect(
+    model: str, out: Path, result: CompressResult, source: str, targets: list[str]
+) -> tuple[Effect, list[Effect]]:
+    """What the form cost on a sample of `source`, and, where that is much, what others would cost."""
+    from modicum.core.events import Progress
+    from modicum.data.tokenizer import Tokenizer
+    from modicum.evaluate import quantization
+    from modicum.model.folder import find_folder, load_model
+
+    folder = find_folder(model)
+    tokenizer, texts = Tokenizer.load(folder), quantization.sample(source)
+    total = 2 * sum(len(ids) for ids in tokenizer.encode_batch(texts, specials=False))
+    with Progress("bits per byte before and after", total, "tok") as progress:
+        before = quantization.score(load_model(folder), tokenizer, texts, progress.update)
+        after = quantization.score(load_model(out), tokenizer, texts, progress.update)
+    effect = quantization.effect(result.form, before, after, result.bits_per_weight)
+    others = quantization.alternatives(str(folder), tokenizer, texts, before, effect, targets) if effect.hurts else []
+    return effect, others
 
 
 def _between(result: CompressResult) -> str:

@@ -214,7 +214,7 @@ def _whole(choice: Any) -> Choice:
     """A form in blocks is made with all of them; which ones stay is decided when they are sorted."""
     parsed = Choice.parse("linear", choice)
     kind: Any = registry.load("linear", parsed.method).cls
-    if "stack" not in kind.provides:
+    if "elastic" not in kind.provides:
         return parsed
     return Choice("linear", parsed.method, {k: v for k, v in parsed.knobs.items() if k != "bits"})
 
