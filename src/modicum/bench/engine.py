@@ -1,9 +1,10 @@
 """engine: how fast the serving engine is beside other engines, on the same weights in the same run.
 
-    modicum bench engine [--quick] [--json]
+    modicum bench engine [--model MODEL] [--quick] [--json]
 
-One random Llama-like model in bfloat16, written to a folder, is generated from by modicum, by
-`transformers.generate`, and by llama-cpp-python and openvino-genai where they are installed. A measurement is a
+A model (a random Llama-like one in bfloat16, or the one given) is generated from by modicum, by
+`transformers.generate`, and by llama.cpp where llama-cpp-python is installed, each in a process of its own: one that
+crashes, hangs or is missing is reported with the reason, and the others go on. A measurement is a
 column (`decode bf16`, `prefill int8`, ...) of one engine; rounds visit all of them in turn, so that a slow minute of
 the machine falls on everybody, and a column's figure is the median over rounds with its spread. The same run measures
 the machine's own ceilings: reading memory, and bfloat16 products. Ratios are to `transformers` in bfloat16.
@@ -13,35 +14,27 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
-import gc
 import statistics
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from modicum.bench import record
-from modicum.bench.engine_columns import (
-    FORMS,
-    QUICK,
-    Size,
-    load_in,
-    make_folder,
-    modicum,
-    seconds_of,
-    shape_of,
-    transformers,
-)
-from modicum.core.errors import UserError
+from modicum.bench import engine_peers, record
+from modicum.bench.engine_columns import EIGHT, FORMS, SOURCE, bits_of, load_in, make_folder, seconds_of, shape_of
+from modicum.bench.engine_worker import QUICK, EngineFailed, Job, Size, Worker
+from modicum.core.errors import ModicumError, UserError
 from modicum.core.files import fingerprint
+from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
 
 BASE = "transformers"
-__all__ = ["QUICK", "Size", "append", "measure"]
+COLUMNS = "modicum.bench.engine_columns"
+__all__ = ["QUICK", "Job", "Size", "append", "measure"]
 
 
 @dataclass
@@ -79,62 +72,132 @@ def ceilings(bytes_read: int = 2**29) -> dict[str, float]:
 
 
 def measure(
-    size: Size, *, engines: list[str] | None = None, seed: int = 0, progress: Callable[[str], None] | None = None
+    size: Size,
+    *,
+    engines: list[str] | None = None,
+    model: str | None = None,
+    limit: float = 300.0,
+    seed: int = 0,
+    more: Sequence[Job] = (),
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Everything `modicum bench engine` says, as plain values. `engines` limits who takes part."""
-    from modicum.bench import engine_peers
+    """Everything `modicum bench engine` says, as plain values.
+
+    engines limits who takes part; model is one to measure instead of a random one; limit: seconds an engine may take
+    to get ready, and for each measurement; more: further engines.
+    """
     from modicum.serve import native
 
     rows: dict[tuple[str, str], Row] = {}
-    skipped: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="modicum-bench-") as place:
+    workers: list[Worker] = []
+    with tempfile.TemporaryDirectory(prefix="modicum-bench-") as place, contextlib.ExitStack() as stack:
         folder = Path(place) / "model"
-        make_folder(size, folder, seed)
-        makers: dict[str, Callable[[], dict[str, Callable[[], float]]]] = {
-            f"modicum {form}": functools.partial(modicum, folder, size, form) for form in FORMS
-        }
-        makers[BASE] = lambda: transformers(folder, size)
-        for name, (reason, maker) in engine_peers.peers(folder, size).items():
-            if reason:
-                skipped[name] = reason
-            else:
-                makers[name] = maker
-        timed: dict[str, dict[str, Callable[[], float]]] = {}
-        for name, maker in makers.items():
-            if engines and name.split()[0] not in engines:
-                continue
+        size, shape, kept = _prepare(size, model, folder, seed)
+        skipped = {k: why for k, why in engine_peers.absent().items() if not engines or k in engines}
+        for job in [*_jobs(kept, folder, skipped, engines), *more]:
             try:
-                timed[name] = maker()
-            except Exception as error:
-                if name == BASE or (name.startswith("modicum") and not isinstance(error, UserError)):
-                    raise
-                skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        for columns in timed.values():  # first calls allocate and compile; they do not count
-            for work in columns.values():
-                work()
-        ceiling = [ceilings()]
-        for turn in range(size.rounds):
-            for name, columns in timed.items():
-                for column, work in columns.items():
-                    engine = name.split()[0]
-                    rows.setdefault((engine, column), Row(engine, column)).rates.append(work())
-                    if progress:
-                        progress(f"round {turn + 1}/{size.rounds}: {name}, {column}")
+                worker = Worker(job, folder, size, torch.get_num_threads(), limit)
+                stack.callback(worker.close)
+            except EngineFailed as error:
+                skipped[job.name] = str(error)
+                continue
+            skipped |= {f"{job.engine} {form}": why for form, why in worker.skipped.items()}
+            if job.engine in ("modicum", BASE) and worker.broken:
+                raise ModicumError(f"{job.engine} {worker.broken[0]}: {worker.skipped[worker.broken[0]]}")
+            workers.append(worker)
+        ceiling = []
+        for turn in range(size.rounds + 1):  # first calls allocate and compile; they do not count
+            for worker in list(workers):
+                try:
+                    for column in worker.columns:
+                        rate = worker.time(column)
+                        if turn:
+                            engine = worker.job.engine
+                            rows.setdefault((engine, column), Row(engine, column)).rates.append(rate)
+                            if progress:
+                                progress(f"round {turn}/{size.rounds}: {engine}, {column}")
+                except EngineFailed as error:
+                    skipped[worker.job.name] = f"{column}: {error}"
+                    workers.remove(worker)
+                    for lost in worker.columns:
+                        rows.pop((worker.job.engine, lost), None)
             ceiling.append(ceilings())
-        checks = identical(folder, size) if engines is None or "modicum" in engines else {}
-        timed.clear()
-        gc.collect()
+        checks = {}
+        for worker in workers:
+            if worker.job.engine == "modicum":
+                checks = worker.call("modicum.bench.engine:identical", str(folder), asdict(size))
     best = {name: max(c[name] for c in ceiling) for name in ceiling[0]}
     return {
         "rows": [row.as_dict() | {"ratio": _ratio(row, rows)} for row in rows.values()],
         "ceilings": best,
-        "share_of_read": _shares(rows, size, best["read_bytes_per_s"]),
+        "share_of_read": _shares(rows, shape, best["read_bytes_per_s"]),
         "checks": checks,
         "skipped": skipped,
         "native": native.reason(),
         "size": asdict(size),
+        "model": {"name": model or "random llama-like", "parameters": shape.parameters()},
         "threads": torch.get_num_threads(),
     }
+
+
+def _prepare(size: Size, model: str | None, folder: Path, seed: int) -> tuple[Size, DecoderConfig, str | None]:
+    """Write the dense folder to measure; its size and shape, and the type of the GGUF file it came from, if any."""
+    from modicum.compress.export import merged, write_folder
+    from modicum.model.folder import find_folder, load_config, load_model
+    from modicum.model.gguf import read
+
+    if model is None:
+        make_folder(size, folder, seed)
+        return size, shape_of(size), None
+    source = find_folder(model)
+    kept = None
+    if (source / read.FILE).exists():
+        matrices = [
+            t.type.name
+            for n, t in read.GGUFFile(source / read.FILE).tensors.items()
+            if n.startswith("blk.") and len(t.shape) == 2
+        ]
+        kept = Counter(matrices).most_common(1)[0][0].lower()
+        (folder.parent / SOURCE).symlink_to(source.resolve())
+        (folder.parent / f"{kept}.gguf").symlink_to((source / read.FILE).resolve())
+    loaded = load_model(source, dtype="bfloat16")
+    merged(loaded)
+    write_folder(loaded, folder, source)
+    shape = load_config(folder)
+    if shape.context_length < (longest := max(size.prefill, size.prompt + size.answer + size.drafts)) + 1:
+        raise UserError(f"{model} has a context of {shape.context_length} tokens; bench engine needs {longest + 1}")
+    size = replace(
+        size, layers=shape.layers, width=shape.width, heads=shape.heads, kv_heads=shape.kv_heads,
+        mlp_width=shape.mlp_width, vocab=shape.vocab_size,
+    )  # fmt: skip
+    return size, shape, kept
+
+
+def _jobs(kept: str | None, folder: Path, skipped: dict[str, str], engines: list[str] | None) -> list[Job]:
+    """Who is measured in what forms. Writes the files for llama.cpp; where that cannot be, it is skipped."""
+    own = [kept, kept + EIGHT] if kept else []
+    found = [Job("modicum", f"{COLUMNS}:modicum", (*FORMS, *own)), Job(BASE, f"{COLUMNS}:transformers", ("bf16",))]
+    if "llama.cpp" not in skipped and (not engines or "llama.cpp" in engines):
+        try:
+            _write_gguf(folder)
+        except UserError as error:
+            skipped["llama.cpp"] = str(error)
+        else:
+            forms = [*engine_peers.GGUF_TYPES, *own[:1]]
+            found += [Job("llama.cpp", "modicum.bench.engine_peers:llama_cpp", (form,)) for form in forms]
+    return [job for job in found if not engines or job.engine in engines]
+
+
+def _write_gguf(folder: Path) -> None:
+    from modicum.compress.export import plan, write
+    from modicum.model.folder import load_model
+    from modicum.model.gguf.write import Types
+
+    model = load_model(folder)
+    tokenizer = folder if (folder / "tokenizer.json").exists() else None
+    for form, kind in engine_peers.GGUF_TYPES.items():
+        types = Types(matrices=kind)
+        write(model, folder.parent / f"{form}.gguf", types, plan(model, types, tokenizer), folder.name)
 
 
 def _ratio(row: Row, rows: dict[tuple[str, str], Row]) -> float | None:
@@ -146,7 +209,7 @@ def _ratio(row: Row, rows: dict[tuple[str, str], Row]) -> float | None:
     return row.median / base.median if base else None
 
 
-def _shares(rows: dict[tuple[str, str], Row], size: Size, read: float) -> dict[str, float]:
+def _shares(rows: dict[tuple[str, str], Row], shape: DecoderConfig, read: float) -> dict[str, float]:
     """Of a decoded token's bytes of weights over its time, the share of the rate at which memory is read."""
     from modicum.model.attach import attach
 
@@ -155,7 +218,7 @@ def _shares(rows: dict[tuple[str, str], Row], size: Size, read: float) -> dict[s
         row = rows.get(("modicum", f"decode {form}"))
         if row is None:
             continue
-        model = Decoder(shape_of(size), init=False).to(torch.bfloat16)
+        model = Decoder(shape, init=False).to(torch.bfloat16)
         if choice:
             attach(model, choice)
         total = sum(t.nbytes for name, t in model.layers.state_dict().items()) + sum(
@@ -166,7 +229,7 @@ def _shares(rows: dict[tuple[str, str], Row], size: Size, read: float) -> dict[s
     return shares
 
 
-def identical(folder: Path, size: Size) -> dict[str, Any]:
+def identical(path: str, knobs: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens in float32 beside transformers', and both engines' bfloat16 logits beside float32's."""
     from transformers import AutoModelForCausalLM
 
@@ -175,6 +238,7 @@ def identical(folder: Path, size: Size) -> dict[str, Any]:
     from modicum.serve.engine import Engine
     from modicum.serve.request import SamplingParams
 
+    folder, size = Path(path), Size(**knobs)
     ids = torch.arange(1, size.prompt + 1)[None]
     ones = torch.ones_like(ids)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -213,7 +277,7 @@ def _logits(folder: Path, size: Size, form: str) -> torch.Tensor:
     from modicum.serve.engine import Engine
     from modicum.serve.request import SamplingParams
 
-    config = EngineConfig(cache=f"{4 * size.prompt}tok", activation_bits=FORMS[form][1])
+    config = EngineConfig(cache=f"{4 * size.prompt}tok", activation_bits=bits_of(form))
     engine = Engine(load_in(folder, form), None, config)
     caught: list[Any] = []
     runner = engine.runner
@@ -230,7 +294,6 @@ def _logits(folder: Path, size: Size, form: str) -> torch.Tensor:
 def append(found: dict[str, Any], path: Path, seed: int) -> None:
     """One evidence record per column of each engine."""
     size, machine = found["size"], record.machine()
-    shape = shape_of(Size(**size))
     axes = {
         "quality": {"metric": "tokens_per_s", "better": "higher", "unit": "tokens/s"},
         "cost": {"metric": "spread", "better": "lower", "unit": ""},
@@ -247,10 +310,10 @@ def append(found: dict[str, Any], path: Path, seed: int) -> None:
                 knobs={"column": row["column"]},
                 baseline=BASE,
                 seed=seed,
-                run=fingerprint([size, machine, record.commit()]),
+                run=fingerprint([size, found["model"]["name"], machine, record.commit()]),
                 scale=size,
                 budget={},
-                model={"name": "random llama-like", "parameters": shape.parameters()},
+                model=found["model"],
                 data={"name": "token ids in order"},
                 metrics=metrics | found["ceilings"],
                 seconds=0.0,

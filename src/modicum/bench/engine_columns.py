@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from modicum.bench.engine_worker import Columns, Size
 from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.decoder import Decoder
 from modicum.serve.drafters import Drafter, Tree
@@ -23,32 +24,7 @@ FORMS: dict[str, tuple[dict[str, str], int]] = {  # forms of the matrices, bits 
     "w8a8": (INT8, 8),
     "w4a8": (INT4, 8),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """What is measured. prompt: before decoding; tokens: decoded; prefill: prompt of the prefill column; answer: tokens
-    of each of `requests` at once (and of one alone), their prompts' time included; drafts: tokens checked beside
-    the one that is computed anyway."""
-
-    layers: int = 24
-    width: int = 1024
-    heads: int = 16
-    kv_heads: int = 4
-    mlp_width: int = 2816
-    vocab: int = 32000
-    prompt: int = 32
-    tokens: int = 48
-    prefill: int = 512
-    requests: int = 16
-    answer: int = 128
-    drafts: int = 10
-    rounds: int = 5
-
-
-QUICK = Size(
-    layers=4, width=256, heads=4, kv_heads=2, mlp_width=704, vocab=4000, tokens=16, prefill=128, answer=16, rounds=2
-)
+SOURCE, EIGHT = "source", "-a8"  # beside the folder: the GGUF folder it was made of; its type, activations in 8 bits
 
 
 def shape_of(size: Size) -> DecoderConfig:
@@ -77,10 +53,13 @@ class Pairs(Drafter):
 
 
 def load_in(folder: Path, form: str) -> Decoder:
-    """The folder's model with its matrices in that form."""
+    """The folder's model with its matrices in that form; one that is not of `FORMS` is a GGUF file's own type, whose
+    codes are kept."""
     from modicum.model.attach import attach
     from modicum.model.folder import load_model
 
+    if form not in FORMS:
+        return load_model(folder.parent / SOURCE, keep_quantized=True)
     model = load_model(folder)
     if places := FORMS[form][0]:
         attach(model, places)
@@ -90,14 +69,19 @@ def load_in(folder: Path, form: str) -> Decoder:
 # what is timed: each of these returns {column: () -> tokens per second} ------------------------------
 
 
-def modicum(folder: Path, size: Size, form: str) -> dict[str, Callable[[], float]]:
+def bits_of(form: str) -> int:
+    """Of what the matrices are multiplied with."""
+    return FORMS[form][1] if form in FORMS else 8 if form.endswith(EIGHT) else 16
+
+
+def modicum(folder: Path, size: Size, form: str) -> Columns:
     from modicum.serve.config import EngineConfig
     from modicum.serve.engine import Engine
     from modicum.serve.request import Request, SamplingParams
 
     model = load_in(folder, form)
     cache = f"{size.prefill + (size.prompt + size.answer + 16) * size.requests}tok"
-    config = EngineConfig(cache=cache, prefix_cache=False, activation_bits=FORMS[form][1])
+    config = EngineConfig(cache=cache, prefix_cache=False, activation_bits=bits_of(form))
     engine = Engine(model, None, config)
 
     def run(prompts: list[list[int]], tokens: int) -> list[Any]:
@@ -126,7 +110,7 @@ def modicum(folder: Path, size: Size, form: str) -> dict[str, Callable[[], float
         return (drafting.counters["steps"] - 1) / seconds
 
     many = [[i + 1] * size.prompt for i in range(size.requests)]
-    found: dict[str, Callable[[], float]] = {f"decode {form}": decode, f"prefill {form}": prefill}
+    found: Columns = {f"decode {form}": decode, f"prefill {form}": prefill}
     found[f"{size.drafts} drafts {form}"] = checked
     if form == "bf16":
         found[f"{size.requests} at once bf16"] = lambda: together(many)
@@ -134,7 +118,7 @@ def modicum(folder: Path, size: Size, form: str) -> dict[str, Callable[[], float
     return found
 
 
-def transformers(folder: Path, size: Size) -> dict[str, Callable[[], float]]:
+def transformers(folder: Path, size: Size, form: str) -> Columns:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -147,7 +131,7 @@ def transformers(folder: Path, size: Size) -> dict[str, Callable[[], float]]:
     def decode() -> float:
         return size.tokens / (run(size.prompt, size.tokens + 1) - run(size.prompt, 1))
 
-    return {"decode bf16": decode, "prefill bf16": lambda: size.prefill / run(size.prefill, 1)}
+    return {f"decode {form}": decode, f"prefill {form}": lambda: size.prefill / run(size.prefill, 1)}
 
 
 def seconds_of(work: Callable[[], Any]) -> float:

@@ -28,6 +28,7 @@ def bench(
     model: Annotated[
         str | None, typer.Option(help="A model folder or hub id, instead of a small one made here.")
     ] = None,
+    limit: Annotated[str, typer.Option(help="bench engine: time an engine has for each measurement.")] = "5m",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     evidence: Annotated[Path | None, typer.Option(help="Folder of the records [default: evidence/].")] = None,
     resume: Annotated[
@@ -38,15 +39,23 @@ def bench(
 ) -> None:
     """Measure a port's methods beside its baseline, at equal budget, over several seeds."""
     from modicum.bench import harness, plots, record, stats
-    from modicum.budget import Budget
+    from modicum.budget import Budget, units
     from modicum.core.choice import Choice
     from modicum.core.errors import ModicumError, UserError
     from modicum.core.events import Progress
 
     if port == "engine":
-        if plot or data or model or budget or scale or resume:
-            raise UserError("bench engine makes its own model; it takes METHOD (whom to measure), --quick and --json")
-        engine(method or [], parse_seeds(seeds)[0], quick=quick, evidence=evidence, as_json=as_json)
+        if plot or data or budget or scale or resume:
+            raise UserError("bench engine takes METHOD (whom to measure), --model, --limit, --quick and --json")
+        engine(
+            method or [],
+            parse_seeds(seeds)[0],
+            quick=quick,
+            evidence=evidence,
+            as_json=as_json,
+            model=model,
+            limit=units.parse(limit, "seconds"),
+        )
         return
     if port == "all":
         if method or plot or as_json:
@@ -111,7 +120,16 @@ def bench(
         raise ModicumError(f"{len(outcome.failures)} of {len(choices)} methods could not be measured; see above")
 
 
-def engine(names: list[str], seed: int, *, quick: bool, evidence: Path | None, as_json: bool) -> None:
+def engine(
+    names: list[str],
+    seed: int,
+    *,
+    quick: bool,
+    evidence: Path | None,
+    as_json: bool,
+    model: str | None = None,
+    limit: float = 300.0,
+) -> None:
     """`bench engine`: modicum's engine beside others, as tables on the terminal or as JSON."""
     from rich.console import Console
     from rich.table import Table
@@ -125,7 +143,12 @@ def engine(names: list[str], seed: int, *, quick: bool, evidence: Path | None, a
         raise UserError(f"bench engine knows {', '.join(known)}; got {', '.join(odd)}")
     size = bench_engine.QUICK if quick else bench_engine.Size()
     found = bench_engine.measure(
-        size, engines=names or None, seed=seed, progress=lambda text: print(text, file=sys.stderr)
+        size,
+        engines=names or None,
+        model=model,
+        limit=limit,
+        seed=seed,
+        progress=lambda text: print(text, file=sys.stderr),
     )
     path = record.folder(evidence) / "engine.jsonl"
     if not quick:
@@ -137,7 +160,10 @@ def engine(names: list[str], seed: int, *, quick: bool, evidence: Path | None, a
     for row in sorted(found["rows"], key=lambda r: (r["column"], -r["tokens_per_s"])):
         ratio = "—" if row["ratio"] is None else f"{row['ratio']:.2f}"
         table.add_row(row["engine"], row["column"], f"{row['tokens_per_s']:.1f}", f"{row['spread']:.0%}", ratio)
-    Console(width=110).print(table)
+    for name, why in found["skipped"].items():
+        table.add_row(name, f"left out: {why}", "—", "—", "—")
+    print(f"{found['model']['name']}, {found['model']['parameters'] / 1e6:.0f}M parameters")
+    Console(width=110, highlight=False).print(table)
     reached = ", ".join(f"{form} {share:.0%}" for form, share in found["share_of_read"].items())
     read = found["ceilings"]["read_bytes_per_s"] / 1e9
     print(f"memory is read at {read:.1f} GB/s; decoding reaches of it: {reached}")
@@ -149,8 +175,6 @@ def engine(names: list[str], seed: int, *, quick: bool, evidence: Path | None, a
         if eight := checks["eight_bit_logit_error"]:
             errors = ", ".join(f"{name} {error:.2g}" for name, error in eight.items())
             print(f"logit error of activations in eight bits: {errors}")
-    for name, why in found["skipped"].items():
-        print(f"{name} left out: {why}", file=sys.stderr)
 
 
 def every_port(**options: Any) -> None:
