@@ -96,6 +96,7 @@ def test_parts_are_joined_and_recorded(index: Path, tmp_path: Path) -> None:
     record = json.loads((folder / "source.json").read_text())
     assert record["packages"] == {"toy-part1": "1.0", "toy-part2": "1.0"}
     assert record["files"]["config.json"]["sha256"] == hashlib.sha256(WHOLE).hexdigest()
+    assert (sources.origin(folder), sources.origin(index)) == ("nobody/toy", str(index))
     assert left(tmp_path) == ["toy"]
     for path in index.iterdir():
         path.unlink()

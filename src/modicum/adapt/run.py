@@ -33,6 +33,7 @@ from modicum.model import attach
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_config, load_model, parse_dtype, save_model
 from modicum.model.linear import LinearForm
+from modicum.model.sources import origin
 from modicum.train.config import TrainConfig
 from modicum.train.evaluate import mean_loss
 from modicum.train.loop import Trainer
@@ -221,7 +222,7 @@ def _train(
     present = attach.forms(model)
     trainable = sum(p.numel() for form in present.values() for p in form.settled().trainable())
     low_rank = all(form.low_rank() is not None for form in present.values() if form.trainable())
-    adapter = save_peft(model, folder / "adapter", base_model=str(source)) if low_rank else None
+    adapter = save_peft(model, folder / "adapter", base_model=origin(source)) if low_rank else None
     learnt = {
         name: _Learnt(
             form.layout(),

@@ -139,6 +139,15 @@ def is_fetched(source: Source) -> bool:
     return isinstance(record, dict) and record.get("key") == source.key
 
 
+def origin(folder: Path) -> str:
+    """What a model folder is called elsewhere: the hub id of a fetched one, else its path."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return str(folder)
+    return str(record["origin"]) if isinstance(record, dict) and record.get("origin") else str(folder)
+
+
 def is_name(text: str) -> bool:
     """Whether `text` means a known name: not a path, and no model folder of that name stands here.
 
