@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modicum.core import registry
+from modicum.model import attend
 from modicum.model.attend import BlockAttend, DenseAttend, attention
 from modicum.model.attention.sliding import Config, Sliding
 from modicum.model.config import Rope, llama_like
@@ -51,6 +52,26 @@ def test_tiled_equals_naive_with_gradients(softcap, window, masked, T):
     theirs = torch.autograd.grad(reference, tensors, upstream)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("T", [37, 150])
+@pytest.mark.parametrize("masked", [False, True])
+def test_half_precision_takes_the_fused_kernel_forward_only(amx, grad, T, masked, monkeypatch):
+    """And both give what float64 gives, within bfloat16."""
+    tiled = []
+    monkeypatch.setattr(attend, "_has_amx", lambda: amx)
+    monkeypatch.setattr(attend, "tiled_attention", lambda *x, **more: tiled.append(T) or tiled_attention(*x, **more))
+    tensors = qkv(T, T, dtype=torch.bfloat16, grad=grad)
+    seen = torch.ones(T, T, dtype=torch.bool).tril()
+    out = attention(*tensors, scale=0.4, causal=True, mask=seen[None, None] if masked else None)
+    assert (tiled == []) == (not grad and (amx or T <= attend.FEW))
+    assert (out.double() - naive(*(x.detach().double() for x in tensors), 0.4, seen)).abs().max() < 0.03
+    with torch.no_grad():
+        tiled.clear()
+        attention(*tensors, scale=0.4, causal=True)
+    assert (tiled == []) == (amx or T <= attend.FEW)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,8 @@ from modicum.serve.config import EngineConfig, make_scheduler
 from modicum.serve.pace import TERMS, Learner, Load, StepTime
 from modicum.serve.schedulers import Job, Plan, Scheduler, State, _conformance
 from modicum.serve.schedulers._conformance import World, run_trace
+from modicum.serve.schedulers.fcfs import Config as FcfsConfig
+from modicum.serve.schedulers.fcfs import FirstComeFirstServed
 from modicum.serve.schedulers.sarathi import Config as SarathiConfig
 from modicum.serve.schedulers.sarathi import Sarathi
 from modicum.serve.schedulers.sarathi_serve import Config as ServeConfig
@@ -112,7 +114,12 @@ def test_prompts_are_counted_whole_on_admission() -> None:
 
 
 def test_the_latest_is_preempted_when_decodes_need_its_blocks() -> None:
-    for scheduler in (Sarathi(SarathiConfig(), 4, 8, 64, 8), SarathiServe(ServeConfig(budget=64), 4, 8, 64, 8)):
+    for scheduler in (
+        FirstComeFirstServed(FcfsConfig(), 4, 8, 64, 8),
+        FirstComeFirstServed(FcfsConfig(chunked=True), 4, 8, 64, 8),
+        Sarathi(SarathiConfig(), 4, 8, 64, 8),
+        SarathiServe(ServeConfig(budget=64), 4, 8, 64, 8),
+    ):
         for id in range(3):
             scheduler.add(Job(id, float(id), 8, 8))
             scheduler.commit(Plan(((id, 1),)))
@@ -120,6 +127,28 @@ def test_the_latest_is_preempted_when_decodes_need_its_blocks() -> None:
             scheduler.jobs[id].capacity, scheduler.jobs[id].own = 8, 2
         plan = scheduler.plan(scheduler.state(2, 0.0))  # each needs one block more, two are free
         assert plan == Plan(((0, 1), (1, 1)), (2,))
+
+
+def test_an_admission_leaves_the_reserve_to_those_that_run() -> None:
+    """100 blocks of 4, a tenth of them reserved; a prompt of 12 tokens needs three, and 13 must be free beside a job."""
+    for make in (
+        lambda: FirstComeFirstServed(FcfsConfig(reserve=0.1), 4, 100, 64, 8),
+        lambda: FirstComeFirstServed(FcfsConfig(reserve=0.1, chunked=True), 4, 100, 64, 8),
+        lambda: Sarathi(SarathiConfig(chunk=32, tile=0, reserve=0.1), 4, 100, 64, 8),
+        lambda: SarathiServe(ServeConfig(budget=64, reserve=0.1), 4, 100, 64, 8),
+    ):
+        for free, admitted in ((12, False), (13, True)):
+            scheduler = make()
+            scheduler.add(Job(0, 0.0, 4, 4))
+            scheduler.commit(Plan(((0, 4),)))
+            scheduler.advance(0, 4, 1)
+            scheduler.jobs[0].capacity, scheduler.jobs[0].own = 8, 2  # its next tokens need no block
+            scheduler.add(Job(1, 1.0, 12, 12))
+            plan = scheduler.plan(scheduler.state(free, 0.0))
+            assert (1 in dict(plan.run)) == admitted, (type(scheduler).__name__, free)
+        alone = make()
+        alone.add(Job(0, 0.0, 12, 12))
+        assert dict(alone.plan(alone.state(3, 0.0)).run) == {0: 12}, "nobody runs for whom to keep it"
 
 
 def test_step_times_are_learnt_from_the_clock() -> None:

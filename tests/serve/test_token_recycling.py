@@ -5,18 +5,25 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 import torch
 from serve_tools import tiny
 
 from modicum.serve.config import EngineConfig
+from modicum.serve.drafters import EMPTY, Tree
 from modicum.serve.drafters.token_recycling import CHILDREN, Config, TokenRecycling, template
 from modicum.serve.engine import Engine
 from modicum.serve.request import SamplingParams
 
-# Places of the paper's tree per level, and some of its paths (ranks from the root down).
-LEVELS = (8, 21, 25, 15, 8, 3)
-PATHS = {(0, 7), (1, 3), (7, 0), (0, 3, 0), (1, 1, 0), (5, 0, 0), (0, 1, 0, 0), (3, 0, 0, 0), (0, 0, 0, 1, 0, 0)}
-NO_PATHS = {(1, 4), (3, 2), (6, 0, 0), (0, 4, 1), (4, 0, 0, 0), (0, 0, 0, 0, 0, 2), (0, 0, 1, 0, 0, 0)}
+# The paper's tree (its code's template of 80 places) by levels: the ranks on the way from the root to each place.
+LEVELS = (
+    "0 1 2 3 4 5 6 7",
+    "00 01 02 03 04 05 06 07 10 11 12 13 20 21 22 30 31 40 50 60 70",
+    "000 001 002 003 004 005 006 007 010 011 012 020 021 030 040 050 060 070 100 101 110 200 300 400 500",
+    "0000 0001 0002 0003 0004 0010 0011 0020 0030 0040 0100 0200 1000 2000 3000",
+    "00000 00001 00002 00010 00020 00100 01000 10000",
+    "000000 000001 000100",
+)
 
 
 def paths(nodes: int, k: int) -> list[tuple[int, ...]]:
@@ -28,12 +35,9 @@ def paths(nodes: int, k: int) -> list[tuple[int, ...]]:
 
 
 def test_the_whole_tree_is_the_papers() -> None:
-    assert all(sum(level) == n for level, n in zip(CHILDREN, LEVELS, strict=True))
-    found = paths(80, 8)
-    assert len(set(found)) == 80 and tuple(sum(len(p) == d for p in found) for d in range(1, 7)) == LEVELS
-    levels = [sum(len(p) == d for p in found) for d in range(1, 7)]
-    assert len(set(found)) == 80 and levels == list(LEVELS)
-    assert [len(p) for p in found] == sorted(len(p) for p in found), "breadth first"
+    found = ["".join(map(str, path)) for path in paths(80, 8)]
+    assert found == " ".join(LEVELS).split(), "level by level, each in the order of its parents"
+    assert [sum(level) for level in CHILDREN] == [len(level.split()) for level in LEVELS] == [8, 21, 25, 15, 8, 3]
 
 
 def test_smaller_trees_are_parts_of_larger_ones() -> None:
@@ -89,3 +93,25 @@ def test_learns_across_requests() -> None:
         engine.generate([[1, 2, 3]], params)
         accepted.append(engine.counters["accepted_tokens"] - before)
     assert accepted[1] > accepted[0] + 5
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_rejected_drafts_are_recycled(prompts: bool) -> None:
+    """The row of a drafted token that was not taken is what the model would have said behind it."""
+    model, prompt, k = tiny(), [1, 2, 3, 4, 5], 4
+    choice = f"token-recycling:k={k},prompts={str(prompts).lower()}"
+    engine = Engine(model, None, EngineConfig(cache="1ktok", drafter=choice, draft_when="always"))
+    assert engine.drafting is not None
+    drafter = engine.drafting.drafter
+    assert isinstance(drafter, TokenRecycling)
+    taken = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0].tokens
+    below, beside = [v for v in range(50, 60) if v not in taken][:2]
+    drafter.known_V[:] = False
+    tree = Tree(np.array([below, beside, taken[1]]), np.array([-1, 0, -1]))  # a wrong one, one below it, the right one
+    drafter.propose = lambda tokens, budget: tree if len(tokens) == len(prompt) + 1 else EMPTY  # type: ignore
+    again = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0].tokens
+    assert again == taken and engine.counters["accepted_tokens"] >= 1
+    with torch.no_grad():
+        for token, before in ((below, []), (beside, [below])):
+            want = model(torch.tensor([[*prompt, taken[0], *before, token]]))[0, -1].topk(k).indices.tolist()
+            assert drafter.known_V[token] and drafter.next_VK[token].tolist() == want

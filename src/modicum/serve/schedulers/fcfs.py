@@ -9,9 +9,9 @@ step first decodes all running sequences and fills the rest of its tokens with p
     chunked:      step = decodes + prompt pieces, sum of tokens <= token limit
 
 When the cache is full, the sequence admitted last is preempted and computed anew later (Kwon et al.
-2023, arXiv:2309.06180, section 4.5: recomputation). Prefill-first batching: Yu et al., Orca, OSDI 2022.
-Departs from both: a reserve of blocks is kept on admission, so that running sequences can grow a little
-before the first preemption.
+2023, arXiv:2309.06180, section 4.5: recomputation). Prompts first and by themselves, and the reserve of blocks
+that an admission leaves for running sequences to grow into, are those of that paper's system (vLLM's watermark of 1 %).
+Departs: a preempted sequence goes back by its arrival, there to the front of the queue.
 """
 
 from __future__ import annotations

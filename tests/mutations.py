@@ -1,0 +1,314 @@
+"""Near misses that the tests must catch: wrong programs that look right, one change of the sources each.
+
+    python tests/mutations.py [WORD ...] [--list]
+
+copies the package and the tests to a temporary folder, plants one mutation after another there, and runs the test that
+must fail for it. WORD picks those whose file, test or description has it. Exits with 1 if a mutation lives.
+
+A test that was never seen failing may test nothing: whoever writes a method adds the mistake that is easiest to make.
+`old` must occur once in the file. `tests/test_mutations.py` checks that, and runs all of them where slow tests run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 300  # for one test
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    what: str
+    file: str  # below src/modicum
+    old: str
+    new: str
+    test: str  # below tests, as pytest is given it: FILE or FILE::NAME
+
+
+MUTATIONS = (
+    # serve: drafters
+    Mutation(
+        "another tree of 80 places with the same levels",
+        "serve/drafters/token_recycling.py",
+        "(8, 4, 3, 2, 1, 1, 1, 1),",
+        "(8, 3, 3, 2, 2, 1, 1, 1),",
+        "serve/test_token_recycling.py::test_the_whole_tree_is_the_papers",
+    ),
+    Mutation(
+        "a level of the tree shuffled",
+        "serve/drafters/token_recycling.py",
+        "(5, 2, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 1),",
+        "(5, 1, 2, 1, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 1),",
+        "serve/test_token_recycling.py::test_the_whole_tree_is_the_papers",
+    ),
+    Mutation(
+        "only rows of tokens that were taken are learnt",
+        "serve/draft.py",
+        "drafter.observe(tokens_T[rows], logits_RV)",
+        "drafter.observe(tokens_T[[rows[i] for i in at.values()]], logits_RV[list(at.values())])",
+        "serve/test_token_recycling.py::test_rejected_drafts_are_recycled",
+    ),
+    # serve: schedulers
+    Mutation(
+        "fcfs preempts the oldest",
+        "serve/schedulers/fcfs.py",
+        "victim = latest.pop()",
+        "victim = latest.pop(0)",
+        "serve/test_schedulers.py::test_the_latest_is_preempted_when_decodes_need_its_blocks",
+    ),
+    Mutation(
+        "fcfs without its reserve",
+        "serve/schedulers/fcfs.py",
+        "reserve = int(self.config.reserve * state.n_blocks)",
+        "reserve = 0",
+        "serve/test_schedulers.py::test_an_admission_leaves_the_reserve_to_those_that_run",
+    ),
+    Mutation(
+        "sarathi without its reserve",
+        "serve/schedulers/sarathi.py",
+        "reserve = int(self.config.reserve * state.n_blocks) if state.running else 0",
+        "reserve = 0",
+        "serve/test_schedulers.py::test_an_admission_leaves_the_reserve_to_those_that_run",
+    ),
+    Mutation(
+        "sarathi-serve without its reserve",
+        "serve/schedulers/sarathi_serve.py",
+        "reserve = int(self.config.reserve * state.n_blocks)",
+        "reserve = 0",
+        "serve/test_schedulers.py::test_an_admission_leaves_the_reserve_to_those_that_run",
+    ),
+    Mutation(
+        "a reserve also where nobody runs",
+        "serve/schedulers/fcfs.py",
+        "(reserve if state.running or run else 0)",
+        "reserve",
+        "serve/test_schedulers.py::test_an_admission_leaves_the_reserve_to_those_that_run",
+    ),
+    # serve: KV policies
+    Mutation(
+        "the prefix cache hides the end of a prompt from a policy after a preemption",
+        "serve/cache.py",
+        "most = min(most, prompt - self.policy.tail)",
+        "most = job.length - self.policy.tail",
+        "serve/test_snapkv.py::test_a_preempted_sequence_observes_its_prompts_end_again",
+    ),
+    Mutation(
+        "thinned sequences all attend by the first one's policy",
+        "serve/attend.py",
+        "itertools.groupby(thinned, _own_policy)",
+        "itertools.groupby(thinned, lambda w: None)",
+        "serve/test_kv.py::test_every_sequence_attends_by_its_own_policy",
+    ),
+    Mutation(
+        "thinned sequences all attend by the last one's policy",
+        "serve/thinned.py",
+        "self.policy = works[0].sample.policy if by_policy(works[0]) else None",
+        "self.policy = works[-1].sample.policy if any(map(by_policy, works)) else None",
+        "serve/test_kv.py",
+    ),
+    Mutation(
+        "a policy that fails to observe ends the step",
+        "serve/attend.py",
+        "self.faults[w.sample.id] = error",
+        "raise error",
+        "serve/test_kv.py::test_a_policy_that_fails_ends_its_own_request_alone",
+    ),
+    Mutation(
+        "a policy that fails to choose ends the step",
+        "serve/engine.py",
+        "faults[sample.id] = error",
+        "raise error",
+        "serve/test_kv.py::test_a_policy_that_fails_ends_its_own_request_alone",
+    ),
+    # serve: the kernels
+    Mutation(
+        "positions modulo 4096",
+        "serve/native/step.c",
+        "float angle = (float)step->position[job % rows] * rope->angles[r];",
+        "float angle = (float)(step->position[job % rows] % 4096) * rope->angles[r];",
+        "serve/test_native.py::test_keys_are_turned_by_the_angle_of_their_position",
+    ),
+    Mutation(
+        "cosines and sines rounded to bfloat16",
+        "serve/native/step.c",
+        "turn[r] = cosf(angle) * rope->scale, turn[half + r] = sinf(angle) * rope->scale;",
+        "turn[r] = cosf(angle) * rope->scale, turn[half + r] = sinf(angle) * rope->scale;\n"
+        "            if (s->m.half) for (int j = 0; j < 2; j++) {\n"
+        "                uint32_t bits; memcpy(&bits, turn + r + j * half, 4);\n"
+        "                bits = (bits + 0x8000) & 0xffff0000u; memcpy(turn + r + j * half, &bits, 4);\n"
+        "            }",
+        "serve/test_native.py::test_keys_are_turned_by_the_angle_of_their_position",
+    ),
+    Mutation(
+        "all rotations as wide as the widest",
+        "serve/native/step.c",
+        "int64_t half = rope->rotated / 2;",
+        "int64_t half = s->m.rotated / 2;",
+        "serve/test_native.py::test_float32_shapes",
+    ),
+    Mutation(
+        "keys rotated as wide as the widest rotation",
+        "serve/native/attention.h",
+        "half = turn ? m->rope[l->rope].rotated / 2 : 0;",
+        "half = turn ? m->rotated / 2 : 0;",
+        "serve/test_native.py::test_float32_shapes",
+    ),
+    Mutation(
+        "memory that is short is not noticed",
+        "serve/native/step.c",
+        "if (!found) *lacking = 1;",
+        "",
+        "serve/test_native.py::test_memory_that_is_not_to_be_had_is_said",
+    ),
+    Mutation(
+        "the state of a running step is freed at exit",
+        "serve/runner.py",
+        "self._finalizers[-1].atexit = False",
+        "self._finalizers[-1].atexit = True",
+        "serve/test_native.py::test_the_program_may_end_in_the_middle_of_a_step",
+    ),
+    # what starting costs
+    Mutation(
+        "the cache is written whole at start",
+        "serve/pages.py",
+        'if device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):',
+        "if True:",
+        "serve/test_start.py::test_memory_of_the_cache_is_taken_block_by_block",
+    ),
+    Mutation(
+        "mapped weights count as free memory",
+        "serve/config.py",
+        "memory_available() - mapped_bytes()",
+        "memory_available()",
+        "serve/test_start.py::test_auto_is_a_part_of_what_the_control_group_leaves",
+    ),
+    Mutation(
+        "weights are mapped for all readers to write to",
+        "model/safetensor.py",
+        "access=mmap.ACCESS_COPY",
+        "access=mmap.ACCESS_READ",
+        "model/test_safetensor.py",
+    ),
+    Mutation(
+        "pages of freed tensors stay",
+        "model/safetensor.py",
+        "mapped.madvise(mmap.MADV_DONTNEED, first, last - first)",
+        "pass",
+        "model/test_safetensor.py::test_memory_is_taken_as_it_is_read_and_given_back_tensor_by_tensor",
+    ),
+    Mutation(
+        "the first token waits for the weights to be moved",
+        "serve/runner.py",
+        "if not self._mapped or not self._state:",
+        "if not self._mapped:",
+        "serve/test_start.py::test_weights_leave_the_files_pages_after_the_first_token",
+    ),
+    Mutation(
+        "the embedding draws numbers that nobody reads",
+        "model/decoder.py",
+        "return nn.Embedding(rows, width, _weight=torch.empty(rows, width))",
+        "return nn.Embedding(rows, width)",
+        "serve/test_start.py::test_chat_and_serve_import_nothing_they_do_not_need",
+    ),
+    Mutation(
+        "a control group's limit is taken for what is left of it",
+        "budget/machine.py",
+        "rooms = [max(0, limit - used) for limit, used in _memory_groups(Path(root))]",
+        "rooms = [limit for limit, used in _memory_groups(Path(root))]",
+        "budget/test_machine.py::test_a_container_sees_its_limit_and_what_is_left_of_it",
+    ),
+)
+
+
+def picked(words: Sequence[str]) -> list[Mutation]:
+    return [m for m in MUTATIONS if not words or any(w in f"{m.what} {m.file} {m.test}" for w in words)]
+
+
+def copy(folder: Path) -> None:
+    """The package and its tests, without what running them left behind."""
+    for name in ("src", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def fails(folder: Path, test: str) -> bool:
+    """Whether a test fails in a copy. Raises RuntimeError if it could not be run."""
+    environment = os.environ | {
+        "PYTHONPATH": str(folder / "src"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),  # kernels of mutated sources go with the copy
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/{test}"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    if done.returncode not in (0, 1):  # 1: tests ran, some failed
+        raise RuntimeError(f"{test} could not be run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    if " passed" not in done.stdout and done.returncode == 0 and "skipped" in done.stdout:
+        raise RuntimeError(f"{test} is skipped here")
+    return done.returncode == 1
+
+
+def caught(folder: Path, mutation: Mutation) -> bool:
+    """Plant a mutation in a copy, run its test, and take the mutation out again."""
+    path = folder / "src" / "modicum" / mutation.file
+    source = path.read_text(encoding="utf-8")
+    if source.count(mutation.old) != 1:
+        raise RuntimeError(f"{mutation.file} has {source.count(mutation.old)} times: {mutation.old}")
+    path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        return fails(folder, mutation.test)
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        path.write_text(source, encoding="utf-8")
+
+
+def survivors(mutations: Iterable[Mutation]) -> list[Mutation]:
+    """Run them all, a line for each; those whose test passed. Raises RuntimeError if one could not be run."""
+    alive = []
+    with tempfile.TemporaryDirectory(prefix="modicum-mutations-") as place:
+        folder = Path(place)
+        copy(folder)
+        sound: set[str] = set()
+        for mutation in mutations:
+            start = time.monotonic()
+            if mutation.test not in sound and fails(folder, mutation.test):
+                raise RuntimeError(f"{mutation.test} fails without any mutation")
+            sound.add(mutation.test)
+            killed = caught(folder, mutation)
+            word = "caught" if killed else "LIVES "
+            print(f"{word} {time.monotonic() - start:6.1f} s  {mutation.what} ({mutation.file})", flush=True)
+            if not killed:
+                alive.append(mutation)
+    return alive
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("word", nargs="*")
+    parser.add_argument("--list", action="store_true")
+    given = parser.parse_args()
+    chosen = picked(given.word)
+    if given.list or not chosen:
+        print(*(f"{m.file}: {m.what} -> {m.test}" for m in chosen or MUTATIONS), sep="\n")
+        return 0 if chosen else 2
+    return 1 if survivors(chosen) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
