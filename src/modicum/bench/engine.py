@@ -29,6 +29,7 @@ from modicum.bench.engine_columns import EIGHT, FORMS, SOURCE, bits_of, load_in,
 from modicum.bench.engine_worker import QUICK, EngineFailed, Job, Size, Worker
 from modicum.core.errors import ModicumError, UserError
 from modicum.core.files import fingerprint
+from modicum.core.gguf import GgufFile, file_in
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
 
@@ -144,22 +145,17 @@ def _prepare(size: Size, model: str | None, folder: Path, seed: int) -> tuple[Si
     """Write the dense folder to measure; its size and shape, and the type of the GGUF file it came from, if any."""
     from modicum.compress.export import merged, write_folder
     from modicum.model.folder import find_folder, load_config, load_model
-    from modicum.model.gguf import read
 
     if model is None:
         make_folder(size, folder, seed)
         return size, shape_of(size), None
     source = find_folder(model)
-    kept = None
-    if (source / read.FILE).exists():
-        matrices = [
-            t.type.name
-            for n, t in read.GGUFFile(source / read.FILE).tensors.items()
-            if n.startswith("blk.") and len(t.shape) == 2
-        ]
-        kept = Counter(matrices).most_common(1)[0][0].lower()
+    kept, file = None, file_in(source)
+    if file is not None:
+        types = [t.type for n, t in GgufFile(file).tensors.items() if n.startswith("blk.") and len(t.shape) == 2]
+        kept = Counter(types).most_common(1)[0][0].lower()
         (folder.parent / SOURCE).symlink_to(source.resolve())
-        (folder.parent / f"{kept}.gguf").symlink_to((source / read.FILE).resolve())
+        (folder.parent / f"{kept}.gguf").symlink_to(file.resolve())
     loaded = load_model(source, dtype="bfloat16")
     merged(loaded)
     write_folder(loaded, folder, source)
@@ -218,7 +214,8 @@ def _shares(rows: dict[tuple[str, str], Row], shape: DecoderConfig, read: float)
         row = rows.get(("modicum", f"decode {form}"))
         if row is None:
             continue
-        model = Decoder(shape, init=False).to(torch.bfloat16)
+        with torch.device("meta"):
+            model = Decoder(shape).to(torch.bfloat16)
         if choice:
             attach(model, choice)
         total = sum(t.nbytes for name, t in model.layers.state_dict().items()) + sum(
