@@ -135,6 +135,7 @@ class Serve(Section):
 class Evaluate(Section):
     tasks: list[method("task")] = []  # type: ignore[valid-type]
     bytes: Bytes = 400_000.0  # held-out text scored by each variant of the model
+    questions: int = Field(0, ge=0)  # held-out questions with one documented answer, closed book against grounded
     speed_tokens: int = Field(32, ge=2)  # that each variant writes to say how fast it is
 
 

@@ -31,6 +31,7 @@ from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, phases, step_cost
 from modicum.train.forecast import step as train_step
 
+BATCH = 4  # requests that the plan times together
 EVAL_SEQUENCES = 512  # held-out sequences behind every loss of a run
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "bfloat16": "bfloat16", "float32": "float32"}
 
@@ -305,20 +306,33 @@ def encoder(planner: Planner) -> tuple[Encoder, Cost]:
     return found
 
 
+def batch_seconds(planner: Planner, prompt: int, answer: int) -> float:
+    """Seconds for each of `BATCH` requests that the engine answers together."""
+    return _engine_seconds(planner, prompt, answer, BATCH) / BATCH
+
+
 def answer_seconds(planner: Planner, prompt: int, answer: int) -> float:
     """Seconds of one answer of `answer` tokens to a prompt of `prompt` tokens by the engine, asked alone."""
+    return _engine_seconds(planner, prompt, answer, 1)
+
+
+def _engine_seconds(planner: Planner, prompt: int, answer: int, requests: int) -> float:
     from modicum.serve.config import EngineConfig
     from modicum.serve.engine import Engine
     from modicum.serve.request import SamplingParams
 
     def engine() -> Any:
-        return Engine(subject_model(planner), None, EngineConfig(cache="64MiB", max_length=prompt + answer + 16))
+        return Engine(subject_model(planner), None, EngineConfig(cache="128MiB", max_length=1024))
 
-    numbers = itertools.count()  # no two prompts alike, so that none is found in the cache
-
-    def ask() -> None:
+    def measure() -> float:
         sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
-        made.generate([[next(numbers) % 97, *[1] * (prompt - 1)]], sampling)
+        made = planner.object("engine", engine)
+        made.generate([[1, 2]], SamplingParams(temperature=0, max_tokens=2))
+        first = len(planner.memo)  # no two prompts alike, so that none is found in the cache
+        prompts = [[first % 97 + 3, i, *[1] * (prompt - 2)] for i in range(requests)]
+        began = time.perf_counter()
+        made.generate(prompts, sampling)
+        return time.perf_counter() - began
 
-    made = planner.object(f"engine {prompt + answer}", engine)
-    return planner.once(("answer", prompt, answer), lambda: repeated(ask, seconds=2.0, most=2))
+    seconds: float = planner.once(("engine", prompt, answer, requests), measure)
+    return seconds

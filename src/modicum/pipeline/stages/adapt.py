@@ -89,10 +89,13 @@ def plan(planner: Planner) -> StagePlan:
     tokenizer = Tokenizer.load(training.subject(planner))
     searcher = Searcher(planner.decisions["ground"]["sample"]) if recipe.adapt.grounded else None
     wanted = recipe.adapt.pairs + recipe.adapt.heldout_pairs
-    size = min(1.0, SAMPLED / wanted)
     before = resident_now()
+    with Meter() as reading:
+        _sides(recipe, curate["sample"], searcher, tokenizer, 0.0)
     with Meter() as meter:
-        sides = _sides(recipe, curate["sample"], searcher, tokenizer, size)
+        sides = _sides(recipe, curate["sample"], searcher, tokenizer, min(1.0, SAMPLED / wanted))
+    each = max(meter.seconds - reading.seconds, 0.0) / max(len(sides.train) + len(sides.heldout), 1)
+    making = reading.seconds / curate["sample_share"] + each * wanted
     lengths = [len(e) for e in prepare([*sides.heldout, *sides.train], tokenizer, config.sequence_length).examples]
     rows = len(list(pack_rows(lengths, range(len(lengths)), config.sequence_length))) / max(len(lengths), 1)
     passes = 2 * recipe.adapt.heldout_pairs * rows / told.micro  # before and after
@@ -101,7 +104,7 @@ def plan(planner: Planner) -> StagePlan:
         Cost(
             **cost.as_dict()
             | {
-                "seconds": cost.seconds + meter.seconds / size + scored,
+                "seconds": cost.seconds + making + scored,
                 "peak_bytes": cost.peak_bytes + max(meter.peak_bytes - before, 0),
                 "disk_bytes": shape.parameters() * 2 + 16 * cost.parameters,
             }

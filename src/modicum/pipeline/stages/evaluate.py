@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ from modicum.compress.run import weight_bytes
 from modicum.compress.yardstick import yardsticks
 from modicum.core.choice import Choice
 from modicum.data.curate import Curation
+from modicum.data.questions import Question, draw, questions
 from modicum.data.tokenizer import Tokenizer
+from modicum.evaluate import grounded
 from modicum.evaluate.lm import LMScore, bits_per_byte
 from modicum.model.folder import load_model
 from modicum.pipeline import training
 from modicum.pipeline.context import Context
 from modicum.pipeline.models import answering
 from modicum.pipeline.plan import Planner, StagePlan
-from modicum.pipeline.recipe import Recipe
+from modicum.pipeline.recipe import Recipe, Serve
 from modicum.pipeline.worker import trim_allocator
+from modicum.retrieve.search import Searcher
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 from modicum.serve.request import SamplingParams
@@ -28,15 +32,19 @@ from modicum.serve.request import SamplingParams
 BATCH_TOKENS = 2048  # of one forward pass: as fast as more on a CPU, and little memory
 OVERLAP = 0.0  # of a window, scored before and context only: small models gain nothing by it
 DICTIONARY_TEXT = 3 << 20  # bytes of training text that zstd's dictionary is made from
+CACHE = "192MiB"  # of keys and values, while questions are graded
+GRADED = (240, 24)  # tokens of a prompt and of a reply that the plan assumes for them: half of them have no passages
 PROMPT = 128  # tokens that a variant reads before it writes, to say how fast it is
 
 
 def needs(recipe: Recipe) -> tuple[str, ...]:
-    return ("curate", "pretrain", answering(recipe), *(("compress",) if recipe.compress else ()))
+    more = (("compress",) if recipe.compress else ()) + (("ground",) if recipe.evaluate.questions else ())
+    return ("curate", answering(recipe), *more)
 
 
 def uses(recipe: Recipe) -> dict[str, Any]:
-    return {"evaluate": recipe.evaluate.model_dump()}
+    shown = [recipe.serve.passages, recipe.serve.prompt_tokens, recipe.serve.mode] if recipe.serve else None
+    return {"evaluate": recipe.evaluate.model_dump(), "shown": shown if recipe.evaluate.questions else None}
 
 
 def plan(planner: Planner) -> StagePlan:
@@ -61,6 +69,9 @@ def plan(planner: Planner) -> StagePlan:
         tokens / (rows * length) * training.forward_seconds(planner, rows, length)
         + training.answer_seconds(planner, PROMPT, recipe.evaluate.speed_tokens) * 1.3
     )
+    if recipe.evaluate.questions:
+        graded = min(before, 2) * recipe.evaluate.questions
+        seconds += graded * training.batch_seconds(planner, *GRADED) + training.encoder(planner)[1].seconds
     peak = max(
         training.forward_peak(planner, rows, length),
         (meter.peak_bytes - resident) * more,
@@ -143,6 +154,7 @@ def run(context: Context) -> dict[str, Any]:
         "yardsticks": yardsticks(texts, _training_texts(curation)),
         "documents": len(texts),
         "text_bytes": sum(len(t.encode()) for t in texts),
+        "graded": _graded(context, curation, variants),
         "tasks": _tasks(context),
         "cost": {"tokens": tokens, "flops": flops},
     }
@@ -167,6 +179,43 @@ def _variants(context: Context) -> list[dict[str, Any]]:
         before = {"name": Path(recipe.adapt.model).name, "folder": base, "bytes": weight_bytes(base), "role": "before"}
         rows = [before, *rows]
     return rows
+
+
+def _graded(context: Context, curation: Curation, variants: list[dict[str, Any]]) -> dict[str, Any]:
+    """Held-out questions, closed book and with retrieved passages, by the model before it was adapted and after:
+    {role: figures}; empty where the corpus gives none."""
+    recipe = context.recipe
+    asked = draw(questions(curation.documents("heldout")), recipe.evaluate.questions, recipe.seed)
+    if not asked:
+        return {}
+    searcher = Searcher(context.figures("ground")["folder"])
+    shown = recipe.serve or Serve()
+    made = {}
+    for variant in variants:
+        if variant["role"] == "compressed":
+            continue
+        model = load_model(variant["folder"], dtype=training.DTYPES[recipe.pretrain.dtype])
+        config = EngineConfig(cache=CACHE, max_length=min(1024, model.config.context_length))
+        result = grounded.run(
+            Engine(model, Tokenizer.load(variant["folder"]), config),
+            with_gold(asked, searcher),
+            searcher,
+            k=shown.passages,
+            mode=shown.mode,
+            prompt_budget=min(shown.prompt_tokens, config.max_length - 64),
+            events=context.events,
+        )
+        made[variant["role"]] = {"model": variant["name"]} | result.as_dict(rows=True)
+        context.events.emit("graded", **made[variant["role"]] | {"rows": len(asked)})
+    return made
+
+
+def with_gold(asked: Sequence[Question], searcher: Searcher) -> list[grounded.Item]:
+    """The questions with the ids of the passages that hold their answers."""
+    ids: dict[tuple[str, str], list[str]] = {}
+    for passage in searcher.passages:
+        ids.setdefault((passage.source, passage.title), []).append(passage.id)
+    return [grounded.Item(q.id, q.question, q.answers, tuple(ids.get((q.document, q.evidence), ()))) for q in asked]
 
 
 def _speed(model: Any, tokens: int) -> float:
