@@ -32,6 +32,49 @@ def line(name: str, x: list[Any], y: list[Any], color: str, **more: Any) -> dict
     return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": width} | more
 
 
+def graded(figures: dict[str, Any], names: dict[str, str]) -> dict[str, Any] | None:
+    """Exact match and token F1 of every model, closed book and grounded, with 95% intervals."""
+    found = figures["evaluate"].get("graded")
+    if not found:
+        return None
+    traces = []
+    for colour, arm, label in ((GREY, "closed", "closed book"), (BLUE, "retrieved", "grounded")):
+        bars = [
+            (f"{names[role]}<br>{title}", g["figures"][arm][figure])
+            for figure, title in (("exact", "exact match"), ("f1", "token F1"))
+            for role, g in found.items()
+        ]
+        traces.append(
+            {
+                "type": "bar",
+                "name": label,
+                "x": [name for name, _ in bars],
+                "y": [v["value"] for _, v in bars],
+                "marker": {"color": colour},
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [v["high"] - v["value"] for _, v in bars],
+                    "arrayminus": [v["value"] - v["low"] for _, v in bars],
+                },
+            }
+        )
+    return figure(traces, "", "fraction of held-out questions", barmode="group", yaxis={"range": [0, 1]})
+
+
+def adapting(run: Run) -> dict[str, Any] | None:
+    """The loss on answers while the model is adapted, and on held-out ones before and after."""
+    steps = {e["tokens"]: e["loss"] for e in read_events(run.folder / "events.jsonl", "train", "adapt")}
+    held = {e["tokens"]: e["loss"] for e in read_events(run.folder / "events.jsonl", "heldout", "adapt")}
+    if len(steps) < 2:
+        return None
+    xs, ys = sorted(steps), sorted(held)
+    traces = [line("training answers", xs, [steps[x] for x in xs], BLUE)]
+    if held:
+        traces.append(line("held-out answers", ys, [held[x] for x in ys], ORANGE, mode="lines+markers"))
+    return figure(traces, "tokens", "loss (nats per answer token)", height=260)
+
+
 def loss_curve(run: Run) -> dict[str, Any] | None:
     steps = {e["tokens"]: e for e in read_events(run.folder / "events.jsonl", "train", "pretrain")}
     held = {e["tokens"]: e for e in read_events(run.folder / "events.jsonl", "heldout", "pretrain")}
@@ -113,7 +156,7 @@ def compression(run: Run) -> dict[str, Any] | None:
             "name": v["name"],
             "x": [v["bytes"] / 1e6],
             "y": [v["bits_per_byte"]],
-            "text": [v["name"]],
+            "text": ["as published" if v.get("role") == "before" else v["name"]],
             "textposition": "middle right",
             "error_y": {"type": "data", "array": [2 * v.get("stderr", 0)], "color": colours[i % 6]},
             "marker": {"color": colours[i % 6], "size": 11},

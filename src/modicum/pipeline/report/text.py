@@ -6,8 +6,10 @@ import json
 import textwrap
 from typing import Any
 
+from modicum.budget.units import bytes_text
 from modicum.core.files import read_json
 from modicum.pipeline.context import Run
+from modicum.pipeline.report import gains
 from modicum.pipeline.report.ledger import FIELDS, rows
 
 
@@ -32,20 +34,36 @@ def as_text(run: Run) -> str:
 
 
 def headline(run: Run) -> str:
-    lines = []
-    if run.done("predict") and run.done("pretrain"):
-        p, loss = run.figures("predict")["prediction"], run.figures("pretrain")["heldout_loss"]
+    figures = {name: run.figures(name) for name in read_json(run.folder / "ledger.json")["stages"]}
+    lines = [line for line in (gains.lead(figures), *_graded(figures)) if line]
+    if "predict" in figures and "pretrain" in figures:
+        p, loss = figures["predict"]["prediction"], figures["pretrain"]["heldout_loss"]
         inside = "inside" if p["low"] <= loss <= p["high"] else "OUTSIDE"
         lines.append(
             f"predicted loss {p['mean']:.3f} [{p['low']:.3f}, {p['high']:.3f}], measured {loss:.3f}: "
             f"{inside} the {p['level']:.0%} interval"
         )
-    if run.done("evaluate"):
-        figures = run.figures("evaluate")
-        best = figures["variants"][0]
-        others = ", ".join(f"{k} {v:.3f}" for k, v in figures["yardsticks"].items())
-        lines.append(f"held-out bits per byte: model {best['bits_per_byte']:.3f} against {others}")
+    if "evaluate" in figures:
+        known = gains.names(figures)
+        for v in figures["evaluate"]["variants"]:
+            lines.append(
+                f"{gains.title(v, known)}: {bytes_text(v['bytes'])}, {v['bits_per_byte']:.3f} bits per byte, "
+                f"{v['tokens_per_second']:.0f} tokens/s"
+            )
+        others = ", ".join(f"{k} {v:.3f}" for k, v in figures["evaluate"]["yardsticks"].items())
+        lines.append(f"general-purpose compressors on the same text: {others}")
     return "\n".join(lines)
+
+
+def _graded(figures: dict[str, Any]) -> list[str]:
+    known, found = gains.names(figures), gains.graded(figures)
+    return [
+        f"{known[role]}, {gains.ARMS[arm]}: exact match {f['exact']['value']:.0%} "
+        f"[{f['exact']['low']:.0%}, {f['exact']['high']:.0%}], token F1 {f['f1']['value']:.2f} "
+        f"[{f['f1']['low']:.2f}, {f['f1']['high']:.2f}] on {g['questions']} held-out questions"
+        for role, g in found.items()
+        for arm, f in g["figures"].items()
+    ]
 
 
 def answers_text(run: Run) -> str:
@@ -56,7 +74,10 @@ def answers_text(run: Run) -> str:
         text = textwrap.fill(
             " ".join(answer["text"].split()) or "(empty answer)", 100, initial_indent="  ", subsequent_indent="  "
         )
-        sources = [f"  [{i}] {s['title']}  {s['source']}" for i, s in enumerate(answer["sources"], 1)]
+        sources = [
+            f"  [{i}]{'*' if i in answer['citations'] else ' '} {s['title']}  {s['source']}"
+            for i, s in enumerate(answer["sources"], 1)
+        ]
         blocks.append("\n".join([f"Q: {answer['question']}", text, *sources]))
     return "\n\n".join(blocks)
 
