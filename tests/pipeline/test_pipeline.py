@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import pipeline_toys
 import pytest
 
 from modicum.budget import Cost
 from modicum.core.errors import BudgetError, UserError
+from modicum.core.events import read_events
 from modicum.pipeline import STAGES
 from modicum.pipeline.context import Run, stage_fingerprint, stages_of
 from modicum.pipeline.models import with_models
@@ -36,6 +38,7 @@ SMALL = [
     "pretrain.sequence_length=64",
     "adapt.sequence_length=64",
 ]
+MODULES = ("json", "argparse", "textwrap", "heapq", "ast", "inspect", "typing", "random", "string", "shutil")
 OWN = ["adapt.model=null", "adapt.grounded=0", "adapt.batch_tokens=1024", "ground.encoder=null", "fallback=null"]
 
 
@@ -203,7 +206,7 @@ def test_a_disk_that_fills_up_ends_a_stage_in_one_line(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
     try:
-        corpus = _corpus(tmp_path / "notes", "json", "argparse", "textwrap", "heapq", "string", "shutil")
+        corpus = pipeline_toys.corpus(tmp_path / "notes", "json", "argparse", "textwrap", "heapq", "string", "shutil")
         overrides = [f"corpus={corpus}", *SMALL, *OWN]
         (disk / "run").mkdir()
         recipe = load(RECIPES[0].parent / "quickstart.yaml", overrides)
@@ -238,6 +241,7 @@ def _figures(folder: Path) -> dict[str, object]:
         "adapter",
         "stats",
         "queries_per_second",
+        "training_seconds",
         "milliseconds",
     }
 
@@ -249,16 +253,33 @@ def _figures(folder: Path) -> dict[str, object]:
     return {s: plain(json.loads((folder / "stages" / s / "done.json").read_text())["figures"]) for s in STAGES}
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Overrides that name stand-ins for the two published models of the quickstart, over a small corpus."""
+    folder = tmp_path_factory.mktemp("published")
+    notes = pipeline_toys.corpus(folder / "notes", *MODULES)
+    texts = [p.read_text() for p in notes.iterdir()]
+    model, encoder = pipeline_toys.chat_model(folder / "llama", texts), pipeline_toys.encoder(folder / "bert", texts)
+    return [
+        f"corpus={notes}",
+        f"adapt.model={model}",
+        f"ground.encoder={encoder}",
+        "adapt.sequence_length=512",
+        "adapt.batch_tokens=1024",
+        "adapt.tokens=10ktok",
+        "adapt.heldout_pairs=10",
+        "evaluate.questions=10",
+        "fallback=null",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_kill_in_every_stage_ends_with_the_same_figures(tmp_path):
-    """Two walks over a small corpus: one undisturbed, one whose every stage is killed once while it works."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for name in ("json", "argparse", "textwrap", "heapq", "ast", "inspect", "typing", "random", "string", "shutil"):
-        source = __import__(name).__file__
-        (corpus / f"{name}.py").write_text(Path(source).read_text())
-    command = ["run", str(RECIPES[0].parent / "quickstart.yaml"), f"corpus={corpus}", *SMALL, *OWN]
+@pytest.mark.parametrize("which", ["own", "published"])
+def test_a_kill_in_every_stage_ends_with_the_same_figures(tmp_path, published, which):
+    """Two runs over a small corpus: one undisturbed, one whose every stage is killed once while it works."""
+    more = published if which == "published" else [published[0], *OWN, "evaluate.questions=0"]
+    command = ["run", "quickstart", *SMALL, *more]
     assert _modicum(*command, "--out", str(tmp_path / "calm")).wait() == 0
     killed: list[str] = []
     cut = tmp_path / "kill"
@@ -270,7 +291,7 @@ def test_a_kill_in_every_stage_ends_with_the_same_figures(tmp_path):
         while process.poll() is None:
             worker = subprocess.run(["pgrep", "-f", f"pipeline.worker {cut} {stage} "], capture_output=True, text=True)
             if worker.stdout.strip():
-                time.sleep(3.5)
+                _until_at_work(cut, stage, seconds=3.5)
                 process.send_signal(signal.SIGKILL)
                 killed.append(stage)
                 break
@@ -283,11 +304,15 @@ def test_a_kill_in_every_stage_ends_with_the_same_figures(tmp_path):
     assert (cut / "report.html").stat().st_size > 10_000 and not os.path.exists(cut / "stages" / "failed.json")
 
 
-def _corpus(folder: Path, *modules: str) -> Path:
-    folder.mkdir()
-    for name in modules:
-        (folder / f"{name}.py").write_text(Path(__import__(name).__file__ or "").read_text())
-    return folder
+def _until_at_work(folder: Path, stage: str, seconds: float) -> None:
+    """Wait until the stage has told of work of its own, or `seconds` have passed."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if any(
+            e["kind"] not in ("stage_start", "stage_end") for e in read_events(folder / "events.jsonl", stage=stage)
+        ):
+            return
+        time.sleep(0.05)
 
 
 @pytest.mark.timeout(600)
@@ -299,7 +324,7 @@ def test_a_folder_and_a_real_model_take_the_same_road(tmp_path):
     from modicum.data.tokenizer import Tokenizer
     from modicum.model.folder import load_config
 
-    corpus = _corpus(tmp_path / "notes", "json", "argparse", "textwrap", "heapq", "string", "shutil")
+    corpus = pipeline_toys.corpus(tmp_path / "notes", "json", "argparse", "textwrap", "heapq", "string", "shutil")
     texts = [p.read_text() for p in corpus.iterdir()]
     (corpus / "picture.txt").write_bytes(bytes(range(256)) * 40)  # what is no text is left out, and said
     tokenizer = Tokenizer.train(texts, 600)

@@ -195,14 +195,14 @@ def _graded(context: Context, curation: Curation, variants: list[dict[str, Any]]
         if variant["role"] == "compressed":
             continue
         model = load_model(variant["folder"], dtype=training.DTYPES[recipe.pretrain.dtype])
-        config = EngineConfig(cache=CACHE, max_length=min(1024, model.config.context_length))
+        length = min(1024, model.config.context_length)
         result = grounded.run(
-            Engine(model, Tokenizer.load(variant["folder"]), config),
+            Engine(model, Tokenizer.load(variant["folder"]), EngineConfig(cache=CACHE, max_length=length)),
             with_gold(asked, searcher),
             searcher,
             k=shown.passages,
             mode=shown.mode,
-            prompt_budget=min(shown.prompt_tokens, config.max_length - 64),
+            prompt_budget=min(shown.prompt_tokens, length - 64),
             events=context.events,
         )
         made[variant["role"]] = {"model": variant["name"]} | result.as_dict(rows=True)
