@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from mutations import MUTATIONS, ROOT, Mutation, survivors  # noqa: E402
+from mutations import MUTATIONS, ROOT, Mutation, survivors
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.what)

@@ -130,7 +130,7 @@ def test_the_latest_is_preempted_when_decodes_need_its_blocks() -> None:
 
 
 def test_an_admission_leaves_the_reserve_to_those_that_run() -> None:
-    """100 blocks of 4, a tenth of them reserved; a prompt of 12 tokens needs three, and 13 must be free beside a job."""
+    """100 blocks of 4, a tenth reserved; a prompt of 12 tokens needs three, and 13 must be free beside a job."""
     for make in (
         lambda: FirstComeFirstServed(FcfsConfig(reserve=0.1), 4, 100, 64, 8),
         lambda: FirstComeFirstServed(FcfsConfig(reserve=0.1, chunked=True), 4, 100, 64, 8),
