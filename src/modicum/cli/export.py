@@ -37,6 +37,7 @@ def export(
     """Write MODEL, its adapters and linear forms merged in, for programs that know nothing of modicum."""
     from modicum.compress import export as run
     from modicum.core.errors import UserError
+    from modicum.core.gguf import file_in
     from modicum.model.folder import find_folder, load_model
     from modicum.model.gguf.write import Types
 
@@ -48,7 +49,8 @@ def export(
         )
     types = Types(matrices=type, embeddings=embeddings, fallback=fallback, patterns=_patterns(tensor or []))
     source = find_folder(model)
-    loaded = load_model(source)
+    # What a GGUF file's blocks stand for is no bfloat16: rounded to it, they would not be written as they were.
+    loaded = load_model(source, dtype="float32" if kind == "gguf" and file_in(source) is not None else None)
     if adapter is not None:
         from modicum.adapt.peft_format import load_peft
 

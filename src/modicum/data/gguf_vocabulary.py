@@ -11,21 +11,26 @@ import json
 from typing import Any
 
 from modicum.core.errors import UserError
+from modicum.core.gguf.tokenizer import (
+    BYTE,
+    CONTRACTIONS,
+    CONTROL,
+    GPT2,
+    NFC,
+    NORMAL,
+    SPLITS,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    WHOLE_WORDS,
+)
 from modicum.data.tokenizer import Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Regular expressions in order, with whether a word that is a token skips the merges: llama.cpp's name for them.
-PRE = {
-    ((GPT2,), False): "gpt-2",
-    ((r"\p{N}", GPT2), False): "smollm",
-    ((CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST,), False): "dbrx",
-    ((CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
-    ((CONTRACTIONS + _WORDS + r"\p{N}" + _REST,), False): "qwen2",
-}
+# Regular expressions in order, whether a word that is a token skips the merges, whether text is brought to NFC first:
+# the first of llama.cpp's names for that.
+PRE: dict[tuple[tuple[str, ...], bool, bool], str] = {}
+for _name, _splits in SPLITS.items():
+    PRE.setdefault((_splits, _name in WHOLE_WORDS, _name in NFC), _name)
 
 
 def vocabulary(tokenizer: Tokenizer, size: int) -> tuple[dict[str, Any], list[str]]:
@@ -80,15 +85,17 @@ def _tokens(described: dict[str, Any], size: int) -> tuple[list[str], list[int]]
 def _byte_level(described: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     normalizer = (described["normalizer"] or {}).get("type")
     if normalizer == "NFC":
-        notes.append("llama.cpp does not normalise text to NFC, as this tokenizer does")
+        notes.append("llama.cpp does not bring text to NFC, as this tokenizer does")
     elif normalizer is not None:
         raise UserError(f"llama.cpp has no {normalizer} normaliser for byte-level BPE; {_WITHOUT}")
-    rules = _regular_expressions(described["pre_tokenizer"]), bool(described["model"].get("ignore_merges"))
-    name = PRE.get(rules) or PRE.get((rules[0], False))
-    if name is None:
-        raise UserError(f"llama.cpp has no name for this tokenizer's way to split text ({rules[0]!r}); {_WITHOUT}")
-    if rules not in PRE:
-        notes.append("a word that is a token is not kept whole where its merges lead elsewhere (ignore_merges)")
+    splits = _regular_expressions(described["pre_tokenizer"])
+    whole, nfc = bool(described["model"].get("ignore_merges")), normalizer == "NFC"
+    near = [(splits, w, n) for w in (whole, not whole) for n in (nfc, not nfc) if (splits, w, n) in PRE]
+    if not near:
+        raise UserError(f"llama.cpp has no name for this tokenizer's way to split text ({splits!r}); {_WITHOUT}")
+    if near[0][1] != whole:
+        notes.append("llama.cpp decides otherwise whether a word that is a token skips the merges (ignore_merges)")
+    name = PRE[near[0]]
     merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
 
