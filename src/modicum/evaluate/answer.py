@@ -156,6 +156,7 @@ class Answerer:
             config = self.config
             if config.cache == "auto":
                 tokens = max(8 * config.max_batch_tokens, longest + 2 * config.block_size)
+                tokens = min(tokens, config.max_sequences * (context_limit(self.model) + config.block_size))
                 config = dataclasses.replace(config, cache=f"{tokens}tok")
             self._engine = None
             self._engine = Engine(self.model, self.tokenizer, config)
