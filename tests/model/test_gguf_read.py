@@ -191,3 +191,61 @@ def test_writing_to_a_loaded_weight_leaves_the_file_alone(tmp_path: Path) -> Non
         for p in model.parameters():
             p.add_(1)
     assert path.read_bytes() == before
+
+
+def raw_types() -> list[str]:
+    return [t.name for t in gguf.quants._type_traits if t.name not in ("BF16",)]
+
+
+@pytest.mark.parametrize("kind", raw_types())
+def test_raw_blocks_of_every_type(kind: str, tmp_path: Path) -> None:
+    """Random bytes are blocks of every type: also of those that the package can read but not write."""
+    number = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    raw = np.random.default_rng(3).integers(0, 256, (40, 512 // block * size), dtype=np.uint8)
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    writer.add_tensor("x", raw, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensor = GgufFile(tmp_path / "m.gguf").tensors["x"]
+    assert (tensor.type, tensor.shape) == (kind, (40, 512))
+    with np.errstate(all="ignore"):
+        wanted = gguf.dequantize(raw, number)
+        got = values_of(tensor, torch.float32).numpy()
+    assert np.array_equal(got, wanted, equal_nan=True)
+
+
+def test_a_folder_with_nothing_but_the_file(tmp_path: Path) -> None:
+    from modicum.model.folder import load_config, load_model
+
+    model = decoder(SHAPES["llama"])
+    write(tmp_path / "model.gguf", model, "Q8_0")
+    assert load_config(tmp_path).width == model.config.width
+    assert not forms(load_model(tmp_path)) and load_model(tmp_path).dtype == torch.bfloat16
+    kept = load_model(tmp_path, keep_quantized=True)
+    assert {str(form.choice) for form in forms(kept).values()} == {"ggml:type=q8_0"}
+    assert not forms(load_model(tmp_path / "model.gguf", dtype="float32", keep_quantized=True))
+
+
+def test_llama_cpp_computes_the_same_logits(tmp_path: Path) -> None:
+    """In float32 to its rounding (its GELU is a table of float16); where it rounds activations to eight bits, this
+    decoder is nearer to the truth."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    texts = [f"t{i}" for i in range(64)]
+    more = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": texts, "tokenizer.ggml.merges": ["t 1"]}
+    tokens = [int(i) for i in np.random.default_rng(4).integers(0, 64, 24)]
+    for name in ("llama", "gemma3", "qwen3"):
+        for kind, near in (("F32", 1e-5 if name != "gemma3" else 1e-3), ("Q8_0", 0.05), ("Q4_1", 0.2)):
+            path = write(tmp_path / f"{name}-{kind}.gguf", decoder(SHAPES[name]), kind, **more)
+            theirs = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False, type_k=0, type_v=0)
+            theirs.eval(tokens)
+            got = torch.tensor(np.array(theirs.scores[: len(tokens)])).double()
+            theirs.close()
+            with torch.inference_mode():
+                want = load(path, dtype=torch.float64)(torch.tensor([tokens]))[0]
+                kept = load(path, dtype=torch.float32, keep_quantized=True)(torch.tensor([tokens]))[0].double()
+            distance, ours = ((x - want).norm() / want.norm() for x in (got, kept))
+            assert distance < near and ours < 1e-5, (name, kind, float(distance), float(ours))
+            assert kind == "F32" or ours < distance

@@ -171,16 +171,20 @@ class GgufFile:
         inner, count = self._scalar("I"), self._scalar("Q")
         if inner in _SCALARS:
             return list(struct.unpack_from(f"<{count}{_SCALARS[inner]}", self._map, self._at))
-        found = []
+        found: list[Any] = []
+        if inner == _STRING:  # hundreds of thousands in a vocabulary
+            at, data, length = self._at, self._map, struct.Struct("<Q").unpack_from
+            for _ in range(count):
+                end = at + 8 + length(data, at)[0]
+                found.append(data[at + 8 : end].decode("utf-8", "replace"))
+                at = end
+            return found
         for _ in range(count):
-            if inner == _STRING:
-                found.append(self._bytes().decode("utf-8", "replace"))
-            else:
-                begin = self._at
-                self._skip(inner)
-                end = self._at
-                found.append(self._value(inner, begin))
-                self._at = end
+            at = self._at
+            self._skip(inner)
+            end = self._at
+            found.append(self._value(inner, at))
+            self._at = end
         return found
 
     # --- what the keys say ------------------------------------------------------------------------

@@ -33,8 +33,8 @@ SPLITS = {
     "tekken": (TEKKEN,),
     **dict.fromkeys(("gpt-4o", "llama4"), (GPT4O,)),
 }  # fmt: skip
-#: Names under which a word that is a token is kept whole, whatever its merges say.
-WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken", "gpt-4o", "llama4")
+#: Names under which a word that is a token is kept whole, whatever its merges say, and a prompt gets a bos by default.
+WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
 #: Names whose models bring text to NFC first.
 NFC = ("qwen2", "deepseek-r1-qwen", "megrez", "kormo")
 
@@ -100,8 +100,8 @@ def _texts(file: GgufFile) -> list[str]:
 
 
 def _ends(file: GgufFile) -> tuple[bool, bool]:
-    """Whether bos and eos are put around a prompt. Without a key, SentencePiece's vocabularies get a bos."""
-    default = file.require("tokenizer.ggml.model") == "llama"
+    """Whether bos and eos are put around a prompt. Without a key, SentencePiece's and Llama 3's get a bos."""
+    default = file.require("tokenizer.ggml.model") == "llama" or file.metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
     bos, eos = (file.metadata.get(f"tokenizer.ggml.add_{name}_token") for name in ("bos", "eos"))
     return bool(default if bos is None else bos), bool(eos)
 
@@ -189,12 +189,14 @@ def _sentencepiece(file: GgufFile, texts: list[str], types: list[int]) -> Any:
 def _implied_merges(
     file: GgufFile, texts: list[str], types: list[int], vocabulary: dict[str, int]
 ) -> list[tuple[str, str]]:
-    """Every pair of tokens whose join is a token, by the score of the join, then by place, shorter left part last."""
+    """Every pair of tokens whose join is a token, best score first; user-defined tokens, which SentencePiece cuts out
+    of the text before it merges anything, go before all others."""
     scores = file.require("tokenizer.ggml.scores")
     if len(scores) != len(texts):
         raise UserError(f"{file.path} has {len(texts)} tokens and {len(scores)} scores; convert it again")
-    usable = {text for text, type_ in zip(texts, types, strict=True) if type_ in (NORMAL, USER_DEFINED)}
-    order = sorted((i for i, type_ in enumerate(types) if type_ in (NORMAL, USER_DEFINED)), key=lambda i: -scores[i])
+    mergeable = [i for i, type_ in enumerate(types) if type_ in (NORMAL, USER_DEFINED)]
+    usable = {texts[i] for i in mergeable}
+    order = sorted(mergeable, key=lambda i: (types[i] != USER_DEFINED, -scores[i]))
     found = []
     for i in order:
         text = texts[i]
