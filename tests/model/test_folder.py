@@ -53,9 +53,9 @@ def test_flops_are_those_of_the_matrix_products():
     """Against PyTorch's own counter, with attention counted in full (as it does), then causally by hand."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    # in which attention is made of products that the counter sees
+    # in which attention, where gradients are wanted, is made of products that the counter sees
     model, T = tiny().to(torch.bfloat16), 32
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, T, dtype=torch.long))
     config = model.config
     full = 2 * 2 * config.heads * config.head_dim * T * T * config.layers

@@ -389,7 +389,7 @@ def work():
 threading.Thread(target=work, daemon=True).start()
 while not engine.runner._state:
     time.sleep(0.01)
-time.sleep(0.05)
+time.sleep(0.5)  # a step takes seconds: it has begun
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
