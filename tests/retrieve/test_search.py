@@ -295,8 +295,11 @@ def test_answer_lists_sources_and_what_it_cites(folder):
     assert [s.number for s in answer.sources] == [1, 2, 3] and [s.cited for s in answer.sources] == [True, False, False]
     assert answer.sources[0].id == "socket.read" and answer.sources[0].source == "lib/socket.py:3"
     prompt = seen[0][-1]["content"]
-    assert all(f"[{s.number}] {s.title} ({s.source})\n{s.excerpt}" in prompt for s in answer.sources)
-    assert prompt.endswith("Question: How do I read a socket?") and answer.seconds_to_first <= answer.seconds
+    assert all(f"[{s.number}] {s.title}\n{s.excerpt}" in prompt for s in answer.sources)
+    assert (
+        prompt.endswith(f"Question: How do I read a socket?\n{ground.CUE}")
+        and answer.seconds_to_first <= answer.seconds
+    )
     assert answer.prompt_tokens == sum(ground.approximate_tokens(m["content"]) + 4 for m in seen[0])
     json.dumps(answer.as_dict())
 

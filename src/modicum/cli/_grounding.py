@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from modicum.retrieve.search import Hit, Searcher
     from modicum.serve.grounding import Messages
 
-PROMPT_TOKENS = 2048  # longest prompt with its passages, as for `modicum ask`
-
 
 class IndexGrounding:
     """A folder made by `modicum index`, opened when it is first needed or by `open_in_background`.
@@ -38,11 +36,13 @@ class IndexGrounding:
         self._lock = threading.Lock()  # one search at a time: encoders are not made for several threads
         self._count: Callable[[str], int] = len
         self._plain: Callable[[str], str] = str
-        self._context = PROMPT_TOKENS
+        self._context = 2048
 
     def use(self, tokenizer: Tokenizer, context: int) -> None:
         """The model that answers: its tokenizer, and its longest sequence in tokens (prompt and answer)."""
         self._count = lambda text: len(tokenizer.encode(text, specials=False))
+        from modicum.serve.messages import without_specials
+
         self._plain, self._context = without_specials(tokenizer), context
 
     def open_in_background(self) -> threading.Thread:
@@ -75,7 +75,7 @@ class IndexGrounding:
 
     def ground(self, messages: Messages, k: int, max_tokens: int | None) -> tuple[Messages, list[dict[str, Any]]]:
         """Searches with the last message; earlier turns stay in the prompt without the passages they had."""
-        from modicum.retrieve.ground import SYSTEM, compose
+        from modicum.retrieve.ground import SYSTEM, compose, prompt_budget_for
 
         *earlier, last = messages
         if last["role"] != "user":
@@ -84,7 +84,7 @@ class IndexGrounding:
         system = "\n\n".join([SYSTEM, *(m["content"] for m in earlier if m["role"] == "system")])
         turns = [m for m in earlier if m["role"] != "system"]
         answer = min(max_tokens or self._context // 4, self._context // 2)
-        budget = min(PROMPT_TOKENS, self._context - answer - sum(self._count(m["content"]) + 8 for m in turns))
+        budget = min(prompt_budget_for(k), self._context - answer - sum(self._count(m["content"]) + 8 for m in turns))
         (instructions, asked), sources, _ = compose(question, self._hits(question, k), budget, self._count, system)
         asked["content"] = self._plain(asked["content"])  # a passage must not open a turn of its own
         return [instructions, *turns, asked], [
@@ -99,15 +99,3 @@ class IndexGrounding:
             if self._searcher is None:
                 self._searcher = Searcher(self.folder, device=self._device)
             return self._searcher.search(query, k)
-
-
-def without_specials(tokenizer: Tokenizer) -> Callable[[str], str]:
-    """Breaks up the names of special tokens in a text: a passage must not open a turn of its own."""
-    specials = [t.content for t in tokenizer.backend.get_added_tokens_decoder().values() if t.special]
-
-    def plain(text: str) -> str:
-        for name in specials:
-            text = text.replace(name, name[:1] + " " + name[1:])
-        return text
-
-    return plain

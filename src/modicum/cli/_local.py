@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modicum.cli._grounding import without_specials
 from modicum.retrieve.ground import Generate, Generated, Messages
 
 
 def local_generator(
-    model: str, *, max_tokens: int = 256, temperature: float = 0.0, device: str = "cpu", dtype: str | None = None
+    model: str, *, max_tokens: int = 128, temperature: float = 0.0, device: str = "cpu", dtype: str | None = None
 ) -> tuple[Generate, Callable[[str], int], int]:
     """(generate, token count of a text, the model's context length). The model loads here, once."""
     from modicum.data.tokenizer import Tokenizer
     from modicum.model.folder import find_folder, load_model
     from modicum.serve.config import EngineConfig
     from modicum.serve.engine import Engine
-    from modicum.serve.request import SamplingParams
+    from modicum.serve.messages import greedy_params, prompt_ids
 
     folder = find_folder(model)
     tokenizer = Tokenizer.load(folder)
     decoder = load_model(folder, dtype=dtype, device=device, keep_quantized=True)
     engine = Engine(decoder, tokenizer, EngineConfig(max_sequences=1))
-    plain = without_specials(tokenizer)
+    params = replace(greedy_params(max_tokens), temperature=temperature)
 
     def generate(messages: Messages, on_text: Callable[[str], None]) -> Generated:
-        prompt = tokenizer.chat([m | {"content": plain(m["content"])} for m in messages])
-        ids = tokenizer.encode(prompt, specials=True)
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+        ids = prompt_ids(tokenizer, messages)
         pieces: list[str] = []
         count = 0
         for update in engine.stream(ids, params):
@@ -42,8 +40,7 @@ def local_generator(
     def count(text: str) -> int:
         return len(tokenizer.encode(text, specials=False))
 
-    context: Any = engine.max_length
-    return generate, count, int(context)
+    return generate, count, int(engine.max_length)
 
 
 def served_decoder(

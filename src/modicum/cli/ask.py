@@ -17,15 +17,12 @@ def ask(
         typer.Option(help="A model folder to answer with; with --url, the name of a model that the server has."),
     ] = None,
     url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server: http://127.0.0.1:8000/v1.")] = None,
-    k: Annotated[int, typer.Option("-k", help="Passages to ground on.")] = 5,
+    k: Annotated[int, typer.Option("-k", help="Passages to ground on; more for a larger model.")] = 2,
     mode: Annotated[str | None, typer.Option(help="bm25, dense or fused (if there is an encoder).")] = None,
     prompt_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Longest prompt with its sources; what the model's context leaves, at most 2048, if left out."
-        ),
+        int | None, typer.Option(help="Longest prompt with its sources; 160 for each passage if left out.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     encoder: Annotated[str | None, typer.Option(help="Where the encoder's model is now, if it moved.")] = None,
     device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
@@ -54,7 +51,7 @@ def ask(
                 f"--prompt-tokens {prompt_tokens} and --max-tokens {max_tokens} exceed the model's context "
                 f"of {context}; their sum must stay within it"
             )
-        prompt_tokens = prompt_tokens or min(2048, room)
+        prompt_tokens = prompt_tokens or min(ground.prompt_budget_for(k), room)
 
     def show(piece: str) -> None:
         if not as_json:
@@ -62,7 +59,7 @@ def ask(
             sys.stdout.flush()
 
     answer = ground.ask(
-        question, searcher, generate, k=k, mode=mode, prompt_budget=prompt_tokens or 2048, count=count, on_text=show
+        question, searcher, generate, k=k, mode=mode, prompt_budget=prompt_tokens, count=count, on_text=show
     )
     if as_json:
         print(json.dumps(answer.as_dict(), indent=2, ensure_ascii=False))
@@ -70,6 +67,10 @@ def ask(
     print("\n\nSources (* cited):")
     for source in answer.sources:
         print(f" {'*' if source.cited else ' '}[{source.number}] {source.title or source.id}  ({source.source})")
+    if answer.attributed:
+        print("The model cited nothing; the marks were added where a source contains the answer's words.")
+    elif not answer.citations and answer.sources:
+        print("The answer cites nothing, and no source contains its words: distrust it.")
     if answer.unknown_citations:
         print(f"The answer also cites {answer.unknown_citations}, which are not sources: distrust those statements.")
     print(f"{answer.prompt_tokens} prompt tokens, {answer.seconds:.1f} s")

@@ -20,7 +20,8 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Search an index: by words, by meaning, or both fused."""
-    from modicum.retrieve.ground import approximate_tokens, excerpt
+    from modicum.retrieve.excerpt import excerpt
+    from modicum.retrieve.ground import approximate_tokens
     from modicum.retrieve.search import Searcher
 
     searcher = Searcher(index, device=device, model=encoder, check=check)

@@ -5,22 +5,23 @@ Who writes the answer is passed in as a callable, so any engine or API serves: s
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from modicum.core.errors import BudgetError, MissingExtra, ModicumError, UserError
-from modicum.retrieve.bm25 import tokenize
+from modicum.retrieve.citations import attribute, citations
+from modicum.retrieve.excerpt import excerpt
+from modicum.retrieve.passages import Passage
 from modicum.retrieve.search import Hit, Searcher
 
-SYSTEM = (
-    "Answer the question from the numbered sources below and from nothing else. After each statement, cite the "
-    "source it rests on by its number, like [1]. If the sources do not hold the answer, say so."
-)
+SYSTEM = "Answer the question from the sources in a few words."
 CLOSED = "Answer the question in a few words."  # to ask without sources, for comparison
-PASSAGES, BUDGET = 3, 512  # shown, and tokens of the prompt that they are shown in, if not said otherwise
+CUE = "Short answer:"  # what the prompt ends with
+# Two passages of 60 to 100 words: a small model reads those better than five long ones, and sooner. A larger model
+# takes more passages in a longer prompt.
+PASSAGES, BUDGET = 2, 320
 MIN_SOURCE_TOKENS = 24  # a source cut shorter than this says too little to be worth its place
 Messages = list[dict[str, str]]
 
@@ -55,9 +56,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Answer:
-    """`citations`: numbers of sources that the text cites, in order; `unknown_citations`: numbers it made up.
+    """`citations`: numbers of the sources that the answer rests on; `unknown_citations`: numbers that it made up.
 
-    `prompt_tokens` as the generator counted them, else as `count` did. `seconds` covers search and generation.
+    attributed: the reply cited nothing, and its citations (at the end of `text`) were added by overlap of words, see
+    `retrieve.citations`. `prompt_tokens` as the generator counted them, else as `count` did. `seconds` covers search
+    and generation.
     """
 
     question: str
@@ -65,6 +68,7 @@ class Answer:
     sources: list[Source]
     citations: list[int]
     unknown_citations: list[int] = field(default_factory=list)
+    attributed: bool = False
     prompt_tokens: int = 0
     completion_tokens: int | None = None
     seconds: float = 0.0
@@ -72,6 +76,11 @@ class Answer:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def prompt_budget_for(k: int) -> int:
+    """Tokens of a prompt that shows k passages at the length that suits a small model; `BUDGET` at least."""
+    return max(BUDGET, BUDGET // PASSAGES * k)
 
 
 def approximate_tokens(text: str) -> int:
@@ -84,23 +93,25 @@ def ask(
     searcher: Searcher,
     generate: Generate,
     *,
-    k: int = 5,
+    k: int = PASSAGES,
     mode: str | None = None,
-    prompt_budget: int = 2048,
+    prompt_budget: int | None = None,
     count: Callable[[str], int] | None = None,
     system: str = SYSTEM,
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
     """Search, show the best k passages to `generate`, and return its text with its sources.
 
-    `prompt_budget` bounds the prompt in tokens as `count` measures them (`approximate_tokens` if None); lower-ranked
-    sources are cut or left out to keep it. Raises `BudgetError` if not even one source fits.
+    `prompt_budget` (`prompt_budget_for(k)` if None) bounds the prompt in tokens as `count` measures them
+    (`approximate_tokens` if None); passages are cut to the sentences around the match, or left out, to keep it.
+    A reply that cites nothing is attributed by overlap. Raises `BudgetError` if not even one source fits.
     """
     start = time.monotonic()
     if not question.strip():
         raise UserError("the question is empty; write what you want to know")
     hits = searcher.search(question, k, mode)
-    messages, sources, estimate = compose(question, hits, prompt_budget, count or approximate_tokens, system)
+    budget = prompt_budget_for(k) if prompt_budget is None else prompt_budget
+    messages, sources, estimate = compose(question, hits, budget, count or approximate_tokens, system)
     first: list[float] = []
 
     def stream(piece: str) -> None:
@@ -111,12 +122,19 @@ def ask(
 
     reply = generate(messages, stream)
     reply = Generated(reply) if isinstance(reply, str) else reply
-    cited, unknown = citations(reply.text, len(sources))
+    text = reply.text
+    cited, unknown = citations(text, len(sources))
+    attributed = attribute(question, text, [s.excerpt for s in sources]) if not cited and not unknown else []
+    if attributed:
+        marks = " " + "".join(f"[{number}]" for number in attributed)
+        text, cited = text.rstrip() + marks, attributed
+        stream(marks)
     return Answer(
         question=question,
-        text=reply.text,
+        text=text,
         citations=cited,
         unknown_citations=unknown,
+        attributed=bool(attributed),
         sources=[Source(**asdict(s) | {"cited": s.number in cited}) for s in sources],
         prompt_tokens=estimate if reply.prompt_tokens is None else reply.prompt_tokens,
         completion_tokens=reply.completion_tokens,
@@ -126,19 +144,24 @@ def ask(
 
 
 def compose(
-    question: str, hits: Sequence[Hit], budget: int, count: Callable[[str], int], system: str = SYSTEM
+    question: str,
+    hits: Sequence[Hit],
+    budget: int,
+    count: Callable[[str], int],
+    system: str = SYSTEM,
 ) -> tuple[Messages, list[Source], int]:
     """(messages, numbered sources, tokens): the prompt with as many hits as the budget holds, best first.
 
-    Every source still to come keeps an equal share of what is left, so that a long first passage does not
-    crowd out the others; a short one leaves its rest to them.
+    Of a passage that is too long the sentences around the match are shown. Every source still to come keeps an equal
+    share of what is left, so that a long first passage does not crowd out the others; a short one leaves its rest to
+    them.
     """
 
     def messages_with(blocks: Sequence[str]) -> Messages:
         shown = "\n\n".join(blocks) if blocks else "(no source matches)"
         return [
             {"role": "system", "content": system},
-            {"role": "user", "content": f"Sources:\n\n{shown}\n\nQuestion: {question}"},
+            {"role": "user", "content": f"Sources:\n\n{shown}\n\nQuestion: {question}\n{CUE}"},
         ]
 
     def tokens(blocks: Sequence[str]) -> int:
@@ -154,17 +177,17 @@ def compose(
     sources: list[Source] = []
     for place, hit in enumerate(hits):
         left = budget - tokens(blocks) if blocks else budget - fixed
-        head = f"[{len(sources) + 1}] {' '.join(hit.passage.title.split())} ({hit.passage.source})".replace(" ()", "")
+        head = _head(len(sources) + 1, hit.passage)
         room = left // (len(hits) - place) - count(head) - 2
         if room < MIN_SOURCE_TOKENS:  # an equal share is too little: serve fewer, each readable
             room = min(left - count(head) - 2, MIN_SOURCE_TOKENS)
             if room < MIN_SOURCE_TOKENS:
                 break
         text = excerpt(hit.passage.text, question, room, count)
-        blocks.append(f"{head}\n{text}")
+        blocks.append(head + text)
         while text and tokens(blocks) > budget:  # counts of parts need not add up to the count of the whole
             text = text[: int(len(text) * 0.9)]
-            blocks[-1] = f"{head}\n{text}"
+            blocks[-1] = head + text
         if not text:
             blocks.pop()
             break
@@ -172,60 +195,16 @@ def compose(
     return messages_with(blocks), sources, tokens(blocks)
 
 
+def _head(number: int, passage: Passage) -> str:
+    """The source's number, and its title unless the text begins with it, as a function's does with its signature."""
+    title = " ".join(passage.title.split())
+    first = passage.text.lstrip().partition("\n")[0]
+    return f"[{number}] " if not title or title in first else f"[{number}] {title}\n"
+
+
 def closed_book(question: str) -> Messages:
     """The question without sources, to compare with."""
-    return [{"role": "system", "content": CLOSED}, {"role": "user", "content": f"Question: {question}"}]
-
-
-def excerpt(text: str, question: str, limit: int, count: Callable[[str], int]) -> str:
-    """The run of whole lines, at most `limit` tokens, that shares most of the question's terms; all of it if it fits.
-
-    A term counts once, so a run that covers the question beats one that repeats a word; the earliest wins a tie.
-    """
-    text = text.strip()
-    if count(text) <= limit:
-        return text
-    lines = [piece for line in text.splitlines() for piece in _pieces(line, limit, count)]
-    wanted = set(tokenize(question))
-    terms = [wanted.intersection(tokenize(line)) for line in lines]
-    sizes = [count(line + "\n") for line in lines]
-    best, best_score, end, size = (0, 1), -1, 0, 0
-    for start in range(len(lines)):
-        while end < len(lines) and size + sizes[end] <= limit:
-            size += sizes[end]
-            end += 1
-        score = len(set().union(*terms[start:end])) if end > start else -1
-        if score > best_score:
-            best, best_score = (start, end), score
-        size -= sizes[start] if end > start else 0
-        end = max(end, start + 1)
-    return "\n".join(lines[best[0] : best[1]]).strip("\n")
-
-
-def _pieces(line: str, limit: int, count: Callable[[str], int]) -> Iterator[str]:
-    """A line, or parts of it that fit `limit` where it does not, cut at spaces if there are any."""
-    while line and count(line + "\n") > limit:
-        cut = len(line)
-        while cut > 1 and count(line[:cut] + "\n") > limit:
-            cut = cut * 2 // 3
-        space = line.rfind(" ", cut // 2, cut)
-        cut = space if space > 0 else cut
-        yield line[:cut]
-        line = line[cut:].lstrip()
-    if line or not limit:
-        yield line
-
-
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
-_CITATION = re.compile(r"\[(\d{1,3}(?:\s*[,;]\s*\d{1,3})*)\]")
-
-
-def citations(text: str, n_sources: int) -> tuple[list[int], list[int]]:
-    """(cited, unknown): numbers in square brackets outside code, by first mention; unknown ones name no source."""
-    found = dict.fromkeys(
-        int(number) for group in _CITATION.findall(_CODE.sub(" ", text)) for number in re.findall(r"\d+", group)
-    )
-    return [n for n in found if 1 <= n <= n_sources], [n for n in found if not 1 <= n <= n_sources]
+    return [{"role": "system", "content": CLOSED}, {"role": "user", "content": f"Question: {question}\n{CUE}"}]
 
 
 def openai_generator(

@@ -11,11 +11,8 @@ Messages = list[dict[str, str]]
 REPETITION = 0.1  # taken off the logit of a token for each time the reply has it; ends loops of small models
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The prompt's token ids, ending where the assistant begins to speak.
-
-    Names of special tokens inside a message are broken up: quoted text must not open a turn of its own.
-    """
+def without_specials(tokenizer: Any) -> Callable[[str], str]:
+    """Breaks up the names of special tokens in a text: a quoted passage must not open a turn of its own."""
     specials = [t.content for t in tokenizer.backend.get_added_tokens_decoder().values() if t.special]
 
     def plain(text: str) -> str:
@@ -23,6 +20,12 @@ def prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
             text = text.replace(name, name[:1] + " " + name[1:])
         return text
 
+    return plain
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """The prompt's token ids, ending where the assistant begins to speak; special tokens in messages are broken up."""
+    plain = without_specials(tokenizer)
     prompt = tokenizer.chat([{**m, "content": plain(m["content"])} for m in messages])
     return list(tokenizer.encode(prompt, specials=True, add_special=False))
 
