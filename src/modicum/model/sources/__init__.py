@@ -21,7 +21,7 @@ from modicum.core.errors import UserError, unknown
 from modicum.core.files import cache_home, fingerprint
 
 RECORD = "source.json"  # in a fetched folder: what it was made from
-LAYOUT = 2  # raised when folders are made differently from the same packages; older ones are then made again
+LAYOUT = 3  # raised when folders are made differently from the same packages; older ones are then made again
 _NAME = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
 _INSIDE = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)*$")
 
