@@ -249,3 +249,39 @@ def test_llama_cpp_computes_the_same_logits(tmp_path: Path) -> None:
             distance, ours = ((x - want).norm() / want.norm() for x in (got, kept))
             assert distance < near and ours < 1e-5, (name, kind, float(distance), float(ours))
             assert kind == "F32" or ours < distance
+
+
+def test_metadata_of_every_kind_and_an_alignment_of_its_own(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    writer.add_custom_alignment(128)
+    given = {"text": "ü", "yes": True, "small": 7, "real": 0.5, "texts": ["a", "", "é"], "numbers": [1, 2, 3]}
+    adds = (
+        writer.add_string,
+        writer.add_bool,
+        writer.add_uint8,
+        writer.add_float64,
+        writer.add_array,
+        writer.add_array,
+    )
+    for (key, value), add in zip(given.items(), adds, strict=True):
+        add(key, value)
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    writer.add_tensor("a", values)
+    writer.add_tensor("b", values + 10)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GgufFile(tmp_path / "m.gguf")
+    assert {key: file.metadata[key] for key in given} == given
+    for name, wanted in (("a", values), ("b", values + 10)):
+        assert np.array_equal(values_of(file.tensors[name], torch.float32).numpy(), wanted)
+    part = tmp_path / "part.gguf"
+    writer = gguf.GGUFWriter(str(part), "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"one of 3 parts.*llama-gguf-split --merge"):
+        GgufFile(part)

@@ -62,26 +62,25 @@ class GgufFile:
             raise UserError(f"{self.path} cannot be read ({error.strerror}); give a GGUF file") from None
         if self._map[:4] != _MAGIC:
             raise UserError(f"{self.path} is no GGUF file: it does not begin with GGUF; give one written by llama.cpp")
-        self._at = 4
         try:
-            self._read()
+            self._read(_Cursor(self._map, len(_MAGIC)))
         except (struct.error, UnicodeDecodeError, IndexError) as error:
             raise CorruptError(f"{self.path} is cut or damaged ({error}); fetch or write it again") from None
 
     # --- the header -------------------------------------------------------------------------------
 
-    def _read(self) -> None:
-        version = self._scalar("I")
+    def _read(self, cursor: _Cursor) -> None:
+        version = cursor.scalar("I")
         if version not in (2, 3):
             other = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
             raise UserError(f"{self.path} is {other}; GGUF versions 2 and 3, little-endian, are read: convert it again")
-        n_tensors, n_keys = self._scalar("Q"), self._scalar("Q")
+        n_tensors, n_keys = cursor.scalar("Q"), cursor.scalar("Q")
         where: dict[str, tuple[int, int]] = {}
         for _ in range(n_keys):
-            key, kind = self._text(), self._scalar("I")
-            where[key] = (kind, self._at)
-            self._skip(kind)
-        self.metadata: Mapping[str, Any] = _Metadata(self, where)
+            key, kind = cursor.text(), cursor.scalar("I")
+            where[key] = (kind, cursor.at)
+            cursor.skip(kind)
+        self.metadata: Mapping[str, Any] = _Metadata(self._map, where)
         if self.metadata.get("split.count", 1) > 1:
             raise UserError(
                 f"{self.path} is one of {self.metadata['split.count']} parts of a model; join them first: "
@@ -89,13 +88,13 @@ class GgufFile:
             )
         listed = []
         for _ in range(n_tensors):
-            name = self._text()
-            shape = tuple(self._scalar("Q") for _ in range(self._scalar("I")))
-            listed.append((name, shape[::-1], self._scalar("I"), self._scalar("Q")))
+            name = cursor.text()
+            shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))
+            listed.append((name, shape[::-1], cursor.scalar("I"), cursor.scalar("Q")))
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise CorruptError(f"{self.path} has general.alignment {alignment!r}, not a number of bytes")
-        start = -(-self._at // alignment) * alignment
+        start = -(-cursor.at // alignment) * alignment
         self.tensors = {name: self._tensor(name, shape, kind, start + at) for name, shape, kind, at in listed}
         if len(self.tensors) != n_tensors:
             raise CorruptError(f"{self.path} names a tensor twice; write it again")
@@ -122,71 +121,6 @@ class GgufFile:
             )
         return GgufTensor(name, type_.name, shape, np.frombuffer(self._map, np.uint8, count, at).reshape(stored))
 
-    def _scalar(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self._map, self._at)
-        self._at += struct.calcsize("<" + code)
-        return value
-
-    def _text(self) -> str:
-        return self._bytes().decode("utf-8")
-
-    def _bytes(self) -> bytes:
-        length = self._scalar("Q")
-        if length > len(self._map) - self._at:
-            raise IndexError(f"a text of {length} bytes at {self._at}")
-        self._at += length
-        return self._map[self._at - length : self._at]
-
-    def _skip(self, kind: int) -> None:
-        """Move behind a value."""
-        if kind in _SCALARS:
-            self._at += struct.calcsize("<" + _SCALARS[kind])
-        elif kind == _STRING:
-            self._bytes()
-        elif kind == _ARRAY:
-            inner, count = self._scalar("I"), self._scalar("Q")
-            if count > len(self._map) - self._at:
-                raise IndexError(f"an array of {count} values at {self._at}")
-            if inner in _SCALARS:
-                self._at += count * struct.calcsize("<" + _SCALARS[inner])
-            elif inner == _STRING:
-                at, data, length = self._at, self._map, struct.Struct("<Q").unpack_from
-                for _ in range(count):
-                    at += 8 + length(data, at)[0]
-                self._at = at
-            else:
-                for _ in range(count):
-                    self._skip(inner)
-        else:
-            raise IndexError(f"a value of type {kind} at {self._at}")
-        if self._at > len(self._map):
-            raise IndexError(f"a value that ends at {self._at} in a file of {len(self._map)} bytes")
-
-    def _value(self, kind: int, at: int) -> Any:
-        self._at = at
-        if kind in _SCALARS:
-            return self._scalar(_SCALARS[kind])
-        if kind == _STRING:
-            return self._text()
-        inner, count = self._scalar("I"), self._scalar("Q")
-        if inner in _SCALARS:
-            return list(struct.unpack_from(f"<{count}{_SCALARS[inner]}", self._map, self._at))
-        found: list[Any] = []
-        if inner == _STRING:  # hundreds of thousands in a vocabulary
-            at, data, length = self._at, self._map, struct.Struct("<Q").unpack_from
-            for _ in range(count):
-                end = at + 8 + length(data, at)[0]
-                found.append(data[at + 8 : end].decode("utf-8", "replace"))
-                at = end
-            return found
-        for _ in range(count):
-            at = self._at
-            self._skip(inner)
-            end = self._at
-            found.append(self._value(inner, at))
-            self._at = end
-        return found
-
     # --- what the keys say ------------------------------------------------------------------------
 
     @property
@@ -200,16 +134,86 @@ class GgufFile:
         return self.metadata[key]
 
 
+class _Cursor:
+    """A place in the mapped file. No reference to a `GgufFile`: the map must go as soon as its last tensor does."""
+
+    def __init__(self, data: Any, at: int = 0):
+        self.data, self.at = data, at
+
+    def scalar(self, code: str) -> Any:
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += struct.calcsize("<" + code)
+        return value
+
+    def text(self) -> str:
+        return self._bytes().decode("utf-8")
+
+    def _bytes(self) -> bytes:
+        length = self.scalar("Q")
+        if length > len(self.data) - self.at:
+            raise IndexError(f"a text of {length} bytes at {self.at}")
+        self.at += length
+        return self.data[self.at - length : self.at]
+
+    def skip(self, kind: int) -> None:
+        """Move behind a value."""
+        if kind in _SCALARS:
+            self.at += struct.calcsize("<" + _SCALARS[kind])
+        elif kind == _STRING:
+            self._bytes()
+        elif kind == _ARRAY:
+            inner, count = self.scalar("I"), self.scalar("Q")
+            if count > len(self.data) - self.at:
+                raise IndexError(f"an array of {count} values at {self.at}")
+            if inner in _SCALARS:
+                self.at += count * struct.calcsize("<" + _SCALARS[inner])
+            elif inner == _STRING:
+                at, data, length = self.at, self.data, struct.Struct("<Q").unpack_from
+                for _ in range(count):
+                    at += 8 + length(data, at)[0]
+                self.at = at
+            else:
+                for _ in range(count):
+                    self.skip(inner)
+        else:
+            raise IndexError(f"a value of type {kind} at {self.at}")
+        if self.at > len(self.data):
+            raise IndexError(f"a value that ends at {self.at} in a file of {len(self.data)} bytes")
+
+    def value(self, kind: int) -> Any:
+        """The value that begins here; moves behind it."""
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text()
+        inner, count = self.scalar("I"), self.scalar("Q")
+        if inner in _SCALARS:
+            form = f"<{count}{_SCALARS[inner]}"
+            self.at += struct.calcsize(form)
+            return list(struct.unpack_from(form, self.data, self.at - struct.calcsize(form)))
+        if inner != _STRING:
+            return [self.value(inner) for _ in range(count)]
+        found = []  # hundreds of thousands in a vocabulary
+        at, data, length = self.at, self.data, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            end = at + 8 + length(data, at)[0]
+            found.append(data[at + 8 : end].decode("utf-8", "replace"))
+            at = end
+        self.at = at
+        return found
+
+
 class _Metadata(Mapping[str, Any]):
     """Values are decoded when asked for, and kept."""
 
-    def __init__(self, file: GgufFile, where: dict[str, tuple[int, int]]):
-        self._file, self._where = file, where
+    def __init__(self, data: Any, where: dict[str, tuple[int, int]]):
+        self._data, self._where = data, where
         self._values: dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
-            self._values[key] = self._file._value(*self._where[key])
+            kind, at = self._where[key]
+            self._values[key] = _Cursor(self._data, at).value(kind)
         return self._values[key]
 
     def __iter__(self) -> Iterator[str]:

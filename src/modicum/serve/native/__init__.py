@@ -249,6 +249,8 @@ def lay_together(tensors: Sequence[Tensor]) -> None:
     pages = LargePages(tensors)
     for tensor in tensors:
         tensor.data = pages.copy(tensor)
+    with contextlib.suppress(OSError, AttributeError):  # the allocator keeps what was freed in pieces
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _advise(start: int, size: int, advice: int) -> None:

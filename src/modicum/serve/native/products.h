@@ -92,28 +92,39 @@ INLINE void byte_kernel(const int M, const int N, const int AHEAD, ARGS) {
     int64_t plane = (a->stride - 64) / 2, G = padded_groups(a->groups);
     const int8_t *x = (const int8_t *)a->data + at * a->stride;
     start_from_zeros(M, N, a, at, zero, out);
-    /* Groups of 32 go in pairs: four codes are summed in a lane, so that each half of a vector has a scale of its own. */
-    const int64_t pair = a->group == 32 && a->groups > 1 ? 2 : 1;
-    for (int64_t g = 0; g < a->groups; g += pair) {
-        __m512i high[8], low[8];
-        EACH_M EACH_N high[n * M + m] = low[n * M + m] = _mm512_setzero_si512();
-        int64_t end = least(a->in, (g + pair) * a->group);
-        int64_t k = g * a->group;
 #define BYTES(LOAD) do { \
-            __m512i wv[4]; \
-            EACH_M { wv[m] = _mm512_xor_si512(LOAD, _mm512_set1_epi8((char)0x80)); FETCH(m, k); } \
-            EACH_N { __m512i h = _mm512_loadu_si512(x + n * a->stride + k); \
-                     __m512i l = _mm512_loadu_si512(x + n * a->stride + plane + k); \
-                     EACH_M { high[n * M + m] = _mm512_dpbusd_epi32(high[n * M + m], wv[m], h); \
-                              low[n * M + m] = _mm512_dpbusd_epi32(low[n * M + m], wv[m], l); } } \
-        } while (0)
+        __m512i wv[4]; \
+        EACH_M { wv[m] = _mm512_xor_si512(LOAD, _mm512_set1_epi8((char)0x80)); FETCH(m, k); } \
+        EACH_N { __m512i h = _mm512_loadu_si512(x + n * a->stride + k); \
+                 __m512i l = _mm512_loadu_si512(x + n * a->stride + plane + k); \
+                 EACH_M { high[n * M + m] = _mm512_dpbusd_epi32(high[n * M + m], wv[m], h); \
+                          low[n * M + m] = _mm512_dpbusd_epi32(low[n * M + m], wv[m], l); } } \
+    } while (0)
+#define EACH_START EACH_M EACH_N high[n * M + m] = low[n * M + m] = _mm512_setzero_si512()
+    if (a->group == 32 && a->groups > 1) {    /* two groups to a vector: four codes are summed in a lane, so each half */
+        const __m512i of_lane = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);  /* has one scale */
+        for (int64_t g = 0, k = 0; k < a->in; g += 2, k += 64) {
+            __m512i high[8], low[8];
+            EACH_START;
+            if (k + 64 <= a->in) BYTES(_mm512_loadu_si512(w + m * ldw + k));
+            else BYTES(_mm512_maskz_loadu_epi8(tail64(a->in - k), w + m * ldw + k));
+            EACH_M {
+                __m512 s = _mm512_permutexvar_ps(of_lane, _mm512_loadu_ps(scale + m * G + g));
+                EACH_N { __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[n * M + m], 8), low[n * M + m]);
+                         out[n * M + m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), s, out[n * M + m]); }
+            }
+        }
+        return;
+    }
+    for (int64_t g = 0; g < a->groups; g++) {
+        __m512i high[8], low[8];
+        EACH_START;
+        int64_t end = least(a->in, (g + 1) * a->group);
+        int64_t k = g * a->group;
         for (; k + 64 <= end; k += 64) BYTES(_mm512_loadu_si512(w + m * ldw + k));
         if (k < end) BYTES(_mm512_maskz_loadu_epi8(tail64(end - k), w + m * ldw + k));    /* x is 0 past its end */
-        EACH_M {
-            __m512 by = _mm512_set1_ps(scale[m * G + g]);
-            if (pair == 2) by = _mm512_mask_mov_ps(by, 0xFF00, _mm512_set1_ps(scale[m * G + g + 1]));
-            EACH_N out[n * M + m] = _mm512_fmadd_ps(joined(high[n * M + m], low[n * M + m]), by, out[n * M + m]);
-        }
+        EACH_M EACH_N out[n * M + m] = _mm512_fmadd_ps(joined(high[n * M + m], low[n * M + m]),
+                                                       _mm512_set1_ps(scale[m * G + g]), out[n * M + m]);
     }
 }
 
