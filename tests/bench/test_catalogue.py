@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
-from test_record import make
+from test_record import AXES, lab, make
 
 from modicum.bench import card, catalogue, figures, pages, record, stats
 from modicum.core import registry
@@ -72,12 +73,29 @@ def test_card_of_a_file(tmp_path: Path) -> None:
         ),
         ('"figure"', '"figures"', "CLAIM="),
         ('("rank=4", "rank=8")', "4", "SWEEP=4"),
+        ('("rank=4", "rank=8")', '{"rank": 4}', "SWEEP={'rank': 4}"),
+        ('"scale": "7B"}', '"change": "half"}', "CLAIM="),
         ("class Toy(", "class Toy((", "is not Python"),
     ],
 )
 def test_a_wrong_card_is_told(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(tmp_path, METHOD.replace(old, new))
+
+
+def test_sweep_may_be_values_by_knob(tmp_path: Path) -> None:
+    text = METHOD.replace('("rank=4", "rank=8")', '{"rank": (4, 8), "scaled": (True, False)}')
+    assert read(tmp_path, text).sweep == tuple(f"rank={r},scaled={s}" for r in (4, 8) for s in (True, False))
+
+
+def test_claim_may_hold_numbers(tmp_path: Path) -> None:
+    text = METHOD.replace('"scale": "7B"}', '"change": -0.1, "cost_ratio": 0.5}')
+    assert read(tmp_path, text).claim == {
+        "figure": "half the bytes",
+        "where": "Table 1",
+        "change": -0.1,
+        "cost_ratio": 0.5,
+    }
 
 
 def test_claim_may_be_a_string(tmp_path: Path) -> None:
@@ -120,7 +138,7 @@ def checkout(tmp_path: Path) -> Path:
         for method, loss, bytes_ in (("adamw", 2.0, 800.0), ("half", 1.9, 400.0)):
             records.append(make(method, seed, loss + seed / 100, bytes_, baseline="adamw", claim={"figure": "0.5x"}))
     for entry in records:
-        record.append(tmp_path / "evidence" / "optimizer.jsonl", entry)
+        record.append(tmp_path / "evidence", entry)
     return tmp_path
 
 
@@ -138,7 +156,7 @@ def test_catalogue_is_written_once_and_goes_stale(tmp_path: Path) -> None:
             assert key in names or f"**{key}**" in names, f"{port}/{key} is not in the table"
     (home / "README.md").write_text(text.replace("Words.", "Other words."))
     assert not catalogue.stale(home), "the words around are the writer's own"
-    record.append(home / "evidence" / "optimizer.jsonl", make("adamw", 3, 2.5, 800.0, baseline="adamw"))
+    record.append(home / "evidence", make("adamw", 3, 2.5, 800.0, baseline="adamw"))
     assert set(catalogue.stale(home)) == {
         home / "docs/ports/optimizer.md",
         home / "docs/ports/plots/optimizer.svg",
@@ -158,9 +176,24 @@ def test_page_holds_protocol_cards_and_figures(tmp_path: Path) -> None:
         and "train/optimizers/__init__.py" in page
         and "| `beta1` | `float` | `0.9` |" in page
     )
-    assert "| half | 1.91 ± 0.01 | −5% [−5%, −5%] | 400 B | ×0.5 |" in page
+    assert "| half | 1.91 ± 0.01 | −5% [−5%, −5%] | 400 B | ×0.5 | 1.5 | better | 0.5x |" in page
     assert "plots/optimizer.svg" in page and (home / "docs/ports/plots/optimizer.svg") in files
-    assert "commit abc" in page and "Seeds 0, 1, 2" in page
+    assert "commit abc" in page and "Tier laptop; seeds 0, 1, 2" in page
+
+
+def test_page_of_a_smoke_lab_prints_no_change_and_no_plot(tmp_path: Path) -> None:
+    for entry in [
+        make(m, s, v, lab=lab(tier="smoke"), baseline="adamw") for m, v in (("adamw", 2), ("half", 1)) for s in (0, 1)
+    ]:
+        record.append(tmp_path / "evidence", entry)
+    files = pages.port_files(registry.port("optimizer"), tmp_path, tmp_path / "evidence")
+    page = files[tmp_path / "optimizer.md"]
+    assert "| half | 1 | 100 B | 1.5 | shows that it runs |" in page and "Tier smoke (shows that it runs)" in page
+    assert (
+        len(files) == 1
+        and "change" not in page.partition("## Methods")[0]
+        and "×" not in page.partition("## Methods")[0]
+    )
 
 
 def test_only_one_marker_is_an_error(tmp_path: Path) -> None:
@@ -168,19 +201,54 @@ def test_only_one_marker_is_an_error(tmp_path: Path) -> None:
         catalogue.readme(f"x\n{catalogue.BEGIN}\n")
 
 
-def test_newest_run_with_a_baseline_counts() -> None:
-    old = [make("base", run="1", loss=2.0), make("m", run="1", loss=1.0)]
-    new = [make("base", run="2", loss=4.0), make("m", run="2", loss=3.0)]
-    alone = [make("m", run="3", loss=9.0)]
-    row, members = figures.rows_of(old + new + alone)["m"]
-    assert row.quality.mean == 3.0 and members[-1].run == "2"
+def test_each_lab_is_a_table_of_its_own() -> None:
+    old = [make(m, lab=lab("1"), loss=v, time="2026-01-01") for m, v in (("base", 2.0), ("m", 1.0), ("n", 1.0))]
+    new = [make(m, lab=lab("2"), loss=v, time="2026-01-02") for m, v in (("base", 4.0), ("m", 3.0))]
+    alone = [make("m", lab=lab("3"), loss=9.0, time="2026-01-03")]
+    toy = [make(m, lab=lab("4", tier="smoke"), loss=1.0, time="2026-01-04") for m in ("base", "m")]
+    found = figures.comparisons(old + new + alone + toy)
+    assert [group[0].lab.id for group in found] == ["2", "1", "4"], "higher tiers first, in them the newest"
+    values = {
+        (g[0].lab.id, row.choice): row.quality_ratio for g, rows in figures.of_method(old + new, "m") for row in rows
+    }
+    assert values == {("2", "m"): 0.75, ("1", "m"): 0.5}
+    assert [g[0].lab.id for g in figures.comparisons(old[:2] + new)] == ["2"], "the newer one holds all of the old"
 
 
 def test_row_text() -> None:
     records = [make(m, s, v + s / 10, c) for m, v, c in (("base", 2.0, 100.0), ("m", 1.0, 30.0)) for s in range(2)]
     base, row = stats.compare(records)[0]
-    assert figures.measured_text(base) == "loss 2.05 ± 0.071; state bytes 100 B"
-    assert figures.measured_text(row) == "loss 1.05 ± 0.071, −49% [−49%, −49%]; state bytes 30 B, ×0.3"
+    assert figures.measured_text(base) == "loss 2.05 ± 0.071; state bytes 100 B; baseline"
+    assert figures.measured_text(row) == "loss 1.05 ± 0.071, −49% [−49%, −49%]; state bytes 30 B, ×0.3; better"
+    smoke = [dataclasses.replace(r, lab=lab(tier="smoke")) for r in records]
+    text = "loss 1.05 ± 0.071; state bytes 30 B; shows that it runs"
+    assert figures.measured_text(stats.compare(smoke)[0][1]) == text
+
+
+@pytest.mark.parametrize(
+    ("claim", "text"),
+    [
+        ({}, "better"),
+        ({"cost_ratio": 0.3}, "claim met"),
+        ({"cost_ratio": 0.29}, "claim missed"),
+        ({"change": -0.48}, "claim met"),
+        ({"change": -0.5}, "claim missed"),
+        ({"change": -0.1, "cost_ratio": 0.2}, "claim missed"),
+    ],
+)
+def test_verdict_holds_the_claim_against_the_measurement(claim: dict[str, float], text: str) -> None:
+    records = [make(m, s, v + s / 10, c) for m, v, c in (("base", 2.0, 100.0), ("m", 1.0, 30.0)) for s in range(2)]
+    claimed = [dataclasses.replace(r, claim={"figure": "x"} | claim) for r in records]
+    assert figures.verdict(stats.compare(claimed)[0][1]) == text
+
+
+def test_a_claim_of_cost_is_missed_by_what_is_worse_and_none_is_judged_where_the_baseline_fails() -> None:
+    claim = {"figure": "half", "cost_ratio": 0.5}
+    records = [make(m, s, v + s / 100, c, claim=claim) for m, v, c in (("base", 1, 9), ("m", 2, 1)) for s in range(3)]
+    assert figures.verdict(stats.compare(records)[0][1]) == "claim missed"
+    axes = {"quality": AXES["quality"] | {"better": "higher"}, "cost": AXES["cost"]}
+    zero = [make(m, s, v, axes=axes) for m, v in (("base", 0.0), ("m", 0.1)) for s in range(3)]
+    assert figures.verdict(stats.compare(zero)[0][1]) == "not measurable here: the baseline's loss is 0"
 
 
 @pytest.mark.parametrize(("share", "text"), [(0.0314, "+3.1%"), (-0.5, "−50%"), (0.0, "±0%"), (12.0, "+1200%")])

@@ -71,12 +71,14 @@ def choices(*names: str) -> list[Choice]:
 
 
 def test_every_seed_runs_every_method_before_the_next(tmp_path: Path) -> None:
-    counting, path = Counting(), tmp_path / "schedule.jsonl"
+    counting, path = Counting(), tmp_path
     outcome = harness.run(counting.bench(), choices("constant"), [0, 1], SETTINGS, path)
     assert counting.calls == [("cosine", 0), ("constant", 0), ("cosine", 1), ("constant", 1)]
-    assert record.read(path) == outcome.records and outcome.measured == 4
+    assert record.read(path, "schedule") == outcome.records and outcome.measured == 4
     entry = outcome.records[1]
-    assert entry.knobs == {"warmup": 0.02} and entry.baseline == "cosine" and entry.scale == {"size": 10, "noise": 0.5}
+    assert (
+        entry.knobs == {"warmup": 0.02} and entry.baseline == "cosine" and entry.lab.scale == {"size": 10, "noise": 0.5}
+    )
     assert entry.flops == 7.0 and entry.seconds > 0 and entry.peak_bytes > 2**20
     assert entry.machine == record.machine() and entry.commit == record.commit() and entry.data["checksum"] == "0"
     (rows,) = stats.compare(outcome.records)
@@ -84,7 +86,7 @@ def test_every_seed_runs_every_method_before_the_next(tmp_path: Path) -> None:
 
 
 def test_resume_takes_what_is_there_and_measures_the_rest(tmp_path: Path) -> None:
-    path, first = tmp_path / "schedule.jsonl", Counting()
+    path, first = tmp_path, Counting()
     harness.run(first.bench(), choices("constant"), [0], SETTINGS, path)
     second = Counting()
     outcome = harness.run(second.bench(), choices("constant", "wsd"), [0, 1], SETTINGS, path, resume=True)
@@ -92,24 +94,24 @@ def test_resume_takes_what_is_there_and_measures_the_rest(tmp_path: Path) -> Non
     assert (outcome.measured, outcome.skipped, len(outcome.records)) == (4, 2, 6)
     other = Counting()
     harness.run(other.bench(), choices("constant"), [0], Settings(scale=Scale(size=3)), path, resume=True)
-    assert len(other.calls) == 2, "another scale is another run"
+    assert len(other.calls) == 2, "another scale is another lab"
     knobs = Counting()
     harness.run(knobs.bench(), choices("constant:warmup=0.5"), [0], SETTINGS, path, resume=True)
     assert knobs.calls == [("constant:warmup=0.5", 0)], "other knobs are another measurement"
 
 
 def test_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
-    counting, path = Counting(), tmp_path / "schedule.jsonl"
+    counting, path = Counting(), tmp_path
     counting.stop_at = ("constant", 1)
     outcome = harness.run(counting.bench(), choices("constant"), [0, 1, 2], SETTINGS, path)
-    assert outcome.interrupted and len(record.read(path)) == 3
+    assert outcome.interrupted and len(record.read(path, "schedule")) == 3
     again = Counting()
     whole = harness.run(again.bench(), choices("constant"), [0, 1, 2], SETTINGS, path, resume=True)
     assert again.calls == [("constant", 1), ("cosine", 2), ("constant", 2)] and len(whole.records) == 6
 
 
 def test_a_method_that_fails_leaves_the_others(tmp_path: Path) -> None:
-    counting, path = Counting(), tmp_path / "schedule.jsonl"
+    counting, path = Counting(), tmp_path
     counting.fail_at = ("constant", 0)
     outcome = harness.run(counting.bench(), choices("constant", "wsd"), [0, 1], SETTINGS, path)
     assert outcome.failures == {"constant": "RuntimeError: it broke"}
@@ -117,7 +119,7 @@ def test_a_method_that_fails_leaves_the_others(tmp_path: Path) -> None:
     broken = Counting()
     broken.fail_at = ("cosine", 0)
     with pytest.raises(RuntimeError):
-        harness.run(broken.bench(), choices("constant"), [0], SETTINGS, path)
+        harness.run(broken.bench(), choices("constant"), [0], SETTINGS, tmp_path / "other")
 
 
 def test_pick_adds_the_baseline_and_refuses_early() -> None:
@@ -162,7 +164,7 @@ def test_a_promise_that_is_not_measured_is_an_error(tmp_path: Path) -> None:
     axes = Axes(quality=Axis("accuracy"), cost=Axis("seconds"))
     broken = Bench(**{**vars(bench), "axes_of": lambda choice: axes})
     with pytest.raises(UserError, match="promises 'accuracy' and measured only area, calls"):
-        harness.run(broken, choices("constant"), [0], SETTINGS, tmp_path / "x.jsonl")
+        harness.run(broken, choices("constant"), [0], SETTINGS, tmp_path)
 
 
 def test_every_port_has_a_bench() -> None:
@@ -177,7 +179,7 @@ def test_quick_bench_measures_the_baseline(port: str, tmp_path: Path) -> None:
     bench = harness.load(port)
     baseline = Choice(port, registry.port(port).baseline)
     settings = Settings(scale=harness.make_scale(bench, True, {}))
-    outcome = harness.run(bench, [baseline], [0], settings, tmp_path / "x.jsonl")
+    outcome = harness.run(bench, [baseline], [0], settings, tmp_path)
     (entry,) = outcome.records
     for axis in entry.axes.values():
         assert entry.value(axis["metric"]) == entry.value(axis["metric"]), f"{axis['metric']} is not a number"
@@ -192,15 +194,15 @@ def test_quick_bench_measures_the_baseline(port: str, tmp_path: Path) -> None:
 def test_budgets_hold_in_a_training_bench(tmp_path: Path) -> None:
     bench = harness.load("optimizer")
     settings = Settings(scale=harness.make_scale(bench, True, {}), budget=Budget(tokens=512))
-    entry = harness.run(bench, harness.pick("optimizer", ["adamw"]), [0], settings, tmp_path / "x.jsonl").records[0]
-    assert entry.metrics["tokens"] == 512 and entry.budget == {"tokens": 512}
+    entry = harness.run(bench, harness.pick("optimizer", ["adamw"]), [0], settings, tmp_path).records[0]
+    assert entry.metrics["tokens"] == 512 and entry.lab.budget == {"tokens": 512}
 
 
 def test_memory_budget_refuses_an_index_that_cannot_fit(tmp_path: Path) -> None:
     bench = harness.load("index")
     settings = Settings(scale=harness.make_scale(bench, True, {}), budget=Budget(memory_bytes=1000))
     with pytest.raises(UserError, match="of memory, the budget is"):
-        harness.run(bench, harness.pick("index", ["exact"]), [0], settings, tmp_path / "x.jsonl")
+        harness.run(bench, harness.pick("index", ["exact"]), [0], settings, tmp_path)
 
 
 def test_own_folder_is_measured_on(tmp_path: Path) -> None:
@@ -218,7 +220,7 @@ def test_own_folder_is_measured_on(tmp_path: Path) -> None:
 
 def test_plots_hold_every_method(tmp_path: Path) -> None:
     counting = Counting()
-    outcome = harness.run(counting.bench(), choices(), [0, 1], SETTINGS, tmp_path / "x.jsonl")
+    outcome = harness.run(counting.bench(), choices(), [0, 1], SETTINGS, tmp_path)
     parts: list[Any] = stats.compare(outcome.records)
     plots.write_page(tmp_path / "p.html", "schedule", parts)
     page = (tmp_path / "p.html").read_text()

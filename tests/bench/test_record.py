@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -12,7 +11,8 @@ from typing import Any
 import pytest
 from scipy import stats as scipy_stats
 
-from modicum.bench import record, stats
+from modicum.bench import labs, record, stats
+from modicum.bench.labs import Lab
 from modicum.bench.record import Record
 from modicum.core.errors import CorruptError, UserError
 
@@ -22,17 +22,28 @@ AXES = {
 }
 
 
-def make(method: str = "a", seed: int = 0, loss: float = 2.0, cost: float = 100.0, **more: Any) -> Record:
+def lab(name: str = "r1", **more: Any) -> Lab:
     fields: dict[str, Any] = {
         "port": "optimizer",
+        "tier": "laptop",
+        "device": "cpu",
+        "bench": "b",
+        "scale": {"tokens": 10},
+        "budget": {},
+        "inputs": {"data": {"name": "d", "checksum": "e"}},
+    }
+    return Lab(id=name, **fields | more)
+
+
+def make(method: str = "a", seed: int = 0, loss: float = 2.0, cost: float = 100.0, **more: Any) -> Record:
+    fields: dict[str, Any] = {
+        "lab": lab(),
         "method": method,
         "choice": method,
         "knobs": {},
         "baseline": "base",
         "seed": seed,
-        "run": "r1",
-        "scale": {"tokens": 10},
-        "budget": {},
+        "code": "c0de",
         "model": {"name": "m", "checksum": "c"},
         "data": {"name": "d", "checksum": "e"},
         "metrics": {"loss": loss, "state_bytes": cost},
@@ -49,48 +60,114 @@ def make(method: str = "a", seed: int = 0, loss: float = 2.0, cost: float = 100.
 
 
 def test_round_trip_and_later_ones_count(tmp_path: Path) -> None:
-    path = tmp_path / "optimizer.jsonl"
     first, second, again = make(loss=2.0), make(seed=1), make(loss=1.0)
     for entry in (first, second, again):
-        record.append(path, entry)
-    assert record.read(path) == [second, again]
-    assert len(path.read_text().splitlines()) == 3
+        path = record.append(tmp_path, entry)
+    assert path == tmp_path / "optimizer" / "a.jsonl" and len(path.read_text().splitlines()) == 3
+    assert record.read(tmp_path, "optimizer") == [second, again] and record.read(tmp_path, "kv") == []
 
 
 def test_other_knobs_are_another_record(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    record.append(path, make(knobs={"rank": 4}))
-    record.append(path, make(knobs={"rank": 8}))
-    assert [r.knobs["rank"] for r in record.read(path)] == [4, 8]
+    record.append(tmp_path, make(knobs={"rank": 4}))
+    record.append(tmp_path, make(knobs={"rank": 8}))
+    assert [r.knobs["rank"] for r in record.read(tmp_path, "optimizer")] == [4, 8]
+
+
+def test_settings_are_said_once_and_joined(tmp_path: Path) -> None:
+    other = make("b", machine={"cpu": "y", "cores": 8}, model={"name": "m", "checksum": "z"})
+    for entry in (make(seed=0), make(seed=1), other):
+        record.append(tmp_path, entry)
+    lines = [line for path in tmp_path.glob("optimizer/*.jsonl") for line in path.read_text().splitlines()]
+    assert not any('"tokens"' in line or '"cpu"' in line or '"better"' in line for line in lines)
+    (path,) = (tmp_path / "labs").iterdir()
+    assert path.read_text().count('"memory_bytes"') == 1 and path.read_text().count('"tokens"') == 1
+    assert record.read(tmp_path, "optimizer") == [make(seed=0), make(seed=1), other]
+    path.write_text(path.read_text().replace(json.loads(lines[0])["machine"], "0" * 8))
+    with pytest.raises(CorruptError, match="lacks what it refers to"):
+        record.read(tmp_path, "optimizer")
+    path.unlink()
+    with pytest.raises(CorruptError, match=r"r1\.json is missing"):
+        record.read(tmp_path, "optimizer")
 
 
 def test_a_torn_line_is_left_out_and_the_next_one_whole(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    record.append(path, make())
+    path = record.append(tmp_path, make())
     path.write_bytes(path.read_bytes() + b'{"port": "opt')
-    assert record.read(path) == [make()]
-    record.append(path, make(seed=1))
-    assert record.read(path) == [make(), make(seed=1)]
+    assert record.read(tmp_path, "optimizer") == [make()]
+    record.append(tmp_path, make(seed=1))
+    assert record.read(tmp_path, "optimizer") == [make(), make(seed=1)]
 
 
 def test_numpy_and_torch_numbers_are_plain(tmp_path: Path) -> None:
     import numpy as np
 
-    path = tmp_path / "x.jsonl"
-    record.append(path, make(metrics={"loss": np.float32(0.5), "state_bytes": 3}))
+    path = record.append(tmp_path, make(metrics={"loss": np.float32(0.5), "state_bytes": 3}))
     assert json.loads(path.read_text())["metrics"]["loss"] == 0.5
 
 
 def test_foreign_lines_are_told(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"a": 1}\n')
-    with pytest.raises(CorruptError, match=r"x\.jsonl:1 is not an evidence record"):
-        record.read(path)
-    path.write_text(json.dumps(dataclasses.asdict(make()) | {"schema": 99}) + "\n")
+    path = record.append(tmp_path, make())
+    good = path.read_text()
+    path.write_text('{"a": 1, "schema": 2}\n')
+    with pytest.raises(CorruptError, match=r"a\.jsonl:1 is not an evidence record"):
+        record.read(tmp_path, "optimizer")
+    path.write_text(good.replace('"schema": 2', '"schema": 99'))
     with pytest.raises(CorruptError, match="schema 99"):
-        record.read(path)
+        record.read(tmp_path, "optimizer")
     with pytest.raises(UserError, match="is a file"):
         record.folder(path)
+
+
+def test_a_lab_is_what_decides_and_not_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+
+    def made(**more: Any) -> Lab:
+        fields: dict[str, Any] = {"tier": "smoke", "device": "cpu", "bench": "b", "scale": {"n": (1,)}, "budget": {}}
+        return Lab.of("kv", **fields | {"data": str(tmp_path), "model": None} | more)
+
+    first = made()
+    assert made() == first and made(device="cuda:1").id == made(device="cuda").id != first.id
+    others = [made(tier="laptop"), made(bench="c"), made(scale={"n": (2,)}), made(budget={"tokens": 5})]
+    assert len({first.id, *(other.id for other in others)}) == 5
+    assert others[1].settings == first.settings != others[0].settings, "another bench source, the same wish"
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "a.txt").write_text("one")
+    assert made(data=str(moved)).id == first.id, "contents decide, not paths"
+    labs._data.cache_clear()
+    (moved / "a.txt").write_text("two")
+    assert made(data=str(moved)).id != first.id
+    with pytest.raises(UserError, match="does not exist"):
+        made(data=str(tmp_path / "none"))
+
+
+def test_tiers() -> None:
+    from modicum.bench.training import Scale
+
+    def tier(scale: Any = None, **more: Any) -> str:
+        return labs.tier_of(scale, **{"quick": False, "model": None, "device": "cpu", "declared": "smoke"} | more)
+
+    assert tier() == "smoke" and tier(declared="laptop") == "laptop" and tier(declared="laptop", quick=True) == "smoke"
+    assert tier(Scale(), declared="laptop") == "smoke", "half a million parameters"
+    proxy = Scale(width=192, layers=6, tokens=40_000_000)
+    assert tier(proxy) == "laptop" and tier(proxy, device="cuda:0") == "gpu"
+    assert tier(Scale(width=192, layers=6, tokens=1_000_000)) == "smoke", "hardly trained"
+
+
+def test_committed_evidence_is_whole() -> None:
+    """Every line joins its lab, every lab has its records, every value that is shared is used."""
+    home = record.checkout()
+    assert home is not None
+    folder = home / "evidence"
+    used: set[tuple[str, str]] = set()
+    for place in sorted(p for p in folder.iterdir() if p.is_dir() and p.name != "labs"):
+        lines = [json.loads(line) for path in place.glob("*.jsonl") for line in path.read_text().splitlines()]
+        found = record.read(folder, place.name)
+        assert len(found) == len({r.identity() for r in found}) > 0 and len(lines) >= len(found)
+        assert {r.lab.port for r in found} == {place.name} and all(r.lab.tier in labs.TIERS for r in found)
+        used |= {(line["lab"], line[key]) for line in lines for key in record.SHARED}
+    shared = {(path.stem, name) for path in folder.glob("labs/*.json") for name in labs.read(folder, path.stem)[1]}
+    assert shared == used
 
 
 def test_where_and_what() -> None:
@@ -151,6 +228,11 @@ def test_higher_is_better_turns_the_verdict() -> None:
     axes = {"quality": AXES["quality"] | {"better": "higher"}, "cost": AXES["cost"]}
     records = [make(m, s, v + s / 100, axes=axes) for m, v in (("base", 1.0), ("up", 2.0)) for s in range(3)]
     assert [r.better for r in stats.compare(records)[0]] == [None, True]
+
+
+def test_records_of_two_labs_never_meet() -> None:
+    with pytest.raises(ValueError, match="several labs"):
+        stats.compare([make("base"), make("a", lab=lab("r2"))])
 
 
 def test_methods_with_other_axes_are_compared_apart_with_the_baseline_in_both() -> None:

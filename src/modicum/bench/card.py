@@ -4,7 +4,11 @@ A method may state the figure its paper claims in a module constant, shown besid
 
     CLAIM = {"figure": "same perplexity at 0.5x state bytes", "where": "Table 2", "scale": "1B, 13Btok"}
 
-or as one string.
+or as one string. Where the figure is a number, `change` (of the quality, as a share of the baseline's: -0.03) and
+`cost_ratio` (of the baseline's cost: 0.5) make it one that a measurement can meet or miss.
+
+`SWEEP` names the knob settings that a bench measures instead of the defaults: ("rank=4", "rank=16"), or values by knob,
+of which every combination is measured: {"rank": (4, 16), "alpha": (8, 32)}.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +26,7 @@ from modicum.core import registry
 from modicum.core.errors import UserError
 from modicum.core.registry import MethodInfo, PortInfo
 
-CLAIM_FIELDS = ("figure", "where", "scale")
+CLAIM_FIELDS = ("figure", "where", "scale", "change", "cost_ratio")
 _ARXIV = re.compile(r"arXiv:\s*(\d{4}\.\d{4,5})", re.IGNORECASE)
 _AUTHORS = re.compile(r"([A-Z][\w'’-]+(?:,? (?:et al\.?|(?:and|&) [A-Z][\w'’-]+))?),? \(?((?:19|20)\d\d)\)?")
 
@@ -44,7 +49,7 @@ class Card:
     summary: str
     knobs: tuple[Knob, ...]
     capabilities: dict[str, tuple[str, ...]]  # provides, requires, conflicts
-    claim: dict[str, str]
+    claim: dict[str, Any]
     sweep: tuple[str, ...]  # knob settings to bench instead of the defaults
     paper: tuple[str, str] | None  # (short name, link)
 
@@ -201,29 +206,39 @@ def _constant(tree: ast.Module, name: str, path: Path, allowed: str) -> Any:
     return None
 
 
-def _claim(tree: ast.Module, path: Path) -> dict[str, str]:
-    allowed = "a string, or a mapping with 'figure' and optionally 'where' and 'scale'"
+def _claim(tree: ast.Module, path: Path) -> dict[str, Any]:
+    allowed = (
+        "a string, or a mapping with 'figure' and optionally 'where', 'scale' and the numbers 'change', 'cost_ratio'"
+    )
     value = _constant(tree, "CLAIM", path, allowed)
     if value is None:
         return {}
     if isinstance(value, str):
         return {"figure": value}
     if isinstance(value, dict) and set(value) <= set(CLAIM_FIELDS) and "figure" in value:
-        return {k: str(value[k]) for k in CLAIM_FIELDS if k in value}
+        numbers = {k: value[k] for k in CLAIM_FIELDS[3:] if k in value}
+        if all(isinstance(v, int | float) for v in numbers.values()):
+            return {k: str(value[k]) for k in CLAIM_FIELDS[:3] if k in value} | numbers
     raise UserError(f"{path}: CLAIM={value!r}; write {allowed}")
 
 
 def _sweep(tree: ast.Module, path: Path) -> tuple[str, ...]:
-    allowed = 'a tuple of knob settings such as ("rank=4", "rank=16")'
+    allowed = 'a tuple of knob settings such as ("rank=4", "rank=16"), or values by knob such as {"rank": (4, 16)}'
     value = _constant(tree, "SWEEP", path, allowed)
     if value is None:
         return ()
     if isinstance(value, tuple | list) and value and all(isinstance(v, str) for v in value):
         return tuple(value)
+    lists = list(value.values()) if isinstance(value, dict) else []
+    if lists and all(
+        isinstance(v, tuple | list) and v and all(isinstance(x, str | int | float) for x in v) for v in lists
+    ):
+        settings = itertools.product(*lists)
+        return tuple(",".join(f"{k}={v}" for k, v in zip(value, setting, strict=True)) for setting in settings)
     raise UserError(f"{path}: SWEEP={value!r}; write {allowed}")
 
 
-def claim_text(claim: dict[str, str]) -> str:
+def claim_text(claim: dict[str, Any]) -> str:
     more = [claim[k] for k in ("where", "scale") if claim.get(k)]
     return claim.get("figure", "") + (f" ({'; '.join(more)})" if more else "")
 

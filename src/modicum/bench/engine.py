@@ -289,7 +289,7 @@ def _logits(folder: Path, size: Size, form: str) -> torch.Tensor:
 
 
 def append(found: dict[str, Any], path: Path, seed: int) -> None:
-    """One evidence record per column of each engine."""
+    """One line per column of each engine: a format of its own, beside the ports' records."""
     size, machine = found["size"], record.machine()
     axes = {
         "quality": {"metric": "tokens_per_s", "better": "higher", "unit": "tokens/s"},
@@ -298,28 +298,30 @@ def append(found: dict[str, Any], path: Path, seed: int) -> None:
     for row in found["rows"]:
         metrics = {"tokens_per_s": row["tokens_per_s"], "spread": row["spread"]}
         metrics |= {} if row["ratio"] is None else {"ratio": row["ratio"]}
-        record.append(
+        record.append_line(
             path,
-            record.Record(
-                port="engine",
-                method=row["engine"],
-                choice=f"{row['engine']}: {row['column']}",
-                knobs={"column": row["column"]},
-                baseline=BASE,
-                seed=seed,
-                run=fingerprint([size, found["model"]["name"], machine, record.commit()]),
-                scale=size,
-                budget={},
-                model=found["model"],
-                data={"name": "token ids in order"},
-                metrics=metrics | found["ceilings"],
-                seconds=0.0,
-                peak_bytes=0.0,
-                flops=0.0,
-                axes=axes,
-                machine=machine,
-                versions=record.versions(),
-                commit=record.commit(),
-                time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            ),
+            {
+                "port": "engine",
+                "method": row["engine"],
+                "choice": f"{row['engine']}: {row['column']}",
+                "knobs": {"column": row["column"]},
+                "baseline": BASE,
+                "seed": seed,
+                "run": fingerprint([size, found["model"]["name"], machine, record.commit()]),
+                "scale": size,
+                "budget": {},
+                "model": found["model"],
+                "data": {"name": "token ids in order"},
+                "metrics": metrics | found["ceilings"],
+                "seconds": 0.0,
+                "peak_bytes": 0.0,
+                "flops": 0.0,
+                "axes": axes,
+                "machine": machine,
+                "versions": record.versions(),
+                "commit": record.commit(),
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "claim": {},
+                "schema": 1,
+            },
         )

@@ -1,63 +1,93 @@
-"""Measured figures as text: which run counts for a method, and how its result reads."""
+"""Measured figures as text: which labs are shown, and how a method's result in one of them reads."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from modicum.bench import stats
+from modicum.bench import labs, stats
 from modicum.bench.record import Record
 from modicum.bench.stats import Row, quantity, spread_text
 from modicum.core.events import seconds_text
-from modicum.core.registry import PortInfo
+
+RUNS = "shows that it runs"  # what a measurement of tier smoke says, and all it says
 
 
-def rows_of(found: list[Record]) -> dict[str, tuple[Row, list[Record]]]:
-    """Per choice: its row in its newest run that holds the baseline too, and that run's records.
+def comparisons(found: list[Record]) -> list[list[Record]]:
+    """Records lab by lab, those that hold the baseline: the highest tier first, in it the newest.
 
-    A method with default knobs goes by its key. Choices never measured beside a baseline are left out.
+    A lab gives way to a newer one of the same settings (the bench's source apart) that holds all of its choices.
     """
-    rows: dict[str, tuple[Row, list[Record]]] = {}
-    based = {r.run for r in found if r.choice == r.baseline}
-    for choice in dict.fromkeys(r.choice for r in found):
-        runs = [r.run for r in found if r.choice == choice and r.run in based]
-        if runs:
-            members = [r for r in found if r.run == runs[-1]]
-            found_rows = [row for part in stats.compare(members) for row in part if row.choice == choice]
-            rows[choice] = (found_rows[0], members)
-    return rows
+    groups: dict[str, list[Record]] = {}
+    for record in found:
+        groups.setdefault(record.lab.id, []).append(record)
+    based = [g for g in groups.values() if any(r.choice == r.baseline for r in g)]
+    based.sort(key=lambda g: (labs.TIERS.index(g[0].lab.tier), g[-1].time), reverse=True)
+    kept: list[list[Record]] = []
+    for group in based:
+        newer = [k for k in kept if k[0].lab.settings == group[0].lab.settings]
+        if not any({r.choice for r in group} <= {r.choice for r in k} for k in newer):
+            kept.append(group)
+    return kept
 
 
-def main_run(found: list[Record], info: PortInfo) -> list[Record]:
-    """The run that compares most methods with the baseline, the newest of those; empty if there is none."""
-    runs: dict[str, list[Record]] = {}
-    for entry in found:
-        runs.setdefault(entry.run, []).append(entry)
-    fit = [r for r in runs.values() if any(e.choice == info.baseline for e in r)]
-    return max(fit, key=lambda r: (len({e.choice for e in r}), r[-1].time), default=[])
+def of_method(found: list[Record], key: str) -> list[tuple[list[Record], list[Row]]]:
+    """Each lab's records and the rows of one method in them; labs without the method are left out."""
+    tables = [(group, [row for part in stats.compare(group) for row in part]) for group in comparisons(found)]
+    own = [(group, [row for row in rows if row.method == key]) for group, rows in tables]
+    return [(group, rows) for group, rows in own if rows]
 
 
-def of_method(rows: dict[str, tuple[Row, list[Record]]], key: str) -> list[tuple[Row, list[Record]]]:
-    """A method's figures, those with default knobs first."""
-    own = [found for found in rows.values() if found[0].method == key]
-    return sorted(own, key=lambda found: found[0].choice != key)
+def verdict(row: Row) -> str:
+    """What a row says of its method: of its claim, where that is in numbers, else against the baseline.
+
+    A measurement of tier smoke says nothing but that it runs; nor does one whose baseline cannot do the task.
+    """
+    if row.tier == "smoke":
+        return RUNS
+    if row.is_baseline:
+        return "baseline"
+    if row.difference is None:
+        return "not compared"
+    if row.quality_ratio is None:
+        return f"not measurable here: the baseline's {words(row.axes['quality']['metric'])} is 0"
+    if "change" not in row.claim and "cost_ratio" not in row.claim:
+        return {True: "better", False: "worse", None: "not told apart"}[row.better]
+    met = row.better is not False or "change" in row.claim
+    if "change" in row.claim:
+        change = row.difference.mean / abs(row.quality.mean / row.quality_ratio)
+        met = (
+            change >= row.claim["change"]
+            if row.axes["quality"]["better"] == "higher"
+            else change <= row.claim["change"]
+        )
+    if "cost_ratio" in row.claim and met:
+        wanted, ratio = row.claim["cost_ratio"], row.cost_ratio
+        met = ratio is not None and (ratio >= wanted if row.axes["cost"]["better"] == "higher" else ratio <= wanted)
+    return "claim met" if met else "claim missed"
 
 
 def measured_text(row: Row) -> str:
-    """`bits per byte 2.31 ± 0.01, −3.1% [−5%, −1.2%]; state bytes 12.0 MiB, ×0.5`."""
+    """`bits per byte 2.31 ± 0.01, −3.1% [−5%, −1.2%]; state bytes 12.0 MiB, ×0.5; better`."""
     quality, cost = row.axes["quality"], row.axes["cost"]
     text = f"{words(quality['metric'])} {spread_text(row.quality, quality['unit'])}"
     if change := change_text(row):
         text += f", {change}"
     text += f"; {words(cost['metric'])} {spread_text(row.cost, cost['unit'])}"
-    if not row.is_baseline and row.cost_ratio is not None:
-        text += f", ×{row.cost_ratio:.3g}"
-    return text
+    if ratio := ratio_text(row):
+        text += f", {ratio}"
+    return f"{text}; {verdict(row)}"
+
+
+def ratio_text(row: Row) -> str:
+    """The cost over the baseline's; "" for the baseline and where the tier says nothing."""
+    known = row.cost_ratio is not None and not row.is_baseline and row.tier != "smoke"
+    return f"×{row.cost_ratio:.3g}" if known else ""
 
 
 def change_text(row: Row) -> str:
-    """The paired difference as a share of the baseline with its interval; "" for the baseline itself."""
-    if row.difference is None or not row.quality_ratio:
+    """The paired difference as a share of the baseline with its interval; "" for the baseline and for tier smoke."""
+    if row.difference is None or not row.quality_ratio or row.tier == "smoke":
         return ""
     base = abs(row.quality.mean / row.quality_ratio)
     text = percent(row.difference.mean / base)
@@ -74,25 +104,32 @@ def percent(share: float) -> str:
     return digits.replace("-", "−") + "%"
 
 
-def setting_text(run: list[Record]) -> str:
-    """One paragraph: how, on what and where a run was measured."""
-    last = run[-1]
+def setting_text(group: list[Record]) -> str:
+    """One paragraph: at what tier, how, on what and where the records of a lab were measured."""
+    lab = group[0].lab
     parts = [
-        f"Seeds {', '.join(str(s) for s in sorted({r.seed for r in run}))}",
-        "scale " + ", ".join(f"{k}={v}" for k, v in last.scale.items()),
+        f"Tier {lab.tier}" + (f" ({RUNS})" if lab.tier == "smoke" else ""),
+        f"seeds {', '.join(str(s) for s in sorted({r.seed for r in group}))}",
+        "scale " + ", ".join(f"{k}={v}" for k, v in lab.scale.items()),
     ]
-    if last.budget:
-        parts.append("budget " + ", ".join(f"{k}={stats.number(v)}" for k, v in last.budget.items()))
-    if last.model:
-        parts.append("model " + described(last.model))
-    if last.data:
-        parts.append("data " + described(last.data))
+    if lab.budget:
+        parts.append("budget " + ", ".join(f"{k}={stats.number(v)}" for k, v in lab.budget.items()))
+    for name in ("model", "data"):
+        if fields := common([getattr(r, name) for r in group]):
+            parts.append(f"{name} {described(fields)}")
+    parts += [f"on {text}" for text in dict.fromkeys(machine_text(r.machine) for r in group)]
+    commits = ", ".join(dict.fromkeys(r.commit for r in group))
     parts += [
-        f"on {machine_text(last.machine)}",
-        f"torch {last.versions.get('torch', '?')}, commit {last.commit}, {last.time[:10]}",
-        f"{seconds_text(sum(r.seconds for r in run))} in all",
+        f"torch {', '.join(dict.fromkeys(r.versions.get('torch', '?') for r in group))}, commit {commits}, "
+        f"{group[-1].time[:10]}",
+        f"{seconds_text(sum(r.seconds for r in group))} in all",
     ]
     return "; ".join(parts) + "."
+
+
+def common(values: list[dict[str, Any]]) -> dict[str, Any]:
+    """The entries that all of `values` hold."""
+    return {k: v for k, v in values[0].items() if all(k in other and other[k] == v for other in values)}
 
 
 def machine_text(machine: dict[str, Any]) -> str:

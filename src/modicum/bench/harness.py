@@ -6,6 +6,7 @@ A port's bench, `bench/ports/PORT.py`, holds
     LIMITS = {"tokens", "seconds"}       limits of a Budget that `measure` keeps
     class Scale                          keyword-only dataclass: how large a measurement is
     QUICK = Scale(...)                   seconds instead of minutes
+    TIER = "laptop"                      where the default scale says something; "smoke" if left out (`labs.tier_of`)
     def measure(choice, seed, settings) -> Measurement
 
     def axes_of(choice) -> Axes          only where methods of one port are judged on different axes
@@ -27,18 +28,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from modicum.bench import code, labs
 from modicum.bench import record as records
 from modicum.bench.card import read_card
+from modicum.bench.labs import Lab
 from modicum.bench.record import Record
 from modicum.budget import Budget, Cost, Meter
 from modicum.core import registry
 from modicum.core.choice import Choice, make_config
 from modicum.core.errors import UserError, unknown
 from modicum.core.events import Progress
-from modicum.core.files import fingerprint
 
 log = logging.getLogger(__name__)
-PLACE = Path(__file__).parent / "ports"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Settings:
     data: str | None = None
     model: str | None = None
     device: str = "cpu"
+    quick: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ class Bench:
 
 def benches() -> dict[str, Path]:
     """Port names that have a bench, found by their files; nothing is imported."""
-    return {p.stem.replace("_", "-"): p for p in sorted(PLACE.glob("*.py")) if not p.name.startswith("_")}
+    return {p.stem.replace("_", "-"): p for p in sorted(code.PLACE.glob("*.py")) if not p.name.startswith("_")}
 
 
 def load(port: str) -> Bench:
@@ -168,9 +170,9 @@ def pick(port: str, given: list[str]) -> list[Choice]:
 
 @dataclass
 class Outcome:
-    """Records of this run, new and resumed, and what failed."""
+    """Records of this run, new and taken from earlier, and what failed."""
 
-    run: str
+    lab: Lab
     records: list[Record]
     failures: dict[str, str]
     measured: int = 0
@@ -178,40 +180,50 @@ class Outcome:
     interrupted: bool = False
 
 
+def lab_of(bench: Bench, settings: Settings) -> Lab:
+    """The lab that a measurement with these settings belongs to. Raises `UserError` for a limit it does not keep."""
+    declared = getattr(bench.module, "TIER", "smoke")
+    return Lab.of(
+        bench.port,
+        tier=labs.tier_of(
+            settings.scale, quick=settings.quick, model=settings.model, device=settings.device, declared=declared
+        ),
+        device=settings.device,
+        bench=code.bench_hash(bench.port),
+        scale=asdict(settings.scale),
+        budget=check_budget(bench, settings.budget),
+        data=settings.data,
+        model=settings.model,
+    )
+
+
 def run(
     bench: Bench,
     choices: list[Choice],
     seeds: list[int],
     settings: Settings,
-    path: Path,
+    folder: Path,
     *,
     resume: bool = False,
+    again: bool = False,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Measure every choice at every seed and append each record to `path` as it is made.
+    """Measure every choice at every seed and append each record to its file in `folder` as it is made.
 
     All methods run at one seed before the next seed begins, so that an interrupted bench still holds
-    complete pairs. With `resume`, records of the same run (port, scale, budget, inputs, commit,
-    machine) are taken from `path` instead of measured. A method that fails is reported and the others
+    complete pairs. Records of the same lab and of today's code are taken from `folder` instead of measured: the
+    baseline's, unless `again`, and with `resume` everyone's. A method that fails is reported and the others
     go on; Ctrl-C ends the run and keeps what is done.
     """
-    machine = records.machine()
-    limits = check_budget(bench, settings.budget)
-    identity = fingerprint(
-        [
-            bench.port,
-            asdict(settings.scale),
-            limits,
-            settings.data,
-            settings.model,
-            settings.device,
-            records.commit(),
-            machine,
-        ]
-    )
+    lab, machine = lab_of(bench, settings), records.machine()
     baseline = registry.port(bench.port).baseline
-    known = {(r.choice, r.seed): r for r in records.read(path) if r.run == identity} if resume else {}
-    outcome = Outcome(identity, [], {})
+    codes = {c.method: code.code_hash(bench.port, c.method) for c in choices}
+    known = {
+        (r.choice, r.seed): r
+        for r in records.read(folder, bench.port)
+        if r.lab.id == lab.id and r.code == codes.get(r.method) and (resume or (r.choice == baseline and not again))
+    }
+    outcome = Outcome(lab, [], {})
     todo = [(seed, choice) for seed in seeds for choice in choices]
     claims = {c.method: read_card(registry.methods(bench.port)[c.method]).claim for c in choices}
     if progress:
@@ -238,15 +250,13 @@ def run(
             outcome.failures[label] = f"{type(error).__name__}: {error}"
             continue
         entry = Record(
-            port=bench.port,
+            lab=lab,
             method=choice.method,
             choice=label,
             knobs={k: v for k, v in choice.resolved().items() if k != "method"},
             baseline=baseline,
             seed=seed,
-            run=identity,
-            scale=asdict(settings.scale),
-            budget=limits,
+            code=codes[choice.method],
             model=made.model,
             data=made.data,
             metrics={k: float(v) for k, v in made.metrics.items()},
@@ -258,10 +268,10 @@ def run(
             versions=records.versions(),
             commit=records.commit(),
             claim=claims[choice.method],
-            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            time=datetime.datetime.now(datetime.UTC).isoformat(),
         )
         _check_axes(entry)
-        records.append(path, entry)
+        records.append(folder, entry)
         outcome.records.append(entry)
         outcome.measured += 1
         if progress:
@@ -288,5 +298,5 @@ def _check_axes(entry: Record) -> None:
             entry.value(axis["metric"])
         except KeyError:
             raise UserError(
-                f"bench {entry.port} promises {axis['metric']!r} and measured only {', '.join(entry.metrics)}"
+                f"bench {entry.lab.port} promises {axis['metric']!r} and measured only {', '.join(entry.metrics)}"
             ) from None

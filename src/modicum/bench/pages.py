@@ -9,11 +9,11 @@ from modicum.bench.card import Card, claim_text, read_card
 from modicum.bench.figures import (
     cell,
     change_text,
-    main_run,
-    measured_text,
-    rows_of,
+    comparisons,
+    ratio_text,
     sentence,
     setting_text,
+    verdict,
     words,
 )
 from modicum.bench.stats import Row, spread_text
@@ -66,63 +66,50 @@ def _source(info: PortInfo) -> str:
 
 
 def _measured(info: PortInfo, evidence: Path) -> tuple[list[str], dict[str, str]]:
-    """Lines of the section, and the SVG of each plot by its file's name (none without evidence)."""
-    found = record.read(evidence / f"{info.name}.jsonl")
-    run = main_run(found, info)
-    if not run:
-        return [f"Nothing yet; type `modicum bench {info.name}`.", ""], {}
-    lines, pictures = [setting_text(run), ""], {}
-    for i, rows in enumerate(stats.compare(run)):
-        name = f"{info.name}.svg" if i == 0 else f"{info.name}-{i + 1}.svg"
-        pictures[name] = plots.svg(info.name, rows)
-        lines += [
-            f"![{words(rows[0].axes['quality']['metric'])} against {words(rows[0].axes['cost']['metric'])}]"
-            f"(plots/{name})",
-            "",
-            *_table(rows),
-            "",
-        ]
-    for choice, (row, members) in rows_of(found).items():
-        if members[-1].run != run[-1].run:
-            lines += [f"`{choice}`, in another run: {measured_text(row)}. {setting_text(members)}", ""]
-    return lines, pictures
+    """Lines of the section, a table for each lab, and the SVG of each plot by its file's name.
+
+    What is of tier smoke has no plot: points side by side would be read as a comparison.
+    """
+    lines: list[str] = []
+    pictures: dict[str, str] = {}
+    for group in comparisons(record.read(evidence, info.name)):
+        lines += [setting_text(group), ""]
+        for rows in stats.compare(group):
+            if rows[0].tier != "smoke":
+                name = f"{info.name}-{len(pictures) + 1}.svg" if pictures else f"{info.name}.svg"
+                pictures[name] = plots.svg(info.name, rows)
+                title = f"{words(rows[0].axes['quality']['metric'])} against {words(rows[0].axes['cost']['metric'])}"
+                lines += [f"![{title}](plots/{name})", ""]
+            lines += [*_table(rows), ""]
+    return lines or [f"Nothing yet; type `modicum bench {info.name}`.", ""], pictures
 
 
 def _table(rows: list[Row]) -> list[str]:
     quality, cost = rows[0].axes["quality"], rows[0].axes["cost"]
+    smoke = rows[0].tier == "smoke"
     shown = (quality["metric"], cost["metric"], "peak_bytes", "flops")
     names = [n for n in rows[0].metrics if n not in shown]
-    heads = [
-        "method",
-        words(quality["metric"]),
-        "change [95%]",
-        words(cost["metric"]),
-        "cost ratio",
-        *(words(n) for n in names),
-        "claim",
-    ]
+    heads = ["method", words(quality["metric"]), words(cost["metric"]), *(words(n) for n in names), "result"]
+    if not smoke:
+        heads[2:3] = ["change [95%]", words(cost["metric"]), "cost ratio"]
+        heads.append("claim")
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for row in rows:
-        ratio = f"×{row.cost_ratio:.3g}" if row.cost_ratio is not None else "—"
         more = [
             spread_text(row.metrics[n], "bytes" if n.endswith("_bytes") else "") if n in row.metrics else "—"
             for n in names
         ]
-        lines.append(
-            "| "
-            + " | ".join(
-                [
-                    f"**{row.choice}**" if row.is_baseline else row.choice,
-                    spread_text(row.quality, quality["unit"]),
-                    change_text(row) or "—",
-                    spread_text(row.cost, cost["unit"]),
-                    ratio,
-                    *more,
-                    cell(claim_text(row.claim)) or "—",
-                ]
-            )
-            + " |"
-        )
+        cells = [
+            f"**{row.choice}**" if row.is_baseline else row.choice,
+            spread_text(row.quality, quality["unit"]),
+            *([] if smoke else [change_text(row) or "—"]),
+            spread_text(row.cost, cost["unit"]),
+            *([] if smoke else [ratio_text(row) or "—"]),
+            *more,
+            verdict(row),
+            *([] if smoke else [cell(claim_text(row.claim)) or "—"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 

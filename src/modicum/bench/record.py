@@ -1,9 +1,9 @@
-"""Evidence records: one JSON line per measurement, in `evidence/PORT.jsonl`.
+"""Evidence records: one JSON line per measurement, in `evidence/PORT/KEY.jsonl`.
 
-A record says what was measured (port, method, every knob), on what (model, data, seed, budget, scale),
-where (machine, versions, commit), what came out (metrics, seconds, bytes, FLOPs) and which claim of the
-paper it stands beside. Records of one `run` share port, scale, budget, inputs, commit and machine, and
-can therefore be compared.
+A record says what was measured (method, every knob, seed), what came out (metrics, seconds, bytes, FLOPs) and which
+claim of the paper it stands beside. Its settings stand in its lab's file (`labs`). Two keys decide what it is good for:
+records of one `lab` may be compared; a record whose `code` differs from today's hash of the files behind it is stale.
+The commit is there to be read, and decides nothing.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modicum.bench import labs
+from modicum.bench.labs import SCHEMA, Lab
 from modicum.core import registry
 from modicum.core.errors import CorruptError, UserError
 
-SCHEMA = 1
+SHARED = ("model", "data", "axes", "machine", "versions", "claim")  # kept in the lab's file, each value once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One measurement of one method at one seed."""
 
-    port: str
+    lab: Lab
     method: str
     choice: str  # as typed: "lora:rank=4"
     knobs: dict[str, Any]  # resolved, defaults included
     baseline: str
     seed: int
-    run: str  # what makes records comparable, as a fingerprint
-    scale: dict[str, Any]  # size of the measurement: tokens, layers, documents ...
-    budget: dict[str, float]  # limits that were set, by name
+    code: str  # hash of the files that decide the result; "" where it is not known
     model: dict[str, Any]  # name, shape, parameters, weights' checksum
     data: dict[str, Any]  # name, checksum, bytes
     metrics: dict[str, float]
@@ -49,7 +49,7 @@ class Record:
     versions: dict[str, str]
     commit: str
     time: str  # UTC, ISO 8601
-    claim: dict[str, str] = field(default_factory=dict)
+    claim: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def value(self, name: str) -> float:
@@ -62,13 +62,27 @@ class Record:
 
     def identity(self) -> tuple[str, str, str, int]:
         """Two records with the same identity measured the same thing; the later one counts."""
-        return self.run, self.method, json.dumps(self.knobs, sort_keys=True, default=str), self.seed
+        return self.lab.id, self.method, json.dumps(self.knobs, sort_keys=True, default=str), self.seed
 
 
-def append(path: Path, record: Record) -> None:
+def record_path(folder: Path, port: str, method: str) -> Path:
+    return folder / port / f"{method}.jsonl"
+
+
+def append(folder: Path, record: Record) -> Path:
+    """Add a record to its method's file in the evidence folder, and what is new of its settings to its lab's."""
+    fields = json.loads(json.dumps(asdict(record), ensure_ascii=False, default=_plain))
+    del fields["lab"]
+    names = labs.share(folder, record.lab, {key: fields[key] for key in SHARED})
+    path = record_path(folder, record.lab.port, record.method)
+    append_line(path, {"lab": record.lab.id} | fields | names)
+    return path
+
+
+def append_line(path: Path, fields: dict[str, Any]) -> None:
     """Add one line and flush it to disk, so that a killed bench keeps what it measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(asdict(record), ensure_ascii=False, default=_plain, sort_keys=False) + "\n"
+    line = json.dumps(fields, ensure_ascii=False, default=_plain) + "\n"
     with open(path, "a+b") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
@@ -84,32 +98,42 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def read(path: Path) -> list[Record]:
-    """All records of a file, later ones replacing earlier ones of the same identity.
+def read(folder: Path, port: str) -> list[Record]:
+    """All records of a port in the order they were made, later ones replacing earlier ones of the same identity.
 
-    Lines that are not JSON (cut by a kill) are left out. Raises `CorruptError` for a record of
-    another schema or with fields missing.
+    Lines that are not JSON (cut by a kill) are left out. Raises `CorruptError` for a record of another schema, with
+    fields missing or whose lab's file lacks what it refers to.
     """
     found: dict[tuple[str, str, str, int], Record] = {}
-    if not path.exists():
-        return []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        try:
-            record = Record(**fields)
-        except TypeError as error:
-            raise CorruptError(f"{path}:{number} is not an evidence record ({error}); remove that line") from None
-        if record.schema != SCHEMA:
-            raise CorruptError(
-                f"{path}:{number} has schema {record.schema}, this version reads {SCHEMA}; "
-                "measure it again: modicum bench " + record.port
-            )
-        found.pop(record.identity(), None)
-        found[record.identity()] = record
-    return list(found.values())
+    known: dict[str, tuple[Lab, dict[str, Any]]] = {}
+    for path in sorted((folder / port).glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            record = _joined(folder, fields, known, f"{path}:{number}")
+            found.pop(record.identity(), None)
+            found[record.identity()] = record
+    return sorted(found.values(), key=lambda record: record.time)
+
+
+def _joined(folder: Path, fields: dict[str, Any], known: dict[str, tuple[Lab, dict[str, Any]]], where: str) -> Record:
+    """A line with its lab and what it shares put in; `known` keeps the labs that were read."""
+    if fields.get("schema") != SCHEMA:
+        raise CorruptError(
+            f"{where} has schema {fields.get('schema')}, this version reads {SCHEMA}; remove the line and measure again"
+        )
+    try:
+        name = fields["lab"]
+        if name not in known:
+            known[name] = labs.read(folder, name)
+        lab, shared = known[name]
+        return Record(**fields | {key: shared[fields[key]] for key in SHARED} | {"lab": lab})
+    except (TypeError, KeyError) as error:
+        raise CorruptError(
+            f"{where} is not an evidence record, or its lab's file lacks what it refers to ({error}); remove that line"
+        ) from None
 
 
 def folder(given: Path | None = None) -> Path:

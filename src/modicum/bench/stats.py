@@ -63,7 +63,8 @@ class Row:
     better: bool | None  # clearly better (True), clearly worse (False), not told apart (None)
     metrics: dict[str, Spread]
     seeds: list[int]
-    claim: dict[str, str]
+    claim: dict[str, Any]
+    tier: str
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,7 +105,7 @@ def student_975(freedom: int) -> float:
 
 
 def facets(records: list[Record]) -> list[list[Record]]:
-    """Records of one run parted by the axes they are judged on, each part with the baseline beside it.
+    """Records of one lab parted by the axes they are judged on, each part with the baseline beside it.
 
     Most ports have one pair of axes; where a port's methods save different things (an adapter trainable
     parameters, a quantiser stored bytes), the baseline stands in every part.
@@ -120,7 +121,9 @@ def facets(records: list[Record]) -> list[list[Record]]:
 
 
 def compare(records: list[Record]) -> list[list[Row]]:
-    """Rows for records of one run, parted by `facets`; the baseline first, then in order of measurement."""
+    """Rows for records of one lab, parted by `facets`; the baseline first, then in order of measurement."""
+    if len({r.lab.id for r in records}) > 1:
+        raise ValueError("records of several labs are not to be compared; see figures.comparisons")
     return [_rows(part) for part in facets(records)]
 
 
@@ -155,6 +158,7 @@ def _rows(records: list[Record]) -> list[Row]:
                 spread,
                 sorted(r.seed for r in group),
                 group[-1].claim,
+                group[-1].lab.tier,
             )
         )
     return sorted(rows, key=lambda row: not row.is_baseline)

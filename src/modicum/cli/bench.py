@@ -32,20 +32,30 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     evidence: Annotated[Path | None, typer.Option(help="Folder of the records [default: evidence/].")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Skip what this run already recorded at this commit.")
+        bool, typer.Option("--resume", help="Skip what was measured with these settings and today's code.")
+    ] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Only what has no record yet in the lab that these settings make.")
+    ] = False,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Only what was last measured by other code than today's.")
+    ] = False,
+    listing: Annotated[
+        bool, typer.Option("--list", "--dry-run", help="With --missing or --stale: say what, and measure nothing.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Page to draw [default: runs/bench/PORT.html].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Measure a port's methods beside its baseline, at equal budget, over several seeds."""
-    from modicum.bench import harness, plots, record, stats
+    from modicum.bench import harness, plots, record, stats, todo
     from modicum.budget import Budget, units
+    from modicum.core import registry
     from modicum.core.choice import Choice
     from modicum.core.errors import ModicumError, UserError
     from modicum.core.events import Progress
 
     if port == "engine":
-        if plot or data or budget or scale or resume:
+        if plot or data or budget or scale or resume or missing or stale:
             raise UserError("bench engine takes METHOD (whom to measure), --model, --limit, --quick and --json")
         engine(
             method or [],
@@ -70,8 +80,13 @@ def bench(
             device=device,
             evidence=evidence,
             resume=resume,
+            missing=missing,
+            stale=stale,
+            listing=listing,
         )
         return
+    if listing and not (missing or stale):
+        raise UserError("--list goes with --missing or --stale; methods are listed by: modicum ls PORT")
     numbers = parse_seeds(seeds)
     limits = Budget.parse(budget)
     loaded = harness.load(port)
@@ -83,10 +98,36 @@ def bench(
         data=data,
         model=model,
         device=device,
+        quick=quick,
     )
-    path = record.folder(evidence) / f"{port}.jsonl"
+    folder = record.folder(evidence)
+    if missing or stale:
+        baseline, found = registry.port(port).baseline, record.read(folder, port)
+        lab = harness.lab_of(loaded, settings)
+        wanted = {str(c) for c in todo.missing(found, choices, numbers, lab)} if missing else set()
+        old = todo.stale(found) if stale else []
+        if listing:
+            show_todo(port, lab, sorted(wanted), old, as_json)
+            return
+        wanted |= {s.choice for s in old if (s.lab.tier, s.lab.device) == (lab.tier, lab.device)}
+        choices = [c for c in choices if str(c) in wanted]
+        if not choices:
+            print(f"{port}: nothing to measure at tier {lab.tier} on {lab.device}")
+            return
+        if str(choices[0]) != baseline:  # it is there already, or is measured beside them
+            choices.insert(0, Choice(port, baseline))
+        resume = True
     with Progress(f"bench {port}", len(numbers) * len(choices), "runs") as progress:
-        outcome = harness.run(loaded, choices, numbers, settings, path, resume=resume, progress=progress)
+        outcome = harness.run(
+            loaded,
+            choices,
+            numbers,
+            settings,
+            folder,
+            resume=resume,
+            again=registry.port(port).baseline in (method or []),
+            progress=progress,
+        )
     parts = stats.compare(outcome.records)
     drawn = plot or Path("runs") / "bench" / f"{port}.html"
     if parts:
@@ -96,10 +137,10 @@ def bench(
             json.dumps(
                 {
                     "port": port,
-                    "run": outcome.run,
+                    "lab": vars(outcome.lab),
                     "rows": [r.as_dict() for rows in parts for r in rows],
                     "failures": outcome.failures,
-                    "records": str(path),
+                    "records": str(folder / port),
                     "measured": outcome.measured,
                     "skipped": outcome.skipped,
                     "plot": str(drawn),
@@ -110,7 +151,10 @@ def bench(
     elif parts:
         for rows in parts:
             show_rows(rows)
-        print(f"{outcome.measured} measured, {outcome.skipped} from earlier; records {path}; plot {drawn}")
+        print(
+            f"{outcome.measured} measured, {outcome.skipped} from earlier; tier {outcome.lab.tier}; "
+            f"records {folder / port}; plot {drawn}"
+        )
     for label, reason in outcome.failures.items():
         print(f"{port}/{label} failed: {reason}", file=sys.stderr)
     if outcome.interrupted:
@@ -194,6 +238,22 @@ def every_port(**options: Any) -> None:
         raise ModicumError(f"not everything could be measured: {', '.join(failed)}")
 
 
+def show_todo(port: str, lab: Any, missing: list[str], stale: list, as_json: bool) -> None:
+    """What `--missing` and `--stale` would measure."""
+    if as_json:
+        old = [
+            {"choice": s.choice, "lab": s.lab.id, "tier": s.lab.tier, "seeds": s.seeds, "time": s.time} for s in stale
+        ]
+        print(json.dumps({"port": port, "lab": vars(lab), "missing": missing, "stale": old}, indent=2))
+        return
+    for choice in missing:
+        print(f"{port}/{choice} missing in lab {lab.id} (tier {lab.tier})")
+    for s in stale:
+        print(f"{port}/{s.choice} stale in lab {s.lab.id} (tier {s.lab.tier}, {s.lab.device}), measured {s.time[:10]}")
+    if not missing and not stale:
+        print(f"{port}: nothing to measure")
+
+
 def parse_seeds(text: str) -> list[int]:
     """`0,1,2` or `0-4`. Raises `UserError` for anything else."""
     from modicum.core.errors import UserError
@@ -216,12 +276,12 @@ def show_rows(rows: list) -> None:
     from rich.text import Text
 
     from modicum.bench.card import claim_text
-    from modicum.bench.figures import change_text
+    from modicum.bench.figures import change_text, ratio_text, verdict
     from modicum.bench.stats import spread_text
 
     quality, cost = rows[0].axes["quality"], rows[0].axes["cost"]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    with_claims = any(row.claim for row in rows)
+    with_claims = any(row.claim for row in rows) and rows[0].tier != "smoke"
     heads = [
         "method",
         f"{quality['metric']} ({quality['better']} better)",
@@ -230,22 +290,23 @@ def show_rows(rows: list) -> None:
         "×",
         "seconds",
         "seeds",
+        "result",
         *(["claim"] if with_claims else []),
     ]
     for head in heads:
-        table.add_column(head, justify="left" if head in ("method", "claim") else "right", overflow="fold")
+        table.add_column(head, justify="left" if head in ("method", "result", "claim") else "right", overflow="fold")
     for row in rows:
-        style = {True: "green", False: "red", None: ""}[row.better]
+        style = {True: "green", False: "red", None: ""}[None if row.tier == "smoke" else row.better]
         change = Text(change_text(row) or ("baseline" if row.is_baseline else "—"), style=style)
-        ratio = f"{row.cost_ratio:.3g}" if row.cost_ratio is not None else "—"
         table.add_row(
             row.choice,
             spread_text(row.quality, quality["unit"]),
             change,
             spread_text(row.cost, cost["unit"]),
-            ratio,
+            ratio_text(row) or "—",
             f"{row.seconds.mean:.3g}",
             str(len(row.seeds)),
+            verdict(row),
             *([claim_text(row.claim)] if with_claims else []),
         )
     console = Console()

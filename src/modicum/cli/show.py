@@ -24,7 +24,6 @@ def show(
     if key is None and "/" in port:
         port, _, key = port.partition("/")
     info = registry.port(port)
-    measured = figures.rows_of(record.read(record.folder(evidence) / f"{port}.jsonl"))
     if key is None:
         text = cards.port_text(info)
         if as_json:
@@ -50,7 +49,7 @@ def show(
     if key not in known:
         raise unknown(f"{port} method", key, known, f"Type: modicum ls {port}")
     card = cards.read_card(known[key])
-    found = {c: (row, run) for c, (row, run) in measured.items() if row.method == key}
+    found = figures.of_method(record.read(record.folder(evidence), port), key)
     if as_json:
         print(
             json.dumps(
@@ -62,7 +61,11 @@ def show(
                     "knobs": [vars(k) for k in card.knobs],
                     **card.capabilities,
                     "claim": card.claim,
-                    "measured": {c: row.as_dict() for c, (row, _) in found.items()},
+                    "measured": [
+                        vars(group[0].lab)
+                        | {"rows": [row.as_dict() | {"verdict": figures.verdict(row)} for row in rows]}
+                        for group, rows in found
+                    ],
                 },
                 indent=2,
             )
@@ -82,11 +85,9 @@ def show(
             print(f"{name:<9} {', '.join(words)}")
     if card.claim:
         print(f"claim     {cards.claim_text(card.claim)}")
-    settings: dict[str, list[str]] = {}
-    for choice, (row, run) in found.items():
-        settings.setdefault(figures.setting_text(run), []).append(f"{choice}: {figures.measured_text(row)}")
-    for setting, lines in settings.items():  # what was measured in one run stands under its settings, said once
-        print("measured  " + "\n          ".join([*lines, setting]))
+    for group, rows in found:  # what was measured in one lab stands above its settings, said once
+        lines = [f"{row.choice}: {figures.measured_text(row)}" for row in rows]
+        print("measured  " + "\n          ".join([*lines, figures.setting_text(group)]))
     if not found:
         print(f"measured  nothing yet; type: modicum bench {port} {key}")
     print(f"file      {card.path}")

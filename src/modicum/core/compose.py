@@ -118,7 +118,10 @@ def brings(port: str, key: str) -> tuple[tuple[str, str], ...]:
     path = registry.methods(port)[key].path
     text = path.read_text(encoding="utf-8") if path else ""
     match = _BRINGS.search(text)
-    names = ast.literal_eval(match[1]) if match else getattr(registry.load(port, key).module, "BRINGS", ()) * (not path)
+    if path:
+        names = ast.literal_eval(match[1]) if match else ()
+    else:  # a plug-in
+        names = getattr(registry.load(port, key).module, "BRINGS", ())
     pairs = [(name.partition("/")[0], name.partition("/")[2]) for name in names]
     for other_port, other_key in pairs:
         if other_key not in registry.methods(other_port):
