@@ -122,6 +122,27 @@ def test_bench_writes_records_plot_and_table(typed: Typed, tmp_path: Path) -> No
     assert "measured  constant: bits per byte" in measured and "Tier smoke (shows that it runs); seeds 0, 1" in measured
 
 
+def test_what_is_missing_or_stale_is_listed_and_then_measured(typed: Typed, tmp_path: Path) -> None:
+    settings = ["--quick", "--seeds", "0", "--evidence", "evidence"]
+    out = typed("bench", "schedule", "constant", "--missing", "--list", *settings)[1]
+    assert (
+        "schedule/constant missing in lab " in out and "schedule/cosine missing" in out and not list(tmp_path.iterdir())
+    )
+    code, out, err = typed("bench", "schedule", "constant", "--missing", *settings)
+    assert code == 0 and "2 measured, 0 from earlier; tier smoke" in out, err
+    out = typed("bench", "schedule", "constant", "wsd", "--missing", "--stale", "--dry-run", *settings)[1]
+    assert out.count("missing in lab") == 1 and "schedule/wsd" in out and " stale " not in out
+    assert "1 measured, 1 from earlier" in typed("bench", "schedule", "constant", "wsd", "--missing", *settings)[1]
+    path = tmp_path / "evidence" / "schedule" / "constant.jsonl"
+    path.write_text(re.sub('"code": "[0-9a-f]+"', '"code": ""', path.read_text()))
+    found = json.loads(typed("bench", "schedule", "--stale", "--list", "--json", *settings)[1])
+    assert [s["choice"] for s in found["stale"]] == ["constant"] and found["missing"] == []
+    assert "1 measured, 1 from earlier" in typed("bench", "schedule", "--stale", *settings)[1]
+    assert "schedule: nothing to measure" in typed("bench", "schedule", "--stale", *settings)[1]
+    code, _, err = typed("bench", "schedule", "--list", *settings)
+    assert code == 2 and "--list goes with --missing or --stale" in err
+
+
 def test_interrupted_bench_ends_with_130_and_its_table(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     real = harness._measure
 
