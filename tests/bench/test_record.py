@@ -230,6 +230,17 @@ def test_higher_is_better_turns_the_verdict() -> None:
     assert [r.better for r in stats.compare(records)[0]] == [None, True]
 
 
+def test_times_of_two_machines_are_not_compared() -> None:
+    axes = {"quality": AXES["quality"], "cost": {"metric": "seconds", "better": "lower", "unit": "s"}}
+    base, same = make("base", axes=axes, seconds=2.0), make("same", axes=axes, seconds=1.0)
+    other = make("other", axes=axes, seconds=1.0, machine={"cpu": "y"})
+    (rows,) = stats.compare([base, same, other])
+    assert [row.cost_ratio for row in rows] == [1.0, 0.5, None]
+    assert all(row.quality_ratio == 1.0 for row in rows)
+    (rows,) = stats.compare([make("base"), make("other", cost=50.0, machine={"cpu": "y"})])
+    assert rows[1].cost_ratio == 0.5, "bytes are bytes everywhere"
+
+
 def test_records_of_two_labs_never_meet() -> None:
     with pytest.raises(ValueError, match="several labs"):
         stats.compare([make("base"), make("a", lab=lab("r2"))])

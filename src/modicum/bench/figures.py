@@ -49,7 +49,7 @@ def verdict(row: Row) -> str:
         return "baseline"
     if row.difference is None:
         return "not compared"
-    if row.quality_ratio is None:
+    if row.quality_ratio is None:  # a mean of 0 has no ratio
         return f"not measurable here: the baseline's {words(row.axes['quality']['metric'])} is 0"
     if "change" not in row.claim and "cost_ratio" not in row.claim:
         return {True: "better", False: "worse", None: "not told apart"}[row.better]

@@ -7,12 +7,15 @@ share. With n paired differences d, the interval is Student's: mean(d) +- t(n-1,
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from modicum.bench.record import Record
+
+TIMES = ("s", "ms", "1/s", "MB/s", "tokens/s")  # units whose figures belong to a machine
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _rows(records: list[Record]) -> list[Row]:
     for choice, group in groups.items():
         is_baseline = group is base
         difference = None
-        if base and not is_baseline:
+        if base and not is_baseline and _same_clock(group, base, axes["quality"]):
             difference = paired({r.seed: r.value(quality) for r in group}, {r.seed: r.value(quality) for r in base})
         names = [n for n in group[0].metrics if all(n in r.metrics for r in group)]
         spread = {n: Spread.of([r.value(n) for r in group]) for n in (*names, "seconds", "peak_bytes", "flops")}
@@ -151,8 +154,8 @@ def _rows(records: list[Record]) -> list[Row]:
                 spread[quality],
                 spread[cost],
                 spread["seconds"],
-                _ratio(spread[quality], base, quality),
-                _ratio(spread[cost], base, cost),
+                _ratio(spread[quality], base, quality) if _same_clock(group, base, axes["quality"]) else None,
+                _ratio(spread[cost], base, cost) if _same_clock(group, base, axes["cost"]) else None,
                 difference,
                 ((difference.mean < 0) == (better == "lower")) if difference and difference.clear else None,
                 spread,
@@ -162,6 +165,13 @@ def _rows(records: list[Record]) -> list[Row]:
             )
         )
     return sorted(rows, key=lambda row: not row.is_baseline)
+
+
+def _same_clock(group: list[Record], base: list[Record] | None, axis: dict[str, str]) -> bool:
+    """Whether an axis may be compared: times only where one machine took them all, other figures always."""
+    timed = axis["unit"] in TIMES or axis["metric"] == "seconds"
+    machines = {json.dumps(r.machine, sort_keys=True) for r in (*group, *(base or []))}
+    return not timed or len(machines) == 1
 
 
 def _ratio(spread: Spread, base: list[Record] | None, name: str) -> float | None:

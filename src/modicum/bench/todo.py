@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 
 from modicum.bench import code
@@ -10,6 +11,9 @@ from modicum.bench.labs import Lab
 from modicum.bench.record import Record
 from modicum.core import registry
 from modicum.core.choice import Choice
+from modicum.core.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,21 @@ class Stale:
     lab: Lab
     seeds: list[int]
     time: str  # of the newest record
+
+
+def choices_of(port: str, old: list[Stale], tier: str, device: str) -> list[Choice]:
+    """The choices of one tier and device; those whose knobs are no longer there are left out, aloud."""
+    found = []
+    for entry in old:
+        if (entry.lab.tier, entry.lab.device) == (tier, device):
+            try:
+                choice = Choice.parse(port, entry.choice)
+                choice.config()
+            except UserError as error:
+                log.warning("left out: %s", error)
+            else:
+                found.append(choice)
+    return found
 
 
 def missing(found: list[Record], choices: list[Choice], seeds: list[int], lab: Lab) -> list[Choice]:

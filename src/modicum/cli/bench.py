@@ -104,13 +104,14 @@ def bench(
     if missing or stale:
         baseline, found = registry.port(port).baseline, record.read(folder, port)
         lab = harness.lab_of(loaded, settings)
-        wanted = {str(c) for c in todo.missing(found, choices, numbers, lab)} if missing else set()
-        old = todo.stale(found) if stale else []
+        absent = todo.missing(found, choices, numbers, lab) if missing else []
+        named = {str(c) for c in choices}
+        old = [s for s in todo.stale(found) if not method or s.choice in named] if stale else []
         if listing:
-            show_todo(port, lab, sorted(wanted), old, as_json)
+            show_todo(port, lab, [str(c) for c in absent], old, as_json)
             return
-        wanted |= {s.choice for s in old if (s.lab.tier, s.lab.device) == (lab.tier, lab.device)}
-        choices = [c for c in choices if str(c) in wanted]
+        again = todo.choices_of(port, old, lab.tier, lab.device)
+        choices = sorted({str(c): c for c in absent + again}.values(), key=lambda c: str(c) != baseline)
         if not choices:
             print(f"{port}: nothing to measure at tier {lab.tier} on {lab.device}")
             return
