@@ -149,7 +149,7 @@ def test_going_on_from_a_model(modicum, curated, model, tmp_path):
         (["--steps", "3", "--schedule", "wsd:dekay=0.1"], "Did you mean 'decay'"),
         (["--steps", "3", "--mixture", "natural:x=1"], "knob"),
         (["--tokens", "2GiB"], "not a number of tokens"),
-        (["--steps", "3", "--model", "nowhere"], "no model at nowhere"),
+        (["--steps", "3", "--model", "nowhere"], "unknown model 'nowhere'"),
         (["--steps", "3", "--model", "x", "--parameters", "5M"], "parameters or model"),
         (["--tokens", "100"], "less than one step"),
     ],

@@ -316,7 +316,9 @@ def test_a_planner_walks_through_the_phases():
     from modicum.train.pretrain import step_seconds
 
     asked = SimpleNamespace(
-        recipe=SimpleNamespace(pretrain=SimpleNamespace(packing="concat")), once=lambda key, measure: measure()
+        recipe=SimpleNamespace(pretrain=SimpleNamespace(packing="concat")),
+        once=lambda key, measure: measure(),
+        once_here=lambda key, measure: measure(),
     )
     told = config(steps=40, surgery="gstack:grow=0.5", dtype="float32")
     cost = training_cost(asked, decoder(layers=4).config, told, evaluations=0)
