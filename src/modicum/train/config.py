@@ -230,7 +230,7 @@ def check_combination(config: TrainConfig, world: int = 1, callbacks: Mapping[st
     chosen.append(compose.setting("the data", provides={"document_mask", "reserved_tokens"}))  # checked with the batch
     chosen.append(
         compose.setting("the model", provides={"factors"})
-    )  # it may bring its own: the optimizer looks for them
+    )  # its own; the optimizer looks for them
     compose.resolve(chosen, options={"linear": "form"})
     if config.sequences % world:
         raise UserError(
