@@ -35,6 +35,7 @@ ORDER = (
     "simulate",
     "chat",
     "eval",
+    "qa",
     "bench",
     "ls",
     "get",

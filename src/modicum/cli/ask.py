@@ -17,10 +17,10 @@ def ask(
         typer.Option(help="A model folder to answer with; with --url, the name of a model that the server has."),
     ] = None,
     url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server: http://127.0.0.1:8000/v1.")] = None,
-    k: Annotated[int, typer.Option("-k", help="Passages to ground on; more for a larger model.")] = 2,
+    k: Annotated[int, typer.Option("-k", help="Passages to ground on; more for a larger model.")] = 1,
     mode: Annotated[str | None, typer.Option(help="bm25, dense or fused (if there is an encoder).")] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(help="Longest prompt with its sources; 160 for each passage if left out.")
+        int | None, typer.Option(help="Longest prompt with its sources; 40, and 160 for each passage, if left out.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,

@@ -66,22 +66,29 @@ def run(
     arms: Sequence[str] = ("closed", "retrieved"),
     k: int = ground.PASSAGES,
     mode: str | None = None,
-    prompt_budget: int = ground.BUDGET,
+    prompt_budget: int | None = None,
     max_tokens: int = 32,
     events: Events | None = None,
 ) -> Graded:
     """Ask `engine` (one with a tokenizer) every question in every arm and grade the replies; greedy, so repeatable."""
     if not asked:
         raise UserError("there is no question to grade; give one or more with accepted answers")
-    for arm in arms:
-        if arm not in ARMS:
-            raise UserError(f"arm {arm!r} is not one of {', '.join(ARMS)}")
-    prompts, shown = compose_arms(asked, searcher, arms, k, mode, prompt_budget, counter(engine))
+    check_arms(arms)
+    budget = ground.prompt_budget_for(k) if prompt_budget is None else prompt_budget
+    prompts, shown = compose_arms(asked, searcher, arms, k, mode, budget, counter(engine))
     said: dict[str, list[str]] = {}
     for arm in arms:
         with (events or Events()).progress(f"ask {arm}", len(asked), "questions") as bar:
             said[arm] = replies(engine, prompts[arm], greedy_params(max_tokens), progress=bar.update)
     return grade(asked, said, shown, {arm: _mean_tokens(engine, prompts[arm]) for arm in arms})
+
+
+def check_arms(arms: Sequence[str]) -> None:
+    for arm in arms:
+        if arm not in ARMS:
+            raise UserError(f"arm {arm!r} is not one of {', '.join(ARMS)}")
+    if not arms or len(set(arms)) < len(arms):
+        raise UserError(f"arms {', '.join(arms)!r} must name one or more of {', '.join(ARMS)}, each once")
 
 
 def compose_arms(

@@ -19,9 +19,10 @@ from modicum.retrieve.search import Hit, Searcher
 SYSTEM = "Answer the question from the sources in a few words."
 CLOSED = "Answer the question in a few words."  # to ask without sources, for comparison
 CUE = "Short answer:"  # what the prompt ends with
-# Two passages of 60 to 100 words: a small model reads those better than five long ones, and sooner. A larger model
-# takes more passages in a longer prompt.
-PASSAGES, BUDGET = 2, 320
+# One passage of 60 to 120 words: a model of 135 M parameters answers better from one than from two or three that hold
+# the right one more often (docs/retrieve.md). A larger model takes more.
+PASSAGES = 1
+PER_PASSAGE, INSTRUCTIONS = 160, 40  # tokens of the prompt
 MIN_SOURCE_TOKENS = 24  # a source cut shorter than this says too little to be worth its place
 Messages = list[dict[str, str]]
 
@@ -79,8 +80,8 @@ class Answer:
 
 
 def prompt_budget_for(k: int) -> int:
-    """Tokens of a prompt that shows k passages at the length that suits a small model; `BUDGET` at least."""
-    return max(BUDGET, BUDGET // PASSAGES * k)
+    """Tokens of a prompt that shows k passages at the length that suits a small model."""
+    return INSTRUCTIONS + PER_PASSAGE * k
 
 
 def approximate_tokens(text: str) -> int:
