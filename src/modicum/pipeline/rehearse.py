@@ -1,24 +1,27 @@
 """What every stage costs before it does any work worth the name: measured on a miniature of the recipe.
 
-The whole road is walked once over a few short texts with a model of two thin layers, each stage in a
-process of its own, exactly as a real run would. What that takes is the fixed part of a stage's time and
-memory (interpreter, libraries, first calls); planners add to it what grows with the size of the work.
-The figures are kept in the user's cache folder, by machine, versions and the methods chosen.
+All stages are run once over a few short texts with a model of two thin layers, each in a process of its own, as in a
+real run (most are forks of one process that has loaded the libraries, whose time is added). What that takes is the
+fixed part of a stage's time and memory (interpreter, libraries, first calls); planners add to it what grows with the
+size of the work. The figures are kept in the user's cache folder, by machine and versions.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from modicum.budget import Cost
 from modicum.core.errors import ModicumError
 from modicum.core.files import fingerprint, read_json, write_json, write_text
+from modicum.pipeline import STAGES, worker
 from modicum.pipeline.context import Run, stages_of
 from modicum.pipeline.measured import cache_folder, machine_key
 from modicum.pipeline.recipe import Recipe, resolved
@@ -87,19 +90,43 @@ def _walk(recipe: Recipe) -> dict[str, dict[str, Any]]:
         proxies = [{"shape": SHAPE, "tokens": TOKENS * n, "parameters": 1} for n in (1, 2, 3)]
         plan = {"predict": {"proxies": proxies, "main": decided | {"parameters": 100_000}}, "pretrain": decided}
         write_json(run.folder / "plan.json", {"stages": {k: {"decisions": v} for k, v in plan.items()}})
+        loading = {"curate": 0.0}
         for name in stages_of(small):
-            done = subprocess.run(
-                [sys.executable, "-m", "modicum.pipeline.worker", str(run.folder), name, "600", str(os.getpid())],
-                capture_output=True,
-                text=True,
-                check=False,
-                env=environment(),
-            )
-            if done.returncode in (130, -2):
+            if name not in loading:
+                began = time.perf_counter()
+                importlib.import_module("modicum.pipeline.training")  # what the other stages begin with
+                loading |= dict.fromkeys(STAGES[1:], time.perf_counter() - began)
+            code = _forked(run, name) if loading[name] else _alone(run, name)
+            if code in (130, -2):
                 raise KeyboardInterrupt
-            if done.returncode:
+            if code:
                 failed = run.stage(name) / "failed.json"
-                told = read_json(failed)["message"] if failed.is_file() else done.stderr.strip().splitlines()[-1:]
-                raise ModicumError(f"the rehearsal of {name} on a miniature failed: {told}")
+                reason = read_json(failed)["message"] if failed.is_file() else f"exit code {code}"
+                raise ModicumError(f"the rehearsal of {name} on a miniature failed: {reason}")
         records = {name: run.done(name) for name in stages_of(small)}
-        return {name: record["measured"] for name, record in records.items() if record}
+        return {
+            name: record["measured"] | {"seconds": record["measured"]["seconds"] + loading[name]}
+            for name, record in records.items()
+            if record
+        }
+
+
+def _alone(run: Run, name: str) -> int:
+    command = [sys.executable, "-m", "modicum.pipeline.worker", str(run.folder), name, "600", str(os.getpid())]
+    return subprocess.run(command, capture_output=True, check=False, env=environment()).returncode
+
+
+def _forked(run: Run, name: str) -> int:
+    """The stage in a fork of this process, which has loaded the libraries: they are not loaded once per stage."""
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        code = worker.main(str(run.folder), name, "600", str(parent))
+    finally:
+        os._exit(code)

@@ -29,7 +29,7 @@ from modicum.retrieve.search import Searcher
 from modicum.train.config import TrainConfig
 
 REPLY = 80  # tokens that a prompt with passages leaves for the answer
-SAMPLED = 24  # pairs made for the plan
+SAMPLED = 12  # pairs made for the plan
 
 
 def needs(recipe: Recipe) -> tuple[str, ...]:
@@ -86,10 +86,10 @@ def plan(planner: Planner) -> StagePlan:
     assert recipe.adapt
     config, shape = _config(recipe), training.subject_shape(planner)
     told, cost = _training_cost(planner, config)
+    before = resident_now()
     tokenizer = Tokenizer.load(training.subject(planner))
     searcher = Searcher(planner.decisions["ground"]["sample"]) if recipe.adapt.grounded else None
     wanted = recipe.adapt.pairs + recipe.adapt.heldout_pairs
-    before = resident_now()
     with Meter() as reading:
         _sides(recipe, curate["sample"], searcher, tokenizer, 0.0)
     with Meter() as meter:
@@ -147,10 +147,15 @@ def _training_cost(planner: Planner, config: AdaptConfig) -> tuple[_Told, Cost]:
 
     dtype = training.torch_dtype(planner.recipe)
     real = adapted(lambda: load_model(training.subject(planner), dtype=dtype))
-    seconds = training.step_seconds(planner, shape, part, make=real, name=f"adapt {config.form}") * rows / micro
+    before = resident_now()
+    with Meter() as meter:
+        seconds = training.step_seconds(planner, shape, part, make=real, name=f"adapt {config.form}") * rows / micro
     traced = planner.once_here(
         ("adapt trace", shape, str(config.form), config.targets, part),
-        lambda: training.traced_step(adapted(lambda: training.blank_in(shape, dtype)), part, shape, masked=True),
+        lambda: training.by_layers(
+            shape,
+            lambda s: training.traced_step(adapted(lambda: training.blank_in(s, dtype)), part, s, masked=True),
+        ),
     )
     trainable = traced["trainable"]
     cost = Cost(
@@ -158,7 +163,7 @@ def _training_cost(planner: Planner, config: AdaptConfig) -> tuple[_Told, Cost]:
         tokens=whole.total_tokens,
         flops=traced["flops"] * steps * rows / micro,
         seconds=steps * seconds,
-        peak_bytes=traced["peak_bytes"],
+        peak_bytes=max(traced["peak_bytes"], meter.peak_bytes - before),
     )
     return _Told(whole, micro, seconds), cost
 
@@ -168,8 +173,17 @@ def run(context: Context) -> dict[str, Any]:
     assert recipe.adapt
     base = str(folder_of(recipe.adapt.model)) if recipe.adapt.model else context.figures("pretrain")["folder"]
     searcher = Searcher(context.figures("ground")["folder"]) if recipe.adapt.grounded else None
-    sides = _sides(recipe, context.figures("curate")["folder"], searcher, Tokenizer.load(base))
-    result = adapt(base, sides, _config(recipe), context.folder, events=context.events, deadline=context.deadline)
+    tokenizer = Tokenizer.load(base)
+    sides = _sides(recipe, context.figures("curate")["folder"], searcher, tokenizer)
+    result = adapt(
+        base,
+        sides,
+        _config(recipe),
+        context.folder,
+        events=context.events,
+        deadline=context.deadline,
+        tokenizer=tokenizer,
+    )
     if result.stopped:
         raise ModicumError(
             "the time budget ended while adapting; the checkpoint is kept, the same command with a "

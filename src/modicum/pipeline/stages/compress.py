@@ -19,6 +19,8 @@ from modicum.pipeline.models import answering
 from modicum.pipeline.plan import Planner, StagePlan
 from modicum.pipeline.recipe import Recipe
 
+FIT = 2.0  # fitting and measuring what it lost, by the time of fitting alone
+WRITTEN = 200e6  # bytes per second, with their way to the disk
 TIMED = 512  # rows and columns of the matrix that a form is fitted to for the plan
 
 
@@ -43,7 +45,8 @@ def plan(planner: Planner) -> StagePlan:
         kind: Any = registry.load("linear", choice.method).cls
         per = kind.cost(choice.config(), (shape.width, shape.width)).disk_bytes
         stored += weights * per / shape.width**2
-        seconds += planner.once(("fit", str(choice)), partial(_seconds_per_weight, choice)) * weights
+        seconds += FIT * planner.once(("fit", str(choice)), partial(_seconds_per_weight, choice)) * weights
+    seconds += stored / WRITTEN
     return StagePlan(
         Cost(parameters=weights, disk_bytes=stored, seconds=seconds, peak_bytes=weights * 6),
         {},

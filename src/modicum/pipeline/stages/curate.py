@@ -23,7 +23,7 @@ from modicum.pipeline.worker import environment
 
 PARTS = 32  # files of a sample, so that both sides of the held-out split get some
 GROUP = 4 << 20  # bytes that one process works on at a time (data.curate)
-SAMPLE = 4 << 20  # bytes that the planner curates for the stages that follow
+SAMPLE = 3 << 19  # bytes that the planner curates for the stages that follow
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modicum.budget import Cost, Meter
+from modicum.budget import Cost, Meter, units
 from modicum.budget.meter import resident_now
 from modicum.compress.run import weight_bytes
 from modicum.compress.yardstick import yardsticks
@@ -34,6 +34,7 @@ OVERLAP = 0.0  # of a window, scored before and context only: small models gain 
 DICTIONARY_TEXT = 3 << 20  # bytes of training text that zstd's dictionary is made from
 CACHE = "192MiB"  # of keys and values, while questions are graded
 GRADED = (240, 24)  # tokens of a prompt and of a reply that the plan assumes for them: half of them have no passages
+TIMED_TEXT = 1 << 20  # and for the plan, which takes the rest to be in proportion
 PROMPT = 128  # tokens that a variant reads before it writes, to say how fast it is
 
 
@@ -62,18 +63,23 @@ def plan(planner: Planner) -> StagePlan:
     before = variants + (1 if recipe.adapt and recipe.adapt.model else 0)  # the model as it was published
     with Meter() as meter:  # the compressors on the sample; their dictionary takes longer the more text there is
         resident = resident_now()
-        yardsticks(texts, _training_texts(sample))
-    more = min(1 / curate["sample_share"], max(DICTIONARY_TEXT / max(sample.count("bytes"), 1), 1))
+        yardsticks(texts, _training_texts(sample, TIMED_TEXT))
+    text = sample.count("bytes")
+    more = max(min(DICTIONARY_TEXT, text / curate["sample_share"]) / max(min(TIMED_TEXT, text), 1), 1)
     rows = max(BATCH_TOKENS // length, 1)
     seconds = before * (
         tokens / (rows * length) * training.forward_seconds(planner, rows, length)
         + training.answer_seconds(planner, PROMPT, recipe.evaluate.speed_tokens) * 1.3
     )
+    more_bytes = 0.0
     if recipe.evaluate.questions:
         graded = min(before, 2) * recipe.evaluate.questions
-        seconds += graded * training.batch_seconds(planner, *GRADED) + training.encoder(planner)[1].seconds
+        encoder = training.encoder(planner)[1]
+        seconds += graded * training.batch_seconds(planner, *GRADED) + encoder.seconds
+        pages = 4 * recipe.evaluate.questions * GRADED[0] * shape.layers * shape.kv_heads * shape.head_dim
+        more_bytes = encoder.peak_bytes + min(units.parse(CACHE, "bytes"), pages * 2)
     peak = max(
-        training.forward_peak(planner, rows, length),
+        training.forward_peak(planner, rows, length) + more_bytes,
         (meter.peak_bytes - resident) * more,
     )
     return StagePlan(
@@ -112,9 +118,9 @@ def heldout_texts(curation: Curation, limit: float) -> list[str]:
     return texts
 
 
-def _training_texts(curation: Curation) -> list[str]:
-    """Whole training documents in order, about `DICTIONARY_TEXT` bytes of them."""
-    texts, left = [], DICTIONARY_TEXT
+def _training_texts(curation: Curation, size: int = DICTIONARY_TEXT) -> list[str]:
+    """Whole training documents in order, about `size` bytes of them."""
+    texts, left = [], size
     for document in curation.documents("train"):
         texts.append(document.text)
         left -= document.nbytes

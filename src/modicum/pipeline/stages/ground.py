@@ -24,9 +24,9 @@ from modicum.pipeline.plan import Planner, StagePlan
 from modicum.pipeline.recipe import Recipe
 from modicum.retrieve.encoders import Encoder, make_encoder
 from modicum.retrieve.known_item import known_item, known_items
-from modicum.retrieve.search import SHARD
 
-FIRST, MOST, TIMED = 24, 1000, 3.0  # passages of the plan's first sample, and of its second, seconds for that
+BATCH = 64  # passages that an encoder takes at once, which its memory grows with
+FIRST, MOST, TIMED = 16, 1000, 1.5  # passages of the plan's first sample, and of its second, seconds for that
 EXCERPT = 240
 
 
@@ -68,7 +68,7 @@ def plan(planner: Planner) -> StagePlan:
     return StagePlan(
         Cost(
             seconds=load.seconds + reading + rate * count,
-            peak_bytes=load.peak_bytes + peaks[-1] * max(1.0, len(found[:SHARD]) / sizes[-1]),
+            peak_bytes=load.peak_bytes + peaks[-1] * max(1.0, min(count, BATCH) / sizes[-1]),
             disk_bytes=tree_bytes(planner.scratch / f"ground-{len(sizes)}") / sizes[-1] * count,
         ),
         {"sample": str(planner.scratch / f"ground-{len(sizes)}" / "as_is")},
