@@ -289,7 +289,7 @@ def forward_peak(planner: Planner, rows: int, length: int) -> float:
 
         return {"peak_bytes": trace(work).peak_bytes}
 
-    key = ("forward peak", whole, dtype, rows, length)
+    key = ("forward trace", whole, dtype, rows, length)
     return float(planner.once_here(key, lambda: by_layers(whole, peak))["peak_bytes"])
 
 

@@ -23,6 +23,7 @@ from modicum.serve.server import BackgroundServer, ServerConfig
 
 ASKED = 3
 CACHE = "64MiB"
+PARTS, WORDS = 3, (5, 30)  # of a name worth asking about, and of a summary that answers
 
 
 def needs(recipe: Recipe) -> tuple[str, ...]:
@@ -62,7 +63,9 @@ def questions_of(searcher: Searcher, seed: int) -> list[str]:
     for row in rng.permutation(len(searcher.passages)):
         passage = searcher.passages[int(row)]
         name = passage.title.split("(")[0].strip()
-        if len(passage.summary.split()) >= 5 and name and " " not in name and not name.split(".")[-1].startswith("_"):
+        parts = name.split(".")
+        plain = name and " " not in name and len(parts) <= PARTS and not any(p.startswith("_") for p in parts)
+        if plain and WORDS[0] <= len(passage.summary.split()) <= WORDS[1] and passage.summary.endswith("."):
             wanted.append(f"What does `{name}` do?")  # as the pairs ask that it was adapted to
         if len(wanted) == ASKED:
             return wanted

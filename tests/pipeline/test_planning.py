@@ -1,0 +1,59 @@
+"""What a plan measures with: the miniature, traces of deep models, and what is kept between plans."""
+
+import pytest
+import torch
+
+from modicum.model.config import llama_like
+from modicum.pipeline import training
+from modicum.pipeline.measured import Memo
+from modicum.pipeline.recipe import parse
+from modicum.pipeline.rehearse import miniature
+from modicum.train.config import TrainConfig
+
+
+def test_knobs_for_a_real_model_do_not_reach_the_miniature(tmp_path):
+    recipe = parse(
+        {"fallback": {"adapt.model": None}},
+        [
+            "pretrain.optimizer=galore:rank=128",
+            "pretrain.form=sltrain:rank=512",
+            "adapt.model=smollm2",
+            "adapt.form=lora:rank=256",
+            "compress.forms=[int4:group=256]",
+            "ground.encoder=minilm",
+            "predict=null",
+        ],
+    )
+    small = miniature(recipe, tmp_path)
+    assert small.pretrain.optimizer == "adamw" and small.pretrain.form is None and small.predict is None
+    assert small.adapt and small.adapt.model is None and small.adapt.form == "lora:rank=4"
+    assert small.ground and small.ground.encoder not in (None, "minilm") and small.fallback is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_deep_model_is_traced_by_shallow_ones(masked):
+    shape = llama_like(400, 32, 12)
+    config = TrainConfig(steps=2, sequence_length=32, batch_sequences=2, dtype="float32")
+
+    def measure(s):
+        return training.traced_step(lambda: training.blank(s), config, s, masked=masked)
+
+    whole, guessed = measure(shape), training.by_layers(shape, measure)
+    assert guessed["trainable"] == whole["trainable"] == shape.parameters()
+    assert guessed["flops"] == pytest.approx(whole["flops"], rel=0.01)
+    assert guessed["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.02)
+
+
+def test_a_model_without_values_has_the_weights_of_its_dtype():
+    model = training.blank_in(llama_like(400, 32, 2), torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32
+
+
+def test_what_was_measured_is_kept_and_a_broken_file_only_costs_a_measurement(tmp_path):
+    path = tmp_path / "cache" / "measured.json"
+    assert Memo(path).once(("trace", 1), lambda: {"peak_bytes": 7}) == {"peak_bytes": 7}
+    assert Memo(path).once(("trace", 1), lambda: 1 / 0) == {"peak_bytes": 7}
+    path.write_text("{")
+    assert Memo(path).once(("trace", 1), lambda: {"peak_bytes": 8}) == {"peak_bytes": 8}
+    (tmp_path / "file").write_text("")
+    assert Memo(tmp_path / "file" / "no.json").once("x", lambda: 3) == 3  # nowhere to keep it
