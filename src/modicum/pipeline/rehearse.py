@@ -8,6 +8,7 @@ size of the work. The figures are kept in the user's cache folder, by machine an
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -27,6 +28,7 @@ from modicum.pipeline.measured import cache_folder, machine_key
 from modicum.pipeline.recipe import Recipe, resolved
 from modicum.pipeline.worker import environment
 
+UNSEEN = "unseen.json"
 SHAPE = {"width": 64, "layers": 2}
 LENGTH, ROWS, STEPS, VOCABULARY = 64, 4, 4, 512
 TOKENS = LENGTH * ROWS * STEPS
@@ -105,10 +107,29 @@ def _walk(recipe: Recipe) -> dict[str, dict[str, Any]]:
                 raise ModicumError(f"the rehearsal of {name} on a miniature failed: {reason}")
         records = {name: run.done(name) for name in stages_of(small)}
         return {
-            name: record["measured"] | {"seconds": record["measured"]["seconds"] + loading[name]}
+            name: record["measured"]
+            | {
+                "seconds": record["measured"]["seconds"] + loading[name],
+                "peak_bytes": record["measured"]["peak_bytes"] + _unseen(run, name),
+            }
             for name, record in records.items()
             if record
         }
+
+
+def _unseen(run: Run, name: str) -> float:
+    """Bytes of loaded libraries that a fork shares with its parent without having touched them."""
+    path = run.stage(name) / UNSEEN
+    return float(read_json(path)) if path.is_file() else 0.0
+
+
+def _file_bytes() -> int:
+    """Resident bytes of mapped files: of libraries, above all. 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssFile:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _alone(run: Run, name: str) -> int:
@@ -118,7 +139,7 @@ def _alone(run: Run, name: str) -> int:
 
 def _forked(run: Run, name: str) -> int:
     """The stage in a fork of this process, which has loaded the libraries: they are not loaded once per stage."""
-    parent = os.getpid()
+    parent, mapped = os.getpid(), _file_bytes()
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -128,5 +149,6 @@ def _forked(run: Run, name: str) -> int:
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         code = worker.main(str(run.folder), name, "600", str(parent))
+        write_json(run.stage(name) / UNSEEN, max(mapped - _file_bytes(), 0))
     finally:
         os._exit(code)

@@ -228,9 +228,7 @@ def check_combination(config: TrainConfig, world: int = 1, callbacks: Mapping[st
     """Refuse before anything is built what does not go together; the error names the pair."""
     chosen = members(config, world, callbacks)
     chosen.append(compose.setting("the data", provides={"document_mask", "reserved_tokens"}))  # checked with the batch
-    chosen.append(
-        compose.setting("the model", provides={"factors"})
-    )  # its own; the optimizer looks for them
+    chosen.append(compose.setting("the model", provides={"factors"}))  # its own; the optimizer looks for them
     compose.resolve(chosen, options={"linear": "form"})
     if config.sequences % world:
         raise UserError(

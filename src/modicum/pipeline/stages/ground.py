@@ -54,15 +54,17 @@ def plan(planner: Planner) -> StagePlan:
     seconds: list[float] = []
     peaks: list[float] = []
     sizes = [min(FIRST, len(found))]
+    resident = resident_now()
+    with contextlib.redirect_stderr(io.StringIO()):  # first calls take longer
+        _measure(found[:FIRST], encoder, recipe, 4, planner.scratch / "ground-0")
     while len(seconds) < len(sizes):
         size, folder = sizes[-1], planner.scratch / f"ground-{len(sizes)}"
-        before = resident_now()
         with contextlib.redirect_stderr(io.StringIO()), Meter() as meter:
             _measure(found[:size], encoder, recipe, max(round(asked * size), 4), folder)
         seconds.append(meter.seconds)
-        peaks.append(max(meter.peak_bytes - before, 0.0))
+        peaks.append(max(meter.peak_bytes - resident, 0.0))
         if len(sizes) == 1:
-            more = int(TIMED / max(meter.seconds, 1e-3) * size)
+            more = max(int(TIMED / max(meter.seconds, 1e-3) * size), 4 * size)
             sizes.append(max(min(more, MOST, len(found)), min(size + 1, len(found))))
     rate = max(seconds[-1] - seconds[0], 0.2 * seconds[-1]) / max(sizes[-1] - sizes[0], 1)
     return StagePlan(
