@@ -16,12 +16,12 @@ from modicum.budget import Deadline
 from modicum.core.errors import ModicumError, UserError
 from modicum.core.events import Events, read_events
 from modicum.data.stream import Stream
+from modicum.train.callback import Callback
 from modicum.train.config import TrainConfig, check_combination
 from modicum.train.evaluate import mean_loss
 from modicum.train.loop import Trainer, train
 from modicum.train.objectives import Step
 from modicum.train.optimizers.adamw import AdamW
-from modicum.train.part import Part
 
 
 def _run(folder, *, model=None, data=None, events="events.jsonl", **knobs):
@@ -31,7 +31,7 @@ def _run(folder, *, model=None, data=None, events="events.jsonl", **knobs):
     return model, result
 
 
-class StopAfter(Part):
+class StopAfter(Callback):
     """Raises after a number of steps: as abrupt as Python can be."""
 
     def __init__(self, steps):
@@ -175,7 +175,7 @@ def test_another_model_is_refused(tmp_path):
         _run(tmp_path, steps=10, model=decoder(layers=1))
 
 
-class Poison(Part):
+class Poison(Callback):
     """Makes a weight infinite before the gradients of one step."""
 
     conflicts = frozenset()
@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_may_be_skipped(tmp_path):
 
 
 def test_the_deadline_keeps_the_work(tmp_path):
-    class Late(Part):
+    class Late(Callback):
         def after_step(self, trainer):
             if trainer.steps_done == 7:
                 trainer.deadline = Deadline(0)
@@ -224,7 +224,7 @@ def test_the_deadline_keeps_the_work(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_at_the_next_step(tmp_path, capsys, number):
-    class Ring(Part):
+    class Ring(Callback):
         def after_step(self, trainer):
             if trainer.steps_done == 3:
                 os.kill(os.getpid(), number)
@@ -248,7 +248,7 @@ def test_the_end_of_the_data_keeps_the_work(tmp_path):
     assert result.resumed_from == done and result.finished
 
 
-class Grow(Part):
+class Grow(Callback):
     """Doubles the layers at a step, copying optimizer state: what a surgery needs of the loop."""
 
     def __init__(self, at):

@@ -15,8 +15,8 @@ from modicum.core import registry
 from modicum.core.errors import UserError
 from modicum.data.shards import MemoryDocuments
 from modicum.data.stream import Stream
+from modicum.train.callback import Callback
 from modicum.train.loop import Trainer, train
-from modicum.train.part import Part
 
 
 def _rate(choice, done, total):
@@ -99,7 +99,7 @@ def ascending(total: int) -> Stream:
     return Stream(graded(), sequence_length=LENGTH, seed=3, total=total, order="quality")
 
 
-class Watch(Part):
+class Watch(Callback):
     """Keeps the masters after every step."""
 
     def __init__(self):

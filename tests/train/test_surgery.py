@@ -16,12 +16,12 @@ from modicum.core.events import Events
 from modicum.model.attach import attach
 from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.decoder import Decoder
+from modicum.train.callback import Callback
 from modicum.train.config import check_combination
 from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, run_flops, step_cost
 from modicum.train.loop import Trainer, train
 from modicum.train.parallel import Ranks
-from modicum.train.part import Part
 from modicum.train.surgery import gstack
 from modicum.train.surgery._masks import prunable, smallest
 from modicum.train.surgery.average_params import Config as Pruning
@@ -29,7 +29,7 @@ from modicum.train.surgery.average_params import window
 from modicum.train.surgery.spdf import Config as Sparse
 
 
-class Watch(Part):
+class Watch(Callback):
     """Calls `look(trainer)` after every step."""
 
     def __init__(self, look):

@@ -20,9 +20,9 @@ from modicum.evaluate.lm import bits_per_byte
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_model
+from modicum.train.callback import Callback
 from modicum.train.config import TrainConfig, stream_knobs
 from modicum.train.loop import TrainResult, train
-from modicum.train.part import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class Bench:
         stream: Stream | None = None,
         *,
         rate: float | None = None,
-        parts: Mapping[str, Part] | None = None,
+        parts: Mapping[str, Callback] | None = None,
         tokens: int | None = None,
         budget: Budget | None = None,
         **methods: Any,

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.files import atomic_directory, read_json, sha256, tree_bytes, write_json
+from modicum.train.callback import join_state, split_state
 from modicum.train.parallel import Ranks, gather
-from modicum.train.part import join_state, split_state
 
 VERSION = 1
 
@@ -47,7 +47,7 @@ class Saved:
                     yield key, file.get_tensor(key)
 
     def part(self, name: str) -> dict[str, Any]:
-        """A part's state dict, as `Part.load_state_dict` wants it."""
+        """A part's state dict, as `Callback.load_state_dict` wants it."""
         return join_state(dict(self.tensors(name)), self.state["parts"].get(name, {}))
 
 

@@ -19,12 +19,12 @@ from modicum.core.errors import UserError
 from modicum.data.stream import Batch
 from modicum.model import attach
 from modicum.train import parallel
+from modicum.train.callback import Callback
 from modicum.train.config import TrainConfig, check_combination
 from modicum.train.forms import Forms, with_form
 from modicum.train.memory import MemorySaver
 from modicum.train.objectives import Objective, Step
 from modicum.train.optimizers import Optimizer
-from modicum.train.part import Part
 from modicum.train.precision import Masters
 from modicum.train.schedules import Schedule
 from modicum.train.surgery import Surgery
@@ -37,7 +37,7 @@ class TrainEngine:
     whole: parallel.Whole
     named: dict[str, Tensor]
 
-    def __init__(self, model: nn.Module, config: TrainConfig, parts: Mapping[str, Part] | None = None):
+    def __init__(self, model: nn.Module, config: TrainConfig, parts: Mapping[str, Callback] | None = None):
         self.model, self.config = with_form(model, config), config
         self.device = parallel.pick_device(config.device)
         self.ranks = parallel.current(self.device)
@@ -60,9 +60,9 @@ class TrainEngine:
         self.parameters = 0
 
     @property
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, Callback]:
         """Everything with hooks and state, by the name its state is saved under."""
-        own: dict[str, Part] = {
+        own: dict[str, Callback] = {
             "optimizer": self.optimizer,
             "objective": self.objective,
             "schedule": self.schedule,

@@ -16,10 +16,10 @@ from modicum.budget.trace import Traced, flop_counter, trace
 from modicum.data.stream import Batch
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
+from modicum.train.callback import Callback
 from modicum.train.config import TrainConfig
 from modicum.train.engine import TrainEngine
 from modicum.train.objectives import Step
-from modicum.train.part import Part
 
 
 def blank(config: DecoderConfig) -> Decoder:
@@ -41,7 +41,7 @@ def step_cost(
     vocab_size: int,
     *,
     masked: bool = False,
-    make_parts: Callable[[], Mapping[str, Part]] | None = None,
+    make_parts: Callable[[], Mapping[str, Callback]] | None = None,
 ) -> Traced:
     """Peak bytes and FLOPs of steps with `config` on the model that `make_model()` (see `blank`) builds.
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from modicum.core.errors import UserError
 from modicum.model import attach
-from modicum.train.part import Part
+from modicum.train.callback import Callback
 
 if TYPE_CHECKING:
     from modicum.train.config import TrainConfig
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 
-class Forms(Part):
+class Forms(Callback):
     """The forms of the model that trains: those it has already, or `config.form` where `config.targets` say.
 
     What of a form is no parameter and no buffer (the rank that one has grown to, for one) is its layout,

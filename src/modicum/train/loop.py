@@ -29,12 +29,12 @@ from modicum.core.choice import Choice
 from modicum.core.errors import CorruptError, ModicumError
 from modicum.core.events import Events, count_text
 from modicum.data.stream import EndOfData
+from modicum.train.callback import Callback, check_stream
 from modicum.train.checkpoint import Checkpoints, Saved
 from modicum.train.config import TrainConfig, refuse_changes
 from modicum.train.engine import TrainEngine
 from modicum.train.evaluate import batches_of, whole_loss
 from modicum.train.objectives import Step
-from modicum.train.part import Part, check_stream
 from modicum.train.stop import StopSignals
 
 RECENT = 20  # steps whose mean is a run's training loss
@@ -80,7 +80,7 @@ def train(
     events: Events | None = None,
     deadline: Deadline | None = None,
     heldout: Any = None,
-    parts: Mapping[str, Part] | None = None,
+    parts: Mapping[str, Callback] | None = None,
     label: str = "train",
 ) -> TrainResult:
     """Train `model` in place on `stream`, going on from `folder`/checkpoints if there are any.
@@ -122,7 +122,7 @@ class Trainer(TrainEngine):
         events: Events | None = None,
         deadline: Deadline | None = None,
         heldout: Any = None,
-        parts: Mapping[str, Part] | None = None,
+        parts: Mapping[str, Callback] | None = None,
         label: str = "train",
     ):
         super().__init__(model, config, parts)

@@ -26,8 +26,8 @@ from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError, UserError
+from modicum.train.callback import Callback
 from modicum.train.loop import TrainResult
-from modicum.train.part import Part
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("state_bytes", "lower", "bytes"))
 LIMITS = training.LIMITS
@@ -55,7 +55,7 @@ class Tuned:
     seconds: float = 0.0
 
 
-class Gauge(Part):
+class Gauge(Callback):
     """Keeps the most bytes of state that the optimizer held."""
 
     bytes = 0

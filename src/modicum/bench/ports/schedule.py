@@ -28,8 +28,8 @@ from modicum.core.errors import UserError
 from modicum.data.document import Document
 from modicum.data.shards import MemoryDocuments
 from modicum.data.tokenizer import Tokenizer
+from modicum.train.callback import Callback
 from modicum.train.config import stream_knobs
-from modicum.train.part import Part
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("half_way_bits_per_byte", "lower", "bits/byte"))
 ONWARD = Axes(quality=Axis("onward_bits_per_byte"), cost=Axis("onward_old_bits_per_byte", "lower", "bits/byte"))
@@ -127,7 +127,7 @@ def with_quality(document: Document, score: float) -> Document:
     return dataclasses.replace(document, meta=document.meta | {"quality": score})
 
 
-class HalfWay(Part):
+class HalfWay(Callback):
     """Scores the model once, after half of the steps."""
 
     def __init__(self, bench: training.Bench):

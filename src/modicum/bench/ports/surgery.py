@@ -19,11 +19,11 @@ from modicum.bench.harness import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core.choice import Choice
 from modicum.data.stream import Stream
+from modicum.train.callback import Callback
 from modicum.train.config import TrainConfig
 from modicum.train.evaluate import batches_of, mean_loss
 from modicum.train.forecast import run_flops
 from modicum.train.loop import Trainer, TrainResult
-from modicum.train.part import Part
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("nonzero_parameters", "lower", "parameters"))
 LIMITS = {"tokens"}
@@ -48,7 +48,7 @@ class Scale(training.Scale):
 QUICK = Scale(**training.QUICK | {"layers": 4}, curve_points=4, curve_sequences=4)
 
 
-class Curve(Part):
+class Curve(Callback):
     """Held-out losses along a run: (FLOPs, loss) pairs."""
 
     def __init__(self, bench: training.Bench):

@@ -1,6 +1,6 @@
 """port memory: saves peak memory of a training step, in what is kept for the backward pass or in the loss.
 
-A method is constructed as `cls(config)` and is a part of the run (train.part): `prepare` may change the model
+A method is constructed as `cls(config)` and is a part of the run (train.callback): `prepare` may change the model
 before it trains (its forward pass must stay the same function of the same parameters, under the same names),
 and `around` is a context for forward and backward of each micro-batch. A run may use several savers that act
 on different things; two that act on the same are refused.
@@ -14,12 +14,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from modicum.core.registry import Method
-from modicum.train.part import Part
+from modicum.train.callback import Callback
 
 BASELINE = "none"
 
 
-class MemorySaver(Method, Part):
+class MemorySaver(Method, Callback):
     """Base class: fill `around`, or `prepare`.
 
     exact: gradients are those of the plain step, up

@@ -15,12 +15,12 @@ from modicum.core.choice import Choice
 from modicum.data.stream import Batch
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
+from modicum.train.callback import join_state, split_state
 from modicum.train.config import TrainConfig
 from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, step_cost
 from modicum.train.memory import MemorySaver
 from modicum.train.objectives import Step
-from modicum.train.part import join_state, split_state
 
 VOCABULARY, ROWS, LENGTH = 61, 4, 16
 SHAPE = llama_like(VOCABULARY, 32, 2, heads=4, kv_heads=2)

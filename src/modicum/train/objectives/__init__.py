@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from modicum.core.registry import Method
-from modicum.train.part import Part
+from modicum.train.callback import Callback
 
 BASELINE = "next-token"
 
@@ -41,7 +41,7 @@ class Loss:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Objective(Method, Part):
+class Objective(Method, Callback):
     """Base class: fill `loss`."""
 
     conflicts: ClassVar[frozenset[str]] = frozenset()

@@ -27,8 +27,8 @@ from torch import Tensor
 from modicum.budget.cost import Cost
 from modicum.core.errors import UserError
 from modicum.core.registry import Method
+from modicum.train.callback import Callback
 from modicum.train.parallel import local
-from modicum.train.part import Part
 
 BASELINE = "adamw"
 EMBEDDINGS = ("embed", "wte", "wpe")  # how a name's dotted part begins when it is an embedding table
@@ -44,7 +44,7 @@ class Group:
     rate: float = 1.0
 
 
-class Optimizer(Method, Part):
+class Optimizer(Method, Callback):
     """Base class. Subclasses fill `step`, the state functions and `cost`; `groups` where they differ."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"step_gradients"})

@@ -9,8 +9,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from modicum.core import registry
+from modicum.train.callback import join_state, split_state
 from modicum.train.optimizers import Optimizer
-from modicum.train.part import join_state, split_state
 
 
 def _parameters(seed: int = 0) -> dict[str, nn.Parameter]:

@@ -4,7 +4,7 @@ A method is constructed as `cls(config)`. `scale(done, total)` is pure: it depen
 the tokens planned and on nothing else, so a resumed or extended run needs no state. `done` is the middle
 of the step being made, so that neither its first nor its last step has rate zero.
 
-As a `train.part.Part` a schedule may also ask for an order of the data (`stream_knobs`) and act on the weights.
+As a `train.callback.Callback` a schedule may also ask for an order of the data (`stream_knobs`) and act on the weights.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 from modicum.core.registry import Method
-from modicum.train.part import Part
+from modicum.train.callback import Callback
 
 BASELINE = "cosine"
 
 
-class Schedule(Method, Part):
+class Schedule(Method, Callback):
     """Base class: fill `scale`.
 
     FIRST, LATER: knobs for a run that another will go on from on new data, and for that later run. A schedule

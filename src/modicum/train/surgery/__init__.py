@@ -1,6 +1,6 @@
 """port surgery: changes the model while it trains: sparsity, growth, pruning, on a schedule of its own.
 
-A method is constructed as `cls(config)` and is a part of the run (train.part). `prepare` may give another
+A method is constructed as `cls(config)` and is a part of the run (train.callback). `prepare` may give another
 model to begin with (shallower, masked), `before_step` may mask gradients, `after_step` may change weights or
 go on with another model (`trainer.replace`), and `finish` leaves the model that is exported: the model that
 the caller handed in holds the trained weights at the end.
@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from modicum.core.registry import Method
-from modicum.train.part import Part
+from modicum.train.callback import Callback
 
 if TYPE_CHECKING:
     from modicum.train.engine import TrainEngine
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 BASELINE = "none"
 
 
-class Surgery(Method, Part):
-    """Base class: fill the hooks of `Part` that the method needs, and what it tells of itself."""
+class Surgery(Method, Callback):
+    """Base class: fill the hooks of `Callback` that the method needs, and what it tells of itself."""
 
     conflicts: ClassVar[frozenset[str]] = frozenset({"fsdp", "linear"})
 

@@ -1,8 +1,8 @@
-"""The places where a part of the training may act, besides what its own port asks of it.
+"""Callbacks: hooks into the training loop, besides what a method's own port asks of it.
 
-Optimizers, schedules, objectives and whatever else is handed to `train(parts=...)` (something that saves
-memory, grows or prunes the model, averages weights) are parts. Every hook does nothing unless filled, and
-gets the `train.loop.Trainer`. Order of a run: `prepare`, (checkpoint loaded), `start`, then for each step:
+Optimizers, schedules, objectives, memory savers and surgery are callbacks, and so is whatever else is handed to
+`train(parts=...)` (something that averages weights, a probe). Every hook does nothing unless filled, and gets the
+`train.loop.Trainer`. Order of a run: `prepare`, (checkpoint loaded), `start`, then for each step:
 `around` once per micro-batch, `before_step`, (clipping, optimizer), `after_step`; `finish` once, before the
 last held-out loss. What `state_dict` gives goes into every checkpoint.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from modicum.train.engine import TrainEngine
 
 
-class Part:
+class Callback:
     """No-op hooks. What a callback can be combined with is said in words (`core.compose`); one that fills
     `before_step` requires `step_gradients`."""
 
@@ -63,7 +63,7 @@ class Part:
         """Take back what `state_dict` gave; tensors arrive whole and on the CPU."""
 
 
-def check_stream(name: str, part: Part, stream: Any) -> None:
+def check_stream(name: str, part: Callback, stream: Any) -> None:
     """Raise `UserError` if `stream` was not built as `part`, called `name`, asks."""
     for knob, wanted in part.stream_knobs().items():
         given = getattr(stream, knob, None)
