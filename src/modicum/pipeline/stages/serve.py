@@ -19,6 +19,7 @@ from modicum.retrieve.ground import Answer, ask, openai_generator
 from modicum.retrieve.search import Searcher
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
+from modicum.serve.messages import REPETITION
 from modicum.serve.server import BackgroundServer, ServerConfig
 
 ASKED = 3
@@ -85,7 +86,12 @@ def run(context: Context) -> dict[str, Any]:
     asked = recipe.serve.questions or questions_of(searcher, recipe.seed)
     answers = []
     with BackgroundServer(engine, ServerConfig(port=0)) as server:
-        generate = openai_generator(server.url + "/v1", max_tokens=recipe.serve.max_tokens, temperature=0.0)
+        generate = openai_generator(
+            server.url + "/v1",
+            max_tokens=recipe.serve.max_tokens,
+            temperature=0.0,
+            frequency_penalty=REPETITION,  # as graded questions are asked
+        )
         budget = min(engine.max_length - recipe.serve.max_tokens, recipe.serve.prompt_tokens)
         with context.events.progress("ask", len(asked), "questions") as progress:
             for question in asked:
