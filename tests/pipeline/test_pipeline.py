@@ -242,6 +242,7 @@ def _figures(folder: Path) -> dict[str, object]:
         "stats",
         "queries_per_second",
         "training_seconds",
+        "index_bytes",  # its manifest says how long it took
         "milliseconds",
     }
 
