@@ -45,7 +45,7 @@ TOY = Config(rank=4, alpha=8.0)
 
 
 class Lora(LinearForm):
-    provides = frozenset({"adapter", "fit", "merge", "trainable"})
+    provides = frozenset({"adapter", "factors", "fit", "merge", "trainable"})
     config: Config
     base: LinearForm
 
