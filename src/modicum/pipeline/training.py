@@ -338,14 +338,17 @@ def _engine_seconds(planner: Planner, prompt: int, answer: int, requests: int) -
     from modicum.serve.request import SamplingParams
 
     def engine() -> Any:
-        return Engine(subject_model(planner), None, EngineConfig(cache="128MiB", max_length=1024))
+        model = subject_model(planner)
+        length = min(1024, model.config.context_length)
+        return Engine(model, None, EngineConfig(cache="128MiB", max_length=length))
 
     def measure() -> float:
         sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
         made = planner.object("engine", engine)
         made.generate([[1, 2]], SamplingParams(temperature=0, max_tokens=2))
         first = len(planner.memo)  # no two prompts alike, so that none is found in the cache
-        prompts = [[first % 97 + 3, i, *[1] * (prompt - 2)] for i in range(requests)]
+        tokens = min(prompt, made.max_length - answer)
+        prompts = [[first % 97 + 3, i, *[1] * (tokens - 2)] for i in range(requests)]
         began = time.perf_counter()
         made.generate(prompts, sampling)
         return time.perf_counter() - began

@@ -76,13 +76,14 @@ def _answers(figures: dict[str, Any]) -> dict[str, Any] | None:
         return None
     last = answered["answers"]["figures"]
     exact, closed = last["retrieved"]["exact"], last["closed"]["exact"]
-    before = f"; before adapting {answered['before']['figures']['retrieved']['exact']['value']:.0%}"
+    before = ""
+    if "before" in answered:
+        before = f"; before adapting {answered['before']['figures']['retrieved']['exact']['value']:.0%}"
     return {
         "label": "exact answers, grounded",
         "value": f"{exact['value']:.0%}",
         "good": exact["low"] > closed["high"],
-        "note": f"interval {exact['low']:.0%}–{exact['high']:.0%}; closed book {closed['value']:.0%}"
-        + (before if "before" in answered else ""),
+        "note": f"interval {exact['low']:.0%}–{exact['high']:.0%}; closed book {closed['value']:.0%}{before}",
     }
 
 
