@@ -26,7 +26,7 @@ from modicum.model.folder import find_folder, load_model, save_model
 from modicum.model.linear import LinearForm
 
 ROWS = 4096  # of a matrix compared at a time, so that a large table needs no second copy in float32
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "modicum.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "modicum.json", "*.gguf")
 
 
 @dataclass(frozen=True)
