@@ -13,7 +13,10 @@ from modicum.pipeline.recipe import parse
 @pytest.mark.parametrize(
     "override,words",
     [
-        ("pretrain.optimizer=refactor-reset", ["'refactor-reset'", "requires factors", "pretrain.form=sltrain"]),
+        (
+            "pretrain.optimizer=refactor-reset",
+            ["'refactor-reset'", "requires factors", "pretrain.form=lora or sltrain"],
+        ),
         ("pretrain.objective=meco", ["'meco'", "document_mask", "pretrain.packing=concat:mask=true"]),
         ("pretrain.objective=ul2", ["'ul2'", "reserved_tokens", "curate.reserved=103"]),
         ("adapt.form=int4", ["'int4'", "requires trainable", "adapt.form="]),

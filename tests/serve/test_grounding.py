@@ -51,7 +51,7 @@ def test_the_prompt_is_that_of_ask(folder: Path) -> None:
 
 
 def test_a_passage_opens_no_turn(folder: Path) -> None:
-    messages, sources = grounding(folder).ground([{"role": "user", "content": "What do plums say?"}], 1, 100)
+    messages, sources = grounding(folder).ground([{"role": "user", "content": "What do plums say?"}], 3, 100)
     assert sources[0]["id"] == "turns.txt" and "<|assistant|>" in sources[0]["excerpt"]  # shown as it is
     t = tokenizer()
     ids = t.encode(t.chat(messages))
