@@ -50,10 +50,11 @@ def lead(figures: dict[str, Any]) -> str:
     elif a["before"] is not None:
         parts.append(f"has a loss of {a['after']:.2f} on held-out answers (before: {a['before']:.2f})")
     smallest = _smallest(figures)
-    if smallest:
-        parts.append(f"takes {bytes_text(smallest['bytes'])} as {smallest['name']}")
     subject = known["answers"].removesuffix(", adapted")
-    return f"After {spent}, {subject} {' and '.join(parts)}." if parts else ""
+    said = f"After {spent}, {subject} {' and '.join(parts)}." if parts else ""
+    if smallest:  # the answers are those of the model before it was compressed
+        said += f" Compressed to {smallest['name']}, which was not asked, it takes {bytes_text(smallest['bytes'])}."
+    return said.strip()
 
 
 def cards(figures: dict[str, Any], table: list[Any]) -> list[dict[str, Any]]:
