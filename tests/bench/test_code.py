@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_harness import SETTINGS, Counting, choices
+from test_harness import SETTINGS, Counting, Scale, choices
 from test_record import lab, make
 
 from modicum.bench import code, harness, record, todo
+from modicum.bench.measurement import Settings
 from modicum.core import registry
 
 
@@ -145,6 +148,24 @@ def test_other_code_is_measured_again_and_takes_the_place_of_the_old(
     assert again.calls == [("constant", 0)]
     found = record.read(tmp_path, "schedule")
     assert len(found) == 3 and todo.stale(found) == []
-    lab_now = harness.lab_of(Counting().bench(), SETTINGS)
-    assert [str(c) for c in todo.missing(found, choices("constant", "rewarm"), [0], lab_now)] == ["rewarm"]
-    assert len(todo.missing(found, choices("constant"), [0, 1], lab_now)) == 2, "a seed that is not there"
+
+
+def test_missing_is_what_no_lab_of_these_settings_holds(tmp_path: Path) -> None:
+    bench = Counting().bench()
+    harness.run(bench, choices("constant"), [0], SETTINGS, tmp_path)
+    found = record.read(tmp_path, "schedule")
+
+    def missing(*keys: str, seeds: tuple[int, ...] = (0,), settings: Settings = SETTINGS) -> list[str]:
+        fits = functools.partial(harness.fits, bench=bench, settings=settings)
+        return [str(c) for c in todo.missing(found, choices(*keys), list(seeds), fits)]
+
+    assert missing("constant", "rewarm") == ["rewarm"]
+    assert missing("constant", seeds=(0, 1)) == ["cosine", "constant"], "a seed that is not there"
+    assert missing("constant", settings=Settings(scale=Scale(size=3))) == ["cosine", "constant"], "another scale"
+    other = [
+        dataclasses.replace(r, lab=dataclasses.replace(r.lab, id="elsewhere", bench="older", inputs={"data": {}}))
+        for r in found
+    ]
+    found = other  # another machine's Python, another version of the bench: measured all the same
+    assert missing("constant") == []
+    assert missing("constant", settings=Settings(scale=Scale(), data=str(tmp_path))) == ["cosine", "constant"]

@@ -12,7 +12,8 @@ import pytest
 
 from modicum.bench import harness, plots, record, stats
 from modicum.bench.card import read_card
-from modicum.bench.harness import Axes, Axis, Bench, Measurement, Settings
+from modicum.bench.harness import Bench
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Budget, Cost
 from modicum.core import registry
 from modicum.core.choice import Choice

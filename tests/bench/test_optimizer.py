@@ -7,7 +7,7 @@ import math
 import pytest
 
 from modicum.bench import harness
-from modicum.bench.harness import Settings
+from modicum.bench.measurement import Settings
 from modicum.bench.ports import optimizer
 from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError, UserError

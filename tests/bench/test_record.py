@@ -134,7 +134,7 @@ def test_a_lab_is_what_decides_and_not_the_machine(tmp_path: Path) -> None:
     moved.mkdir()
     (moved / "a.txt").write_text("one")
     assert made(data=str(moved)).id == first.id, "contents decide, not paths"
-    labs._data.cache_clear()
+    labs.data_of.cache_clear()
     (moved / "a.txt").write_text("two")
     assert made(data=str(moved)).id != first.id
     with pytest.raises(UserError, match="does not exist"):
@@ -145,10 +145,10 @@ def test_tiers() -> None:
     from modicum.bench.training import Scale
 
     def tier(scale: Any = None, **more: Any) -> str:
-        return labs.tier_of(scale, **{"quick": False, "model": None, "device": "cpu", "declared": "smoke"} | more)
+        return labs.tier_of(scale, **{"quick": False, "model": None, "device": "cpu", "declared": None} | more)
 
     assert tier() == "smoke" and tier(declared="laptop") == "laptop" and tier(declared="laptop", quick=True) == "smoke"
-    assert tier(Scale(), declared="laptop") == "smoke", "half a million parameters"
+    assert tier(Scale()) == tier(Scale(width=192, layers=6, tokens=40_000_000), declared="smoke") == "smoke"
     proxy = Scale(width=192, layers=6, tokens=40_000_000)
     assert tier(proxy) == "laptop" and tier(proxy, device="cuda:0") == "gpu"
     assert tier(Scale(width=192, layers=6, tokens=1_000_000)) == "smoke", "hardly trained"

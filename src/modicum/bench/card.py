@@ -7,6 +7,9 @@ A method may state the figure its paper claims in a module constant, shown besid
 or as one string. Where the figure is a number, `change` (of the quality, as a share of the baseline's: -0.03) and
 `cost_ratio` (of the baseline's cost: 0.5) make it one that a measurement can meet or miss.
 
+`NOT_MEASURABLE = "reason"` says that no bench here can judge the method, and why; a bench's file may say so of methods
+too: `NOT_MEASURABLE = {"key": "reason"}`.
+
 `SWEEP` names the knob settings that a bench measures instead of the defaults: ("rank=4", "rank=16"), or values by knob,
 of which every combination is measured: {"rank": (4, 16), "alpha": (8, 32)}.
 """
@@ -26,6 +29,7 @@ from modicum.core import registry
 from modicum.core.errors import UserError
 from modicum.core.registry import MethodInfo, PortInfo
 
+PLACE = Path(__file__).parent / "ports"  # of the benches
 CLAIM_FIELDS = ("figure", "where", "scale", "change", "cost_ratio")
 _ARXIV = re.compile(r"arXiv:\s*(\d{4}\.\d{4,5})", re.IGNORECASE)
 _AUTHORS = re.compile(r"([A-Z][\w'’-]+(?:,? (?:et al\.?|(?:and|&) [A-Z][\w'’-]+))?),? \(?((?:19|20)\d\d)\)?")
@@ -220,6 +224,17 @@ def _claim(tree: ast.Module, path: Path) -> dict[str, Any]:
         if all(isinstance(v, int | float) for v in numbers.values()):
             return {k: str(value[k]) for k in CLAIM_FIELDS[:3] if k in value} | numbers
     raise UserError(f"{path}: CLAIM={value!r}; write {allowed}")
+
+
+def not_measurable(info: MethodInfo) -> str:
+    """Why nothing can be measured of a method here, from its file or its port's bench; "" where it can."""
+    path = source(info)
+    own = _constant(_parsed(path, path.stat().st_mtime_ns)[0], "NOT_MEASURABLE", path, "a string")
+    bench = PLACE / f"{info.port.replace('-', '_')}.py"
+    if own is None and bench.exists():
+        tree = _parsed(bench, bench.stat().st_mtime_ns)[0]
+        own = (_constant(tree, "NOT_MEASURABLE", bench, '{"key": "reason"}') or {}).get(info.key)
+    return own or ""
 
 
 def _sweep(tree: ast.Module, path: Path) -> tuple[str, ...]:

@@ -16,11 +16,10 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from modicum.bench.card import source
+from modicum.bench.card import PLACE, source
 from modicum.core import compose, registry
 from modicum.core.files import fingerprint
 
-PLACE = Path(__file__).parent / "ports"
 NATIVE = (".c", ".h", ".cu", ".cpp")
 
 

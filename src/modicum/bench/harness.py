@@ -7,6 +7,8 @@ A port's bench, `bench/ports/PORT.py`, holds
     class Scale                          keyword-only dataclass: how large a measurement is
     QUICK = Scale(...)                   seconds instead of minutes
     TIER = "laptop"                      where the default scale says something; "smoke" if left out (`labs.tier_of`)
+    MODEL = "smollm2"                    what is measured unless --quick or --model says otherwise (optional)
+    NOT_MEASURABLE = {"key": "reason"}   methods that this bench cannot measure (optional, a literal)
     def measure(choice, seed, settings) -> Measurement
 
     def axes_of(choice) -> Axes          only where methods of one port are judged on different axes
@@ -23,67 +25,24 @@ import gc
 import importlib
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from modicum.bench import code, labs
 from modicum.bench import record as records
-from modicum.bench.card import read_card
+from modicum.bench.card import not_measurable, read_card
 from modicum.bench.labs import Lab
+from modicum.bench.measurement import Axes, Measurement, Settings
 from modicum.bench.record import Record
-from modicum.budget import Budget, Cost, Meter
+from modicum.budget import Budget, Meter
 from modicum.core import registry
 from modicum.core.choice import Choice, make_config
 from modicum.core.errors import UserError, unknown
 from modicum.core.events import Progress
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A metric (or seconds, peak_bytes, flops), which way is better, and its unit."""
-
-    metric: str
-    better: str = "lower"
-    unit: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Axes:
-    quality: Axis
-    cost: Axis
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the person asked for. `data` and `model` are paths or names; None is the bench's own small one."""
-
-    scale: Any
-    budget: Budget = field(default_factory=Budget)
-    data: str | None = None
-    model: str | None = None
-    device: str = "cpu"
-    quick: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What one run of one method gave.
-
-    metrics holds the axes' metrics and any other number worth keeping. `cost` may leave seconds and
-    peak_bytes at zero: the harness then puts in what its own meter saw around the whole call.
-    `model` holds name, shape, parameters and checksum; `data` name, bytes and checksum. `axes`, if given,
-    replace the bench's: where the settings decide what can be judged.
-    """
-
-    metrics: dict[str, float]
-    cost: Cost = field(default_factory=Cost)
-    model: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    axes: Axes | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +57,11 @@ class Bench:
     axes_of: Callable[[Choice], Axes]
     measure: Callable[[Choice, int, Settings], Measurement]
     module: ModuleType
+
+    @property
+    def model(self) -> str | None:
+        """The model that is measured where no other is asked for; None: a small one trained by the bench."""
+        return getattr(self.module, "MODEL", None)
 
 
 def benches() -> dict[str, Path]:
@@ -146,11 +110,14 @@ def pick(port: str, given: list[str]) -> list[Choice]:
     """Choices to measure: the baseline first, then those given, or every method of the port.
 
     A method whose paper's defaults say nothing at a bench's size names its own settings in a module
-    constant, `SWEEP = ("window=64", "window=256")`; they are measured when the port is measured as a whole.
+    constant, `SWEEP = {"window": (64, 256)}`; they are measured when the port is measured as a whole. Methods with a
+    reason not to be measured (`card.not_measurable`) are left out then.
     """
     baseline = registry.port(port).baseline
     if not given:
         for key, info in registry.methods(port).items():
+            if not_measurable(info):
+                continue
             found = [f"{key}:{knobs}" for knobs in read_card(info).sweep] or [key]
             try:
                 for text in found:
@@ -182,12 +149,9 @@ class Outcome:
 
 def lab_of(bench: Bench, settings: Settings) -> Lab:
     """The lab that a measurement with these settings belongs to. Raises `UserError` for a limit it does not keep."""
-    declared = getattr(bench.module, "TIER", "smoke")
     return Lab.of(
         bench.port,
-        tier=labs.tier_of(
-            settings.scale, quick=settings.quick, model=settings.model, device=settings.device, declared=declared
-        ),
+        tier=tier_of(bench, settings),
         device=settings.device,
         bench=code.bench_hash(bench.port),
         scale=asdict(settings.scale),
@@ -195,6 +159,32 @@ def lab_of(bench: Bench, settings: Settings) -> Lab:
         data=settings.data,
         model=settings.model,
     )
+
+
+def tier_of(bench: Bench, settings: Settings) -> str:
+    """`labs.tier_of` these settings; what the bench declares holds for its default scale and its own model."""
+    as_declared = settings.scale == bench.scale() and settings.model == bench.model
+    declared = getattr(bench.module, "TIER", "smoke") if as_declared else None
+    return labs.tier_of(
+        settings.scale, quick=settings.quick, model=settings.model, device=settings.device, declared=declared
+    )
+
+
+def fits(lab: Lab, bench: Bench, settings: Settings) -> bool:
+    """Whether a lab answers what these settings ask, whoever measured in it and with which version of the bench.
+
+    Data and model are compared by their contents where the person gave them; the bench's own model goes by its name,
+    its own data (the Python installation's) by nothing: records of another machine answer as well.
+    """
+    asked = (tier_of(bench, settings), settings.device.startswith("cuda"), check_budget(bench, settings.budget))
+    if (lab.tier, lab.device == "cuda", lab.budget) != asked or lab.scale != labs.plain(asdict(settings.scale)):
+        return False
+    model = lab.inputs.get("model", {})
+    if settings.model == bench.model:
+        same = model.get("name") == bench.model
+    else:
+        same = model == (labs.model_of(settings.model) if settings.model else {})
+    return same and (settings.data is None or lab.inputs["data"] == labs.data_of(settings.data))
 
 
 def run(

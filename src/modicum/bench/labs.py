@@ -55,8 +55,8 @@ class Lab:
         model: str | None,
     ) -> Lab:
         """The lab of settings as typed. Raises `UserError` if data or model are not there."""
-        scale = json.loads(json.dumps(scale))  # as it is read again: lists for tuples
-        inputs = {"data": _data(data)} | ({"model": _model(model)} if model else {})
+        scale = plain(scale)
+        inputs = {"data": data_of(data)} | ({"model": model_of(model)} if model else {})
         sums = {name: found["checksum"] for name, found in inputs.items()}
         device = "cuda" if device.startswith("cuda") else "cpu"
         name = fingerprint([port, tier, device, bench, scale, budget, sums])
@@ -69,16 +69,23 @@ class Lab:
         return fingerprint([self.port, self.tier, self.device, self.scale, self.budget, sums])
 
 
-def tier_of(scale: Any, *, quick: bool, model: str | None, device: str, declared: str) -> str:
+def plain(scale: dict[str, Any]) -> dict[str, Any]:
+    """A scale as it is read again: lists for tuples."""
+    return json.loads(json.dumps(scale))
+
+
+def tier_of(scale: Any, *, quick: bool, model: str | None, device: str, declared: str | None) -> str:
     """How much a measurement can say: `smoke`, `laptop` or `gpu`.
 
-    A quick one is smoke. Above that are a given model or a trained proxy of a million parameters, the proxy trained on
-    five tokens for each, and what the bench itself declares for its scale (`TIER`).
+    A quick one is smoke; for others the bench says it of its default scale (`declared`; None for other scales). Else a
+    given model of a million parameters is more than smoke, and a trained proxy of so many with five tokens for each.
     """
     if quick:
         return "smoke"
-    enough = declared != "smoke"
-    if model:
+    enough = declared not in ("smoke", None)
+    if declared is not None:
+        pass
+    elif model:
         enough = weights_in(model) >= PROXY_PARAMETERS
     elif all(hasattr(scale, name) for name in ("vocabulary", "width", "layers", "tokens")):
         from modicum.model.config import llama_like
@@ -109,7 +116,7 @@ def weights_in(model: str) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _data(given: str | None) -> dict[str, str]:
+def data_of(given: str | None) -> dict[str, str]:
     """Name and checksum of the files given, or of the Python installation's."""
     from modicum.data.readers import ReadConfig, find
 
@@ -126,7 +133,7 @@ def _data(given: str | None) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _model(given: str) -> dict[str, str]:
+def model_of(given: str) -> dict[str, str]:
     from modicum.model.folder import find_folder
 
     files = {p.name: p for p in sorted(find_folder(given).iterdir()) if p.suffix in WEIGHTS}

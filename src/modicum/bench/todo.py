@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from modicum.bench import code
@@ -26,11 +27,11 @@ class Stale:
     time: str  # of the newest record
 
 
-def choices_of(port: str, old: list[Stale], tier: str, device: str) -> list[Choice]:
-    """The choices of one tier and device; those whose knobs are no longer there are left out, aloud."""
+def choices_of(port: str, old: list[Stale], fits: Callable[[Lab], bool]) -> list[Choice]:
+    """The choices whose lab `fits`; those whose knobs are no longer there are left out, with a warning."""
     found = []
     for entry in old:
-        if (entry.lab.tier, entry.lab.device) == (tier, device):
+        if fits(entry.lab):
             try:
                 choice = Choice.parse(port, entry.choice)
                 choice.config()
@@ -41,10 +42,13 @@ def choices_of(port: str, old: list[Stale], tier: str, device: str) -> list[Choi
     return found
 
 
-def missing(found: list[Record], choices: list[Choice], seeds: list[int], lab: Lab) -> list[Choice]:
-    """Those of `choices` that lack one of `seeds` in the lab, made by whatever code."""
-    held = {(r.choice, r.seed) for r in found if r.lab.id == lab.id}
-    return [c for c in choices if any((str(c), seed) not in held for seed in seeds)]
+def missing(found: list[Record], choices: list[Choice], seeds: list[int], fits: Callable[[Lab], bool]) -> list[Choice]:
+    """Those of `choices` that stand, with all of `seeds`, in no lab that `fits`, made by whatever code."""
+    held: dict[str, set[tuple[str, int]]] = {}
+    for record in found:
+        if fits(record.lab):
+            held.setdefault(record.lab.id, set()).add((record.choice, record.seed))
+    return [c for c in choices if not any({(str(c), s) for s in seeds} <= pairs for pairs in held.values())]
 
 
 def stale(found: list[Record]) -> list[Stale]:

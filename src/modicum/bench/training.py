@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from modicum.bench import lab
-from modicum.bench.harness import Settings
+from modicum.bench import fixtures
+from modicum.bench.measurement import Settings
 from modicum.budget import Budget, Deadline
 from modicum.core.events import Events
 from modicum.data.document import Document
@@ -59,7 +59,7 @@ LIMITS = {"tokens", "seconds"}
 class Bench:
     """Corpus, tokenizer and sizes that the runs of one bench share."""
 
-    corpus: lab.Corpus
+    corpus: fixtures.Corpus
     tokenizer: Tokenizer
     scale: Scale
     settings: Settings
@@ -68,11 +68,11 @@ class Bench:
     def of(cls, settings: Settings, reserved: int = 0) -> Bench:
         """reserved: tokens that the fresh tokenizer keeps free at its end; bits per byte stay comparable."""
         scale = settings.scale
-        corpus = lab.corpus(settings.data, scale.corpus_bytes, scale.heldout_bytes)
+        corpus = fixtures.corpus(settings.data, scale.corpus_bytes, scale.heldout_bytes)
         if settings.model:
             tokenizer = Tokenizer.load(find_folder(settings.model))
         else:
-            tokenizer = lab.tokenizer(
+            tokenizer = fixtures.tokenizer(
                 settings.data, scale.corpus_bytes, scale.heldout_bytes, scale.vocabulary, reserved
             )
         return cls(corpus, tokenizer, scale, settings)
@@ -87,7 +87,7 @@ class Bench:
             self.scale.layers,
             context_length=self.scale.sequence_length,
         )
-        return Decoder(shape, lab.seeded(seed)).to(self.settings.device)
+        return Decoder(shape, fixtures.seeded(seed)).to(self.settings.device)
 
     def stream(
         self,
@@ -173,7 +173,7 @@ class Bench:
         ).bits_per_byte
 
     def model_record(self, model: Decoder, kind: str = "small decoder, fresh") -> dict[str, Any]:
-        return lab.model_record(model, self.settings.model or kind)
+        return fixtures.model_record(model, self.settings.model or kind)
 
 
 def memory(documents: Iterable[Document], tokenizer: Tokenizer) -> MemoryDocuments:
@@ -194,7 +194,7 @@ def memory(documents: Iterable[Document], tokenizer: Tokenizer) -> MemoryDocumen
 
 @functools.lru_cache(maxsize=2)
 def corpus_tokens(source: str | None, corpus_bytes: int, heldout_bytes: int, tokenizer: Tokenizer) -> MemoryDocuments:
-    return memory(lab.corpus(source, corpus_bytes, heldout_bytes).train, tokenizer)
+    return memory(fixtures.corpus(source, corpus_bytes, heldout_bytes).train, tokenizer)
 
 
 @functools.lru_cache(maxsize=6)

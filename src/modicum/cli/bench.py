@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ def bench(
         str | None, typer.Option(help="A folder or file to measure on, instead of the Python installation.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A model folder or hub id, instead of a small one made here.")
+        str | None,
+        typer.Option(help="A model folder, name or hub id; proxy: a small one made here [default: the bench's]."),
     ] = None,
     limit: Annotated[str, typer.Option(help="bench engine: time an engine has for each measurement.")] = "5m",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
@@ -49,6 +51,7 @@ def bench(
     """Measure a port's methods beside its baseline, at equal budget, over several seeds."""
     from modicum.bench import harness, plots, record, stats, todo
     from modicum.budget import Budget, units
+    from modicum.cli import _tables as tables
     from modicum.core import registry
     from modicum.core.choice import Choice
     from modicum.core.errors import ModicumError, UserError
@@ -96,24 +99,25 @@ def bench(
         scale=harness.make_scale(loaded, quick, changes),
         budget=limits,
         data=data,
-        model=model,
+        model=None if model == "proxy" else model or (None if quick else loaded.model),
         device=device,
         quick=quick,
     )
     folder = record.folder(evidence)
     if missing or stale:
         baseline, found = registry.port(port).baseline, record.read(folder, port)
-        lab = harness.lab_of(loaded, settings)
-        absent = todo.missing(found, choices, numbers, lab) if missing else []
+        tier = harness.tier_of(loaded, settings)
+        fits = functools.partial(harness.fits, bench=loaded, settings=settings)
+        absent = todo.missing(found, choices, numbers, fits) if missing else []
         named = {str(c) for c in choices}
         old = [s for s in todo.stale(found) if not method or s.choice in named] if stale else []
         if listing:
-            show_todo(port, lab, [str(c) for c in absent], old, as_json)
+            tables.todo(port, tier, [str(c) for c in absent], old, as_json)
             return
-        again = todo.choices_of(port, old, lab.tier, lab.device)
+        again = todo.choices_of(port, old, fits)
         choices = sorted({str(c): c for c in absent + again}.values(), key=lambda c: str(c) != baseline)
         if not choices:
-            print(f"{port}: nothing to measure at tier {lab.tier} on {lab.device}")
+            print(f"{port}: nothing to measure at tier {tier}")
             return
         if str(choices[0]) != baseline:  # it is there already, or is measured beside them
             choices.insert(0, Choice(port, baseline))
@@ -151,7 +155,7 @@ def bench(
         )
     elif parts:
         for rows in parts:
-            show_rows(rows)
+            tables.rows(rows)
         print(
             f"{outcome.measured} measured, {outcome.skipped} from earlier; tier {outcome.lab.tier}; "
             f"records {folder / port}; plot {drawn}"
@@ -176,11 +180,9 @@ def engine(
     limit: float = 300.0,
 ) -> None:
     """`bench engine`: modicum's engine beside others, as tables on the terminal or as JSON."""
-    from rich.console import Console
-    from rich.table import Table
-
     from modicum.bench import engine as bench_engine
     from modicum.bench import record
+    from modicum.cli import _tables as tables
     from modicum.core.errors import UserError
 
     known = ("modicum", "transformers", "llama.cpp")
@@ -201,25 +203,7 @@ def engine(
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    table = Table("engine", "column", "tokens/s", "spread", "ratio", box=None, pad_edge=False, header_style="bold")
-    for row in sorted(found["rows"], key=lambda r: (r["column"], -r["tokens_per_s"])):
-        ratio = "—" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        table.add_row(row["engine"], row["column"], f"{row['tokens_per_s']:.1f}", f"{row['spread']:.0%}", ratio)
-    for name, why in found["skipped"].items():
-        table.add_row(name, f"left out: {why}", "—", "—", "—")
-    print(f"{found['model']['name']}, {found['model']['parameters'] / 1e6:.0f}M parameters")
-    Console(width=110, highlight=False).print(table)
-    reached = ", ".join(f"{form} {share:.0%}" for form, share in found["share_of_read"].items())
-    read = found["ceilings"]["read_bytes_per_s"] / 1e9
-    print(f"memory is read at {read:.1f} GB/s; decoding reaches of it: {reached}")
-    print(f"bfloat16 products at {found['ceilings']['matmul_bfloat16_flop_per_s'] / 1e9:.0f} GFLOP/s")
-    print(f"kernels: {found['native']}; threads: {found['threads']}")
-    if checks := found["checks"]:
-        errors = ", ".join(f"{name} {error:.2g}" for name, error in checks["bf16_logit_error"].items())
-        print(f"greedy float32 tokens equal to transformers': {checks['float32_tokens_equal']}; logit error: {errors}")
-        if eight := checks["eight_bit_logit_error"]:
-            errors = ", ".join(f"{name} {error:.2g}" for name, error in eight.items())
-            print(f"logit error of activations in eight bits: {errors}")
+    tables.engine(found)
 
 
 def every_port(**options: Any) -> None:
@@ -239,22 +223,6 @@ def every_port(**options: Any) -> None:
         raise ModicumError(f"not everything could be measured: {', '.join(failed)}")
 
 
-def show_todo(port: str, lab: Any, missing: list[str], stale: list, as_json: bool) -> None:
-    """What `--missing` and `--stale` would measure."""
-    if as_json:
-        old = [
-            {"choice": s.choice, "lab": s.lab.id, "tier": s.lab.tier, "seeds": s.seeds, "time": s.time} for s in stale
-        ]
-        print(json.dumps({"port": port, "lab": vars(lab), "missing": missing, "stale": old}, indent=2))
-        return
-    for choice in missing:
-        print(f"{port}/{choice} missing in lab {lab.id} (tier {lab.tier})")
-    for s in stale:
-        print(f"{port}/{s.choice} stale in lab {s.lab.id} (tier {s.lab.tier}, {s.lab.device}), measured {s.time[:10]}")
-    if not missing and not stale:
-        print(f"{port}: nothing to measure")
-
-
 def parse_seeds(text: str) -> list[int]:
     """`0,1,2` or `0-4`. Raises `UserError` for anything else."""
     from modicum.core.errors import UserError
@@ -268,47 +236,3 @@ def parse_seeds(text: str) -> list[int]:
     if not found:
         raise UserError(f"--seeds {text!r} names no seed; write 0,1,2 or 0-4")
     return list(dict.fromkeys(found))
-
-
-def show_rows(rows: list) -> None:
-    """The comparison as a table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from modicum.bench.card import claim_text
-    from modicum.bench.figures import change_text, ratio_text, verdict
-    from modicum.bench.stats import spread_text
-
-    quality, cost = rows[0].axes["quality"], rows[0].axes["cost"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    with_claims = any(row.claim for row in rows) and rows[0].tier != "smoke"
-    heads = [
-        "method",
-        f"{quality['metric']} ({quality['better']} better)",
-        "change [95%]",
-        cost["metric"],
-        "×",
-        "seconds",
-        "seeds",
-        "result",
-        *(["claim"] if with_claims else []),
-    ]
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("method", "result", "claim") else "right", overflow="fold")
-    for row in rows:
-        style = {True: "green", False: "red", None: ""}[None if row.tier == "smoke" else row.better]
-        change = Text(change_text(row) or ("baseline" if row.is_baseline else "—"), style=style)
-        table.add_row(
-            row.choice,
-            spread_text(row.quality, quality["unit"]),
-            change,
-            spread_text(row.cost, cost["unit"]),
-            ratio_text(row) or "—",
-            f"{row.seconds.mean:.3g}",
-            str(len(row.seeds)),
-            verdict(row),
-            *([claim_text(row.claim)] if with_claims else []),
-        )
-    console = Console()
-    (console if console.width >= 100 else Console(width=120)).print(table)

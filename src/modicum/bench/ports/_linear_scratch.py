@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from modicum.bench import training
-from modicum.bench.harness import Axes, Axis, Settings
+from modicum.bench.measurement import Axes, Axis, Settings
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError, UserError
@@ -60,9 +60,9 @@ def count(model: Decoder) -> dict[str, float]:
 
 def _trained(bench: training.Bench, choice: Choice, seed: int, rate: float) -> tuple[float, Decoder, TrainResult]:
     if bench.settings.model:
-        from modicum.bench import lab
+        from modicum.bench import fixtures
 
-        model = Decoder(load_config(bench.settings.model), lab.seeded(seed)).to(bench.settings.device)
+        model = Decoder(load_config(bench.settings.model), fixtures.seeded(seed)).to(bench.settings.device)
     else:
         model = bench.model(seed)
     dense = choice.method == registry.port("linear").baseline

@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 from modicum.bench import training
-from modicum.bench.harness import Settings
+from modicum.bench.measurement import Settings
 from modicum.compress import calibration
 from modicum.compress.stacking import sort_blocks
 from modicum.core import registry
@@ -41,5 +41,5 @@ def _sorted(choice: str, seed: int, settings: Settings) -> Decoder:
     names = [name for name in attach.linears(model) if name != "lm_head"]
     inputs = calibration.activations(model, tokens_NT[SEQUENCES:], names)
     attach.attach(model, dict.fromkeys(names, choice), calibration=inputs)
-    sort_blocks(model, stack.stacks(model), tokens_NT[:SEQUENCES], events=training.lab.Quiet())
+    sort_blocks(model, stack.stacks(model), tokens_NT[:SEQUENCES], events=training.fixtures.Quiet())
     return model

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from modicum.bench import training
 from modicum.bench.body import in_body
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.bench.ports.kv import pieces
 from modicum.budget import Cost
 from modicum.core import registry

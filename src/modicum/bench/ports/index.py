@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from modicum.bench import lab
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench import fixtures
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
@@ -27,6 +27,7 @@ from modicum.retrieve import measure as measuring
 
 AXES = Axes(quality=Axis("recall_at_10", "higher"), cost=Axis("queries_per_second", "higher", "1/s"))
 LIMITS = {"memory_bytes"}
+TIER = "laptop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ def _semantic(source: str | None, corpus_bytes: int, dimensions: int, limit: int
 
     from modicum.retrieve.bm25 import tokenize
 
-    corpus = lab.corpus(source, corpus_bytes, corpus_bytes // 20)
+    corpus = fixtures.corpus(source, corpus_bytes, corpus_bytes // 20)
     bags = (tuple(tokenize(p)) for d in corpus.train for p in paragraphs(d.text))
     words = list(dict.fromkeys(bag for bag in bags if len(bag) >= 5))[:limit]  # equal passages would be ties
     known: dict[str, int] = {}

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modicum.bench import lab, training
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench import fixtures, training
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
@@ -169,7 +169,7 @@ def stream(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, 
         return {}
     T, length = scale.sequence_length, scale.stream * scale.sequence_length
     text = [t for d in bench.corpus.heldout for t in bench.tokenizer.encode(d.text, specials=False)]
-    start = int(torch.randint(len(text), (1,), generator=lab.seeded(seed)))
+    start = int(torch.randint(len(text), (1,), generator=fixtures.seeded(seed)))
     tokens = (text[start:] + text * (length // len(text) + 1))[:length]
     followed = follow(Watched(model, _engine_config(scale, choice, length + 1)), [tokens], scale.prompt)
     nats, held = followed.nats, followed.held
@@ -219,7 +219,7 @@ def pieces(bench: training.Bench, scale: Scale, seed: int) -> list[list[int]]:
             f"the held-out side has {len(text)} tokens, less than one piece of {length}; give "
             "--scale heldout_bytes=... or a shorter prompt"
         )
-    starts = torch.randint(len(text) - length + 1, (scale.sequences,), generator=lab.seeded(seed)).tolist()
+    starts = torch.randint(len(text) - length + 1, (scale.sequences,), generator=fixtures.seeded(seed)).tolist()
     return [text[start : start + length] for start in starts]
 
 

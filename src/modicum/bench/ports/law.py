@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core.choice import Choice
 from modicum.core.files import fingerprint, sha256

@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import nn
 
-from modicum.bench import lab, training
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench import fixtures, training
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.bench.ports import _linear_scratch, _linear_stored
 from modicum.budget import Cost
 from modicum.core import registry
@@ -58,7 +58,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     old, new = domains(bench.corpus)
     record = bench.model_record(model, "small decoder, trained")
     patterns = dict.fromkeys(attach.places(model, choice), choice)
-    generator = lab.seeded(seed)
+    generator = fixtures.seeded(seed)
     best: dict[str, float] = {}
     result: Any = None
     if _linear_stored.applies(choice):
@@ -74,7 +74,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     seconds = flops = 0.0
     for factor in settings.scale.rates if adapts else ():
         adapted = copy.deepcopy(model)
-        attach.attach(adapted, patterns, generator=lab.seeded(seed))
+        attach.attach(adapted, patterns, generator=fixtures.seeded(seed))
         attach.freeze(adapted)
         stream = bench.stream(seed, [d for d in bench.corpus.train if d.domain == new])
         result = bench.train(
@@ -115,7 +115,7 @@ def _pretrained(choice: Choice, seed: int, settings: Settings) -> Measurement:
     return Measurement(metrics=metrics, cost=cost, model=record, data=bench.corpus.record)
 
 
-def domains(corpus: lab.Corpus) -> tuple[str, str]:
+def domains(corpus: fixtures.Corpus) -> tuple[str, str]:
     """(the larger domain, which the decoder knows best, the one to adapt to)."""
     sizes = {d: sum(x.nbytes for x in corpus.train if x.domain == d) for d in corpus.domains}
     ranked = sorted(sizes, key=lambda d: -sizes[d])

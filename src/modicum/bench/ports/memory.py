@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from modicum.bench import training
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError
@@ -133,16 +133,16 @@ def _step(choice: str | None, seed: int, scale: Scale, device: str, steps: int) 
     """One step and `steps` more: seconds of one of those, and the last gradient where there are none."""
     import torch
 
-    from modicum.bench import lab
+    from modicum.bench import fixtures
     from modicum.data.stream import Batch
     from modicum.model.decoder import Decoder
     from modicum.train.engine import TrainEngine
     from modicum.train.objectives import Step
 
-    engine = TrainEngine(Decoder(_shape(scale), lab.seeded(seed)), _config(choice, seed, scale, device))
+    engine = TrainEngine(Decoder(_shape(scale), fixtures.seeded(seed)), _config(choice, seed, scale, device))
     engine.build()
     rows, length = scale.step_sequences, scale.step_length
-    tokens_BT = torch.randint(scale.vocabulary, (rows, length + 1), generator=lab.seeded(seed))
+    tokens_BT = torch.randint(scale.vocabulary, (rows, length + 1), generator=fixtures.seeded(seed))
     batch = Batch(
         tokens_BT[:, :-1].contiguous(),
         tokens_BT[:, 1:].contiguous(),
@@ -167,12 +167,12 @@ def _loss(choice: str, seed: int, scale: Scale, device: str) -> dict[str, float]
     import torch
     from torch import nn
 
-    from modicum.bench import lab
+    from modicum.bench import fixtures
     from modicum.core import registry
     from modicum.train import loss
 
     N, D, V = scale.loss_tokens, scale.loss_width, scale.loss_vocabulary
-    dtype, draw = getattr(torch, scale.dtype), lab.seeded(seed)
+    dtype, draw = getattr(torch, scale.dtype), fixtures.seeded(seed)
 
     class Headed(nn.Module):
         """A model that is all head."""

@@ -8,7 +8,7 @@ merges stay the same, so that bits per byte compare.
 from __future__ import annotations
 
 from modicum.bench import training
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice

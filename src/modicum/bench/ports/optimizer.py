@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modicum.bench import training
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice

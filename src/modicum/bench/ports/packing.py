@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from modicum.bench import training
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core.choice import Choice
 from modicum.data.stream import NO_LOSS

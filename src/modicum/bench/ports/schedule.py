@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from modicum.bench import lab, training
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench import fixtures, training
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
@@ -103,7 +103,7 @@ def onward(bench: training.Bench, choice: Choice, seed: int) -> dict[str, float]
 @functools.lru_cache(maxsize=2)
 def clean(data: str | None, scale: Scale, domain: str, tokenizer: Tokenizer) -> MemoryDocuments:
     """One domain as it is, every document as good as the other."""
-    documents = lab.corpus(data, scale.corpus_bytes, scale.heldout_bytes).train
+    documents = fixtures.corpus(data, scale.corpus_bytes, scale.heldout_bytes).train
     return training.memory([with_quality(d, 1.0) for d in documents if d.domain == domain], tokenizer)
 
 
@@ -113,7 +113,7 @@ def mixed(data: str | None, scale: Scale, seed: int, tokenizer: Tokenizer) -> Me
     degree. Whole files would be few, and the best of them not like the rest."""
     rng = np.random.default_rng([seed, 9])
     parts = []
-    for document in lab.corpus(data, scale.corpus_bytes, scale.heldout_bytes).train:
+    for document in fixtures.corpus(data, scale.corpus_bytes, scale.heldout_bytes).train:
         for start in range(0, len(document.text), PART):
             degree = float(rng.random()) if rng.random() < scale.damaged else 0.0
             words = document.text[start : start + PART].split(" ")

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from modicum.bench import lab
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench import fixtures
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
@@ -107,7 +107,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         },
         cost=Cost(seconds=at_once.seconds, tokens=int(trace.output_N.sum())),
         data={"name": trace.name, "checksum": fingerprint([trace.prompt_N.tolist(), trace.output_N.tolist()])},
-        model=lab.model_record(model, settings.model or "small decoder, fresh"),
+        model=fixtures.model_record(model, settings.model or "small decoder, fresh"),
     )
 
 
@@ -128,7 +128,7 @@ def prepared(scale: Scale, name: str | None, device: str, data: str | None) -> t
         model = load_model(name, "float32", device)
     else:
         shape = llama_like(scale.vocabulary, scale.width, scale.layers, context_length=scale.context)
-        model = Decoder(shape, lab.seeded(0)).to(device)
+        model = Decoder(shape, fixtures.seeded(0)).to(device)
     pace = calibrate(model, engine_config(scale), steps=scale.steps, by=scale.timer)
     return model, pace, strict_tbt(pace, requests(scale, data, 0), scale.sequences)
 

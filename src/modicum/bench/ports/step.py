@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 
-from modicum.bench import lab, training
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench import fixtures, training
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
@@ -26,7 +26,7 @@ QUICK = Scale(**training.QUICK)
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     bench = training.Bench.of(settings)
     step = registry.build("step", choice)
-    corpus = lab.corpus(settings.data, settings.scale.corpus_bytes, settings.scale.heldout_bytes, parted=False)
+    corpus = fixtures.corpus(settings.data, settings.scale.corpus_bytes, settings.scale.heldout_bytes, parted=False)
     given = corpus.train
     start = time.perf_counter()
     step.open(Context(seed=seed))

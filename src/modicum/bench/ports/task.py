@@ -10,8 +10,8 @@ import itertools
 import time
 from dataclasses import dataclass
 
-from modicum.bench import lab, training
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench import fixtures, training
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
@@ -48,13 +48,15 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     else:
         docs = itertools.islice(task.docs("train", scale.documents, seed), scale.documents)
         texts = tuple(Document(str(d["id"]), task.text(d), "task") for d in docs)
-        corpus = lab.Corpus(str(choice), texts, texts[:1], fingerprint([d.text for d in texts]))
+        corpus = fixtures.Corpus(str(choice), texts, texts[:1], fingerprint([d.text for d in texts]))
         bench = training.Bench(corpus, Tokenizer.train((d.text for d in texts), scale.vocabulary), scale, settings)
         model = bench.model(seed)
         result = bench.train(model, seed, bench.stream(seed, texts, packing="concat:mask=true"))
         kind, spent = "small decoder, trained on the task", Cost(seconds=result.seconds, flops=result.flops)
     start = time.perf_counter()
-    (found,) = run_tasks(model, bench.tokenizer, [str(choice)], limit=scale.examples, seed=seed, events=lab.Quiet())
+    (found,) = run_tasks(
+        model, bench.tokenizer, [str(choice)], limit=scale.examples, seed=seed, events=fixtures.Quiet()
+    )
     seconds = time.perf_counter() - start
     figures = {name: figure["value"] for name, figure in found.figures.items()}
     metrics = {
@@ -67,6 +69,6 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     return Measurement(
         metrics=metrics,
         cost=Cost(seconds=spent.seconds + seconds, flops=spent.flops),
-        model=lab.model_record(model, kind),
+        model=fixtures.model_record(model, kind),
         data={"name": f"{choice}, seed {seed}", "checksum": checksum, "documents": len(found.rows)},
     )

@@ -1,0 +1,90 @@
+"""What `modicum bench` prints: comparisons, what is to be done, engines beside each other."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from modicum.bench.card import claim_text
+from modicum.bench.figures import change_text, ratio_text, verdict
+from modicum.bench.stats import Row, spread_text
+from modicum.bench.todo import Stale
+
+
+def rows(rows: list[Row]) -> None:
+    """The comparison as a table on the terminal."""
+    quality, cost = rows[0].axes["quality"], rows[0].axes["cost"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    with_claims = any(row.claim for row in rows) and rows[0].tier != "smoke"
+    heads = [
+        "method",
+        f"{quality['metric']} ({quality['better']} better)",
+        "change [95%]",
+        cost["metric"],
+        "×",
+        "seconds",
+        "seeds",
+        "result",
+        *(["claim"] if with_claims else []),
+    ]
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("method", "result", "claim") else "right", overflow="fold")
+    for row in rows:
+        style = {True: "green", False: "red", None: ""}[None if row.tier == "smoke" else row.better]
+        change = Text(change_text(row) or ("baseline" if row.is_baseline else "—"), style=style)
+        table.add_row(
+            row.choice,
+            spread_text(row.quality, quality["unit"]),
+            change,
+            spread_text(row.cost, cost["unit"]),
+            ratio_text(row) or "—",
+            f"{row.seconds.mean:.3g}",
+            str(len(row.seeds)),
+            verdict(row),
+            *([claim_text(row.claim)] if with_claims else []),
+        )
+    console = Console()
+    (console if console.width >= 100 else Console(width=120)).print(table)
+
+
+def todo(port: str, tier: str, missing: list[str], stale: list[Stale], as_json: bool) -> None:
+    """What `--missing` and `--stale` would measure."""
+    if as_json:
+        old = [
+            {"choice": s.choice, "lab": s.lab.id, "tier": s.lab.tier, "seeds": s.seeds, "time": s.time} for s in stale
+        ]
+        print(json.dumps({"port": port, "tier": tier, "missing": missing, "stale": old}, indent=2))
+        return
+    for choice in missing:
+        print(f"{port}/{choice} missing at tier {tier}")
+    for s in stale:
+        print(f"{port}/{s.choice} stale in lab {s.lab.id} (tier {s.lab.tier}, {s.lab.device}), measured {s.time[:10]}")
+    if not missing and not stale:
+        print(f"{port}: nothing to measure")
+
+
+def engine(found: dict[str, Any]) -> None:
+    """What `bench engine` measured."""
+    table = Table("engine", "column", "tokens/s", "spread", "ratio", box=None, pad_edge=False, header_style="bold")
+    for row in sorted(found["rows"], key=lambda r: (r["column"], -r["tokens_per_s"])):
+        ratio = "—" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        table.add_row(row["engine"], row["column"], f"{row['tokens_per_s']:.1f}", f"{row['spread']:.0%}", ratio)
+    for name, why in found["skipped"].items():
+        table.add_row(name, f"left out: {why}", "—", "—", "—")
+    print(f"{found['model']['name']}, {found['model']['parameters'] / 1e6:.0f}M parameters")
+    Console(width=110, highlight=False).print(table)
+    reached = ", ".join(f"{form} {share:.0%}" for form, share in found["share_of_read"].items())
+    read = found["ceilings"]["read_bytes_per_s"] / 1e9
+    print(f"memory is read at {read:.1f} GB/s; decoding reaches of it: {reached}")
+    print(f"bfloat16 products at {found['ceilings']['matmul_bfloat16_flop_per_s'] / 1e9:.0f} GFLOP/s")
+    print(f"kernels: {found['native']}; threads: {found['threads']}")
+    if checks := found["checks"]:
+        errors = ", ".join(f"{name} {error:.2g}" for name, error in checks["bf16_logit_error"].items())
+        print(f"greedy float32 tokens equal to transformers': {checks['float32_tokens_equal']}; logit error: {errors}")
+        if eight := checks["eight_bit_logit_error"]:
+            errors = ", ".join(f"{name} {error:.2g}" for name, error in eight.items())
+            print(f"logit error of activations in eight bits: {errors}")
