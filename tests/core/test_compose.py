@@ -89,8 +89,18 @@ def test_the_providers_of_a_word_are_read_as_text_and_are_those_of_the_classes()
 
 
 def test_what_a_method_brings_is_added_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compose, "brings", lambda port, key: (("memory", "cce"),) if key == "meco" else ())
+    halves = (Choice.parse("memory", "cce"), Choice.parse("averaging", "lawa:window=0.3"))
+    monkeypatch.setattr(compose, "brings", lambda port, key: halves if key == "meco" else ())
     meco = Choice.parse("objective", "meco")
-    assert [c.method for c in compose.complete([meco])] == ["meco", "cce"]
+    assert compose.complete([meco]) == [meco, *halves]
     chosen = Choice.parse("memory", "cce:eps=0")
-    assert compose.complete([meco, chosen]) == [meco, chosen]
+    assert compose.complete([meco, chosen]) == [meco, chosen, halves[1]]
+
+
+def test_what_was_chosen_keeps_out_what_is_brought_where_a_port_takes_one_method(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    halves = (Choice.parse("memory", "cce"), Choice.parse("averaging", "lawa"))
+    monkeypatch.setattr(compose, "brings", lambda port, key: halves if key == "meco" else ())
+    chosen = [Choice.parse("objective", "meco"), Choice.parse("averaging", "none"), Choice.parse("memory", "mesa")]
+    assert compose.complete(chosen) == [*chosen, halves[0]]  # memory takes several

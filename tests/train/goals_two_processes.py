@@ -15,7 +15,7 @@ from modicum.train.config import stream_knobs
 from modicum.train.loop import TrainResult, train
 
 RUNS = {
-    "average": {"schedule": "curriculum-averaging:checkpoints=3,window=0.5"},
+    "average": {"schedule": "curriculum-averaging", "averaging": "lawa:weights=ema,checkpoints=3,window=0.5"},
     "meco": {"objective": "meco"},
     "ul2": {"objective": "ul2:sentinels=12", "steps": 2, "clip": 0},
 }
@@ -31,7 +31,7 @@ def documents() -> MemoryDocuments:
 
 def run(folder: Path, name: str) -> TrainResult:
     told = config(dtype="float32", checkpoint_every=4, **{"steps": 8} | RUNS[name])
-    knobs = stream_knobs(told.schedule, told.objective)
+    knobs = stream_knobs(told.choice("schedule"), told.choice("objective"))
     stream = Stream(
         documents(), packing="concat:mask=true", sequence_length=LENGTH, seed=3, total=told.total_tokens, **knobs
     )

@@ -54,7 +54,7 @@ def test_the_same_as_one_process(two, tmp_path, name):
     run(tmp_path, name)
     alone, both = losses(tmp_path / name / "events.jsonl"), losses(two / name / "events.jsonl")
     assert len(alone) == 8 and max(abs(alone[k] - both[k]) for k in alone) < 1e-4
-    for part in ("model", "schedule") if name == "average" else ("model",):
+    for part in ("model", "averaging") if name == "average" else ("model",):
         one, other = _tensors(tmp_path / name, 8, part), _tensors(two / name, 8, part)
         # As a whole: Adam turns a rounding of a gradient near zero into a step of a single weight, on some processors.
         assert one.keys() == other.keys() and all((one[k] - other[k]).norm() < 5e-4 * one[k].norm() for k in one), part

@@ -241,7 +241,7 @@ def test_resume_is_bit_for_bit_with_the_estimates(tmp_path) -> None:
     for folder in (straight, resumed):
         trainer = Trainer(decoder(), stream(), config(steps=6, **knobs), folder, label="")
         trainer.open()
-        states.append(trainer.savers["memory.mesa"].state_dict())
+        states.append(trainer.parts["memory.mesa"].state_dict())
     assert len(states[0]) > 10 and all(torch.equal(states[1][name], value) for name, value in states[0].items())
 
 

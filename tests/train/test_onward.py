@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-import shutil
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from train_toys import LENGTH, config, corpus, decoder, stream
 
 from modicum.core import registry
 from modicum.core.errors import UserError
 from modicum.data.shards import MemoryDocuments
 from modicum.data.stream import Stream
-from modicum.train.callback import Callback
-from modicum.train.loop import Trainer, train
+from modicum.train.loop import Trainer
 
 
 def _rate(choice, done, total):
@@ -74,11 +69,7 @@ def test_rewarm_is_linear_up_and_cosine_down():
         ("rewarm:peak=0", "peak=0.0 must be a positive factor"),
         ("rewarm:start=2", "start=2.0 must lie between 0 and peak=1.0"),
         ("rewarm:warmup=-0.1", "warmup=-0.1 is negative"),
-        ("curriculum-averaging:checkpoints=0", "checkpoints=0 must be at least 1"),
-        ("curriculum-averaging:window=0", "window=0.0 must be a share"),
-        ("curriculum-averaging:alpha=0", "alpha=0.0 must lie in"),
         ("curriculum-averaging:decay=2", "decay=2.0 must lie in"),
-        ("curriculum-averaging:average=mean", "average"),
     ],
 )
 def test_knobs_out_of_range_are_refused(choice, told):
@@ -99,79 +90,10 @@ def ascending(total: int) -> Stream:
     return Stream(graded(), sequence_length=LENGTH, seed=3, total=total, order="quality")
 
 
-class Watch(Callback):
-    """Keeps the masters after every step."""
-
-    def __init__(self):
-        self.seen: list[dict[str, torch.Tensor]] = []
-
-    def after_step(self, trainer):
-        self.seen.append({n: p.detach().double().clone() for n, p in trainer.named.items()})
-
-
-def _run(folder, schedule, dtype="float32", parts=None, **knobs):
-    told = config(schedule=schedule, dtype=dtype, keep=50, **knobs)
-    model = decoder()
-    return model, train(model, ascending(told.total_tokens), told, folder, label="", parts=parts)
-
-
-@pytest.mark.parametrize("kind", ["ema", "sma", "wma"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_model_ends_as_the_weighted_mean_of_its_last_checkpoints(tmp_path, kind, dtype):
-    watch = Watch()
-    choice = f"curriculum-averaging:average={kind},checkpoints=4,window=0.5,alpha=0.3"
-    _, result = _run(tmp_path, choice, dtype, parts={"watch": watch}, steps=16)
-    points = [10, 12, 14, 16]  # the last 4, spread over half of 16 steps
-    assert registry.build("schedule", choice).points(16) == points
-    weights = {
-        "ema": [0.7**3, 0.3 * 0.7**2, 0.3 * 0.7, 0.3],
-        "sma": [0.25] * 4,
-        "wma": [0.1, 0.2, 0.3, 0.4],
-    }[kind]
-    assert sum(weights) == pytest.approx(1)
-    saved = load_file(Path(result.checkpoint) / "model.safetensors")
-    for name in watch.seen[0]:
-        mean = sum(w * watch.seen[at - 1][name] for w, at in zip(weights, points, strict=True))
-        assert torch.allclose(saved[name].double(), mean, atol=1e-6), name
-        assert not torch.allclose(saved[name].double(), watch.seen[-1][name], atol=1e-6) or "norm" in name
-
-
 def test_the_rate_decays_moderately():
     choice = "curriculum-averaging:warmup=0,decay=0.25,floor=0.3"
     for n, expected in ((10, 1.0), (750, 1.0), (812.5, 0.3 + 0.7 * 0.5), (1000, 0.3)):
         assert _rate(choice, n, 1000) == pytest.approx(expected)
-
-
-def test_resume_is_bit_for_bit(tmp_path):
-    """Cut in the middle of the averaging: the same weights, average and data place as a run that was not."""
-    choice = "curriculum-averaging:checkpoints=5,window=0.8"
-    _run(tmp_path / "whole", choice, steps=12, checkpoint_every=4)
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000012")
-    _, again = _run(tmp_path / "cut", choice, steps=12, checkpoint_every=4)
-    assert again.resumed_from == 8
-    for name in ("model", "schedule", "optimizer"):
-        files = (tmp_path / p / "checkpoints" / "step-00000012" / f"{name}.safetensors" for p in ("whole", "cut"))
-        one, two = (f.read_bytes() for f in files)
-        assert one == two, name
-
-
-def test_memory_is_one_copy_from_the_start(tmp_path):
-    told = config(schedule="curriculum-averaging", dtype="bfloat16")
-    trainer = Trainer(decoder(), ascending(told.total_tokens), told, None, label="")
-    trainer.open()
-    held = sum(a.numel() * a.element_size() for a in trainer.schedule.average.values())
-    assert held == 4 * sum(p.numel() for p in trainer.model.parameters())
-
-
-def test_the_forecast_counts_the_average():
-    from modicum.train.forecast import blank, step_cost
-
-    shape = decoder(width=64).config
-    with_it, without = (
-        step_cost(lambda: blank(shape), config(schedule=s), 64).peak_bytes for s in ("curriculum-averaging", "cosine")
-    )
-    assert with_it - without == pytest.approx(4 * shape.parameters(), rel=0.02)
 
 
 def test_a_stream_in_another_order_is_refused():

@@ -184,10 +184,10 @@ def formed(model, choice):
         attach(model, {"layers.*": "lora:rank=128"})
     return model
 
-def real(config):
+def real(config, choice):
     tokens = torch.randint(1024, (config.sequences, config.sequence_length))
     batch = Batch(tokens, tokens.clone(), None, torch.arange(config.sequence_length).expand_as(tokens))
-    model = formed(Decoder(shape), config.optimizer)
+    model = formed(Decoder(shape), choice)
     engine = TrainEngine(model, config)
     engine.bind(engine.model)
     for index in range(2):
@@ -201,12 +201,12 @@ for choice in sys.argv[1:]:
     config = TrainConfig(steps=2, sequence_length=64, batch_sequences=2, dtype="float32", device="cpu",
                          optimizer=choice, clip=0 if "per_layer" in choice else 1.0)
     planned = step_cost(lambda: formed(blank(shape), choice), config, 1024).peak_bytes
-    real(config)  # what libraries load, and the buffers that they keep, at the first call of each of their functions
+    real(config, choice)  # what libraries load and keep at the first call of each of their functions
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident_now()
     with Meter() as meter:
-        real(config)
+        real(config, choice)
     print(choice, planned, meter.peak_bytes - before, flush=True)
 """
 

@@ -40,7 +40,7 @@ def code_hash(port: str, method: str) -> str:
 
 def method_files(port: str, method: str) -> set[Path]:
     """The files that a method, the halves it brings, its port's package and its bench reach."""
-    halves = [(port, method), *compose.brings(port, method)]
+    halves = [(port, method), *((half.port, half.method) for half in compose.brings(port, method))]
     own = [source(registry.methods(p)[key]) for p, key in halves]
     return reach([*own, registry.port(port).path / "__init__.py", bench_path(port)])
 

@@ -134,7 +134,7 @@ class Bench:
         budget: Budget | None = None,
         **methods: Any,
     ) -> TrainResult:
-        """Train in place to the budget; `methods` are optimizer, schedule and objective.
+        """Train in place to the budget; `methods` are choices by their training port.
 
         A budget of seconds stops the run where it is. Afterwards the model is in float32 and in eval mode.
         """
@@ -151,7 +151,8 @@ class Bench:
         )
         result = train(
             model,
-            stream or self.stream(seed, total=tokens, **stream_knobs(config.schedule, config.objective)),
+            stream
+            or self.stream(seed, total=tokens, **stream_knobs(config.choice("schedule"), config.choice("objective"))),
             config,
             None,
             events=Events(None),

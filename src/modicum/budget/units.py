@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Annotated
 
 from modicum.core.errors import UserError
 
@@ -26,19 +28,43 @@ KINDS = {
     "seconds": "a time such as 45s, 10m or 1.5h",
     "tokens": "a count such as 50Mtok or 1e6tok",
     "flops": "a count such as 1e15flop or 3Pflop",
+    "parameters": "a count such as 5M or 1.3B",
 }
 
 
+@dataclass(frozen=True)
+class Unit:
+    """In a field's type: a number of `kind`, also written with its unit."""
+
+    kind: str
+
+    def parse(self, value: str | float) -> float:
+        return parse(value, self.kind)
+
+
+Bytes = Annotated[float, Unit("bytes")]
+Seconds = Annotated[float, Unit("seconds")]
+Tokens = Annotated[float, Unit("tokens")]
+Parameters = Annotated[float, Unit("parameters")]
+
+
 def parse(text: str | int | float, kind: str) -> float:
-    """A quantity of `kind` (bytes, seconds, tokens or flops); plain numbers are taken as they are."""
+    """A quantity of `kind` (a key of `KINDS`); plain numbers are taken as they are."""
     if isinstance(text, int | float) and not isinstance(text, bool):
         if text < 0:
             raise UserError(f"{text!r} is negative; write {KINDS[kind]}")
         return float(text)
-    quantity = kind_of(str(text))
+    quantity = _count(str(text)) if kind == "parameters" else kind_of(str(text))
     if quantity is None or quantity[0] not in (kind, "number"):
         raise UserError(f"{text!r} is not a number of {kind}; write {KINDS[kind]}")
     return quantity[1]
+
+
+def _count(text: str) -> tuple[str, float] | None:
+    """A bare count: `M` is a million here and never minutes."""
+    match = _QUANTITY.match(text)
+    scale = _SCALE.get(match[2].lower()) if match else None
+    return None if match is None or scale is None else ("number", float(match[1]) * scale)
 
 
 def kind_of(text: str) -> tuple[str, float] | None:

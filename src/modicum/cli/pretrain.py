@@ -26,6 +26,10 @@ def pretrain(
     optimizer: Annotated[str, typer.Option(help="Method and knobs, e.g. adamw:beta2=0.99.")] = "adamw",
     schedule: Annotated[str, typer.Option(help="e.g. cosine, wsd:decay=0.1, constant.")] = "cosine",
     objective: Annotated[str, typer.Option(help="What is learnt.")] = "next-token",
+    averaging: Annotated[
+        str | None,
+        typer.Option(help="Which mean of the weights is kept, e.g. ema or lawa (what the schedule asks for)."),
+    ] = None,
     mixture: Annotated[str, typer.Option(help="How much of each domain.")] = "natural",
     packing: Annotated[str, typer.Option(help="How documents become sequences.")] = "concat",
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
@@ -75,6 +79,7 @@ def pretrain(
             "optimizer": optimizer,
             "schedule": schedule,
             "objective": objective,
+            **({"averaging": averaging} if averaging else {}),
             "memory": memory or (),
             "surgery": surgery,
             "form": form,

@@ -10,8 +10,8 @@ A method provides its port's name and `PORT/KEY` besides its own words, so `conf
 every linear form. Two members that provide the same word and conflict with it exclude each other.
 
 `resolve` refuses the first pair that does not go together, by name, with what to type instead, before anything is
-computed. No other place checks combinations. A method's file may say `BRINGS = ("transform/meco",)`: `complete` adds
-those halves of it to a choice.
+computed. No other place checks combinations. A method's file may say `BRINGS = ("transform/meco",)`, with knobs if need
+be (`"averaging/lawa:weights=ema"`): `complete` adds those halves of it to a choice.
 """
 
 from __future__ import annotations
@@ -103,18 +103,22 @@ def resolve(members: Sequence[Member], *, options: Mapping[str, str] | None = No
 
 
 def complete(choices: Sequence[Choice]) -> list[Choice]:
-    """`choices` and the methods that they bring along (`BRINGS`), each once; a half chosen by hand stays as chosen."""
+    """`choices` and the methods that they bring along (`BRINGS`), each once.
+
+    What was chosen stays as chosen: nothing is brought into a port that takes one method and has it.
+    """
     found = list(choices)
     for choice in found:  # grows while it is walked: what is brought may bring more
-        for port, key in brings(choice.port, choice.method):
-            if not any((c.port, c.method) == (port, key) for c in found):
-                found.append(Choice(port, key))
+        for half in brings(choice.port, choice.method):
+            several = registry.port(half.port).several
+            if not any(c.port == half.port and (c.method == half.method or not several) for c in found):
+                found.append(half)
     return found
 
 
 @cache
-def brings(port: str, key: str) -> tuple[tuple[str, str], ...]:
-    """(port, key) of the other halves that a method's file names in its literal `BRINGS`; nothing is imported."""
+def brings(port: str, key: str) -> tuple[Choice, ...]:
+    """The other halves that a method's file names in its literal `BRINGS`; nothing is imported."""
     path = registry.methods(port)[key].path
     text = path.read_text(encoding="utf-8") if path else ""
     match = _BRINGS.search(text)
@@ -122,11 +126,10 @@ def brings(port: str, key: str) -> tuple[tuple[str, str], ...]:
         names = ast.literal_eval(match[1]) if match else ()
     else:  # a plug-in
         names = getattr(registry.load(port, key).module, "BRINGS", ())
-    pairs = [(name.partition("/")[0], name.partition("/")[2]) for name in names]
-    for other_port, other_key in pairs:
-        if other_key not in registry.methods(other_port):
-            raise UserError(f"{port}/{key} brings {other_port}/{other_key}, which is not there; correct its BRINGS")
-    return tuple(pairs)
+    try:
+        return tuple(Choice.parse(*name.split("/", 1)) for name in names)
+    except UserError as error:
+        raise UserError(f"{port}/{key} brings what is not there; correct its BRINGS: {error}") from None
 
 
 def _prefix(where: str) -> str:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _FIRST_LINE = re.compile(r'^\s*[rR]?"""(?:(port) )?([A-Za-z0-9][\w.+-]*): (.*?)\.?(?:""")?\s*$')
 _PROVIDES = re.compile(r"^    provides\b[^=\n]*= frozenset\((.*?)\)$", re.MULTILINE | re.DOTALL)
 _BASELINE = re.compile(r'^BASELINE\s*=\s*"([^"]+)"', re.MULTILINE)
+_SEVERAL = re.compile(r"^SEVERAL\s*=\s*True\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class PortInfo:
     package: str
     path: Path
     baseline: str
+    several: bool = False  # whether a choice may name any number of its methods (`SEVERAL = True`), not exactly one
 
     @property
     def room(self) -> str:
@@ -114,11 +116,12 @@ def ports() -> dict[str, PortInfo]:
     for path in sorted(ROOT.glob("*/*/__init__.py")):
         head = _first_line(path)
         if head and head[0]:
-            baseline = _BASELINE.search(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            baseline = _BASELINE.search(text)
             if not baseline:
                 raise UserError(f'port {head[1]!r} in {path} names no baseline; add BASELINE = "KEY"')
             package = f"modicum.{path.parent.parent.name}.{path.parent.name}"
-            found[head[1]] = PortInfo(head[1], head[2], package, path.parent, baseline[1])
+            found[head[1]] = PortInfo(head[1], head[2], package, path.parent, baseline[1], bool(_SEVERAL.search(text)))
     return dict(sorted(found.items()))
 
 

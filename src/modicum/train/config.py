@@ -1,136 +1,118 @@
-"""What a training run is told, checked before anything is built."""
+"""What a training run is told, checked before anything is built.
+
+`TrainSpec` has a field for each setting and an entry of `methods` for each training port that is chosen otherwise than
+its baseline. Training ports are found from the registry: a port in room `train`, whose methods are callbacks, takes
+part in every run, on the command line and in recipes without a line here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from modicum.budget import units
+from modicum.budget.units import Tokens
 from modicum.core import compose, registry
 from modicum.core.choice import Choice
-from modicum.core.errors import UserError, unknown
+from modicum.core.errors import UserError
+from modicum.core.spec import MethodOf, Spec, option, options
 
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
-PORTS = ("optimizer", "schedule", "objective", "surgery")
-# What may differ when a run goes on: it changes how far, where or how often, not what is learnt per token.
-LOOSE = frozenset(
-    {
-        "tokens",
-        "steps",
-        "micro_batch",
-        "checkpoint_every",
-        "keep",
-        "eval_every",
-        "eval_sequences",
-        "nonfinite",
-        "device",
-        "compile",
-    }
-)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Knobs of `train.loop.train`. Quantities may be strings with units ("2Mtok").
+def training_ports() -> dict[str, registry.PortInfo]:
+    """The ports whose methods act in the training loop, by name."""
+    return {name: info for name, info in registry.ports().items() if info.room == "train"}
 
-    tokens or steps: the whole run, one of the two; the tokens are rounded down to whole steps.
-    batch_tokens or batch_sequences: one step, over all processes and micro-batches (default 32 sequences).
-    micro_batch: sequences of one forward pass of one process (default: all of its share).
-    memory: memory savers, any number of them. surgery: what changes the model while it trains.
-    form: a linear form that the layers named by `targets` (globs over module names) get before training.
-    clip: limit of the gradient's global norm, 0 for none.
-    dtype: bfloat16 computes in bf16; `masters` then keeps float32 weights for the optimizer to work on.
-    eval_every: steps between held-out losses, 0 for only at the end; eval_sequences: how many to read.
-    checkpoint_every: steps, 0 for only at the end; keep: how many checkpoints.
-    nonfinite: what an infinite or NaN loss or gradient does: stop with an error, or skip the step.
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class TrainConfig(Spec):
+    """Settings of `train.loop.train`. Quantities may be strings with units ("2Mtok").
+
+    Methods are given by their port: `TrainConfig(steps=100, optimizer="galore:rank=4", memory=["cce"])`. What a chosen
+    method brings along (`BRINGS`) is chosen too, unless its port is named here.
     """
 
-    tokens: float | str | None = None
-    steps: int | None = None
-    sequence_length: int = 512
-    batch_tokens: float | str | None = None
-    batch_sequences: int | None = None
-    micro_batch: int | None = None
-    lr: float = 1e-3
-    optimizer: Any = "adamw"
-    schedule: Any = "cosine"
-    objective: Any = "next-token"
-    memory: Sequence[Any] = ()
-    surgery: Any = "none"
-    form: Any = None
-    targets: Sequence[str] = ("layers.*",)
-    clip: float = 1.0
-    dtype: str = "bfloat16"
-    masters: bool = True
-    seed: int = 0
-    checkpoint_every: int = 100
-    keep: int = 2
-    eval_every: int = 0
-    eval_sequences: int = 256
-    nonfinite: str = "stop"
-    device: str = "auto"
-    compile: bool = False
+    NAME = "setting of a training run"
 
-    def __post_init__(self) -> None:
-        for name in ("tokens", "batch_tokens"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, units.parse(getattr(self, name), "tokens"))
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+    tokens: Tokens | None = option(None, "Length of the run, e.g. 2Mtok; rounded down to whole steps.", resumable=True)
+    steps: int | None = option(None, "Length of the run instead, in steps.", least=1, resumable=True)
+    sequence_length: int = option(512, "Tokens per sequence.", least=1)
+    batch_tokens: Tokens | None = option(None, "Tokens per step, over all processes and micro-batches, e.g. 16ktok.")
+    batch_sequences: int | None = option(None, "Sequences per step instead (32 by default).", least=1)
+    micro_batch: int | None = option(
+        None, "Sequences per forward pass of a process, to save memory (default: all).", least=1, resumable=True
+    )
+    lr: float = option(1e-3, "Peak learning rate.", above=0)
+    form: Annotated[Any, MethodOf("linear")] = option(None, "A linear form to train in, e.g. sltrain:rank=32.")
+    targets: tuple[str, ...] = option(("layers.*",), "The layers that get it: globs over module names, with commas.")
+    clip: float = option(1.0, "Limit of the gradient's global norm, 0 for none.", least=0)
+    dtype: str = option("bfloat16", "bfloat16 or float32.", allowed=tuple(DTYPES))
+    masters: bool = option(True, "Keep float32 weights behind bfloat16 ones for the optimizer to work on.")
+    seed: int = option(0, "Seed of weights and order.")
+    checkpoint_every: int = option(100, "Steps between checkpoints, 0 for only at the end.", least=0, resumable=True)
+    keep: int = option(2, "Checkpoints to keep.", least=1, resumable=True)
+    eval_every: int = option(0, "Steps between held-out losses, 0 for only at the end.", least=0, resumable=True)
+    eval_sequences: int = option(256, "Held-out sequences to read for each.", least=1, resumable=True)
+    nonfinite: str = option(
+        "stop", "What an infinite or NaN loss does: stop, or skip the step.", allowed=("stop", "skip"), resumable=True
+    )
+    device: str = option("auto", "auto, cpu or cuda.", resumable=True)
+    compile: bool = option(False, "Compile the layers.", resumable=True)
+    methods: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __init__(self, **given: Any) -> None:
+        named = {port: given.pop(port) for port in training_ports() if port in given}
+        methods = dict(given.pop("methods", {})) | named
+        super().__init__(**given, methods=methods)
+
+    def check(self) -> None:
         object.__setattr__(self, "dtype", DTYPES[self.dtype])
         if (self.tokens is None) == (self.steps is None):
             raise UserError("give the length of the run once: tokens=2Mtok, or steps=500")
         if self.batch_tokens is not None and self.batch_sequences is not None:
             raise UserError("give the batch once: batch_tokens=16ktok, or batch_sequences=32")
-        for name, least in (
-            ("sequence_length", 1),
-            ("steps", 1),
-            ("batch_sequences", 1),
-            ("micro_batch", 1),
-            ("checkpoint_every", 0),
-            ("keep", 1),
-            ("eval_every", 0),
-            ("eval_sequences", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
-        for name, zero in (("lr", False), ("clip", True)):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and math.isfinite(value)
-            if not number or value < 0 or (value == 0 and not zero):
-                raise UserError(f"{name}={value!r} must be a {'number of at least 0' if zero else 'positive number'}")
-        if self.nonfinite not in ("stop", "skip"):
-            raise unknown("nonfinite", self.nonfinite, ("stop", "skip"))
         if self.sequences < 1:
             raise UserError(
                 f"batch_tokens={self.batch_tokens:g} is less than one sequence of "
                 f"{self.sequence_length}; ask for more, or for a shorter sequence_length"
             )
-        for port in PORTS:
-            Choice.parse(port, getattr(self, port))
-        for name in ("memory", "targets"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str | dict) else tuple(value))
-        for choice in self.memory:
-            Choice.parse("memory", choice)
-        if self.form is not None:
-            Choice.parse("linear", self.form)
+        _ = self.chosen
         if self.total_steps < 1:
             raise UserError(
                 f"tokens={self.tokens:g} is less than one step of {self.step_tokens} ({self.sequences} "
                 f"sequences of {self.sequence_length}); ask for more tokens or a smaller batch"
             )
 
+    @functools.cached_property
+    def chosen(self) -> tuple[Choice, ...]:
+        """A choice for each training port: those given, what they bring, then the baselines of the other ports."""
+        ports = training_ports()
+        given = [
+            Choice.parse(port, one)
+            for port, value in self.methods.items()
+            for one in (several(value) if ports[port].several else [value])
+        ]
+        found = compose.complete(given)
+        taken = {choice.port for choice in found}
+        return (*found, *(Choice(n, i.baseline) for n, i in ports.items() if n not in taken and not i.several))
+
+    def choice(self, port: str) -> Choice:
+        """The method of a port that takes one."""
+        (found,) = self.choices(port)
+        return found
+
+    def choices(self, port: str) -> list[Choice]:
+        return [choice for choice in self.chosen if choice.port == port]
+
     @property
     def sequences(self) -> int:
         """Sequences of one step."""
         if self.batch_sequences is not None:
             return self.batch_sequences
-        return 32 if self.batch_tokens is None else int(float(self.batch_tokens) // self.sequence_length)
+        return 32 if self.batch_tokens is None else int(self.batch_tokens // self.sequence_length)
 
     @property
     def step_tokens(self) -> int:
@@ -138,26 +120,33 @@ class TrainConfig:
 
     @property
     def total_steps(self) -> int:
-        return self.steps if self.steps is not None else int(float(self.tokens or 0) // self.step_tokens)
+        return self.steps if self.steps is not None else int((self.tokens or 0) // self.step_tokens)
 
     @property
     def total_tokens(self) -> int:
         return self.total_steps * self.step_tokens
 
     def build(self, port: str, *runtime: Any, **more: Any) -> Any:
-        """The chosen method of `port` (optimizer, schedule, objective or surgery)."""
-        return registry.build(port, getattr(self, port), *runtime, **more)
+        """The chosen method of `port`; a list of them where a port takes several."""
+        if training_ports()[port].several:
+            return [registry.build(port, choice, *runtime, **more) for choice in self.choices(port)]
+        return registry.build(port, self.choice(port), *runtime, **more)
 
     def resolved(self) -> dict[str, Any]:
-        """Every knob, methods with their own defaults: what a checkpoint records."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for port in PORTS:
-            plain[port] = Choice.parse(port, plain[port]).resolved()
-        plain["memory"] = [Choice.parse("memory", choice).resolved() for choice in self.memory]
+        """Every setting, methods with their own defaults: what a checkpoint records."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "methods"}
+        for port, info in training_ports().items():
+            found = [choice.resolved() for choice in self.choices(port)]
+            plain[port] = found if info.several else found[0]
         plain["form"] = None if self.form is None else Choice.parse("linear", self.form).resolved()
         plain["targets"] = list(self.targets)
         plain["batch_sequences"], plain["batch_tokens"] = self.sequences, self.step_tokens
         return plain
+
+
+def several(value: Any) -> Sequence[Any]:
+    """The choices of a port that takes any number of methods: one, or a list."""
+    return (value,) if isinstance(value, str | dict | Choice) else tuple(value or ())
 
 
 def stream_knobs(schedule: Any, objective: Any) -> dict[str, Any]:
@@ -185,21 +174,21 @@ def _listed(value: Any) -> Any:
 
 def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any], folder: Any) -> dict[str, tuple[Any, Any]]:
     """The allowed changes between a checkpoint's knobs and today's. Raises `UserError` naming the others."""
-    found = changes(before, after)
-    strict = {k: v for k, v in found.items() if k.split(".")[0] not in LOOSE}
+    found = changes(before, {name: value for name, value in after.items() if name in before})
+    free = {name for name, one in options(TrainConfig).items() if one.metadata.get("resumable")}
+    strict = {k: v for k, v in found.items() if k.split(".")[0] not in free}
     if strict:
         told = "; ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in strict.items())
         raise UserError(
             f"the run in {folder} cannot go on with other knobs: {told}. Give the old ones, or "
-            f"another folder. These may change: {', '.join(sorted(LOOSE))}"
+            f"another folder. These may change: {', '.join(sorted(free))}"
         )
     return found
 
 
 def members(config: TrainConfig, world: int = 1, callbacks: Mapping[str, Any] | None = None) -> list[compose.Member]:
     """The run's methods and settings, for `core.compose.resolve`; `callbacks` act in the loop beside them."""
-    found = [compose.member(port, getattr(config, port)) for port in PORTS]
-    found += [compose.member("memory", choice) for choice in config.memory]
+    found = [compose.member(choice.port, choice) for choice in config.chosen]
     if config.form is not None:
         found.append(compose.member("linear", config.form))
         found.append(compose.setting(f"form={config.form}", requires={"trainable"}))

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from modicum.core import registry
-from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.data.stream import Batch
 from modicum.model import attach
 from modicum.train import parallel
 from modicum.train.callback import Callback
-from modicum.train.config import TrainConfig, check_combination
+from modicum.train.config import TrainConfig, check_combination, training_ports
 from modicum.train.forms import Forms, with_form
-from modicum.train.memory import MemorySaver
 from modicum.train.objectives import Objective, Step
 from modicum.train.optimizers import Optimizer
 from modicum.train.precision import Masters
@@ -42,18 +40,19 @@ class TrainEngine:
         self.device = parallel.pick_device(config.device)
         self.ranks = parallel.current(self.device)
         self.extra = dict(parts or {})
-        self.surgery: Surgery = config.build("surgery")
-        self.savers: dict[str, MemorySaver] = {
-            f"memory.{Choice.parse('memory', choice).method}": registry.build("memory", choice)
-            for choice in config.memory
-        }
-        own = {"forms": Forms(self.model)} if attach.forms(self.model) else {}
-        if taken := {"model", "optimizer", "objective", "schedule", "surgery", "forms"} & self.extra.keys():
+        if taken := {"model", "forms", *training_ports()} & self.extra.keys():
             raise UserError(f"a part cannot be named {sorted(taken)[0]!r}; choose another name")
-        self.extra |= own
+        self.extra |= {"forms": Forms(self.model)} if attach.forms(self.model) else {}
         check_combination(config, self.ranks.world, self.extra)
         self.objective: Objective = config.build("objective")
         self.schedule: Schedule = config.build("schedule")
+        self.surgery: Surgery = config.build("surgery")
+        self.others: dict[str, Callback] = {}  # methods of the ports that the loop asks for nothing but their hooks
+        for name, info in training_ports().items():
+            if info.several:
+                self.others |= {f"{name}.{c.method}": registry.build(name, c) for c in config.choices(name)}
+            elif name not in ("optimizer", "objective", "schedule", "surgery"):
+                self.others[name] = config.build(name)
         self.masters: Masters | None = None
         self.steps_done = 0
         self.row_flops = 0.0  # forward and backward of one sequence, every weight multiplied
@@ -68,11 +67,11 @@ class TrainEngine:
             "schedule": self.schedule,
             "surgery": self.surgery,
         }
-        return own | self.savers | self.extra
+        return own | self.others | self.extra
 
     def build(self, saved: Callable[[str], dict[str, Any]] | None = None) -> None:
         """Let the parts prepare the model (`saved(name)`: their states, when resumed), then `bind` it."""
-        for name, part in {**self.extra, **self.savers, "surgery": self.surgery}.items():
+        for name, part in {**self.extra, **self.others, "surgery": self.surgery}.items():
             self.model = part.prepare(self.model, saved(name) if saved else None)
         self.bind(self.model)
 

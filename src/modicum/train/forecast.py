@@ -59,7 +59,7 @@ def step_cost(
         batch = Batch(tokens_BT, tokens_BT.clone(), documents_BT, torch.arange(length).expand(rows, length))
         engine = TrainEngine(make_model(), config, make_parts() if make_parts else None)
         engine.build()
-        for part in (engine.schedule, engine.objective, engine.surgery):
+        for part in engine.parts.values():
             part.start(engine)
         flops = 0.0
         for begin, end in phases(engine):

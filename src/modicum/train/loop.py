@@ -25,7 +25,6 @@ from torch import nn
 
 from modicum.budget import Deadline
 from modicum.budget.meter import resident_peak
-from modicum.core.choice import Choice
 from modicum.core.errors import CorruptError, ModicumError
 from modicum.core.events import Events, count_text
 from modicum.data.stream import EndOfData
@@ -128,7 +127,7 @@ class Trainer(TrainEngine):
         super().__init__(model, config, parts)
         self.stream, self.heldout, self.label = stream, heldout, label
         for port, part in (("schedule", self.schedule), ("objective", self.objective)):
-            check_stream(f"{port} {Choice.parse(port, getattr(config, port)).method!r}", part, stream)
+            check_stream(f"{port} {config.choice(port).method!r}", part, stream)
         self.events = events if events is not None and self.ranks.first else Events()
         self.deadline = deadline or Deadline(None)
         self.steps_done = self.tokens = self.skipped = 0

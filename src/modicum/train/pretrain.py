@@ -136,7 +136,7 @@ def pretrain(
         seed=config.seed,
         sequence_length=config.sequence_length,
         total=told.total_tokens,
-        **stream_knobs(told.schedule, told.objective),
+        **stream_knobs(told.choice("schedule"), told.choice("objective")),
     )
     run = train(model, stream, told, out, events=events, deadline=deadline, heldout=heldout, label="pretrain")
     folder = None
@@ -203,7 +203,7 @@ def _tokens_in(
         seed=config.seed,
         sequence_length=config.sequence_length,
         total=told.total_tokens,
-        **stream_knobs(told.schedule, told.objective),
+        **stream_knobs(told.choice("schedule"), told.choice("objective")),
     )
     taken = step_seconds(model, stream, told, PROBE_SHARE * config.seconds)
     left = SHARE_FOR_STEPS * (config.seconds - (time.monotonic() - began))

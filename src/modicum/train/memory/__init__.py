@@ -17,6 +17,7 @@ from modicum.core.registry import Method
 from modicum.train.callback import Callback
 
 BASELINE = "none"
+SEVERAL = True
 
 
 class MemorySaver(Method, Callback):

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.model.decoder import Decoder
 from modicum.train.engine import TrainEngine
@@ -129,7 +128,7 @@ class Stacking(Surgery):
         try:
             trainer.optimizer.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError) as error:
-            name = Choice.parse("optimizer", trainer.config.optimizer).method
+            name = trainer.config.choice("optimizer").method
             raise UserError(
                 f"gstack cannot stack the state of optimizer {name!r} ({type(error).__name__}: {error}); let it begin "
                 "without: gstack:moments=false, or take another optimizer"
