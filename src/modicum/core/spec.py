@@ -95,7 +95,7 @@ class Option:
 
 @functools.cache
 def options(spec: Any) -> dict[str, Option]:
-    """The fields of a spec by name, in order."""
+    """The fields of a spec (a class) by name, in order."""
     hints = typing.get_type_hints(spec, include_extras=True)
     return {f.name: _option(f, hints[f.name]) for f in dataclasses.fields(spec)}
 
@@ -132,7 +132,8 @@ class Spec:
     NAME: ClassVar[str] = "option"
 
     def __init__(self, **given: Any) -> None:
-        known = options(type(self))
+        kind: Any = type(self)
+        known = options(kind)
         for name in given:
             if name not in known:
                 raise unknown(self.NAME, name, known)
