@@ -290,7 +290,7 @@ def test_command_says_what_is_stored_how(
 
 def test_models_that_llama_cpp_would_compute_otherwise_are_refused(tmp_path: Path) -> None:
     for change, message in (
-        (dict(model_type="smollm3", no_rope_layer_interval=2), "rope_layers"),
+        (dict(model_type="smollm3", no_rope_layer_interval=2), "rope=None in layer 1"),
         (dict(model_type="qwen3", attention_bias=True), "qkv_bias"),
         (dict(model_type="gpt_neox", hidden_act="relu", rotary_pct=0.5), "activation"),
         (GEMMA | dict(model_type="gemma2", query_pre_attn_scalar=7, attn_logit_softcapping=3.0), "scale"),

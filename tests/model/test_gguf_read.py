@@ -13,7 +13,7 @@ from torch import Tensor
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.gguf import GgufFile, dequantize
 from modicum.model.attach import forms
-from modicum.model.config import DecoderConfig, Rope
+from modicum.model.config import DecoderConfig, Rope, by_layer
 from modicum.model.decoder import Decoder
 from modicum.model.families import read_config
 from modicum.model.gguf import architectures
@@ -48,7 +48,7 @@ SHAPES = {
     "gemma2": DecoderConfig(
         family="gemma2",
         norm_place="sandwich",
-        windows=(8, None),
+        overrides=by_layer(window=(8, None)),
         scale=0.25,
         attention_softcap=50.0,
         logit_softcap=30.0,
@@ -59,10 +59,9 @@ SHAPES = {
         family="gemma3",
         norm_place="sandwich",
         qk_norm="head",
-        windows=(8, None),
         scale=0.25,
         rope=Rope(theta=1e6),
-        rope_local=Rope(theta=1e4),
+        overrides=by_layer(window=(8, None), rope=(Rope(theta=1e4), Rope(theta=1e6))),
         **GEMMA,
         **SIZES,
     ),

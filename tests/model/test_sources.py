@@ -327,7 +327,7 @@ def test_cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_gguf_of_gemma3_has_a_config(tmp_path: Path) -> None:
-    from modicum.model.config import DecoderConfig, Rope
+    from modicum.model.config import DecoderConfig, Rope, by_layer
     from modicum.model.decoder import Decoder
     from modicum.model.families import read_config
     from modicum.model.gguf.read import folder_files
@@ -336,10 +336,11 @@ def test_the_gguf_of_gemma3_has_a_config(tmp_path: Path) -> None:
     shape = DecoderConfig(
         family="gemma3", vocab_size=64, width=64, layers=2, heads=4, kv_heads=2, head_dim=32, mlp_width=96,
         norm="rms_plus_one", activation="gelu_tanh", embed_scale=8.0, tied=True, norm_place="sandwich", qk_norm="head",
-        windows=(8, None), rope=Rope(theta=1e6), rope_local=Rope(theta=1e4), scale=32**-0.5,
+        rope=Rope(theta=1e6), overrides=by_layer(window=(8, None), rope=(Rope(theta=1e4), Rope(theta=1e6))),
+        scale=32**-0.5,
     )  # fmt: skip
     write(Decoder(shape), tmp_path / "m.gguf", Types(matrices="f32"))
     config = json.loads(folder_files(tmp_path / "m.gguf")["config.json"])
     assert config["query_pre_attn_scalar"] == 32
     again = read_config(config, "config.json")
-    assert (again.windows, again.rope_local, again.scale) == (shape.windows, shape.rope_local, shape.scale)
+    assert again.per_layer == shape.per_layer

@@ -13,7 +13,7 @@ import torch
 from serve_tools import assert_clean, lively, tiny, tokenizer
 
 from modicum.core.errors import ModicumError, UserError
-from modicum.model.config import llama_like
+from modicum.model.config import by_layer, llama_like
 from modicum.model.decoder import Decoder
 from modicum.serve import native
 from modicum.serve.config import EngineConfig
@@ -114,7 +114,16 @@ def test_output_is_that_without_drafts(mode: str, temperature: float) -> None:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_windows_and_softcaps(windows: tuple[int | None, ...], softcap: float | None) -> None:
     """A tree is deeper than a window of three: what a node sees follows positions, not places."""
-    shape = llama_like(400, 32, 3, heads=4, kv_heads=2, context_length=256, windows=windows, attention_softcap=softcap)
+    shape = llama_like(
+        400,
+        32,
+        3,
+        heads=4,
+        kv_heads=2,
+        context_length=256,
+        overrides=by_layer(window=windows),
+        attention_softcap=softcap,
+    )
     model = lively(Decoder(shape, torch.Generator().manual_seed(1)))
     want, drafting, got = both(model, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
     assert tokens(got) == tokens(want)
@@ -128,7 +137,9 @@ def test_drafts_through_the_kernels_change_no_bit(
     dtype: torch.dtype, windows: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log probabilities are equal, not near: a drafted token's sums run in the order of a sequence without drafts."""
-    shape = llama_like(400, 64, 3, heads=4, kv_heads=2, context_length=256, windows=windows, attention_softcap=9.0)
+    shape = llama_like(
+        400, 64, 3, heads=4, kv_heads=2, context_length=256, overrides=by_layer(window=windows), attention_softcap=9.0
+    )
     model = lively(Decoder(shape, torch.Generator().manual_seed(3))).to(dtype)
 
     def refuse(*_: Any) -> None:

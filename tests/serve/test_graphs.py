@@ -14,7 +14,7 @@ from serve_tools import assert_clean, assert_crowd_says, lively, tiny
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from modicum.model.config import Rope, llama_like
+from modicum.model.config import Rope, by_layer, llama_like
 from modicum.model.decoder import Decoder
 from modicum.serve import graphs
 from modicum.serve.attend import StepAttend
@@ -30,12 +30,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     "grouped heads": {},
     "one query head each": {"kv_heads": 4},
     "one key head": {"kv_heads": 1},
-    "windows": {"windows": (None, 9, 1, 100)},
-    "windows that turn otherwise": {"windows": (8, None, 8, None), "rope_local": Rope(theta=100.0)},
-    "softcaps": {"windows": (None, 17, None, 9), "attention_softcap": 5.0, "logit_softcap": 8.0, "embed_scale": 3.0},
+    "windows": {"overrides": by_layer(window=(None, 9, 1, 100))},
+    "windows that turn otherwise": {
+        "overrides": by_layer(window=(8, None, 8, None), rope=(Rope(theta=100.0), Rope()) * 2)
+    },
+    "softcaps": {
+        "overrides": by_layer(window=(None, 17, None, 9)),
+        "attention_softcap": 5.0,
+        "logit_softcap": 8.0,
+        "embed_scale": 3.0,
+    },
     "learned positions": {"position": "learned", "position_offset": 2, "norm": "layer", "parallel": True},
     "projected embeddings": {"embed_width": 16, "qk_norm": "head"},
-    "layers that do not turn": {"rope_layers": (True, False, True, False), "scale_by_layer": True},
+    "layers that do not turn": {"overrides": by_layer(rope=(Rope(), None) * 2, scale=(0.3, 0.15, 0.1, 0.08))},
 }
 
 
@@ -108,7 +115,7 @@ def test_steps_equal_those_of_the_decoder(name: str, count: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_caches_in_half_precision(dtype: torch.dtype) -> None:
-    model, asked = decoder(windows=(None, 9, None, 9)).to(dtype), prompts(3)
+    model, asked = decoder(overrides=by_layer(window=(None, 9, None, 9))).to(dtype), prompts(3)
     plain, _, _ = served(model, static=False, dtype="bfloat16")
     padded, _, runner = served(model, dtype="bfloat16")
     want, got = watch(plain), watch(padded)

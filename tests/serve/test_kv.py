@@ -12,7 +12,7 @@ from serve_tools import assert_clean, tiny
 from torch import Tensor
 
 from modicum.core.errors import UserError
-from modicum.model.config import llama_like
+from modicum.model.config import by_layer, llama_like
 from modicum.model.decoder import Decoder
 from modicum.serve.config import EngineConfig, longest
 from modicum.serve.engine import Engine
@@ -136,7 +136,7 @@ def _engine(model: Decoder, config: Config | None = None, **more: Any) -> Engine
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             block_size=BLOCK,
-            windows=tuple(shape.window(i) for i in range(shape.layers)),
+            windows=tuple(layer.window for layer in shape.per_layer),
         ),
     )
     e.policy.prompt = 0
@@ -147,7 +147,7 @@ def _engine(model: Decoder, config: Config | None = None, **more: Any) -> Engine
 def _model(window: int | None) -> Decoder:
     if window is None:
         return tiny()
-    shape = llama_like(400, 32, 2, heads=4, kv_heads=2, context_length=256, windows=(window, None))
+    shape = llama_like(400, 32, 2, heads=4, kv_heads=2, context_length=256, overrides=by_layer(window=(window, None)))
     model = Decoder(shape)
     model.load_state_dict(tiny().state_dict())
     return model

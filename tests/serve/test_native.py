@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modicum.core.errors import ModicumError, UserError
 from modicum.model.attach import attach
-from modicum.model.config import Rope, llama_like
+from modicum.model.config import Rope, by_layer, llama_like
 from modicum.model.decoder import Decoder
 from modicum.serve import native
 from modicum.serve import runner as runner_module
@@ -31,7 +31,7 @@ needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no kernels
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "windows and caps": {
-        "windows": (None, 9),
+        "overrides": by_layer(window=(None, 9)),
         "attention_softcap": 5.0,
         "logit_softcap": 8.0,
         "norm_place": "sandwich",
@@ -47,11 +47,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "norms of all heads": {"qk_norm": "full", "norm_place": "output", "activation": "relu"},
     "no gate, odd sizes": {"gated": False, "head_dim": 20},
     "long rows": {"mlp_width": 1700},
-    "two widths of rotation": {"windows": (None, 9), "rope_local": Rope(theta=100.0, fraction=0.5)},
+    "two widths of rotation": {"overrides": by_layer(window=(None, 9), rope=(Rope(), Rope(theta=100.0, fraction=0.5)))},
     "the wider rotation in windows": {
-        "windows": (None, 9),
-        "rope": Rope(fraction=0.25),
-        "rope_local": Rope(theta=50.0),
+        "overrides": by_layer(window=(None, 9), rope=(Rope(fraction=0.25), Rope(theta=50.0))),
     },
 }
 

@@ -14,7 +14,7 @@ from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.core.events import Events
 from modicum.model.attach import attach
-from modicum.model.config import DecoderConfig, llama_like
+from modicum.model.config import DecoderConfig, by_layer, llama_like
 from modicum.model.decoder import Decoder
 from modicum.train.callback import Callback
 from modicum.train.config import check_combination
@@ -145,7 +145,7 @@ def test_flops_of_gpt3_xl_at_three_quarters_fall_two_and_a_half_times():
         position="learned",
         tied=True,
     )
-    inside = shape.layers * shape._layer_matmul()
+    inside = sum(layer.matmul_weights(shape.width) for layer in shape.per_layer)
     scores = 2 * shape.layers * shape.heads * shape.head_dim * 2049  # what counting in full adds
     dense = shape.flops_per_token(2048)
     assert (dense + scores) / (dense + scores - 2 * 0.75 * inside) == pytest.approx(2.5, rel=0.03)
@@ -272,7 +272,7 @@ def test_at_growth_weights_and_moments_are_stacked(dtype, moments):
         x, positions = small.embed(batch.tokens_BT), torch.arange(LENGTH)[None]
         from modicum.model.attend import DenseAttend
 
-        rotation = small._ropes[0](positions, x.dtype)
+        rotation = small.ropes()[0][0](positions, x.dtype)
         for _ in range(3):
             for layer in small.layers:
                 x = layer(x, rotation, DenseAttend(None, None))
@@ -359,9 +359,9 @@ def test_impossible_knobs_are_refused(choice):
 def test_what_cannot_be_stacked_is_refused():
     with pytest.raises(UserError, match=r"growth=4 does not divide the model's 6 layers; .* or growth=2"):
         _train("gstack", decoder(layers=6))
-    with pytest.raises(UserError, match=r"layer 1 attends otherwise than layer 0"):
-        _train("gstack", Decoder(llama_like(VOCAB, 32, 4, windows=(8, None, 8, None))))
-    _train("gstack:growth=2", Decoder(llama_like(VOCAB, 32, 4, windows=(8, None, 8, None))), steps=5)
+    with pytest.raises(UserError, match=r"layer 1 is made otherwise than layer 0"):
+        _train("gstack", Decoder(llama_like(VOCAB, 32, 4, overrides=by_layer(window=(8, None, 8, None)))))
+    _train("gstack:growth=2", Decoder(llama_like(VOCAB, 32, 4, overrides=by_layer(window=(8, None, 8, None)))), steps=5)
     with pytest.raises(UserError, match=r"would grow after .* give grow= as a share"):
         _train("gstack:grow=1000000")
     with pytest.raises(UserError, match="not of a Linear"):

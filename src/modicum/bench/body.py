@@ -27,7 +27,14 @@ def in_body(small: Decoder, width: int, layers: int, seed: int = 0) -> Decoder:
     """
     c = small.config
     plain = c.norm == "rms" and c.norm_place == "pre" and c.gated and not c.parallel and c.final_norm
-    plain = plain and c.position == "rope" and c.qk_norm is None and c.windows is None and c.embed_scale is None
+    plain = (
+        plain
+        and c.position == "rope"
+        and c.qk_norm is None
+        and not c.varying
+        and c.window is None
+        and c.embed_scale is None
+    )
     if not plain or any(name.endswith("bias") for name, _ in small.named_parameters()):
         raise UserError("only a decoder of the plain Llama kind (RMSNorm, gated, no biases, no windows) fits a body")
     heads, share = width // c.head_dim, c.heads // c.kv_heads

@@ -47,6 +47,7 @@ CAPABILITIES = {
     "sliding_window": "layers that attend to the last tokens only",
     "step_gradients": "the gradients of a whole step are there before any weight changes",
     "trainable": "has parameters that training changes",
+    "uneven_layers": "layers of different shapes",
 }
 
 _BRINGS = re.compile(r"^BRINGS\s*=\s*(\(.*?\))", re.MULTILINE | re.DOTALL)

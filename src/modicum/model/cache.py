@@ -17,8 +17,8 @@ class ContiguousCache:
     """An `Attend` for a batch whose rows grow together, up to `capacity` tokens.
 
     Pass it as `attend=` to every call with only the new tokens. Rows of unequal prompts are padded on the
-    left: `padding_B` counts those tokens. The last layer of a call moves `length` on. Memory: 2 * layers * B
-    * kv_heads * capacity * head_dim values. Not for training.
+    left: `padding_B` counts those tokens. The last layer of a call moves `length` on. Memory: 2 * B * kv_heads *
+    capacity * head_dim values of each layer. Not for training.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class ContiguousCache:
         device: torch.device | str = "cpu",
         padding_B: Tensor | None = None,
     ):
-        shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        shapes = [(batch, layer.kv_heads, capacity, layer.head_dim) for layer in config.per_layer]
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.config, self.capacity, self.length = config, capacity, 0
         self.padding_B = None if padding_B is None or not bool(padding_B.any()) else padding_B.to(device)
 
@@ -57,15 +57,15 @@ class ContiguousCache:
         end = start + T
         if end > self.capacity:
             raise UserError(f"the cache holds {self.capacity} tokens and {end} are needed; make it with capacity={end}")
-        self.k[layer, :, :, start:end] = k_BGTE
-        self.v[layer, :, :, start:end] = v_BGTE
+        self.k[layer][:, :, start:end] = k_BGTE
+        self.v[layer][:, :, start:end] = v_BGTE
         first = 0 if window is None or T > 1 else max(0, end - window)
         mask = self._mask(start, end, first, window, q_BHTE.device)
         causal = mask is None and T > 1
         out = attention(
             q_BHTE,
-            self.k[layer, :, :, first:end],
-            self.v[layer, :, :, first:end],
+            self.k[layer][:, :, first:end],
+            self.v[layer][:, :, first:end],
             scale=scale,
             softcap=softcap,
             mask=mask,

@@ -1,16 +1,19 @@
 """What a decoder is made of, independent of the family whose files it came from.
 
-`DecoderConfig` describes the shape; `llama_like` and `sized` make one; the families under
+`DecoderConfig` describes the shape as a list of `LayerConfig`; `llama_like` and `sized` make one; the families under
 `model/families` read and write it as a Hugging Face `config.json`. Nothing here imports torch, so a
 planner can count parameters, FLOPs and bytes of a model that is never built.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from modicum.core import registry
 from modicum.core.errors import UserError, unknown
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
@@ -37,41 +40,107 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """The shape of a decoder-only transformer. Raises `UserError` for a shape that cannot be built."""
+class _LayerFields:
+    """What may differ from layer to layer."""
+
+    heads: int  # query heads
+    kv_heads: int  # key/value heads; divides `heads`
+    head_dim: int
+    mlp_width: int
+    attention: str | None = None  # pattern of the port attention within the window; None: all that is causal
+    window: int | None = None  # keys a query sees, itself included; None: all
+    rope: Rope | None = field(default_factory=Rope)  # None: queries and keys are not rotated
+    scale: float | None = None  # of attention scores; None: head_dim ** -0.5
+    attention_softcap: float | None = None  # cap * tanh(score / cap)
+    qk_norm: str | None = None  # None | head (over head_dim) | full (over all heads together)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    gated: bool = True  # MLP: down(act(gate(x)) * up(x)), else down(act(up(x)))
+    activation: str = "silu"
+    mlp_bias: bool = False
+    norm_place: str = "pre"  # pre | output (of a branch) | sandwich (both) | after (the sum)
+    parallel: bool = False  # attention and MLP read the same stream and are added together
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig(_LayerFields):
+    """One layer of a decoder. Raises `UserError` for a shape that cannot be built."""
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_heads", "head_dim", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.heads % self.kv_heads:
+            raise UserError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"window={self.window} must be at least 1 (None: all keys are seen)")
+        for name, allowed in (
+            ("activation", ACTIVATIONS),
+            ("norm_place", ("pre", "output", "sandwich", "after")),
+            ("qk_norm", (None, "head", "full")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise unknown(name, getattr(self, name), allowed)
+
+    @property
+    def attention_scale(self) -> float:
+        """What multiplies q k."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    def matmul_weights(self, width: int) -> int:
+        """Weights that take part in matrix products, for a residual stream of `width`."""
+        attention = width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + width * self.mlp_width * (3 if self.gated else 2)
+
+    def parameters(self, width: int, norm_size: int) -> int:
+        """`norm_size`: parameters of one norm over the residual stream."""
+        heads, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        total = self.matmul_weights(width) + norm_size * (4 if self.norm_place == "sandwich" else 2)
+        total += (heads + 2 * kv) * self.qkv_bias + width * self.o_bias
+        total += (self.mlp_width * (2 if self.gated else 1) + width) * self.mlp_bias
+        return total + {None: 0, "head": 2 * self.head_dim, "full": heads + kv}[self.qk_norm]
+
+    def keys_per_query(self, length: int) -> float:
+        """Keys that a query sees, averaged over a sequence of `length` tokens."""
+        w = min(self.window or length, length)
+        seen = (w * (w + 1) / 2 + (length - w) * w) / length
+        if self.attention is None:
+            return seen
+        pattern: Any = registry.build("attention", self.attention)  # imports torch
+        return min(seen, float(pattern.keys_per_query(length)))
+
+
+LAYER_FIELDS = tuple(f.name for f in fields(_LayerFields))
+
+
+def by_layer(**columns: Sequence[Any]) -> tuple[dict[str, Any], ...]:
+    """`DecoderConfig.overrides` from one sequence per field: `by_layer(window=(8, None), heads=(2, 4))`."""
+    return tuple(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(_LayerFields):
+    """A decoder-only transformer: a list of layers (`per_layer`) and what is around them.
+
+    The fields of a layer given here hold for every layer; `overrides` has, layer by layer, those that differ. Whoever
+    needs to know what a layer is reads `per_layer[i]`. Raises `UserError` for a shape that cannot be built.
+    """
 
     family: str = "llama"  # whose file format `save_model` writes: a file of model/families
     vocab_size: int
     width: int  # residual stream
     layers: int
-    heads: int  # query heads
-    kv_heads: int  # key/value heads; divides `heads`
-    head_dim: int
-    mlp_width: int
     context_length: int = 2048  # longest sequence it was made for; learned positions end there
+    overrides: tuple[Mapping[str, Any], ...] = ()  # one mapping per layer, or none
 
     norm: str = "rms"  # rms | rms_plus_one (weight stored minus one) | layer
     norm_eps: float = 1e-6
-    norm_place: str = "pre"  # pre | output (of a branch) | sandwich (both) | after (the sum)
     final_norm: bool = True
-    parallel: bool = False  # attention and MLP read the same stream and are added together
-    gated: bool = True  # MLP: down(act(gate(x)) * up(x)), else down(act(up(x)))
-    activation: str = "silu"
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: str | None = None  # None | head (over head_dim) | full (over all heads together)
 
     position: str = "rope"  # rope | learned
-    position_offset: int = 0  # rows skipped at the start of a learned table
     rope: Rope = field(default_factory=Rope)
-    rope_local: Rope | None = None  # rotation of the layers that have a window, if it differs
-    rope_layers: tuple[bool, ...] | None = None  # which layers rotate at all; None: every one
-    windows: tuple[int | None, ...] | None = None  # per layer: keys a query sees, itself included; None: all
+    position_offset: int = 0  # rows skipped at the start of a learned table
 
-    scale: float | None = None  # of attention scores; None: head_dim ** -0.5
-    scale_by_layer: bool = False  # layer i divides its scale by i + 1
-    attention_softcap: float | None = None  # cap * tanh(score / cap)
     logit_softcap: float | None = None
     embed_scale: float | None = None  # multiplies token embeddings
     embed_width: int | None = None  # width of the embeddings if projected into and out of the stream
@@ -83,87 +152,76 @@ class DecoderConfig:
     source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # config.json as read
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width"):
+        for name in ("vocab_size", "width", "layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.heads % self.kv_heads:
-            raise UserError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
-        for name in ("windows", "rope_layers"):
-            per_layer = getattr(self, name)
-            if per_layer is not None and len(per_layer) != self.layers:
-                raise UserError(f"{name} has {len(per_layer)} entries for {self.layers} layers; give one per layer")
-        if self.activation not in ACTIVATIONS:
-            raise unknown("activation", self.activation, ACTIVATIONS)
-        for name, allowed in (
-            ("norm", ("rms", "rms_plus_one", "layer")),
-            ("position", ("rope", "learned")),
-            ("norm_place", ("pre", "output", "sandwich", "after")),
-            ("qk_norm", (None, "head", "full")),
-        ):
+        for name, allowed in (("norm", ("rms", "rms_plus_one", "layer")), ("position", ("rope", "learned"))):
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
+        if self.overrides and len(self.overrides) != self.layers:
+            raise UserError(
+                f"overrides has {len(self.overrides)} entries for {self.layers} layers; give one per layer, {{}} where "
+                "nothing differs"
+            )
+        for name in {name for differing in self.overrides for name in differing}:
+            if name not in LAYER_FIELDS:
+                raise unknown("field of a layer", name, LAYER_FIELDS)
+        flat, found = self._flat(), self.per_layer
+        # One spelling for one shape: what all layers share is said flatly, what one has like the rest is not repeated.
+        for name in {name for differing in self.overrides for name in differing}:
+            if name != "rope" and all(getattr(layer, name) == getattr(found[0], name) for layer in found):
+                flat[name] = getattr(found[0], name)
+                object.__setattr__(self, name, flat[name])
+        differ = tuple({n: getattr(layer, n) for n in LAYER_FIELDS if getattr(layer, n) != flat[n]} for layer in found)
+        object.__setattr__(self, "overrides", differ if any(differ) else ())
 
-    # per layer ------------------------------------------------------------------------------------
+    def _flat(self) -> dict[str, Any]:
+        flat = {name: getattr(self, name) for name in LAYER_FIELDS}
+        return flat if self.position == "rope" else flat | {"rope": None}
 
-    def window(self, layer: int) -> int | None:
-        return self.windows[layer] if self.windows else None
+    @functools.cached_property
+    def per_layer(self) -> tuple[LayerConfig, ...]:
+        """The layers, one by one."""
+        flat = self._flat()
+        return tuple(LayerConfig(**flat | dict(differing)) for differing in self.overrides or ({},) * self.layers)
 
-    def rope_of(self, layer: int) -> Rope | None:
-        """How a layer rotates its queries and keys; None if it does not."""
-        if self.position != "rope" or (self.rope_layers is not None and not self.rope_layers[layer]):
-            return None
-        local = self.rope_local is not None and self.window(layer) is not None
-        return self.rope_local if local else self.rope
-
-    def attention_scale(self, layer: int) -> float:
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        return scale / (layer + 1) if self.scale_by_layer else scale
+    @property
+    def varying(self) -> frozenset[str]:
+        """Fields of `LayerConfig` in which the layers differ."""
+        return frozenset(name for differing in self.overrides for name in differing)
 
     # counts ---------------------------------------------------------------------------------------
 
     def parameters(self) -> int:
         """Number of parameters, a tied head counted once; equals what `Decoder(config)` would hold."""
         norm_size = self.width * (2 if self.norm == "layer" else 1)
-        heads, kv, mlp = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.mlp_width
-        layer = self._layer_matmul() + norm_size * (4 if self.norm_place == "sandwich" else 2)
-        layer += (heads + 2 * kv) * self.qkv_bias + self.width * self.o_bias
-        layer += (mlp * (2 if self.gated else 1) + self.width) * self.mlp_bias
-        layer += {None: 0, "head": 2 * self.head_dim, "full": heads + kv}[self.qk_norm]
         embed = self.embed_width or self.width
-        total = self.layers * layer + self.vocab_size * embed * (1 if self.tied else 2)
-        total += norm_size * self.final_norm
+        total = sum(layer.parameters(self.width, norm_size) for layer in self.per_layer)
+        total += self.vocab_size * embed * (1 if self.tied else 2) + norm_size * self.final_norm
         if self.position == "learned":
             total += (self.context_length + self.position_offset) * self.width
         if embed != self.width:
             total += 2 * embed * self.width
         return total
 
-    def _layer_matmul(self) -> int:
-        """Weights of a layer that take part in matrix products."""
-        attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return attention + self.width * self.mlp_width * (3 if self.gated else 2)
-
     def flops_per_token(self, context_length: int) -> float:
         """Forward matrix-product FLOPs per token, averaged over a sequence of `context_length` tokens.
 
         Two per weight (the head included, the embedding lookup not), and per layer 4 * heads * head_dim for
-        each key a query sees: (context_length + 1) / 2 of them on average if causal, fewer under a window.
+        each key a query sees: (context_length + 1) / 2 of them on average if causal, fewer under a window or pattern.
         A backward pass costs twice as much again, so a training step is three times this.
         """
         embed = self.embed_width or self.width
-        weights = self.layers * self._layer_matmul() + self.vocab_size * embed
+        weights = sum(layer.matmul_weights(self.width) for layer in self.per_layer) + self.vocab_size * embed
         if embed != self.width:
             weights += 2 * embed * self.width
         length = max(context_length, 1)
-        keys = 0.0
-        for layer in range(self.layers):
-            w = min(self.window(layer) or length, length)
-            keys += (w * (w + 1) / 2 + (length - w) * w) / length
-        return 2.0 * weights + 4.0 * self.heads * self.head_dim * keys
+        scores = sum(layer.heads * layer.head_dim * layer.keys_per_query(length) for layer in self.per_layer)
+        return 2.0 * weights + 4.0 * scores
 
     def kv_bytes_per_token(self, dtype: Any = "bfloat16") -> int:
         """Bytes of keys and values that one token leaves in a full cache; `dtype` is torch's or its name."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * item_bytes(dtype)
+        return 2 * sum(layer.kv_heads * layer.head_dim for layer in self.per_layer) * item_bytes(dtype)
 
     def weight_bytes(self, dtype: Any = "bfloat16") -> int:
         return self.parameters() * item_bytes(dtype)

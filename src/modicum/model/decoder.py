@@ -41,16 +41,16 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(embed_width, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed.weight
-        # Layers that rotate alike share a table; layer i uses table `_rope_index[i]`, if any.
-        ropes: list[Rope] = []
+        self._ropes: list[RopeTable] = []  # layers that rotate alike share a table
         self._rope_index: list[int | None] = []
-        for i in range(config.layers):
-            rope = config.rope_of(i)
-            if rope is not None and rope not in ropes:
-                ropes.append(rope)
-            self._rope_index.append(None if rope is None else ropes.index(rope))
-        with torch.device("cpu"):
-            self._ropes = [RopeTable(r, config.head_dim, config.context_length) for r in ropes]
+        kinds: list[tuple[Rope, int]] = []
+        for layer in config.per_layer:
+            kind = None if layer.rope is None else (layer.rope, layer.head_dim)
+            if kind is not None and kind not in kinds:
+                kinds.append(kind)
+                with torch.device("cpu"):
+                    self._ropes.append(RopeTable(*kind, config.context_length))
+            self._rope_index.append(None if kind is None else kinds.index(kind))
         if init and not self.embed.weight.is_meta:
             self.init_weights(generator)
 
@@ -134,6 +134,10 @@ class Decoder(nn.Module):
         logits = self.lm_head(h_BTD)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def ropes(self) -> tuple[list[RopeTable], list[int | None]]:
+        """The rotary tables, and which of them each layer uses; None where a layer does not rotate."""
+        return list(self._ropes), list(self._rope_index)
 
     def rope_tables(self) -> list[RopeTable | None]:
         """The rotary table of each layer; None where a layer does not rotate."""

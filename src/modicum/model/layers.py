@@ -93,18 +93,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.qk_norm = layer, config.head_dim, config.qk_norm
-        self.window, self.scale = config.window(layer), config.attention_scale(layer)
-        self.softcap = config.attention_softcap
-        heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = nn.Linear(config.width, heads, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, kv, bias=config.qkv_bias)
-        self.v = nn.Linear(config.width, kv, bias=config.qkv_bias)
-        self.o = nn.Linear(heads, config.width, bias=config.o_bias)
+        c = config.per_layer[layer]
+        self.layer, self.head_dim, self.qk_norm = layer, c.head_dim, c.qk_norm
+        self.window, self.scale, self.softcap = c.window, c.attention_scale, c.attention_softcap
+        heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        self.q = nn.Linear(config.width, heads, bias=c.qkv_bias)
+        self.k = nn.Linear(config.width, kv, bias=c.qkv_bias)
+        self.v = nn.Linear(config.width, kv, bias=c.qkv_bias)
+        self.o = nn.Linear(heads, config.width, bias=c.o_bias)
         if self.qk_norm:
             per_head = self.qk_norm == "head"
-            self.q_norm = make_norm(config, config.head_dim if per_head else heads)
-            self.k_norm = make_norm(config, config.head_dim if per_head else kv)
+            self.q_norm = make_norm(config, c.head_dim if per_head else heads)
+            self.k_norm = make_norm(config, c.head_dim if per_head else kv)
 
     def forward(self, x_BTD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -125,14 +125,14 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or down(act(up(x))) without a gate."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.act = ACTIVATION[config.activation]
-        self.gated = config.gated
-        if config.gated:
-            self.gate = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.up = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+        c = config.per_layer[layer]
+        self.act, self.gated = ACTIVATION[c.activation], c.gated
+        if c.gated:
+            self.gate = nn.Linear(config.width, c.mlp_width, bias=c.mlp_bias)
+        self.up = nn.Linear(config.width, c.mlp_width, bias=c.mlp_bias)
+        self.down = nn.Linear(c.mlp_width, config.width, bias=c.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.gated:
@@ -145,9 +145,9 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.place, self.parallel = config.norm_place, config.parallel
+        self.place, self.parallel = config.per_layer[layer].norm_place, config.per_layer[layer].parallel
         self.attention = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
         if self.place in ("pre", "sandwich", "after"):
             self.attention_norm, self.mlp_norm = make_norm(config), make_norm(config)
         if self.place in ("output", "sandwich"):

@@ -202,7 +202,7 @@ def traced_step(
 
 def by_layers(shape: DecoderConfig, measure: Callable[[DecoderConfig], dict[str, float]]) -> dict[str, float]:
     """`measure(shape)`, of a deep model from two shallow ones: what is traced grows with equal layers in proportion."""
-    if shape.layers <= 2 * DEEP:
+    if shape.layers <= 2 * DEEP or shape.overrides:
         return measure(shape)
     few, more = (measure(replace(shape, layers=n)) for n in (DEEP, 2 * DEEP))
     return {name: few[name] + (more[name] - few[name]) * (shape.layers - DEEP) / DEEP for name in few}

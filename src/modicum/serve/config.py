@@ -17,6 +17,7 @@ from modicum.model.folder import parse_dtype
 from modicum.model.safetensor import mapped_bytes
 from modicum.serve.kv import CacheShape, KVPolicy
 from modicum.serve.schedulers import Scheduler
+from modicum.serve.uneven import SHAPE
 
 AUTO_SHARE = 0.3  # of the memory that is free at the start
 
@@ -120,7 +121,7 @@ def make_scheduler(config: EngineConfig, n_blocks: int) -> Scheduler:
 
 def make_policy(config: EngineConfig, shape: DecoderConfig, scheduler: Scheduler) -> KVPolicy:
     """Raises `UserError` for what the policy cannot be combined with."""
-    windows = tuple(shape.window(i) for i in range(shape.layers))
+    windows = tuple(layer.window for layer in shape.per_layer)
     cache = CacheShape(
         layers=shape.layers,
         heads=shape.heads,
@@ -128,7 +129,7 @@ def make_policy(config: EngineConfig, shape: DecoderConfig, scheduler: Scheduler
         head_dim=shape.head_dim,
         block_size=config.block_size,
         windows=windows,
-        scales=tuple(shape.attention_scale(i) for i in range(shape.layers)),
+        scales=tuple(layer.attention_scale for layer in shape.per_layer),
         softcap=shape.attention_softcap,
     )
     policy: KVPolicy = registry.build("kv", config.kv, cache)
@@ -141,6 +142,8 @@ def make_policy(config: EngineConfig, shape: DecoderConfig, scheduler: Scheduler
     settings = [
         compose.setting(label, provides={word}, remedy=remedy) for word, (on, label, remedy) in used.items() if on
     ]
+    if SHAPE & shape.varying:
+        settings.append(compose.setting("layers of different shapes", requires={"uneven_layers"}))
     compose.resolve([compose.member("kv", config.kv), *settings])
     return policy
 

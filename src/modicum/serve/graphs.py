@@ -28,6 +28,7 @@ from torch import Tensor
 from modicum.model.attend import attention
 from modicum.model.decoder import Decoder
 from modicum.serve.pages import Storage
+from modicum.serve.uneven import SHAPE
 from modicum.serve.work import Work, by_policy, tokens_of
 
 if TYPE_CHECKING:
@@ -51,8 +52,10 @@ def reason() -> str:
 
 def unfit(model: Decoder) -> str | None:
     """Why the steps of this model cannot be replayed, in a few words; None if they can."""
-    if any(table.long is not None for table in model._ropes):
+    if any(table.long is not None for table in model.ropes()[0]):
         return "longrope positions, which turn by the longest sequence of a step"
+    if SHAPE & model.config.varying:
+        return "layers of different shapes"
     if len({p.device for p in (*model.parameters(), *model.buffers())}) != 1:
         return "weights on several devices"
     return None

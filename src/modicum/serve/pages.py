@@ -21,16 +21,18 @@ from torch import Tensor
 
 from modicum.budget.units import bytes_text
 from modicum.core.errors import UserError
-from modicum.model.config import DecoderConfig
+from modicum.model.config import DecoderConfig, item_bytes
 from modicum.serve.blocks import PagePool
 from modicum.serve.kv import Entries, Keep
+from modicum.serve.uneven import largest
 
 Lifted = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # k, v, position, weight of one head's entries
 
 
 def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of `block_size` tokens in all layers."""
-    return config.kv_bytes_per_token(dtype) * block_size
+    """Bytes of one block: keys and values of `block_size` tokens in all layers, each as large as the largest."""
+    heads, dim = largest(config)
+    return 2 * config.layers * heads * dim * item_bytes(dtype) * block_size
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -70,10 +72,10 @@ class Storage:
     """Raises `UserError` when the memory cannot be had."""
 
     def __init__(self, config: DecoderConfig, n_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
-        self.layers, self.heads = config.layers, config.kv_heads
+        self.layers, (self.heads, dim) = config.layers, largest(config)
         self.n_blocks, self.block_size = n_blocks, block_size
         self.block_bytes = block_bytes(config, block_size, dtype)
-        shape = (self.layers, self.heads, n_blocks, block_size, config.head_dim)
+        shape = (self.layers, self.heads, n_blocks, block_size, dim)
         try:
             self.k_LGNPE = lazy_zeros(shape, dtype, device)
             self.v_LGNPE = lazy_zeros(shape, dtype, device)

@@ -30,6 +30,7 @@ from modicum.serve import native
 from modicum.serve.attend import StepAttend
 from modicum.serve.drafters import layout
 from modicum.serve.graphs import Graphs, unfit
+from modicum.serve.uneven import attend_for
 from modicum.serve.work import Work, by_policy, places_of, positions_of, tokens_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of native/step.c
@@ -52,7 +53,8 @@ class Eager:
         device = self.model.device
         tokens_1T, positions_1T = torch.tensor([tokens_of(works), positions_of(works)], device=device).split(1)
         self.attend.begin(works, observe)
-        self._h_TD = self.model.hidden(tokens_1T, positions_BT=positions_1T, attend=self.attend)[0]
+        attend = attend_for(self.attend, self.model.config)
+        self._h_TD = self.model.hidden(tokens_1T, positions_BT=positions_1T, attend=attend)[0]
         if not len(rows):
             return None
         if len(rows) == len(self._h_TD):
@@ -90,7 +92,7 @@ class Native:
         self._shape = self._describe(model, attend)
         native.use_large_pages((t.data_ptr(), t.nbytes) for t in self._keep if isinstance(t, Tensor))
         self._pages: native.LargePages | None = None
-        self._window = min((w for i in range(model.config.layers) if (w := model.config.window(i))), default=NO_WINDOW)
+        self._window = min((layer.window for layer in model.config.per_layer if layer.window), default=NO_WINDOW)
         self._x_TD: Tensor | None = None  # of the last step, before the final norm
         self._state = 0
         self._head_shape = native.Model.from_buffer_copy(self._shape)
@@ -231,6 +233,7 @@ class Native:
     def _describe(self, model: Decoder, attend: StepAttend) -> native.Model:
         c, storage = model.config, attend.storage
         layers = (native.Layer * c.layers)()
+        tables, table_of = model.ropes()
         for i, block in enumerate(model.layers):
             assert isinstance(block, Block)
             layer, a, m = layers[i], block.attention, block.mlp
@@ -242,11 +245,11 @@ class Native:
             for name in native.NORMS:
                 norm = getattr(block if "out" in name or name.endswith("p_norm") or "att" in name else a, name, None)
                 setattr(layer, name, self._norm(norm))
-            index = model._rope_index[i]
+            index = table_of[i]
             layer.rope = -1 if index is None else index
-            layer.window, layer.scale = c.window(i) or 0, c.attention_scale(i)
-        ropes = (native.Rope * max(1, len(model._ropes)))()
-        for rope, table in zip(ropes, model._ropes, strict=False):
+            layer.window, layer.scale = c.per_layer[i].window or 0, c.per_layer[i].attention_scale
+        ropes = (native.Rope * max(1, len(tables)))()
+        for rope, table in zip(ropes, tables, strict=False):
             rope.angles, rope.rotated, rope.scale = self._floats(table.angles), 2 * len(table.angles), table.scale
         self._keep += [layers, ropes, storage]
         shape = native.Model(
@@ -256,12 +259,12 @@ class Native:
             kv_heads=c.kv_heads,
             head_dim=c.head_dim,
             mlp_width=c.mlp_width,
-            rotated=2 * max((len(t.angles) for t in model._ropes), default=0),
+            rotated=2 * max((len(t.angles) for t in tables), default=0),
             activation=ACTIVATIONS.index(c.activation),
             qk_norm_full=c.qk_norm == "full",
             half=model.dtype == torch.bfloat16,
             eight=self.eight,
-            ropes=len(model._ropes),
+            ropes=len(tables),
             cache_kind=KINDS[storage.k_LGNPE.dtype],
             block_size=storage.block_size,
             n_blocks=storage.n_blocks,
@@ -381,9 +384,11 @@ def unserved(model: Decoder, cache: torch.dtype) -> str | None:
         f"{c.norm_place!r} norms": c.norm_place == "after",
         "parallel blocks": c.parallel,
         "learned positions": c.position != "rope",
-        "longrope positions": any(table.long is not None for table in model._ropes),
+        "longrope positions": any(table.long is not None for table in model.ropes()[0]),
         "projected embeddings": c.embed_width not in (None, c.width),
     }
+    if differ := c.varying - {"window", "rope", "scale"}:
+        return f"layers that differ in {', '.join(sorted(differ))}"
     for words, wrong in odd.items():
         if wrong:
             return words

@@ -53,8 +53,9 @@ class Family:
 
     `defaults` are values config.json may leave out; `fixed` are fields the family never varies; `read` and
     `write` handle what is not one to one (from config.json completed by `defaults`; to config.json's keys).
-    `ignored`: patterns of stored names that are no parameters. `prefix` is what names carry in a whole model
-    but may lack in a file; `aliases` are names that older files use.
+    `rules` empty: weights are stored under the decoder's own names. `ignored`: patterns of stored names that are no
+    parameters. `prefix` is what names carry in a whole model but may lack in a file; `aliases` are names that older
+    files use.
     """
 
     model_types: tuple[str, ...]
@@ -129,17 +130,19 @@ def write_config(config: DecoderConfig, dtype: str) -> Keys:
         lost = [k for k in config.__dataclass_fields__ if k != "source" and getattr(again, k) != getattr(config, k)]
         shown = ", ".join(f"{k}={getattr(config, k)!r}" for k in lost)
         raise UserError(
-            f"a {config.family} config.json cannot say {shown}; "
-            f"choose another family for this shape (families: {', '.join(families())})"
+            f"a {config.family} config.json cannot say {shown}; choose another family for this shape: modicum can say "
+            f"any (families: {', '.join(families())})"
         )
     return written
 
 
 def expand(config: DecoderConfig, names: Iterable[str]) -> dict[str, Rule]:
     """Stored name -> rule, layer numbers filled in, for the rules whose parameters are all among `names`."""
-    have = set(names)
+    have, rules = set(names), families()[config.family].rules
+    if not rules:
+        return {name: Rule(name, (name,)) for name in names}
     found = {}
-    for rule in families()[config.family].rules:
+    for rule in rules:
         for layer in range(config.layers if "*" in rule.theirs else 1):
             ours = tuple(name.replace("*", str(layer)) for name in rule.ours)
             if all(name in have for name in ours):

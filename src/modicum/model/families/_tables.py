@@ -146,7 +146,7 @@ def write_rope(config: DecoderConfig) -> Keys:
 
 
 def write_two_ropes(config: DecoderConfig) -> Keys:
-    local = config.rope_local or config.rope
+    local = next((layer.rope for layer in config.per_layer if layer.window and layer.rope), config.rope)
     return {
         "rope_parameters": {"full_attention": _scaling(config.rope), "sliding_attention": _scaling(local)},
         "rope_theta": config.rope.theta,
@@ -158,24 +158,20 @@ def write_two_ropes(config: DecoderConfig) -> Keys:
 # Windows: a list of layer types, or a rule to derive it.
 
 
-def windows(hf: Keys, default_types: list[str]) -> Keys:
+def windows(hf: Keys, default_types: list[str]) -> list[int | None]:
+    """The window of each layer."""
     types, window = hf.get("layer_types") or default_types, hf.get("sliding_window")
     for name in types:
         if name not in ("full_attention", "sliding_attention"):
             raise unknown("layer type", name, ("full_attention", "sliding_attention"))
-    found = tuple(window if name == "sliding_attention" else None for name in types)
-    return {"windows": found if any(found) else None}
+    return [window if name == "sliding_attention" else None for name in types]
 
 
 def write_windows(config: DecoderConfig) -> Keys:
     """One window size in a list of layer types. Two sizes are caught by reading the result again."""
-    sizes = [w for w in config.windows or () if w]
+    sizes = [layer.window for layer in config.per_layer if layer.window]
     return {
         "sliding_window": sizes[0] if sizes else None,
         "use_sliding_window": bool(sizes),
-        "layer_types": ["sliding_attention" if config.window(i) else "full_attention" for i in range(config.layers)],
+        "layer_types": ["sliding_attention" if layer.window else "full_attention" for layer in config.per_layer],
     }
-
-
-def one_window(config: DecoderConfig) -> Keys:
-    return {"sliding_window": config.window(0)}

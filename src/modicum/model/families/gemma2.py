@@ -1,20 +1,18 @@
 """gemma2: Gemma 2: sandwich norms, every other layer slides, softcaps on scores and logits."""
 
+from modicum.model.config import by_layer
 from modicum.model.families import Family, Keys, gemma
 from modicum.model.families import _tables as t
 
 
 def _read(hf: Keys) -> Keys:
     types = ["full_attention" if i % 2 else "sliding_attention" for i in range(hf["num_hidden_layers"])]
-    return (
-        gemma.read(hf)
-        | t.windows(hf, types)
-        | {
-            "scale": hf["query_pre_attn_scalar"] ** -0.5,
-            "attention_softcap": hf.get("attn_logit_softcapping"),
-            "logit_softcap": hf.get("final_logit_softcapping"),
-        }
-    )
+    return gemma.read(hf) | {
+        "overrides": by_layer(window=t.windows(hf, types)),
+        "scale": hf["query_pre_attn_scalar"] ** -0.5,
+        "attention_softcap": hf.get("attn_logit_softcapping"),
+        "logit_softcap": hf.get("final_logit_softcapping"),
+    }
 
 
 FAMILY = Family(
@@ -34,7 +32,7 @@ FAMILY = Family(
         | {
             "hidden_activation": t.activation_name(c),
             "attention_bias": c.qkv_bias,
-            "query_pre_attn_scalar": round(c.attention_scale(0) ** -2),
+            "query_pre_attn_scalar": round(c.per_layer[0].attention_scale ** -2),
             "attn_logit_softcapping": c.attention_softcap,
             "final_logit_softcapping": c.logit_softcap,
         }

@@ -1,22 +1,21 @@
 """gemma3: Gemma 3 text: five sliding layers to a full one, a rotation for each, norms on queries and keys."""
 
+from modicum.model.config import by_layer
 from modicum.model.families import Family, Keys, gemma
 from modicum.model.families import _tables as t
 
 
 def _read(hf: Keys) -> Keys:
     pattern = hf["sliding_window_pattern"]
+    full, local = t.rope(hf, "full_attention"), t.rope(hf, "sliding_attention", "rope_local_base_freq")
     types = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(hf["num_hidden_layers"])]
-    return (
-        gemma.read(hf)
-        | t.windows(hf, types)
-        | {
-            "rope": t.rope(hf, "full_attention"),
-            "rope_local": t.rope(hf, "sliding_attention", "rope_local_base_freq"),
-            "scale": hf["query_pre_attn_scalar"] ** -0.5,
-            "logit_softcap": hf.get("final_logit_softcapping"),
-        }
-    )
+    windows = t.windows(hf, types)
+    return gemma.read(hf) | {
+        "rope": full,
+        "overrides": by_layer(window=windows, rope=[local if window else full for window in windows]),
+        "scale": hf["query_pre_attn_scalar"] ** -0.5,
+        "logit_softcap": hf.get("final_logit_softcapping"),
+    }
 
 
 FAMILY = Family(
@@ -44,7 +43,7 @@ FAMILY = Family(
         | {
             "hidden_activation": t.activation_name(c),
             "attention_bias": c.qkv_bias,
-            "query_pre_attn_scalar": round(c.attention_scale(0) ** -2),
+            "query_pre_attn_scalar": round(c.per_layer[0].attention_scale ** -2),
             "final_logit_softcapping": c.logit_softcap,
         }
     ),

@@ -1,18 +1,20 @@
 """gpt2: GPT-2: learned positions, LayerNorm, biases, weights stored as (in, out)."""
 
 from modicum.core.errors import UserError
-from modicum.model.config import DecoderConfig
+from modicum.model.config import DecoderConfig, by_layer
 from modicum.model.families import Family, Keys, rules
 from modicum.model.families import _tables as t
 
 
 def _read(hf: Keys) -> Keys:
     t.refuse(hf, add_cross_attention=True)
-    scale = None if hf["scale_attn_weights"] else 1.0
+    head_dim, scale = hf["n_embd"] // hf["n_head"], None if hf["scale_attn_weights"] else 1.0
+    scales = [scale] + [(head_dim**-0.5 if scale is None else scale) / (i + 1) for i in range(1, hf["n_layer"])]
     return t.activation(hf, "activation_function") | {
         "kv_heads": hf["n_head"],
-        "head_dim": hf["n_embd"] // hf["n_head"],
+        "head_dim": head_dim,
         "scale": scale,
+        "overrides": by_layer(scale=scales) if hf["scale_attn_by_inverse_layer_idx"] else (),
         "mlp_width": hf.get("n_inner") or 4 * hf["n_embd"],
     }
 
@@ -23,6 +25,7 @@ def _write(c: DecoderConfig) -> Keys:
     return {
         "n_inner": c.mlp_width,
         "scale_attn_weights": c.scale is None,
+        "scale_attn_by_inverse_layer_idx": "scale" in c.varying,
         "activation_function": "gelu_new" if c.activation == "gelu_tanh" else c.activation,
     }
 
@@ -39,7 +42,6 @@ FAMILY = Family(
         "n_positions": "context_length",
         "layer_norm_epsilon": "norm_eps",
         "tie_word_embeddings": "tied",
-        "scale_attn_by_inverse_layer_idx": "scale_by_layer",
     },
     fixed={"norm": "layer", "position": "learned", "gated": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
     defaults={

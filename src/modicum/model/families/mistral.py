@@ -16,8 +16,10 @@ FAMILY = Family(
         | t.activation(hf)
         | {
             "rope": t.rope(hf),
-            "windows": (hf["sliding_window"],) * hf["num_hidden_layers"] if hf.get("sliding_window") else None,
+            "window": hf.get("sliding_window") or None,
         }
     ),
-    write=lambda c: t.write_heads(c) | t.write_rope(c) | t.one_window(c) | {"hidden_act": t.activation_name(c)},
+    write=lambda c: (
+        t.write_heads(c) | t.write_rope(c) | {"sliding_window": c.window} | {"hidden_act": t.activation_name(c)}
+    ),
 )

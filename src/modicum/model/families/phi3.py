@@ -19,7 +19,7 @@ def _write(c: DecoderConfig) -> Keys:
     original = c.rope.options.get("original_max_position_embeddings", c.context_length)
     return (
         t.write_rope(c)
-        | t.one_window(c)
+        | {"sliding_window": c.window}
         | {
             "num_key_value_heads": c.kv_heads,
             "hidden_act": t.activation_name(c),
@@ -48,7 +48,7 @@ FAMILY = Family(
         | t.activation(hf)
         | {
             "rope": _rope(hf),
-            "windows": (hf["sliding_window"],) * hf["num_hidden_layers"] if hf.get("sliding_window") else None,
+            "window": hf.get("sliding_window") or None,
         }
     ),
     write=_write,

@@ -1,5 +1,6 @@
 """qwen2: Qwen 2 and 2.5: Llama with biases on queries, keys and values."""
 
+from modicum.model.config import by_layer
 from modicum.model.families import Family, Keys
 from modicum.model.families import _tables as t
 
@@ -12,8 +13,8 @@ def window_types(hf: Keys) -> list[str]:
 
 def qwen_windows(hf: Keys) -> Keys:
     if not hf.get("use_sliding_window"):
-        return {"windows": None}
-    return t.windows({"sliding_window": 4096} | hf, window_types(hf))
+        return {}
+    return {"overrides": by_layer(window=t.windows({"sliding_window": 4096} | hf, window_types(hf)))}
 
 
 FAMILY = Family(

@@ -1,6 +1,6 @@
 """smollm3: SmolLM 3: Llama in which every fourth layer does not rotate (NoPE)."""
 
-from modicum.model.config import DecoderConfig
+from modicum.model.config import DecoderConfig, by_layer
 from modicum.model.families import Family, Keys
 from modicum.model.families import _tables as t
 
@@ -15,13 +15,13 @@ def _read(hf: Keys) -> Keys:
     rotating = _rotating(hf)
     slides = bool(hf.get("use_sliding_window") and hf.get("sliding_window"))
     types = ["sliding_attention" if slides and not r else "full_attention" for r in rotating]
+    windows, rope = t.windows(hf, types) if slides else [None] * len(types), t.rope(hf)
     return (
         t.heads(hf)
         | t.activation(hf)
         | {
-            "rope": t.rope(hf),
-            "rope_layers": None if all(rotating) else rotating,
-            "windows": t.windows(hf, types)["windows"] if slides else None,
+            "rope": rope,
+            "overrides": by_layer(window=windows, rope=[rope if r else None for r in rotating]),
             "qkv_bias": hf["attention_bias"],
             "o_bias": hf["attention_bias"],
             "mlp_bias": hf["mlp_bias"],
@@ -38,7 +38,7 @@ def _write(c: DecoderConfig) -> Keys:
             "hidden_act": t.activation_name(c),
             "attention_bias": c.qkv_bias,
             "mlp_bias": c.mlp_bias,
-            "no_rope_layers": [int(flag) for flag in c.rope_layers or (True,) * c.layers],
+            "no_rope_layers": [int(layer.rope is not None) for layer in c.per_layer],
         }
     )
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from modicum.core.errors import UserError
-from modicum.model.config import DecoderConfig
+from modicum.model.config import DecoderConfig, Rope
 from modicum.model.families import Rule, pack, rules, unpack
 from modicum.model.rope import frequencies
 
@@ -104,7 +104,7 @@ ARCHITECTURES = (
 )  # fmt: skip
 STRUCTURE = (
     "norm", "norm_place", "final_norm", "parallel", "gated", "activation", "qkv_bias", "o_bias", "mlp_bias", "qk_norm",
-    "position", "position_offset", "scale_by_layer", "embed_width",
+    "position", "position_offset", "attention", "embed_width",
 )  # fmt: skip
 # Keys of metadata, behind "ARCHITECTURE.", that are a field of `DecoderConfig` as it stands.
 KEYS = {
@@ -143,21 +143,26 @@ def require(config: DecoderConfig) -> Architecture:
     embed_scale = math.sqrt(config.width) if arch.name.startswith("gemma") else None
     if config.embed_scale != embed_scale and not _close(config.embed_scale, embed_scale):
         wrong.append(f"embed_scale={config.embed_scale}")
-    if not _close(config.attention_scale(0), _scale(config, arch)):
+    if not _close(config.per_layer[0].attention_scale, graph_scale(config, arch)):
         wrong.append(f"scale={config.scale}")
     for name, having in (("attention_softcap", ("gemma2",)), ("logit_softcap", ("gemma2", "gemma3"))):
         value = getattr(config, name)
         if (value is not None and arch.name not in having) or (value is None and arch.name == "gemma2"):
             wrong.append(f"{name}={value}")
-    rotating = tuple((i + 1) % 4 != 0 for i in range(config.layers)) if arch.name == "smollm3" else None
-    if (config.rope_layers or (True,) * config.layers) != (rotating or (True,) * config.layers):
-        wrong.append(f"rope_layers={config.rope_layers}")
+    if differ := config.varying - {"window", "rope"}:
+        wrong.append(f"layers that differ in {', '.join(sorted(differ))}")
+    local = local_rope(config)
+    for i, layer in enumerate(config.per_layer):
+        rope = local if arch.name == "gemma3" and layer.window else config.rope
+        if config.position == "rope" and layer.rope != (None if arch.name == "smollm3" and i % 4 == 3 else rope):
+            wrong.append(f"rope={layer.rope} in layer {i}")
+            break
     if config.rope.kind not in arch.ropes or (arch.interleaved and config.rope.fraction != 1):
         wrong.append(f"rope={config.rope.kind} of {config.rope.fraction:g}")
     if config.rope.kind == "yarn" and {"attention_factor", "mscale", "mscale_all_dim"} & set(config.rope.options):
         wrong.append("rope=yarn with a factor on attention of its own")
-    if config.rope_local is not None and (arch.name != "gemma3" or config.rope_local.kind != "default"):
-        wrong.append("rope_local")
+    if local.kind != "default" and arch.name == "gemma3":
+        wrong.append(f"rope={local.kind} of layers with a window")
     if arch.tied and not config.tied:
         wrong.append("tied=False")
     if arch.square and config.heads * config.head_dim != config.width:
@@ -174,7 +179,7 @@ def _close(a: float | None, b: float | None) -> bool:
     return a is not None and b is not None and math.isclose(a, b, rel_tol=1e-5)
 
 
-def _scale(config: DecoderConfig, arch: Architecture) -> float:
+def graph_scale(config: DecoderConfig, arch: Architecture) -> float:
     """What the graph multiplies scores with: the 27B Gemmas, known by their layers, differ."""
     if (arch.name, config.layers) in (("gemma2", 46), ("gemma3", 62)):
         return (config.width / config.heads) ** -0.5
@@ -193,13 +198,18 @@ def notes(config: DecoderConfig, arch: Architecture) -> list[str]:
     return found
 
 
+def local_rope(config: DecoderConfig) -> Rope:
+    """The rotation of layers that have a window; where there are none, of all."""
+    return next((layer.rope for layer in config.per_layer if layer.window and layer.rope), config.rope)
+
+
 def _slides(arch: Architecture) -> bool:
     return arch.name in ("gemma2", "gemma3")
 
 
 def _context(config: DecoderConfig, arch: Architecture) -> int:
     """Where the graph attends to everything, no longer than the windows, so that it still computes the same."""
-    windows = [] if _slides(arch) else [w for w in config.windows or () if w]
+    windows = [] if _slides(arch) else [layer.window for layer in config.per_layer if layer.window]
     return min([config.context_length, *windows])
 
 
@@ -218,12 +228,11 @@ def metadata(config: DecoderConfig) -> dict[str, Any]:
     for key, value in (("attn", config.attention_softcap), ("final", config.logit_softcap)):
         if value is not None:
             found[f"{key}_logit_softcapping"] = float(value)
-    if _slides(arch) and config.windows and any(config.windows):
-        sizes = {w for w in config.windows if w}
+    if _slides(arch) and (sizes := {layer.window for layer in config.per_layer if layer.window}):
         if len(sizes) > 1:
             raise UserError(f"GGUF has one size of window, this model has {sorted(sizes)}")
         found["attention.sliding_window"] = sizes.pop()
-        found["attention.sliding_window_pattern"] = [bool(w) for w in config.windows]
+        found["attention.sliding_window_pattern"] = [bool(layer.window) for layer in config.per_layer]
     if arch.name == "gemma2" and "attention.sliding_window" not in found:
         raise UserError("llama.cpp's gemma2 has a sliding window in every other layer, this model has none")
     return {"general.architecture": arch.name} | {f"{arch.name}.{key}": value for key, value in found.items()}
@@ -235,8 +244,8 @@ def _rope(config: DecoderConfig) -> dict[str, Any]:
         "rope.dimension_count": int(config.head_dim * rope.fraction),
         "rope.freq_base": float(rope.theta),
     }
-    if config.rope_local is not None:
-        found["rope.freq_base_swa"] = float(config.rope_local.theta)
+    if config.family == "gemma3":
+        found["rope.freq_base_swa"] = float(local_rope(config).theta)
     original = options.get("original_max_position_embeddings") or config.context_length
     if rope.kind == "linear":
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(options["factor"])}

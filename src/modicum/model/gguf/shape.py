@@ -6,6 +6,7 @@ What the file does not say is what llama.cpp's graph of that architecture does.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ import torch
 from modicum.core.errors import UserError, unknown
 from modicum.core.gguf import GgufFile, dequantize
 from modicum.core.gguf.tokenizer import stop_ids
-from modicum.model.config import DecoderConfig, Rope
-from modicum.model.gguf.architectures import ARCHITECTURES, Architecture, _scale
+from modicum.model.config import DecoderConfig, Rope, by_layer
+from modicum.model.gguf.architectures import ARCHITECTURES, Architecture, graph_scale
 from modicum.model.rope import frequencies
 
 #: Layers of a period that slide, by architecture: all but the last, where the file has no pattern.
@@ -55,11 +56,19 @@ def config_of(file: GgufFile) -> DecoderConfig:
         "context_length": context,
         "norm_eps": _decimal(file.require(f"{arch.name}.{epsilon}")),
         "tied": "output.weight" not in file.tensors,
-        "windows": _windows(file, arch, layers),
     }
     fields |= _optional(file, arch, fields)
+    windows = _windows(file, arch, layers)
+    columns: dict[str, Sequence[Any]] = {"window": windows}
     if fields.get("position", "rope") == "rope":
-        fields["rope"] = _rope(file, head_dim, context)
+        rope = fields["rope"] = _rope(file, head_dim, context)
+        columns["rope"] = [rope] * layers
+        if arch.name == "gemma3":
+            local = Rope(theta=_decimal(file.metadata.get("gemma3.rope.freq_base_swa", 10000.0)))
+            columns["rope"] = [local if window else rope for window in windows]
+        if arch.name == "smollm3":
+            columns["rope"] = [rope if (i + 1) % 4 else None for i in range(layers)]
+    fields["overrides"] = by_layer(**columns)
     metadata, stops = file.metadata, stop_ids(file)
     config = DecoderConfig(
         **fields,
@@ -68,12 +77,12 @@ def config_of(file: GgufFile) -> DecoderConfig:
         eos_ids=tuple(stops),
     )
     if arch.name in PERIODS:
-        config = dataclasses.replace(config, scale=_scale(config, arch))
+        config = dataclasses.replace(config, scale=graph_scale(config, arch))
     return config
 
 
 def _optional(file: GgufFile, arch: Architecture, fields: dict[str, Any]) -> dict[str, Any]:
-    """What some architectures have: biases, softcaps, a second rotation, layers without one."""
+    """What some architectures have: biases and softcaps."""
     found: dict[str, Any] = {}
     ends = {"qkv_bias": "attn_q.bias", "o_bias": "attn_output.bias", "mlp_bias": "ffn_down.bias"}
     for name, end in ends.items():
@@ -84,30 +93,25 @@ def _optional(file: GgufFile, arch: Architecture, fields: dict[str, Any]) -> dic
     if arch.name == "gemma2":
         found["attention_softcap"] = _decimal(file.metadata.get("gemma2.attn_logit_softcapping", 50.0))
         found["logit_softcap"] = _decimal(file.metadata.get("gemma2.final_logit_softcapping", 30.0))
-    if arch.name == "gemma3":
-        if "gemma3.final_logit_softcapping" in file.metadata:
-            found["logit_softcap"] = _decimal(file.metadata["gemma3.final_logit_softcapping"])
-        found["rope_local"] = Rope(theta=_decimal(file.metadata.get("gemma3.rope.freq_base_swa", 10000.0)))
+    if arch.name == "gemma3" and "gemma3.final_logit_softcapping" in file.metadata:
+        found["logit_softcap"] = _decimal(file.metadata["gemma3.final_logit_softcapping"])
     if arch.name == "gptneox":
         found["parallel"] = bool(file.metadata.get("gptneox.use_parallel_residual", True))
         found["activation"] = "gelu"
-    if arch.name == "smollm3":
-        found["rope_layers"] = tuple((i + 1) % 4 != 0 for i in range(fields["layers"]))
     return found
 
 
-def _windows(file: GgufFile, arch: Architecture, layers: int) -> tuple[int | None, ...] | None:
+def _windows(file: GgufFile, arch: Architecture, layers: int) -> list[int | None]:
     window = file.metadata.get(f"{arch.name}.attention.sliding_window")
     if arch.name == "phi3":
-        return (window,) * layers if window else None
+        return [window or None] * layers
     if arch.name not in PERIODS:
-        return None
+        return [None] * layers
     window = window or 4096
     pattern = file.metadata.get(f"{arch.name}.attention.sliding_window_pattern", PERIODS[arch.name])
     if not isinstance(pattern, list):
         pattern = [(i + 1) % pattern != 0 for i in range(layers)]
-    found = tuple(window if slides else None for slides in pattern[:layers])
-    return found if any(found) else None
+    return [window if slides else None for slides in pattern[:layers]]
 
 
 def _rope(file: GgufFile, head_dim: int, context: int) -> Rope:

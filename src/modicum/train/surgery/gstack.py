@@ -155,21 +155,13 @@ def shallow_config(model: Decoder, growth: int) -> Any:
         )
     layers = config.layers // growth
 
-    def traits(i: int) -> Any:
-        return config.window(i), config.rope_of(i), config.attention_scale(i)
-
     for i in range(layers, config.layers):
-        if traits(i) != traits(i % layers):
+        if config.per_layer[i] != config.per_layer[i % layers]:
             raise UserError(
-                f"gstack: layer {i} attends otherwise than layer {i % layers}, whose weights it would get; choose a "
-                "growth at which windows and rotations repeat"
+                f"gstack: layer {i} is made otherwise than layer {i % layers}, whose weights it would get; choose a "
+                "growth at which shapes, windows and rotations repeat"
             )
-    return dataclasses.replace(
-        config,
-        layers=layers,
-        windows=config.windows and config.windows[:layers],
-        rope_layers=config.rope_layers and config.rope_layers[:layers],
-    )
+    return dataclasses.replace(config, layers=layers, overrides=config.overrides[:layers])
 
 
 def first_layers(deep: Decoder, config: Any) -> Decoder:
