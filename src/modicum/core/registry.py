@@ -1,7 +1,7 @@
 """Methods found by their place.
 
 A *port* is a package `modicum.ROOM.PORTS` whose docstring starts with `port NAME: summary`, whose
-`__init__` defines exactly one subclass of `Method` (the port's base class), and which names its
+`__init__` defines exactly one direct subclass of `Method` (the port's base class), and which names its
 `BASELINE`. A *method* is any other file in that package not beginning with an underscore; its
 docstring starts with `KEY: summary`. Listing reads those first lines as text and imports nothing;
 a method is imported when it is loaded. Files beginning with an underscore (`_conformance.py`) belong
@@ -156,16 +156,16 @@ def methods(port_name: str) -> dict[str, MethodInfo]:
 
 
 def base_class(port_name: str) -> type:
-    """The one subclass of `Method` that the port's package defines."""
+    """The one direct subclass of `Method` that the port's package defines, which may be the last rung of a ladder."""
     module = importlib.import_module(port(port_name).package)
     bases = [
         v
         for v in vars(module).values()
-        if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module.__name__
+        if isinstance(v, type) and Method in v.__bases__ and v.__module__ == module.__name__
     ]
     if len(bases) != 1:
         raise UserError(
-            f"port {port_name!r} must define one subclass of Method in {module.__name__}, "
+            f"port {port_name!r} must define one direct subclass of Method in {module.__name__}, "
             f"found {[b.__name__ for b in bases]}"
         )
     return bases[0]

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from modicum.model.attend import attention
+from modicum.serve.kv import Entries
+from modicum.serve.marks import received
 from modicum.serve.pages import Storage
 from modicum.serve.request import Sample
 from modicum.serve.thinned import Thinned, entries_of_piece, piece_of_pages
@@ -76,6 +78,7 @@ class StepAttend:
         P = self.storage.block_size
         self.faults.clear()
         self._observers = [w for w in works if w.sample.policy.wants(w.start, w.n)] if observe else []
+        self._marked = [w for w in works if w.sample.policy.marks] if observe else []
         trees = [w for w in works if w.tree is not None]
         singles = [w for w in works if w.n == 1 and w.tree is None]
         # Single tokens that attend in their policy's way from whole blocks: rare, and computed as pieces.
@@ -173,6 +176,10 @@ class StepAttend:
                     w.sample.policy.observe(layer, w.start, q_HTE[:, places], k_GTE[:, places], v_GTE[:, places])
                 except Exception as error:
                     self.faults[w.sample.id] = error
+        for w in self._marked:
+            q_GRXE = q_GRTE[:, :, w.at : w.at + w.n]
+            mass_GS = received(q_GRXE, self._held(layer, w), w.start, window=window, scale=scale, softcap=softcap)
+            w.sample.policy.mark(layer, mass_GS)
         return out_TGRE.view(T, H, E).transpose(0, 1)[None]
 
     def _write(self, layer: int, k_GTE: Tensor, v_GTE: Tensor) -> None:
@@ -248,6 +255,12 @@ class StepAttend:
             causal=mask is None,
         )
         return out_GRTE.permute(2, 0, 1, 3)
+
+    def _held(self, layer: int, w: Work) -> Entries:
+        """What a sequence holds in a layer, this step's tokens included."""
+        if w.sample.pages is None:
+            return self.storage.entries_of_blocks(layer, w.sample.blocks, w.start + w.n)
+        return self.storage.entries_of_pages(layer, w.sample.pages, w.n)
 
     def _by_policy(self, layer: int, w: Work, q_GRTE: Tensor, scale: float, softcap: float | None) -> Tensor:
         """Several tokens of one sequence whose policy attends itself; returns out_TGRE."""

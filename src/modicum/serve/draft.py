@@ -45,7 +45,7 @@ def make_drafter(config: EngineConfig, vocab_size: int, policy: KVPolicy) -> Dra
     drafter: Drafter = registry.build("drafter", config.drafter, vocab_size)
     if not drafter.drafts:
         return None
-    if policy.drops or policy.observes:
+    if policy.drops or policy.observes or policy.marks:
         raise UserError(
             f"drafter={config.drafter} cannot be combined with kv={config.kv}, which would see or keep tokens that are "
             "taken back; choose kv=full, or drafter=none"

@@ -103,7 +103,7 @@ class Engine:
         limit = min(self.max_length, len(prompt) + (params.max_tokens or self.max_length))
         text = self.tokenizer is not None and (request.detokenize or bool(params.stop)) and not request.continuations
         samples = []
-        watched = self.policy.drops or self.policy.observes
+        watched = self.policy.drops or self.watches
         for i in range(request.n):
             job = Job(next(self._ids), request.arrival, len(prompt), len(prompt))
             sample = Sample(request, i, job, list(prompt), stops, limit, random.Random(f"{request.seed}/{i}"))
@@ -134,6 +134,11 @@ class Engine:
     @property
     def busy(self) -> bool:
         return bool(self.requests)
+
+    @property
+    def watches(self) -> bool:
+        """Whether the policy looks at queries or attention weights while they are computed."""
+        return self.policy.observes or self.policy.marks
 
     def generate(
         self,
@@ -312,7 +317,7 @@ class Engine:
 
     def _run(self, works: list[Work], updates: list[Update]) -> None:
         ready = [w for w in works if w.start + w.n == w.sample.job.length and not w.sample.scored]
-        logits_BV = self.runner(works, [w.at + w.n - 1 for w in ready], self.policy.observes)
+        logits_BV = self.runner(works, [w.at + w.n - 1 for w in ready], self.watches)
         self._commit(works, [w.sample for w in ready], logits_BV, updates)
         score(self, works, updates)
 

@@ -119,8 +119,9 @@ class Storage:
         position_GS = torch.arange(count, device=self.device).expand(self.heads, count)
         return Entries(k_GSE, v_GSE, position_GS, [count] * self.heads)
 
-    def entries_of_pages(self, layer: int, pages: Pages) -> Entries:
-        counts = pages.count_LG[layer].tolist()
+    def entries_of_pages(self, layer: int, pages: Pages, more: int = 0) -> Entries:
+        """What a thinned sequence holds; `more`: entries of the running step, not counted yet."""
+        counts = (pages.count_LG[layer] + more).tolist()
         most = max(counts)
         index = pages.table_LGN[layer, :, : -(-most // self.block_size)].to(self.device)
         k_GSE, v_GSE, position_GS = (

@@ -102,7 +102,7 @@ class Native:
 
     def __call__(self, works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:
         self._x_TD = None
-        if (observe and any(w.sample.policy.wants(w.start, w.n) for w in works)) or not self._serves(works):
+        if (observe and any(w.sample.policy.watches(w.start, w.n) for w in works)) or not self._serves(works):
             return self.eager(works, rows, observe)
         trees = [w for w in works if w.tree is not None]
         depth = max((layout(w.tree).line_XD.shape[1] for w in trees if w.tree is not None), default=0)

@@ -136,7 +136,7 @@ def calibrate(
     if steps < 50:
         raise UserError(f"{steps} steps are too few to calibrate on; time at least 50")
     engine, clock = Engine(model, None, config), timer(by)
-    if engine.policy.drops or engine.policy.observes:
+    if engine.policy.drops or engine.watches:
         raise UserError(f"kv={config.kv}: the simulator knows whole caches only; choose kv=full")
     engine.scheduler = _Told(
         None, config.block_size, engine.blocks.n_blocks, config.max_batch_tokens, config.max_sequences

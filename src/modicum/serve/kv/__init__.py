@@ -1,7 +1,13 @@
 """port kv: which entries of a sequence's cache are kept, per layer and KV head.
 
-A policy only says what to keep; the engine moves it to blocks of its own and gives the rest back.
-Shapes: H query heads, G KV heads, T tokens of this step, S cached entries, E head dimension.
+A policy only says what to keep; the engine moves it to pages of its own and gives the rest back. Three rungs:
+
+* `ScorePolicy`: a score for each entry of the prompt (one function; `knorm` is the smallest method).
+* `SelectPolicy`: which entries stay, within a budget that the base class does the arithmetic of.
+* `KVPolicy`: the full protocol, with budgets, merged entries and an attention of its own.
+
+Shapes: H query heads, G KV heads, R = H / G, T tokens of this step, W last tokens of the prompt, S cached entries,
+E head dimension.
 """
 
 from __future__ import annotations
@@ -95,6 +101,7 @@ class KVPolicy(Method):
     A method that does not work with `prefix_cache`, `chunked_prefill`, `sliding_window` (layers that have one) or `gqa`
     names it in `conflicts`. `observes`: whether `observe` is to be called, for the
     steps of which `wants` says so.
+    `marks`: whether `mark` is to be called in every step.
     `drops`: whether `keep` may leave anything out; False spares the question. `tail`: tokens at the end
     of a prompt that a sequence computes itself even where the prefix cache has them, to be observed.
     `attends`: whether sequences of more than `exact` tokens attend by the policy's own `attend`.
@@ -102,6 +109,7 @@ class KVPolicy(Method):
     """
 
     observes: ClassVar[bool] = False
+    marks: ClassVar[bool] = False
     attends: ClassVar[bool] = False
     exact: int = 0
     drops: ClassVar[bool] = True
@@ -137,6 +145,10 @@ class KVPolicy(Method):
     def observe(self, layer: int, start: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
         """Queries, keys and values of this step's tokens from place `start` on, after position encoding."""
 
+    def mark(self, layer: int, mass_GS: Tensor) -> None:
+        """Attention that each entry received from this step's queries: softmax weights, summed over the queries and
+        averaged over the query heads of a KV head. S entries in the order of `Entries`, the new tokens' last."""
+
     def keep(self, layer: int, entries: Entries) -> Keep:
         """What stays of `entries`; at most `allow` of them per head."""
         raise NotImplementedError
@@ -164,3 +176,82 @@ class KVPolicy(Method):
         """`allow` as one number for each KV head."""
         most = self.allow(layer, n_tokens)
         return [most] * self.shape.kv_heads if isinstance(most, int) else list(most)
+
+    def watches(self, start: int, n: int) -> bool:
+        """Whether this step's queries or weights are wanted, so that it must be computed where they can be seen."""
+        return self.marks or (self.observes and self.wants(start, n))
+
+
+class SelectPolicy(KVPolicy):
+    """Second rung: a method says in `keep` which entries stay; how many follows from its knob `budget`.
+
+    The prompt is compressed once, right after it has been computed, and all that is generated stays. Where `bounded`
+    is set generated tokens count too: the cache stays within the budget for ever.
+    """
+
+    bounded: ClassVar[bool] = False
+    prompt: int = 0
+
+    def begin(self, prompt: int) -> KVPolicy:
+        policy = copy.copy(self)
+        policy.prompt = prompt
+        return policy
+
+    def capacity(self, layer: int) -> int:
+        """Entries of the prompt that each head of `layer` keeps."""
+        return min(self.prompt, entries_of(self.config.budget, self.prompt))
+
+    def allow(self, layer: int, n_tokens: int) -> int:
+        if n_tokens < self.prompt:
+            return n_tokens
+        if self.bounded:
+            return min(n_tokens, entries_of(self.config.budget, n_tokens))
+        return self.capacity(layer) + n_tokens - self.prompt
+
+
+class ScorePolicy(SelectPolicy):
+    """Top rung: a method gives each entry of the prompt a score; each head keeps its `capacity` best.
+
+    A method that sets `observes` has a knob `window`: `score` is given the queries of that many last prompt tokens.
+    """
+
+    window: int = 0
+    queries: dict[int, Tensor]  # layer -> (H, up to window, E)
+
+    def __init__(self, config: Any, shape: CacheShape):
+        super().__init__(config, shape)
+        if self.observes:
+            self.window = self.tail = config.window
+
+    def begin(self, prompt: int) -> KVPolicy:
+        policy = super().begin(prompt)
+        assert isinstance(policy, ScorePolicy)
+        policy.window, policy.queries = min(self.window, prompt), {}
+        return policy
+
+    def score(self, layer: int, q_HWE: Tensor, k_GSE: Tensor, v_GSE: Tensor) -> Tensor:
+        """scores_GS of the prompt's entries (inf: stays) from their keys and values and the window's queries (W = 0
+        without one), all after position encoding. Scores may be given for the first entries only: the others stay."""
+        raise NotImplementedError
+
+    def wants(self, start: int, n: int) -> bool:
+        if not (self.observes and start < self.prompt < start + n + self.window):
+            return False
+        return any(self.capacity(layer) < self.prompt for layer in range(self.shape.layers))
+
+    def observe(self, layer: int, start: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
+        first = max(0, self.prompt - self.window - start)
+        new_HTE = q_HTE[:, first : self.prompt - start]
+        if layer in self.queries and start > self.prompt - self.window:
+            new_HTE = torch.cat([self.queries[layer], new_HTE], dim=1)
+        self.queries[layer] = new_HTE.clone()  # not a view that would hold the whole step
+
+    def keep(self, layer: int, entries: Entries) -> Keep:
+        k_GSE, v_GSE = entries.k_GSE[:, : self.prompt], entries.v_GSE[:, : self.prompt]
+        q_HWE = self.queries.pop(layer) if self.observes else k_GSE.new_empty(self.shape.heads, 0, k_GSE.shape[-1])
+        scores_GS = self.score(layer, q_HWE, k_GSE, v_GSE)
+        scored = scores_GS.shape[1]
+        best = max(0, self.capacity(layer) - (self.prompt - scored))
+        top_GC = scores_GS.topk(best).indices.sort(dim=-1).values
+        rest_GS = torch.arange(scored, entries.counts[0], device=top_GC.device).expand(len(top_GC), -1)
+        return Keep(list(torch.cat([top_GC, rest_GS], dim=1)))

@@ -31,6 +31,7 @@ def _engine(key: str, **more: object) -> Engine:
     loaded = registry.load("kv", key)
     toy = getattr(loaded.module, "TOY", None)
     choice = Choice("kv", key, vars(toy) if toy is not None else {})
+    more = {"prefix_cache": "prefix_cache" not in loaded.cls.conflicts} | more
     return Engine(_model(), None, EngineConfig(block_size=4, cache="400tok", kv=choice, **more))  # type: ignore[arg-type]
 
 
@@ -52,6 +53,8 @@ def check_keep_is_within_allow(key: str) -> None:
         q, k, v = (torch.randn(h, 40, 8, generator=generator) for h in (4, 2, 2))
         if policy.wants(0, 40):
             policy.observe(layer, 0, q, k, v)
+        if policy.marks:
+            policy.mark(layer, torch.rand(2, 40, generator=generator))
         position = torch.arange(40).expand(2, 40)
         keep = policy.keep(layer, Entries(k, v, position, [40, 40]))
         kept, merged = keep.heads, keep.merged or [None, None]

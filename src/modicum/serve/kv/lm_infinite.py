@@ -65,7 +65,7 @@ class LMInfinite(KVPolicy):
     attends = True
     unbounded = True
     window: int  # known once the model is
-    ceiling: int
+    ceiling: int  # place that a query beyond it is turned to, to meet early keys at theirs
     angles: list[Tensor | None]  # per layer, R/2 rotary angles per step
 
     def prepare(self, model: Decoder, probe: Sequence[int] = ()) -> None:
@@ -75,9 +75,17 @@ class LMInfinite(KVPolicy):
             raise UserError(
                 f"lm-infinite: ceiling={self.ceiling} is within the window of {self.window}; give window= as well"
             )
+        self.exact = min(self.config.sinks + self.window, self.ceiling + 1)
+        self.look_at(model)
+
+    def look_at(self, model: Decoder) -> None:
+        """Keep what `attend` needs of the model."""
         self.angles = [None if table is None else table.angles for table in model.rope_tables()]
         self.pattern = registry.build("attention", f"lambda:window={self.window},sinks={self.config.sinks}")
-        self.exact = min(self.config.sinks + self.window, self.ceiling + 1)
+
+    def early(self, position_GBF: Tensor) -> Tensor:
+        """Places of the early keys, as queries beyond the ceiling see them."""
+        return torch.zeros_like(position_GBF)
 
     def begin(self, prompt: int) -> KVPolicy:
         return self  # nothing is known of a sequence: all are attended together
@@ -110,15 +118,16 @@ class LMInfinite(KVPolicy):
         at_BT1, sinks, angles = at_BT[:, :, None], self.config.sinks, self.angles[layer]
         seen_GBTS = held_GBS[:, :, None] & self.pattern.allowed(at_BT1, position_GBS[:, :, None])
         first_GBF = position_GBS[:, :, :sinks]
-        beyond_GBTF = at_BT1 - first_GBF[:, :, None] - self.ceiling  # how much too far
+        turn_GBF = self.early(first_GBF) - first_GBF
+        beyond_GBTF = at_BT1 + turn_GBF[:, :, None] - self.ceiling  # how much too far
         if angles is not None and T == 1:
             cos, sin = _turn(beyond_GBTF[:, :, 0].clamp(min=0), angles, k_GBSE.dtype)
             k_GBSE = torch.cat([rotate(k_GBSE[:, :, :sinks], cos, sin), k_GBSE[:, :, sinks:]], dim=2)
         elif angles is not None and bool((beyond_GBTF > 0).any()):
             # A key's angle depends on its query here. So each early key stands there twice, as it is and turned
-            # back to place 0, where it meets queries turned to the ceiling; a mask chooses. The two kinds of
+            # to its early place, where it meets queries turned to the ceiling; a mask chooses. The two kinds of
             # queries lie side by side in 2E dimensions, of which every key fills one half.
-            turned_GBFE = rotate(k_GBSE[:, :, :sinks], *_turn(-first_GBF, angles, k_GBSE.dtype))
+            turned_GBFE = rotate(k_GBSE[:, :, :sinks], *_turn(turn_GBF, angles, k_GBSE.dtype))
             ceiling_GBRTE = rotate(q_GBRTE, *(x[:, None] for x in _turn(self.ceiling - at_BT, angles, q_GBRTE.dtype)))
             q_GBRTE = torch.cat([q_GBRTE, ceiling_GBRTE], dim=-1)
             none_GBFE, none_GBSE = torch.zeros_like(turned_GBFE), torch.zeros_like(k_GBSE)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modicum.core.errors import UserError, unknown
-from modicum.serve.kv import CacheShape, Entries, Keep, KVPolicy, check_budget, entries_of
+from modicum.serve.kv import CacheShape, KVPolicy, ScorePolicy, check_budget
 
 SCORES = 1 << 24  # votes held at once: KV heads are taken together as long as they stay below
 
@@ -35,15 +35,21 @@ class Config:
     pooling: str = "mean"  # or max
 
     def __post_init__(self) -> None:
-        check_budget("snapkv", self.budget)
-        if self.window < 1 or (self.budget > 1 and self.budget <= self.window):
-            raise UserError(
-                f"snapkv: window={self.window} must be at least 1 and below budget={self.budget:g}, which it is part of"
-            )
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise UserError(f"snapkv: kernel={self.kernel} must be an odd number of places, 1 for no pooling")
-        if self.pooling not in ("mean", "max"):
-            raise unknown("snapkv: pooling", self.pooling, ("mean", "max"))
+        check("snapkv", self)
+
+
+def check(method: str, config: Config) -> None:
+    """Raise `UserError` for knobs that cannot be."""
+    check_budget(method, config.budget)
+    if config.window < 1 or (config.budget > 1 and config.budget <= config.window):
+        raise UserError(
+            f"{method}: window={config.window} must be at least 1 and below budget={config.budget:g}, which it is "
+            "part of"
+        )
+    if config.kernel < 1 or config.kernel % 2 == 0:
+        raise UserError(f"{method}: kernel={config.kernel} must be an odd number of places, 1 for no pooling")
+    if config.pooling not in ("mean", "max"):
+        raise unknown(f"{method}: pooling", config.pooling, ("mean", "max"))
 
 
 TOY = Config(budget=12, window=4, kernel=3)
@@ -55,64 +61,40 @@ CLAIM = {
 SWEEP = ("budget=0.5", "budget=0.3", "budget=0.2", "budget=0.1", "budget=0.05")
 
 
-class SnapKV(KVPolicy):
+class SnapKV(ScorePolicy):
     config: Config
     observes = True
 
-    def __init__(self, config: Config, shape: CacheShape):
-        super().__init__(config, shape)
-        self.tail = config.window
-
     def begin(self, prompt: int) -> KVPolicy:
-        policy = SnapKV(self.config, self.shape)
-        policy.prompt = prompt
-        policy.capacity = min(prompt, entries_of(self.config.budget, prompt))
-        policy.window = self.config.window if policy.capacity > self.config.window else max(1, policy.capacity // 2)
-        policy.queries = {}
+        policy = super().begin(prompt)
+        assert isinstance(policy, SnapKV)
+        least = min(policy.capacity(layer) for layer in range(self.shape.layers))
+        if least <= self.config.window:
+            policy.window = max(1, least // 2)
         return policy
 
-    prompt: int
-    capacity: int  # entries of the prompt that stay
-    window: int
-    queries: dict[int, Tensor]  # layer -> (H, up to window, E)
+    def score(self, layer: int, q_HWE: Tensor, k_GSE: Tensor, v_GSE: Tensor) -> Tensor:
+        return votes(self.shape, layer, q_HWE, k_GSE, self.config)
 
-    def allow(self, layer: int, n_tokens: int) -> int:
-        return n_tokens if n_tokens < self.prompt else self.capacity + n_tokens - self.prompt
 
-    def wants(self, start: int, n: int) -> bool:
-        if self.capacity == self.prompt:
-            return False
-        return start < self.prompt and start + n > self.prompt - self.window
-
-    def observe(self, layer: int, start: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
-        first = max(0, self.prompt - self.window - start)
-        new_HTE = q_HTE[:, first : self.prompt - start]
-        if layer in self.queries and start > self.prompt - self.window:
-            new_HTE = torch.cat([self.queries[layer], new_HTE], dim=1)
-        self.queries[layer] = new_HTE.clone()  # not a view that would hold the whole step
-
-    def keep(self, layer: int, entries: Entries) -> Keep:
-        W, G, n = self.window, self.shape.kv_heads, entries.counts[0]
-        q_HWE = self.queries.pop(layer)
-        old = self.prompt - W  # entries that are voted on; the others stay
-        window = self.shape.windows[layer]
-        place_S = torch.arange(self.prompt, device=q_HWE.device)
-        at_W1 = place_S[old:, None]
-        hidden_WS = place_S > at_W1
-        if window is not None:
-            hidden_WS |= place_S <= at_W1 - window
-        R = q_HWE.shape[0] // G
-        votes = []
-        together = max(1, SCORES // (R * W * self.prompt))
-        for g in range(0, G, together):
-            k_GSE = entries.k_GSE[g : g + together, : self.prompt]
-            q_GXE = q_HWE[g * R : g * R + len(k_GSE) * R].unflatten(0, (-1, R)).flatten(1, 2)
-            scores_GRWS = self.shape.scores(layer, q_GXE, k_GSE).unflatten(1, (R, W))
-            scores_GRWS.masked_fill_(hidden_WS, float("-inf"))
-            votes.append(pooled(scores_GRWS.softmax(-1)[..., :old].sum(2), self.config).mean(1))
-        top_GC = torch.cat(votes).topk(self.capacity - W).indices.sort(dim=-1).values
-        rest_GS = torch.arange(old, n, device=top_GC.device).expand(G, -1)
-        return Keep(list(torch.cat([top_GC, rest_GS], dim=1)))
+def votes(shape: CacheShape, layer: int, q_HWE: Tensor, k_GSE: Tensor, config: Config) -> Tensor:
+    """votes_GS of the window's queries for the entries before them."""
+    (G, S, _), W = k_GSE.shape, q_HWE.shape[1]
+    old, R, window = S - W, q_HWE.shape[0] // G, shape.windows[layer]
+    place_S = torch.arange(S, device=q_HWE.device)
+    at_W1 = place_S[old:, None]
+    hidden_WS = place_S > at_W1
+    if window is not None:
+        hidden_WS |= place_S <= at_W1 - window
+    found = []
+    together = max(1, SCORES // (R * W * S))
+    for g in range(0, G, together):
+        some_GSE = k_GSE[g : g + together]
+        q_GXE = q_HWE[g * R : (g + len(some_GSE)) * R].unflatten(0, (-1, R)).flatten(1, 2)
+        scores_GRWS = shape.scores(layer, q_GXE, some_GSE).unflatten(1, (R, W))
+        scores_GRWS.masked_fill_(hidden_WS, float("-inf"))
+        found.append(pooled(scores_GRWS.softmax(-1)[..., :old].sum(2), config).mean(1))
+    return torch.cat(found)
 
 
 def pooled(votes_GRS: Tensor, config: Config) -> Tensor:

@@ -1,0 +1,47 @@
+"""Attention weights that entries receive: what a KV policy that `marks` goes by.
+
+Shapes: T queries of a sequence in this step, G KV heads, R query heads of each, S entries, E head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modicum.serve.kv import Entries
+
+SCORES = 1 << 24  # weights that exist at once
+
+
+def received(
+    q_GRTE: Tensor,
+    entries: Entries,
+    start: int,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """mass_GS: softmax weights of the T queries at places `start` on, summed over them, averaged over R; float32."""
+    G, R, T, _ = q_GRTE.shape
+    S = entries.k_GSE.shape[1]
+    device = q_GRTE.device
+    held_GS = torch.arange(S, device=device) < torch.tensor(entries.counts, device=device)[:, None]
+    bias_GS = torch.zeros(held_GS.shape, device=device) if entries.weight_GS is None else entries.weight_GS.log()
+    bias_GS = bias_GS.masked_fill(~held_GS, float("-inf"))
+    keys_GES = entries.k_GSE.float().transpose(1, 2)
+    mass_GS = torch.zeros(G, S, device=device)
+    rows = max(1, SCORES // (G * R * S))
+    for first in range(0, T, rows):
+        q_GRTE_some = q_GRTE[:, :, first : first + rows].float()
+        n = q_GRTE_some.shape[2]
+        scores_GRTS = (q_GRTE_some.flatten(1, 2) @ keys_GES * scale).unflatten(1, (R, n))
+        if softcap is not None:
+            scores_GRTS = softcap * torch.tanh(scores_GRTS / softcap)
+        at_T1 = torch.arange(start + first, start + first + n, device=device)[:, None]
+        hidden_GTS = entries.position_GS[:, None] > at_T1
+        if window is not None:
+            hidden_GTS |= entries.position_GS[:, None] <= at_T1 - window
+        scores_GRTS = (scores_GRTS + bias_GS[:, None, None]).masked_fill_(hidden_GTS[:, None], float("-inf"))
+        mass_GS += scores_GRTS.softmax(-1).sum(2).mean(1)
+    return mass_GS
