@@ -8,7 +8,7 @@ from serve_tools import assert_clean, tiny
 from torch import Tensor
 
 from modicum.core.errors import UserError
-from modicum.model.config import llama_like
+from modicum.model.config import by_layer, llama_like
 from modicum.model.decoder import Decoder
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
@@ -70,7 +70,9 @@ def _prompt(n: int) -> list[int]:
 def test_the_engine_holds_what_the_lists_hold(window: int | None, piece: int | None) -> None:
     model = tiny()
     if window is not None:
-        shape = llama_like(400, 32, 2, heads=4, kv_heads=2, context_length=256, windows=(window, None))
+        shape = llama_like(
+            400, 32, 2, heads=4, kv_heads=2, context_length=256, overrides=by_layer(window=(window, None))
+        )
         other = Decoder(shape)
         other.load_state_dict(model.state_dict())
         model = other
