@@ -32,6 +32,11 @@ SPLITS = ("train", "heldout")
 LEAST_GROUP, LARGEST_GROUP = 4 << 20, 256 << 20  # bytes; about 1024 groups in between
 
 
+def group_bytes(total: int, wanted: int | float | None = None) -> int:
+    """Bytes that one process works on at a time, of a corpus of `total` bytes."""
+    return int(wanted or min(max(total // 1024, LEAST_GROUP), LARGEST_GROUP))
+
+
 class Run:
     """One curation of `units` into `folder`, with its markers in `work`. own: a given tokenizer."""
 
@@ -59,8 +64,7 @@ class Run:
     def all(self) -> dict[str, Any]:
         """Every stage; gives the books."""
         total = sum(u.nbytes for u in self.units)
-        size = self.config.group_bytes or min(max(total // 1024, LEAST_GROUP), LARGEST_GROUP)
-        stems = self._clean(pipeline.group_units(self.units, size))
+        stems = self._clean(pipeline.group_units(self.units, group_bytes(total, self.config.group_bytes)))
         heldout = self._split(stems)
         tokenizer = self._tokenizer(stems, heldout)
         manifests = self._tokenize(tokenizer)

@@ -53,6 +53,7 @@ class Curate(Section):
     reserved: int = Field(0, ge=0)  # tokens of the vocabulary kept free for objectives that need marks
     heldout: float = Field(0.05, gt=0, lt=0.5)
     max_bytes: Bytes | None = None
+    group_bytes: Bytes | None = None  # of text that one process works on at a time; null: by the size of the corpus
     processes: int = Field(2, ge=1)
     engine: str = "local"
 

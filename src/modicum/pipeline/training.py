@@ -310,6 +310,7 @@ def encoder(planner: Planner) -> tuple[Encoder, Cost]:
     assert ground
 
     def load() -> tuple[Encoder, Cost]:
+        trim_allocator()
         before = resident_now()
         began = time.perf_counter()
         made = make_encoder(ground.encoder or scratch_model(planner))

@@ -25,6 +25,7 @@ from modicum.pipeline.examples import examples
 from modicum.pipeline.models import folder_of
 from modicum.pipeline.plan import Planner, StagePlan
 from modicum.pipeline.recipe import Recipe
+from modicum.pipeline.worker import trim_allocator
 from modicum.retrieve.search import Searcher
 from modicum.train.config import TrainConfig
 
@@ -86,9 +87,12 @@ def plan(planner: Planner) -> StagePlan:
     assert recipe.adapt
     config, shape = _config(recipe), training.subject_shape(planner)
     told, cost = _training_cost(planner, config)
+    trim_allocator()  # what the planner's process holds unused would hide what this stage takes
     before = resident_now()
     tokenizer = Tokenizer.load(training.subject(planner))
     searcher = Searcher(planner.decisions["ground"]["sample"]) if recipe.adapt.grounded else None
+    # The planner has loaded the encoder already; the stage's process loads it itself, and its libraries stay.
+    encoder = training.encoder(planner)[1] if searcher and recipe.ground and recipe.ground.encoder else Cost()
     wanted = recipe.adapt.pairs + recipe.adapt.heldout_pairs
     with Meter() as reading:
         _sides(recipe, curate["sample"], searcher, tokenizer, 0.0)
@@ -104,8 +108,8 @@ def plan(planner: Planner) -> StagePlan:
         Cost(
             **cost.as_dict()
             | {
-                "seconds": cost.seconds + making + scored,
-                "peak_bytes": cost.peak_bytes + max(meter.peak_bytes - before, 0),
+                "seconds": cost.seconds + making + scored + encoder.seconds,
+                "peak_bytes": cost.peak_bytes + max(meter.peak_bytes - before, 0) + encoder.peak_bytes,
                 "disk_bytes": shape.parameters() * 2 + 16 * cost.parameters,
             }
         ),
@@ -147,6 +151,7 @@ def _training_cost(planner: Planner, config: AdaptConfig) -> tuple[_Told, Cost]:
 
     dtype = training.torch_dtype(planner.recipe)
     real = adapted(lambda: load_model(training.subject(planner), dtype=dtype))
+    trim_allocator()  # what the planner's process holds unused would hide what this stage takes
     before = resident_now()
     with Meter() as meter:
         seconds = training.step_seconds(planner, shape, part, make=real, name=f"adapt {config.form}") * rows / micro
@@ -175,6 +180,8 @@ def run(context: Context) -> dict[str, Any]:
     searcher = Searcher(context.figures("ground")["folder"]) if recipe.adapt.grounded else None
     tokenizer = Tokenizer.load(base)
     sides = _sides(recipe, context.figures("curate")["folder"], searcher, tokenizer)
+    del searcher
+    trim_allocator()  # of what searching took, before training takes its own
     result = adapt(
         base,
         sides,

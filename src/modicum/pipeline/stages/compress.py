@@ -39,26 +39,37 @@ def plan(planner: Planner) -> StagePlan:
     assert recipe.compress
     shape = training.subject_shape(planner)
     weights = shape.parameters()
-    stored = seconds = 0.0
+    stored = seconds = largest = 0.0
+    dense: list[float] = []
     for form in recipe.compress.forms:
         choice = Choice.parse("linear", form)
         kind: Any = registry.load("linear", choice.method).cls
         per = kind.cost(choice.config(), (shape.width, shape.width)).disk_bytes
-        stored += weights * per / shape.width**2
-        seconds += FIT * planner.once(("fit", str(choice)), partial(_seconds_per_weight, choice)) * weights
+        bytes_of = weights * per / shape.width**2
+        stored, largest = stored + bytes_of, max(largest, bytes_of)
+        fit, unpack = planner.once(("fit", str(choice)), partial(_seconds_per_weight, choice))
+        seconds += FIT * fit * weights
+        dense.append(unpack * weights)
     seconds += stored / WRITTEN
+    matrix = max(shape.vocab_size, shape.mlp_width) * shape.width  # fitted in float32, and compared with what it became
     return StagePlan(
-        Cost(parameters=weights, disk_bytes=stored, seconds=seconds, peak_bytes=weights * 6),
-        {},
+        Cost(parameters=weights, disk_bytes=stored, seconds=seconds, peak_bytes=weights * 2 + largest + 8 * matrix),
+        {"dense_seconds": dense},
         f"each form fitted to a matrix of {TIMED}×{TIMED}",
     )
 
 
-def _seconds_per_weight(choice: Choice) -> float:
-    layer = nn.Sequential(nn.Linear(TIMED, TIMED, bias=False))
-    began = time.perf_counter()
-    attach.attach(layer, {"0": choice})
-    return (time.perf_counter() - began) / TIMED**2
+def _seconds_per_weight(choice: Choice) -> tuple[float, float]:
+    """Seconds to fit the form, and to make the matrix out of it again, as every pass over a text does."""
+    fit = unpack = 0.0
+    for _ in range(2):  # the first calls take longer
+        layer = nn.Sequential(nn.Linear(TIMED, TIMED, bias=False))
+        began = time.perf_counter()
+        (form,) = attach.attach(layer, {"0": choice}).values()
+        middle = time.perf_counter()
+        form.dense()
+        fit, unpack = middle - began, time.perf_counter() - middle
+    return fit / TIMED**2, unpack / TIMED**2
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import os
 import subprocess
 import sys
@@ -16,14 +14,15 @@ from modicum.core.errors import ModicumError
 from modicum.core.files import atomic_file, fingerprint, write_json, write_text
 from modicum.data.curate import CurateConfig, Curation, curate
 from modicum.data.readers import ReadConfig, find
+from modicum.data.stages import group_bytes
 from modicum.pipeline.context import Context, Run
 from modicum.pipeline.plan import Planner, StagePlan
 from modicum.pipeline.recipe import Recipe, resolved
 from modicum.pipeline.worker import environment
 
+TEXT = 6  # bytes of memory that a process takes for each byte of text it has in hand
 PARTS = 32  # files of a sample, so that both sides of the held-out split get some
-GROUP = 4 << 20  # bytes that one process works on at a time (data.curate)
-SAMPLE = 3 << 19  # bytes that the planner curates for the stages that follow
+SAMPLE = 4 << 20  # bytes that the planner curates, for this stage's own cost and for the stages that follow
 
 
 @functools.cache
@@ -42,7 +41,7 @@ def needs(recipe: Recipe) -> tuple[str, ...]:
 
 
 def uses(recipe: Recipe) -> dict[str, Any]:
-    section = recipe.curate.model_dump(exclude={"processes", "engine"})
+    section = recipe.curate.model_dump(exclude={"processes", "engine", "group_bytes"})
     recall = recipe.pretrain.recall
     return {
         "corpus": recipe.corpus,
@@ -76,32 +75,30 @@ def _config(recipe: Recipe, limit: int | None, **more: Any) -> CurateConfig:
         heldout=recipe.curate.heldout,
         read=ReadConfig(limit_bytes=limit),
         seed=recipe.seed,
+        group_bytes=None if recipe.curate.group_bytes is None else int(recipe.curate.group_bytes),
         **more,
     )
 
 
 def plan(planner: Planner) -> StagePlan:
-    """Curates a small sample for the stages that follow, and runs the stage itself on a larger one."""
+    """The stage itself on a small sample, which the stages that follow are planned with.
+
+    Every process has its group of documents in hand, in the sample a small one: memory grows with the group.
+    """
     recipe = planner.recipe
     total = _corpus(recipe.corpus, _limit(recipe))[1]
-    processes = recipe.curate.processes
-    size = min(total, SAMPLE)
-    with contextlib.redirect_stderr(io.StringIO()):
-        made = curate(
-            _sources(recipe, planner.scratch),
-            planner.scratch / "sample",
-            _config(recipe, size, group_bytes=size // processes),
-            processes=processes,
-        )
-    busy = min(total, GROUP * processes)  # every process at work: more text takes more time and no more memory
-    alone, fixed = _alone(planner, busy), planner.fixed.get("curate", Cost())
+    processes, size = recipe.curate.processes, min(total, SAMPLE)
+    group = group_bytes(total, recipe.curate.group_bytes)
+    small = max(min(group, size // processes), 1)
+    alone, fixed = _alone(planner, size, small), planner.fixed.get("curate", Cost())
+    made = Curation.load(planner.scratch / "curate-alone" / "stages" / "curate" / "data")
     tokens = {split: made.count("tokens", split) for split in ("train", "heldout")}
     scale = total / size
-    seconds = max(alone.seconds - fixed.seconds, 0.0) * total / busy
+    held = TEXT * (min(group * processes, total) - small * processes)
     cost = Cost(
         tokens=(tokens["train"] + tokens["heldout"]) * scale,
-        seconds=seconds,
-        peak_bytes=max(alone.peak_bytes - fixed.peak_bytes, 0.0),
+        seconds=max(alone.seconds - fixed.seconds, 0.0) * scale,
+        peak_bytes=max(alone.peak_bytes - fixed.peak_bytes, 0.0) + max(held, 0),
         disk_bytes=_bytes(made) * scale,
     )
     return StagePlan(
@@ -113,15 +110,15 @@ def plan(planner: Planner) -> StagePlan:
             "sample": str(made.folder),
             "sample_share": size / total,
         },
-        f"{busy / 2**20:.0f} of {total / 2**20:.1f} MiB curated",
+        f"{size / 2**20:.0f} of {total / 2**20:.1f} MiB curated",
     )
 
 
-def _alone(planner: Planner, size: int) -> Cost:
-    """What this stage costs on `size` bytes, run by itself as it will be."""
+def _alone(planner: Planner, size: int, group: int) -> Cost:
+    """What this stage costs on `size` bytes in groups of `group`, run by itself as it will be."""
     run = Run(planner.scratch / "curate-alone")
     recipe = planner.recipe.model_dump()
-    recipe["curate"]["max_bytes"] = size
+    recipe["curate"] |= {"max_bytes": size, "group_bytes": group}
     write_text(run.folder / "run.yaml", resolved(Recipe.model_validate(recipe)))
     write_json(run.folder / "plan.json", {"stages": {}})
     subprocess.run(

@@ -62,14 +62,17 @@ def plan(planner: Planner) -> StagePlan:
     variants = 1 + (len(recipe.compress.forms) if recipe.compress else 0)
     before = variants + (1 if recipe.adapt and recipe.adapt.model else 0)  # the model as it was published
     with Meter() as meter:  # the compressors on the sample; their dictionary takes longer the more text there is
+        trim_allocator()
         resident = resident_now()
         yardsticks(texts, _training_texts(sample, TIMED_TEXT))
     text = sample.count("bytes")
     more = max(min(DICTIONARY_TEXT, text / curate["sample_share"]) / max(min(TIMED_TEXT, text), 1), 1)
     rows = max(BATCH_TOKENS // length, 1)
-    seconds = before * (
-        tokens / (rows * length) * training.forward_seconds(planner, rows, length)
-        + training.answer_seconds(planner, PROMPT, recipe.evaluate.speed_tokens) * 1.3
+    passes = tokens / (rows * length)
+    per_pass = training.forward_seconds(planner, 1, 512) / 512 * rows * length
+    seconds = passes * sum(planner.decisions.get("compress", {}).get("dense_seconds", ()))  # of quantised variants
+    seconds += before * (
+        passes * per_pass + training.answer_seconds(planner, PROMPT, recipe.evaluate.speed_tokens) * 1.3
     )
     more_bytes = 0.0
     if recipe.evaluate.questions:
@@ -136,25 +139,10 @@ def run(context: Context) -> dict[str, Any]:
     texts = heldout_texts(curation, recipe.evaluate.bytes)
     rows, tokens, flops = [], 0.0, 0.0
     for variant in variants:
-        tokenizer = Tokenizer.load(variant["folder"])
-        model = load_model(variant["folder"], dtype=training.DTYPES[recipe.pretrain.dtype])
-        total = sum(len(t) for t in tokenizer.encode_batch(texts, specials=False))
-        with context.events.progress(f"score {variant['name']}", total, "tok") as progress:
-
-            def advance(n: int, bar: Any = progress) -> None:
-                bar.update(n)
-                trim_allocator()
-
-            began = time.perf_counter()
-            found = score(model, tokenizer, texts, recipe, advance)
-        seconds = time.perf_counter() - began
-        rate = {"tokens_per_second": _speed(model, recipe.evaluate.speed_tokens)}
-        rows.append(variant | found.as_dict() | {"seconds": seconds, "bytes": variant["bytes"]} | rate)
-        context.events.emit("score", **rows[-1])
-        tokens, flops = (
-            tokens + found.tokens,
-            flops + found.tokens * model.config.flops_per_token(recipe.pretrain.sequence_length),
-        )
+        row, per_token = _scored(context, variant, texts)
+        rows.append(row)
+        context.events.emit("score", **row)
+        tokens, flops = tokens + row["tokens"], flops + row["tokens"] * per_token
     figures = {
         "variants": rows,
         "yardsticks": yardsticks(texts, _training_texts(curation)),
@@ -165,6 +153,26 @@ def run(context: Context) -> dict[str, Any]:
         "cost": {"tokens": tokens, "flops": flops},
     }
     return figures
+
+
+def _scored(context: Context, variant: dict[str, Any], texts: list[str]) -> tuple[dict[str, Any], float]:
+    """(figures of one variant, FLOPs of a token). Its model is freed on return, before the next one is loaded."""
+    recipe = context.recipe
+    tokenizer = Tokenizer.load(variant["folder"])
+    model = load_model(variant["folder"], dtype=training.DTYPES[recipe.pretrain.dtype])
+    total = sum(len(t) for t in tokenizer.encode_batch(texts, specials=False))
+    with context.events.progress(f"score {variant['name']}", total, "tok") as progress:
+
+        def advance(n: int) -> None:
+            progress.update(n)
+            trim_allocator()
+
+        began = time.perf_counter()
+        found = score(model, tokenizer, texts, recipe, advance)
+    seconds = time.perf_counter() - began
+    rate = {"tokens_per_second": _speed(model, recipe.evaluate.speed_tokens)}
+    row = variant | found.as_dict() | {"seconds": seconds, "bytes": variant["bytes"]} | rate
+    return row, model.config.flops_per_token(recipe.pretrain.sequence_length)
 
 
 def _variants(context: Context) -> list[dict[str, Any]]:
@@ -195,25 +203,34 @@ def _graded(context: Context, curation: Curation, variants: list[dict[str, Any]]
     if not asked:
         return {}
     searcher = Searcher(context.figures("ground")["folder"])
-    shown = recipe.serve or Serve()
+    gold = with_gold(asked, searcher)
     made = {}
     for variant in variants:
         if variant["role"] == "compressed":
             continue
-        model = load_model(variant["folder"], dtype=training.DTYPES[recipe.pretrain.dtype])
-        length = min(1024, model.config.context_length)
-        result = grounded.run(
-            Engine(model, Tokenizer.load(variant["folder"]), EngineConfig(cache=CACHE, max_length=length)),
-            with_gold(asked, searcher),
-            searcher,
-            k=shown.passages,
-            mode=shown.mode,
-            prompt_budget=min(shown.prompt_tokens, length - 64),
-            events=context.events,
-        )
+        result = _asked(context, variant, gold, searcher)
         made[variant["role"]] = {"model": variant["name"]} | result.as_dict(rows=True)
         context.events.emit("graded", **made[variant["role"]] | {"rows": len(asked)})
     return made
+
+
+def _asked(
+    context: Context, variant: dict[str, Any], gold: Sequence[grounded.Item], searcher: Searcher
+) -> grounded.Graded:
+    """The questions put to one variant, whose model is freed on return."""
+    recipe = context.recipe
+    shown = recipe.serve or Serve()
+    model = load_model(variant["folder"], dtype=training.DTYPES[recipe.pretrain.dtype])
+    length = min(1024, model.config.context_length)
+    return grounded.run(
+        Engine(model, Tokenizer.load(variant["folder"]), EngineConfig(cache=CACHE, max_length=length)),
+        gold,
+        searcher,
+        k=shown.passages,
+        mode=shown.mode,
+        prompt_budget=min(shown.prompt_tokens, length - 64),
+        events=context.events,
+    )
 
 
 def with_gold(asked: Sequence[Question], searcher: Searcher) -> list[grounded.Item]:

@@ -22,6 +22,7 @@ from modicum.pipeline import training
 from modicum.pipeline.context import Context
 from modicum.pipeline.plan import Planner, StagePlan
 from modicum.pipeline.recipe import Recipe
+from modicum.pipeline.worker import trim_allocator
 from modicum.retrieve.encoders import Encoder, make_encoder
 from modicum.retrieve.known_item import known_item, known_items
 
@@ -49,14 +50,19 @@ def plan(planner: Planner) -> StagePlan:
     reading = (time.perf_counter() - began) / curate["sample_share"]
     count = min(recipe.ground.passages or 1e18, len(everything) / curate["sample_share"])
     encoder, load = training.encoder(planner)
-    found = everything[: int(count)]
+    found = everything[:: max(len(everything) // MOST, 1)][: int(count)]  # of all documents
+    longest = max(found, key=lambda p: len(p.text))
     asked = min(recipe.ground.queries / count, 1.0)
     seconds: list[float] = []
     peaks: list[float] = []
     sizes = [min(FIRST, len(found))]
+    trim_allocator()
     resident = resident_now()
-    with contextlib.redirect_stderr(io.StringIO()):  # first calls take longer
-        _measure(found[:FIRST], encoder, recipe, 4, planner.scratch / "ground-0")
+    with contextlib.redirect_stderr(io.StringIO()), Meter() as first:  # first calls take longer
+        if encoder.kind == "sentence-transformers":  # whose memory the longest passages decide, which go first
+            encoder.encode([f"{longest.text} {n}" for n in range(min(int(count), BATCH))])
+        else:
+            _measure(found[:FIRST], encoder, recipe, 4, planner.scratch / "ground-0")
     while len(seconds) < len(sizes):
         size, folder = sizes[-1], planner.scratch / f"ground-{len(sizes)}"
         with contextlib.redirect_stderr(io.StringIO()), Meter() as meter:
@@ -64,13 +70,14 @@ def plan(planner: Planner) -> StagePlan:
         seconds.append(meter.seconds)
         peaks.append(max(meter.peak_bytes - resident, 0.0))
         if len(sizes) == 1:
-            more = max(int(TIMED / max(meter.seconds, 1e-3) * size), 4 * size)
-            sizes.append(max(min(more, MOST, len(found)), min(size + 1, len(found))))
+            bigger = max(int(TIMED / max(meter.seconds, 1e-3) * size), 4 * size)
+            sizes.append(max(min(bigger, MOST, len(found)), min(size + 1, len(found))))
     rate = max(seconds[-1] - seconds[0], 0.2 * seconds[-1]) / max(sizes[-1] - sizes[0], 1)
+    more = 1.0 if encoder.kind == "sentence-transformers" else max(1.0, min(count, BATCH) / sizes[-1])
     return StagePlan(
         Cost(
             seconds=load.seconds + reading + rate * count,
-            peak_bytes=load.peak_bytes + peaks[-1] * max(1.0, min(count, BATCH) / sizes[-1]),
+            peak_bytes=load.peak_bytes + max(peaks[-1] * more, first.peak_bytes - resident),
             disk_bytes=tree_bytes(planner.scratch / f"ground-{len(sizes)}") / sizes[-1] * count,
         ),
         {"sample": str(planner.scratch / f"ground-{len(sizes)}" / "as_is")},
@@ -118,6 +125,7 @@ def _remember(encoder: Encoder) -> None:
         fresh = [t for t in dict.fromkeys(texts) if t not in seen]
         if fresh:
             seen.update(zip(fresh, pool(fresh), strict=True))
+            trim_allocator()
         return np.stack([seen[t] for t in texts])
 
     encoder.pool = remembered  # type: ignore[method-assign]
