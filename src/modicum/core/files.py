@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,18 @@ def sync_directory(path: str | Path) -> None:
         os.close(handle)
 
 
+_UMASK = os.umask(0o077)  # asking for it means setting it
+os.umask(_UMASK)
+
+
+def _mode(path: Path, plain: int) -> int:
+    """Permissions of what replaces `path`: its own, or those that any new file has; a temporary one is its owner's."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except OSError:
+        return plain & ~_UMASK
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
     """Open a temporary file beside `path`; it takes the name only if the block ends well."""
@@ -56,6 +69,7 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, _mode(path, 0o666))
         os.replace(temporary, path)
         sync_directory(path.parent)
     except BaseException:
@@ -76,6 +90,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 with open(file, "rb") as opened:
                     os.fsync(opened.fileno())
+        os.chmod(temporary, _mode(path, 0o777))
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
