@@ -60,32 +60,22 @@ class Model:
         size: float | str | None = None,
         **engine: Any,
     ):
+        from modicum.adapt.load import load_adapted
         from modicum.data.tokenizer import Tokenizer
-        from modicum.model.attach import attach, merge, require_fit
-        from modicum.model.folder import find_folder, load_model
+        from modicum.model.folder import find_folder
         from modicum.serve.config import EngineConfig
 
         self._config = EngineConfig(**_known("engine setting", EngineConfig, engine))
         self._load = {"dtype": dtype, "device": device, "size": size} | engine
-        if form is not None:
-            require_fit(form)
         self.folder = find_folder(model)
         self.tokenizer: Tokenizer = Tokenizer.load(self.folder)
         self.name = Path(model).expanduser().resolve().name.removesuffix(".gguf")  # in the API of a server
         self._as_stored = adapter is None and form is None
-        self.decoder: Decoder = load_model(
-            self.folder, dtype=dtype, device=device, size=size, keep_quantized=self._as_stored
+        self.decoder: Decoder = load_adapted(
+            self.folder, adapter=adapter, form=form, dtype=dtype, device=device, size=size
         )
         self.adapter = None if adapter is None else Path(adapter)
         self.form = form
-        if adapter is not None:
-            from modicum.adapt.peft_format import load_peft
-
-            load_peft(self.decoder, adapter)
-        if form is not None:
-            if adapter is not None:
-                merge(self.decoder)
-            attach(self.decoder, {"layers.*": form})
         self._engine: Engine | None = None
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from modicum.core import registry
+from modicum.core.callback import step_with_factors
 from modicum.core.errors import UserError
 from modicum.model import attach
 from modicum.model.linear import LinearForm, LinearShape
 from modicum.model.linear.compacter import kronecker
-from modicum.model.linear.increlora import Config, IncreLora, allocate, planned
+from modicum.model.linear.increlora import Config, Growth, IncreLora, allocate, planned
 from modicum.model.linear.lora import Lora
 
 
@@ -207,12 +209,18 @@ def test_a_matrix_with_all_its_ranks_goes_on_while_others_grow() -> None:
     assert form.rank == 3 and not form.growing
 
 
+def loop(forms: dict[str, IncreLora], steps_done: int) -> SimpleNamespace:
+    """What a callback sees of a run of 100 steps."""
+    named = {f"{name}.{key}": p for name, form in forms.items() for key, p in form.named_parameters()}
+    return SimpleNamespace(named=named, steps_done=steps_done, config=SimpleNamespace(total_steps=100))
+
+
 def test_the_regulariser_is_added_to_the_gradients() -> None:
     forms = {str(i): grown(shape=(12, 20 + i)) for i in range(2)}
     for form in forms.values():
         for p in form.trainable():
             p.grad = torch.zeros_like(p)
-    IncreLora.before_step(forms, lambda p: p.grad, 1, 100)
+    Growth(forms).before_step(loop(forms, 0))
     for form in forms.values():
         a, b = (p.detach().clone().requires_grad_() for p in (form.A[:4], form.B[:, :4]))
         eye = torch.eye(4, dtype=torch.float64)
@@ -253,10 +261,14 @@ def test_a_new_rank_has_a_warm_up_of_its_own(name: str) -> None:
     optimizer = getattr(torch.optim, name)(form.trainable(), lr=0.1)
     before = {n: p.detach().clone() for n, p in form.named_parameters()}
     form.train()(x).square().sum().backward()
-    IncreLora.before_step({"": form}, lambda p: p.grad, 53, 100)
-    optimizer.step()
-    whole = {n: p.detach().clone() for n, p in form.named_parameters()}
-    IncreLora.after_step({"": form}, 53, 100)  # 3 of 10 steps of the warm-up
+    whole: dict[str, torch.Tensor] = {}
+
+    def step() -> None:
+        optimizer.step()
+        whole.update({n: p.detach().clone() for n, p in form.named_parameters()})
+
+    training = loop({"f": form}, 52)  # the step that is made is the 53rd: 3 of 10 steps of the warm-up
+    step_with_factors(step, training.named, Growth({"f": form}).step_factors(training))
     for key, rates in (("A", [1, 1, 1, 1, 0.3]), ("E", [1, 1, 0.3])):
         for i, rate in enumerate(rates):
             expected = before[key][i] + rate * (whole[key][i] - before[key][i])

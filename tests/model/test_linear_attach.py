@@ -5,6 +5,7 @@ import json
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,10 +207,16 @@ def test_embedding_refuses_adapters_and_other_modules() -> None:
         attach.attach_embedding(Tiny(), "lm_head", "int8")
 
 
+def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors outside forms."""
+    inside = {id(t) for form in attach.forms(model).values() for t in form.state_dict(keep_vars=True).values()}
+    return {n: t.detach() for n, t in model.state_dict(keep_vars=True).items() if id(t) not in inside}
+
+
 def stored(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     (folder / "modicum.json").write_text(json.dumps(form_state.describe(model)))
     save_file(form_state.form_state(model), folder / "forms.safetensors")
-    save_file({n: t.clone() for n, t in form_state.plain_state(model).items()}, folder / "plain.safetensors")
+    save_file({n: t.clone() for n, t in plain_state(model).items()}, folder / "plain.safetensors")
     return load_file(folder / "forms.safetensors")
 
 
@@ -283,23 +290,30 @@ PLUGIN = '''
     from dataclasses import dataclass
     import torch
     from torch import nn
-    from modicum.model.linear import LinearForm
+    from modicum.core.callback import Callback
+    from modicum.model.linear._adapter import Adapter
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
         width: int = 4
 
-    class GatedToy(LinearForm):
+    class Close(Callback):
+        def __init__(self, forms):
+            self.forms = forms
+        def after_step(self, trainer):
+            for form in self.forms.values():
+                form.gate = 1 - trainer.steps_done / trainer.config.total_steps
+
+    class GatedToy(Adapter):
         provides = frozenset({"adapter", "fit", "trainable"})
-        def __init__(self, config, shape, base=None):
+        def __init__(self, config, shape, base):
             super().__init__(config, shape, base)
             self.down = nn.Parameter(self._empty(config.width, shape.in_features))
             self.up = nn.Parameter(self._empty(shape.out_features, config.width))
             self.gate = 1.0
-        def fit(self, weight_OI, bias_O=None, *, calibration_NI=None, generator=None):
+        def take(self, weight_OI, calibration_NI, generator):
             nn.init.normal_(self.down, generator=generator)
             nn.init.zeros_(self.up)
-            return self
         def forward(self, x):
             return self.base(x) + self.gate * torch.relu(x @ self.down.T) @ self.up.T
         def trainable(self):
@@ -314,9 +328,8 @@ PLUGIN = '''
             for form in forms.values():
                 form.down = first.down
         @classmethod
-        def after_step(cls, forms, step, total):
-            for form in forms.values():
-                form.gate = 1 - step / total
+        def callback(cls, forms):
+            return Close(forms)
 '''
 
 
@@ -351,13 +364,14 @@ def test_a_form_may_share_change_and_refuse_to_merge(plugin: None) -> None:
     nudge(model)
     first, second = (model.layers[i]["mlp"]["down"] for i in (0, 1))
     assert first.down is second.down
-    attach.after_step(model, 1, 4)
+    loop = SimpleNamespace(steps_done=1, config=SimpleNamespace(total_steps=4))
+    attach.callbacks(model)["linear.gatedtoy"].after_step(loop)
     assert first.gate == second.gate == 0.75
     state = form_state.form_state(model)
     assert "layers.0.mlp.down.down" in state and "layers.1.mlp.down.down" not in state
 
     other = Tiny(seed=3)
-    other.load_state_dict(form_state.plain_state(model), strict=False)
+    other.load_state_dict(plain_state(model), strict=False)
     form_state.restore(other, json.loads(json.dumps(form_state.describe(model))))
     form_state.load_form_state(other, state)
     assert other.layers[0]["mlp"]["down"].down is other.layers[1]["mlp"]["down"].down

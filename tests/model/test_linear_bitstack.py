@@ -71,8 +71,8 @@ def test_inputs_that_are_large_lose_less() -> None:
 def test_each_block_takes_about_a_bit_and_lowers_the_error() -> None:
     weight = gaussian(256, 512)
     form = fitted("bitstack:rank=1,blocks=6", weight)
-    assert form.block_bytes == 256 * 512 / 8 + 2 * (256 + 512)
-    assert form.nbytes() == 6 * form.block_bytes + 2 * 512
+    assert form.block_nbytes(0) == 256 * 512 / 8 + 2 * (256 + 512)
+    assert form.nbytes() == 6 * form.block_nbytes(0) + 2 * 512
     errors = []
     for n in range(6, 0, -1):
         form.set_layout({"blocks": n})
@@ -99,16 +99,16 @@ def test_blocks_come_off_and_go_on_unchanged() -> None:
     assert torch.equal(form.dense(), whole) and not torch.equal(without, whole)
     index = torch.tensor([[3, 0], [3, 19]])
     torch.testing.assert_close(form.rows(index), whole[index])
-    form.kept = torch.zeros(OUT, IN)
+    form.partial_sum = torch.zeros(OUT, IN)
     assert form.dense().abs().max() == 0 and form(torch.ones(1, IN)).abs().max() == 0
 
 
 def test_bits_are_shared_by_the_layers_attached_together() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 128))
     forms = attach.attach(model, {"*": "bitstack:rank=2,blocks=8,bits=5"})
-    held = sum(f.held * f.block_bytes for f in forms.values())
+    held = sum(f.held * f.block_nbytes(0) for f in forms.values())
     weights = 64 * 64 + 64 * 128
-    assert 8 * held / weights <= 5 < 8 * (held + max(f.block_bytes for f in forms.values())) / weights
+    assert 8 * held / weights <= 5 < 8 * (held + max(f.block_nbytes(0) for f in forms.values())) / weights
     counts = [f.held for f in forms.values()]
     assert max(counts) - min(counts) <= 1 and [f.available for f in forms.values()] == counts
 

@@ -33,7 +33,7 @@ def form_of(type_: str, dtype: torch.dtype = torch.float64) -> Ggml:
 @pytest.mark.parametrize("type_", TYPES)
 def test_blocks_are_those_of_the_gguf_package(type_: str) -> None:
     raw, wanted = blocks(type_)
-    form = form_of(type_).take(raw)
+    form = form_of(type_).take_blocks(raw)
     assert np.array_equal(form.dense().float().numpy(), wanted)
     assert np.array_equal(form.decode(torch.float32).numpy(), wanted)
     assert torch.equal(form.decode(torch.bfloat16), torch.from_numpy(wanted).bfloat16()), "rounded once"
@@ -61,7 +61,7 @@ def test_near_misses_are_other_weights() -> None:
     low, high = parts[:, 4:] & 15, parts[:, 4:] >> 4
     right = torch.cat([low, high], -1)
     assert torch.equal((right * d[:, None] + m[:, None]).view(OUT, IN), torch.from_numpy(wanted))
-    form = form_of("q4_1", torch.float32).take(raw).dense()
+    form = form_of("q4_1", torch.float32).take_blocks(raw).dense()
     for codes, scale, minimum in (
         (torch.cat([high, low], -1), d, m),
         (torch.stack([low, high], -1).flatten(1), d, m),

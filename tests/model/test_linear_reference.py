@@ -17,7 +17,7 @@ from modicum.model.linear import LinearForm, LinearShape, unique_tensors
 def fitted(
     choice: str, weight: torch.Tensor, bias: torch.Tensor | None = None, base: LinearForm | None = None
 ) -> LinearForm:
-    form = registry.build("linear", choice, LinearShape.of(weight, bias), base)
+    form = registry.build("linear", choice, LinearShape.of(weight, bias), *([] if base is None else [base]))
     return form.fit(weight, bias, generator=torch.Generator().manual_seed(0))
 
 

@@ -154,9 +154,9 @@ def test_attached_twice_onto_nothing_and_onto_trained_weights(tmp_path: Path) ->
     attach.attach(model, {"0": "lora:rank=2"})  # over the sparse weight: that may be
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"0.A", "0.B"}
     (tmp_path / "model").mkdir()
-    with pytest.raises(UserError, match=r"starts afresh.*modicum pretrain|requires fit"):
+    with pytest.raises(UserError, match="requires fit"):
         compress(tmp_path / "model", SMALL, tmp_path / "out")
-    with pytest.raises(UserError, match=r"starts afresh.*modicum pretrain|requires fit"):
+    with pytest.raises(UserError, match="requires fit"):
         adapt(tmp_path / "model", [], AdaptConfig(form=SMALL), tmp_path / "out")
 
 

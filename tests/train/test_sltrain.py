@@ -86,5 +86,5 @@ def test_pretraining_exports_a_plain_model_and_does_not_forget_one(tmp_path: Pat
     model = load_model(result.folder)
     assert not attach.forms(model) and all(p.isfinite().all() for p in model.parameters())
     again = PretrainConfig(model=result.folder, steps=3, sequence_length=32, train=told)
-    with pytest.raises(UserError, match="starts afresh"):
+    with pytest.raises(UserError, match="requires fit"):
         pretrain(folder, tmp_path / "again", again)

@@ -30,6 +30,7 @@ from modicum.model import attach
 from modicum.model.decoder import Decoder
 from modicum.model.families import Rule, expand, pack, unpack
 from modicum.model.linear import LinearForm
+from modicum.model.linear._adapter import Adapter
 from modicum.model.safetensor import SafetensorsFile, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,7 +88,7 @@ def save_peft(model: nn.Module, folder: str | Path, base_model: str | None = Non
     base_model: path or hub id of the model that they belong to, recorded in the config.
     Raises `UserError` if there is no adapter or one that is no low-rank update.
     """
-    adapters = {name: form for name, form in attach.forms(model).items() if "adapter" in form.provides}
+    adapters = {name: form for name, form in attach.forms(model).items() if isinstance(form, Adapter)}
     if not adapters:
         raise UserError("the model has no adapter to save; attach one first, for instance lora:rank=8")
     factors = {}

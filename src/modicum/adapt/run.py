@@ -33,6 +33,7 @@ from modicum.model import attach
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_config, load_model, parse_dtype, save_model
 from modicum.model.linear import LinearForm
+from modicum.model.linear._adapter import Adapter
 from modicum.model.sources import origin
 from modicum.train.config import TrainConfig
 from modicum.train.evaluate import mean_loss
@@ -220,8 +221,9 @@ def _train(
     after = run.heldout_loss if heldout is None or not run.stopped else mean_loss(model, heldout, rows=rows)
     _take_masters(model, trainer)  # float32, where the model was trained in bfloat16
     present = attach.forms(model)
-    trainable = sum(p.numel() for form in present.values() for p in form.settled().trainable())
-    low_rank = all(form.low_rank() is not None for form in present.values() if form.trainable())
+    kept = [form.settled() if isinstance(form, Adapter) else form for form in present.values()]
+    trainable = sum(p.numel() for form in kept for p in form.trainable())
+    low_rank = all(isinstance(form, Adapter) and form.low_rank() for form in kept if form.trainable())
     adapter = save_peft(model, folder / "adapter", base_model=origin(source)) if low_rank else None
     learnt = {
         name: _Learnt(
@@ -290,7 +292,7 @@ def _afresh(source: Path, config: AdaptConfig, learnt: Mapping[str, _Learnt]) ->
         mine = learnt[name]
         if mine.layout:
             form.set_layout(mine.layout)
-        own = set(form.parameters()) if "adapter" in form.provides else set()
+        own = set(form.parameters()) if isinstance(form, Adapter) else set()
         for ours, theirs in zip(form.trainable(), mine.trained, strict=True):
             ours.data = theirs.to("cpu", torch.float32 if ours in own else ours.dtype)
         for key, buffer in mine.buffers.items():

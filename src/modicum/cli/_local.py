@@ -47,18 +47,6 @@ def served_decoder(
     folder: Path, form: str | None, adapter: str | None, size: str | None, dtype: str | None, device: str
 ) -> Any:
     """The model as it is served: adapter attached (merged if a form follows), weights in the form asked for."""
-    from modicum.model.folder import load_model
+    from modicum.adapt.load import load_adapted
 
-    decoder = load_model(folder, dtype=dtype, device=device, size=size, keep_quantized=not (adapter or form))
-    if adapter:
-        from modicum.adapt.peft_format import load_peft
-
-        load_peft(decoder, adapter)
-    if form:
-        from modicum.model.attach import attach, merge, require_fit
-
-        require_fit(form)
-        if adapter:
-            merge(decoder)
-        attach(decoder, {"layers.*": form})
-    return decoder
+    return load_adapted(folder, adapter=adapter or None, form=form or None, dtype=dtype, device=device, size=size)

@@ -20,10 +20,11 @@ from modicum.core.errors import UserError
 from modicum.core.events import Events
 from modicum.core.files import write_json
 from modicum.data.tokenizer import Tokenizer
-from modicum.model import attach, stack
+from modicum.model import attach, elastic
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_model, save_model
 from modicum.model.linear import LinearForm
+from modicum.model.linear._elastic import Elastic
 
 ROWS = 4096  # of a matrix compared at a time, so that a large table needs no second copy in float32
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "modicum.json", "*.gguf")
@@ -35,7 +36,7 @@ class CompressResult:
 
     error: ||W - dense()|| / ||W|| (Frobenius) over all compressed matrices together; worst_module and
     worst_error: the one that lost most. least_bytes: of the weights loaded with one block per layer, for a
-    form in blocks (see `model.stack`), else 0.
+    form in blocks (see `model.elastic`), else 0.
     """
 
     form: str
@@ -90,19 +91,17 @@ def compress(
             f"{sequences} sequences of {length} tokens are too few to calibrate with; give at least 1 of 2 tokens"
         )
     picked = Choice.parse("linear", choice)
-    kinds: list[Any] = []
-    for form in (picked, *(Choice.parse("linear", f) for f in (embeddings, head) if f is not None)):
-        kind: Any = registry.load("linear", form.method).cls
-        kinds.append(kind)
+    chosen = [picked, *(Choice.parse("linear", f) for f in (embeddings, head) if f is not None)]
+    for form in chosen:
         compose.resolve(members(form))
-    in_blocks = any("elastic" in kind.provides for kind in kinds)
+    in_blocks = any(_is_elastic(form) for form in chosen)
     if in_blocks and calibration is None:
         raise UserError(
             f"{picked} loads the blocks first that matter most, which is measured on text; give "
             "some: --calibration CURATED, or a folder of text"
         )
     model = load_model(source)
-    if stack.stacks(model):
+    if elastic.elastic_forms(model):
         raise UserError(
             f"{source} holds its weights in blocks already; for fewer bytes type: modicum "
             f"compress {source} --size 24MiB --out {folder}"
@@ -137,11 +136,12 @@ def compress(
         tally.add("embed", weight, attach.attach_embedding(model, "embed", _whole(embeddings)))
     least = 0
     if in_blocks and tokens_NT is not None:
-        found = stack.stacks(model)
+        found = elastic.elastic_forms(model)
         sort_blocks(model, found, tokens_NT[:sequences], events=events)
         asked = {name: plan[matched[name]] if name in matched else embeddings for name in found}
-        stack.trim(found, {name: Choice.parse("linear", form).config().bits for name, form in asked.items()})
-        least = stack.nbytes(model) - sum((form.held - 1) * form.block_bytes for form in found.values())
+        elastic.trim(found, {name: Choice.parse("linear", form).config().bits for name, form in asked.items()})
+        beyond = {name: range(1, form.held) for name, form in found.items()}
+        least = elastic.nbytes(model) - sum(found[name].block_nbytes(i) for name in found for i in beyond[name])
     tally.close()
     save_model(model, folder, source)
     result = CompressResult(
@@ -185,7 +185,7 @@ class _Tally:
     def add(self, name: str, weight_OI: Tensor, form: Any) -> None:
         self.weights += weight_OI.numel()
         norm = _square(weight_OI)
-        if "elastic" in form.provides:
+        if isinstance(form, Elastic):
             left = weight_OI.float()
             lost = [_square(left := left - form.block_weight(i)) for i in range(form.held)]
         else:
@@ -213,10 +213,13 @@ def _square(values: Tensor) -> float:
 def _whole(choice: Any) -> Choice:
     """A form in blocks is made with all of them; which ones stay is decided when they are sorted."""
     parsed = Choice.parse("linear", choice)
-    kind: Any = registry.load("linear", parsed.method).cls
-    if "elastic" not in kind.provides:
+    if not _is_elastic(parsed):
         return parsed
     return Choice("linear", parsed.method, {k: v for k, v in parsed.knobs.items() if k != "bits"})
+
+
+def _is_elastic(choice: Choice) -> bool:
+    return issubclass(registry.load("linear", choice.method, LinearForm).cls, Elastic)
 
 
 def members(form: Any) -> list[compose.Member]:

@@ -1,4 +1,4 @@
-"""In which order the blocks of a model in stacks are loaded: by what each does for the whole model's loss.
+"""In which order the blocks of an elastic model are loaded: by what each does for the whole model's loss.
 
 Level by level: with b blocks in every layer, each layer in turn is given its next one, and the loss on
 calibration text is measured; blocks of a level are then sorted by it, the lowest first. So layers never
@@ -19,16 +19,16 @@ from modicum.compress.calibration import nats
 from modicum.core.errors import UserError
 from modicum.core.events import Events
 from modicum.core.files import write_json
-from modicum.model import stack
+from modicum.model import elastic
 from modicum.model.folder import find_folder, load_model, save_model
-from modicum.model.stack import Stack
+from modicum.model.linear._elastic import Elastic
 
 
 @torch.no_grad()
 def sort_blocks(
-    model: nn.Module, found: Mapping[str, Stack], tokens_NT: Tensor, *, events: Events | None = None
+    model: nn.Module, found: Mapping[str, Elastic], tokens_NT: Tensor, *, events: Events | None = None
 ) -> list[tuple[str, int, float]]:
-    """Measure every block of the stacks `found` in `model` and give them their `order`.
+    """Measure every block of the elastic forms `found` in `model` and give them their `order`.
 
     Costs one pass over `tokens_NT` per block above the first ones, with each weight held once in float32
     meanwhile. Returns (module, block, loss with it in nats per token) in order; the first blocks' is NaN.
@@ -39,27 +39,27 @@ def sort_blocks(
     total = sum(form.held - 1 for form in found.values())
     try:
         for form in found.values():
-            form.kept = form.block_weight(0)
+            form.partial_sum = form.block_weight(0)
         with (events or Events()).progress("sort blocks", total, "block") as progress:
             for level in range(1, levels):
                 mine = [name for name in names if found[name].held > level]
                 losses: dict[str, float] = {}
                 for name in mine:
-                    form, before = found[name], found[name].kept
+                    form, before = found[name], found[name].partial_sum
                     assert before is not None
-                    form.kept = before + form.block_weight(level)
+                    form.partial_sum = before + form.block_weight(level)
                     loss = nats(model, tokens_NT)
                     losses[name] = loss if math.isfinite(loss) else math.inf
-                    form.kept = before
+                    form.partial_sum = before
                     progress.update(1, loss=loss)
                 for name in mine:
-                    kept = found[name].kept
+                    kept = found[name].partial_sum
                     assert kept is not None
                     kept += found[name].block_weight(level)
                 ordered += [(name, level, loss) for name, loss in sorted(losses.items(), key=lambda item: item[1])]
     finally:
         for form in found.values():
-            form.kept = None
+            form.partial_sum = None
     order: dict[str, list[int]] = {name: [] for name in names}
     for place, (name, _, _) in enumerate(ordered):
         order[name].append(place)
@@ -68,13 +68,13 @@ def sort_blocks(
     return ordered
 
 
-def cut(folder: str | Path, size: float, out: str | Path) -> stack.Resized:
-    """Write the model in stacks at `folder` to `out` with only the blocks that fit into `size` bytes."""
+def cut(folder: str | Path, size: float, out: str | Path) -> elastic.Resized:
+    """Write the elastic model at `folder` to `out` with only the blocks that fit into `size` bytes."""
     source = find_folder(folder)
     if Path(out).resolve() == source.resolve():
         raise UserError(f"{out} is the model itself; write the smaller one to another folder")
     model = load_model(source)
-    resized = stack.resize(model, source, size)
+    resized = elastic.resize(model, source, size)
     save_model(model, out, source)
     write_json(
         Path(out) / "compress.json", {"bytes": resized.bytes, "blocks": resized.blocks, "of_blocks": resized.available}

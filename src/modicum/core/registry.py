@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, overload
 
 from modicum.core.errors import UserError, unknown
 
@@ -90,12 +90,15 @@ class PortInfo:
         return self.package.split(".")[1]
 
 
+M = TypeVar("M", bound=Method)
+
+
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Generic[M]):
     """An imported method: its class, its `Config` and its module."""
 
     info: MethodInfo
-    cls: type[Any]
+    cls: type[M]
     config: type
     module: ModuleType
 
@@ -171,9 +174,16 @@ def base_class(port_name: str) -> type:
     return bases[0]
 
 
+@overload  # type: ignore[misc]  # the implementation is cached
+def load(port_name: str, key: str) -> Loaded[Any]: ...
+@overload
+def load(port_name: str, key: str, base: type[M]) -> Loaded[M]: ...
 @functools.cache
-def load(port_name: str, key: str) -> Loaded:
-    """Import one method. Raises `UserError` with a near miss for an unknown key."""
+def load(port_name: str, key: str, base: type[Any] = Method) -> Loaded[Any]:
+    """Import one method. Raises `UserError` with a near miss for an unknown key.
+
+    base: the port's class, so that a type checker knows what is loaded: `load("linear", key, LinearForm).cls`.
+    """
     known = methods(port_name)
     if key not in known:
         raise unknown(f"{port_name} method", key, known, f"Type: modicum ls {port_name}")

@@ -21,10 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from modicum.budget.trace import has_data
-from modicum.core import registry
+from modicum.core import compose, registry
+from modicum.core.callback import Callback
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
-from modicum.model.linear import Gradient, LinearForm, LinearShape
+from modicum.model.linear import LinearForm, LinearShape
+from modicum.model.linear._adapter import Adapter
+from modicum.model.linear.dense import Config as DenseConfig
+from modicum.model.linear.dense import Dense
 
 HEADS = ("lm_head", "embed_out")  # what gives logits; forms go there only where they are told to
 
@@ -139,7 +143,7 @@ def attach(
         _replace(model, layers[name], form)
         form.train(layers[name].training)
     _announce(model, made)
-    if any("adapter" in form.provides for form in forms(model).values()):
+    if any(isinstance(form, Adapter) for form in forms(model).values()):
         freeze(model)
     return made
 
@@ -147,7 +151,7 @@ def attach(
 def _make(
     layer: nn.Module, choice: Choice, calibration_NI: Tensor | None, generator: torch.Generator | None
 ) -> LinearForm:
-    adapter = "adapter" in _provides(choice)
+    adapter = issubclass(_class(choice), Adapter)
     there = layer if isinstance(layer, LinearForm) else None
     if there is not None and not (adapter and "adapter_base" in there.provides):
         held = there.choice.method if there.choice else type(there).__name__
@@ -159,27 +163,20 @@ def _make(
     if has_data(weight_OI) and not bool(weight_OI.isfinite().all()):
         raise UserError(f"its weight holds NaN or infinite values; {choice.method!r} cannot be fitted to it")
     shape = LinearShape.of(weight_OI, bias_O)
-    form: LinearForm = registry.build("linear", choice, shape, base)
+    form = _class(choice)(choice.config(), shape, *([] if base is None else [base]))
     form.choice, form.transposed = choice, is_conv1d(layer) or getattr(there, "transposed", False)
-    with torch.no_grad():
-        form.fit(weight_OI, bias_O, calibration_NI=calibration_NI, generator=generator)
-    return form
+    return form.fit(weight_OI, bias_O, calibration_NI=calibration_NI, generator=generator)
 
 
 def require_fit(choice: Any) -> None:
     """Raise `UserError` for a form that starts afresh: put into a trained model, it would forget weights."""
-    parsed = Choice.parse("linear", choice)
-    cls: Any = registry.load("linear", parsed.method).cls
-    if cls.fit_error is None:
-        raise UserError(
-            f"the form {parsed.method!r} does not take over a trained weight, it starts afresh; "
-            f"it is for pretraining: modicum pretrain CURATED --form {parsed} --out RUN"
-        )
+    remedy = f"train with it from the start: modicum pretrain CURATED --form {choice} --out RUN"
+    trained = compose.setting("a trained model", requires={"fit"}, remedy=remedy)
+    compose.resolve([compose.member("linear", choice), trained])
 
 
-def _provides(choice: Choice) -> frozenset[str]:
-    cls: Any = registry.load("linear", choice.method).cls
-    return cls.provides
+def _class(choice: Choice) -> type[LinearForm]:
+    return registry.load("linear", choice.method, LinearForm).cls
 
 
 def plain_shape(layer: nn.Module) -> tuple[int, int]:
@@ -200,10 +197,11 @@ def plain(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 def wrap(layer: nn.Module) -> LinearForm:
     """A plain layer as a `dense` form that shares its parameters (a Conv1D's are transposed, so copied)."""
     weight_OI, bias_O = plain(layer)
-    form: Any = registry.build("linear", "dense", LinearShape.of(weight_OI, bias_O, device="meta"))
+    form = Dense(DenseConfig(), LinearShape.of(weight_OI, bias_O, device="meta"))
     form.choice = Choice("linear", "dense")
-    form.weight = nn.Parameter(weight_OI.detach().contiguous()) if is_conv1d(layer) else layer.weight
-    form.bias = bias_O
+    conv = is_conv1d(layer)
+    form.weight = nn.Parameter(weight_OI.detach().contiguous()) if conv else layer.weight  # type: ignore[assignment]
+    form.bias = bias_O  # type: ignore[assignment]
     form._like = weight_OI.detach().new_empty(0)
     return form
 
@@ -229,30 +227,15 @@ def _announce(model: nn.Module, made: Mapping[str, LinearForm]) -> None:
         cls.after_attach(model, {name: form for name, form in present.items() if type(form) is cls})
 
 
-def fills(cls: type[LinearForm], hook: str) -> bool:
-    """Whether a form's class does something in `hook` (before_step, after_step)."""
-    return getattr(cls, hook).__func__ is not getattr(LinearForm, hook).__func__
-
-
-def _by_class(model: nn.Module, hook: str) -> list[tuple[type[LinearForm], dict[str, LinearForm]]]:
-    present = forms(model)
-    return [
-        (cls, {name: form for name, form in present.items() if type(form) is cls})
-        for cls in dict.fromkeys(type(form) for form in present.values())
-        if fills(cls, hook)
-    ]
-
-
-def before_step(model: nn.Module, gradient: Gradient, step: int, total: int) -> None:
-    """Let forms read or change their gradients: once per class, before the optimizer's step."""
-    for cls, mine in _by_class(model, "before_step"):
-        cls.before_step(mine, gradient, step, total)
-
-
-def after_step(model: nn.Module, step: int, total: int) -> None:
-    """Let forms that change while training do so: once per class, after the optimizer's step."""
-    for cls, mine in _by_class(model, "after_step"):
-        cls.after_step(mine, step, total)
+def callbacks(model: nn.Module) -> dict[str, Callback]:
+    """What the forms of `model` do in the training loop, by `linear.KEY`: one callback per method that has any."""
+    present, found = forms(model), {}
+    for cls in dict.fromkeys(type(form) for form in present.values()):
+        mine = {name: form for name, form in present.items() if type(form) is cls}
+        if (callback := cls.callback(mine)) is not None:
+            choice = next(iter(mine.values())).choice
+            found[f"linear.{choice.method if choice else cls.__name__}"] = callback
+    return found
 
 
 def freeze(model: nn.Module) -> list[nn.Parameter]:
@@ -267,7 +250,7 @@ def freeze(model: nn.Module) -> list[nn.Parameter]:
 def settle(model: nn.Module) -> dict[str, LinearForm]:
     """Training is over: every form gives way to what it asks to be kept as. Returns the forms now there."""
     for form in forms(model).values():
-        kept = form.settled()
+        kept = form.settled() if isinstance(form, Adapter) else form
         if kept is not form:
             kept.transposed = form.transposed
             _replace(model, form, kept.train(form.training))
@@ -280,7 +263,7 @@ def places(model: nn.Module, choice: Any) -> list[str]:
     Raises `UserError` where there is none.
     """
     picked = Choice.parse("linear", choice)
-    cls: Any = registry.load("linear", picked.method).cls
+    cls = _class(picked)
     names = [name for name in linears(model) if not name.endswith(HEADS)]
     found = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in cls.places)]
     if not found:
@@ -296,7 +279,7 @@ def detach(model: nn.Module) -> list[str]:
     changed = []
     for name, form in forms(model).items():
         kept = form
-        while "adapter" in kept.provides and kept.base is not None:
+        while isinstance(kept, Adapter):
             kept = kept.base
         if kept is not form or _is_dense(form):
             _replace(model, form, as_linear(kept) if _is_dense(kept) else kept)
@@ -323,7 +306,7 @@ def merge(model: nn.Module) -> list[str]:
 
 
 def _is_dense(form: LinearForm) -> bool:
-    return form.choice is not None and form.choice.method == "dense"
+    return isinstance(form, Dense)
 
 
 def as_linear(form: LinearForm) -> nn.Linear:
@@ -345,8 +328,7 @@ def attach_embedding(model: nn.Module, name: str, choice: Any) -> LinearForm:
             f"module {name!r} is no token embedding that a form can take; embeddings here: "
             f"{', '.join(near) or '(none)'}"
         )
-    words = _provides(picked)
-    if "embedding" not in words or "adapter" in words:
+    if "embedding" not in _class(picked).provides or issubclass(_class(picked), Adapter):
         raise UserError(f"the form {picked.method!r} cannot hold an embedding; choose one that can, for instance int8")
     form = _make(table, picked, None, None)
     for layer in linears(model).values():

@@ -16,7 +16,7 @@ from modicum.budget import units
 from modicum.core import gguf
 from modicum.core.errors import CorruptError, UserError, unknown
 from modicum.core.files import atomic_directory, write_json
-from modicum.model import form_state, sources, stack
+from modicum.model import elastic, form_state, sources
 from modicum.model.attach import forms
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
@@ -164,7 +164,7 @@ def load_model(
 
     `dtype` None keeps each tensor's own. Weights are in memory once: the modules are made without
     storage and each tensor goes from its shard to its place, converted on the way. Linear forms that the
-    folder describes are attached again. `size` ("24MiB"): of a folder in blocks (`model.stack`), so many
+    folder describes are attached again. `size` ("24MiB"): of a folder in blocks (`model.elastic`), so many
     bytes of weights at most; without it, all blocks. A GGUF file, or a folder that holds model.gguf instead of
     safetensors, loads like its Hugging Face folder; `keep_quantized`, without a dtype and on a CPU, leaves its
     matrices in Q4_0, Q4_1 and Q8_0 as they are (linear form `ggml`) instead of in bfloat16. Raises `UserError` for
@@ -184,8 +184,8 @@ def load_model(
         model = Decoder(config)
     stored_forms = _restore_forms(model, folder, wanted, device)
     fill_weights(model, folder, wanted, device, beside=stored_forms)
-    if size is not None or stack.stacks(model):
-        stack.resize(model, folder, None if size is None else units.parse(size, "bytes"))
+    if size is not None or elastic.elastic_forms(model):
+        elastic.resize(model, folder, None if size is None else units.parse(size, "bytes"))
     return model.eval()
 
 
@@ -197,7 +197,7 @@ def _restore_forms(model: Decoder, folder: Path, dtype: torch.dtype | None, devi
         description = json.loads((folder / FORMS_JSON).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CorruptError(f"{FORMS_JSON} in {folder} is not valid JSON ({error}); write it again") from None
-    form_state.restore(model, stack.emptied(description), dtype=dtype, device=device)
+    form_state.restore(model, elastic.emptied(description), dtype=dtype, device=device)
     path = folder / FORMS_FILE
     if not path.exists():
         raise CorruptError(f"{folder} describes linear forms but lacks {FORMS_FILE}; write the folder again")
@@ -328,9 +328,9 @@ def save_model(
         write_json(new / "config.json", write_config(config, dtype))
         _write_shards(new, items, max_shard_bytes)
         if description is not None:
-            blocks = stack.block_items(model)
+            blocks = elastic.block_items(model)
             if blocks:
-                write_safetensors(new / stack.BLOCKS_FILE, blocks.values(), as_given=True)
+                write_safetensors(new / elastic.BLOCKS_FILE, blocks.values(), as_given=True)
             state = form_state.form_state(model) | {n: parameters[n] for n in homeless}
             write_safetensors(
                 new / FORMS_FILE,

@@ -18,6 +18,7 @@ from modicum.core.choice import Choice
 from modicum.core.errors import CorruptError
 from modicum.model import attach
 from modicum.model.linear import LinearForm, LinearShape
+from modicum.model.linear._adapter import Adapter
 
 VERSION = 1
 
@@ -52,7 +53,7 @@ def _entry(form: LinearForm) -> dict[str, Any]:
         "bias": form.bias_value() is not None,
         "dtype": str(form.dtype).removeprefix("torch."),
         "layout": form.layout(),
-        "base": None if form.base is None else _entry(form.base),
+        "base": _entry(form.base) if isinstance(form, Adapter) else None,
     }
 
 
@@ -96,13 +97,12 @@ def restore(
             ) from None
     for cls in dict.fromkeys(type(form) for form in made.values()):
         cls.after_attach(model, {name: form for name, form in made.items() if type(form) is cls})
-    if any("adapter" in form.provides for form in made.values()):
+    if any(isinstance(form, Adapter) for form in made.values()):
         attach.freeze(model)
     return made
 
 
 def _form(entry: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str) -> LinearForm:
-    base = None if entry["base"] is None else _form(entry["base"], dtype, device)
     shape = LinearShape(
         in_features=entry["in"],
         out_features=entry["out"],
@@ -111,7 +111,8 @@ def _form(entry: Mapping[str, Any], dtype: torch.dtype | None, device: torch.dev
         device=device,
     )
     choice = Choice.parse("linear", entry["form"])
-    form: LinearForm = registry.build("linear", choice, shape, base)
+    base = [] if entry["base"] is None else [_form(entry["base"], dtype, device)]
+    form = registry.build("linear", choice, shape, *base)
     form.choice = choice
     form.set_layout(entry["layout"])
     form.requires_grad_(False)
@@ -130,16 +131,6 @@ def form_state(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             found[name] = tensor
     return found
-
-
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors outside forms by module name: what the rest of the folder holds."""
-    inside = {
-        id(tensor) for form in attach.forms(model).values() for tensor in form.state_dict(keep_vars=True).values()
-    }
-    return {
-        name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in inside
-    }
 
 
 def load_form_state(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:

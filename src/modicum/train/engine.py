@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modicum.core import registry
+from modicum.core.callback import step_with_factors
 from modicum.core.errors import UserError
 from modicum.data.stream import Batch
 from modicum.model import attach
@@ -42,7 +43,7 @@ class TrainEngine:
         self.extra = dict(parts or {})
         if taken := {"model", "forms", *training_ports()} & self.extra.keys():
             raise UserError(f"a part cannot be named {sorted(taken)[0]!r}; choose another name")
-        self.extra |= {"forms": Forms(self.model)} if attach.forms(self.model) else {}
+        self.extra |= {"forms": Forms(self.model)} | attach.callbacks(self.model) if attach.forms(self.model) else {}
         check_combination(config, self.ranks.world, self.extra)
         self.objective: Objective = config.build("objective")
         self.schedule: Schedule = config.build("schedule")
@@ -210,7 +211,10 @@ class TrainEngine:
             grads = [parallel.local(p.grad) for p in self.named.values() if p.grad is not None]
             if grads:
                 torch._foreach_mul_(grads, factor)
-        self.optimizer.step(scales)
+        factors: dict[str, Tensor] = {}
+        for part in self.parts.values():
+            factors |= part.step_factors(self)
+        step_with_factors(lambda: self.optimizer.step(scales), self.named, factors)
         self.write_back()
         self.drop_gradients()
 

@@ -12,7 +12,7 @@ from modicum.compress import calibration
 from modicum.compress.stacking import sort_blocks
 from modicum.core import registry
 from modicum.core.choice import Choice
-from modicum.model import attach, stack
+from modicum.model import attach, elastic
 from modicum.model.decoder import Decoder
 
 SEQUENCES = 16  # of training text for the layers' inputs, and as many for the order
@@ -27,7 +27,7 @@ def formed(choice: Choice, seed: int, settings: Settings) -> Decoder:
     """The bench's trained decoder, the form in all layers but the head, cut to the `bits` asked for."""
     knobs = {k: v for k, v in choice.knobs.items() if k != "bits"}
     model = copy.deepcopy(_sorted(str(Choice("linear", choice.method, knobs)), seed, settings))
-    stack.trim(stack.stacks(model), dict.fromkeys(stack.stacks(model), choice.config().bits))
+    elastic.trim(elastic.elastic_forms(model), dict.fromkeys(elastic.elastic_forms(model), choice.config().bits))
     return model
 
 
@@ -41,5 +41,5 @@ def _sorted(choice: str, seed: int, settings: Settings) -> Decoder:
     names = [name for name in attach.linears(model) if name != "lm_head"]
     inputs = calibration.activations(model, tokens_NT[SEQUENCES:], names)
     attach.attach(model, dict.fromkeys(names, choice), calibration=inputs)
-    sort_blocks(model, stack.stacks(model), tokens_NT[:SEQUENCES], events=training.fixtures.Quiet())
+    sort_blocks(model, elastic.elastic_forms(model), tokens_NT[:SEQUENCES], events=training.fixtures.Quiet())
     return model

@@ -93,7 +93,7 @@ def _put_form(
     made = LinearShape(out_features=shape[0], in_features=shape[1], bias=bias, dtype=dtype, device=device)
     form: Any = registry.build("linear", choice, made)
     form.choice = choice
-    form.take(blocks_OB).eval()
+    form.take_blocks(blocks_OB).eval()
     if name == "embed":
         model.embed = FormEmbedding(form)  # type: ignore[assignment]
         if model.config.tied:

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modicum.core import registry
+from modicum.core.callback import step_with_factors
 from modicum.core.choice import Choice
 from modicum.model import attach, form_state
 from modicum.model.linear import LinearForm, unique_tensors
+from modicum.model.linear._adapter import Adapter
+from modicum.model.linear._elastic import Elastic
 
 IN, OUT = 48, 40
 
 
 def _choice(key: str) -> Choice:
-    loaded = registry.load("linear", key)
+    loaded = registry.load("linear", key, LinearForm)
     toy = getattr(loaded.module, "TOY", loaded.config())
     return Choice("linear", key, dataclasses.asdict(toy))
 
@@ -49,13 +53,20 @@ def _inputs(*sizes: int) -> Tensor:
 def _train(key: str, model: nn.Module, forms: dict[str, LinearForm], steps: int) -> None:
     optimizer = torch.optim.SGD([p for f in forms.values() for p in f.trainable()], lr=0.05)
     x, target = _inputs(32, IN), _inputs(32, IN).flip(0)
-    for step in range(1, steps + 1):
+    callbacks = attach.callbacks(model).values()
+    loop = SimpleNamespace(
+        named=dict(model.named_parameters()), steps_done=0, config=SimpleNamespace(total_steps=steps)
+    )
+    for _ in range(steps):
         optimizer.zero_grad()
         ((model(x) - target) ** 2).mean().backward()
-        attach.before_step(model, lambda parameter: parameter.grad, step, steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        attach.after_step(model, step, steps)
+        for callback in callbacks:
+            callback.before_step(loop)
+        factors = {name: x for callback in callbacks for name, x in callback.step_factors(loop).items()}
+        step_with_factors(optimizer.step, loop.named, factors)
+        loop.steps_done += 1
+        for callback in callbacks:
+            callback.after_step(loop)
 
 
 def _trained(key: str) -> tuple[nn.Module, dict[str, LinearForm]]:
@@ -64,6 +75,38 @@ def _trained(key: str) -> tuple[nn.Module, dict[str, LinearForm]]:
     if any(form.trainable() for form in forms.values()):
         _train(key, model, forms, 3)
     return model.eval(), forms
+
+
+def check_words_agree_with_the_protocol(key: str) -> None:
+    """What `core.compose` reads as words is what the class is, and `fit` is exactly what has an error bound."""
+    cls = registry.load("linear", key, LinearForm).cls
+    for word, protocol in (("adapter", Adapter), ("elastic", Elastic)):
+        assert (word in cls.provides) == issubclass(cls, protocol), f"{key}: {word} and {protocol.__name__} disagree"
+    assert ("fit" in cls.provides) == (cls.fit_error is not None), f"{key}: fit_error=None means that it starts afresh"
+    assert ("trainable" in cls.provides) == any(form.trainable() for form in _attached(key, _model()).values())
+
+
+def check_any_number_of_blocks_is_a_weight(key: str) -> None:
+    """Of an elastic form, each block brings the weight nearer, blocks have the bytes they say, and what is dropped
+    can be put back."""
+    for form in _attached(key, _model()).values():
+        if not isinstance(form, Elastic):
+            continue
+        blocks, whole = form.held, form.dense().clone()
+        assert form.available == blocks > 1
+        stored = [getattr(form, f"block_{i}").clone() for i in range(blocks)]
+        assert [block.nbytes for block in stored] == [form.block_nbytes(i) for i in range(blocks)]
+        total, errors = torch.zeros_like(whole), []
+        for n in range(1, blocks + 1):
+            form.set_layout({"blocks": n})
+            for i in range(n):
+                getattr(form, f"block_{i}").copy_(stored[i])
+            total = total + form.block_weight(n - 1).to(total.dtype)
+            torch.testing.assert_close(form.dense(), total, atol=1e-5, rtol=1e-5)
+            errors.append((whole - total).norm().item())
+            form.set_layout({"blocks": n - 1 or 1})
+        assert errors == sorted(errors, reverse=True), f"{key}: a further block takes the weight further away"
+        assert form.available == blocks, f"{key}: dropping blocks forgot how many there are"
 
 
 def check_dense_agrees_with_forward(key: str) -> None:
@@ -107,7 +150,7 @@ def check_only_trainable_requires_grad(key: str) -> None:
     model = _model()
     forms = _attached(key, model)
     wanted = {id(p) for form in forms.values() for p in form.trainable()}
-    if any("adapter" in form.provides for form in forms.values()):
+    if any(isinstance(form, Adapter) for form in forms.values()):
         have = {id(p) for p in model.parameters() if p.requires_grad}
         assert have == wanted, f"{key}: an adapter must leave exactly its trainable() requiring gradients"
     x = _inputs(4, IN).requires_grad_()
@@ -191,7 +234,8 @@ def check_settles_into_the_same(key: str) -> None:
         torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
     assert kept.keys() == forms.keys(), f"{key}: settling lost or gained forms"
     assert sum(form.nbytes() for form in kept.values()) <= before, f"{key}: what is kept is larger"
-    assert all(form.settled() is form for form in kept.values()), f"{key}: settling does not end"
+    ended = [form.settled() is form for form in kept.values() if isinstance(form, Adapter)]
+    assert all(ended), f"{key}: settling does not end"
     form_state.restore(_model(seed=9), form_state.describe(model) or {})
 
 

@@ -36,7 +36,7 @@ class _Decoded(torch.autograd.Function):
 
 
 class QuantisedForm(LinearForm):
-    """A frozen weight in codes and scales. Methods give `fit`, `decode`, `rows` and maybe `_kernel`."""
+    """A frozen weight in codes and scales. Methods give `take`, `decode`, `rows` and maybe `_kernel`."""
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """weight_OI in `dtype`."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from torch import Tensor
 from modicum.budget.trace import has_data
 from modicum.core.errors import UserError
 from modicum.model.linear import LinearForm, LinearShape, check_rank
+from modicum.model.linear._elastic import Elastic
 from modicum.model.linear._quantised import QuantisedForm
 
 CLAIM = {
@@ -81,7 +82,7 @@ class Config:
 TOY = Config(rank=4, blocks=8)
 
 
-class BitStack(QuantisedForm):
+class BitStack(QuantisedForm, Elastic):
     """State: `scale` and `block_0`, `block_1`, ... A block is one run of bytes, as it lies in a file:
     U (O, k) and V (k, I) in float16, then the signs (O, ceil(I / 8)), bit 0 first, set for positive."""
 
@@ -91,61 +92,33 @@ class BitStack(QuantisedForm):
     config: Config
     scale: Tensor
 
-    def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
+    def __init__(self, config: Config, shape: LinearShape):
         check_rank("bitstack", config.rank, shape)
-        super().__init__(config, shape, base)
+        super().__init__(config, shape)
         self.row_bytes = -(-shape.in_features // 8)
         self.register_buffer("scale", self._empty(shape.in_features, dtype=torch.bfloat16))
-        self.held = self.available = 0
-        self.order: list[int] = []
-        self.kept: Tensor | None = None
         self.set_layout({"blocks": config.blocks})
 
-    # --- the stack: see model.stack ---------------------------------------------------------------
-
-    @property
-    def block_bytes(self) -> int:
+    def block_nbytes(self, i: int) -> int:
         factors = self.config.rank * (self.in_features + self.out_features)
         return factors * FACTOR.itemsize + self.out_features * self.row_bytes
 
-    def layout(self) -> dict[str, Any]:
-        return {"blocks": self.held} | ({"order": self.order[: self.held]} if self.order else {})
-
-    def set_layout(self, layout: dict[str, Any]) -> None:
-        """Hold `blocks` blocks: those above go, new ones are empty. The rest as in `model.stack.Stack`."""
-        n = int(layout["blocks"])
-        for i in range(n, self.held):
-            delattr(self, f"block_{i}")
-        for i in range(self.held, n):
-            self.register_buffer(f"block_{i}", self._like.new_empty(self.block_bytes, dtype=torch.uint8))
-        self.held, self.available = n, int(layout.get("available", max(n, self.available)))
-        self.order = list(layout.get("order", self.order))
-
     # --- the weight ---------------------------------------------------------------------------------
 
-    def fit(
-        self,
-        weight_OI: Tensor,
-        bias_O: Tensor | None = None,
-        *,
-        calibration_NI: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
+    def take(self, weight_OI: Tensor, calibration_NI: Tensor | None, generator: torch.Generator | None) -> None:
         scale_I = torch.ones(self.in_features, device=self.scale.device)
         if calibration_NI is not None:
-            norm_I = calibration_NI.detach().to(self.scale.device, torch.float32).norm(dim=0)
+            norm_I = calibration_NI.to(self.scale.device, torch.float32).norm(dim=0)
             if has_data(norm_I) and not (bool(norm_I.isfinite().all()) and bool(norm_I.any())):
                 raise UserError("the calibration inputs are all zero, or hold NaN or infinite values; give others")
             scale_I = norm_I / norm_I.mean() + 1e-3  # a channel that was silent keeps some weight
         self.scale.copy_(scale_I)
-        left_OI = weight_OI.detach().to(self.scale.device, torch.float32) * self.scale.float()
+        left_OI = weight_OI.to(self.scale.device, torch.float32) * self.scale.float()
         for i in range(self.held):
             factors = [x.to(FACTOR).flatten().view(torch.uint8) for x in magnitudes(left_OI.abs(), self.config.rank)]
             block = torch.cat([*factors, pack(left_OI >= 0).flatten()])
             getattr(self, f"block_{i}").copy_(block)
             left_OI = left_OI - self._block(i)
-        self._set_bias(bias_O)
-        return self
 
     def block_weight(self, i: int) -> Tensor:
         """What block i adds to the weight: float32 (O, I)."""
@@ -171,8 +144,8 @@ class BitStack(QuantisedForm):
         return torch.where(unpack(signs, self.in_features), magnitude, -magnitude)
 
     def _sum(self, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
-        if self.kept is not None:
-            return (self.kept if rows is None else self.kept[rows]).to(dtype)
+        if self.partial_sum is not None:
+            return (self.partial_sum if rows is None else self.partial_sum[rows]).to(dtype)
         n_rows = self.out_features if rows is None else rows.numel()
         total = torch.zeros(n_rows, self.in_features, device=self.scale.device)
         for i in range(self.held):
@@ -188,7 +161,7 @@ class BitStack(QuantisedForm):
     @classmethod
     def after_attach(cls, model: Any, forms: dict[str, LinearForm]) -> None:
         """Down to `bits` per weight over all layers, in the order of the blocks."""
-        from modicum.model.stack import trim
+        from modicum.model.elastic import trim
 
         found: dict[str, Any] = dict(forms)
         trim(found, {name: form.config.bits for name, form in found.items()})

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from modicum.core.errors import UserError
 from modicum.model.linear import LinearForm, LinearShape
+from modicum.model.linear._adapter import Adapter
 
 CLAIM = {
     "figure": "on par with full fine-tuning training 0.073% of the parameters",
@@ -71,15 +72,12 @@ class Config:
             raise ValueError(f"n={self.n} must divide bottleneck={self.bottleneck}")
 
 
-class Compacter(LinearForm):
+class Compacter(Adapter):
     provides = frozenset({"adapter", "fit", "trainable"})
     places = ATTENTION + FEED_FORWARD
     config: Config
-    base: LinearForm
 
-    def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
-        if base is None:
-            raise TypeError("compacter is an adapter and needs a base form")
+    def __init__(self, config: Config, shape: LinearShape, base: LinearForm):
         n, width, d, rank = config.n, shape.out_features, config.bottleneck, config.rank
         if width % n:
             near = [str(k) for k in range(1, d + 1) if width % k == 0 and d % k == 0]
@@ -104,21 +102,13 @@ class Compacter(LinearForm):
         self._norms: list[nn.Module] = []
         self._lends, self._joined = True, False  # lists the slow matrices as trainable; shares them already
 
-    def fit(
-        self,
-        weight_OI: Tensor,
-        bias_O: Tensor | None = None,
-        *,
-        calibration_NI: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
+    def take(self, weight_OI: Tensor, calibration_NI: Tensor | None, generator: torch.Generator | None) -> None:
         nn.init.normal_(self.slow, std=self.config.slow_std, generator=generator)
         for factors in (self.down_s, self.down_t, self.up_s, self.up_t):
             for one in factors:
                 nn.init.xavier_uniform_(one, gain=math.sqrt(2), generator=generator)
         nn.init.zeros_(self.down_b)
         nn.init.zeros_(self.up_b)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)

@@ -9,7 +9,6 @@ own it means full fine-tuning of the chosen layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -27,24 +26,14 @@ class Dense(LinearForm):
     provides = frozenset({"adapter_base", "embedding", "fit", "merge", "trainable"})
     config: Config
 
-    def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
-        super().__init__(config, shape, base)
+    def __init__(self, config: Config, shape: LinearShape):
+        super().__init__(config, shape)
         self.weight = nn.Parameter(self._empty(shape.out_features, shape.in_features))
         if self.bias is not None:
             self.bias.requires_grad_(True)
 
-    def fit(
-        self,
-        weight_OI: Tensor,
-        bias_O: Tensor | None = None,
-        *,
-        calibration_NI: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
-        with torch.no_grad():
-            self.weight.copy_(weight_OI)
-        self._set_bias(bias_O)
-        return self
+    def take(self, weight_OI: Tensor, calibration_NI: Tensor | None, generator: torch.Generator | None) -> None:
+        self.weight.copy_(weight_OI)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from modicum.model.gguf.quantize import quantize
-from modicum.model.linear import LinearForm, LinearShape
+from modicum.model.linear import LinearShape
 from modicum.model.linear._quantised import QuantisedForm
 
 BLOCK = 32  # inputs that share a scale
@@ -41,8 +41,8 @@ class Ggml(QuantisedForm):
     scale: Tensor
     minimum: Tensor
 
-    def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
-        super().__init__(config, shape, base)
+    def __init__(self, config: Config, shape: LinearShape):
+        super().__init__(config, shape)
         self.group, self.n_groups = BLOCK, -(-shape.in_features // BLOCK)
         out, padded, whole = shape.out_features, self.n_groups * BLOCK, config.type == "q8_0"
         dtype = torch.int8 if whole else torch.uint8
@@ -51,22 +51,14 @@ class Ggml(QuantisedForm):
         minima = self.n_groups if config.type == "q4_1" else 0
         self.register_buffer("minimum", self._empty(out, minima, dtype=torch.float16))
 
-    def fit(
-        self,
-        weight_OI: Tensor,
-        bias_O: Tensor | None = None,
-        *,
-        calibration_NI: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
-        weight = weight_OI.detach().to("cpu", torch.float32)
+    def take(self, weight_OI: Tensor, calibration_NI: Tensor | None, generator: torch.Generator | None) -> None:
+        weight = weight_OI.to("cpu", torch.float32)
         # Pad by repeating the last input: zeros would widen the last block's range.
         missing = self.n_groups * BLOCK - self.in_features
         weight = torch.cat([weight, weight[:, -1:].expand(-1, missing)], 1)
-        self._set_bias(bias_O)
-        return self.take(quantize(weight, self.config.type))
+        self.take_blocks(quantize(weight, self.config.type))
 
-    def take(self, blocks_OB: Tensor) -> Self:
+    def take_blocks(self, blocks_OB: Tensor) -> Self:
         """Take over the bytes of ggml's blocks, uint8 (O, bytes of a row), as they are."""
         header = HEADER[self.config.type]
         size = header + (BLOCK if self.config.type == "q8_0" else BLOCK // 2)

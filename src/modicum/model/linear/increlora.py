@@ -30,18 +30,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from modicum.core.callback import Callback
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
-from modicum.model.linear import Gradient, LinearForm, LinearShape, lora
+from modicum.model.linear import LinearForm, LinearShape, lora
+from modicum.model.linear._adapter import Adapter
 
 CLAIM = {
     "figure": "better than LoRA and AdaLoRA at equal parameters, most of all with little data",
@@ -84,15 +86,12 @@ class Config:
 TOY = Config(rank=2, max_rank=4, alpha=4.0, begin=0.0, end=0.7, interval=0.3)
 
 
-class IncreLora(LinearForm):
+class IncreLora(Adapter):
     provides = frozenset({"adapter", "fit", "merge", "trainable"})
     requires = frozenset({"step_gradients"})
     config: Config
-    base: LinearForm
 
-    def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
-        if base is None:
-            raise TypeError("increlora is an adapter and needs a base form")
+    def __init__(self, config: Config, shape: LinearShape, base: LinearForm):
         most = min(shape.in_features, shape.out_features)
         if max(config.rank, config.max_rank) > most:
             knob = f"rank={config.rank}" if config.rank > most else f"max_rank={config.max_rank}"
@@ -110,22 +109,12 @@ class IncreLora(LinearForm):
         self.rank, self.growing = 1, config.rank > 1  # growing: some of the budget is left
         self.sensitivity = self.uncertainty = 0.0
         self.born, self.grown = [0] * self.most, [0] * self.most  # steps since which A and B, lambda of a rank learn
-        # Of the step in progress.
-        self.score: Tensor | None = None
-        self._before: tuple[Tensor, Tensor, Tensor] | None = None
+        self.score: Tensor | None = None  # of the step in progress
 
-    def fit(
-        self,
-        weight_OI: Tensor,
-        bias_O: Tensor | None = None,
-        *,
-        calibration_NI: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
+    def take(self, weight_OI: Tensor, calibration_NI: Tensor | None, generator: torch.Generator | None) -> None:
         nn.init.normal_(self.A, std=self.config.std, generator=generator)
         nn.init.normal_(self.B, std=self.config.std, generator=generator)
         nn.init.zeros_(self.E)
-        return self
 
     @property
     def learning(self) -> int:
@@ -150,20 +139,10 @@ class IncreLora(LinearForm):
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
         return self.A[: self.rank], self.B[:, : self.rank] * self.E[: self.rank], self.scaling
 
-    def dense(self) -> Tensor:
-        weight = self.base.dense()
-        a_RI, b_OR, scaling = self.low_rank()
-        return weight + (scaling * (b_OR @ a_RI)).to(weight.dtype)
-
-    def rows(self, index: Tensor) -> Tensor:
-        rows = self.base.rows(index)
-        a_RI, b_OR, scaling = self.low_rank()
-        return rows + (scaling * F.embedding(index, b_OR) @ a_RI).to(rows.dtype)
-
     def trainable(self) -> list[nn.Parameter]:
         return [self.A, self.B, self.E]
 
-    def settled(self) -> LinearForm:
+    def settled(self) -> Adapter:
         """Plain `lora` of the rank reached."""
         config = lora.Config(rank=self.rank, alpha=self.scaling * self.rank, dropout=self.config.dropout)
         form = lora.Lora(config, self.shape, self.base)
@@ -191,34 +170,11 @@ class IncreLora(LinearForm):
             if not 1 <= self.rank <= self.most or not len(self.born) == len(self.grown) == self.most:
                 raise ValueError(f"increlora: rank {self.rank} of at most {self.most} is stored")
 
-    # --- around the optimizer's step -------------------------------------------------------------
+    # --- as it grows -----------------------------------------------------------------------------
 
     @classmethod
-    def before_step(cls, forms: dict[str, LinearForm], gradient: Gradient, step: int, total: int) -> None:
-        adapters = [form for form in forms.values() if isinstance(form, IncreLora)]
-        with torch.no_grad():
-            for form in adapters:
-                form._remember(step, total)
-                n, pull = form.learning, 4 * form.config.gamma / (2 * len(adapters))
-                a_RI, b_OR = form.A[:n], form.B[:, :n]
-                one_RR = torch.eye(n, dtype=a_RI.dtype, device=a_RI.device)
-                by_a, by_b = gradient(form.A), gradient(form.B)
-                if by_a is not None and by_b is not None:
-                    by_a[:n].add_((a_RI @ a_RI.T - one_RR) @ a_RI, alpha=pull)
-                    by_b[:, :n].add_(b_OR @ (b_OR.T @ b_OR - one_RR), alpha=pull)
-
-    @classmethod
-    def after_step(cls, forms: dict[str, LinearForm], step: int, total: int) -> None:
-        adapters = [form for form in forms.values() if isinstance(form, IncreLora)]
-        for form in adapters:
-            form._warm_up(step, total)
-        watched = [form for form in adapters if form.score is not None]
-        if watched:
-            scores = torch.stack([form.score for form in watched if form.score is not None]).tolist()
-            for form, score in zip(watched, scores, strict=True):
-                form.observe(score)
-        for config in dict.fromkeys(form.config for form in adapters):
-            allocate([form for form in adapters if form.config == config], config, step, total)
+    def callback(cls, forms: Mapping[str, LinearForm]) -> Callback:
+        return Growth({name: form for name, form in forms.items() if isinstance(form, IncreLora)})
 
     def observe(self, sensitivity: float) -> None:
         """Take in the sensitivity of a step."""
@@ -235,34 +191,50 @@ class IncreLora(LinearForm):
         self.rank += ranks
         self.born[before : self.learning] = [step] * (self.learning - before)
 
-    def _rates(self, step: int, total: int) -> tuple[int, list[float], list[float]]:
-        """(first rank that warms up, rates of A and B, rates of lambda) as shares, from that rank on."""
+    def warm_up(self, step: int, total: int) -> dict[str, Tensor]:
+        """Shares of their learning rate that ranks have in `step`, by parameter; {} once all have their own."""
         steps = max(self.config.warmup * total, 1e-9)
-        rates = [
-            [1.0 if since == 0 else min(1.0, (step - since) / steps) for since in of[: self.learning]]
-            for of in (self.born, self.grown)
-        ]
-        first = next((i for i in range(self.learning) if min(rates[0][i], rates[1][i]) < 1), self.learning)
-        return first, rates[0][first:], rates[1][first:]
+        learnt, used = (
+            [1.0 if since == 0 else min(1.0, (step - since) / steps) for since in of] for of in (self.born, self.grown)
+        )
+        if min(*learnt, *used) == 1:
+            return {}
+        rate_R = self.E.new_tensor(learnt)
+        return {"A": rate_R[:, None], "B": rate_R, "E": self.E.new_tensor(used)}
 
-    def _remember(self, step: int, total: int) -> None:
-        first, rates, _ = self._rates(step, total)
-        part = slice(first, self.learning)
-        self._before = (self.A[part].clone(), self.B[:, part].clone(), self.E[part].clone()) if rates else None
+
+class Growth(Callback):
+    """Around the optimizer's step, for all matrices together: the regulariser, warm-ups, scores, new ranks."""
+
+    requires = frozenset({"step_gradients"})
+
+    def __init__(self, forms: Mapping[str, IncreLora]):
+        self.forms = forms
 
     @torch.no_grad()
-    def _warm_up(self, step: int, total: int) -> None:
-        """Go back part of the way that ranks in their warm-up went, whatever the optimizer: its step is linear in
-        the learning rate."""
-        if self._before is None:
-            return
-        first, rates, lambdas = self._rates(step, total)
-        part = slice(first, self.learning)
-        rate_R, lambda_R = self.E.new_tensor(rates), self.E.new_tensor(lambdas)
-        now = self.A[part], self.B[:, part], self.E[part]
-        for after, before, rate in zip(now, self._before, (rate_R[:, None], rate_R, lambda_R), strict=True):
-            after.copy_(torch.lerp(before, after, rate))
-        self._before = None
+    def before_step(self, trainer: Any) -> None:
+        for name, form in self.forms.items():
+            n, pull = form.learning, 4 * form.config.gamma / (2 * len(self.forms))
+            whole_a, whole_b = trainer.named[f"{name}.A"], trainer.named[f"{name}.B"]
+            a_RI, b_OR = whole_a[:n], whole_b[:, :n]
+            one_RR = torch.eye(n, dtype=a_RI.dtype, device=a_RI.device)
+            if whole_a.grad is not None and whole_b.grad is not None:
+                whole_a.grad[:n].add_((a_RI @ a_RI.T - one_RR) @ a_RI, alpha=pull)
+                whole_b.grad[:, :n].add_(b_OR @ (b_OR.T @ b_OR - one_RR), alpha=pull)
+
+    def step_factors(self, trainer: Any) -> dict[str, Tensor]:
+        step, total = trainer.steps_done + 1, trainer.config.total_steps
+        return {f"{name}.{key}": x for name, form in self.forms.items() for key, x in form.warm_up(step, total).items()}
+
+    def after_step(self, trainer: Any) -> None:
+        watched = [form for form in self.forms.values() if form.score is not None]
+        if watched:
+            scores = torch.stack([form.score for form in watched if form.score is not None]).tolist()
+            for form, score in zip(watched, scores, strict=True):
+                form.observe(score)
+        for config in dict.fromkeys(form.config for form in self.forms.values()):
+            mine = [form for form in self.forms.values() if form.config == config]
+            allocate(mine, config, trainer.steps_done, trainer.config.total_steps)
 
 
 def planned(config: Config, matrices: int, step: int, total: int) -> int:

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from modicum.model.linear import LinearForm, LinearShape
+from modicum.model.linear import LinearShape
 from modicum.model.linear._quantised import SCALE_DTYPES, QuantisedForm, round_up
 
 
@@ -42,8 +42,8 @@ class Int4(QuantisedForm):
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
-        super().__init__(config, shape, base)
+    def __init__(self, config: Config, shape: LinearShape):
+        super().__init__(config, shape)
         self.group = min(config.group, shape.in_features + shape.in_features % 2)
         self.n_groups = -(-shape.in_features // self.group)
         dtype = SCALE_DTYPES[config.scale_dtype]
@@ -53,15 +53,8 @@ class Int4(QuantisedForm):
         self.register_buffer("zero", self._empty(*sizes, dtype=dtype))
         self._kernel_weight: tuple[Tensor, Tensor] | None = None
 
-    def fit(
-        self,
-        weight_OI: Tensor,
-        bias_O: Tensor | None = None,
-        *,
-        calibration_NI: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
-        weight = weight_OI.detach().to(self.packed.device, torch.float32)
+    def take(self, weight_OI: Tensor, calibration_NI: Tensor | None, generator: torch.Generator | None) -> None:
+        weight = weight_OI.to(self.packed.device, torch.float32)
         # Pad by repeating the last input: zeros would widen the last group's range.
         missing = self.n_groups * self.group - self.in_features
         weight = torch.cat([weight, weight[:, -1:].expand(-1, missing)], 1)
@@ -75,9 +68,7 @@ class Int4(QuantisedForm):
         self.packed.copy_(codes[:, 0::2] | codes[:, 1::2] << 4)
         self.scale.copy_(scale)
         self.zero.copy_(zero)
-        self._set_bias(bias_O)
         self._kernel_weight = None
-        return self
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         return self._decode(self.packed, self.scale, self.zero, dtype)

@@ -11,14 +11,14 @@ rounding it adds no error of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from modicum.model.linear import LinearForm, LinearShape
+from modicum.model.linear import LinearShape
 from modicum.model.linear._quantised import SCALE_DTYPES, QuantisedForm, round_up
 
 
@@ -39,8 +39,8 @@ class Int8(QuantisedForm):
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
-        super().__init__(config, shape, base)
+    def __init__(self, config: Config, shape: LinearShape):
+        super().__init__(config, shape)
         self.group = min(config.group or shape.in_features, shape.in_features)
         self.n_groups = -(-shape.in_features // self.group)
         self.register_buffer("codes", self._empty(shape.out_features, shape.in_features, dtype=torch.int8))
@@ -53,22 +53,13 @@ class Int8(QuantisedForm):
         padded = F.pad(weight_OI, (0, self.n_groups * self.group - self.in_features))
         return padded.view(weight_OI.shape[0], self.n_groups, self.group)
 
-    def fit(
-        self,
-        weight_OI: Tensor,
-        bias_O: Tensor | None = None,
-        *,
-        calibration_NI: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
-        weight_OGi = self._grouped(weight_OI.detach().to(self.codes.device, torch.float32))
+    def take(self, weight_OI: Tensor, calibration_NI: Tensor | None, generator: torch.Generator | None) -> None:
+        weight_OGi = self._grouped(weight_OI.to(self.codes.device, torch.float32))
         scale_OG = round_up(weight_OGi.abs().amax(-1) / 127, self.scale.dtype)
         step_OG = torch.where(scale_OG == 0, 1, scale_OG.float())
         codes_OGi = (weight_OGi / step_OG[..., None]).round().clamp(-127, 127)
         self.scale.copy_(scale_OG)
         self.codes.copy_(codes_OGi.flatten(1)[:, : self.in_features])
-        self._set_bias(bias_O)
-        return self
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         return self._decode(self.codes, self.scale, dtype)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from modicum.model.linear import LinearForm, LinearShape, check_rank
+from modicum.model.linear._adapter import Adapter
 
 CLAIM = {
     "figure": "on par with or better than full fine-tuning with 10,000x fewer trained parameters",
@@ -44,44 +45,25 @@ class Config:
 TOY = Config(rank=4, alpha=8.0)
 
 
-class Lora(LinearForm):
+class Lora(Adapter):
     provides = frozenset({"adapter", "factors", "fit", "merge", "trainable"})
     config: Config
-    base: LinearForm
 
-    def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
-        if base is None:
-            raise TypeError("lora is an adapter and needs a base form")
+    def __init__(self, config: Config, shape: LinearShape, base: LinearForm):
         check_rank("lora", config.rank, shape)
         super().__init__(config, shape, base)
         self.A = nn.Parameter(self._empty(config.rank, shape.in_features))
         self.B = nn.Parameter(self._empty(shape.out_features, config.rank))
         self.scaling = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
 
-    def fit(
-        self,
-        weight_OI: Tensor,
-        bias_O: Tensor | None = None,
-        *,
-        calibration_NI: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
+    def take(self, weight_OI: Tensor, calibration_NI: Tensor | None, generator: torch.Generator | None) -> None:
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.B)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         x = F.dropout(x.to(self.A.dtype), self.config.dropout, self.training)
         return y + (self.scaling * F.linear(F.linear(x, self.A), self.B)).to(y.dtype)
-
-    def dense(self) -> Tensor:
-        weight = self.base.dense()
-        return weight + (self.scaling * (self.B @ self.A)).to(weight.dtype)
-
-    def rows(self, index: Tensor) -> Tensor:
-        rows = self.base.rows(index)
-        return rows + (self.scaling * F.embedding(index, self.B) @ self.A).to(rows.dtype)
 
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
         return self.A, self.B, self.scaling

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -73,9 +73,9 @@ class SLTrain(LinearForm):
     config: Config
     index: Tensor
 
-    def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
+    def __init__(self, config: Config, shape: LinearShape):
         check_rank("sltrain", config.rank, shape)
-        super().__init__(config, shape, base)
+        super().__init__(config, shape)
         entries = shape.in_features * shape.out_features
         stored = int(config.density * entries)
         self.A = nn.Parameter(self._empty(config.rank, shape.in_features))
@@ -87,14 +87,7 @@ class SLTrain(LinearForm):
             self.bias.requires_grad_(True)
         self.scaling = 0.25 if config.alpha is None else config.alpha / config.rank
 
-    def fit(
-        self,
-        weight_OI: Tensor,
-        bias_O: Tensor | None = None,
-        *,
-        calibration_NI: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
+    def take(self, weight_OI: Tensor, calibration_NI: Tensor | None, generator: torch.Generator | None) -> None:
         """A fresh start of `weight_OI`'s shape, with its bias; `start=spectral` comes near its values."""
         entries, stored = self.in_features * self.out_features, self.V.numel()
         drawn = torch.randperm(entries, generator=generator, dtype=self.index.dtype, device="cpu")[:stored]
@@ -102,11 +95,11 @@ class SLTrain(LinearForm):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
         bound = 1 / math.sqrt(self.in_features)
         if self.config.start == "spectral":
-            left_OI, sigma, right_II = torch.linalg.svd(weight_OI.detach().float(), full_matrices=False)
+            left_OI, sigma, right_II = torch.linalg.svd(weight_OI.float(), full_matrices=False)
             root_R = (sigma[: self.config.rank] / self.scaling).sqrt()
             self.B.copy_(left_OI[:, : self.config.rank] * root_R)
             self.A.copy_(root_R[:, None] * right_II[: self.config.rank])
-            missed_OI = weight_OI.detach().float() - self.scaling * (self.B @ self.A).float()
+            missed_OI = weight_OI.float() - self.scaling * (self.B @ self.A).float()
             self.V.copy_(missed_OI.flatten().index_select(0, self.index))
         elif stored:
             nn.init.zeros_(self.B)
@@ -116,8 +109,6 @@ class SLTrain(LinearForm):
             wide = math.sqrt(3 * bound / (self.scaling * math.sqrt(3 * self.config.rank)))
             nn.init.uniform_(self.A, -wide, wide, generator=generator)
             nn.init.uniform_(self.B, -wide, wide, generator=generator)
-        self._set_bias(bias_O)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype

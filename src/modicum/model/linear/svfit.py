@@ -20,7 +20,7 @@ O(I O min(I, O)) once, when the form is attached.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from modicum.core.errors import UserError
 from modicum.model.linear import LinearForm, LinearShape
+from modicum.model.linear._adapter import Adapter
 
 CLAIM = {
     "figure": "better than LoRA with 16x fewer trained parameters",
@@ -43,14 +44,11 @@ class Config:
     rank: Annotated[int, Field(ge=0)] = 0  # singular values that train, the largest first; 0: all of them
 
 
-class SVFit(LinearForm):
+class SVFit(Adapter):
     provides = frozenset({"adapter", "fit", "merge", "trainable"})
     config: Config
-    base: LinearForm
 
-    def __init__(self, config: Config, shape: LinearShape, base: LinearForm | None = None):
-        if base is None:
-            raise TypeError("svfit is an adapter and needs a base form")
+    def __init__(self, config: Config, shape: LinearShape, base: LinearForm):
         most = min(shape.in_features, shape.out_features)
         if config.rank > most:
             raise UserError(
@@ -64,36 +62,18 @@ class SVFit(LinearForm):
         self.U = nn.Parameter(self._empty(shape.out_features, rank), requires_grad=False)
         self.delta = nn.Parameter(self._empty(rank))
 
-    def fit(
-        self,
-        weight_OI: Tensor,
-        bias_O: Tensor | None = None,
-        *,
-        calibration_NI: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
-        with torch.no_grad():
-            u_OM, _, v_MI = torch.linalg.svd(
-                weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32)), full_matrices=False
-            )
-            rank = len(self.delta)
-            self.U.copy_(u_OM[:, :rank])
-            self.V.copy_(v_MI[:rank])
+    def take(self, weight_OI: Tensor, calibration_NI: Tensor | None, generator: torch.Generator | None) -> None:
+        exact = torch.promote_types(weight_OI.dtype, torch.float32)
+        u_OM, _, v_MI = torch.linalg.svd(weight_OI.to(exact), full_matrices=False)
+        rank = len(self.delta)
+        self.U.copy_(u_OM[:, :rank])
+        self.V.copy_(v_MI[:rank])
         nn.init.zeros_(self.delta)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         x = x.to(self.V.dtype)
         return y + F.linear(F.linear(x, self.V) * self.delta.to(x.dtype), self.U).to(y.dtype)
-
-    def dense(self) -> Tensor:
-        weight = self.base.dense()
-        return weight + (self.U * self.delta @ self.V).to(weight.dtype)
-
-    def rows(self, index: Tensor) -> Tensor:
-        rows = self.base.rows(index)
-        return rows + (F.embedding(index, self.U) * self.delta @ self.V).to(rows.dtype)
 
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
         return self.V, self.U * self.delta, 1.0

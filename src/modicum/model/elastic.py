@@ -1,7 +1,7 @@
-"""Models in stacks of blocks: any number of bytes makes a model, the more the better.
+"""Models of any size: any number of bytes makes a model, the more the better.
 
-A form with the word `elastic` in `provides` holds its weight as blocks, of which the first few alone are a
-coarser weight. A folder keeps the blocks of all layers in one file, the most useful first, so that a model of
+An elastic form (`linear._elastic.Elastic`) holds its weight as blocks, of which the first few alone are a coarser
+weight. A folder keeps the blocks of all layers in one file, the most useful first, so that a model of
 N bytes is what is always needed and the first blocks that fit:
 
     model = load_model(folder, size=24 << 20)        # 24 MiB of weights
@@ -17,51 +17,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modicum.budget.units import bytes_text
 from modicum.core.errors import CorruptError, UserError
-from modicum.model.linear import LinearForm, unique_tensors
+from modicum.model.linear import unique_tensors
+from modicum.model.linear._elastic import Elastic
 from modicum.model.safetensor import Item, SafetensorsFile
 
 BLOCKS_FILE = "modicum-blocks.safetensors"
 
 
-class Stack(Protocol):
-    """What `stack` promises beyond a form. Blocks are the buffers `block_0`, `block_1`, ... (uint8), in
-    `layout()` as `blocks`, their number, and `order`, the places of these blocks among all layers' blocks.
-    `set_layout` takes blocks off the top or adds empty ones there, leaving the others as they are;
-    `available` in a layout is how many the file has."""
-
-    held: int
-    available: int
-    order: list[int]
-    kept: Tensor | None  # stands for the weight, if set: whoever tries sums of blocks sets it
-    in_features: int
-    out_features: int
-
-    @property
-    def block_bytes(self) -> int: ...
-
-    def block_weight(self, i: int) -> Tensor: ...
-
-    def set_layout(self, layout: dict[str, Any]) -> None: ...
+def elastic_forms(model: nn.Module) -> dict[str, Elastic]:
+    """Every elastic form of `model` by module name, those below an adapter included."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Elastic)}
 
 
-def stacks(model: nn.Module) -> dict[str, Stack]:
-    """Every stack of `model` by module name, those below an adapter included."""
-    found: dict[str, Any] = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LinearForm) and "elastic" in module.provides
-    }
-    return found
+def block_bytes(found: Mapping[str, Elastic], blocks: Mapping[str, int]) -> int:
+    """Bytes of so many blocks of each form."""
+    return sum(form.block_nbytes(i) for name, form in found.items() for i in range(blocks[name]))
 
 
-def ranking(found: Mapping[str, Stack], held: bool = False) -> list[tuple[str, int]]:
+def ranking(found: Mapping[str, Elastic], held: bool = False) -> list[tuple[str, int]]:
     """(module, block) of every available (or held) block, the most useful first."""
     counts = {name: form.held if held else form.available for name, form in found.items()}
     blocks = [(name, i) for name, n in counts.items() for i in range(n)]
@@ -77,7 +57,7 @@ def nbytes(model: nn.Module) -> int:
 
 def block_items(model: nn.Module) -> dict[str, Item]:
     """The held blocks as a file keeps them, by tensor name, the most useful first."""
-    found = stacks(model)
+    found = elastic_forms(model)
     items: dict[str, Item] = {}
     for name, i in ranking(found, held=True):
         block: Tensor = getattr(found[name], f"block_{i}")
@@ -86,7 +66,7 @@ def block_items(model: nn.Module) -> dict[str, Item]:
 
 
 def emptied(description: Mapping[str, Any]) -> dict[str, Any]:
-    """A folder's description of forms with every stack empty, so that making the forms takes no room."""
+    """A folder's description of forms with every elastic one empty, so that making the forms takes no room."""
 
     def entry(old: Mapping[str, Any] | None) -> dict[str, Any] | None:
         if old is None:
@@ -110,15 +90,15 @@ class Resized:
     dropped_bytes: int
 
 
-def fitting(found: Mapping[str, Stack], room: float | None, what: str, held: bool = False) -> dict[str, int]:
-    """How many available (or held) blocks of each stack fit into `room` bytes, the most useful first.
+def fitting(found: Mapping[str, Elastic], room: float | None, what: str, held: bool = False) -> dict[str, int]:
+    """How many available (or held) blocks of each form fit into `room` bytes, the most useful first.
 
     Raises `UserError` with `what` if not one of each does.
     """
     wanted = dict.fromkeys(found, 0)
     taken = 0
     for name, i in ranking(found, held):
-        taken += found[name].block_bytes
+        taken += found[name].block_nbytes(i)
         if room is not None and taken > room:
             break
         wanted[name] = i + 1
@@ -135,15 +115,15 @@ def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> R
     of a size in between. Raises `UserError` where there are no blocks and for a size that is too small,
     `CorruptError` for a damaged file.
     """
-    found, path = stacks(model), Path(folder) / BLOCKS_FILE
+    found, path = elastic_forms(model), Path(folder) / BLOCKS_FILE
     if not found:
         raise UserError(
             f"the model of {folder} is of one size only; make one of any size with: modicum "
             "compress MODEL --form bitstack --calibration TEXT --out STACK"
         )
-    fixed = nbytes(model) - sum(form.held * form.block_bytes for form in found.values())
-    least = fixed + sum(form.block_bytes for form in found.values())
-    whole = fixed + sum(form.available * form.block_bytes for form in found.values())
+    fixed = nbytes(model) - block_bytes(found, {name: form.held for name, form in found.items()})
+    least = fixed + block_bytes(found, dict.fromkeys(found, 1))
+    whole = fixed + block_bytes(found, {name: form.available for name, form in found.items()})
     wanted = fitting(
         found,
         None if size is None else size - fixed,
@@ -153,7 +133,7 @@ def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> R
     read = dropped = 0
     for name, form in found.items():
         if wanted[name] < form.held:
-            dropped += (form.held - wanted[name]) * form.block_bytes
+            dropped += sum(form.block_nbytes(i) for i in range(wanted[name], form.held))
             form.set_layout({"blocks": wanted[name]})
     missing = [(name, i) for name, i in ranking(found) if found[name].held <= i < wanted[name]]
     if missing:
@@ -171,18 +151,18 @@ def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> R
     )
 
 
-def _read(file: SafetensorsFile, name: str, i: int, form: Stack) -> int:
+def _read(file: SafetensorsFile, name: str, i: int, form: Elastic) -> int:
     tensor = f"{name}.block_{i}"
     told = tensor in file.names and (file.shape(tensor), file.dtype(tensor))
-    if told != ((form.block_bytes,), torch.uint8):
-        raise CorruptError(f"{file.path} has no block {tensor} of {form.block_bytes} bytes; write the folder again")
+    if told != ((form.block_nbytes(i),), torch.uint8):
+        raise CorruptError(f"{file.path} has no block {tensor} of {form.block_nbytes(i)} bytes; write the folder again")
     value = file.read(tensor)
     form.set_layout({"blocks": i + 1})
     getattr(form, f"block_{i}").copy_(value)
     return value.nbytes
 
 
-def trim(found: Mapping[str, Stack], bits: Mapping[str, float | None]) -> None:
+def trim(found: Mapping[str, Elastic], bits: Mapping[str, float | None]) -> None:
     """Drop blocks for good, the least useful first, until so many bits per weight are left; None: all stay.
 
     bits: by module. Modules of the same number share it: it is their mean.
@@ -190,7 +170,7 @@ def trim(found: Mapping[str, Stack], bits: Mapping[str, float | None]) -> None:
     for wanted in {value for value in bits.values() if value is not None}:
         mine = {name: form for name, form in found.items() if bits[name] == wanted and form.held}
         weights = sum(form.in_features * form.out_features for form in mine.values())
-        least = 8 * sum(form.block_bytes for form in mine.values()) / max(weights, 1)
+        least = 8 * block_bytes(mine, dict.fromkeys(mine, 1)) / max(weights, 1)
         drop(
             mine,
             wanted * weights / 8,
@@ -199,7 +179,7 @@ def trim(found: Mapping[str, Stack], bits: Mapping[str, float | None]) -> None:
         )
 
 
-def drop(found: Mapping[str, Stack], room: float, what: str) -> None:
+def drop(found: Mapping[str, Elastic], room: float, what: str) -> None:
     """Keep the most useful blocks that take at most `room` bytes, and forget that there were others."""
     for name, n in fitting(found, room, what, held=True).items():
         form = found[name]

@@ -12,7 +12,7 @@ from modicum.compress.run import compress
 from modicum.compress.stacking import cut, sort_blocks
 from modicum.core.errors import CorruptError, UserError
 from modicum.data.tokenizer import Tokenizer
-from modicum.model import attach, stack
+from modicum.model import attach, elastic
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
 from modicum.model.folder import load_model, save_model
@@ -42,7 +42,7 @@ def stacked(plain: Path) -> Path:
 
 
 def held(model: Decoder) -> dict[str, int]:
-    return {name: form.held for name, form in stack.stacks(model).items()}
+    return {name: form.held for name, form in elastic.elastic_forms(model).items()}
 
 
 def output(model: Decoder) -> torch.Tensor:
@@ -52,8 +52,8 @@ def output(model: Decoder) -> torch.Tensor:
 
 def test_the_file_holds_the_blocks_in_the_measured_order(stacked: Path) -> None:
     model = load_model(stacked)
-    order = [f"{name}.block_{i}" for name, i in stack.ranking(stack.stacks(model))]
-    with SafetensorsFile(stacked / stack.BLOCKS_FILE) as file:
+    order = [f"{name}.block_{i}" for name, i in elastic.ranking(elastic.elastic_forms(model))]
+    with SafetensorsFile(stacked / elastic.BLOCKS_FILE) as file:
         assert file.names == order and len(order) == 14 * 4
         begins = [file._entries[name]["data_offsets"][0] for name in order]
         assert begins == sorted(begins)
@@ -66,16 +66,16 @@ def test_the_file_holds_the_blocks_in_the_measured_order(stacked: Path) -> None:
 
 def test_any_size_is_a_prefix_and_never_more_than_asked(stacked: Path, plain: Path) -> None:
     full = load_model(stacked)
-    everything = stack.nbytes(full)
-    found = stack.stacks(full)
-    least = everything - sum((f.held - 1) * f.block_bytes for f in found.values())
+    everything = elastic.nbytes(full)
+    found = elastic.elastic_forms(full)
+    least = everything - sum((f.held - 1) * f.block_nbytes(0) for f in found.values())
     before: dict[str, int] = {}
     errors = []
     reference = output(load_model(plain / "model")).float()
     for share in (0, 0.1, 0.35, 0.6, 0.99, 1):
         size = least + share * (everything - least)
         model = load_model(stacked, size=size)
-        assert size - max(f.block_bytes for f in found.values()) < stack.nbytes(model) <= size
+        assert size - max(f.block_nbytes(0) for f in found.values()) < elastic.nbytes(model) <= size
         now = held(model)
         assert all(now[name] >= n for name, n in before.items())
         before = now
@@ -85,32 +85,32 @@ def test_any_size_is_a_prefix_and_never_more_than_asked(stacked: Path, plain: Pa
 
 
 def test_grown_and_shrunk_it_is_what_is_loaded_at_that_size_and_reads_no_more(stacked: Path) -> None:
-    whole = stack.nbytes(load_model(stacked))
+    whole = elastic.nbytes(load_model(stacked))
     sizes = {share: whole * share for share in (0.75, 0.85, 0.95)}
     fresh = {share: load_model(stacked, size=size) for share, size in sizes.items()}
     model = load_model(stacked, size=sizes[0.75])
     embed = model.embed.weight
-    grown = stack.resize(model, stacked, sizes[0.95])
-    assert grown.read_bytes == stack.nbytes(fresh[0.95]) - stack.nbytes(fresh[0.75]) and grown.dropped_bytes == 0
+    grown = elastic.resize(model, stacked, sizes[0.95])
+    assert grown.read_bytes == elastic.nbytes(fresh[0.95]) - elastic.nbytes(fresh[0.75]) and grown.dropped_bytes == 0
     assert torch.equal(output(model), output(fresh[0.95])) and model.embed.weight is embed
-    shrunk = stack.resize(model, stacked, sizes[0.85])
+    shrunk = elastic.resize(model, stacked, sizes[0.85])
     assert shrunk.read_bytes == 0 and shrunk.dropped_bytes == grown.bytes - shrunk.bytes > 0
     assert torch.equal(output(model), output(fresh[0.85])) and held(model) == held(fresh[0.85])
     assert shrunk.blocks == sum(held(model).values()) < shrunk.available == 56
-    assert stack.resize(model, stacked, sizes[0.85]).read_bytes == 0
+    assert elastic.resize(model, stacked, sizes[0.85]).read_bytes == 0
 
 
 def test_the_order_is_that_of_the_measured_losses(plain: Path) -> None:
     model = load_model(plain / "model", dtype="float32")
     attach.attach(model, {"layers.0.*": "bitstack:rank=2,blocks=3"})
-    found = stack.stacks(model)
+    found = elastic.elastic_forms(model)
     tokens = calibration.sequences(calibration.texts(plain / "text"), Tokenizer.load(plain / "model"), 2, 24)
     whole = {name: form.dense() for name, form in found.items()}
     ordered = sort_blocks(model, found, tokens)
     assert all(torch.equal(form.dense(), whole[name]) for name, form in found.items())
     for name, level, loss in ordered[7:]:  # naively: every layer cut to the level, this one more
         for other, form in found.items():
-            form.kept = sum(form.block_weight(i) for i in range(level + (other == name)))
+            form.partial_sum = sum(form.block_weight(i) for i in range(level + (other == name)))
         logits = model(tokens)[:, :-1].double().log_softmax(-1)
         naive = -logits.gather(-1, tokens[:, 1:, None]).mean().item()
         assert loss == pytest.approx(naive, abs=1e-5)
@@ -135,12 +135,12 @@ def test_calibration_sees_what_the_layers_see(plain: Path) -> None:
 
 
 def test_saved_again_and_under_an_adapter(stacked: Path, tmp_path: Path) -> None:
-    size = 0.9 * stack.nbytes(load_model(stacked))
+    size = 0.9 * elastic.nbytes(load_model(stacked))
     model = load_model(stacked, size=size)
     save_model(model, tmp_path / "again", stacked)
     again = load_model(tmp_path / "again")
     assert held(again) == held(model) and torch.equal(output(again), output(model))
-    smaller = stack.nbytes(model) * 0.97
+    smaller = elastic.nbytes(model) * 0.97
     assert held(load_model(tmp_path / "again", size=smaller)) == held(load_model(stacked, size=smaller))
     attach.attach(model, {"layers.0.attention.q": "lora:rank=2"})
     save_model(model, tmp_path / "adapted", stacked)
@@ -155,17 +155,17 @@ def test_bits_embeddings_and_the_figures(plain: Path, tmp_path: Path) -> None:
         plain / "model", FORM + ",bits=5", tmp_path / "five", embeddings="bitstack:rank=2,blocks=3", **text
     )
     model = load_model(tmp_path / "five")
-    layers = {name: form for name, form in stack.stacks(model).items() if name != "embed.form"}
+    layers = {name: form for name, form in elastic.elastic_forms(model).items() if name != "embed.form"}
     weights = sum(f.in_features * f.out_features for f in layers.values())
-    assert 4.5 < 8 * sum(f.held * f.block_bytes for f in layers.values()) / weights <= 5
-    assert stack.stacks(model)["embed.form"].held == 3 and model.lm_head is model.embed.form
+    assert 4.5 < 8 * sum(f.held * f.block_nbytes(0) for f in layers.values()) / weights <= 5
+    assert elastic.elastic_forms(model)["embed.form"].held == 3 and model.lm_head is model.embed.form
     lost = norm = 0.0
     source = load_model(plain / "model")
-    for name, form in stack.stacks(model).items():
+    for name, form in elastic.elastic_forms(model).items():
         weight = source.get_submodule(name.removesuffix(".form")).weight.float()
         lost, norm = lost + (form.dense().float() - weight).square().sum(), norm + weight.square().sum()
     assert result.error == pytest.approx((lost / norm).sqrt().item(), rel=0.02)
-    assert result.least_bytes < stack.nbytes(model) < result.bytes < result.original_bytes
+    assert result.least_bytes < elastic.nbytes(model) < result.bytes < result.original_bytes
 
 
 def test_mistakes_and_damage(stacked: Path, plain: Path, tmp_path: Path) -> None:
@@ -180,11 +180,11 @@ def test_mistakes_and_damage(stacked: Path, plain: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="write a size"):
         load_model(stacked, size="3 parsecs")
     shutil.copytree(stacked, tmp_path / "broken")
-    model = load_model(tmp_path / "broken", size=0.8 * stack.nbytes(load_model(stacked)))
-    before, path = held(model), tmp_path / "broken" / stack.BLOCKS_FILE
+    model = load_model(tmp_path / "broken", size=0.8 * elastic.nbytes(load_model(stacked)))
+    before, path = held(model), tmp_path / "broken" / elastic.BLOCKS_FILE
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CorruptError, match="cut or damaged"):
-        stack.resize(model, tmp_path / "broken")
+        elastic.resize(model, tmp_path / "broken")
     assert held(model) == before and output(model).isfinite().all()
     path.unlink()
     with pytest.raises(CorruptError, match="lacks"):
@@ -194,12 +194,14 @@ def test_mistakes_and_damage(stacked: Path, plain: Path, tmp_path: Path) -> None
 def test_verbs(stacked: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from modicum.cli.compress import compress as verb
 
-    size = int(0.9 * stack.nbytes(load_model(stacked)))
+    size = int(0.9 * elastic.nbytes(load_model(stacked)))
     verb(str(stacked), tmp_path / "small", size=f"{size}b", as_json=True)
     assert json.loads(capsys.readouterr().out)["bytes"] <= size
     assert held(load_model(tmp_path / "small")) == held(load_model(stacked, size=size))
     cut(stacked, size, tmp_path / "same")
-    assert (tmp_path / "same" / stack.BLOCKS_FILE).read_bytes() == (tmp_path / "small" / stack.BLOCKS_FILE).read_bytes()
+    assert (tmp_path / "same" / elastic.BLOCKS_FILE).read_bytes() == (
+        tmp_path / "small" / elastic.BLOCKS_FILE
+    ).read_bytes()
     verb(
         str(plain / "model"),
         tmp_path / "one",
