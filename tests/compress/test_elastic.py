@@ -1,7 +1,10 @@
 """Models in blocks: what lies where in the file, loading to a size, growing and shrinking, the measured order."""
 
+import importlib.metadata
 import json
 import shutil
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from modicum.compress import calibration
 from modicum.compress.run import compress
 from modicum.compress.stacking import cut, sort_blocks
+from modicum.core import registry
 from modicum.core.errors import CorruptError, UserError
 from modicum.data.tokenizer import Tokenizer
 from modicum.model import attach, elastic
@@ -214,3 +218,92 @@ def test_verbs(stacked: Path, plain: Path, tmp_path: Path, capsys: pytest.Captur
     assert "loads in any size from" in capsys.readouterr().out
     with pytest.raises(UserError, match="another folder"):
         cut(stacked, size, stacked)
+
+
+PLUGIN = """
+    \"\"\"halves: eight bits per weight, then what they miss in sixteen.\"\"\"
+    from dataclasses import dataclass
+    import torch
+    import torch.nn.functional as F
+    from modicum.model.linear._elastic import Elastic
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        pass
+
+    class Halves(Elastic):
+        provides = frozenset({"adapter_base", "elastic", "fit", "merge"})
+        fit_error = 1e-3
+
+        def __init__(self, config, shape):
+            super().__init__(config, shape)
+            self.set_layout({"blocks": 2})
+
+        def block_nbytes(self, i):
+            entries = self.in_features * self.out_features
+            return 2 * entries if i else entries + 4 * self.out_features
+
+        def take(self, weight_OI, calibration_NI, generator):
+            scale_O1 = weight_OI.float().abs().amax(1, keepdim=True) / 127
+            codes_OI = (weight_OI.float() / scale_O1).round().to(torch.int8)
+            self.block_0.copy_(torch.cat([codes_OI.view(torch.uint8).flatten(), scale_O1.view(torch.uint8).flatten()]))
+            left_OI = (weight_OI.float() - self.block_weight(0)).half()
+            self.block_1.copy_(left_OI.view(torch.uint8).flatten())
+
+        def block_weight(self, i):
+            shape = (self.out_features, self.in_features)
+            if i:
+                return self.block_1.view(torch.float16).view(shape).float()
+            codes, scale = self.block_0[: shape[0] * shape[1]], self.block_0[shape[0] * shape[1] :].clone()
+            return codes.view(torch.int8).view(shape).float() * scale.view(torch.float32)[:, None]
+
+        def dense(self):
+            held = sum(self.block_weight(i) for i in range(self.held))
+            return (held if self.partial_sum is None else self.partial_sum).to(self.dtype)
+
+        def forward(self, x):
+            return F.linear(x, self.dense().to(x.dtype), self.bias)
+"""
+
+
+@pytest.fixture
+def halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another any-size form, of blocks of unequal size, as another distribution would install it."""
+    (tmp_path / "halves_plugin.py").write_text(textwrap.dedent(PLUGIN))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entry = importlib.metadata.EntryPoint("linear/halves", "halves_plugin", "modicum.methods")
+    real = importlib.metadata.entry_points
+    monkeypatch.setattr(
+        importlib.metadata,
+        "entry_points",
+        lambda **chosen: (*real(**chosen), entry) if chosen.get("group") == "modicum.methods" else real(**chosen),
+    )
+    registry.methods.cache_clear()
+    registry.load.cache_clear()
+    yield
+    sys.modules.pop("halves_plugin", None)
+    monkeypatch.undo()
+    registry.methods.cache_clear()
+    registry.load.cache_clear()
+
+
+def test_a_second_elastic_method_needs_nothing_but_its_file(halves: None, plain: Path, tmp_path: Path) -> None:
+    from modicum.model.linear._conformance import check_any_number_of_blocks_is_a_weight, check_state_round_trip
+
+    check_any_number_of_blocks_is_a_weight("halves")
+    check_state_round_trip("halves")
+    made = compress(plain / "model", "halves", tmp_path / "out", calibration=plain / "text", sequences=2, length=32)
+    whole = load_model(tmp_path / "out")
+    everything = elastic.nbytes(whole)
+    assert made.least_bytes < everything and set(held(whole).values()) == {2}
+    sizes = {f: f * everything for f in (0.95, 0.7)}
+    for f, size in sizes.items():
+        model = load_model(tmp_path / "out", size=size)
+        biggest = max(form.block_nbytes(1) for form in elastic.elastic_forms(model).values())
+        assert size - biggest < elastic.nbytes(model) <= size and 1 in held(model).values(), f
+    grown = elastic.resize(model, tmp_path / "out")
+    assert torch.equal(output(model), output(whole)) and grown.read_bytes == everything - elastic.nbytes(
+        load_model(tmp_path / "out", size=sizes[0.7])
+    )
+    with pytest.raises(UserError, match="too small"):
+        load_model(tmp_path / "out", size=made.least_bytes - 1)

@@ -24,7 +24,7 @@ from modicum.model import attach, elastic
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_model, save_model
 from modicum.model.linear import LinearForm
-from modicum.model.linear._elastic import Elastic
+from modicum.model.linear._elastic import Elastic, bits_of
 
 ROWS = 4096  # of a matrix compared at a time, so that a large table needs no second copy in float32
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "modicum.json", "*.gguf")
@@ -139,7 +139,7 @@ def compress(
         found = elastic.elastic_forms(model)
         sort_blocks(model, found, tokens_NT[:sequences], events=events)
         asked = {name: plan[matched[name]] if name in matched else embeddings for name in found}
-        elastic.trim(found, {name: Choice.parse("linear", form).config().bits for name, form in asked.items()})
+        elastic.trim(found, {name: bits_of(Choice.parse("linear", form).config()) for name, form in asked.items()})
         beyond = {name: range(1, form.held) for name, form in found.items()}
         least = elastic.nbytes(model) - sum(found[name].block_nbytes(i) for name in found for i in beyond[name])
     tally.close()

@@ -174,11 +174,11 @@ def base_class(port_name: str) -> type:
     return bases[0]
 
 
-@overload  # type: ignore[misc]  # the implementation is cached
+@overload
 def load(port_name: str, key: str) -> Loaded[Any]: ...
 @overload
 def load(port_name: str, key: str, base: type[M]) -> Loaded[M]: ...
-@functools.cache
+@functools.cache  # type: ignore[misc]
 def load(port_name: str, key: str, base: type[Any] = Method) -> Loaded[Any]:
     """Import one method. Raises `UserError` with a near miss for an unknown key.
 

@@ -14,6 +14,7 @@ from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.model import attach, elastic
 from modicum.model.decoder import Decoder
+from modicum.model.linear._elastic import bits_of
 
 SEQUENCES = 16  # of training text for the layers' inputs, and as many for the order
 
@@ -27,7 +28,7 @@ def formed(choice: Choice, seed: int, settings: Settings) -> Decoder:
     """The bench's trained decoder, the form in all layers but the head, cut to the `bits` asked for."""
     knobs = {k: v for k, v in choice.knobs.items() if k != "bits"}
     model = copy.deepcopy(_sorted(str(Choice("linear", choice.method, knobs)), seed, settings))
-    elastic.trim(elastic.elastic_forms(model), dict.fromkeys(elastic.elastic_forms(model), choice.config().bits))
+    elastic.trim(elastic.elastic_forms(model), dict.fromkeys(elastic.elastic_forms(model), bits_of(choice.config())))
     return model
 
 

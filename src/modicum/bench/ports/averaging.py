@@ -8,7 +8,7 @@ whether constant with an average comes near to decayed without.
 from __future__ import annotations
 
 from modicum.bench import training
-from modicum.bench.harness import Axes, Axis, Measurement, Settings
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core.choice import Choice
 

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from modicum.budget.trace import has_data
 from modicum.core.errors import UserError
-from modicum.model.linear import LinearForm, LinearShape, check_rank
+from modicum.model.linear import LinearShape, check_rank
 from modicum.model.linear._elastic import Elastic
 from modicum.model.linear._quantised import QuantisedForm
 
@@ -157,14 +156,6 @@ class BitStack(QuantisedForm, Elastic):
 
     def rows(self, index: Tensor) -> Tensor:
         return self._sum(index.flatten(), self.dtype).view(*index.shape, self.in_features)
-
-    @classmethod
-    def after_attach(cls, model: Any, forms: dict[str, LinearForm]) -> None:
-        """Down to `bits` per weight over all layers, in the order of the blocks."""
-        from modicum.model.elastic import trim
-
-        found: dict[str, Any] = dict(forms)
-        trim(found, {name: form.config.bits for name, form in found.items()})
 
 
 def magnitudes(size_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
