@@ -194,7 +194,7 @@ def test_resume_is_exact(packing: str) -> None:
     for _ in range(40):
         states.append(json.dumps(whole.state()))
         batches.append(whole.next_batch(2))
-    assert whole.domains["c"].epoch >= 1, "the test runs over an epoch's end"
+    assert whole.sampler.domains["c"].epoch >= 1, "the test runs over an epoch's end"
     for k in (0, 1, 7, 23, 39):
         again = make()
         again.load_state(json.loads(states[k]))
@@ -246,7 +246,7 @@ def test_shares_follow_the_weights_at_every_moment() -> None:
     for _ in range(60):
         stream.next_batch(2)
         for name, share in (("a", 0.6), ("b", 0.3), ("c", 0.1)):
-            assert abs(stream.domains[name].served - share * stream.done) <= 2 * longest
+            assert abs(stream.sampler.domains[name].consumed - share * stream.done) <= 2 * longest
 
 
 def test_natural_ends_all_domains_together() -> None:
@@ -254,8 +254,8 @@ def test_natural_ends_all_domains_together() -> None:
     stream = Stream(data, sequence_length=64)
     while stream.done < stream.epoch_tokens * 0.98:
         stream.next_batch(1)
-    assert all(d.epoch + d.drawn / d.stretches > 0.93 for d in stream.domains.values())
-    assert all(d.epoch == 0 or d.drawn < 0.05 * d.stretches for d in stream.domains.values())
+    assert all(d.epoch + d.drawn / int(d.ends[-1]) > 0.93 for d in stream.sampler.domains.values())
+    assert all(d.epoch == 0 or d.drawn < 0.05 * int(d.ends[-1]) for d in stream.sampler.domains.values())
 
 
 def test_epochs_differ_in_order() -> None:
@@ -263,8 +263,8 @@ def test_epochs_differ_in_order() -> None:
     stream = Stream(data, sequence_length=int(data.lengths("a").sum()) - 50)
     first, second = (stream.next_batch(1).tokens_BT[0].tolist() for _ in range(2))
     assert sorted(first) == sorted(second) and first != second
-    still = Stream(data, sequence_length=10, shuffle=False).next_batch(2).tokens_BT.flatten().tolist()
-    assert still[:5] == list(range(5)), "shuffle=False keeps the order"
+    still = Stream(data, sequence_length=10, order="stored").next_batch(2).tokens_BT.flatten().tolist()
+    assert still[:5] == list(range(5)), "the stored order"
 
 
 def test_a_long_document_is_spread_over_the_epoch() -> None:
@@ -278,11 +278,11 @@ def test_a_long_document_is_spread_over_the_epoch() -> None:
         total += seen(batch)
     assert total == everything(data)
     assert max(shares[:-1]) < 0.95 and min(shares[:-1]) > 0.1, shares
-    whole = [batch.tokens_BT for batch in Stream(data, sequence_length=50, epochs=1, stretch=5000).batches(8)]
-    assert max((tokens >= 1000).float().mean().item() for tokens in whole) == 1, "one stretch: as one document"
+    whole = [batch.tokens_BT for batch in Stream(data, sequence_length=50, epochs=1, chunk=5000).batches(8)]
+    assert max((tokens >= 1000).float().mean().item() for tokens in whole) == 1, "one chunk: as one document"
 
 
-def test_stretches_hold_when_the_sequence_length_changes() -> None:
+def test_chunks_hold_when_the_sequence_length_changes() -> None:
     data = MemoryDocuments({"a": [(list(range(n, n + 700)), 1) for n in range(0, 20_000, 1000)]})
     total: Counter[tuple[int, int]] = Counter()
     first = Stream(data, sequence_length=64, epochs=1)
@@ -317,7 +317,7 @@ def test_other_data_is_refused() -> None:
         sequence_length=8,
     )
     grown.load_state(state)
-    assert grown.domains["new"].drawn == 0
+    assert grown.sampler.domains["new"].drawn == 0
 
 
 def test_user_mistakes() -> None:

@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
-from train_toys import LENGTH, config, corpus, decoder
+from train_toys import config, corpus, decoder
 
 from modicum.core.events import Events
 from modicum.data.shards import MemoryDocuments
-from modicum.data.stream import Stream
-from modicum.train.config import stream_knobs
 from modicum.train.loop import TrainResult, train
 
 RUNS = {
@@ -30,11 +28,8 @@ def documents() -> MemoryDocuments:
 
 
 def run(folder: Path, name: str) -> TrainResult:
-    told = config(dtype="float32", checkpoint_every=4, **{"steps": 8} | RUNS[name])
-    knobs = stream_knobs(told.choice("schedule"), told.choice("objective"))
-    stream = Stream(
-        documents(), packing="concat:mask=true", sequence_length=LENGTH, seed=3, total=told.total_tokens, **knobs
-    )
+    told = config(dtype="float32", packing="concat:mask=true", checkpoint_every=4, **{"steps": 8} | RUNS[name])
+    stream = told.stream(documents(), seed=3)
     return train(decoder(), stream, told, folder / name, label="", events=Events(folder / name / "events.jsonl"))
 
 

@@ -44,7 +44,7 @@ class StopAfter(Callback):
 
 @pytest.mark.parametrize(("dtype", "masters"), [("float32", True), ("bfloat16", True), ("bfloat16", False)])
 def test_it_learns_and_a_finished_run_returns_at_once(tmp_path, dtype, masters):
-    model, result = _run(tmp_path, steps=60, dtype=dtype, masters=masters, heldout=stream(epochs=1, shuffle=False))
+    model, result = _run(tmp_path, steps=60, dtype=dtype, masters=masters, heldout=stream(epochs=1, order="stored"))
     curve = losses(tmp_path / "events.jsonl")
     assert result.finished and result.steps == 60 == len(curve) and result.tokens == 60 * 8 * LENGTH
     assert curve[1] > 4.0 and result.loss < 3.0 and result.heldout_loss < 2.6

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from train_toys import LENGTH, VOCAB, config, corpus, decoder
+from train_toys import VOCAB, config, corpus, decoder
 
 from modicum.core import registry
 from modicum.core.errors import UserError
@@ -207,16 +207,8 @@ def sites(reserved: int = 40) -> MemoryDocuments:
 
 
 def _stream(objective: str, total: float, reserved: int = 40) -> Stream:
-    from modicum.train.config import stream_knobs
-
-    return Stream(
-        sites(reserved),
-        packing="concat:mask=true",
-        sequence_length=LENGTH,
-        seed=3,
-        total=total,
-        **stream_knobs("cosine", objective),
-    )
+    told = config(objective=objective, packing="concat:mask=true")
+    return told.stream(sites(reserved), seed=3, total=total)
 
 
 @pytest.mark.parametrize("objective", ["ul2:sentinels=12", "meco"])
@@ -244,7 +236,7 @@ def test_ul2_needs_ids_that_no_text_uses():
     Trainer(decoder(), _stream("ul2", 1e4, reserved=0), config(objective="ul2:sentinels=12,take_last=true")).open()
     # A model's vocabulary that is longer than its tokenizer's has them too.
     stream = _stream("ul2", 1e4, reserved=0)
-    stream.shards.vocab_size = VOCAB - 15
+    stream.documents.vocab_size = VOCAB - 15
     Trainer(decoder(), stream, told).open()
 
 
@@ -255,7 +247,6 @@ def test_ul2_needs_ids_that_no_text_uses():
         ("ul2:rates=[1,1]", "must be seven numbers"),
         ("ul2:rates=[0,0,0,0,0,0,0]", "not all of them 0"),
         ("ul2:logits_bytes=0", "logits_bytes=0 must be positive"),
-        ("meco:cooldown=1", "cooldown=1.0 must be a share"),
         ("meco:logits_bytes=0", "logits_bytes=0 must be positive"),
     ],
 )
@@ -279,7 +270,9 @@ def test_meco_learns_every_word_of_the_text_and_none_of_the_metadata():
     """Its loss is next-token's on rows written out by hand: start, metadata, text, end."""
     model = Decoder(llama_like(VOCAB, 32, 2), torch.Generator().manual_seed(0))
     held = MemoryDocuments({"a": [([1, 10, 11, 12, 13, 1], 1)]}, metadata={"a": [[50, 51, 59]]})
-    stream = Stream(held, packing="concat:mask=true", sequence_length=8, metadata=0.9, total=80, epochs=1)
+    stream = Stream(
+        held, packing="concat:mask=true", sequence_length=8, transforms=["meco:cooldown=0.1"], total=80, epochs=1
+    )
     loss = registry.build("objective", "meco").loss(model, stream.next_batch(1), Step())
     row = torch.tensor([[1, 50, 51, 59, 10, 11, 12, 13]])
     logp = model.double()(row).log_softmax(-1)[0]
@@ -287,9 +280,11 @@ def test_meco_learns_every_word_of_the_text_and_none_of_the_metadata():
     assert float(loss.count) == 5 and float(loss.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-def test_meco_asks_for_metadata_and_for_documents_apart():
-    assert registry.build("objective", "meco:cooldown=0.25").stream_knobs() == {"metadata": 0.75}
-    with pytest.raises(UserError, match=r"'meco' needs training data in a stream with metadata=0.9"):
+def test_meco_brings_its_transform_and_asks_for_documents_apart():
+    assert [str(c) for c in config(objective="meco").choices("transform")] == ["meco"]
+    chosen = config(objective="meco", transform="meco:cooldown=0.25").choices("transform")
+    assert [str(c) for c in chosen] == ["meco:cooldown=0.25"], "a half that was chosen stays as it is"
+    with pytest.raises(UserError, match=r"transform=meco, which objective 'meco' brings along.*with transform=none"):
         Trainer(decoder(), _stream("next-token", 1e4), config(objective="meco"))
     with pytest.raises(UserError, match="choose packing concat:mask=true"):
         registry.build("objective", "meco").loss(decoder(), counting(1, 8), Step())

@@ -87,7 +87,7 @@ def graded() -> MemoryDocuments:
 
 
 def ascending(total: int) -> Stream:
-    return Stream(graded(), sequence_length=LENGTH, seed=3, total=total, order="quality")
+    return Stream(graded(), sequence_length=LENGTH, seed=3, total=total, order="quality-ascending")
 
 
 def test_the_rate_decays_moderately():
@@ -98,7 +98,7 @@ def test_the_rate_decays_moderately():
 
 def test_a_stream_in_another_order_is_refused():
     told = config(schedule="curriculum-averaging")
-    with pytest.raises(UserError, match=r"'curriculum-averaging' needs training data in a stream with order='quality'"):
+    with pytest.raises(UserError, match=r"order=quality-ascending, which schedule 'curriculum-averaging' brings"):
         Trainer(decoder(), stream(), told, None)
 
 

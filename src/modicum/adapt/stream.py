@@ -12,11 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from modicum.adapt.examples import Encoded, rows
 from modicum.core.errors import UserError
-from modicum.data.stream import NO_LOSS, Batch, EndOfData
+from modicum.data.batch import NO_LOSS, Batch, EndOfData, Tokens, assemble
 
 
 class PairStream:
@@ -65,19 +64,13 @@ class PairStream:
         return self._batch(picked)
 
     def _batch(self, picked: list[list[int]]) -> Batch:
-        shape = (len(picked), self.sequence_length)
-        tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        targets, documents = np.full(shape, NO_LOSS, np.int64), np.full(shape, -1, np.int64)
-        for b, row in enumerate(picked):
-            at = 0
-            for k, i in enumerate(row):
-                example, end = self.examples[i], at + self.lengths[i]
-                tokens[b, at:end] = example.ids[:-1]
-                targets[b, at + example.given - 1 : end] = example.ids[example.given :]
-                documents[b, at:end] = k
-                positions[b, at:end] = np.arange(end - at)
-                at = end
-        return Batch(*(torch.from_numpy(x) for x in (tokens, targets, documents, positions)))
+        rows = [[self._tokens(self.examples[i]) for i in row] for row in picked]
+        return assemble(rows, self.sequence_length, masked=True)
+
+    def _tokens(self, example: Encoded) -> Tokens:
+        targets_N = example.ids[1:].astype(np.int64)
+        targets_N[: example.given - 1] = NO_LOSS
+        return Tokens(example.ids[:-1], targets_N)
 
     def state(self) -> dict[str, Any]:
         return {

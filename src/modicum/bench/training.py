@@ -21,7 +21,7 @@ from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_model
 from modicum.train.callback import Callback
-from modicum.train.config import TrainConfig, stream_knobs
+from modicum.train.config import TrainConfig
 from modicum.train.loop import TrainResult, train
 
 
@@ -89,29 +89,35 @@ class Bench:
         )
         return Decoder(shape, fixtures.seeded(seed)).to(self.settings.device)
 
+    def config(self, seed: int, *, tokens: int | None = None, rate: float | None = None, **methods: Any) -> TrainConfig:
+        """The run of a bench; `methods` are choices by their port, those of its data among them."""
+        scale = self.scale
+        return TrainConfig(
+            tokens=tokens or self.total,
+            sequence_length=scale.sequence_length,
+            batch_sequences=scale.batch_sequences,
+            lr=rate or scale.rate,
+            dtype=scale.dtype,
+            seed=seed,
+            device=self.settings.device,
+            **methods,
+        )
+
     def stream(
         self,
         seed: int,
         documents: Iterable[Document] | MemoryDocuments | None = None,
         *,
-        mixture: Any = "natural",
-        packing: Any = "concat",
-        total: float | None = None,
-        **knobs: Any,
+        tokens: int | None = None,
+        **methods: Any,
     ) -> Stream:
-        """Training batches of the corpus, or of `documents`; `knobs` are the stream's own."""
+        """Batches of the corpus, or of `documents`, for a run of `tokens` with `methods`."""
         if documents is None:
             documents = self._tokens()
         held = documents if isinstance(documents, MemoryDocuments) else memory(documents, self.tokenizer)
-        return Stream(
-            held,
-            mixture,
-            packing,
-            sequence_length=self.scale.sequence_length,
-            seed=seed,
-            total=total or self.total,
-            **knobs,
-        )
+        config = self.config(seed, tokens=tokens, **methods)
+        stream: Stream = config.stream(held, total=tokens or self.total)
+        return stream
 
     def _tokens(self) -> MemoryDocuments:
         s = self.scale
@@ -134,26 +140,15 @@ class Bench:
         budget: Budget | None = None,
         **methods: Any,
     ) -> TrainResult:
-        """Train in place to the budget; `methods` are choices by their training port.
+        """Train in place to the budget; `methods` as in `config`, and as the stream was built with, if it is given.
 
         A budget of seconds stops the run where it is. Afterwards the model is in float32 and in eval mode.
         """
-        scale, budget = self.scale, budget or self.settings.budget
-        config = TrainConfig(
-            tokens=tokens or self.total,
-            sequence_length=scale.sequence_length,
-            batch_sequences=scale.batch_sequences,
-            lr=rate or scale.rate,
-            dtype=scale.dtype,
-            seed=seed,
-            device=self.settings.device,
-            **methods,
-        )
+        budget = budget or self.settings.budget
         result = train(
             model,
-            stream
-            or self.stream(seed, total=tokens, **stream_knobs(config.choice("schedule"), config.choice("objective"))),
-            config,
+            stream or self.stream(seed, tokens=tokens, **methods),
+            self.config(seed, tokens=tokens, rate=rate, **methods),
             None,
             events=Events(None),
             label="",

@@ -32,6 +32,10 @@ def pretrain(
     ] = None,
     mixture: Annotated[str, typer.Option(help="How much of each domain.")] = "natural",
     packing: Annotated[str, typer.Option(help="How documents become sequences.")] = "concat",
+    order: Annotated[str | None, typer.Option(help="Order of the documents (what the schedule asks for).")] = None,
+    transform: Annotated[
+        list[str] | None, typer.Option(help="What is changed in documents' tokens, e.g. meco; may be given again.")
+    ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     batch: Annotated[str, typer.Option(help="Tokens per step, over all processes, e.g. 16ktok.")] = "16ktok",
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass, to save memory.")] = None,
@@ -79,7 +83,7 @@ def pretrain(
             "optimizer": optimizer,
             "schedule": schedule,
             "objective": objective,
-            **({"averaging": averaging} if averaging else {}),
+            **{k: v for k, v in (("averaging", averaging), ("order", order), ("transform", transform)) if v},
             "memory": memory or (),
             "surgery": surgery,
             "form": form,

@@ -32,10 +32,6 @@ class Callback:
         """
         return model
 
-    def stream_knobs(self) -> dict[str, Any]:
-        """What the run's `data.stream.Stream` must be built with; see `train.callback.check_stream`."""
-        return {}
-
     def start(self, trainer: Any) -> None:
         """Everything is built and loaded; the first step follows."""
 

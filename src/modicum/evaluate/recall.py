@@ -12,6 +12,7 @@ arXiv:2108.06084.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
@@ -21,8 +22,9 @@ import numpy as np
 import torch
 
 from modicum.core.errors import UserError
+from modicum.data.batch import NO_LOSS, Batch, Tokens, assemble, joined
 from modicum.data.shards import Documents
-from modicum.data.stream import NO_LOSS, Batch, Stream
+from modicum.data.stream import Stream
 from modicum.data.tokenizer import Tokenizer
 from modicum.evaluate.playground import NOUNS, scatter
 
@@ -142,11 +144,7 @@ class RecallStream:
         if corpus:
             made.append(_thinned(self.streams[T].next_batch(corpus), rng))
         self.done += n * self.sequence_length
-        tokens, targets, documents, positions = (
-            torch.cat([getattr(b, name) for b in made])
-            for name in ("tokens_BT", "targets_BT", "documents_BT", "positions_BT")
-        )
-        return Batch(tokens, targets, documents, positions)
+        return joined(made)
 
     def _rows(self, rng: Random, rows: int, T: int) -> Batch:
         texts: list[Document] = []
@@ -160,9 +158,8 @@ class RecallStream:
                 room -= size
         flat = [part for text in texts for pair in text for part in pair]
         ids_of = iter(self.tokenizer.encode_batch(flat, specials=False))
-        tokens, targets = np.full((rows, T), self.tokenizer.pad_id, np.int64), np.full((rows, T), NO_LOSS, np.int64)
-        documents, positions = np.full((rows, T), -1, np.int64), np.zeros((rows, T), np.int64)
-        at, held = [0] * rows, [0] * rows
+        spans: list[list[Tokens]] = [[] for _ in range(rows)]
+        used = [0] * rows
         for row, text in zip(of_row, texts, strict=True):
             # A prompt may come with or without a start token, so both are seen.
             ids = [self.tokenizer.start_id] if rng.random() < 0.5 else []
@@ -174,16 +171,12 @@ class RecallStream:
                     learns += [learnt] * len(part)
             ids.append(self.tokenizer.eos_id)
             learns.append(True)
-            first, last = at[row], min(at[row] + len(ids) - 1, T)
-            n = last - first
-            if n <= 0:
-                continue
-            tokens[row, first:last] = ids[:n]
-            targets[row, first:last] = np.where(learns[1 : n + 1], ids[1 : n + 1], NO_LOSS)
-            documents[row, first:last] = held[row]
-            positions[row, first:last] = np.arange(n)
-            at[row], held[row] = last, held[row] + 1
-        return Batch(*(torch.from_numpy(x) for x in (tokens, targets, documents, positions)))
+            n = min(len(ids) - 1, T - used[row])
+            if n > 0:
+                targets_N = np.where(learns[1 : n + 1], ids[1 : n + 1], NO_LOSS)
+                spans[row].append(Tokens(np.array(ids[:n]), targets_N))
+                used[row] += n
+        return assemble(spans, T, masked=True, padding=self.tokenizer.pad_id)
 
     def state(self) -> dict[str, Any]:
         return {"done": self.done, "text": {str(n): s.state() for n, s in self.streams.items()}}
@@ -197,5 +190,4 @@ class RecallStream:
 def _thinned(batch: Batch, rng: Random) -> Batch:
     """The batch with a loss on some of its tokens only."""
     drawn = torch.rand(batch.targets_BT.shape, generator=torch.Generator().manual_seed(rng.getrandbits(62)))
-    targets_BT = torch.where(drawn < TEXT_TARGETS, batch.targets_BT, NO_LOSS)
-    return Batch(batch.tokens_BT, targets_BT, batch.documents_BT, batch.positions_BT)
+    return dataclasses.replace(batch, targets_BT=torch.where(drawn < TEXT_TARGETS, batch.targets_BT, NO_LOSS))

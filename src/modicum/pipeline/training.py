@@ -27,7 +27,7 @@ from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.worker import trim_allocator
 from modicum.retrieve.encoders import Encoder, make_encoder
-from modicum.train.config import TrainConfig, stream_knobs
+from modicum.train.config import TrainConfig, run_ports
 from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, phases, step_cost
 from modicum.train.forecast import step as train_step
@@ -61,11 +61,7 @@ def train_config(recipe: Recipe, shape: DecoderConfig, tokens: float, **more: An
         batch_tokens=p.batch_tokens,
         micro_batch=p.micro_batch,
         lr=learning_rate(recipe, shape),
-        optimizer=p.optimizer,
-        schedule=p.schedule,
-        objective=p.objective,
-        memory=p.memory,
-        surgery=p.surgery,
+        **methods(recipe),
         form=p.form,
         targets=p.targets,
         clip=p.clip,
@@ -75,6 +71,11 @@ def train_config(recipe: Recipe, shape: DecoderConfig, tokens: float, **more: An
         eval_sequences=EVAL_SEQUENCES,
         **more,
     )
+
+
+def methods(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's methods for training and its data, by their port."""
+    return {port: getattr(recipe.pretrain, port) for port in run_ports() if hasattr(recipe.pretrain, port)}
 
 
 def training_stream(recipe: Recipe, curation: Curation, total: float) -> Any:
@@ -92,26 +93,14 @@ def training_stream(recipe: Recipe, curation: Curation, total: float) -> Any:
             total=total,
             seed=recipe.seed,
         )
-    return Stream(
-        curation.shards("train"),
-        p.mixture,
-        p.packing,
-        sequence_length=p.sequence_length,
-        seed=recipe.seed,
-        total=total,
-        **stream_knobs(p.schedule, p.objective),
-    )
+    told = TrainConfig(steps=1, sequence_length=p.sequence_length, seed=recipe.seed, **methods(recipe))
+    return told.stream(curation.shards("train"), total=total)
 
 
 def heldout_stream(recipe: Recipe, curation: Curation) -> Stream:
-    return Stream(
-        curation.shards("heldout"),
-        "natural",
-        recipe.pretrain.packing,
-        sequence_length=recipe.pretrain.sequence_length,
-        seed=0,
-        epochs=1,
-    )
+    config = TrainConfig(steps=1, sequence_length=recipe.pretrain.sequence_length, **methods(recipe))
+    stream: Stream = config.heldout_stream(curation.shards("heldout"))
+    return stream
 
 
 def shape_of(

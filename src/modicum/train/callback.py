@@ -1,4 +1,4 @@
-"""Callbacks (`core.callback`) in training: what they ask of the data, and their state in checkpoints."""
+"""Callbacks (`core.callback`) in training: their state in checkpoints."""
 
 from __future__ import annotations
 
@@ -7,20 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from modicum.core.callback import Callback
-from modicum.core.errors import UserError
 
-__all__ = ["Callback", "check_stream", "join_state", "split_state"]
-
-
-def check_stream(name: str, part: Callback, stream: Any) -> None:
-    """Raise `UserError` if `stream` was not built as `part`, called `name`, asks."""
-    for knob, wanted in part.stream_knobs().items():
-        given = getattr(stream, knob, None)
-        if given != wanted:
-            raise UserError(
-                f"{name} needs training data in a stream with {knob}={wanted!r}, and this one has {knob}={given!r}: "
-                f"build it with Stream(..., {knob}={wanted!r}), as pretraining does, or choose another method"
-            )
+__all__ = ["Callback", "join_state", "split_state"]
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -19,12 +19,18 @@ from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.core.spec import MethodOf, Spec, option, options
 
+DATA_PORTS = ("mixture", "order", "transform", "packing")  # of the data that a run reads
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
 
 
 def training_ports() -> dict[str, registry.PortInfo]:
     """The ports whose methods act in the training loop, by name."""
     return {name: info for name, info in registry.ports().items() if info.room == "train"}
+
+
+def run_ports() -> dict[str, registry.PortInfo]:
+    """The ports that a run chooses methods of: those of its data, then those of the loop."""
+    return {name: registry.port(name) for name in DATA_PORTS} | training_ports()
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -64,7 +70,7 @@ class TrainConfig(Spec):
     methods: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __init__(self, **given: Any) -> None:
-        named = {port: given.pop(port) for port in training_ports() if port in given}
+        named = {port: given.pop(port) for port in run_ports() if port in given}
         methods = dict(given.pop("methods", {})) | named
         super().__init__(**given, methods=methods)
 
@@ -88,8 +94,8 @@ class TrainConfig(Spec):
 
     @functools.cached_property
     def chosen(self) -> tuple[Choice, ...]:
-        """A choice for each training port: those given, what they bring, then the baselines of the other ports."""
-        ports = training_ports()
+        """The methods of the run: those given, what they bring, then the baselines of the other ports."""
+        ports = run_ports()
         given = [
             Choice.parse(port, one)
             for port, value in self.methods.items()
@@ -132,10 +138,33 @@ class TrainConfig(Spec):
             return [registry.build(port, choice, *runtime, **more) for choice in self.choices(port)]
         return registry.build(port, self.choice(port), *runtime, **more)
 
+    def stream(self, documents: Any, **more: Any) -> Any:
+        """The run's batches of `documents`, a `data.stream.Stream` with its mixture, order, transforms and packing."""
+        from modicum.data.stream import Stream
+
+        return Stream(
+            documents,
+            self.choice("mixture"),
+            self.choice("packing"),
+            order=self.choice("order"),
+            transforms=self.choices("transform"),
+            **{"sequence_length": self.sequence_length, "seed": self.seed, "total": self.total_tokens} | more,
+        )
+
+    def heldout_stream(self, documents: Any, **more: Any) -> Any:
+        """One pass over `documents` as they are, packed as the run packs."""
+        from modicum.data.stream import Stream
+
+        return Stream(
+            documents,
+            packing=self.choice("packing"),
+            **{"sequence_length": self.sequence_length, "seed": 0, "epochs": 1} | more,
+        )
+
     def resolved(self) -> dict[str, Any]:
         """Every setting, methods with their own defaults: what a checkpoint records."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "methods"}
-        for port, info in training_ports().items():
+        for port, info in run_ports().items():
             found = [choice.resolved() for choice in self.choices(port)]
             plain[port] = found if info.several else found[0]
         plain["form"] = None if self.form is None else Choice.parse("linear", self.form).resolved()
@@ -147,12 +176,6 @@ class TrainConfig(Spec):
 def several(value: Any) -> Sequence[Any]:
     """The choices of a port that takes any number of methods: one, or a list."""
     return (value,) if isinstance(value, str | dict | Choice) else tuple(value or ())
-
-
-def stream_knobs(schedule: Any, objective: Any) -> dict[str, Any]:
-    """What the chosen schedule and objective ask of the run's stream, for whoever builds it."""
-    parts = (registry.build("schedule", schedule), registry.build("objective", objective))
-    return {knob: value for part in parts for knob, value in part.stream_knobs().items()}
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -175,7 +198,10 @@ def _listed(value: Any) -> Any:
 def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any], folder: Any) -> dict[str, tuple[Any, Any]]:
     """The allowed changes between a checkpoint's knobs and today's. Raises `UserError` naming the others."""
     found = changes(before, {name: value for name, value in after.items() if name in before})
-    free = {name for name, one in options(TrainConfig).items() if one.metadata.get("resumable")}
+    free = {name for name, one in options(TrainConfig).items() if one.metadata.get("resumable")} | {
+        "mixture",
+        "packing",
+    }
     strict = {k: v for k, v in found.items() if k.split(".")[0] not in free}
     if strict:
         told = "; ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in strict.items())
@@ -211,6 +237,22 @@ def members(config: TrainConfig, world: int = 1, callbacks: Mapping[str, Any] | 
         label = f"{world} processes (FSDP2)"
         found.append(compose.setting(label, provides={"fsdp"}, remedy="run it in one process"))
     return found
+
+
+def check_stream(config: TrainConfig, stream: Any) -> None:
+    """Raise `UserError` if `stream` lacks the order or the transforms that the run's methods brought along or that were
+    chosen otherwise than by default."""
+    for port in ("order", "transform"):
+        wanted = [c for c in config.choices(port) if c.method != registry.port(port).baseline]
+        found = [c for c in getattr(stream, "choices", ()) if c.port == port]
+        if wanted and [c.resolved() for c in found] != [c.resolved() for c in wanted]:
+            told, have = (", ".join(map(str, choices)) or "none" for choices in (wanted, found))
+            by = [c for c in config.chosen if any(half in wanted for half in compose.brings(c.port, c.method))]
+            why = f", which {by[0].port} {by[0].method!r} brings along," if by else ""
+            raise UserError(
+                f"the run has {port}={told}{why} and its stream was built with {port}={have}: build it with "
+                f"`config.stream(documents)`, as pretraining does, or choose another method"
+            )
 
 
 def check_combination(config: TrainConfig, world: int = 1, callbacks: Mapping[str, Any] | None = None) -> None:

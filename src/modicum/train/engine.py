@@ -170,7 +170,9 @@ class TrainEngine:
         tensor's value, so that it can be traced without data.
         """
         mine = batch.rows(self.ranks.rank, self.ranks.world)
-        rows = self.config.micro_batch or len(mine)
+        rows = len(mine)
+        if self.config.micro_batch:  # as many tokens, in rows of any length
+            rows = max(self.config.micro_batch * self.config.sequence_length // mine.tokens_BT.shape[1], 1)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         metrics: dict[str, Tensor] = {}
         for micro, start in enumerate(range(0, len(mine), rows)):

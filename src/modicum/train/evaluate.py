@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modicum.core.errors import UserError
 from modicum.data.stream import NO_LOSS, Batch, EndOfData
@@ -82,16 +81,6 @@ def _filled(batch: Batch, world: int) -> Batch:
     if not missing:
         return batch
 
-    def add(x: Tensor) -> Tensor:
-        return torch.cat([x, x[:1].expand(missing, -1)])
-
-    documents = None if batch.documents_BT is None else add(batch.documents_BT)
-    targets = add(batch.targets_BT)
-    targets[len(batch) :] = NO_LOSS
-    return dataclasses.replace(
-        batch,
-        tokens_BT=add(batch.tokens_BT),
-        targets_BT=targets,
-        documents_BT=documents,
-        positions_BT=add(batch.positions_BT),
-    )
+    full = batch.map(lambda x: torch.cat([x, x[:1].expand(missing, -1)]))
+    full.targets_BT[len(batch) :] = NO_LOSS
+    return full

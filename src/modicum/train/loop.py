@@ -28,9 +28,9 @@ from modicum.budget.meter import resident_peak
 from modicum.core.errors import CorruptError, ModicumError
 from modicum.core.events import Events, count_text
 from modicum.data.stream import EndOfData
-from modicum.train.callback import Callback, check_stream
+from modicum.train.callback import Callback
 from modicum.train.checkpoint import Checkpoints, Saved
-from modicum.train.config import TrainConfig, refuse_changes
+from modicum.train.config import TrainConfig, check_stream, refuse_changes
 from modicum.train.engine import TrainEngine
 from modicum.train.evaluate import batches_of, whole_loss
 from modicum.train.objectives import Step
@@ -126,8 +126,7 @@ class Trainer(TrainEngine):
     ):
         super().__init__(model, config, parts)
         self.stream, self.heldout, self.label = stream, heldout, label
-        for port, part in (("schedule", self.schedule), ("objective", self.objective)):
-            check_stream(f"{port} {config.choice(port).method!r}", part, stream)
+        check_stream(config, stream)
         self.events = events if events is not None and self.ranks.first else Events()
         self.deadline = deadline or Deadline(None)
         self.steps_done = self.tokens = self.skipped = 0

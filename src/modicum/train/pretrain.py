@@ -31,7 +31,7 @@ from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_config, load_model, save_model
 from modicum.train import parallel
 from modicum.train.checkpoint import Checkpoints
-from modicum.train.config import TrainConfig, stream_knobs
+from modicum.train.config import TrainConfig
 from modicum.train.forecast import phases
 from modicum.train.forms import merged, with_form
 from modicum.train.loop import Trainer, TrainResult, train
@@ -111,33 +111,20 @@ def pretrain(
         lr=lr,
         sequence_length=config.sequence_length,
         seed=config.seed,
+        mixture=config.mixture,
+        packing=config.packing,
         **config.train,
     )
     ranks = parallel.current(parallel.pick_device(told.device))
     model = make_model(config, shape)
-    heldout = Stream(
-        curation.shards("heldout"),
-        "natural",
-        config.packing,
-        seed=0,
-        epochs=1,
-        sequence_length=config.sequence_length,
-    )
+    heldout = told.heldout_stream(curation.shards("heldout"))
     if config.seconds is not None:
         told = dataclasses.replace(
             told,
             steps=None,
             tokens=ranks.agree(_tokens_in(config, told, model, curation, out / "plan.json", began)),
         )
-    stream = Stream(
-        curation.shards("train"),
-        config.mixture,
-        config.packing,
-        seed=config.seed,
-        sequence_length=config.sequence_length,
-        total=told.total_tokens,
-        **stream_knobs(told.choice("schedule"), told.choice("objective")),
-    )
+    stream = told.stream(curation.shards("train"))
     run = train(model, stream, told, out, events=events, deadline=deadline, heldout=heldout, label="pretrain")
     folder = None
     if run.finished:
@@ -196,15 +183,7 @@ def _tokens_in(
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptError(f"{plan} is damaged ({type(error).__name__}); remove it to plan anew") from None
     assert config.seconds is not None
-    stream = Stream(
-        curation.shards("train"),
-        config.mixture,
-        config.packing,
-        seed=config.seed,
-        sequence_length=config.sequence_length,
-        total=told.total_tokens,
-        **stream_knobs(told.choice("schedule"), told.choice("objective")),
-    )
+    stream = told.stream(curation.shards("train"))
     taken = step_seconds(model, stream, told, PROBE_SHARE * config.seconds)
     left = SHARE_FOR_STEPS * (config.seconds - (time.monotonic() - began))
     steps = int(left / taken)

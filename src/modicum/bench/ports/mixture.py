@@ -26,12 +26,12 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     stream = bench.stream(seed, mixture=choice)
     result = bench.train(model, seed, stream)
     by_domain = {d: bench.bits(model, texts) for d in bench.corpus.domains if (texts := bench.corpus.heldout_texts(d))}
-    seen = {name: domain.served / stream.sizes[name] for name, domain in stream.domains.items()}
+    seen = {name: domain.consumed / domain.size for name, domain in stream.sampler.domains.items()}
     metrics = {
         "domain_bits_per_byte": statistics.fmean(by_domain.values()),
         "most_epochs": max(seen.values()),
         **{f"{d}_bits_per_byte": v for d, v in by_domain.items()},
-        **{f"{d}_share": domain.served / stream.done for d, domain in stream.domains.items()},
+        **{f"{d}_share": domain.consumed / stream.done for d, domain in stream.sampler.domains.items()},
     }
     return Measurement(
         metrics=metrics,

@@ -12,7 +12,6 @@ from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
-from modicum.train.config import stream_knobs
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("train_seconds", "lower", "s"))
 LIMITS = training.LIMITS
@@ -25,8 +24,8 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     bench = training.Bench.of(settings, reserved=registry.build("objective", choice).reserved())
     model = bench.model(seed)
     record = bench.model_record(model)
-    stream = bench.stream(seed, packing=PACKING, **stream_knobs("cosine", choice))
-    result = bench.train(model, seed, stream, objective=choice)
+    stream = bench.stream(seed, packing=PACKING, objective=choice)
+    result = bench.train(model, seed, stream, packing=PACKING, objective=choice)
     metrics = {
         "bits_per_byte": bench.bits(model),
         "train_seconds": result.seconds,

@@ -24,7 +24,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     bench = training.Bench.of(settings)
     model = bench.model(seed)
     record = bench.model_record(model)
-    result = bench.train(model, seed, bench.stream(seed, packing=choice))
+    result = bench.train(model, seed, packing=choice)
     metrics = {
         "bits_per_byte": bench.bits(model),
         "train_seconds": result.seconds,

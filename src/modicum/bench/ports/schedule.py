@@ -29,7 +29,6 @@ from modicum.data.document import Document
 from modicum.data.shards import MemoryDocuments
 from modicum.data.tokenizer import Tokenizer
 from modicum.train.callback import Callback
-from modicum.train.config import stream_knobs
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("half_way_bits_per_byte", "lower", "bits/byte"))
 ONWARD = Axes(quality=Axis("onward_bits_per_byte"), cost=Axis("onward_old_bits_per_byte", "lower", "bits/byte"))
@@ -55,8 +54,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     model = bench.model(seed)
     record = bench.model_record(model)
     watch = HalfWay(bench)
-    knobs = stream_knobs(choice, "next-token")
-    stream = bench.stream(seed, mixed(settings.data, settings.scale, seed, bench.tokenizer), **knobs)
+    stream = bench.stream(seed, mixed(settings.data, settings.scale, seed, bench.tokenizer), schedule=choice)
     result = bench.train(model, seed, stream, schedule=choice, parts={"half-way": watch})
     metrics = {
         "bits_per_byte": bench.bits(model),
@@ -88,7 +86,7 @@ def onward(bench: training.Bench, choice: Choice, seed: int) -> dict[str, float]
     for domain, more in ((old, cls.FIRST), (new, cls.LATER)):
         schedule = Choice("schedule", choice.method, choice.knobs | more)
         documents = clean(bench.settings.data, bench.scale, domain, bench.tokenizer)
-        stream = bench.stream(seed, documents, total=tokens, **stream_knobs(schedule, "next-token"))
+        stream = bench.stream(seed, documents, tokens=tokens, schedule=schedule)
         bench.train(model, seed, stream, tokens=tokens, schedule=schedule)
         found[domain] = bench.bits(model, bench.corpus.heldout_texts(old))
     fresh = bench.bits(model, bench.corpus.heldout_texts(new))

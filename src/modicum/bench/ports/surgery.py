@@ -109,7 +109,7 @@ def _dense(settings: Settings, seed: int) -> tuple[Any, TrainResult, Curve]:
 
 def _run(bench: training.Bench, choice: Choice, seed: int, tokens: int) -> tuple[Any, TrainResult, Curve]:
     model, curve = bench.model(seed), Curve(bench)
-    stream = bench.stream(seed, total=tokens)
+    stream = bench.stream(seed, tokens=tokens)
     result = bench.train(model, seed, stream, tokens=tokens, parts={"curve": curve}, surgery=choice)
     return model, result, curve
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from modicum.core import registry
-from modicum.data.packings import Packing, Piece
+from modicum.data.batch import Span
+from modicum.data.packings import Packing
 
 LENGTH = 16
 # From shorter than a row to several rows, with exact fits among them.
@@ -17,19 +18,19 @@ def _make(key: str) -> Packing:
     return loaded.cls(getattr(loaded.module, "TOY", loaded.config()))
 
 
-def _source(start: int = 0) -> Callable[[], Piece | None]:
-    pieces = iter([Piece("d", i, 0, n) for i, n in enumerate(LENGTHS)][start:])
-    return lambda: next(pieces, None)
+def _source(start: int = 0) -> Callable[[], Span | None]:
+    spans = iter([Span("d", i, 0, n) for i, n in enumerate(LENGTHS)][start:])
+    return lambda: next(spans, None)
 
 
-def _all_rows(packing: Packing) -> list[list[Piece]]:
+def _all_rows(packing: Packing) -> list[list[Span]]:
     draw = _source()
-    pending: list[Piece] = []
-    rows: list[list[Piece]] = []
+    pending: list[Span] = []
+    rows: list[list[Span]] = []
     while row := packing.row(draw, pending, LENGTH):
         rows.append(row)
         assert len(rows) < 1000, "rows never end"
-    assert not pending, f"{len(pending)} pieces were drawn and never used"
+    assert not pending, f"{len(pending)} spans were drawn and never used"
     return rows
 
 
@@ -38,31 +39,31 @@ def check_exact_cover(key: str) -> None:
     seen: set[tuple[int, int]] = set()
     for row in _all_rows(_make(key)):
         assert 0 < sum(p.length for p in row) <= LENGTH, f"{key}: row {row}"
-        for piece in row:
-            assert piece.length > 0, f"{key}: empty piece {piece}"
-            for t in range(piece.start, piece.start + piece.length):
-                assert (piece.document, t) not in seen, f"{key}: prediction {t} of {piece.document} twice"
-                seen.add((piece.document, t))
+        for span in row:
+            assert span.length > 0, f"{key}: empty span {span}"
+            for t in range(span.start, span.start + span.length):
+                assert (span.document, t) not in seen, f"{key}: prediction {t} of {span.document} twice"
+                seen.add((span.document, t))
     everything = {(i, t) for i, n in enumerate(LENGTHS) for t in range(n)}
     assert seen == everything, f"{key}: predictions are missing: {sorted(everything - seen)[:5]}"
 
 
 def check_resume(key: str) -> None:
-    """A fresh packing, given the pending pieces and the rest of the documents, makes the same rows."""
+    """A fresh packing, given the pending spans and the rest of the documents, makes the same rows."""
     whole = _all_rows(_make(key))
     drawn = 0
     source = _source()
 
-    def draw() -> Piece | None:
+    def draw() -> Span | None:
         nonlocal drawn
-        piece = source()
-        drawn += piece is not None
-        return piece
+        span = source()
+        drawn += span is not None
+        return span
 
-    pending: list[Piece] = []
+    pending: list[Span] = []
     first = _make(key)
     rows = [first.row(draw, pending, LENGTH) for _ in range(3)]
-    second, rest, pending = _make(key), _source(drawn), [Piece(*p) for p in pending]
+    second, rest, pending = _make(key), _source(drawn), [Span(*p) for p in pending]
     while row := second.row(rest, pending, LENGTH):
         rows.append(row)
     assert rows == whole, f"{key}: rows differ after a restart"

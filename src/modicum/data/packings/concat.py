@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from modicum.core.registry import Capabilities
-from modicum.data.packings import Packing, Piece
+from modicum.data.batch import Span
+from modicum.data.packings import Packing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +35,16 @@ class Concat(Packing):
     def capabilities(cls, config: Config) -> Capabilities:
         return Capabilities(provides=frozenset({"document_mask"} if config.mask else ()))
 
-    def row(self, draw: Callable[[], Piece | None], pending: list[Piece], length: int) -> list[Piece]:
-        row: list[Piece] = []
+    def row(self, draw: Callable[[], Span | None], pending: list[Span], length: int) -> list[Span]:
+        row: list[Span] = []
         room = length
         while room > 0:
-            piece = pending.pop(0) if pending else draw()
-            if piece is None:
+            span = pending.pop(0) if pending else draw()
+            if span is None:
                 break
-            if piece.length > room:
-                piece, rest = piece.split(room)
+            if span.length > room:
+                span, rest = span.split(room)
                 pending.insert(0, rest)
-            row.append(piece)
-            room -= piece.length
+            row.append(span)
+            room -= span.length
         return row

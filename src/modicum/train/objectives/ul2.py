@@ -165,7 +165,7 @@ class UL2(Objective):
         if stream is None:  # a forecast
             return
         free = getattr(stream, "reserved", 0)
-        data = getattr(getattr(stream, "shards", None), "vocab_size", None)
+        data = getattr(getattr(stream, "documents", None), "vocab_size", None)
         if data is not None and shape is not None:
             free += max(shape.vocab_size - data, 0)  # a model's vocabulary may be longer than its tokenizer's
         if free < needed:

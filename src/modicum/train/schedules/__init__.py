@@ -4,7 +4,7 @@ A method is constructed as `cls(config)`. `scale(done, total)` is pure: it depen
 the tokens planned and on nothing else, so a resumed or extended run needs no state. `done` is the middle
 of the step being made, so that neither its first nor its last step has rate zero.
 
-As a `train.callback.Callback` a schedule may also ask for an order of the data (`stream_knobs`) and act on the weights.
+A method that needs an order of the data or an average of the weights says so in `BRINGS`.
 """
 
 from __future__ import annotations

@@ -2,12 +2,10 @@
 
 Data sorted by quality puts the best where a decaying rate has nearly vanished, and wastes it. So the rate falls only
 to `floor` of its peak, and what decay is for (taking the noise out of the last steps) is done by a weighted
-average of the last checkpoints: `averaging/lawa`, which this brings along.
+average of the last checkpoints. This is the schedule; it brings `order/quality-ascending` and `averaging/lawa` along.
 
     x  = (done - (1 - decay) total) / (decay total),  clipped to [0, 1]
     lr = floor + (1 - floor) (1 - sqrt(x))
-
-The stream gives each domain's documents in ascending order of their scores (`data.stream`, order="quality").
 
 Luo et al. 2025, arXiv:2511.18903, sections 3 and 4: `floor=1` is averaging alone, the default both together. Departs
 from the paper: the order is ascending within each domain and the mixture holds between them; over which part of the run
@@ -18,11 +16,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from modicum.train.schedules import Schedule, check_warmup, warmed
 
-BRINGS = ("averaging/lawa:weights=ema",)
+BRINGS = ("order/quality-ascending", "averaging/lawa:weights=ema")
 CLAIM = {
     "figure": "1.64% better average score than shuffled data with a decayed rate",
     "where": "abstract",
@@ -51,6 +48,3 @@ class CurriculumAveraging(Schedule):
         length = c.decay * total
         share = min(max((done - (total - length)) / length, 0.0), 1.0) if length > 0 else 0.0
         return {"lr": warmed(done, total, c.warmup) * (c.floor + (1 - c.floor) * (1 - math.sqrt(share)))}
-
-    def stream_knobs(self) -> dict[str, Any]:
-        return {"order": "quality"}
