@@ -75,9 +75,9 @@ MUTATIONS = (
     ),
     Mutation(
         "only rows of tokens that were taken are learnt",
-        "serve/draft.py",
-        "drafter.observe(tokens_T[rows], logits_RV)",
-        "drafter.observe(tokens_T[[rows[i] for i in at.values()]], logits_RV[list(at.values())])",
+        "serve/propose.py",
+        "self.drafter.observe(tokens_T[rows], logits_RV)",
+        "self.drafter.observe(tokens_T[rows[:1]], logits_RV[:1])",
         "serve/test_token_recycling.py::test_rejected_drafts_are_recycled",
     ),
     # serve: schedulers
@@ -126,21 +126,21 @@ MUTATIONS = (
     ),
     Mutation(
         "thinned sequences all attend by the first one's policy",
-        "serve/attend.py",
-        "itertools.groupby(thinned, _own_policy)",
-        "itertools.groupby(thinned, lambda w: None)",
+        "serve/plan.py",
+        "itertools.groupby(shared, lambda w: id(w.sample.policy))",
+        "itertools.groupby(shared, lambda w: None)",
         "serve/test_kv.py::test_every_sequence_attends_by_its_own_policy",
     ),
     Mutation(
         "a policy that fails to observe ends the step",
-        "serve/attend.py",
-        "self.faults[w.sample.id] = error",
+        "serve/backends/torch.py",
+        "faults[w.sample.id] = error",
         "raise error",
         "serve/test_kv.py::test_a_policy_that_fails_ends_its_own_request_alone",
     ),
     Mutation(
         "a policy that fails to choose ends the step",
-        "serve/engine.py",
+        "serve/commit.py",
         "faults[sample.id] = error",
         "raise error",
         "serve/test_kv.py::test_a_policy_that_fails_ends_its_own_request_alone",
@@ -187,7 +187,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the state of a running step is freed at exit",
-        "serve/runner.py",
+        "serve/backends/native.py",
         "self._finalizers[-1].atexit = False",
         "self._finalizers[-1].atexit = True",
         "serve/test_native.py::test_the_program_may_end_in_the_middle_of_a_step",
@@ -223,7 +223,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the first token waits for the weights to be moved",
-        "serve/runner.py",
+        "serve/backends/native.py",
         "if not self._mapped or not self._state:",
         "if not self._mapped:",
         "serve/test_start.py::test_weights_leave_the_files_pages_after_the_first_token",

@@ -18,8 +18,8 @@ from modicum.model.folder import load_config, load_model, save_model
 from modicum.model.generate import greedy
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
+from modicum.serve.native.support import unserved
 from modicum.serve.request import SamplingParams
-from modicum.serve.runner import unserved
 
 UNEVEN = by_layer(
     heads=(4, 6, 2),

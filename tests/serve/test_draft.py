@@ -16,14 +16,14 @@ from modicum.core.errors import ModicumError, UserError
 from modicum.model.config import by_layer, llama_like
 from modicum.model.decoder import Decoder
 from modicum.serve import native
+from modicum.serve.backends.torch import Torch
 from modicum.serve.config import EngineConfig
-from modicum.serve.draft import make_drafter
 from modicum.serve.drafters import Drafter, Tree, layout
 from modicum.serve.engine import Engine
 from modicum.serve.payoff import Payoff
+from modicum.serve.propose import make_drafter
 from modicum.serve.request import Output, SamplingParams
-from modicum.serve.runner import Eager
-from modicum.serve.trees import child
+from modicum.serve.verify import child
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.reason()}")
 PROMPTS = [[random.Random(i).randrange(1, 400) for _ in range(n)] for i, n in enumerate((1, 3, 16, 17, 40, 33, 70))]
@@ -145,7 +145,7 @@ def test_drafts_through_the_kernels_change_no_bit(
     def refuse(*_: Any) -> None:
         raise AssertionError("a step ran without the kernels")
 
-    monkeypatch.setattr(Eager, "__call__", refuse)
+    monkeypatch.setattr(Torch, "__call__", refuse)
     want, drafting, got = both(model, SamplingParams(temperature=0, max_tokens=24, logprobs=3, ignore_eos=True))
     assert tokens(got) == tokens(want)
     for mine, theirs in zip(got, want, strict=True):

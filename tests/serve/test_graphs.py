@@ -16,14 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modicum.model.config import Rope, by_layer, llama_like
 from modicum.model.decoder import Decoder
-from modicum.serve import graphs
-from modicum.serve.attend import StepAttend
+from modicum.serve.backends import Runner, graphs
+from modicum.serve.backends.choose import make_runner
+from modicum.serve.backends.graphs import Graphs, bucket_of, unfit
+from modicum.serve.backends.torch import Torch
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
-from modicum.serve.graphs import Graphs, bucket_of, unfit
 from modicum.serve.pages import Storage
+from modicum.serve.plan import AttentionPlan
 from modicum.serve.request import Request, SamplingParams
-from modicum.serve.runner import Eager, make_runner
+from modicum.serve.schedule import reserve
+from modicum.serve.table import BlockTable
 from modicum.serve.work import Work, arrange, by_policy
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -51,24 +54,24 @@ def decoder(**more: Any) -> Decoder:
     return lively(Decoder(llama_like(199, 32, 4, 4, **given), torch.Generator().manual_seed(0)))
 
 
-class Counting(Eager):
+class Counting(Torch):
     """Notes the steps that it is given."""
 
-    def __init__(self, model: Decoder, attend: StepAttend):
-        super().__init__(model, attend)
+    def __init__(self, model: Decoder):
+        super().__init__(model)
         self.given: list[list[Work]] = []
 
-    def __call__(self, works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:
-        self.given.append(list(works))
-        return super().__call__(works, rows, observe)
+    def __call__(self, plan: AttentionPlan, rows: Sequence[int]) -> Tensor | None:
+        self.given.append(list(plan.works))
+        return super().__call__(plan, rows)
 
 
 def served(model: Decoder, static: bool = True, **config: Any) -> tuple[Engine, Counting, Graphs | None]:
     """An engine whose decode steps are the padded ones, or the decoder's own."""
     e = Engine(model, None, EngineConfig(**({"block_size": 8, "cache": "2ktok"} | config)))
-    eager = Counting(model, e.cache.attend)
-    runner = Graphs(eager, capture=False) if static else None
-    e.runner = runner or eager
+    eager = Counting(model)
+    runner = Graphs(model, e.cache.storage, e.cache.table, capture=False) if static else None
+    e.runner = Runner(eager) if runner is None else Runner(runner, eager)
     return e, eager, runner
 
 
@@ -77,8 +80,8 @@ def watch(e: Engine) -> list[Tensor]:
     seen: list[Tensor] = []
     runner = e.runner
 
-    def watched(works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:
-        logits = runner(works, rows, observe)
+    def watched(plan: AttentionPlan, rows: Sequence[int]) -> Tensor | None:
+        logits = runner(plan, rows)
         if logits is not None:
             seen.append(logits.clone())
         return logits
@@ -198,12 +201,14 @@ def test_what_steps_are_not_made_for_runs_eagerly(config: dict[str, Any]) -> Non
     params = dataclasses.replace(GREEDY, max_tokens=50)  # long enough for the model to repeat itself
     want = [o.tokens for o in plain.generate(asked, params)]
     wrong: list[bool] = []
+    both = padded.runner
 
-    def watched(works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:
+    def watched(plan: AttentionPlan, rows: Sequence[int]) -> Tensor | None:
+        works = plan.works
         odd = any(w.n > 1 or w.tree is not None or w.sample.pages is not None or by_policy(w) for w in works)
         before = len(eager.given)
-        logits = runner(works, rows, observe)
-        wrong.append((len(eager.given) > before) != (odd or observe))
+        logits = both(plan, rows)
+        wrong.append((len(eager.given) > before) != (odd or plan.watched))
         return logits
 
     padded.runner = watched  # type: ignore[assignment]
@@ -219,7 +224,7 @@ def started(e: Engine, asked: list[list[int]]) -> list[Work]:
     while e.scheduler.waiting or len(e.scheduler.running) < len(asked):
         e.step()
     e.step()
-    return e._apply(e.scheduler.plan(e.scheduler.state(e.blocks.free, 0.0)))
+    return reserve(e, e.scheduler.plan(e.scheduler.state(e.blocks.free, 0.0)))
 
 
 @torch.inference_mode()
@@ -230,20 +235,20 @@ def test_padding_writes_where_the_first_row_does() -> None:
     assert [w.n for w in works] == [1] * 5
     storage = e.storage
     before = [x.clone() for x in (storage.k_LGNPE, storage.v_LGNPE)]
-    logits = runner(works, range(5))
+    logits = runner(e.plan(works), range(5))
     assert runner.used[8, 8] and logits is not None and logits.shape == (5, 199)
-    places = e.cache.attend.flat([w.sample.slot for w in works], [w.start for w in works])
+    places = e.cache.table.rows([w.sample.slot for w in works], [w.start for w in works])
     written = [x.clone() for x in (storage.k_LGNPE, storage.v_LGNPE)]
     for old, new in zip(before, written, strict=True):
         changed_S = (old != new).flatten(2, 3).any(-1).any(0).any(0)
         assert set(changed_S.nonzero()[:, 0].tolist()) == set(places.tolist())
     # Rows of padding can be told from others by nothing but the first row: other fillings change no bit.
     runner._inputs[8 * (3 + 8) :] = -1
-    assert torch.equal(runner(works, range(5)), logits)
-    want = eager(works, range(5))
+    assert torch.equal(runner(e.plan(works), range(5)), logits)
+    want = eager(e.plan(works), range(5))
     assert want is not None and (logits - want).norm() <= 1e-5 * want.norm()
-    assert runner(works, []) is None
-    some = runner(works, [3, 1])
+    assert runner(e.plan(works), []) is None
+    some = runner(e.plan(works), [3, 1])
     assert some is not None and torch.allclose(some, logits[[3, 1]], rtol=1e-5, atol=1e-6)
     assert torch.allclose(runner.logits([1, 2]), logits[1:3], rtol=1e-5, atol=1e-6)
 
@@ -254,13 +259,13 @@ def test_logits_are_nobody_elses() -> None:
     e, _, runner = served(decoder())
     assert runner is not None
     works = started(e, prompts(3, 30))
-    first = runner(works, range(3))
+    first = runner(e.plan(works), range(3))
     assert first is not None
     kept = first.clone()
     first.zero_()
-    second = runner(works, range(3))
+    second = runner(e.plan(works), range(3))
     assert second is not None and torch.equal(second, kept)
-    runner(arrange(works[:2]), range(2))
+    runner(e.plan(arrange(works[:2])), range(2))
     assert torch.equal(second, kept) and not first.any()
 
 
@@ -272,7 +277,7 @@ def test_uneven_steps_run_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     padded, before = runner.used[4, 32], len(eager.given)
     assert padded, "little memory is read without asking"
     monkeypatch.setattr(graphs, "SMALL", 512)
-    runner(works, range(4))
+    e.runner(e.plan(works), range(4))
     assert runner.used[4, 32] == padded and len(eager.given) == before + 1
 
 
@@ -282,14 +287,14 @@ def test_a_neighbours_nan_is_not_read() -> None:
     e, _, runner = served(decoder(), prefix_cache=False)
     assert runner is not None
     works = started(e, prompts(2, 20))
-    want = runner(works, range(2))
+    want = runner(e.plan(works), range(2))
     assert want is not None
     first, second = (w.sample for w in works)
     place = len(first.blocks)
-    e.cache.attend.hold(first.slot, place, [second.blocks[0]] * 3)  # stale, past the end of `first`
+    e.cache.table.hold(first.slot, place, [second.blocks[0]] * 3)  # stale, past the end of `first`
     e.storage.k_LGNPE[:, :, second.blocks[0]] = float("nan")
-    assert e.cache.attend.table[first.slot, place] == second.blocks[0]
-    got = runner(works, range(2))
+    assert e.cache.table.numbers[first.slot, place] == second.blocks[0]
+    got = runner(e.plan(works), range(2))
     at = next(w.at for w in works if w.sample is first)
     assert got is not None and torch.equal(got[at], want[at]) and bool(got[1 - at].isnan().all())
 
@@ -303,7 +308,7 @@ def test_nothing_in_a_step_asks_for_values_or_for_the_host() -> None:
                 model = Decoder(shape, init=False).eval()
             device = model.device
             storage = Storage(shape, 64, 8, torch.float32, device)
-            runner = Graphs(Eager(model, StepAttend(storage, 12)), capture=False)
+            runner = Graphs(model, storage, BlockTable(12, 8), capture=False)
             runner._static((4, 16))  # moves what lies on the host for good
             with Moves() as moves:
                 runner._static((4, 16))
@@ -332,19 +337,20 @@ def test_recording_that_fails_is_said_once(caplog: pytest.LogCaptureFixture) -> 
     model, asked = decoder(), prompts(3)
     plain, _, _ = served(model, static=False)
     e, eager, _ = served(model, static=False)
-    e.runner = runner = Graphs(eager)
+    runner = Graphs(model, e.cache.storage, e.cache.table)
+    e.runner = Runner(runner, eager)
     assert runner.name == e.stats()["runner"] == "cuda graphs"
     with caplog.at_level(logging.WARNING, "modicum.serve"):
         said = [o.tokens for o in e.generate(asked, GREEDY)]
     assert said == [o.tokens for o in plain.generate(asked, GREEDY)]
     warnings = [r.message for r in caplog.records if "no CUDA graphs" in r.message]
     assert len(warnings) == 1 and "(" in warnings[0], caplog.text
-    assert runner.name == e.stats()["runner"] == "eager" and not runner.steps and len(eager.given) == 9
+    assert e.stats()["runner"].startswith("eager") and not runner.steps and len(eager.given) == 9
 
 
 def test_who_gets_graphs() -> None:
     e, _, _ = served(tiny())
-    assert not isinstance(make_runner(e.model, e.cache.attend), Graphs), "not on the CPU"
+    assert not isinstance(make_runner(e.model, e.cache.storage, e.cache.table).backends[0], Graphs), "not on the CPU"
     assert unfit(e.model) is None
     options = {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 64}
     shape = dataclasses.replace(decoder().config, rope=Rope(kind="longrope", options=options))

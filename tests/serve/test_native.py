@@ -20,11 +20,14 @@ from modicum.model.attach import attach
 from modicum.model.config import Rope, by_layer, llama_like
 from modicum.model.decoder import Decoder
 from modicum.serve import native
-from modicum.serve import runner as runner_module
+from modicum.serve.backends import Runner
+from modicum.serve.backends import native as runner_module
+from modicum.serve.backends.native import Native
+from modicum.serve.backends.torch import Torch
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
+from modicum.serve.native.support import unserved
 from modicum.serve.request import Request, SamplingParams
-from modicum.serve.runner import Eager, Native, unserved
 from modicum.serve.work import Work
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.reason()}")
@@ -75,9 +78,9 @@ def logits_of(
     caught: dict[int, list[Tensor]] = {}
     runner = e.runner
 
-    def watched(works: Any, rows: Any, observe: bool) -> Any:
-        logits = runner(works, rows, observe)
-        for w in works:
+    def watched(plan: Any, rows: Any) -> Any:
+        logits = runner(plan, rows)
+        for w in plan.works:
             if w.at + w.n - 1 in rows:
                 caught.setdefault(w.sample.request.id, []).append(logits[list(rows).index(w.at + w.n - 1)])
         return logits
@@ -85,7 +88,7 @@ def logits_of(
     e.runner = watched  # type: ignore[assignment]
     params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
     tokens = [o.tokens for o in e.generate(prompts, params)]
-    assert isinstance(runner, Native)
+    assert isinstance(runner.backends[0], Native)
     return torch.stack([torch.stack(caught[i]).double() for i in sorted(caught)]), tokens  # (prompts, steps, V)
 
 
@@ -260,14 +263,14 @@ def test_what_is_not_served_falls_back() -> None:
     lora = tiny()
     attach(lora, {"layers.*.attention.*": "lora:rank=2"})
     assert "lora" in (unserved(lora, torch.float32) or "").lower()
-    assert isinstance(Engine(lora, None, EngineConfig(cache="1ktok")).runner, Eager)
+    assert isinstance(Engine(lora, None, EngineConfig(cache="1ktok")).runner.backends[0], Torch)
     assert unserved(tiny(), torch.float32) is None
 
 
 def test_off_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODICUM_NATIVE", "0")
     assert native.library() is None and "MODICUM_NATIVE" in native.reason()
-    assert isinstance(engine().runner, Eager)
+    assert isinstance(engine().runner.backends[0], Torch)
 
 
 @needs_kernels
@@ -276,7 +279,7 @@ def test_no_compiler_means_the_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path
     native._load.cache_clear()
     try:
         assert native.library() is None and "could not build" in native.reason()
-        assert isinstance(engine().runner, Eager)
+        assert isinstance(engine().runner.backends[0], Torch)
     finally:
         monkeypatch.undo()
         native._load.cache_clear()
@@ -308,15 +311,15 @@ def test_keys_are_turned_by_the_angle_of_their_position(name: str, dtype: torch.
     """A token's keys in the first layer are those it has at place 0, turned; a cache in float32 shows how exactly."""
     model = decoder(name, context_length=200_000).to(dtype)
     e = Engine(model, None, EngineConfig(block_size=8, cache="400tok", dtype="float32", max_sequences=2))
-    assert isinstance(e.runner, Native)
+    assert isinstance(e.runner.backends[0], Native)
     works, storage = [], e.storage
     for slot, start in enumerate((0, position)):
         e.add(Request([7], SamplingParams(max_tokens=1)))
         sample = list(e.samples.values())[-1]
         sample.tokens, sample.slot = [7] * (start + 1), slot
-        e.cache.attend.hold(slot, 0, [slot] * (start // 8 + 1))  # what the places before hold changes nothing here
+        e.cache.table.hold(slot, 0, [slot] * (start // 8 + 1))  # what the places before hold changes nothing here
         works.append(Work(sample, start, 1, slot))
-    e.runner(works, [0, 1])
+    e.runner(e.plan(works), [0, 1])
     plain_GE, far_GE = (storage.k_LGNPE[0, :, w.sample.slot, w.start % 8].double() for w in works)
     rope = model.rope_tables()[0]
     assert rope is not None
@@ -331,7 +334,7 @@ def test_keys_are_turned_by_the_angle_of_their_position(name: str, dtype: torch.
 @needs_kernels
 @pytest.mark.parametrize("size", ["width", "mlp_width", "head_dim", "rotated", "threads"])
 def test_memory_that_is_not_to_be_had_is_said(size: str) -> None:
-    runner = Engine(decoder(), None, EngineConfig(cache="1ktok")).runner
+    runner = Engine(decoder(), None, EngineConfig(cache="1ktok")).runner.backends[0]
     assert isinstance(runner, Native)
     shape = native.Model.from_buffer_copy(runner._shape)
     shape.threads = 1
@@ -348,7 +351,8 @@ def test_threads_are_those_that_are_granted(monkeypatch: pytest.MonkeyPatch) -> 
             torch.set_num_threads(asked)
             e = Engine(decoder(), None, EngineConfig(cache="1ktok"))
             e.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
-            assert e.runner.threads == e.runner._shape.threads == want  # type: ignore[union-attr]
+            kernels = e.runner.backends[0]
+            assert isinstance(kernels, Native) and kernels.threads == kernels._shape.threads == want
     finally:
         torch.set_num_threads(threads)
 
@@ -385,7 +389,7 @@ def work():
     while True:
         engine.generate([list(range(390)) * 4] * 2, SamplingParams(max_tokens=1, ignore_eos=True))
 threading.Thread(target=work, daemon=True).start()
-while not engine.runner._state:
+while not engine.runner.backends[0]._state:
     time.sleep(0.01)
 time.sleep(0.5)  # a step takes seconds: it has begun
 """
@@ -419,9 +423,8 @@ def test_thinned_sequences_stay_with_the_kernels(kv: str, dtype: torch.dtype) ->
     found, eager_steps = [], 0
     for by_kernels in (True, False):
         e = Engine(model, None, EngineConfig(block_size=8, cache="2ktok", prefix_cache=False, kv=kv))
-        runner = e.runner
-        assert isinstance(runner, Native)
-        as_written = runner.eager
+        kernels, as_written = e.runner.backends
+        assert isinstance(kernels, Native)
 
         def counted(*given: Any, by: Any = as_written) -> Any:
             nonlocal eager_steps
@@ -429,9 +432,10 @@ def test_thinned_sequences_stay_with_the_kernels(kv: str, dtype: torch.dtype) ->
             return by(*given)
 
         if by_kernels:
-            runner.eager = counted  # type: ignore[assignment]
+            counted.cannot = as_written.cannot  # type: ignore[attr-defined]
+            e.runner = Runner(kernels, counted)  # type: ignore[arg-type]
         else:
-            e.runner = as_written
+            e.runner = Runner(as_written)
         outputs = e.generate(prompts, params)
         assert e.stats()["thinnings"] > 0
         found.append(outputs)

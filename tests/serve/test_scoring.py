@@ -96,7 +96,7 @@ def test_preempted_in_the_middle(model: Decoder, asked: Any) -> None:
     engine.step()
     (sample,) = engine.samples.values()
     assert 0 < len(sample.scores) < len(continuation)
-    engine._preempt(sample)
+    engine.preempt(sample)
     updates = [u for _ in range(3) for u in engine.step()]
     assert_scores(model, [(prompt, (continuation,))], [collect([request], {request.id: updates})[0]])
     assert_clean(engine)

@@ -140,7 +140,7 @@ def test_a_preempted_sequence_observes_its_prompts_end_again() -> None:
         sample = first.sequences[0]
         while len(sample.tokens) < len(prompt) + generated:
             engine.step()
-        engine._preempt(sample)
+        engine.preempt(sample)
         engine.add(second)
         while engine.busy:
             assert not any(update.error for update in engine.step()), f"after {generated} generated tokens"

@@ -18,7 +18,8 @@ from modicum.model.decoder import Decoder
 from modicum.model.folder import load_model, save_model
 from modicum.model.safetensor import is_mapped, mapped_bytes
 from modicum.serve import config as engine_config
-from modicum.serve import native, runner
+from modicum.serve import native
+from modicum.serve.backends import native as runner
 from modicum.serve.config import EngineConfig, cache_blocks
 from modicum.serve.engine import Engine
 from modicum.serve.pages import Storage

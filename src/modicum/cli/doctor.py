@@ -58,7 +58,8 @@ def examine() -> dict:
 
     from modicum.bench import ceilings, record
     from modicum.budget.machine import memory_available
-    from modicum.serve import graphs, native
+    from modicum.serve import native
+    from modicum.serve.backends import graphs
 
     machine = record.machine()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from modicum.core.errors import ModicumError
 from modicum.model.config import DecoderConfig
-from modicum.serve.attend import StepAttend
 from modicum.serve.blocks import BlockPool, OutOfBlocks, PagePool, chain
 from modicum.serve.config import EngineConfig
 from modicum.serve.kv import KVPolicy
 from modicum.serve.pages import Storage
 from modicum.serve.request import Sample
+from modicum.serve.table import BlockTable
 
 
 class Cache:
@@ -34,7 +37,7 @@ class Cache:
         self.storage = Storage(shape, n_blocks, config.block_size, dtype, device)
         self.blocks = BlockPool(n_blocks)
         self.pages = PagePool(self.blocks, self.storage.pages_per_block)
-        self.attend = StepAttend(self.storage, config.max_sequences)
+        self.table = BlockTable(config.max_sequences, config.block_size)
         self.slots = list(range(config.max_sequences - 1, -1, -1))
         self.thinnings = 0
 
@@ -42,6 +45,12 @@ class Cache:
     def capacity(self) -> int:
         """Tokens that all blocks hold."""
         return self.blocks.n_blocks * self.block_size
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are taken: whole blocks, less the free pages of broken ones."""
+        page = self.storage.block_bytes / self.storage.pages_per_block
+        return int((self.blocks.n_blocks - self.blocks.free) * self.storage.block_bytes - self.pages.free * page)
 
     def look_up(self, sample: Sample) -> None:
         """Note in a waiting job what the prefix cache holds of it now."""
@@ -65,7 +74,7 @@ class Cache:
         self.blocks.hold(sample.blocks)
         sample.slot = self.slots.pop()
         sample.published = len(sample.blocks)
-        self.attend.hold(sample.slot, 0, sample.blocks)
+        self.table.hold(sample.slot, 0, sample.blocks)
 
     def room(self, sample: Sample, n: int) -> bool:
         """Blocks or pages for `n` more tokens; False if there are too few, and then none is taken."""
@@ -77,7 +86,7 @@ class Cache:
                 more = -(-(sample.job.computed + n) // self.block_size) - held
                 if more > 0:
                     new = self.blocks.take(more)
-                    self.attend.hold(sample.slot, held, new)
+                    self.table.hold(sample.slot, held, new)
                     sample.blocks += new
                     sample.job.own += more
         except OutOfBlocks:
@@ -92,7 +101,7 @@ class Cache:
         if spare:
             del sample.blocks[kept:]
             self.blocks.release(spare)
-            self.attend.hold(sample.slot, kept, sample.blocks[:1] * len(spare))
+            self.table.hold(sample.slot, kept, sample.blocks[:1] * len(spare))
             sample.job.own -= len(spare)
             self._measure(sample)
 
@@ -146,6 +155,17 @@ class Cache:
         self.thinnings += 1
         self._measure(sample)
         return True
+
+    def zero(self, sample: Sample, offsets: Sequence[int]) -> None:
+        """Zero entries of a sequence that holds blocks."""
+        self.storage.zero(self._rows([sample.slot] * len(offsets), offsets))
+
+    def move(self, slots: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Put entries of sequences where others are, all at once."""
+        self.storage.move(self._rows(slots, sources), self._rows(slots, targets))
+
+    def _rows(self, slots: Sequence[int], offsets: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self.table.rows(slots, offsets)).to(self.storage.device)
 
     def give_back(self, sample: Sample) -> None:
         if sample.pages is not None:

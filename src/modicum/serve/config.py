@@ -32,7 +32,7 @@ class EngineConfig:
     choose methods with their knobs, as `fcfs:reserve=0.05`. kv_probe: tokens that say themselves again, on which a
     policy measures heads; none: random ones. draft_tokens: drafted tokens of one step, shared among its sequences.
     draft_when: `pays` (by the clock, see `serve.payoff`) or `always`. cuda_graphs: on a GPU, replay decode steps
-    instead of launching every kernel anew (`serve.graphs`). activation_bits: 16, or 8: where matrices are int8 or
+    instead of launching every kernel anew. activation_bits: 16, or 8: where matrices are int8 or
     int4, the kernels for the CPU round what they multiply with to eight bits, a step for each 64 inputs.
     """
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modicum.serve.kv import Entries
+from modicum.serve.plan import visible
 
 SCORES = 1 << 24  # weights that exist at once
 
@@ -22,7 +23,7 @@ def received(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """mass_GS: softmax weights of the T queries at places `start` on, summed over them, averaged over R; float32."""
+    """mass_GS: softmax weights of the T queries at positions `start` on, summed over them, averaged over R; float32."""
     G, R, T, _ = q_GRTE.shape
     S = entries.k_GSE.shape[1]
     device = q_GRTE.device
@@ -33,15 +34,13 @@ def received(
     mass_GS = torch.zeros(G, S, device=device)
     rows = max(1, SCORES // (G * R * S))
     for first in range(0, T, rows):
-        q_GRTE_some = q_GRTE[:, :, first : first + rows].float()
-        n = q_GRTE_some.shape[2]
-        scores_GRTS = (q_GRTE_some.flatten(1, 2) @ keys_GES * scale).unflatten(1, (R, n))
+        some_GRTE = q_GRTE[:, :, first : first + rows].float()
+        n = some_GRTE.shape[2]
+        scores_GRTS = (some_GRTE.flatten(1, 2) @ keys_GES * scale).unflatten(1, (R, n))
         if softcap is not None:
             scores_GRTS = softcap * torch.tanh(scores_GRTS / softcap)
         at_T1 = torch.arange(start + first, start + first + n, device=device)[:, None]
-        hidden_GTS = entries.position_GS[:, None] > at_T1
-        if window is not None:
-            hidden_GTS |= entries.position_GS[:, None] <= at_T1 - window
+        hidden_GTS = ~visible(at_T1, entries.position_GS[:, None], window)
         scores_GRTS = (scores_GRTS + bias_GS[:, None, None]).masked_fill_(hidden_GTS[:, None], float("-inf"))
         mass_GS += scores_GRTS.softmax(-1).sum(2).mean(1)
     return mass_GS

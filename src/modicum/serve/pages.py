@@ -111,6 +111,17 @@ class Storage:
         self.k_LGNPE.flatten(0, 2).index_fill_(0, index, 0)
         self.v_LGNPE.flatten(0, 2).index_fill_(0, index, 0)
 
+    def zero(self, rows: Tensor) -> None:
+        """Zero entries of a layer's storage, blocks taken as one row, in all layers and heads."""
+        for x_LGNPE in (self.k_LGNPE, self.v_LGNPE):
+            x_LGNPE.flatten(2, 3).index_fill_(2, rows, 0)
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Keys and values of the entries `source` to `target`, counted in the same way."""
+        for x_LGNPE in (self.k_LGNPE, self.v_LGNPE):
+            x_LGSE = x_LGNPE.flatten(2, 3)
+            x_LGSE.index_copy_(2, target, x_LGSE.index_select(2, source))
+
     # thinned sequences ----------------------------------------------------------------------------
 
     def entries_of_blocks(self, layer: int, blocks: Sequence[int], count: int) -> Entries:

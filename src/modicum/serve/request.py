@@ -15,7 +15,7 @@ from modicum.core.errors import UserError
 
 if TYPE_CHECKING:
     from modicum.serve.pages import Pages
-    from modicum.serve.sampling import Penalties
+    from modicum.serve.penalties import Penalties
     from modicum.serve.schedulers import Job
     from modicum.serve.text import TextStream
 

@@ -22,21 +22,6 @@ from modicum.serve.request import Sample, SamplingParams, TokenLogprob
 CANDIDATES = 1024  # first try for top_p; a row whose nucleus is larger makes the batch sort everything
 
 
-class Penalties:
-    """What one sequence has said so far: only kept for those that ask for penalties."""
-
-    def __init__(self, prompt: Sequence[int], output: Sequence[int], vocab_size: int, device: torch.device):
-        self.seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self.count_V = torch.zeros(vocab_size, dtype=torch.float32, device=device)
-        self.seen_V[torch.tensor(prompt, device=device)] = True
-        for token in output:
-            self.add(token)
-
-    def add(self, token: int) -> None:
-        self.seen_V[token] = True
-        self.count_V[token] += 1
-
-
 @dataclass(slots=True)
 class Choices:
     """tokens: B ids; finite: whether each row's logits were numbers; logprobs: for those that asked."""

@@ -8,15 +8,12 @@ request's first sequence computes the prompt, and its other ones find that in th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from modicum.serve.request import Sample, TokenLogprob, Update
+from modicum.serve.state import State
 from modicum.serve.work import Work
-
-if TYPE_CHECKING:
-    from modicum.serve.engine import Engine
 
 ROWS = 128  # rows whose logits exist at a time
 
@@ -32,7 +29,7 @@ def follow(sample: Sample, at_once: bool) -> None:
         sample.job.prompt = sample.job.length = sample.limit - 1  # the last token's own logits are not asked for
 
 
-def score(engine: Engine, works: Sequence[Work], updates: list[Update]) -> None:
+def score(state: State, works: Sequence[Work], updates: list[Update]) -> None:
     """Read the scored sequences' log-probabilities off the step that ran last, and end those that are complete."""
     rows: list[int] = []
     places: list[tuple[Sample, int]] = []  # of each row, the sequence and which token of `given` it scores
@@ -47,7 +44,7 @@ def score(engine: Engine, works: Sequence[Work], updates: list[Update]) -> None:
     broken = set()
     for at in range(0, len(rows), ROWS):
         some = places[at : at + ROWS]
-        logits_RV = engine.runner.logits(rows[at : at + ROWS])
+        logits_RV = state.runner.logits(rows[at : at + ROWS])
         logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
         target_R1 = torch.tensor([[s.given[i]] for s, i in some], device=logits_RV.device)
         best = logits_RV.max(1)
@@ -60,11 +57,11 @@ def score(engine: Engine, works: Sequence[Work], updates: list[Update]) -> None:
                 broken.add(sample.request.id)
             sample.scores.append(TokenLogprob(sample.given[i], chosen[r], [(top_token[r], top[r])]))
     if broken:
-        updates += engine.fail(broken, "the model's output is not a number (NaN or infinite)")
+        updates += state.fail(broken, "the model's output is not a number (NaN or infinite)")
     for w in ours:
         sample = w.sample
         if sample.finish is None and len(sample.scores) == len(sample.given):
-            sample.first_token = sample.last_token = engine.clock()
+            sample.first_token = sample.last_token = state.clock()
             updates.append(
                 Update(
                     sample.request.id,
@@ -75,5 +72,5 @@ def score(engine: Engine, works: Sequence[Work], updates: list[Update]) -> None:
                     cached=sample.request.cached,
                 )
             )
-            engine.start_siblings(sample)
-            engine.end(sample, "length")
+            state.start_siblings(sample)
+            state.end(sample, "length")

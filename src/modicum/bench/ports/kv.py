@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -35,10 +36,11 @@ from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.evaluate.recall import list_and_copy
 from modicum.model.decoder import Decoder
+from modicum.serve.backends import Runner
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
-from modicum.serve.request import Request, Sample, SamplingParams, Update
-from modicum.serve.work import Work
+from modicum.serve.plan import AttentionPlan
+from modicum.serve.request import Request, SamplingParams
 
 PROBE_SEED = "kv/probe"
 AXES = Axes(quality=Axis("bits_per_token"), cost=Axis("held_bytes", "lower", "bytes"))
@@ -75,17 +77,14 @@ class Watched(Engine):
     def __init__(self, model: Decoder, config: EngineConfig):
         super().__init__(model, None, config)
         self.held: list[int] = []  # bytes before each token
+        runner = self.runner
 
-    def _commit(
-        self, works: list[Work], samples: list[Sample], logits_BV: Tensor | None, updates: list[Update]
-    ) -> None:
-        self.held += [self.held_bytes()] * len(samples)
-        super()._commit(works, samples, logits_BV, updates)
+        class Noting(Runner):
+            def __call__(noting, plan: AttentionPlan, rows: Sequence[int]) -> Tensor | None:
+                self.held += [self.cache.held_bytes] * len(rows)
+                return super().__call__(plan, rows)
 
-    def held_bytes(self) -> int:
-        """Bytes of the cache that are taken: whole blocks, less the pages of broken ones that are free."""
-        page = self.storage.block_bytes / self.storage.pages_per_block
-        return int((self.blocks.n_blocks - self.blocks.free) * self.storage.block_bytes - self.pages.free * page)
+        self.runner = Noting(*runner.backends)
 
 
 @dataclass

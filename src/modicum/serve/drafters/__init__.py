@@ -2,7 +2,7 @@
 
 A method guesses a tree of tokens below the last known one. The engine runs the whole tree through the model in
 the step that computes that token, draws the next token as it always does, and goes on along the tree for as
-long as what was drawn is in it (`serve.draft`). So a guess costs or saves time and never changes an output.
+long as what was drawn is in it (`serve.verify`). So a guess costs or saves time and never changes an output.
 """
 
 from __future__ import annotations

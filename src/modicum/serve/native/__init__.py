@@ -1,7 +1,7 @@
 """Own kernels for the CPU: C compiled once for this machine, kept in the user's cache, loaded by ctypes.
 
 `library()` gives the loaded kernels or None, `reason()` says why there are none: nothing here raises, since
-everything also runs without (`serve.runner`). What is compiled is named by a hash of the sources, the
+everything also runs without (`serve.backends`). What is compiled is named by a hash of the sources, the
 compiler and the processor's abilities, so a cache shared between machines, or an upgrade, cannot mix them up.
 
 Environment: MODICUM_NATIVE=0 turns the kernels off; CC names the compiler; MODICUM_HOME or XDG_CACHE_HOME

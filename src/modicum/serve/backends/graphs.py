@@ -1,4 +1,4 @@
-"""Decode steps on a GPU as CUDA graphs: all launches of a step recorded once, then replayed with one call.
+"""Backend graphs: decode steps on a GPU, all launches of a step recorded once as a CUDA graph, replayed with one call.
 
 Shapes: B sequences, padded; N blocks of each, padded; W blocks that a layer with a window reads of them; P block_size;
 S = N P or W P keys; G KV heads, R query heads of each; E head dimension; D width.
@@ -7,10 +7,10 @@ A token of a small batch takes a GPU less time than Python needs to launch some 
 which every sequence computes one known token on a whole cache is therefore padded up to a bucket (B, N), its numbers
 are put into memory that stays where it is, and the bucket's graph is replayed: recorded at its first use, since which
 ones will be needed is not known before. Rows of padding repeat the first row, so they write its keys and values once
-more where it writes them, and nowhere else. Everything else, prompts above all, goes to `Eager`.
+more where it writes them, and nowhere else. Everything else, prompts above all, is for `Torch`.
 
 A graph ends with the hidden states in memory of its own. Logits are made from them anew in every step, outside of the
-graph, by the same call as in `Eager`: nobody ever holds a tensor that a later replay overwrites.
+graph, by the same call as in `Torch`: nobody ever holds a tensor that a later replay overwrites.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,18 +27,18 @@ from torch import Tensor
 
 from modicum.model.attend import attention
 from modicum.model.decoder import Decoder
+from modicum.serve.backends import CannotRun
 from modicum.serve.pages import Storage
+from modicum.serve.plan import AttentionPlan, visible
+from modicum.serve.table import BlockTable
 from modicum.serve.uneven import SHAPE
-from modicum.serve.work import Work, by_policy, tokens_of
-
-if TYPE_CHECKING:
-    from modicum.serve.runner import Eager
+from modicum.serve.work import Work, tokens_of
 
 log = logging.getLogger("modicum.serve")
 Bucket = tuple[int, int]  # B, N
 MOST_GRAPHS = 96  # each holds megabytes of the GPU's memory; buckets beyond run eagerly
 FEWEST = 64  # keys of each row: reading a few too many costs less than recording more graphs
-UNEVEN = 4  # padding makes attention read at most so many times what is held; `Eager` has groups of similar lengths
+UNEVEN = 4  # padding makes attention read at most so many times what is held; `Torch` has groups of similar lengths
 SMALL = 16384  # keys, of all rows together, that are read however few are held
 WARM_UP = 2  # steps before recording, in which libraries choose kernels and take their working memory
 
@@ -90,7 +90,7 @@ class StaticAttend:
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        """The B tokens are one row, as in `StepAttend`: (1, H, B, E) in, (1, H, B, E) out."""
+        """The B tokens are one row, as in `PlannedAttend`: (1, H, B, E) in, (1, H, B, E) out."""
         q_HBE, k_GBE, v_GBE = q_BHTE[0], k_BGSE[0], v_BGSE[0]
         B, G = q_HBE.shape[1], k_GBE.shape[0]
         if window not in self._reaches:  # made by the first layer that has this window, shared by the others
@@ -115,75 +115,66 @@ class StaticAttend:
             column_BW = column_BW + (position_B1 + 1 - window).clamp(min=0) // P
         blocks = self.table_BN.gather(1, column_BW.clamp(max=N - 1)).flatten()
         place_BS = (column_BW[:, :, None] * P + torch.arange(P, device=like.device)).flatten(1)
-        hidden_BS = place_BS > position_B1
-        if window is not None:
-            hidden_BS = hidden_BS | (place_BS <= position_B1 - window)
-        mask_BS = torch.zeros(hidden_BS.shape, dtype=like.dtype, device=like.device)
-        return blocks, mask_BS.masked_fill_(hidden_BS, float("-inf"))[None, :, None]
+        seen_BS = visible(position_B1, place_BS, window)
+        mask_BS = torch.zeros(seen_BS.shape, dtype=like.dtype, device=like.device)
+        return blocks, mask_BS.masked_fill_(~seen_BS, float("-inf"))[None, :, None]
 
 
 class Graphs:
-    """A runner: decode steps by graphs, everything else by `eager`. Made by `make_runner`, which asks `unfit` first.
+    """Decode steps by graphs. Whoever makes one asks `unfit` first.
 
     Weights must not be replaced or moved afterwards: graphs read the memory that held them when they were recorded.
     With `capture=False` the same static steps run unrecorded, on any device: for tests.
     """
 
-    def __init__(self, eager: Eager, capture: bool = True):
-        self.eager, self.capture = eager, capture
-        self.model, self.attend = eager.model, eager.attend
+    def __init__(self, model: Decoder, storage: Storage, table: BlockTable, capture: bool = True):
+        self.model, self.storage, self.table, self.capture = model, storage, table, capture
         self.name = "cuda graphs"
-        storage, config, device = self.attend.storage, self.model.config, self.model.device
-        P, count = storage.block_size, len(self.attend.table)
-        self.most: Bucket = bucket_of(count, min(storage.n_blocks * P, config.context_length), P, count)
+        P, count = storage.block_size, len(table.numbers)
+        self.most: Bucket = bucket_of(count, min(storage.n_blocks * P, model.config.context_length), P, count)
         # One piece of memory for all buckets, filled by one copy: tokens, positions, rows of the storage, table.
-        self._inputs = torch.zeros(self.most[0] * (3 + self.most[1]), dtype=torch.int64, device=device)
-        self._h_BD = torch.zeros(
-            (self.most[0], config.embed_width or config.width), dtype=self.model.dtype, device=device
-        )
+        self._inputs = torch.zeros(self.most[0] * (3 + self.most[1]), dtype=torch.int64, device=model.device)
+        width = model.config.embed_width or model.config.width
+        self._h_BD = torch.zeros((self.most[0], width), dtype=model.dtype, device=model.device)
         self.steps: dict[Bucket, Callable[[], None]] = {}
         self.used: Counter[Bucket] = Counter()
-        self.failed = False
-        self._last_BD: Tensor | None = None  # of the last step, if it was one of these
+        self.failed = ""
+        self._rows = 0  # of the last step
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
-    def __call__(self, works: Sequence[Work], rows: Sequence[int], observe: bool = False) -> Tensor | None:
-        """Logits (len(rows), V) of the given places of the step's row of tokens; None for no rows."""
-        self._last_BD = None
-        bucket = None if observe or self.failed else self._bucket(works)
-        if bucket is None:
-            return self.eager(works, rows, observe)
-        self._fill(works, bucket)
+    def cannot(self, plan: AttentionPlan) -> str | None:
+        if self.failed:
+            return self.failed
+        if plan.watched or plan.own:
+            return "a policy that looks at the step, or attends in its own way"
+        if plan.trees or plan.evicted or any(w.n > 1 for w in plan.works):
+            return "other than single tokens on whole caches"
+        B, N = bucket = self._bucket(plan.works)
+        entries = sum(w.start + 1 for w in plan.works)
+        if self.most[1] < N or max(UNEVEN * entries, SMALL) < B * N * self.storage.block_size:
+            return "sequences of very different lengths"
+        return None if bucket in self.steps or len(self.steps) < MOST_GRAPHS else "too many graphs"
+
+    def __call__(self, plan: AttentionPlan, rows: Sequence[int]) -> Tensor | None:
+        bucket = self._bucket(plan.works)
+        self._fill(plan.works, bucket)
         step = self.steps.get(bucket) or self._new(bucket)
-        if step is None:
-            return self.eager(works, rows, observe)
         step()
         self.used[bucket] += 1
-        self._last_BD = h_BD = self._h_BD[: len(works)]
+        self._rows = len(plan.works)
         if not len(rows):
             return None
-        if len(rows) == len(h_BD):
-            return self.model.head(h_BD)
-        return self.model.head(h_BD[torch.tensor(list(rows), device=h_BD.device)])
+        return self.model.head(self._h_BD[: self._rows]) if len(rows) == self._rows else self.logits(rows)
 
     def logits(self, rows: Sequence[int]) -> Tensor:
-        """Logits (len(rows), V) of more rows of the step that ran last."""
-        if self._last_BD is None:
-            return self.eager.logits(rows)
-        return self.model.head(self._last_BD[torch.tensor(list(rows), device=self._last_BD.device)])
+        return self.model.head(self._h_BD[: self._rows][torch.tensor(list(rows), device=self._h_BD.device)])
 
-    def _bucket(self, works: Sequence[Work]) -> Bucket | None:
-        """None for what runs eagerly: not only single tokens on whole caches, too uneven, or one graph too many."""
-        if any(w.n > 1 or w.tree is not None or w.sample.pages is not None or by_policy(w) for w in works):
-            return None
-        P, held = self.attend.storage.block_size, [w.start + 1 for w in works]
-        bucket = B, N = bucket_of(len(works), max(held), P, self.most[0])
-        fits = self.most[1] >= N and max(UNEVEN * sum(held), SMALL) >= B * N * P
-        return bucket if fits and (bucket in self.steps or len(self.steps) < MOST_GRAPHS) else None
+    def _bucket(self, works: Sequence[Work]) -> Bucket:
+        return bucket_of(len(works), max(w.start for w in works) + 1, self.storage.block_size, self.most[0])
 
     def _fill(self, works: Sequence[Work], bucket: Bucket) -> None:
-        (B, N), P, table = bucket, self.attend.storage.block_size, self.attend.table
+        (B, N), P, table = bucket, self.storage.block_size, self.table.numbers
         row_B = np.arange(B)
         row_B[len(works) :] = 0
         slot_B = np.array([w.sample.slot for w in works], dtype=np.int64)[row_B]
@@ -204,21 +195,22 @@ class Graphs:
         """The step that is recorded: from `_inputs` to `_h_BD` and the cache."""
         (B, N), given = bucket, self._inputs
         attend = StaticAttend(
-            self.attend.storage, given[B : 2 * B], given[2 * B : 3 * B], given[3 * B : (3 + N) * B].view(B, N)
+            self.storage, given[B : 2 * B], given[2 * B : 3 * B], given[3 * B : (3 + N) * B].view(B, N)
         )
         h_BD = self.model.hidden(given[:B][None], positions_BT=given[B : 2 * B][None], attend=attend)[0]
         self._h_BD[:B].copy_(h_BD)
 
-    def _new(self, bucket: Bucket) -> Callable[[], None] | None:
-        """What runs a bucket from now on; None, and nothing is recorded any more, if that fails."""
+    def _new(self, bucket: Bucket) -> Callable[[], None]:
+        """What runs a bucket from now on. If that fails nothing is recorded any more, and others run the steps."""
         try:
             self.steps[bucket] = self._record(bucket)
         except Exception as error:  # whatever it is: the decoder as written can still do the step, and all others
             what = f"{type(error).__name__}: {error}"
             log.warning("no CUDA graphs, all steps run eagerly: recording one of %d rows failed (%s)", bucket[0], what)
             self.steps.clear()
-            self.failed, self.name = True, self.eager.name
-        return self.steps.get(bucket)
+            self.failed, self.name = "a graph could not be recorded", "eager, as no graph could be recorded"
+            raise CannotRun(self.failed) from error
+        return self.steps[bucket]
 
     def _record(self, bucket: Bucket) -> Callable[[], None]:
         step = functools.partial(self._static, bucket)
