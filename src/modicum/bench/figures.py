@@ -45,6 +45,11 @@ def verdict(row: Row) -> str:
     """
     if row.tier == "smoke":
         return RUNS
+    if not row.axes["quality"].get("against", "baseline"):
+        able = row.quality.mean > 0
+        return (
+            "the model can do some of it" if able else f"not measurable here: {words(row.axes['quality']['metric'])} 0"
+        )
     if row.is_baseline:
         return "baseline"
     if row.difference is None:

@@ -7,6 +7,7 @@ that the methods of a port share it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -18,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 from modicum.core.errors import UserError
 from modicum.core.events import Events, Progress
 from modicum.data.document import Document
-from modicum.data.readers import ReadConfig, find, read
+from modicum.data.readers import ReadConfig, Unit, find, read
 
 if TYPE_CHECKING:
     from modicum.data.tokenizer import Tokenizer
     from modicum.model.decoder import Decoder
+
+
+TABLES = ("jsonl", "parquet")  # kinds of files that hold many documents
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,21 @@ class Corpus:
 def corpus(source: str | None, train_bytes: int, heldout_bytes: int, parted: bool = True) -> Corpus:
     """Read about `train_bytes` + `heldout_bytes` of text; files are picked and split by a hash of names.
 
-    Files, not documents, are held out, so that no two parts of one file lie on both sides. With `parted`,
-    documentation that stands in code is a domain of its own ("prose" beside "code").
+    Files, not documents, are held out, so that no two parts of one file lie on both sides; but tables (Parquet, JSONL)
+    hold documents of their own, and each gives its part to both sides. With `parted`, documentation that stands in
+    code is a domain of its own ("prose" beside "code").
     """
     name = source or "python"
-    config = ReadConfig(limit_bytes=train_bytes + 2 * heldout_bytes, max_document_bytes=1 << 18)
-    units = sorted(find(name, config), key=lambda unit: hashlib.sha256(unit.id.encode()).digest())
-    sides: dict[str, list[Document]] = {"heldout": [], "train": []}
-    sizes = {"heldout": 0, "train": 0}
+    config = ReadConfig(max_document_bytes=1 << 18)
+    units = find(name, config)
+    tables = [unit for unit in units if unit.kind in TABLES or unit.kind == "hub"]
     limits = {"heldout": heldout_bytes, "train": train_bytes}
-    for unit in units:
-        side = "heldout" if sizes["heldout"] < heldout_bytes else "train"
-        for item in read(unit, config):
-            if isinstance(item, Document):
-                for part in by_domain(item) if parted else [item]:
-                    if sizes[side] < limits[side]:
-                        sides[side].append(part)
-                        sizes[side] += part.nbytes
-        if sizes["train"] >= train_bytes:
-            break
+    if tables:
+        sides = _of_tables(tables, limits, config, parted)
+    else:
+        config = dataclasses.replace(config, limit_bytes=train_bytes + 2 * heldout_bytes)
+        sides = _of_files(find(name, config), limits, config, parted)
+    sizes = {side: sum(d.nbytes for d in documents) for side, documents in sides.items()}
     if not sides["train"] or not sides["heldout"]:
         raise UserError(
             f"{name} holds too little text to measure on: {sizes['heldout']} bytes held out, "
@@ -85,6 +85,37 @@ def corpus(source: str | None, train_bytes: int, heldout_bytes: int, parted: boo
         digest.update(document.text.encode("utf-8", "surrogatepass"))
     label = "documentation and source of the Python installation" if source is None else Path(name).name
     return Corpus(label, tuple(sides["train"]), tuple(sides["heldout"]), digest.hexdigest()[:16])
+
+
+def _of_files(units: list[Unit], limits: dict[str, int], config: ReadConfig, parted: bool) -> dict[str, list[Document]]:
+    sides: dict[str, list[Document]] = {"heldout": [], "train": []}
+    sizes = dict.fromkeys(sides, 0)
+    for unit in sorted(units, key=lambda unit: hashlib.sha256(unit.id.encode()).digest()):
+        side = "heldout" if sizes["heldout"] < limits["heldout"] else "train"
+        for item in read(unit, config):
+            if isinstance(item, Document):
+                for part in by_domain(item) if parted else [item]:
+                    if sizes[side] < limits[side]:
+                        sides[side].append(part)
+                        sizes[side] += part.nbytes
+        if sizes["train"] >= limits["train"]:
+            break
+    return sides
+
+
+def _of_tables(
+    units: list[Unit], limits: dict[str, int], config: ReadConfig, parted: bool
+) -> dict[str, list[Document]]:
+    """From each table alike: held out are its first documents, the next are trained on."""
+    sides: dict[str, list[Document]] = {"heldout": [], "train": []}
+    for unit in units:
+        documents = (item for item in read(unit, config) if isinstance(item, Document))
+        for side, own in sides.items():
+            size = 0
+            while size < limits[side] / len(units) and (document := next(documents, None)) is not None:
+                own += by_domain(document) if parted else [document]
+                size += document.nbytes
+    return sides
 
 
 def by_domain(document: Document) -> Iterator[Document]:

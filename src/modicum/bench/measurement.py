@@ -13,11 +13,15 @@ from modicum.budget import Budget, Cost
 
 @dataclass(frozen=True)
 class Axis:
-    """A metric (or seconds, peak_bytes, flops), which way is better, and its unit."""
+    """A metric (or seconds, peak_bytes, flops), which way is better, and its unit.
+
+    against: what the figure is compared with; "" where every method asks a question of its own (tasks).
+    """
 
     metric: str
     better: str = "lower"
     unit: str = ""
+    against: str = "baseline"
 
 
 @dataclass(frozen=True, kw_only=True)

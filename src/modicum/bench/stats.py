@@ -168,7 +168,9 @@ def _rows(records: list[Record]) -> list[Row]:
 
 
 def _same_clock(group: list[Record], base: list[Record] | None, axis: dict[str, str]) -> bool:
-    """Whether an axis may be compared: times only where one machine took them all, other figures always."""
+    """Whether an axis may be compared: times only where one machine took them all, other figures unless it says not."""
+    if not axis.get("against", "baseline"):
+        return False
     timed = axis["unit"] in TIMES or axis["metric"] == "seconds"
     machines = {json.dumps(r.machine, sort_keys=True) for r in (*group, *(base or []))}
     return not timed or len(machines) == 1

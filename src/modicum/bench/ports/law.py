@@ -21,6 +21,7 @@ from modicum.core.choice import Choice
 from modicum.core.files import fingerprint, sha256
 
 AXES = Axes(quality=Axis("relative_error"), cost=Axis("fit_seconds", "lower", "s"))
+TIER = "laptop"
 E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
 
 

@@ -15,6 +15,7 @@ from modicum.core.choice import Choice
 
 AXES = Axes(quality=Axis("domain_bits_per_byte"), cost=Axis("most_epochs", "lower", "epochs"))
 LIMITS = training.LIMITS
+TIER = "laptop"
 Scale = training.Scale
 QUICK = Scale(**training.QUICK)
 

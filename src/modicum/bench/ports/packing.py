@@ -16,6 +16,7 @@ from modicum.data.stream import NO_LOSS
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("train_seconds", "lower", "s"))
 LIMITS = training.LIMITS
+TIER = "laptop"
 Scale = training.Scale
 QUICK = Scale(**training.QUICK)
 

@@ -15,6 +15,8 @@ from random import Random
 
 from modicum.evaluate.playground import Playground, PlaygroundConfig
 
+SWEEP = {"digits": (1, 2)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PlaygroundConfig):

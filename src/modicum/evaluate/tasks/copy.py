@@ -15,6 +15,8 @@ from random import Random
 
 from modicum.evaluate.playground import NOUNS, Playground, PlaygroundConfig
 
+SWEEP = {"length": (8, 32)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PlaygroundConfig):

@@ -19,6 +19,8 @@ from typing import Any
 from modicum.evaluate.playground import NOUNS, Playground, PlaygroundConfig, lead, normal, scatter
 from modicum.evaluate.tasks import Doc, Generate
 
+SWEEP = {"keys": (2, 16)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PlaygroundConfig):

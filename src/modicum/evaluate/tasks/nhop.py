@@ -16,6 +16,8 @@ from random import Random
 
 from modicum.evaluate.playground import NOUNS, Playground, PlaygroundConfig, scatter
 
+SWEEP = {"hops": (1, 2)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PlaygroundConfig):
