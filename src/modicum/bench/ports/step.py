@@ -2,10 +2,10 @@
 
 The pool is the corpus' prose with exact and near duplicates, boilerplate, text of a foreign language and messy text
 planted in it (`_dirty`), `dirt` of the corpus' bytes of each. How many of them a step finds, and how many clean
-documents it loses, stands beside the loss. The held-out side is clean and normalised by no step, so every method is judged on the
-same text; `clean_bits_per_byte`, measured beside the baseline, is what the corpus without the dirt gives: nobody can
-gain more than lies between. A step that gives scores drops none; `ranked` says how often it scores a clean document
-higher than a planted one. Megabytes per second are those of one process over the pool.
+documents it loses, stands beside the loss. The held-out side is clean and normalised by no step, so every method is
+judged on the same text; `clean_bits_per_byte`, measured beside the baseline, is what the corpus without the dirt gives:
+nobody can gain more than lies between. A step that gives scores drops none; `ranked` says how often it scores a clean
+document higher than a planted one. Megabytes per second are those of one process over the pool.
 """
 
 from __future__ import annotations
