@@ -140,7 +140,14 @@ def test_pick_adds_the_baseline_and_refuses_early() -> None:
         choices("wsd:warmpu=1")
 
 
-def test_methods_that_need_knobs_are_left_out_aloud(caplog: pytest.LogCaptureFixture) -> None:
+def test_methods_with_a_reason_are_left_out_and_those_that_need_knobs_with_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = [c.method for c in harness.pick("task", [])]
+    assert "choice" not in found and "piqa" not in found and "needle" in found and not caplog.text
+    assert [c.method for c in harness.pick("step", ["python-split"])] == ["keep", "python-split"], "asked for by name"
+    monkeypatch.setattr(harness, "not_measurable", lambda info: "")
     with caplog.at_level(logging.WARNING):
         found = [c.method for c in harness.pick("task", [])]
     assert "choice" not in found and "needle" in found

@@ -56,6 +56,8 @@ def verdict(row: Row) -> str:
         return "not compared"
     if row.quality_ratio is None:  # a mean of 0 has no ratio
         return f"not measurable here: the baseline's {words(row.axes['quality']['metric'])} is 0"
+    if row.difference.low == row.difference.high == 0:
+        return "the same as the baseline"
     if "change" not in row.claim and "cost_ratio" not in row.claim:
         return {True: "better", False: "worse", None: "not told apart"}[row.better]
     met = row.better is not False or "change" in row.claim

@@ -20,7 +20,6 @@ from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError, UserError
 from modicum.model.decoder import Decoder
-from modicum.model.folder import load_config
 from modicum.train.loop import TrainResult
 
 AXES = Axes(quality=Axis("pretrained_bits_per_byte"), cost=Axis("training_bytes", "lower", "bytes"))
@@ -59,12 +58,7 @@ def count(model: Decoder) -> dict[str, float]:
 
 
 def _trained(bench: training.Bench, choice: Choice, seed: int, rate: float) -> tuple[float, Decoder, TrainResult]:
-    if bench.settings.model:
-        from modicum.bench import fixtures
-
-        model = Decoder(load_config(bench.settings.model), fixtures.seeded(seed)).to(bench.settings.device)
-    else:
-        model = bench.model(seed)
+    model = bench.model(seed)
     dense = choice.method == registry.port("linear").baseline
     result = bench.train(model, seed, rate=rate, form=None if dense else choice, targets=TARGETS)
     return bench.bits(model), model, result
@@ -82,7 +76,7 @@ def _tuned(settings: Settings, choice: str, start: float) -> float:
         except ModicumError:  # it diverged
             return math.inf
 
-    return tune(bits, start)
+    return tune(bits, start, most=4)  # three factors of two to choose from, or one more at the edge
 
 
 def tune(loss: Callable[[float], float], start: float, factor: float = 2.0, most: int = 8) -> float:

@@ -30,7 +30,7 @@ class Config:
 
 
 TOY = Config(window=5, sinks=2)
-SWEEP = ("window=64,sinks=4", "window=256,sinks=4")  # what a bench on short sequences can tell apart
+SWEEP = {"window": (256,), "sinks": (4,)}  # what a bench on short sequences can tell apart
 
 
 class Lambda(AttentionPattern):

@@ -28,7 +28,7 @@ class Config:
 
 
 TOY = Config(window=5)
-SWEEP = ("window=64", "window=256")  # what a bench on short sequences can tell apart
+SWEEP = {"window": (256,)}  # what a bench on short sequences can tell apart
 
 
 class Sliding(AttentionPattern):

@@ -38,28 +38,7 @@ CLAIM = {
     "scale": "Llama 2, 3 and 3.1, 7B to 70B",
 }
 #: Of the small rank that small matrices need (16 factors of 16 bits are 5 bits per entry at width 96).
-SWEEP = (
-    "rank=2,blocks=12,bits=2",
-    "rank=2,blocks=12,bits=2.25",
-    "rank=2,blocks=12,bits=2.5",
-    "rank=2,blocks=12,bits=2.75",
-    "rank=2,blocks=12,bits=3",
-    "rank=2,blocks=12,bits=3.25",
-    "rank=2,blocks=12,bits=3.5",
-    "rank=2,blocks=12,bits=3.75",
-    "rank=2,blocks=12,bits=4",
-    "rank=2,blocks=12,bits=4.5",
-    "rank=2,blocks=12,bits=5",
-    "rank=2,blocks=12,bits=5.5",
-    "rank=2,blocks=12,bits=6",
-    "rank=2,blocks=12,bits=6.5",
-    "rank=2,blocks=12,bits=7",
-    "rank=2,blocks=12,bits=7.5",
-    "rank=2,blocks=12,bits=8",
-    "rank=2,blocks=12,bits=9",
-    "rank=2,blocks=12,bits=10",
-    "rank=2,blocks=12,bits=12",
-)
+SWEEP = {"rank": (2,), "blocks": (3,), "bits": (2, 3)}
 FACTOR = torch.float16
 
 

@@ -37,7 +37,7 @@ CLAIM = {
     "where": "Table 1, GLUE",
     "scale": "T5-base 222M",
 }
-SWEEP = ("bottleneck=24", "bottleneck=48")
+SWEEP = {"bottleneck": (48,)}
 # The last matrices of the two sublayers, as this project and Hugging Face's models call them.
 ATTENTION: tuple[str, ...] = (
     "*attention.o",

@@ -22,7 +22,7 @@ CLAIM = {
     "where": "abstract; Table 1",
     "scale": "T5-base 222M",
 }
-SWEEP = ("bottleneck=24", "bottleneck=48")
+SWEEP = {"bottleneck": (48,)}
 
 
 @dataclass(frozen=True, kw_only=True)

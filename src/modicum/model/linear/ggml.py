@@ -26,6 +26,8 @@ from modicum.model.linear._quantised import QuantisedForm
 BLOCK = 32  # inputs that share a scale
 HEADER = {"q4_0": 2, "q4_1": 4, "q8_0": 2}  # bytes of a block before its codes
 
+SWEEP = {"type": ("q4_0", "q8_0")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -50,7 +50,7 @@ CLAIM = {
     "where": "abstract; GLUE",
     "scale": "DeBERTaV3-base 184M",
 }
-SWEEP = ("rank=2", "rank=8")
+SWEEP = {"rank": (8,)}
 BLOCK = 1 << 22  # entries of dL/d(dW) that are there at once
 Share = Annotated[float, Field(ge=0, le=1)]
 

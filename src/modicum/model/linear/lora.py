@@ -31,7 +31,7 @@ CLAIM = {
     "where": "abstract and Table 4",
     "scale": "GPT-3 175B",
 }
-SWEEP = ("rank=2", "rank=8")
+SWEEP = {"rank": (2, 8)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ CLAIM = {
     "where": "Table 2",
     "scale": "LLaMA 60M, 1.1B tokens of C4",
 }
-SWEEP = ("rank=24", "rank=24,density=0", "rank=24,start=spectral", "rank=24,density=0,start=spectral")
+SWEEP = {"rank": (24,), "density": (0.03, 0)}
 
 
 @dataclass(frozen=True, kw_only=True)

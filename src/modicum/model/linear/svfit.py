@@ -36,7 +36,7 @@ CLAIM = {
     "where": "abstract; GLUE",
     "scale": "RoBERTa 125M and 355M",
 }
-SWEEP = ("rank=8", "rank=32", "rank=0")
+SWEEP = {"rank": (32, 0)}
 
 
 @dataclass(frozen=True, kw_only=True)

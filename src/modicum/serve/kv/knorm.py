@@ -32,7 +32,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "7B and 8B models",
 }
-SWEEP = ("budget=0.5", "budget=0.3", "budget=0.2", "budget=0.1", "budget=0.05")
+SWEEP = {"budget": (0.5, 0.2)}
 
 
 class KNorm(ScorePolicy):

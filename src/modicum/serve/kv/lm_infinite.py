@@ -56,7 +56,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "models with relative positions trained on 2K to 4K tokens",
 }
-SWEEP = ("window=1014", "window=512", "window=307", "window=205", "window=102", "window=51")
+SWEEP = {"window": (204, 76)}
 
 
 class LMInfinite(KVPolicy):

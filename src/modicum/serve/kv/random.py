@@ -28,7 +28,7 @@ class Config:
 
 
 TOY = Config(budget=12)
-SWEEP = ("budget=0.5", "budget=0.3", "budget=0.2", "budget=0.1", "budget=0.05")
+SWEEP = {"budget": (0.5, 0.2)}
 
 
 class Random(ScorePolicy):

@@ -64,7 +64,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "several families of language models, long-context tasks",
 }
-SWEEP = ("budget=0.5", "budget=0.3", "budget=0.2", "budget=0.1", "budget=0.05")
+SWEEP = {"budget": (0.5, 0.2)}
 
 
 class RazorAttention(KVPolicy):

@@ -43,7 +43,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "Llama-2, MPT, Falcon and Pythia of up to 70B parameters",
 }
-SWEEP = ("window=1020", "window=508", "window=303", "window=201", "window=98", "window=47")
+SWEEP = {"window": (204, 76)}
 
 
 class StreamingLLM(LMInfinite):

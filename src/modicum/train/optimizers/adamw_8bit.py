@@ -36,7 +36,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "language models to 1.5B parameters, GLUE, WMT'14",
 }
-SWEEP = ("embedding_bits=32", "embedding_bits=8")
+SWEEP = {"embedding_bits": (32,)}
 SLICE = 1 << 20  # values decoded at once
 
 

@@ -41,7 +41,7 @@ CLAIM = {
     "where": "abstract and Table 2",
     "scale": "LLaMA 1B, 13.1B tokens of C4",
 }
-SWEEP = ("rank=0.5", "rank=0.25", "rank=0.125", "rank=0.25,bits=8")
+SWEEP = {"rank": (0.25,)}
 
 
 @dataclass(frozen=True, kw_only=True)

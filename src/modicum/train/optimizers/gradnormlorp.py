@@ -40,7 +40,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "LLaMA to 7B on C4; RoBERTa-base",
 }
-SWEEP = ("rank=0.25", "rank=0.25,sides=one", "rank=0.25,sides=one,bits=8")
+SWEEP = {"rank": (0.25,)}
 TINY = 1e-12  # least magnitude and length: a direction must exist
 
 

@@ -34,7 +34,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "LLaMA 1B, C4",
 }
-SWEEP = ("every=200", "every=0")
+SWEEP = {"every": (200, 0)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "1.5B parameters, 30B tokens",
 }
-SWEEP = ("floor=0.33", "floor=1")
+SWEEP = {"floor": (0.33, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ CLAIM = {
     "where": "sections 4 and 5",
     "scale": "MAE on images; language models on three data sets in turn",
 }
-SWEEP = ("constant=0.5", "constant=0.25")
+SWEEP = {"constant": (0.5,)}
 
 
 @dataclass(frozen=True, kw_only=True)

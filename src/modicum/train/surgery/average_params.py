@@ -29,7 +29,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "58M to 468M parameters",
 }
-SWEEP = ("sparsity=0.5", "sparsity=0.75")
+SWEEP = {"sparsity": (0.5,)}
 
 
 @dataclass(frozen=True, kw_only=True)

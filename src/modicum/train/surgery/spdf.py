@@ -30,7 +30,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "GPT-3 XL, 1.3B parameters",
 }
-SWEEP = ("sparsity=0.5", "sparsity=0.75", "sparsity=0.5,dense=0.2")
+SWEEP = {"sparsity": (0.75,)}
 
 
 @dataclass(frozen=True, kw_only=True)
