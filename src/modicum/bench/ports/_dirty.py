@@ -97,7 +97,7 @@ def _alphabet(rng: np.random.Generator) -> dict[int, int]:
     pairs: dict[str, str] = {}
     for letters in (VOWELS, CONSONANTS):
         pairs |= dict(zip(letters, map(str, rng.permutation(list(letters))), strict=True))
-    return str.maketrans(pairs | {k.upper(): v.upper() for k, v in pairs.items()})
+    return {ord(k): ord(v) for k, v in (pairs | {k.upper(): v.upper() for k, v in pairs.items()}).items()}
 
 
 def _messy(document: Document, rng: np.random.Generator) -> Document:
