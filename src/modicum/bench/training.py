@@ -29,11 +29,12 @@ from modicum.train.loop import TrainResult, train
 class Scale:
     """Size of a measurement that trains. Given --model, the vocabulary and the shape are that model's.
 
-    The proxy has a quarter of a million parameters and sees under two tokens for each: what one core trains in half a
-    minute, so that three seeds of a port take half an hour. It tells apart what moves the loss by more than about 1%.
+    The proxy has a quarter of a million parameters and sees about one token for each: what one core trains in a quarter
+    of a minute, so that three seeds of a port take minutes. It tells apart what moves the loss by more than about 1%,
+    and says nothing of what only a well trained model shows.
     """
 
-    tokens: int = 400_000
+    tokens: int = 300_000
     corpus_bytes: int = 1_500_000
     heldout_bytes: int = 60_000
     vocabulary: int = 512
@@ -205,12 +206,12 @@ def _pretrained(scale: Scale, data: str | None, device: str, seed: int) -> Decod
     return model
 
 
-def pretrained(settings: Settings, seed: int) -> tuple[Bench, Decoder]:
-    """The given model, or a small one trained with the baselines (once per seed and process), as a copy."""
+def pretrained(settings: Settings, seed: int, dtype: str = "float32") -> tuple[Bench, Decoder]:
+    """The given model in `dtype`, or a small one trained with the baselines (once per seed and process), as a copy."""
     import copy
 
     bench = Bench.of(settings)
     if settings.model:
-        return bench, bench.model(seed)
+        return bench, load_model(settings.model, dtype, settings.device)
     plain = Scale(**{f.name: getattr(settings.scale, f.name) for f in fields(Scale)})
     return bench, copy.deepcopy(_pretrained(plain, settings.data, settings.device, seed))

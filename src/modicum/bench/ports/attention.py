@@ -25,15 +25,17 @@ from modicum.model.decoder import Decoder
 from modicum.model.flex import pattern_attend
 
 AXES = Axes(quality=Axis("bits_per_token"), cost=Axis("prefill_seconds", "lower", "s"))
+MODEL = "smollm2"
+TIER = "laptop"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
     sequence_length: int = 512
     batch_sequences: int = 2
-    lengths: tuple[int, ...] = (128, 256, 512)  # the last is the one judged
-    sequences: int = 8  # of each length
-    repeats: int = 5  # timed passes, of which the fastest counts
+    lengths: tuple[int, ...] = (512,)  # the last is the one judged
+    sequences: int = 2  # of each length
+    repeats: int = 1  # timed passes, of which the fastest counts
     block: int = 64
 
 
@@ -44,7 +46,7 @@ QUICK = Scale(**training.QUICK, lengths=(32, 64), sequences=2, repeats=1, block=
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     scale: Scale = settings.scale
     with torch.enable_grad():
-        bench, model = training.pretrained(settings, seed)
+        bench, model = training.pretrained(settings, seed, "bfloat16")
     pattern, causal = (
         registry.build("attention", choice),
         registry.build("attention", registry.port("attention").baseline),

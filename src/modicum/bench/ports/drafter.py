@@ -27,6 +27,8 @@ from modicum.serve.engine import Engine
 from modicum.serve.request import Request, SamplingParams
 
 AXES = Axes(quality=Axis("tokens_per_forward", "higher"), cost=Axis("seconds_per_token", "lower", "s"))
+MODEL = "smollm2"
+TIER = "laptop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +36,8 @@ class Scale(training.Scale):
     sequence_length: int = 256
     batch_sequences: int = 4
     prompt: int = 128
-    answer: int = 96
-    sequences: int = 12
+    answer: int = 64
+    sequences: int = 3
     temperature: float = 0.8
     body_width: int = 0  # 0: the model as it is
     body_layers: int = 24
@@ -97,7 +99,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
 
 
 def _pretrained(settings: Settings) -> tuple[training.Bench, Decoder]:
-    bench, model = training.pretrained(settings, 0)
+    bench, model = training.pretrained(settings, 0, "bfloat16")
     scale: Scale = settings.scale
     return bench, _embodied(model, scale.body_width, scale.body_layers) if scale.body_width else model
 

@@ -44,6 +44,8 @@ from modicum.serve.request import Request, SamplingParams
 
 PROBE_SEED = "kv/probe"
 AXES = Axes(quality=Axis("bits_per_token"), cost=Axis("held_bytes", "lower", "bytes"))
+MODEL = "smollm2"
+TIER = "laptop"
 RECALL = Axes(quality=Axis("needle", "higher"), cost=Axis("held_bytes", "lower", "bytes"))
 
 
@@ -53,7 +55,7 @@ class Scale(training.Scale):
     batch_sequences: int = 2
     prompt: int = 384
     answer: int = 64
-    sequences: int = 12
+    sequences: int = 4
     block_size: int = 16
     questions: int = 0  # of each of the playground's tasks; 0: not asked
     words: int = 760  # of the text in which a needle or the keys lie: about 980 tokens
@@ -98,7 +100,7 @@ class Followed:
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     scale: Scale = settings.scale
-    bench, model = training.pretrained(settings, seed)
+    bench, model = training.pretrained(settings, seed, "bfloat16")
     start = time.perf_counter()
     followed = play(model, pieces(bench, scale, seed), scale, choice)
     seconds = time.perf_counter() - start
@@ -205,7 +207,7 @@ def _engine_config(scale: Scale, policy: Choice | str, longest: int) -> EngineCo
 def _full(scale: Scale, data: str | None, model_name: str | None, device: str, seed: int) -> tuple[int, ...]:
     """What the full cache finds most likely at every place."""
     settings = Settings(scale=scale, data=data, model=model_name, device=device)
-    bench, model = training.pretrained(settings, seed)
+    bench, model = training.pretrained(settings, seed, "bfloat16")
     return tuple(play(model, pieces(bench, scale, seed), scale, registry.port("kv").baseline).best)
 
 

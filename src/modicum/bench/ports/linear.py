@@ -50,6 +50,7 @@ TUNING_SEED = _linear_scratch.SEARCH_SEED
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
+    tokens: int = 400_000
     heldout_bytes: int = 300_000
     score_sequences: int = 8  # of held-out text, of each domain
     score_length: int = 256

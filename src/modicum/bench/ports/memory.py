@@ -29,11 +29,12 @@ from modicum.core.errors import ModicumError
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("peak_bytes", "lower", "bytes"))
 LIMITS = training.LIMITS
+TIER = "laptop"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
-    tokens: int = 150_000
+    tokens: int = 200_000
     step_width: int = 128  # the step whose bytes and seconds are measured
     step_layers: int = 4
     step_length: int = 256

@@ -15,6 +15,7 @@ from modicum.core.choice import Choice
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("train_seconds", "lower", "s"))
 LIMITS = training.LIMITS
+TIER = "laptop"
 Scale = training.Scale
 QUICK = Scale(**training.QUICK)
 PACKING = "concat:mask=true"

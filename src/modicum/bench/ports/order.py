@@ -16,6 +16,7 @@ from modicum.core.choice import Choice
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("train_seconds", "lower", "s"))
 LIMITS = {"tokens"}
+TIER = "laptop"
 Scale = schedule.Scale
 QUICK = Scale(**training.QUICK)
 RUNS: dict[str, dict[str, Any]] = {

@@ -36,6 +36,7 @@ NOT_MEASURABLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
+    tokens: int = 400_000
     dirt: float = 0.15  # bytes of each kind of planted documents, of the corpus'
 
 

@@ -1,9 +1,15 @@
 """surgery: held-out bits per byte after equal training FLOPs, against the parameters that are left.
 
 Every method trains the same fresh decoder on the same order of data for as many tokens as bring its FLOPs,
-counted as its paper counts, to those of the dense baseline. `flops_to_baseline` is the share of the baseline's
-FLOPs after which a method's held-out loss has come down to where the baseline ends (1 or more: not before the
-end); both follow a schedule made for the whole run, so that this is the harder way to compare.
+counted as its paper counts, to those of a dense run of `tokens`. A method that spends fewer FLOPs on a token sees more
+of them, and at any budget that a bench can pay a dense decoder of fewer layers gains by that too. So the baseline is
+the best dense decoder for those FLOPs: of `depths`, the one with the fewest bits on a seed that is not reported
+(`baseline_layers`). Beside it stand the dense decoder of full depth (`deep_bits_per_byte`), the same with the share
+`fewer` of the tokens, and with `longer` times the tokens, if that is not 0.
+
+`flops_to_baseline` is the share of the FLOPs after which a method's held-out loss has come down to where the dense run
+of full depth ends (1 or more: not before the end); both follow a schedule made for the whole run, so that this is the
+harder way to compare.
 """
 
 from __future__ import annotations
@@ -27,25 +33,25 @@ from modicum.train.loop import Trainer, TrainResult
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("nonzero_parameters", "lower", "parameters"))
 LIMITS = {"tokens"}
+TIER = "laptop"
 DENSE = Choice("surgery", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
-    """`tokens` are the baseline's. Deep and narrow: what stacking and pruning act on are layers, not tables."""
+    """`tokens` are those of dense training. Deep and narrow: stacking and pruning act on layers, not on tables."""
 
-    tokens: int = 80_000
-    corpus_bytes: int = 1_000_000
-    heldout_bytes: int = 60_000
-    vocabulary: int = 512
-    width: int = 64
+    tokens: int = 200_000
     layers: int = 8
-    dtype: str = "float32"
-    curve_points: int = 12  # held-out losses along a run
+    depths: tuple[int, ...] = (1, 2, 4, 8)  # of the dense decoders that the baseline is the best of
+    fewer: float = 0.45
+    longer: float = 0.0
+    tuning_seed: int = 1000
+    curve_points: int = 8  # held-out losses along a run
     curve_sequences: int = 32  # in each of them
 
 
-QUICK = Scale(**training.QUICK | {"layers": 4}, curve_points=4, curve_sequences=4)
+QUICK = Scale(**training.QUICK | {"layers": 4}, depths=(4,), fewer=0.0, curve_points=4, curve_sequences=4)
 
 
 class Curve(Callback):
@@ -80,8 +86,15 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     record = bench.model_record(bench.model(seed))
     dense = _dense(settings, seed)
     budget, target = dense[1].flops, dense[2].found[-1][1]
+    more: dict[str, float] = {}
     if choice == DENSE:
-        model, result, curve = dense
+        layers = _depth(settings)
+        model, result, curve = dense if layers == bench.scale.layers else _shallow(settings, seed, layers, budget)
+        more = {"deep_bits_per_byte": bench.bits(dense[0]), "baseline_layers": float(layers)}
+        for name in ("fewer", "longer"):
+            if share := getattr(bench.scale, name):
+                other, _, _ = _run(bench, DENSE, seed, int(share * bench.total))
+                more[f"{name}_bits_per_byte"] = bench.bits(other)
     else:
         model, result, curve = _run(bench, choice, seed, equal_tokens(bench, choice, budget))
     metrics = {
@@ -92,6 +105,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         "train_flops": result.flops,
         "tokens": result.tokens,
         "train_seconds": result.seconds,
+        **more,
     }
     return Measurement(
         metrics=metrics,
@@ -107,6 +121,23 @@ def _dense(settings: Settings, seed: int) -> tuple[Any, TrainResult, Curve]:
     return _run(bench, DENSE, seed, bench.total)
 
 
+def _shallow(settings: Settings, seed: int, layers: int, budget: float) -> tuple[Any, TrainResult, Curve]:
+    """A dense decoder of fewer layers, trained on as many tokens as the FLOPs pay for."""
+    bench = training.Bench.of(dataclasses.replace(settings, scale=dataclasses.replace(settings.scale, layers=layers)))
+    return _run(bench, DENSE, seed, equal_tokens(bench, DENSE, budget))
+
+
+@functools.lru_cache(maxsize=4)
+def _depth(settings: Settings) -> int:
+    """The number of layers whose dense decoder is best at these FLOPs, on the tuning seed."""
+    scale: Scale = settings.scale
+    if len(scale.depths) == 1:
+        return scale.depths[0]
+    bench = training.Bench.of(settings)
+    budget = run_flops(bench.model(0), _config(bench, DENSE))
+    return min(scale.depths, key=lambda k: bench.bits(_shallow(settings, scale.tuning_seed, k, budget)[0]))
+
+
 def _run(bench: training.Bench, choice: Choice, seed: int, tokens: int) -> tuple[Any, TrainResult, Curve]:
     model, curve = bench.model(seed), Curve(bench)
     stream = bench.stream(seed, tokens=tokens)
@@ -114,11 +145,9 @@ def _run(bench: training.Bench, choice: Choice, seed: int, tokens: int) -> tuple
     return model, result, curve
 
 
-def equal_tokens(bench: training.Bench, choice: Choice, budget: float) -> int:
-    """Tokens, in whole steps, after which a run with this surgery has counted about `budget` FLOPs."""
+def _config(bench: training.Bench, choice: Choice) -> TrainConfig:
     scale = bench.scale
-    size = scale.sequence_length * scale.batch_sequences
-    config = TrainConfig(
+    return TrainConfig(
         tokens=bench.total,
         sequence_length=scale.sequence_length,
         batch_sequences=scale.batch_sequences,
@@ -126,6 +155,12 @@ def equal_tokens(bench: training.Bench, choice: Choice, budget: float) -> int:
         device=bench.settings.device,
         surgery=choice,
     )
+
+
+def equal_tokens(bench: training.Bench, choice: Choice, budget: float) -> int:
+    """Tokens, in whole steps, after which a run with this surgery has counted about `budget` FLOPs."""
+    size = bench.scale.sequence_length * bench.scale.batch_sequences
+    config = _config(bench, choice)
     steps = config.total_steps
     for _ in range(8):  # schedules in tokens make FLOPs not quite proportional to the length
         flops = run_flops(bench.model(0), dataclasses.replace(config, tokens=steps * size))
