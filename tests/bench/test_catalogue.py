@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 from test_record import AXES, lab, make
 
-from modicum.bench import card, catalogue, figures, pages, record, stats
+from modicum.bench import card, catalogue, figures, overview, pages, record, stats
 from modicum.core import registry
 from modicum.core.errors import UserError
 from modicum.core.registry import MethodInfo
@@ -145,39 +146,38 @@ def checkout(tmp_path: Path) -> Path:
 def test_catalogue_is_written_once_and_goes_stale(tmp_path: Path) -> None:
     home = checkout(tmp_path)
     changed = catalogue.write(home)
-    assert home / "README.md" in changed and home / "docs/ports/optimizer.md" in changed
+    assert home / "README.md" in changed and home / "docs/methods/optimizer.md" in changed
     assert not catalogue.stale(home) and not catalogue.write(home)
     text = (home / "README.md").read_text()
     assert text.startswith("# title\n\nWords.\n") and text.count(catalogue.BEGIN) == 1
     for port in registry.ports():
-        for key in registry.methods(port):
-            line = next(line for line in text.splitlines() if line.startswith(f"| [{port}]"))
-            names = line.split(" | ")[2].removesuffix(" |").split(", ")
-            assert key in names or f"**{key}**" in names, f"{port}/{key} is not in the table"
+        line = next(line for line in text.splitlines() if line.startswith(f"| [{port}](docs/methods/{port}.md)"))
+        assert line.endswith(f" | {registry.port(port).baseline} | {len(registry.methods(port))} |")
     (home / "README.md").write_text(text.replace("Words.", "Other words."))
     assert not catalogue.stale(home), "the words around are the writer's own"
     record.append(home / "evidence", make("adamw", 3, 2.5, 800.0, baseline="adamw"))
     assert set(catalogue.stale(home)) == {
-        home / "docs/ports/optimizer.md",
-        home / "docs/ports/plots/optimizer.svg",
+        home / "docs/methods/index.html",
+        home / "docs/methods/optimizer.md",
+        home / "docs/methods/plots/optimizer.svg",
     }
-    (home / "docs" / "ports" / "gone.md").write_text("a port of the past")
-    assert home / "docs/ports/gone.md" in catalogue.stale(home)
+    (home / "docs" / "methods" / "gone.md").write_text("a port of the past")
+    assert home / "docs/methods/gone.md" in catalogue.stale(home)
     catalogue.write(home)
-    assert not (home / "docs" / "ports" / "gone.md").exists() and not catalogue.stale(home)
+    assert not (home / "docs" / "methods" / "gone.md").exists() and not catalogue.stale(home)
 
 
 def test_page_holds_protocol_cards_and_figures(tmp_path: Path) -> None:
     home = checkout(tmp_path)
-    files = pages.port_files(registry.port("optimizer"), home / "docs/ports", home / "evidence")
-    page = files[home / "docs/ports/optimizer.md"]
+    files = pages.port_files(registry.port("optimizer"), home / "docs/methods", home / "evidence")
+    page = files[home / "docs/methods/optimizer.md"]
     assert (
         "### adamw (baseline)" in page
         and "train/optimizers/__init__.py" in page
         and "| `beta1` | `float` | `0.9` |" in page
     )
     assert "| half | 1.91 ± 0.01 | −5% [−5%, −5%] | 400 B | ×0.5 | 1.5 | better | 0.5x |" in page
-    assert "plots/optimizer.svg" in page and (home / "docs/ports/plots/optimizer.svg") in files
+    assert "plots/optimizer.svg" in page and (home / "docs/methods/plots/optimizer.svg") in files
     assert "commit abc" in page and "Tier laptop; seeds 0, 1, 2" in page
 
 
@@ -194,6 +194,34 @@ def test_page_of_a_smoke_lab_prints_no_change_and_no_plot(tmp_path: Path) -> Non
         and "change" not in page.partition("## Methods")[0]
         and "×" not in page.partition("## Methods")[0]
     )
+
+
+def test_overview_has_every_method_and_what_was_measured(tmp_path: Path) -> None:
+    home = checkout(tmp_path)
+    text = overview.page(home / "evidence")
+    rows = json.loads(text.partition("const rows = ")[2].partition(";\nconst columns")[0].replace("<\\/", "</"))
+    assert {(r["port"], r["key"]) for r in rows} == {(p, k) for p in registry.ports() for k in registry.methods(p)}
+    (half,) = (r for r in rows if r["key"] == "adamw")
+    assert half["verdict"] == "baseline" and half["tier"] == "laptop" and half["seeds"] == 3 and "gain" not in half
+    unmeasured = next(r for r in rows if r["key"] == "galore")
+    assert unmeasured["verdict"] == "not measured yet" and "quality" not in unmeasured
+    reason = next(r for r in rows if r["port"] == "task" and r["key"] == "piqa")
+    assert reason["verdict"] == "not measurable here" and reason["why"]
+    for outside in ("src=", "@import", "url(", "fetch(", "<link"):
+        assert outside not in text, "the page is complete in itself"
+
+
+def test_overview_signs_gains_by_what_is_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    higher = {"quality": AXES["quality"] | {"better": "higher"}, "cost": AXES["cost"] | {"better": "higher"}}
+    for seed in range(3):
+        for method, loss, cost in (("adamw", 2.0, 100.0), ("galore", 2.1, 50.0)):
+            record.append(tmp_path, make(method, seed, loss, cost, baseline="adamw", axes=AXES))
+        for method, loss, cost in (("full", 2.0, 100.0), ("snapkv", 2.1, 50.0)):
+            record.append(tmp_path, make(method, seed, loss, cost, baseline="full", axes=higher, lab=lab(port="kv")))
+    found = {r["key"]: r for port in ("optimizer", "kv") for r in overview.rows_of(registry.port(port), tmp_path)}
+    assert found["galore"]["gain"] == pytest.approx(-0.05) and found["snapkv"]["gain"] == pytest.approx(0.05)
+    assert found["galore"]["saving"] == pytest.approx(0.5) and found["snapkv"]["saving"] == pytest.approx(2.0)
+    assert found["galore"]["verdict"] == "worse" and found["snapkv"]["verdict"] == "better"
 
 
 def test_only_one_marker_is_an_error(tmp_path: Path) -> None:

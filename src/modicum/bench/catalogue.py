@@ -1,8 +1,8 @@
 """The catalogue: what every method does, costs and claims, written from registry and evidence alone.
 
-Three places are generated: the README's section between two markers (a line per port), one page per port in docs/ports
-with its plot, and the index of those pages. The same registry and records give the same bytes, so that
-a stale catalogue can be told by comparing.
+Generated are the README's section between two markers (a line per port) and docs/methods: one page per port with its
+plots, their index, and index.html, which filters and sorts all methods. The same registry and records give the same
+bytes, so that a stale catalogue can be told by comparing.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from modicum.bench.figures import cell
+from modicum.bench.overview import page
 from modicum.bench.pages import NOTE, index, own_methods, port_files
 from modicum.core import registry
 from modicum.core.errors import UserError
 from modicum.core.files import write_text
 
+PLACE = Path("docs/methods")
 BEGIN, END = "<!-- catalogue:begin -->", "<!-- catalogue:end -->"
 
 
@@ -23,8 +25,9 @@ def generate(home: Path) -> dict[Path, str]:
     evidence = home / "evidence"
     files = {home / "README.md": readme((home / "README.md").read_text(encoding="utf-8"))}
     for info in registry.ports().values():
-        files |= port_files(info, home / "docs" / "ports", evidence)
-    files[home / "docs" / "ports" / "README.md"] = index()
+        files |= port_files(info, home / PLACE, evidence)
+    files[home / PLACE / "README.md"] = index()
+    files[home / PLACE / "index.html"] = page(evidence)
     return files
 
 
@@ -32,7 +35,7 @@ def stale(home: Path) -> list[Path]:
     """Generated files that differ from what registry and evidence say now, and pages of dropped ports."""
     files = generate(home)
     wrong = [p for p, text in files.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
-    place = home / "docs" / "ports"
+    place = home / PLACE
     return wrong + sorted(p for p in (*place.glob("*.md"), *place.glob("plots/*.svg")) if p not in files)
 
 
@@ -59,15 +62,15 @@ def readme(text: str) -> str:
 
 
 def table() -> str:
-    """One line per port: what it is, its methods, the baseline in bold."""
-    lines = ["| port | what a method decides | methods |", "| --- | --- | --- |"]
+    """One line per port: what it is, its baseline, and how many methods it has."""
+    lines = ["| port | what a method decides | baseline | methods |", "| --- | --- | --- | --- |"]
     count = 0
     for info in registry.ports().values():
-        keys = list(own_methods(info.name))
-        count += len(keys)
-        names = ", ".join(f"**{key}**" if key == info.baseline else key for key in keys)
-        lines.append(f"| [{info.name}](docs/ports/{info.name}.md) | {cell(info.summary)} | {names} |")
+        number = len(own_methods(info.name))
+        count += number
+        lines.append(f"| [{info.name}]({PLACE}/{info.name}.md) | {cell(info.summary)} | {info.baseline} | {number} |")
     return (
-        f"{len(registry.ports())} ports, {count} methods; baselines are bold. What each method does, its paper, its "
-        "knobs and what it was measured to be worth stand on its port's page.\n\n" + "\n".join(lines)
+        f"{len(registry.ports())} ports, {count} methods. A port's page says what each method does, its paper, its "
+        f"knobs and what was measured of it; [one page]({PLACE}/index.html) filters and sorts them all.\n\n"
+        + "\n".join(lines)
     )

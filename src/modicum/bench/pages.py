@@ -1,11 +1,11 @@
-"""The pages of docs/ports: one per port, from its protocol, its methods' cards and its evidence."""
+"""The pages of docs/methods: one per port, from its methods' cards and its evidence."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from modicum.bench import plots, record, stats
-from modicum.bench.card import Card, claim_text, read_card
+from modicum.bench.card import Card, claim_text, not_measurable, read_card
 from modicum.bench.figures import (
     cell,
     change_text,
@@ -20,7 +20,7 @@ from modicum.bench.stats import Row, spread_text
 from modicum.core import registry
 from modicum.core.registry import PortInfo
 
-NOTE = "<!-- Written by `modicum catalogue --write`; edit the methods' files, not this. -->"
+NOTE = "<!-- Written by `modicum catalogue`; edit the methods' files, not this. -->"
 SOURCE = registry.ROOT.parents[1]
 
 
@@ -128,17 +128,20 @@ def _card(card: Card) -> list[str]:
         lines += ["; ".join(f"{name} {text}" for name, text in words.items()).capitalize() + ".", ""]
     if card.claim:
         lines += [f"Claim: {claim_text(card.claim)}.", ""]
+    if reason := not_measurable(card.info):
+        lines += [f"Not measurable here: {reason}.", ""]
     return [*lines, f"[`{file}`](../../{file})", ""]
 
 
 def index() -> str:
-    """docs/ports/README.md."""
+    """docs/methods/README.md."""
     lines = [
         NOTE,
         "",
         "# Ports",
         "",
-        "A port is a protocol, a conformance suite and a bench; a method is one file behind it.",
+        "A port is a protocol, a conformance suite and a bench; a method is one file behind it. "
+        "[index.html](index.html), opened in a browser, filters and sorts all methods by what was measured.",
         "",
         "| port | room | what it is | baseline | methods |",
         "| --- | --- | --- | --- | --- |",

@@ -1,4 +1,4 @@
-"""Write the README's catalogue and docs/ports from registry and evidence, or check that they are current."""
+"""Write docs/methods and the README's table from registry and evidence, or check that they are current."""
 
 from __future__ import annotations
 
@@ -8,26 +8,21 @@ import typer
 
 
 def catalogue(
-    write: Annotated[bool, typer.Option("--write", help="Bring the generated files up to date.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Fail if one of them is stale.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a file is stale.")] = False,
+    write: Annotated[bool, typer.Option("--write", hidden=True)] = False,
 ) -> None:
-    """Write the README's catalogue and docs/ports from registry and evidence; with no option, print it."""
+    """Write docs/methods and the README's table from registry and evidence, or check that they are current."""
     from modicum.bench import catalogue as made
     from modicum.bench import record
     from modicum.core.errors import ModicumError, UserError
 
     home = record.checkout()
-    if home is None and (write or check):
-        raise UserError("modicum is installed, not a checkout: there is no README to write; type: modicum catalogue")
-    if write and home:
+    if home is None:
+        raise UserError("modicum is installed, not a checkout: there are no docs to write; type: modicum ls")
+    if not check:
         for path in made.write(home):
             print(f"wrote {path.relative_to(home)}")
-    if check and home:
-        wrong = made.stale(home)
-        if wrong:
-            raise ModicumError(
-                f"stale: {', '.join(str(p.relative_to(home)) for p in wrong)}; "
-                "type: modicum catalogue --write, and commit them"
-            )
-    if not write and not check:
-        print(made.table())
+    elif wrong := made.stale(home):
+        raise ModicumError(
+            f"stale: {', '.join(str(p.relative_to(home)) for p in wrong)}; type: modicum catalogue, and commit them"
+        )
