@@ -14,8 +14,7 @@ import pytest
 from modicum.budget import Cost
 from modicum.core.errors import BudgetError, UserError
 from modicum.core.events import read_events
-from modicum.pipeline import STAGES
-from modicum.pipeline.context import Run, stage_fingerprint, stages_of
+from modicum.pipeline.context import Run, stage_fingerprint
 from modicum.pipeline.models import with_models
 from modicum.pipeline.named import recipes
 from modicum.pipeline.plan import bill_text, require_fits
@@ -23,6 +22,7 @@ from modicum.pipeline.recipe import load, parse, resolved
 from modicum.pipeline.run import check_folder
 
 RECIPES = list(recipes().values())
+STAGES = ("curate", "predict", "pretrain", "ground", "adapt", "compress", "serve", "evaluate")
 SMALL = [
     "pretrain.tokens=120ktok",
     "pretrain.parameters=3e5",
@@ -42,10 +42,14 @@ MODULES = ("json", "argparse", "textwrap", "heapq", "ast", "inspect", "typing", 
 OWN = ["adapt.model=null", "adapt.grounded=0", "adapt.batch_tokens=1024", "ground.encoder=null", "fallback=null"]
 
 
+def names(recipe):
+    return [entry.name for entry in recipe.entries]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_is_read_and_says_its_stages(path):
     recipe = load(path)
-    assert stages_of(recipe)[0] == "curate"
+    assert names(recipe)[0] == "curate"
     import yaml
 
     assert resolved(parse(yaml.safe_load(resolved(recipe)))) == resolved(recipe)
@@ -58,7 +62,7 @@ def test_a_model_that_cannot_be_had_is_refused_or_replaced_by_the_fallback(tmp_p
         with_models(parse(asked), said.append)
     rescue = {"adapt.model": None, "adapt.grounded": 0.0, "pretrain.time": "2m"}
     found = with_models(parse(asked | {"fallback": rescue}), said.append)
-    assert found.adapt and found.adapt.model is None and found.pretrain.time == 120 and not found.fallback
+    assert found.section("adapt").model is None and found.section("pretrain").time == 120 and not found.fallback
     assert len(said) == 1 and "adapt.model=null" in said[0] and "\n" not in said[0]
     assert with_models(found, said.append) == found and len(said) == 1
     with pytest.raises(UserError, match=r"fallback: .*adapt\.modle"):
@@ -95,8 +99,8 @@ def test_a_missing_recipe_names_those_that_are_there(tmp_path):
 
 def test_a_stage_without_the_one_it_reads_is_refused():
     with pytest.raises(UserError, match="serve but not ground"):
-        stages_of(parse({}, ["ground=null"]))
-    assert stages_of(parse({}, ["ground=null", "serve=null", "predict=null"])) == [
+        parse({}, ["ground=null"])
+    assert names(parse({}, ["ground=null", "serve=null", "predict=null"])) == [
         s for s in STAGES if s not in ("predict", "ground", "serve")
     ]
 

@@ -144,7 +144,7 @@ def test_a_recipe_takes_several() -> None:
     from modicum.pipeline.recipe import load
 
     quickstart = "quickstart"
-    assert load(quickstart, ["pretrain.memory=[cce,mesa]"]).pretrain.memory == ["cce", "mesa"]
+    assert load(quickstart, ["pretrain.memory=[cce,mesa]"]).section("pretrain").memory == ["cce", "mesa"]
     with pytest.raises(UserError, match="each decides how activations"):
         load(quickstart, ["pretrain.memory=[recompute,mesa]"])
 

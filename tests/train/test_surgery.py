@@ -316,7 +316,6 @@ def test_a_planner_walks_through_the_phases():
     from modicum.train.pretrain import step_seconds
 
     asked = SimpleNamespace(
-        recipe=SimpleNamespace(pretrain=SimpleNamespace(packing="concat")),
         once=lambda key, measure: measure(),
         once_here=lambda key, measure: measure(),
     )

@@ -103,6 +103,12 @@ def source(info: MethodInfo) -> Path:
     return Path(spec.origin)
 
 
+def fields(path: Path, name: str) -> tuple[Knob, ...]:
+    """The fields of the class `name` in a file, read as text."""
+    tree, text = _parsed(path, path.stat().st_mtime_ns)
+    return _knobs(next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None), tree, text)
+
+
 def _knobs(config: ast.ClassDef | None, tree: ast.Module, text: str) -> tuple[Knob, ...]:
     """Fields of a dataclass as written, those of its bases first."""
     knobs: dict[str, Knob] = {}
@@ -116,6 +122,7 @@ def _knobs(config: ast.ClassDef | None, tree: ast.Module, text: str) -> tuple[Kn
             continue
         default = ast.unparse(node.value) if node.value else ""
         tail = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset or 0 :]
+        tail = re.sub(r"#\s*type: ignore\[.*?\]", "", tail)
         note = [tail.partition("#")[2].strip()] if "#" in tail else []
         line = node.end_lineno or node.lineno  # comments may go on below the field, indented further
         while note and line < len(lines) and re.match(r"\s{12,}#", lines[line]):
@@ -124,6 +131,8 @@ def _knobs(config: ast.ClassDef | None, tree: ast.Module, text: str) -> tuple[Kn
         factory = re.search(r"default_factory=(\w+)|default=(.+?)[,)]", default)
         if default.startswith("field(") and factory:
             default = factory[2] or {"list": "[]", "dict": "{}", "tuple": "()"}.get(factory[1], factory[1] + "()")
+        if default.startswith("Field(") and isinstance(node.value, ast.Call) and node.value.args:  # pydantic's
+            default = ast.unparse(node.value.args[0])
         knobs[node.target.id] = Knob(node.target.id, _type(node.annotation), default, " ".join(note))
     return tuple(knobs.values())
 

@@ -1,4 +1,4 @@
-"""List the ports, one port's methods, or the models or recipes known by name."""
+"""List the ports, one port's methods, or the models, recipes or stages known by name."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from modicum.core import registry
 
 def ls(
     port: Annotated[
-        str | None, typer.Argument(help="A port, e.g. optimizer; all ports if left out; or: models, recipes.")
+        str | None, typer.Argument(help="A port, e.g. optimizer; all ports if left out; or: models, recipes, stages.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """List the ports, one port's methods, or the models or recipes known by name. Nothing heavy is imported."""
-    if port in ("models", "recipes"):
-        (_models if port == "models" else _recipes)(as_json)
+    """List the ports, one port's methods, or the models, recipes or stages known by name. Imports nothing heavy."""
+    named = {"models": _models, "recipes": _recipes, "stages": _stages}
+    if port in named:
+        named[port](as_json)
         return
     names = [port] if port else list(registry.ports())
     listing = {name: registry.methods(name) for name in names}
@@ -61,3 +62,14 @@ def _recipes(as_json: bool) -> None:
     for name, path in recipes().items():
         print(f"{name:<18} {summary(path)}")
     print("\nmodicum run NAME runs one, modicum plan NAME shows its bill")
+
+
+def _stages(as_json: bool) -> None:
+    from modicum.pipeline.stage import stages
+
+    if as_json:
+        print(json.dumps({key: {"summary": s.summary, "file": str(s.path)} for key, s in stages().items()}, indent=2))
+        return
+    for key, stage in stages().items():
+        print(f"{key:<18} {stage.summary}")
+    print("\nmodicum show stage/KEY for what a recipe can say of one")

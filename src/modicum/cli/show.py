@@ -1,16 +1,20 @@
-"""Show a port's protocol, or one method's card, knobs and figures."""
+"""Show a port's protocol, one method's card, knobs and figures, or a stage of recipes."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from modicum.bench.card import Knob
+
 
 def show(
-    port: Annotated[str, typer.Argument(help="A port, e.g. optimizer; PORT/KEY works too.")],
+    port: Annotated[str, typer.Argument(help="A port, e.g. optimizer; PORT/KEY and stage/KEY work too.")],
     key: Annotated[str | None, typer.Argument(help="A method of it.")] = None,
     evidence: Annotated[Path | None, typer.Option(help="Folder of the records [default: evidence/].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
@@ -23,6 +27,9 @@ def show(
 
     if key is None and "/" in port:
         port, _, key = port.partition("/")
+    if port in ("stage", "stages"):
+        _stage(key, as_json)
+        return
     info = registry.port(port)
     if key is None:
         text = cards.port_text(info)
@@ -72,14 +79,7 @@ def show(
         )
         return
     print(f"{card.text}\n")
-    width = max((len(k.name) for k in card.knobs), default=0)
-    for knob in card.knobs:
-        print(
-            f"  {knob.name:<{width}}  {knob.type}{' = ' + knob.default if knob.default else '  (required)'}"
-            + (f"    {knob.note}" if knob.note else "")
-        )
-    if card.knobs:
-        print()
+    _knobs(card.knobs)
     for name, words in card.capabilities.items():
         if words:
             print(f"{name:<9} {', '.join(words)}")
@@ -91,3 +91,32 @@ def show(
     if not found:
         print(f"measured  nothing yet; type: modicum bench {port} {key}")
     print(f"file      {card.path}")
+
+
+def _knobs(knobs: Sequence[Knob]) -> None:
+    width = max((len(k.name) for k in knobs), default=0)
+    for knob in knobs:
+        print(
+            f"  {knob.name:<{width}}  {knob.type}{' = ' + knob.default if knob.default else '  (required)'}"
+            + (f"    {knob.note}" if knob.note else "")
+        )
+    if knobs:
+        print()
+
+
+def _stage(key: str | None, as_json: bool) -> None:
+    from modicum.bench.card import fields
+    from modicum.core.errors import unknown
+    from modicum.pipeline.stage import stages
+
+    if key not in stages():
+        raise unknown("stage", key or "", stages(), "Type: modicum ls stages")
+    found = stages()[key]
+    knobs = fields(found.path, "Section")
+    if as_json:
+        rows = {"stage": key, "card": found.card, "path": str(found.path), "keys": [vars(k) for k in knobs]}
+        print(json.dumps(rows, indent=2))
+        return
+    print(f"{found.card}\n")
+    _knobs(knobs)
+    print(f"file      {found.path}")

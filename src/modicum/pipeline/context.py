@@ -10,7 +10,6 @@ RUN/report.html         all of it, to read
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,37 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from modicum import __version__
-from modicum.budget import Cost, Deadline
+from modicum.budget import Deadline
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.events import Events
 from modicum.core.files import fingerprint, read_json, write_json
-from modicum.pipeline import STAGES
 from modicum.pipeline.recipe import Recipe
-
-
-def stage_module(name: str) -> Any:
-    return importlib.import_module(f"modicum.pipeline.stages.{name}")
-
-
-def stages_of(recipe: Recipe) -> list[str]:
-    """Stages of the road that the recipe asks for, in order; one that needs an absent one is refused."""
-    wanted = [name for name in STAGES if getattr(recipe, name) is not None]
-    for name in wanted:
-        for need in stage_module(name).needs(recipe):
-            if need not in wanted:
-                raise UserError(
-                    f"the recipe has {name} but not {need}, which {name} reads; "
-                    f"remove '{need}: null' or add '{name}: null'"
-                )
-    return wanted
+from modicum.pipeline.stage import Inputs
 
 
 def stage_fingerprint(recipe: Recipe, name: str) -> str:
     """Changes exactly when the stage's result may: its own part of the recipe, its inputs', the version."""
-    module = stage_module(name)
-    inputs = {need: stage_fingerprint(recipe, need) for need in module.needs(recipe)}
+    entry = recipe.entry(name)
+    inputs = {kind: [stage_fingerprint(recipe, s) for s in given] for kind, given in recipe.sources(name).items()}
+    uses = entry.stage.uses(recipe.section(name), recipe, name)
     return fingerprint(
-        {"stage": name, "version": __version__, "seed": recipe.seed, "uses": module.uses(recipe), "inputs": inputs}
+        {"stage": entry.key, "version": __version__, "seed": recipe.seed, "uses": uses, "inputs": inputs}
     )
 
 
@@ -78,6 +61,11 @@ class Run:
         if record is None:
             raise CorruptError(f"stage {name} in {self.folder} has not finished; run the recipe again")
         return record["figures"]
+
+    def inputs(self, recipe: Recipe, name: str) -> Inputs:
+        """The artefacts of finished stages that `name` reads."""
+        given = {source for sources in recipe.sources(name).values() for source in sources}
+        return recipe.inputs(name, {source: self.figures(source) for source in given})
 
     def finish(self, name: str, record: dict[str, Any]) -> None:
         write_json(self.stage(name) / "done.json", record)
@@ -122,10 +110,3 @@ class Context:
     @property
     def folder(self) -> Path:
         return self.run.stage(self.name)
-
-    def figures(self, stage: str) -> dict[str, Any]:
-        return self.run.figures(stage)
-
-
-def measured_cost(record: dict[str, Any]) -> Cost:
-    return Cost(**record["measured"])

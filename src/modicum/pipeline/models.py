@@ -14,19 +14,13 @@ from modicum.core.errors import ModicumError, UserError
 from modicum.pipeline.recipe import Recipe, overridden
 
 
-def answering(recipe: Recipe) -> str:
-    """The stage that leaves the model which is compressed, served and evaluated."""
-    return "adapt" if recipe.adapt else "pretrain"
-
-
 def named(recipe: Recipe) -> dict[str, str]:
     """{recipe key: model} for the models that must be there before the run."""
-    found = {}
-    if recipe.adapt and recipe.adapt.model:
-        found["adapt.model"] = recipe.adapt.model
-    if recipe.ground and recipe.ground.encoder and ":" not in recipe.ground.encoder:
-        found["ground.encoder"] = recipe.ground.encoder
-    return found
+    return {
+        f"{entry.name}.{key}": model
+        for entry in recipe.entries
+        for key, model in entry.stage.models(entry.section).items()
+    }
 
 
 def folder_of(model: str) -> Path:

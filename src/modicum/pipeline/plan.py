@@ -1,6 +1,6 @@
 """The bill of a recipe, before anything is spent.
 
-Each stage's `plan(planner)` returns its `Cost` and its decisions (sizes the stage must then keep to).
+Each stage's `plan` returns its `Cost` and its decisions (sizes the stage must then keep to).
 The fixed part comes from walking a miniature of the road (`pipeline.rehearse`). On top of it, memory comes from
 tracing the real training step on tensors without data; seconds come from running a few real steps, or a
 small sample, here and now. The planner runs in a process of its own, so that what it measures is not disturbed.
@@ -22,9 +22,8 @@ from modicum.budget import Cost, machine
 from modicum.budget.units import bytes_text
 from modicum.core.errors import BudgetError, ModicumError, UserError
 from modicum.core.events import count_text, seconds_text
-from modicum.pipeline.context import stage_module, stages_of
 from modicum.pipeline.measured import Memo
-from modicum.pipeline.recipe import Recipe
+from modicum.pipeline.recipe import Recipe, as_data, parse
 
 
 @dataclass
@@ -35,9 +34,9 @@ class Planner:
     machine: dict[str, Any]
     scratch: Path  # a folder for measuring, removed afterwards
     say: Callable[[str], None] = lambda line: None
-    decisions: dict[str, dict[str, Any]] = field(default_factory=dict)
-    costs: dict[str, Cost] = field(default_factory=dict)
-    fixed: dict[str, Cost] = field(default_factory=dict)  # by stage: what it takes on a miniature (pipeline.rehearse)
+    name: str = ""  # of the stage that is planned now
+    decisions: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage
+    fixed: dict[str, Cost] = field(default_factory=dict)  # by stage's key: what it takes on a miniature
     memo: dict[str, Any] = field(default_factory=dict)  # measurements that several stages share
     kept: Memo = field(default_factory=Memo)  # and those that later plans share, as they are no matter of the moment
     objects: dict[str, Any] = field(default_factory=dict)
@@ -60,17 +59,6 @@ class Planner:
         return self.objects[name]
 
 
-@dataclass(frozen=True)
-class StagePlan:
-    """cost: beyond the stage's fixed one, unless whole. decisions: what the stage must keep to.
-    basis: one line on where the figures come from."""
-
-    cost: Cost
-    decisions: dict[str, Any] = field(default_factory=dict)
-    basis: str = ""
-    whole: bool = False
-
-
 def plan_here(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Plan every stage in this process: {"machine", "stages": {name: {cost, decisions, basis}}, "total"}."""
     from modicum.pipeline.rehearse import fixed_costs
@@ -87,12 +75,14 @@ def plan_here(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
 def _plan_stages(planner: Planner, began: float) -> dict[str, Any]:
     stages: dict[str, Any] = {}
     total = Cost()
-    names = stages_of(planner.recipe)
-    for number, name in enumerate(names):
-        planner.say(f"plan: {name} ({number + 2} of {len(names) + 1}, {time.monotonic() - began:.0f} s so far)")
-        made: StagePlan = stage_module(name).plan(planner)
-        cost = made.cost if made.whole else _above(planner.fixed[name], made.cost)
-        planner.decisions[name], planner.costs[name] = made.decisions, cost
+    entries, recipe = planner.recipe.entries, planner.recipe
+    for number, entry in enumerate(entries):
+        name = entry.name
+        planner.say(f"plan: {name} ({number + 2} of {len(entries) + 1}, {time.monotonic() - began:.0f} s so far)")
+        planner.name = name
+        made = entry.stage.plan(recipe.section(name), recipe.inputs(name, planner.decisions), planner)
+        cost = _above(planner.fixed[entry.key], made.cost)
+        planner.decisions[name] = made.decisions
         stages[name] = {"cost": cost.as_dict(), "decisions": made.decisions, "basis": made.basis}
         total = total.then(cost)
     return {"machine": planner.machine, "stages": stages, "total": total.as_dict()}
@@ -112,7 +102,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
 
     done = subprocess.run(
         [sys.executable, "-m", "modicum.pipeline.plan"],
-        input=recipe.model_dump_json(),
+        input=json.dumps(as_data(recipe)),
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -183,7 +173,7 @@ def main() -> int:
     from modicum.pipeline.worker import frugal_allocator
 
     frugal_allocator()
-    recipe = Recipe.model_validate_json(sys.stdin.read())
+    recipe = parse(json.load(sys.stdin))
     if recipe.threads:
         import torch
 

@@ -1,149 +1,71 @@
 """Recipes: one YAML file that says what to make, from which text, under which limits.
 
-Unknown keys are refused with the nearest valid one; `section.key=value` on the command line overrides a
-key. Every section belongs to one stage of the road; a section set to null leaves its stage out.
+    corpus: python                        corpus: ~/notes
+    curate: {vocab_size: 4096}            stages:
+    pretrain: {time: 40s}                 - curate: {vocab_size: 4096}
+    adapt: null                           - pretrain: {time: 40s}
+                                            as: base
+                                          - pretrain: {from: base, tokens: 2Mtok}
+                                            as: more
+
+On the left one section per stage: stages left out run with their defaults, those set to null do not run. On the right a
+list, in which a stage may occur several times, under the names that `as` gives; only what is listed runs. `from` names
+the stages whose results a stage reads; without it the latest of each kind that it needs.
+
+Unknown keys are refused with the nearest valid one; `NAME.key=value` on the command line overrides a key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, Field, InstanceOf
 
-from modicum.budget import Budget, units
-from modicum.core import registry
-from modicum.core.choice import Choice
+from modicum.budget import Budget
 from modicum.core.errors import ModicumError, UserError, unknown
 from modicum.pipeline.named import find
+from modicum.pipeline.section import Bytes, Seconds, Strict
+from modicum.pipeline.stage import Input, Inputs, Stage, in_order, load_stage, section_of, stages
 
-Bytes = Annotated[float, BeforeValidator(lambda value: units.parse(value, "bytes"))]
-Seconds = Annotated[float, BeforeValidator(lambda value: units.parse(value, "seconds"))]
-Tokens = Annotated[float, BeforeValidator(lambda value: units.parse(value, "tokens"))]
-
-
-def method(port: str) -> Any:
-    """A pydantic type that reads a method of `port` and checks that it and its knobs exist."""
-
-    def check(value: Any) -> Any:
-        Choice.parse(port, value).config()
-        return value
-
-    return Annotated[str | dict[str, Any], BeforeValidator(check)]
+S = TypeVar("S", bound=Strict)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Limits(Section):
-    """What the whole road may use; null means no limit."""
+class Limits(Strict):
+    """What the whole run may use; null means no limit."""
 
     time: Seconds | None = 600.0
     memory: Bytes | None = 4.0 * 2**30
     disk: Bytes | None = 4.0 * 2**30
 
 
-class Curate(Section):
-    steps: list[method("step")] = ["normalise", "quality", "python-split", "exact-dedup", "minhash"]  # type: ignore[valid-type]
-    vocab_size: int = Field(4096, ge=258)
-    reserved: int = Field(0, ge=0)  # tokens of the vocabulary kept free for objectives that need marks
-    heldout: float = Field(0.05, gt=0, lt=0.5)
-    max_bytes: Bytes | None = None
-    group_bytes: Bytes | None = None  # of text that one process works on at a time; null: by the size of the corpus
-    processes: int = Field(2, ge=1)
-    engine: str = "local"
+@dataclass(frozen=True)
+class Entry:
+    """One stage of a recipe. name: its `as`, or the stage's key. sources: the stages that `from` names."""
+
+    name: str
+    key: str
+    section: Strict
+    sources: tuple[str, ...] = ()
+
+    @property
+    def stage(self) -> Stage[Any]:
+        return load_stage(self.key)
 
 
-class Predict(Section):
-    law: method("law") = "chinchilla"  # type: ignore[valid-type]
-    parameters: list[float] = [0.06, 0.12, 0.25]  # proxies' sizes as shares of the main model's
-    tokens: list[float] = [0.08, 0.12, 0.18]  # and their tokens as shares of the main run's
-    level: float = Field(0.95, gt=0.5, lt=1)
+class Recipe(Strict):
+    """A whole run. `corpus`: a folder, a file, `hub:NAME`, or `python` for the Python installation itself.
 
-
-class Recall(Section):
-    """Rows of the playground's recall tasks beside the corpus, growing longer (evaluate.recall)."""
-
-    lengths: list[int] = [64, 256, 1024]  # tokens of a row, one after another over the run
-    shares: list[float] = [0.5, 0.25, 0.25]  # of the run, for each length
-    text: float = Field(0.15, ge=0, lt=1)  # share of the rows that hold the corpus
-    copies: float = Field(0.25, ge=0, lt=1)  # share of the documents that are a list and its copy
-    vocabulary: Bytes = 2.0 * 2**20  # such text among what the tokenizer is trained on
-
-
-class Pretrain(Section):
-    parameters: float | None = None  # None: the planner chooses
-    shape: tuple[int, int] | None = None  # width and layers, for who wants to say them
-    heads: int | None = Field(None, ge=1)  # None: of 64 dimensions, 32 in models narrower than 256
-    time: Seconds | None = 210.0  # with tokens None: as many as fit in this time
-    tokens: Tokens | None = None
-    sequence_length: int = Field(256, ge=16)
-    batch_tokens: int = Field(1024, ge=64)
-    micro_batch: int | None = None  # sequences of one forward pass; None: the whole batch
-    lr: float | None = None  # None: from the model's width
-    optimizer: method("optimizer") = "adamw"  # type: ignore[valid-type]
-    schedule: method("schedule") = "wsd"  # type: ignore[valid-type]
-    objective: method("objective") = "next-token"  # type: ignore[valid-type]
-    memory: list[method("memory")] = []  # type: ignore[valid-type]
-    surgery: method("surgery") = "none"  # type: ignore[valid-type]
-    form: method("linear") | None = None  # type: ignore[valid-type]
-    targets: list[str] = ["layers.*"]  # the linear layers that get the form
-    clip: float = Field(1.0, ge=0)  # limit of the gradient's norm, 0 for none
-    masters: bool = True  # float32 weights behind bf16 ones
-    mixture: method("mixture") = "natural"  # type: ignore[valid-type]
-    packing: method("packing") = "concat"  # type: ignore[valid-type]
-    dtype: str = "bf16"
-    recall: Recall | None = None  # learn to recall from the context as well
-
-
-class Adapt(Section):
-    model: str | None = None  # a folder, a hub id or a name of `modicum get`; None: the model pretrained in this run
-    form: method("linear") = "lora:rank=16"  # type: ignore[valid-type]
-    targets: list[str] | None = None  # the linear layers that get it; None: where its paper puts it
-    tokens: Tokens = 200_000.0
-    sequence_length: int = Field(256, ge=16)
-    batch_tokens: int = Field(4096, ge=64)
-    micro_batch: int | None = Field(None, ge=1)  # sequences of one forward pass; None: the whole batch
-    lr: float = Field(2e-3, gt=0)
-    pairs: int = Field(20_000, ge=8)
-    heldout_pairs: int = Field(1000, ge=1)  # at most so many give the loss before and after
-    grounded: float = Field(0.0, ge=0, le=1)  # fraction of the pairs that are asked with retrieved passages
-
-
-class Compress(Section):
-    forms: list[method("linear")] = ["int8", "int4"]  # type: ignore[valid-type]
-
-
-class Ground(Section):
-    index: method("index") = "exact"  # type: ignore[valid-type]
-    encoder: str | None = None  # an encoder's folder, hub id or name; None: the model pretrained in this run
-    queries: int = Field(400, ge=1)
-    passages: int | None = 20_000
-
-
-class Serve(Section):
-    questions: list[str] = []  # empty: three are taken from the corpus
-    passages: int = Field(3, ge=1)
-    max_tokens: int = Field(64, ge=1)
-    prompt_tokens: int = Field(960, ge=64)  # instructions, passages and question at most
-    mode: str = "fused"
-
-
-class Evaluate(Section):
-    tasks: list[method("task")] = []  # type: ignore[valid-type]
-    bytes: Bytes = 400_000.0  # held-out text scored by each variant of the model
-    questions: int = Field(0, ge=0)  # held-out questions with one documented answer, closed book against grounded
-    speed_tokens: int = Field(32, ge=2)  # that each variant writes to say how fast it is
-
-
-class Recipe(Section):
-    """The whole road. `corpus`: a folder, a file, `hub:NAME`, or `python` for the Python installation itself.
-
-    `model`: a Hugging Face folder or hub name to go on from; null trains from scratch.
+    `model`: a Hugging Face folder or hub name to go on from; null trains from scratch. `fallback`: overrides that
+    hold where a model of the recipe cannot be had (pipeline.models).
     """
 
     name: str = "recipe"
@@ -152,20 +74,74 @@ class Recipe(Section):
     seed: int = 0
     threads: int | None = None
     budget: Limits = Limits()
-    curate: Curate = Curate()
-    predict: Predict | None = Predict()
-    pretrain: Pretrain = Pretrain()
-    adapt: Adapt | None = Adapt()
-    compress: Compress | None = Compress()
-    ground: Ground | None = Ground()
-    serve: Serve | None = Serve()
-    evaluate: Evaluate = Evaluate()
-    fallback: dict[str, Any] | None = (
-        None  # overrides that hold where a model of the recipe cannot be had (pipeline.models)
-    )
+    fallback: dict[str, Any] | None = None
+    entries: tuple[InstanceOf[Entry], ...] = Field((), exclude=True)
+    listed: bool = Field(False, exclude=True)
 
     def limits(self) -> Budget:
         return Budget(seconds=self.budget.time, memory_bytes=self.budget.memory, disk_bytes=self.budget.disk)
+
+    def entry(self, name: str) -> Entry:
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise unknown("stage of this recipe", name, [e.name for e in self.entries])
+
+    def section(self, name: str) -> Any:
+        """A stage's section with what it leaves open filled in from the rest of the recipe."""
+        entry = self.entry(name)
+        return entry.stage.complete(entry.section, self, name)
+
+    def first(self, kind: type[S]) -> S | None:
+        """The first section of this type, as written."""
+        return next((e.section for e in self.entries if isinstance(e.section, kind)), None)
+
+    def sources(self, name: str) -> dict[str, list[str]]:
+        """{kind of artefact: stages that give it to this one}. Raises `UserError` for one that nothing gives."""
+        entry = self.entry(name)
+        before = self.entries[: self.entries.index(entry)]
+        stage, needed = entry.stage, entry.stage.needed(self.section(name))
+        found: dict[str, list[str]] = {}
+        for kind in dict.fromkeys((*needed, *stage.optional, *stage.named)):
+            given = [e.name for e in before if kind in e.stage.gives]
+            found[kind] = [n for n in given if n in entry.sources]
+            if len(found[kind]) > 1 and kind not in stage.several:
+                names = " and ".join(found[kind])
+                raise UserError(f"{name} reads one {kind}, and from names {names}; leave one of them out")
+            if not found[kind] and kind in needed:
+                if not given:
+                    raise _ungiven(name, kind)
+                found[kind] = given[-1:]
+            elif not found[kind] and kind in stage.optional:
+                found[kind] = [n for n in given if self._alike(n, found)][-1:]
+        unused = [s for s in entry.sources if not any(s in given for given in found.values())]
+        if unused:
+            allowed = [e.name for e in before if set(found) & set(e.stage.gives)]
+            raise unknown(f"{name}.from:", unused[0], allowed, "It names stages above whose results this one reads")
+        return found
+
+    def _alike(self, name: str, found: Mapping[str, list[str]]) -> bool:
+        """Whether a stage reads the same artefacts as `found`, of the kinds that both read."""
+        return all(found.get(kind, given) == given for kind, given in self.sources(name).items())
+
+    def inputs(self, name: str, values: Mapping[str, Mapping[str, Any]]) -> Inputs:
+        """The stage's artefacts; values: figures or decisions by stage."""
+        return Inputs(
+            {
+                kind: [Input(n, self.section(n), values.get(n, {})) for n in given]
+                for kind, given in self.sources(name).items()
+            }
+        )
+
+
+def _ungiven(name: str, kind: str) -> UserError:
+    givers = [key for key in in_order() if kind in load_stage(key).gives]
+    if not givers:
+        return UserError(f"{name} reads a {kind}, which no stage gives; type: modicum ls stages")
+    return UserError(
+        f"the recipe has {name} but not {givers[0]}, which {name} reads; remove '{givers[0]}: null' or add "
+        f"'{name}: null' (in a list of stages: put {' or '.join(givers)} before {name})"
+    )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -180,67 +156,113 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse(data, overrides, str(path))
 
 
-def parse(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+def parse(data: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """The recipe that `data` says, with overrides `key.path=value`. Raises `UserError` on any fault."""
+    given = copy.deepcopy(dict(data))
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
             raise UserError(f"{override!r} is not an override; write KEY=VALUE, for example budget.time=5m")
-        _set(data, name.split("."), yaml.safe_load(text) if text else None, override)
-    try:
-        recipe = Recipe.model_validate(data)
-    except pydantic.ValidationError as error:
-        raise _explain(error, where) from None
-    _check_combinations(recipe, where)
+        _override(given, name.split("."), yaml.safe_load(text) if text else None, override)
+    return _read(given, where)
+
+
+def overridden(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with `key.path: value` set, and nothing left to fall back to."""
+    data = as_data(recipe) | {"fallback": None}
+    for key, value in values.items():
+        _override(data, key.split("."), value, f"fallback.{key}={value}")
+    return _read(data, "fallback")
+
+
+def _read(data: dict[str, Any], where: str) -> Recipe:
+    listed = "stages" in data
+    general = {key: data.pop(key) for key in [*data] if key in Recipe.model_fields and key not in _INTERNAL}
+    raw = _listed(data.pop("stages"), where) if listed else _short(data)
+    if data:
+        keys = [*_general(), "stages", *([] if listed else in_order())]
+        raise unknown(f"key in {where}:", next(iter(data)), keys)
+    entries = []
+    for name, key, section in raw:
+        sources = section.pop("from", None) or ()
+        if not isinstance(sources, str | list | tuple) or not all(isinstance(s, str) for s in sources):
+            raise UserError(f"{where}: {name}.from={sources!r} must name a stage, or several in a list")
+        made = _validate(section_of(key), section, where, name)
+        entries.append(Entry(name, key, made, (sources,) if isinstance(sources, str) else tuple(sources)))
+    recipe = _validate(Recipe, general, where).model_copy(update={"entries": tuple(entries), "listed": listed})
+    for entry in recipe.entries:
+        try:
+            recipe.sources(entry.name)
+            entry.stage.check(recipe.section(entry.name), recipe, entry.name)
+        except UserError as error:
+            raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
     return recipe
 
 
-def overridden(recipe: Recipe, values: dict[str, Any]) -> Recipe:
-    """The recipe with `key.path: value` set, and nothing left to fall back to."""
-    data = recipe.model_dump(mode="json") | {"fallback": None}
-    for key, value in values.items():
-        _set(data, key.split("."), value, f"fallback.{key}={value}")
-    return parse(data, where="fallback")
+_INTERNAL = ("entries", "listed")
 
 
-def _check_combinations(recipe: Recipe, where: str) -> None:
-    """Refuse what does not go together in a stage, before anything is planned."""
-    from modicum.adapt.run import AdaptConfig
-    from modicum.adapt.run import members as adapting
-    from modicum.compress.run import members as compressing
-    from modicum.core import compose
-    from modicum.train.config import TrainConfig
-    from modicum.train.config import members as training
-
-    pretrain = recipe.pretrain
-    names = (
-        "sequence_length batch_tokens micro_batch optimizer schedule objective memory surgery form targets clip masters"
-    )
-    asked = pretrain.model_dump(include=set(names.split()))
-    try:
-        chosen = training(TrainConfig(steps=1, **asked, dtype=pretrain.dtype))
-        chosen += [compose.member(port, getattr(pretrain, port)) for port in ("packing", "mixture")]
-        marks = registry.build("objective", pretrain.objective).reserved()
-        if recipe.model or recipe.curate.reserved >= marks:
-            chosen.append(compose.setting("the vocabulary", provides={"reserved_tokens"}))
-        compose.resolve(
-            chosen,
-            options={
-                "linear": "pretrain.form",
-                "document_mask": "set pretrain.packing=concat:mask=true",
-                "reserved_tokens": f"set curate.reserved={marks}",
-            },
-            where=f"{where}: pretrain",
-        )
-        if recipe.adapt is not None:
-            config = AdaptConfig(form=recipe.adapt.form)
-            compose.resolve(adapting(config), options={"linear": "adapt.form"}, where=f"{where}: adapt")
-        for form in recipe.compress.forms if recipe.compress is not None else ():
-            compose.resolve(compressing(form), options={"linear": "compress.forms"}, where=f"{where}: compress")
-    except UserError as error:
-        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
+def _general() -> list[str]:
+    return [key for key in Recipe.model_fields if key not in _INTERNAL]
 
 
-def _set(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+def _short(data: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(name, key, section) of the stages of a recipe with one section each."""
+    found = []
+    for key in in_order():
+        section = data.pop(key, {} if load_stage(key).default else None)
+        if section is not None:
+            found.append((key, key, _mapping(section, key)))
+    return found
+
+
+def _listed(given: Any, where: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """The same for a list: `- KEY`, `- KEY: {...}`, and `as: NAME` beside it."""
+    if not isinstance(given, list) or not given:
+        raise UserError(f"{where}: stages must be a list such as [{{curate: {{}}}}, {{pretrain: {{}}, as: base}}]")
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    for item in given:
+        item = {item: None} if isinstance(item, str) else item
+        keys = [k for k in item if k != "as"] if isinstance(item, dict) else []
+        if len(keys) != 1:
+            raise UserError(f"{where}: {item!r} in stages is not a stage; write - KEY: {{...}}, and as: NAME beside it")
+        key = str(keys[0])
+        if key not in stages():
+            raise unknown(f"stage in {where}:", key, in_order(), "Type: modicum ls stages")
+        name = str(item.get("as") or key)
+        if not _NAME.fullmatch(name) or name in _general():
+            raise UserError(f"{where}: as: {name!r} is no name for a stage; use letters, digits, - and _")
+        if name in (n for n, _, _ in found):
+            raise UserError(f"{where}: two stages are called {name!r}; give one another name with as: NAME")
+        found.append((name, key, _mapping(item[keys[0]], name)))
+    return found
+
+
+def _mapping(section: Any, name: str) -> dict[str, Any]:
+    if section is not None and not isinstance(section, dict):
+        raise UserError(f"{name}={section!r} has no keys inside; write {name}: {{KEY: VALUE}}, or null")
+    return dict(section or {})
+
+
+def _override(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    """Set a key; in a recipe with a list, that of the stage called `keys[0]`, where null takes the stage out."""
+    if "stages" in data and keys[0] not in _general() and isinstance(data["stages"], list):
+        for place, item in enumerate(data["stages"]):
+            item = {item: None} if isinstance(item, str) else item
+            key = next((k for k in item if k != "as"), "") if isinstance(item, dict) else ""
+            if key and keys[0] == (item.get("as") or key):
+                data["stages"][place] = item
+                if len(keys) == 1 and value is None:
+                    del data["stages"][place]
+                else:
+                    _set(item, [key, *keys[1:]], value, override)
+                return
+        names = [i if isinstance(i, str) else i.get("as") or next(iter(i), "") for i in data["stages"]]
+        raise unknown("stage of this recipe", keys[0], [*names, *_general()])
+    _set(data, keys, value, override)
+
+
+def _set(data: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
         inner = data.setdefault(key, {})
         if inner is None:
@@ -251,36 +273,43 @@ def _set(data: dict[str, Any], keys: list[str], value: Any, override: str) -> No
     data[keys[-1]] = value
 
 
-def _explain(error: pydantic.ValidationError, where: str) -> ModicumError:
+def _validate(model: type[S], data: dict[str, Any], where: str, name: str = "") -> S:
+    try:
+        return model.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise _explain(error, model, where, name) from None
+
+
+def _explain(error: pydantic.ValidationError, model: type[BaseModel], where: str, name: str) -> ModicumError:
     first = error.errors()[0]
     place = [p for p in first["loc"] if isinstance(p, str) and not p.startswith("function-")]
-    dotted = ".".join(place)
+    head = [name] if name else []
+    dotted = ".".join([*head, *place])
     if first["type"] == "extra_forbidden":
-        section = _section(place[:-1])
-        return unknown(f"key in {where}:", dotted, [".".join([*place[:-1], k]) for k in section.model_fields])
+        fields = functools.reduce(_inner, place[:-1], model).model_fields
+        return unknown(f"key in {where}:", dotted, [".".join([*head, *place[:-1], k]) for k in fields])
     return UserError(f"{where}: {dotted}={first['input']!r} is not valid: {first['msg']}")
 
 
-def _section(keys: Sequence[str]) -> type[BaseModel]:
-    current: type[BaseModel] = Recipe
-    for key in keys:
-        kinds = current.model_fields[key].annotation
-        options = [kinds, *getattr(kinds, "__args__", ())]
-        current = next(k for k in options if isinstance(k, type) and issubclass(k, BaseModel))
-    return current
+def _inner(model: type[BaseModel], key: str) -> type[BaseModel]:
+    kinds = model.model_fields[key].annotation
+    options = [kinds, *getattr(kinds, "__args__", ())]
+    return next(k for k in options if isinstance(k, type) and issubclass(k, BaseModel))
+
+
+def as_data(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data with every default spelled out, in the form in which it was written."""
+    data = recipe.model_dump(mode="json")
+    sections = {
+        e.name: ({"from": list(e.sources)} if e.sources else {}) | e.section.model_dump(mode="json")
+        for e in recipe.entries
+    }
+    if recipe.listed:
+        named = [{e.key: sections[e.name]} | ({"as": e.name} if e.name != e.key else {}) for e in recipe.entries]
+        return data | {"stages": named}
+    return data | {key: sections.get(key) for key in in_order() if key in sections or load_stage(key).default}
 
 
 def resolved(recipe: Recipe) -> str:
     """The recipe with every default spelled out, as YAML: what a run directory keeps."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def dotted(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """Every leaf of the recipe as (dotted key, value)."""
-    stack: list[tuple[str, Any]] = [("", recipe.model_dump(mode="json"))]
-    while stack:
-        prefix, value = stack.pop()
-        if isinstance(value, dict):
-            stack += [(f"{prefix}.{k}".lstrip("."), v) for k, v in reversed(value.items())]
-        else:
-            yield prefix, value
+    return yaml.safe_dump(as_data(recipe), sort_keys=False, allow_unicode=True)

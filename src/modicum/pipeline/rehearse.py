@@ -9,70 +9,69 @@ size of the work. The figures are kept in the user's cache folder, by machine an
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from modicum.budget import Cost
 from modicum.core.errors import ModicumError
 from modicum.core.files import fingerprint, read_json, write_json, write_text
-from modicum.pipeline import STAGES, worker
-from modicum.pipeline.context import Run, stages_of
+from modicum.pipeline import worker
+from modicum.pipeline.context import Run
 from modicum.pipeline.measured import cache_folder, machine_key
-from modicum.pipeline.recipe import Recipe, resolved
+from modicum.pipeline.recipe import Entry, Recipe, resolved
+from modicum.pipeline.section import Strict
+from modicum.pipeline.stage import in_order, load_stage, section_of
 from modicum.pipeline.worker import environment
 
 UNSEEN = "unseen.json"
-SHAPE = {"width": 64, "layers": 2}
-LENGTH, ROWS, STEPS, VOCABULARY = 64, 4, 4, 512
-TOKENS = LENGTH * ROWS * STEPS
 MODULES = ("json.decoder", "json.encoder", "textwrap", "string", "heapq", "bisect", "statistics", "fractions")
 
 
-def miniature(recipe: Recipe, corpus: Path) -> Recipe:
-    """The recipe's stages on almost no text, with a model of next to no size.
+def miniature(recipe: Recipe, corpus: Path) -> tuple[Recipe, dict[str, dict[str, Any]]]:
+    """The recipe's stages, each once, on almost no text and with a model of next to no size; and by stage the
+    decisions that it keeps to.
 
     Of the recipe's methods only those that read text take part. The others are the baselines: their knobs (ranks,
     groups, windows) are chosen for the size of the real model and need not fit this one, and what they cost grows
     with that size, which is what the stages' own plans measure.
     """
-    data: dict[str, Any] = {
-        "name": "miniature",
-        "corpus": str(corpus),
-        "seed": 0,
-        "threads": recipe.threads,
-        "budget": {"time": 600, "memory": None, "disk": None},
-        "curate": {"steps": recipe.curate.steps, "vocab_size": VOCABULARY, "heldout": 0.2, "processes": 2},
-        "pretrain": {"sequence_length": LENGTH, "batch_tokens": LENGTH * ROWS, "tokens": TOKENS, "time": None},
-        "predict": recipe.predict and {},
-        "adapt": recipe.adapt
-        and {"form": "lora:rank=4", "tokens": 8 * LENGTH, "batch_tokens": 4 * LENGTH, "sequence_length": LENGTH}
-        | {"pairs": 16, "heldout_pairs": 8},
-        "compress": recipe.compress and {"forms": ["int8"]},
-        "ground": recipe.ground and {"passages": 64, "queries": 8, "encoder": "lsa:16", "index": recipe.ground.index},
-        "serve": recipe.serve and {"questions": ["What does dumps do?"], "max_tokens": 4},
-        "evaluate": {"bytes": 20_000, "speed_tokens": 4},
-    }
-    data["pretrain"]["dtype"] = recipe.pretrain.dtype
-    return Recipe.model_validate(data)
+    entries: list[Entry] = []
+    decisions: dict[str, dict[str, Any]] = {}
+    given: set[str] = set()
+
+    def add(key: str, section: Strict) -> None:
+        stage = load_stage(key)
+        small, decided = stage.miniature(section)
+        for kind in stage.needed(small):
+            if kind not in given:  # a model, for who adapts a published one
+                giver = next(k for k in in_order() if kind in load_stage(k).gives)
+                add(giver, section_of(giver)())
+        entries.append(Entry(key, key, small))
+        decisions[key] = decided
+        given.update(stage.gives)
+
+    for entry in recipe.entries:
+        if entry.key not in decisions:
+            add(entry.key, recipe.section(entry.name))
+    general: dict[str, Any] = {"name": "miniature", "corpus": str(corpus), "threads": recipe.threads}
+    general |= {"budget": {"time": 600, "memory": None, "disk": None}}
+    made = Recipe.model_validate(general).model_copy(update={"entries": tuple(entries), "listed": True})
+    return made, decisions
 
 
 def fixed_costs(recipe: Recipe) -> dict[str, Cost]:
-    """Measured cost of each stage of the miniature, from the cache if this machine has rehearsed it before."""
-    name = fingerprint(machine_key() | {"recipe": resolved(miniature(recipe, Path("corpus")))})
+    """Measured cost of each stage of the miniature by its key, from the cache if this machine has rehearsed it."""
+    name = fingerprint(machine_key() | {"recipe": resolved(miniature(recipe, Path("corpus"))[0])})
     path = cache_folder() / f"rehearsal-{name}.json"
     if path.is_file():
         return {stage: Cost(**cost) for stage, cost in read_json(path).items()}
-    if recipe.serve:
-        from modicum.serve import native
-
-        native.library()  # compiled once for this machine, before anything is timed
+    for entry in recipe.entries:
+        entry.stage.prepare()
     measured = _walk(recipe)
     write_json(path, measured)
     return {stage: Cost(**cost) for stage, cost in measured.items()}
@@ -85,33 +84,21 @@ def _walk(recipe: Recipe) -> dict[str, dict[str, Any]]:
             found = inspect.getsourcefile(__import__(module, fromlist=["_"]))
             if found:
                 write_text(corpus / f"{module}.py", Path(found).read_text(encoding="utf-8"))
-        small = miniature(recipe, corpus)
+        small, decisions = miniature(recipe, corpus)
         run = Run(Path(folder) / "run")
         write_text(run.folder / "run.yaml", resolved(small))
-        decided: dict[str, Any] = {"shape": SHAPE, "tokens": TOKENS, "lr": 1e-3}
-        proxies = [{"shape": SHAPE, "tokens": TOKENS * n, "parameters": 1} for n in (1, 2, 3)]
-        plan = {"predict": {"proxies": proxies, "main": decided | {"parameters": 100_000}}, "pretrain": decided}
-        write_json(run.folder / "plan.json", {"stages": {k: {"decisions": v} for k, v in plan.items()}})
-        loading = {"curate": 0.0}
-        for name in stages_of(small):
-            if name not in loading:
-                began = time.perf_counter()
-                importlib.import_module("modicum.pipeline.training")  # what the other stages begin with
-                loading |= dict.fromkeys(STAGES[1:], time.perf_counter() - began)
-            code = _forked(run, name) if loading[name] else _alone(run, name)
+        write_json(run.folder / "plan.json", {"stages": {k: {"decisions": v} for k, v in decisions.items()}})
+        for entry in small.entries:
+            code = (_alone if entry.stage.alone else _forked)(run, entry.name)
             if code in (130, -2):
                 raise KeyboardInterrupt
             if code:
-                failed = run.stage(name) / "failed.json"
+                failed = run.stage(entry.name) / "failed.json"
                 reason = read_json(failed)["message"] if failed.is_file() else f"exit code {code}"
-                raise ModicumError(f"the rehearsal of {name} on a miniature failed: {reason}")
-        records = {name: run.done(name) for name in stages_of(small)}
+                raise ModicumError(f"the rehearsal of {entry.name} on a miniature failed: {reason}")
+        records = {entry.name: run.done(entry.name) for entry in small.entries}
         return {
-            name: record["measured"]
-            | {
-                "seconds": record["measured"]["seconds"] + loading[name],
-                "peak_bytes": record["measured"]["peak_bytes"] + _unseen(run, name),
-            }
+            name: record["measured"] | {"peak_bytes": record["measured"]["peak_bytes"] + _unseen(run, name)}
             for name, record in records.items()
             if record
         }

@@ -15,7 +15,7 @@ from modicum.core.errors import BudgetError, CorruptError, ModicumError, UserErr
 from modicum.core.events import Events, seconds_text
 from modicum.core.files import read_json, write_json, write_text
 from modicum.pipeline import plan as planning
-from modicum.pipeline.context import Run, stage_fingerprint, stages_of
+from modicum.pipeline.context import Run, stage_fingerprint
 from modicum.pipeline.models import with_models
 from modicum.pipeline.recipe import Recipe, resolved
 from modicum.pipeline.worker import DISK_FULL, environment
@@ -34,7 +34,7 @@ def run_recipe(recipe: Recipe, folder: str | Path, say: Callable[[str], None] = 
     try:
         with run.lock("run"):
             recipe = with_models(recipe, say)
-            stages = stages_of(recipe)
+            stages = [entry.name for entry in recipe.entries]
             _require_inputs(recipe, stages)
             deadline = Deadline(recipe.budget.time)
             plan = _plan(recipe, run, say)
@@ -48,7 +48,8 @@ def run_recipe(recipe: Recipe, folder: str | Path, say: Callable[[str], None] = 
 
 def _require_inputs(recipe: Recipe, stages: list[str]) -> None:
     """Refuse a corpus or a model that cannot be read before anything is measured."""
-    stage_fingerprint(recipe, stages[0])
+    for name in stages:
+        stage_fingerprint(recipe, name)
     if recipe.model:
         from modicum.data.tokenizer import Tokenizer
         from modicum.model.folder import find_folder, load_config

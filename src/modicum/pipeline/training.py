@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,7 @@ from modicum.budget.meter import resident_now
 from modicum.budget.trace import trace
 from modicum.core import registry
 from modicum.core.errors import UserError
+from modicum.core.files import fingerprint
 from modicum.data.curate import Curation
 from modicum.data.stream import Batch, Stream
 from modicum.model.config import DecoderConfig, llama_like
@@ -25,6 +26,7 @@ from modicum.model.folder import load_config, load_model, save_model
 from modicum.pipeline.models import folder_of
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
+from modicum.pipeline.stage import Input
 from modicum.pipeline.worker import trim_allocator
 from modicum.retrieve.encoders import Encoder, make_encoder
 from modicum.train.config import TrainConfig, run_ports
@@ -32,54 +34,49 @@ from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, phases, step_cost
 from modicum.train.forecast import step as train_step
 
+if TYPE_CHECKING:
+    from modicum.pipeline.stages.pretrain import Section as Pretrain
+
 BATCH = 3  # requests that the plan times together
 DEEP = 3  # layers of the shallow models that a deep one is traced by
 EVAL_SEQUENCES = 512  # held-out sequences behind every loss of a run
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "bfloat16": "bfloat16", "float32": "float32"}
 
 
-def learning_rate(recipe: Recipe, shape: DecoderConfig) -> float:
+def learning_rate(section: Pretrain, shape: DecoderConfig) -> float:
     """The recipe's, or 0.2 / width but at most 2e-3 from scratch (found on another seed), 1e-4 for a given model."""
-    if recipe.pretrain.lr is not None:
-        return recipe.pretrain.lr
-    return 1e-4 if recipe.model else min(2e-3, 0.2 / shape.width)
+    if section.lr is not None:
+        return section.lr
+    return 1e-4 if section.model else min(2e-3, 0.2 / shape.width)
 
 
-def train_config(recipe: Recipe, shape: DecoderConfig, tokens: float, **more: Any) -> TrainConfig:
-    p = recipe.pretrain
-    if p.dtype not in DTYPES:
-        raise UserError(f"pretrain.dtype={p.dtype!r} is not allowed; write bf16 or fp32")
-    marks = registry.build("objective", p.objective).reserved()
-    if marks > recipe.curate.reserved and not recipe.model:
-        raise UserError(
-            f"pretrain.objective={p.objective} needs {marks} tokens that no text uses and curate.reserved="
-            f"{recipe.curate.reserved}; write curate.reserved: {marks}"
-        )
+def train_config(section: Pretrain, shape: DecoderConfig, tokens: float, seed: int, **more: Any) -> TrainConfig:
+    p = section
     return TrainConfig(
         tokens=tokens,
         sequence_length=p.sequence_length,
         batch_tokens=p.batch_tokens,
         micro_batch=p.micro_batch,
-        lr=learning_rate(recipe, shape),
-        **methods(recipe),
+        lr=learning_rate(p, shape),
+        **methods(p),
         form=p.form,
         targets=p.targets,
         clip=p.clip,
         masters=p.masters,
         dtype=DTYPES[p.dtype],
-        seed=recipe.seed,
+        seed=seed,
         eval_sequences=EVAL_SEQUENCES,
         **more,
     )
 
 
-def methods(recipe: Recipe) -> dict[str, Any]:
+def methods(section: Pretrain) -> dict[str, Any]:
     """The recipe's methods for training and its data, by their port."""
-    return {port: getattr(recipe.pretrain, port) for port in run_ports() if hasattr(recipe.pretrain, port)}
+    return {port: value for port in run_ports() if (value := getattr(section, port, None)) is not None}
 
 
-def training_stream(recipe: Recipe, curation: Curation, total: float) -> Any:
-    p = recipe.pretrain
+def training_stream(section: Pretrain, curation: Curation, total: float, seed: int) -> Any:
+    p = section
     if p.recall is not None:
         from modicum.evaluate.recall import RecallConfig, RecallStream
 
@@ -91,44 +88,39 @@ def training_stream(recipe: Recipe, curation: Curation, total: float) -> Any:
             curation.shards("train"),
             sequence_length=p.sequence_length,
             total=total,
-            seed=recipe.seed,
+            seed=seed,
         )
-    told = TrainConfig(steps=1, sequence_length=p.sequence_length, seed=recipe.seed, **methods(recipe))
+    told = TrainConfig(steps=1, sequence_length=p.sequence_length, seed=seed, **methods(p))
     return told.stream(curation.shards("train"), total=total)
 
 
-def heldout_stream(recipe: Recipe, curation: Curation) -> Stream:
-    config = TrainConfig(steps=1, sequence_length=recipe.pretrain.sequence_length, **methods(recipe))
+def heldout_stream(section: Pretrain, curation: Curation) -> Stream:
+    config = TrainConfig(steps=1, sequence_length=section.sequence_length, **methods(section))
     stream: Stream = config.heldout_stream(curation.shards("heldout"))
     return stream
 
 
-def shape_of(
-    recipe: Recipe, width_and_layers: tuple[int, int] | None = None, vocab_size: int | None = None
-) -> DecoderConfig:
-    """The given model's shape, or a Llama-style one of this width and depth."""
-    if recipe.model:
-        return load_config(recipe.model)
-    assert width_and_layers
+def shape_of(section: Pretrain, width: int, layers: int, vocab_size: int) -> DecoderConfig:
+    """A Llama-style shape of this width and depth."""
     # A model that learns to recall knows no distance beyond its rows, and what serves it should know that.
-    length = recipe.pretrain.sequence_length
-    return llama_like(
-        vocab_size or recipe.curate.vocab_size,
-        *width_and_layers,
-        recipe.pretrain.heads,
-        context_length=length if recipe.pretrain.recall else max(2048, length),
-    )
+    length = section.sequence_length
+    context = length if section.recall else max(2048, length)
+    return llama_like(vocab_size, width, layers, section.heads, context_length=context)
 
 
-def make_model(recipe: Recipe, shape: DecoderConfig) -> Decoder:
-    """Fresh weights from the recipe's seed, or the given model's."""
-    if recipe.model:
-        return load_model(recipe.model, dtype="float32")
-    return Decoder(shape, torch.Generator().manual_seed(recipe.seed))
+def make_model(shape: DecoderConfig, given: str | None, seed: int) -> Decoder:
+    """Fresh weights from the seed, or those of the folder that is given, in float32."""
+    return load_model(given, dtype="float32") if given else Decoder(shape, torch.Generator().manual_seed(seed))
 
 
 def step_seconds(
-    planner: Planner, shape: DecoderConfig, config: TrainConfig, make: Any = None, name: str = "step"
+    planner: Planner,
+    shape: DecoderConfig,
+    config: TrainConfig,
+    make: Any = None,
+    name: str = "step",
+    *,
+    masked: bool = False,
 ) -> float:
     """Seconds of one training step here: the median of a few real ones on random tokens, after a warm-up; where
     surgery changes the model, the mean over the run."""
@@ -139,7 +131,7 @@ def step_seconds(
         engine.surgery.start(engine)
         tokens_BT = torch.randint(shape.vocab_size, (config.sequences, config.sequence_length))
         positions_BT = torch.arange(config.sequence_length).expand_as(tokens_BT)
-        documents_BT = (positions_BT >= config.sequence_length // 2).long() if _masked(planner.recipe) else None
+        documents_BT = (positions_BT >= config.sequence_length // 2).long() if masked else None
         batch = Batch(tokens_BT, tokens_BT.clone(), documents_BT, positions_BT)
         seconds = 0.0
         for begin, end in phases(engine):
@@ -147,20 +139,22 @@ def step_seconds(
             seconds += step * (end - begin) / config.total_steps
         return seconds
 
-    return planner.once((name, shape, config, _masked(planner.recipe)), measure)
+    return planner.once((name, shape, config, masked), measure)
 
 
 def _next_step(engine: TrainEngine, batch: Batch, index: Iterator[int]) -> None:
     train_step(engine, batch, next(index))
 
 
-def training_cost(planner: Planner, shape: DecoderConfig, config: TrainConfig, evaluations: int = 1) -> Cost:
+def training_cost(
+    planner: Planner, shape: DecoderConfig, config: TrainConfig, evaluations: int = 1, *, masked: bool = False
+) -> Cost:
     """What one run takes beyond a stage's fixed cost: steps timed here, memory traced."""
     traced = planner.once_here(
-        ("trace", shape, config, _masked(planner.recipe)),
-        lambda: traced_step(lambda: blank(shape), config, shape, masked=_masked(planner.recipe)),
+        ("trace", shape, config, masked),
+        lambda: traced_step(lambda: blank(shape), config, shape, masked=masked),
     )
-    step = step_seconds(planner, shape, config)
+    step = step_seconds(planner, shape, config, masked=masked)
     seconds = config.total_steps * step
     seconds += evaluations * EVAL_SEQUENCES / config.sequences * step / 3  # forward only
     state = shape.parameters() * (4 + 4 + 8)  # checkpoint: masters and AdamW's moments in float32
@@ -207,78 +201,89 @@ def blank_in(shape: DecoderConfig, dtype: torch.dtype) -> Decoder:
         torch.set_default_dtype(before)
 
 
-def _masked(recipe: Recipe) -> bool:
-    return bool(registry.build("packing", recipe.pretrain.packing).masks_documents)
+def masked(section: Pretrain) -> bool:
+    """Whether attention stays within a document."""
+    packing = TrainConfig(steps=1, **methods(section)).choice("packing")
+    return bool(registry.build("packing", packing).masks_documents)
 
 
-def main_shape(planner: Planner) -> DecoderConfig:
-    """The shape that the pretrain stage decided on."""
-    size = planner.decisions["pretrain"]["shape"]
-    return shape_of(planner.recipe, size and (size["width"], size["layers"]), planner.decisions["curate"]["vocab_size"])
+def dtype_of(recipe: Recipe) -> str:
+    """What models run in unless a stage says otherwise: what the recipe pretrains in, or bf16."""
+    from modicum.pipeline.stages.pretrain import Section
+
+    found = recipe.first(Section)
+    return found.dtype if found else "bf16"
 
 
-def scratch_model(planner: Planner) -> str:
-    """A model folder of the pretrained model's shape with the sample's tokenizer, for measuring with."""
-    if planner.recipe.model:
-        return planner.recipe.model
-    folder = planner.scratch / "model"
+def dtype_named(name: str | None, stage: str) -> str:
+    """PyTorch's name of a recipe's dtype. Raises `UserError` for one that is not allowed."""
+    if name not in DTYPES:
+        raise UserError(f"{stage}.dtype={name!r} is not allowed; write bf16 or fp32")
+    return DTYPES[name]
+
+
+def subject(planner: Planner, model: Input) -> str:
+    """The folder to measure with in place of a model that is not there yet: the published one that it comes from, or
+    random weights of its shape with the tokenizer of the corpus' sample."""
+    if model["model"]:
+        return str(folder_of(model["model"]))
+    shape, sample = model["shape"], model["sample"]
+    folder = planner.scratch / f"model-{fingerprint([shape, sample])}"
     if not folder.is_dir():
-        model = Decoder(main_shape(planner)).to(torch_dtype(planner.recipe))
-        save_model(model, folder, tokenizer_folder=planner.decisions["curate"]["sample"])
+        made = Decoder(llama_like(**shape)).to(torch_dtype(dtype_of(planner.recipe)))
+        save_model(made, folder, tokenizer_folder=sample)
     return str(folder)
 
 
-def subject(planner: Planner) -> str:
-    """The folder to measure with in place of the model that is adapted, compressed, served and evaluated."""
-    adapt = planner.recipe.adapt
-    return str(folder_of(adapt.model)) if adapt and adapt.model else scratch_model(planner)
+def subject_shape(planner: Planner, model: Input) -> DecoderConfig:
+    return load_config(subject(planner, model))
 
 
-def subject_shape(planner: Planner) -> DecoderConfig:
-    return load_config(subject(planner))
-
-
-def subject_model(planner: Planner) -> Decoder:
-    """The subject in the recipe's dtype, loaded once for all stages; whoever changes it makes a copy."""
-    return planner.object("subject", lambda: load_model(subject(planner), dtype=torch_dtype(planner.recipe)))
-
-
-def torch_dtype(recipe: Recipe) -> torch.dtype:
-    found: torch.dtype = getattr(torch, DTYPES[recipe.pretrain.dtype])
+def subject_model(planner: Planner, model: Input, dtype: str) -> Decoder:
+    """The subject, loaded once for all stages; whoever changes it makes a copy."""
+    folder = subject(planner, model)
+    found: Decoder = planner.object(f"{folder} in {dtype}", lambda: load_model(folder, dtype=torch_dtype(dtype)))
     return found
 
 
-def forward_seconds(planner: Planner, rows: int, length: int) -> float:
+def torch_dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, DTYPES[name])
+    return found
+
+
+def forward_seconds(planner: Planner, model: Input, dtype: str, rows: int, length: int) -> float:
     """Seconds that the subject takes to score `rows` rows of `length` tokens in one pass."""
     from modicum.evaluate.score import chosen
 
-    model = subject_model(planner)
+    decoder = subject_model(planner, model, dtype)
 
     def work() -> None:
         with torch.inference_mode():
-            h_BTD = model.hidden(torch.zeros((rows, length), dtype=torch.int64))
-            chosen(model, h_BTD.flatten(0, 1), torch.zeros(rows * length, dtype=torch.int64))
+            h_BTD = decoder.hidden(torch.zeros((rows, length), dtype=torch.int64))
+            chosen(decoder, h_BTD.flatten(0, 1), torch.zeros(rows * length, dtype=torch.int64))
         trim_allocator()  # as scoring does
 
-    return planner.once(("forward", rows, length), lambda: repeated(work))
+    key = ("forward", subject(planner, model), dtype, rows, length)
+    seconds: float = planner.once(key, lambda: repeated(work))
+    return seconds
 
 
-def forward_peak(planner: Planner, rows: int, length: int) -> float:
+def forward_peak(planner: Planner, model: Input, dtype: str, rows: int, length: int) -> float:
     """Peak bytes of that pass, weights included, traced."""
     from modicum.evaluate.score import chosen
 
-    whole, dtype = subject_shape(planner), torch_dtype(planner.recipe)
+    whole, kind = subject_shape(planner, model), torch_dtype(dtype)
 
     def peak(shape: DecoderConfig) -> dict[str, float]:
         def work() -> None:
-            model = blank_in(shape, dtype)
+            decoder = blank_in(shape, kind)
             with torch.inference_mode():
-                h_BTD = model.hidden(torch.zeros((rows, length), dtype=torch.int64))
-                chosen(model, h_BTD.flatten(0, 1), torch.zeros(rows * length, dtype=torch.int64))
+                h_BTD = decoder.hidden(torch.zeros((rows, length), dtype=torch.int64))
+                chosen(decoder, h_BTD.flatten(0, 1), torch.zeros(rows * length, dtype=torch.int64))
 
         return {"peak_bytes": trace(work).peak_bytes}
 
-    key = ("forward trace", whole, dtype, rows, length)
+    key = ("forward trace", whole, kind, rows, length)
     return float(planner.once_here(key, lambda: by_layers(whole, peak))["peak_bytes"])
 
 
@@ -293,48 +298,48 @@ def repeated(work: Callable[[], Any], seconds: float = 0.8, most: int = 5) -> fl
     return statistics.median(taken)
 
 
-def encoder(planner: Planner) -> tuple[Encoder, Cost]:
-    """The recipe's encoder, loaded once, and what that takes: seconds, and bytes that stay."""
-    ground = planner.recipe.ground
-    assert ground
+def encoder(planner: Planner, model: str) -> tuple[Encoder, Cost]:
+    """An encoder by its folder or name, loaded once, and what that takes: seconds, and bytes that stay."""
 
     def load() -> tuple[Encoder, Cost]:
         trim_allocator()
         before = resident_now()
         began = time.perf_counter()
-        made = make_encoder(ground.encoder or scratch_model(planner))
+        made = make_encoder(model)
         if made.kind == "sentence-transformers":  # the others see all texts before they encode one
             made.encode_queries(["what the first call loads"])
         seconds = time.perf_counter() - began
         return made, Cost(seconds=seconds, peak_bytes=max(resident_now() - before, 0))
 
-    found: tuple[Encoder, Cost] = planner.object("encoder", load)
+    found: tuple[Encoder, Cost] = planner.object(f"encoder {model}", load)
     return found
 
 
-def batch_seconds(planner: Planner, prompt: int, answer: int) -> float:
+def batch_seconds(planner: Planner, model: Input, dtype: str, prompt: int, answer: int) -> float:
     """Seconds for each of `BATCH` requests that the engine answers together."""
-    return _engine_seconds(planner, prompt, answer, BATCH) / BATCH
+    return _engine_seconds(planner, model, dtype, prompt, answer, BATCH) / BATCH
 
 
-def answer_seconds(planner: Planner, prompt: int, answer: int) -> float:
+def answer_seconds(planner: Planner, model: Input, dtype: str, prompt: int, answer: int) -> float:
     """Seconds of one answer of `answer` tokens to a prompt of `prompt` tokens by the engine, asked alone."""
-    return _engine_seconds(planner, prompt, answer, 1)
+    return _engine_seconds(planner, model, dtype, prompt, answer, 1)
 
 
-def _engine_seconds(planner: Planner, prompt: int, answer: int, requests: int) -> float:
+def _engine_seconds(planner: Planner, model: Input, dtype: str, prompt: int, answer: int, requests: int) -> float:
     from modicum.serve.config import EngineConfig
     from modicum.serve.engine import Engine
     from modicum.serve.request import SamplingParams
 
+    folder = subject(planner, model)
+
     def engine() -> Any:
-        model = subject_model(planner)
-        length = min(1024, model.config.context_length)
-        return Engine(model, None, EngineConfig(cache="128MiB", max_length=length))
+        decoder = subject_model(planner, model, dtype)
+        length = min(1024, decoder.config.context_length)
+        return Engine(decoder, None, EngineConfig(cache="128MiB", max_length=length))
 
     def measure() -> float:
         sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
-        made = planner.object("engine", engine)
+        made = planner.object(f"engine {folder} in {dtype}", engine)
         made.generate([[1, 2]], SamplingParams(temperature=0, max_tokens=2))
         first = len(planner.memo)  # no two prompts alike, so that none is found in the cache
         tokens = min(prompt, made.max_length - answer)
@@ -343,5 +348,5 @@ def _engine_seconds(planner: Planner, prompt: int, answer: int, requests: int) -
         made.generate(prompts, sampling)
         return time.perf_counter() - began
 
-    seconds: float = planner.once(("engine", prompt, answer, requests), measure)
+    seconds: float = planner.once(("engine", folder, dtype, prompt, answer, requests), measure)
     return seconds

@@ -22,7 +22,7 @@ from modicum.budget import Deadline, Meter
 from modicum.core.errors import ModicumError
 from modicum.core.events import Events
 from modicum.core.files import read_json, tree_bytes, write_json
-from modicum.pipeline.context import Context, Run, stage_fingerprint, stage_module
+from modicum.pipeline.context import Context, Run, stage_fingerprint
 from modicum.pipeline.recipe import load
 
 MMAP_THRESHOLD = 16 << 20  # bytes; larger blocks go back to the system when freed (1 MiB would halve the speed)
@@ -82,7 +82,7 @@ def main(folder: str, name: str, seconds: str, parent: str) -> int:
         try:
             events.emit("stage_start", planned=plan.get("cost", {}))
             with Meter(children=True) as meter:
-                figures = stage_module(name).run(context)
+                figures = recipe.entry(name).stage.run(recipe.section(name), run.inputs(recipe, name), context)
             measured = figures.pop("cost", {}) | {
                 "peak_bytes": meter.peak_bytes,
                 "seconds": meter.seconds,

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modicum.budget.units import bytes_text
 from modicum.core.events import count_text, seconds_text
+from modicum.pipeline.report.ledger import Row
+
+Card = dict[str, Any]  # label, value, note, and good (whether the run's own aim was met)
 
 ARMS = {"closed": "closed book", "retrieved": "grounded", "gold": "with the right passage"}
 
 
-def names(figures: dict[str, Any]) -> dict[str, str]:
-    """{role: what a reader calls the model}."""
-    model = figures.get("adapt", {}).get("model")
-    base = Path(model).name if model else "the model pretrained here"
-    adapted = f"{base}, adapted" if "adapt" in figures else base
-    return {"before": f"{base}, as published" if model else base, "answers": adapted}
+def names(model: Mapping[str, Any]) -> dict[str, str]:
+    """{role: what a reader calls the model}, from the figures of the stage that left it."""
+    given = model.get("model")
+    base = Path(given).name if given else "the model pretrained here"
+    adapted = f"{base}, adapted" if "pairs_train" in model else base
+    return {"before": f"{base}, as published" if given else base, "answers": adapted}
 
 
-def title(variant: dict[str, Any], known: dict[str, str]) -> str:
+def title(variant: Mapping[str, Any], known: Mapping[str, str]) -> str:
     role = variant.get("role", "answers")
     if role == "compressed":
         return f"{known['answers']}, {variant['name']}"
     return known[role] if role == "before" else f"{known[role]}, {variant['name']}"
 
 
-def graded(figures: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = figures.get("evaluate", {}).get("graded") or {}
-    return found
-
-
-def lead(figures: dict[str, Any]) -> str:
-    """The sentence that a reader takes away."""
-    if "adapt" not in figures:
+def lead(figures: Mapping[str, Any], model: Mapping[str, Any], known: Mapping[str, str]) -> str:
+    """The sentence that a reader takes away. figures: of the evaluation; model: of the stage that left the model."""
+    if "pairs_train" not in model:
         return ""
-    a, known, answered = figures["adapt"], names(figures), graded(figures)
+    a, answered = model, figures.get("graded") or {}
     spent = f"{seconds_text(a['training_seconds'])} of training on {count_text(a['pairs_train'])} pairs of this corpus"
     parts = []
     if answered:
@@ -57,22 +56,31 @@ def lead(figures: dict[str, Any]) -> str:
     return said.strip()
 
 
-def cards(figures: dict[str, Any], table: list[Any]) -> list[dict[str, Any]]:
-    """label, value, note, and good (whether the run's own aim was met; None where it has none)."""
-    found = [
-        _answers(figures),
-        _adapted(figures),
-        _compressed(figures),
-        _speed(figures),
-        _search(figures),
-        _predicted(figures),
-        _planned(table),
+def evaluated(figures: Mapping[str, Any]) -> list[Card]:
+    """Cards of an evaluation."""
+    return [card for card in (_answers(figures), _compressed(figures), _speed(figures)) if card]
+
+
+def evaluated_lines(figures: Mapping[str, Any], known: Mapping[str, str]) -> list[str]:
+    """An evaluation for the terminal."""
+    asked = [
+        f"{known[role]}, {ARMS[arm]}: exact match {f['exact']['value']:.0%} "
+        f"[{f['exact']['low']:.0%}, {f['exact']['high']:.0%}], token F1 {f['f1']['value']:.2f} "
+        f"[{f['f1']['low']:.2f}, {f['f1']['high']:.2f}] on {g['questions']} held-out questions"
+        for role, g in (figures["graded"] or {}).items()
+        for arm, f in g["figures"].items()
     ]
-    return [card for card in found if card]
+    scored = [
+        f"{title(v, known)}: {bytes_text(v['bytes'])}, {v['bits_per_byte']:.3f} bits per byte, "
+        f"{v['tokens_per_second']:.0f} tokens/s"
+        for v in figures["variants"]
+    ]
+    others = ", ".join(f"{k} {v:.3f}" for k, v in figures["yardsticks"].items())
+    return [*asked, *scored, f"general-purpose compressors on the same text: {others}"]
 
 
-def _answers(figures: dict[str, Any]) -> dict[str, Any] | None:
-    answered = graded(figures)
+def _answers(figures: Mapping[str, Any]) -> Card | None:
+    answered = figures["graded"]
     if not answered:
         return None
     last = answered["answers"]["figures"]
@@ -88,28 +96,30 @@ def _answers(figures: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _adapted(figures: dict[str, Any]) -> dict[str, Any] | None:
-    a = figures.get("adapt")
-    if not a or a["before"] is None:
-        return None
-    return {
-        "label": "loss on held-out answers",
-        "value": f"{a['before']:.2f} → {a['after']:.2f}",
-        "good": a["after"] < a["before"],
-        "note": f"{a['form']}, {seconds_text(a['training_seconds'])} of training",
-    }
+def adapted(figures: Mapping[str, Any]) -> list[Card]:
+    a = figures
+    if a["before"] is None:
+        return []
+    return [
+        {
+            "label": "loss on held-out answers",
+            "value": f"{a['before']:.2f} → {a['after']:.2f}",
+            "good": a["after"] < a["before"],
+            "note": f"{a['form']}, {seconds_text(a['training_seconds'])} of training",
+        }
+    ]
 
 
-def _smallest(figures: dict[str, Any]) -> dict[str, Any] | None:
-    variants = [v for v in figures.get("evaluate", {}).get("variants", []) if v.get("role") != "before"]
+def _smallest(figures: Mapping[str, Any]) -> Card | None:
+    variants = [v for v in figures.get("variants", []) if v.get("role") != "before"]
     return min(variants, key=lambda v: v["bytes"]) if len(variants) > 1 else None
 
 
-def _compressed(figures: dict[str, Any]) -> dict[str, Any] | None:
+def _compressed(figures: Mapping[str, Any]) -> Card | None:
     smallest = _smallest(figures)
     if not smallest:
         return None
-    whole = next(v for v in figures["evaluate"]["variants"] if v.get("role") == "answers")
+    whole = next(v for v in figures["variants"] if v.get("role") == "answers")
     return {
         "label": "smallest model",
         "value": bytes_text(smallest["bytes"]),
@@ -118,8 +128,8 @@ def _compressed(figures: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _speed(figures: dict[str, Any]) -> dict[str, Any] | None:
-    variants = [v for v in figures.get("evaluate", {}).get("variants", []) if "tokens_per_second" in v]
+def _speed(figures: Mapping[str, Any]) -> Card | None:
+    variants = [v for v in figures.get("variants", []) if "tokens_per_second" in v]
     if not variants:
         return None
     best = max(variants, key=lambda v: v["tokens_per_second"])
@@ -131,39 +141,55 @@ def _speed(figures: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _search(figures: dict[str, Any]) -> dict[str, Any] | None:
-    if "ground" not in figures:
-        return None
-    metrics = figures["ground"]["metrics"]
+def search(figures: Mapping[str, Any]) -> list[Card]:
+    metrics = figures["metrics"]
     by_mode = metrics.get("withheld") or next(iter(metrics.values()))
     mode = max(by_mode, key=lambda m: by_mode[m]["mrr"])
-    return {
-        "label": "search, MRR@10",
-        "value": f"{by_mode[mode]['mrr']:.2f}",
-        "note": f"best: {mode}; the query sentence is taken out of the text searched",
-    }
+    return [
+        {
+            "label": "search, MRR@10",
+            "value": f"{by_mode[mode]['mrr']:.2f}",
+            "note": f"best: {mode}; the query sentence is taken out of the text searched",
+        }
+    ]
 
 
-def _predicted(figures: dict[str, Any]) -> dict[str, Any] | None:
-    if "predict" not in figures or "pretrain" not in figures:
-        return None
-    q, loss = figures["predict"]["prediction"], figures["pretrain"]["heldout_loss"]
-    return {
-        "label": "pretrained from scratch: loss",
-        "value": f"{loss:.2f}",
-        "good": q["low"] <= loss <= q["high"],
-        "note": f"predicted {q['mean']:.2f}, between {q['low']:.2f} and {q['high']:.2f}; "
-        f"{figures['pretrain']['parameters'] / 1e6:.2f} M parameters",
-    }
+def predicted(q: Mapping[str, Any], main: Mapping[str, Any] | None) -> list[Card]:
+    """q: the prediction; main: figures of the run that it is about, None before it has finished."""
+    if main is None:
+        return []
+    loss = main["heldout_loss"]
+    return [
+        {
+            "label": "pretrained from scratch: loss",
+            "value": f"{loss:.2f}",
+            "good": q["low"] <= loss <= q["high"],
+            "note": f"predicted {q['mean']:.2f}, between {q['low']:.2f} and {q['high']:.2f}; "
+            f"{main['parameters'] / 1e6:.2f} M parameters",
+        }
+    ]
 
 
-def _planned(table: list[Any]) -> dict[str, Any] | None:
+def predicted_line(q: Mapping[str, Any], main: Mapping[str, Any] | None) -> list[str]:
+    if main is None:
+        return []
+    loss = main["heldout_loss"]
+    inside = "inside" if q["low"] <= loss <= q["high"] else "OUTSIDE"
+    return [
+        f"predicted loss {q['mean']:.3f} [{q['low']:.3f}, {q['high']:.3f}], measured {loss:.3f}: "
+        f"{inside} the {q['level']:.0%} interval"
+    ]
+
+
+def planned(table: Sequence[Row]) -> list[Card]:
     total = table[-1].entries
     if not total["seconds"].planned:
-        return None
-    return {
-        "label": "time and memory",
-        "value": total["seconds"].measured_text,
-        "note": f"planned {total['seconds'].planned_text}; peak {total['peak_bytes'].measured_text}, "
-        f"planned {total['peak_bytes'].planned_text}",
-    }
+        return []
+    return [
+        {
+            "label": "time and memory",
+            "value": total["seconds"].measured_text,
+            "note": f"planned {total['seconds'].planned_text}; peak {total['peak_bytes'].measured_text}, "
+            f"planned {total['peak_bytes'].planned_text}",
+        }
+    ]

@@ -1,4 +1,4 @@
-"""report.html: one self-contained file. A stage's block is `blocks/STAGE.html`; what was gained comes first."""
+"""report.html: one self-contained file. A stage's block is the template beside its file; low ranks come first."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import datetime
 import json
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from modicum import __version__
 from modicum.budget.units import bytes_text
 from modicum.core.events import count_text, seconds_text
 from modicum.core.files import read_json, write_text
 from modicum.pipeline.context import Run
-from modicum.pipeline.recipe import load
 from modicum.pipeline.report import gains, plots
 from modicum.pipeline.report.ledger import FIELDS, rows
+from modicum.pipeline.report.parts import reports
+from modicum.pipeline.stage import Finished, Report
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 HERE = Path(__file__).parent
-FIRST = ("evaluate", "serve", "adapt")  # blocks before the ledger, in this order; the others follow the stages
+BELOW = 100  # the rank from which on blocks stand below the ledger
 
 
 def write_report(run: Run) -> Path:
@@ -36,52 +40,33 @@ def write_report(run: Run) -> Path:
         "percent": lambda x: f"{x:+.0%}",
     }
     ledger = read_json(run.folder / "ledger.json")
-    figures: dict[str, Any] = {name: run.figures(name) for name in ledger["stages"]}
     table = rows(run)
-    charts = {name: chart for name, chart in _charts(run, figures, table).items() if chart}
-    names = gains.names(figures)
-    titles = (
-        {v["name"]: gains.title(v, names) for v in figures["evaluate"]["variants"]} if "evaluate" in figures else {}
-    )
-    blocks = [n for n in FIRST if n in figures] + [
-        n for n in figures if n not in FIRST and (HERE / _block(n)).is_file()
-    ]
+    made = reports(run)
+    charts = {f"{done.name}-{name}": chart for done, r in made for name, chart in r.charts.items() if chart}
+    blocks = [(done, _block(environment, done, r), r.rank) for done, r in made if done.block]
     html = environment.get_template("page.html").render(
         run=run,
-        figures=figures,
-        settings=load(run.folder / "run.yaml"),
         rows=table,
         fields=FIELDS,
-        blocks=blocks,
-        first=FIRST,
-        names=names,
-        titles=titles,
-        arms=gains.ARMS,
-        lead=gains.lead(figures),
+        first=[(done.name, text) for done, text, rank in blocks if rank < BELOW],
+        below=[(done.name, text) for done, text, rank in blocks if rank >= BELOW],
+        lead=next((r.lead for _, r in made if r.lead), ""),
         machine=ledger["machine"],
         recipe=(run.folder / "run.yaml").read_text(encoding="utf-8"),
         version=__version__,
         when=datetime.datetime.now().strftime("%d %B %Y, %H:%M"),
         system=platform.platform(),
-        verdict=gains.cards(figures, table),
+        verdict=[card for _, r in made for card in r.cards] + gains.planned(table),
         plotly=get_plotlyjs(),
-        charts_json=json.dumps(charts).replace("</", "<\\/"),
+        charts_json=json.dumps(charts | {"ledger": plots.ledger_plot(table)}).replace("</", "<\\/"),
     )
     write_text(run.folder / "report.html", html)
     return run.folder / "report.html"
 
 
-def _block(stage: str) -> str:
-    return f"blocks/{stage}.html"
-
-
-def _charts(run: Run, figures: dict[str, Any], table: list[Any]) -> dict[str, Any]:
-    return {
-        "graded": plots.graded(figures, gains.names(figures)) if "evaluate" in figures else None,
-        "adapt": plots.adapting(run) if "adapt" in figures else None,
-        "loss": plots.loss_curve(run) if "pretrain" in figures else None,
-        "law": plots.law(run) if "predict" in figures else None,
-        "compression": plots.compression(run) if "evaluate" in figures else None,
-        "retrieval": plots.retrieval(run) if "ground" in figures else None,
-        "ledger": plots.ledger_plot(table),
-    }
+def _block(environment: Environment, done: Finished, report: Report) -> str:
+    """A stage's block: its template with its name, section and figures."""
+    assert done.block
+    template = environment.from_string(done.block.read_text(encoding="utf-8"))
+    suffix = "" if done.name == done.key else f", {done.name}"
+    return template.render(name=done.name, suffix=suffix, section=done.section, figures=done.figures, **report.values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from modicum.core.events import read_events
@@ -32,9 +33,9 @@ def line(name: str, x: list[Any], y: list[Any], color: str, **more: Any) -> dict
     return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": width} | more
 
 
-def graded(figures: dict[str, Any], names: dict[str, str]) -> dict[str, Any] | None:
+def graded(figures: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any] | None:
     """Exact match and token F1 of every model, closed book and grounded, with 95% intervals."""
-    found = figures["evaluate"].get("graded")
+    found = figures.get("graded")
     if not found:
         return None
     traces = []
@@ -62,10 +63,10 @@ def graded(figures: dict[str, Any], names: dict[str, str]) -> dict[str, Any] | N
     return figure(traces, "", "fraction of held-out questions", barmode="group", yaxis={"range": [0, 1]})
 
 
-def adapting(run: Run) -> dict[str, Any] | None:
+def adapting(run: Run, stage: str) -> dict[str, Any] | None:
     """The loss on answers while the model is adapted, and on held-out ones before and after."""
-    steps = {e["tokens"]: e["loss"] for e in read_events(run.folder / "events.jsonl", "train", "adapt")}
-    held = {e["tokens"]: e["loss"] for e in read_events(run.folder / "events.jsonl", "heldout", "adapt")}
+    steps = {e["tokens"]: e["loss"] for e in read_events(run.folder / "events.jsonl", "train", stage)}
+    held = {e["tokens"]: e["loss"] for e in read_events(run.folder / "events.jsonl", "heldout", stage)}
     if len(steps) < 2:
         return None
     xs, ys = sorted(steps), sorted(held)
@@ -75,9 +76,9 @@ def adapting(run: Run) -> dict[str, Any] | None:
     return figure(traces, "tokens", "loss (nats per answer token)", height=260)
 
 
-def loss_curve(run: Run) -> dict[str, Any] | None:
-    steps = {e["tokens"]: e for e in read_events(run.folder / "events.jsonl", "train", "pretrain")}
-    held = {e["tokens"]: e for e in read_events(run.folder / "events.jsonl", "heldout", "pretrain")}
+def loss_curve(run: Run, stage: str) -> dict[str, Any] | None:
+    steps = {e["tokens"]: e for e in read_events(run.folder / "events.jsonl", "train", stage)}
+    held = {e["tokens"]: e for e in read_events(run.folder / "events.jsonl", "heldout", stage)}
     if not steps:
         return None
     xs = sorted(steps)
@@ -96,8 +97,8 @@ def loss_curve(run: Run) -> dict[str, Any] | None:
     return figure(traces, "tokens", "loss (nats per token)", yaxis={"range": [min(smooth) * 0.95, top * 1.02]})
 
 
-def law(run: Run) -> dict[str, Any] | None:
-    figures = run.figures("predict")
+def law(figures: Mapping[str, Any], main: Mapping[str, Any] | None) -> dict[str, Any]:
+    """figures: of the prediction; main: of the run that it is about."""
     p = figures["prediction"]
     traces = [
         {
@@ -130,22 +131,21 @@ def law(run: Run) -> dict[str, Any] | None:
             },
         }
     )
-    if run.done("pretrain"):
+    if main is not None:
         traces.append(
             {
                 "type": "scatter",
                 "mode": "markers",
                 "name": "measured afterwards",
                 "x": [x],
-                "y": [run.figures("pretrain")["heldout_loss"]],
+                "y": [main["heldout_loss"]],
                 "marker": {"color": GREEN, "size": 13, "symbol": "x-thin", "line": {"color": GREEN, "width": 3}},
             }
         )
     return figure(traces, "training FLOPs (6 · parameters · tokens)", "held-out loss", xaxis={"type": "log"})
 
 
-def compression(run: Run) -> dict[str, Any] | None:
-    figures = run.figures("evaluate")
+def compression(figures: Mapping[str, Any]) -> dict[str, Any]:
     variants = figures["variants"]
     yard = figures["yardsticks"]
     colours = [BLUE, GREEN, ORANGE, RED, "#8a63c9", "#b59b2a"]
@@ -178,8 +178,8 @@ def compression(run: Run) -> dict[str, Any] | None:
     return figure(traces, "stored model, megabytes", "held-out bits per byte", xaxis={"range": [0, widest]})
 
 
-def retrieval(run: Run) -> dict[str, Any] | None:
-    metrics = run.figures("ground")["metrics"]
+def retrieval(figures: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = figures["metrics"]
     traces = []
     for colour, (setting, by_mode) in zip((BLUE, ORANGE), metrics.items(), strict=False):
         modes = list(by_mode)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pydantic import Field
+
 from modicum.adapt.examples import prepare
 from modicum.adapt.examples import rows as pack_rows
-from modicum.adapt.run import AdaptConfig, adapt
+from modicum.adapt.run import AdaptConfig, adapt, members
 from modicum.adapt.sources import Sides
 from modicum.budget import Cost, Meter
 from modicum.budget.meter import resident_now
-from modicum.core import registry
+from modicum.core import compose, registry
 from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError
 from modicum.core.files import tree_bytes
@@ -23,8 +25,11 @@ from modicum.pipeline import training
 from modicum.pipeline.context import Context
 from modicum.pipeline.examples import examples
 from modicum.pipeline.models import folder_of
-from modicum.pipeline.plan import Planner, StagePlan
+from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
+from modicum.pipeline.report import gains, plots
+from modicum.pipeline.section import Strict, Tokens, method
+from modicum.pipeline.stage import Finished, Input, Inputs, Report, Stage, StagePlan
 from modicum.pipeline.worker import trim_allocator
 from modicum.retrieve.search import Searcher
 from modicum.train.config import TrainConfig
@@ -33,20 +38,154 @@ REPLY = 80  # tokens that a prompt with passages leaves for the answer
 SAMPLED = 12  # pairs made for the plan
 
 
-def needs(recipe: Recipe) -> tuple[str, ...]:
-    assert recipe.adapt
-    base = () if recipe.adapt.model else ("pretrain",)
-    return ("curate", *base, *(("ground",) if recipe.adapt.grounded else ()))
+class Section(Strict):
+    model: str | None = None  # a folder, a hub id or a name of `modicum get`; None: the model pretrained in this run
+    form: method("linear") = "lora:rank=16"  # type: ignore[valid-type]
+    targets: list[str] | None = None  # the linear layers that get it; None: where its paper puts it
+    tokens: Tokens = 200_000.0
+    sequence_length: int = Field(256, ge=16)
+    batch_tokens: int = Field(4096, ge=64)
+    micro_batch: int | None = Field(None, ge=1)  # sequences of one forward pass; None: the whole batch
+    lr: float = Field(2e-3, gt=0)
+    pairs: int = Field(20_000, ge=8)
+    heldout_pairs: int = Field(1000, ge=1)  # at most so many give the loss before and after
+    grounded: float = Field(0.0, ge=0, le=1)  # fraction of the pairs that are asked with retrieved passages
+    passages: int | None = Field(None, ge=1)  # in such a prompt; None: as many as `serve` shows, or 3
+    dtype: str | None = None  # None: what the recipe pretrains in, or bf16
 
 
-def uses(recipe: Recipe) -> dict[str, Any]:
-    assert recipe.adapt
-    return {"adapt": recipe.adapt.model_dump(), "passages": recipe.serve and recipe.serve.passages}
+class Adapt(Stage[Section]):
+    order, default = 50, True
+    gives = ("model",)
+
+    def needed(self, section: Section) -> tuple[str, ...]:
+        return ("corpus", *(() if section.model else ("model",)), *(("index",) if section.grounded else ()))
+
+    def complete(self, section: Section, recipe: Recipe, name: str) -> Section:
+        from modicum.pipeline.stages.serve import Section as Serve
+
+        serve = recipe.first(Serve)
+        return section.model_copy(
+            update={
+                "passages": section.passages or (serve.passages if serve else 3),
+                "dtype": section.dtype or training.dtype_of(recipe),
+            }
+        )
+
+    def check(self, section: Section, recipe: Recipe, name: str) -> None:
+        config = AdaptConfig(form=section.form, dtype=training.dtype_named(section.dtype, name))
+        compose.resolve(members(config), options={"linear": f"{name}.form"}, where=name)
+
+    def models(self, section: Section) -> dict[str, str]:
+        return {"model": section.model} if section.model else {}
+
+    def plan(self, section: Section, inputs: Inputs, planner: Planner) -> StagePlan:
+        """A step and a scoring pass timed, memory traced; pairs made from the sample for real."""
+        curate, seed, dtype = inputs["corpus"], planner.recipe.seed, str(section.dtype)
+        config, model = _config(section, seed), _base(section, inputs)
+        shape = training.subject_shape(planner, model)
+        told, cost = _training_cost(planner, config, model)
+        trim_allocator()  # what the planner's process holds unused would hide what this stage takes
+        before = resident_now()
+        tokenizer = Tokenizer.load(training.subject(planner, model))
+        searcher = Searcher(inputs["index"]["sample"]) if section.grounded else None
+        # The planner has loaded the encoder already; the stage's process loads it itself, and its libraries stay.
+        loaded = searcher and inputs["index"]["published"]
+        encoder = training.encoder(planner, inputs["index"]["encoder"])[1] if loaded else Cost()
+        wanted = section.pairs + section.heldout_pairs
+        with Meter() as reading:
+            _sides(section, curate["sample"], searcher, tokenizer, seed, 0.0)
+        with Meter() as meter:
+            sides = _sides(section, curate["sample"], searcher, tokenizer, seed, min(1.0, SAMPLED / wanted))
+        each = max(meter.seconds - reading.seconds, 0.0) / max(len(sides.train) + len(sides.heldout), 1)
+        making = reading.seconds / curate["sample_share"] + each * wanted
+        lengths = [len(e) for e in prepare([*sides.heldout, *sides.train], tokenizer, config.sequence_length).examples]
+        rows = len(list(pack_rows(lengths, range(len(lengths)), config.sequence_length))) / max(len(lengths), 1)
+        passes = 2 * section.heldout_pairs * rows / told.micro  # before and after
+        scored = passes * training.forward_seconds(planner, model, dtype, told.micro, config.sequence_length)
+        return StagePlan(
+            Cost(
+                **cost.as_dict()
+                | {
+                    "seconds": cost.seconds + making + scored + encoder.seconds,
+                    "peak_bytes": cost.peak_bytes + max(meter.peak_bytes - before, 0) + encoder.peak_bytes,
+                    "disk_bytes": shape.parameters() * 2 + 16 * cost.parameters,
+                }
+            ),
+            {key: model[key] for key in ("model", "shape", "sample")} | {"published": section.model is not None},
+            f"{told.config.total_steps} steps of {told.config.step_tokens} tokens at {told.seconds:.2f} s, "
+            "memory traced",
+        )
+
+    def run(self, section: Section, inputs: Inputs, context: Context) -> dict[str, Any]:
+        seed = context.recipe.seed
+        base = str(folder_of(section.model)) if section.model else inputs["model"]["folder"]
+        searcher = Searcher(inputs["index"]["folder"]) if section.grounded else None
+        tokenizer = Tokenizer.load(base)
+        sides = _sides(section, inputs["corpus"]["folder"], searcher, tokenizer, seed)
+        del searcher
+        trim_allocator()  # of what searching took, before training takes its own
+        result = adapt(
+            base,
+            sides,
+            _config(section, seed),
+            context.folder,
+            events=context.events,
+            deadline=context.deadline,
+            tokenizer=tokenizer,
+        )
+        if result.stopped:
+            raise ModicumError(
+                "the time budget ended while adapting; the checkpoint is kept, the same command with a "
+                "larger budget.time goes on"
+            )
+        return {
+            "model": section.model,
+            "base": base,
+            "form": str(Choice.parse("linear", section.form)),
+            "folder": result.model or base,
+            "adapter": result.adapter,
+            "pairs_train": result.pairs,
+            "pairs_heldout": result.heldout_pairs,
+            "before": result.heldout_before,
+            "after": result.heldout_after,
+            "trainable_parameters": result.trainable,
+            "adapter_bytes": tree_bytes(result.adapter) if result.adapter else 0,
+            "training_seconds": result.seconds,
+            "cost": {"parameters": result.trainable, "tokens": result.tokens, "flops": result.flops},
+        }
+
+    def miniature(self, section: Section) -> tuple[Section, dict[str, Any]]:
+        small = Section(
+            form="lora:rank=4",
+            tokens=8 * 64,
+            batch_tokens=4 * 64,
+            sequence_length=64,
+            pairs=16,
+            heldout_pairs=8,
+            dtype=section.dtype,
+        )
+        return small, {}
+
+    def report(self, done: Finished) -> Report:
+        chart = plots.adapting(done.run, done.name)
+        return Report(
+            charts={"loss": chart},
+            cards=gains.adapted(done.figures),
+            lead=gains.lead({}, done.figures, gains.names(done.figures)),
+            rank=3,
+        )
 
 
-def _config(recipe: Recipe) -> AdaptConfig:
-    a = recipe.adapt
-    assert a
+def _base(section: Section, inputs: Inputs) -> Input:
+    """The model that is adapted, as plans know it."""
+    if not section.model:
+        return inputs["model"]
+    return Input("adapt", section, {"model": section.model, "shape": None, "sample": None})
+
+
+def _config(section: Section, seed: int) -> AdaptConfig:
+    a = section
     kind: Any = registry.load("linear", Choice.parse("linear", a.form).method).cls
     sequences = max(a.batch_tokens // a.sequence_length, 1)
     return AdaptConfig(
@@ -58,64 +197,33 @@ def _config(recipe: Recipe) -> AdaptConfig:
         micro_batch=a.micro_batch,
         lr=a.lr,
         merge="merge" in kind.provides,
-        seed=recipe.seed,
-        dtype=training.DTYPES[recipe.pretrain.dtype],
+        seed=seed,
+        dtype=training.DTYPES[str(a.dtype)],
         checkpoint_every=5,
     )
 
 
-def _sides(recipe: Recipe, curated: str, searcher: Searcher | None, tokenizer: Tokenizer, size: float = 1.0) -> Sides:
+def _sides(
+    section: Section,
+    curated: str,
+    searcher: Searcher | None,
+    tokenizer: Tokenizer,
+    seed: int,
+    size: float = 1.0,
+) -> Sides:
     """Pairs of the training documents and of the held-out ones; `size`: fraction of the recipe's numbers."""
-    a = recipe.adapt
-    assert a
+    a = section
     common: dict[str, Any] = {
         "grounded": a.grounded,
         "searcher": searcher,
-        "passages": recipe.serve.passages if recipe.serve else 3,
+        "passages": a.passages or 3,
         "budget": a.sequence_length - REPLY,
         "count": lambda text: len(tokenizer.encode(text, specials=False)),
-        "seed": recipe.seed,
+        "seed": seed,
     }
     sides = {"train": a.pairs, "heldout": a.heldout_pairs}
     made = {side: examples(curated, side, max(round(limit * size), 1), **common) for side, limit in sides.items()}
     return Sides(made["train"], made["heldout"])
-
-
-def plan(planner: Planner) -> StagePlan:
-    """A step and a scoring pass timed, memory traced; pairs made from the sample for real."""
-    recipe, curate = planner.recipe, planner.decisions["curate"]
-    assert recipe.adapt
-    config, shape = _config(recipe), training.subject_shape(planner)
-    told, cost = _training_cost(planner, config)
-    trim_allocator()  # what the planner's process holds unused would hide what this stage takes
-    before = resident_now()
-    tokenizer = Tokenizer.load(training.subject(planner))
-    searcher = Searcher(planner.decisions["ground"]["sample"]) if recipe.adapt.grounded else None
-    # The planner has loaded the encoder already; the stage's process loads it itself, and its libraries stay.
-    encoder = training.encoder(planner)[1] if searcher and recipe.ground and recipe.ground.encoder else Cost()
-    wanted = recipe.adapt.pairs + recipe.adapt.heldout_pairs
-    with Meter() as reading:
-        _sides(recipe, curate["sample"], searcher, tokenizer, 0.0)
-    with Meter() as meter:
-        sides = _sides(recipe, curate["sample"], searcher, tokenizer, min(1.0, SAMPLED / wanted))
-    each = max(meter.seconds - reading.seconds, 0.0) / max(len(sides.train) + len(sides.heldout), 1)
-    making = reading.seconds / curate["sample_share"] + each * wanted
-    lengths = [len(e) for e in prepare([*sides.heldout, *sides.train], tokenizer, config.sequence_length).examples]
-    rows = len(list(pack_rows(lengths, range(len(lengths)), config.sequence_length))) / max(len(lengths), 1)
-    passes = 2 * recipe.adapt.heldout_pairs * rows / told.micro  # before and after
-    scored = passes * training.forward_seconds(planner, told.micro, config.sequence_length)
-    return StagePlan(
-        Cost(
-            **cost.as_dict()
-            | {
-                "seconds": cost.seconds + making + scored + encoder.seconds,
-                "peak_bytes": cost.peak_bytes + max(meter.peak_bytes - before, 0) + encoder.peak_bytes,
-                "disk_bytes": shape.parameters() * 2 + 16 * cost.parameters,
-            }
-        ),
-        {},
-        f"{told.config.total_steps} steps of {told.config.step_tokens} tokens at {told.seconds:.2f} s, memory traced",
-    )
 
 
 class _Told:
@@ -125,9 +233,9 @@ class _Told:
         self.config, self.micro, self.seconds = config, micro, seconds
 
 
-def _training_cost(planner: Planner, config: AdaptConfig) -> tuple[_Told, Cost]:
+def _training_cost(planner: Planner, config: AdaptConfig, model: Input) -> tuple[_Told, Cost]:
     """Steps with the form on a model of the base's shape: one forward and backward pass timed, memory traced."""
-    shape = training.subject_shape(planner)
+    shape = training.subject_shape(planner, model)
     common: dict[str, Any] = {
         "sequence_length": config.sequence_length,
         "lr": config.lr,
@@ -141,16 +249,16 @@ def _training_cost(planner: Planner, config: AdaptConfig) -> tuple[_Told, Cost]:
     part = TrainConfig(steps=steps, batch_sequences=micro, **common)
 
     def adapted(make: Callable[[], Decoder]) -> Callable[[], Decoder]:
-        def made() -> Decoder:
-            model = make()
-            attach.attach(model, dict.fromkeys(config.targets or attach.places(model, config.form), config.form))
-            attach.freeze(model)
-            return model
+        def adapted_one() -> Decoder:
+            made = make()
+            attach.attach(made, dict.fromkeys(config.targets or attach.places(made, config.form), config.form))
+            attach.freeze(made)
+            return made
 
-        return made
+        return adapted_one
 
-    dtype = training.torch_dtype(planner.recipe)
-    real = adapted(lambda: load_model(training.subject(planner), dtype=dtype))
+    dtype = training.torch_dtype(config.dtype)
+    real = adapted(lambda: load_model(training.subject(planner, model), dtype=dtype))
     trim_allocator()  # what the planner's process holds unused would hide what this stage takes
     before = resident_now()
     with Meter() as meter:
@@ -171,43 +279,3 @@ def _training_cost(planner: Planner, config: AdaptConfig) -> tuple[_Told, Cost]:
         peak_bytes=max(traced["peak_bytes"], meter.peak_bytes - before),
     )
     return _Told(whole, micro, seconds), cost
-
-
-def run(context: Context) -> dict[str, Any]:
-    recipe = context.recipe
-    assert recipe.adapt
-    base = str(folder_of(recipe.adapt.model)) if recipe.adapt.model else context.figures("pretrain")["folder"]
-    searcher = Searcher(context.figures("ground")["folder"]) if recipe.adapt.grounded else None
-    tokenizer = Tokenizer.load(base)
-    sides = _sides(recipe, context.figures("curate")["folder"], searcher, tokenizer)
-    del searcher
-    trim_allocator()  # of what searching took, before training takes its own
-    result = adapt(
-        base,
-        sides,
-        _config(recipe),
-        context.folder,
-        events=context.events,
-        deadline=context.deadline,
-        tokenizer=tokenizer,
-    )
-    if result.stopped:
-        raise ModicumError(
-            "the time budget ended while adapting; the checkpoint is kept, the same command with a "
-            "larger budget.time goes on"
-        )
-    return {
-        "model": recipe.adapt.model,
-        "base": base,
-        "form": str(Choice.parse("linear", recipe.adapt.form)),
-        "folder": result.model or base,
-        "adapter": result.adapter,
-        "pairs_train": result.pairs,
-        "pairs_heldout": result.heldout_pairs,
-        "before": result.heldout_before,
-        "after": result.heldout_after,
-        "trainable_parameters": result.trainable,
-        "adapter_bytes": tree_bytes(result.adapter) if result.adapter else 0,
-        "training_seconds": result.seconds,
-        "cost": {"parameters": result.trainable, "tokens": result.tokens, "flops": result.flops},
-    }

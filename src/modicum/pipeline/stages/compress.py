@@ -9,54 +9,83 @@ from typing import Any
 from torch import nn
 
 from modicum.budget import Cost
-from modicum.compress.run import compress, weight_bytes
-from modicum.core import registry
+from modicum.compress.run import compress, members, weight_bytes
+from modicum.core import compose, registry
 from modicum.core.choice import Choice
 from modicum.model import attach
 from modicum.pipeline import training
 from modicum.pipeline.context import Context
-from modicum.pipeline.models import answering
-from modicum.pipeline.plan import Planner, StagePlan
+from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
+from modicum.pipeline.section import Strict, method
+from modicum.pipeline.stage import Inputs, Stage, StagePlan
 
 FIT = 2.0  # fitting and measuring what it lost, by the time of fitting alone
 WRITTEN = 200e6  # bytes per second, with their way to the disk
 TIMED = 512  # rows and columns of the matrix that a form is fitted to for the plan
 
 
-def needs(recipe: Recipe) -> tuple[str, ...]:
-    return ("curate", answering(recipe))
+class Section(Strict):
+    forms: list[method("linear")] = ["int8", "int4"]  # type: ignore[valid-type]
 
 
-def uses(recipe: Recipe) -> dict[str, Any]:
-    assert recipe.compress
-    return {"compress": recipe.compress.model_dump()}
+class Compress(Stage[Section]):
+    order, default = 60, True
+    needs, gives = ("corpus", "model"), ("variants",)
 
+    def check(self, section: Section, recipe: Recipe, name: str) -> None:
+        for form in section.forms:
+            compose.resolve(members(form), options={"linear": f"{name}.forms"}, where=name)
 
-def plan(planner: Planner) -> StagePlan:
-    """Each form fitted to one matrix here, and its bytes as it says them itself."""
-    recipe = planner.recipe
-    assert recipe.compress
-    shape = training.subject_shape(planner)
-    weights = shape.parameters()
-    stored = seconds = largest = 0.0
-    dense: list[float] = []
-    for form in recipe.compress.forms:
-        choice = Choice.parse("linear", form)
-        kind: Any = registry.load("linear", choice.method).cls
-        per = kind.cost(choice.config(), (shape.width, shape.width)).disk_bytes
-        bytes_of = weights * per / shape.width**2
-        stored, largest = stored + bytes_of, max(largest, bytes_of)
-        fit, unpack = planner.once(("fit", str(choice)), partial(_seconds_per_weight, choice))
-        seconds += FIT * fit * weights
-        dense.append(unpack * weights)
-    seconds += stored / WRITTEN
-    matrix = max(shape.vocab_size, shape.mlp_width) * shape.width  # fitted in float32, and compared with what it became
-    return StagePlan(
-        Cost(parameters=weights, disk_bytes=stored, seconds=seconds, peak_bytes=weights * 2 + largest + 8 * matrix),
-        {"dense_seconds": dense},
-        f"each form fitted to a matrix of {TIMED}×{TIMED}",
-    )
+    def plan(self, section: Section, inputs: Inputs, planner: Planner) -> StagePlan:
+        """Each form fitted to one matrix here, and its bytes as it says them itself."""
+        shape = training.subject_shape(planner, inputs["model"])
+        weights = shape.parameters()
+        stored = seconds = largest = 0.0
+        dense: list[float] = []
+        for form in section.forms:
+            choice = Choice.parse("linear", form)
+            kind: Any = registry.load("linear", choice.method).cls
+            per = kind.cost(choice.config(), (shape.width, shape.width)).disk_bytes
+            bytes_of = weights * per / shape.width**2
+            stored, largest = stored + bytes_of, max(largest, bytes_of)
+            fit, unpack = planner.once(("fit", str(choice)), partial(_seconds_per_weight, choice))
+            seconds += FIT * fit * weights
+            dense.append(unpack * weights)
+        seconds += stored / WRITTEN
+        matrix = max(shape.vocab_size, shape.mlp_width) * shape.width  # fitted in float32, compared with what it became
+        return StagePlan(
+            Cost(parameters=weights, disk_bytes=stored, seconds=seconds, peak_bytes=weights * 2 + largest + 8 * matrix),
+            {"variants": 1 + len(section.forms), "dense_seconds": dense},
+            f"each form fitted to a matrix of {TIMED}×{TIMED}",
+        )
+
+    def run(self, section: Section, inputs: Inputs, context: Context) -> dict[str, Any]:
+        source = inputs["model"]["folder"]
+        variants = [{"name": training.dtype_of(context.recipe), "folder": source, "bytes": weight_bytes(source)}]
+        for form in section.forms:
+            choice = Choice.parse("linear", form)
+            made = compress(
+                source,
+                form,
+                context.folder / choice.method,
+                embeddings=form if _embeds(choice) else None,
+                calibration=inputs["corpus"]["folder"] if _in_blocks(choice) else None,
+                events=context.events,
+            )
+            variants.append(
+                {
+                    "name": str(choice),
+                    "folder": made.folder,
+                    "bytes": made.bytes,
+                    "error": made.error,
+                    "bits_per_weight": made.bits_per_weight,
+                }
+            )
+        return {"variants": variants, "cost": {"parameters": made.weights}}
+
+    def miniature(self, section: Section) -> tuple[Section, dict[str, Any]]:
+        return Section(forms=["int8"]), {}
 
 
 def _seconds_per_weight(choice: Choice) -> tuple[float, float]:
@@ -70,33 +99,6 @@ def _seconds_per_weight(choice: Choice) -> tuple[float, float]:
         form.dense()
         fit, unpack = middle - began, time.perf_counter() - middle
     return fit / TIMED**2, unpack / TIMED**2
-
-
-def run(context: Context) -> dict[str, Any]:
-    recipe = context.recipe
-    assert recipe.compress
-    source = context.figures(answering(recipe))["folder"]
-    variants = [{"name": recipe.pretrain.dtype, "folder": source, "bytes": weight_bytes(source)}]
-    for form in recipe.compress.forms:
-        choice = Choice.parse("linear", form)
-        made = compress(
-            source,
-            form,
-            context.folder / choice.method,
-            embeddings=form if _embeds(choice) else None,
-            calibration=context.figures("curate")["folder"] if _in_blocks(choice) else None,
-            events=context.events,
-        )
-        variants.append(
-            {
-                "name": str(choice),
-                "folder": made.folder,
-                "bytes": made.bytes,
-                "error": made.error,
-                "bits_per_weight": made.bits_per_weight,
-            }
-        )
-    return {"variants": variants, "cost": {"parameters": made.weights}}
 
 
 def _in_blocks(choice: Choice) -> bool:

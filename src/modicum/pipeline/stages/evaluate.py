@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from modicum.budget import Cost, Meter, units
 from modicum.budget.meter import resident_now
 from modicum.compress.run import weight_bytes
@@ -20,11 +22,16 @@ from modicum.evaluate.lm import LMScore, bits_per_byte
 from modicum.model.folder import load_model
 from modicum.pipeline import training
 from modicum.pipeline.context import Context
-from modicum.pipeline.models import answering
-from modicum.pipeline.plan import Planner, StagePlan
-from modicum.pipeline.recipe import Recipe, Serve
+from modicum.pipeline.plan import Planner
+from modicum.pipeline.recipe import Recipe
+from modicum.pipeline.report import gains, plots
+from modicum.pipeline.section import Bytes, Strict, method
+from modicum.pipeline.stage import Finished, Inputs, Report, Stage, StagePlan
+from modicum.pipeline.stages.pretrain import Section as Pretrain
+from modicum.pipeline.stages.serve import Section as Serve
 from modicum.pipeline.worker import trim_allocator
 from modicum.retrieve.search import Searcher
+from modicum.serve import native
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 from modicum.serve.request import SamplingParams
@@ -38,71 +45,150 @@ TIMED_TEXT = 1 << 20  # and for the plan, which takes the rest to be in proporti
 PROMPT = 128  # tokens that a variant reads before it writes, to say how fast it is
 
 
-def needs(recipe: Recipe) -> tuple[str, ...]:
-    more = (("compress",) if recipe.compress else ()) + (("ground",) if recipe.evaluate.questions else ())
-    return ("curate", answering(recipe), *more)
+class Section(Strict):
+    tasks: list[method("task")] = []  # type: ignore[valid-type]
+    bytes: Bytes = 400_000.0  # held-out text scored by each variant of the model
+    sequence_length: int | None = Field(None, ge=16)  # of a window; None: what the recipe pretrains with, or 256
+    questions: int = Field(0, ge=0)  # held-out questions with one documented answer, closed book against grounded
+    passages: int | None = Field(None, ge=1)  # shown with a question; None: as `serve` does
+    prompt_tokens: int | None = Field(None, ge=64)  # of a question with passages at most; None: as `serve` does
+    mode: str | None = None  # of the search; None: as `serve` does
+    speed_tokens: int = Field(32, ge=2)  # that each variant writes to say how fast it is
+    dtype: str | None = None  # None: what the recipe pretrains in, or bf16
 
 
-def uses(recipe: Recipe) -> dict[str, Any]:
-    shown = [recipe.serve.passages, recipe.serve.prompt_tokens, recipe.serve.mode] if recipe.serve else None
-    return {"evaluate": recipe.evaluate.model_dump(), "shown": shown if recipe.evaluate.questions else None}
+class Evaluate(Stage[Section]):
+    order, default = 80, True
+    optional = ("variants",)
+    gives = ("scores",)
+
+    def needed(self, section: Section) -> tuple[str, ...]:
+        return ("corpus", "model", *(("index",) if section.questions else ()))
+
+    def complete(self, section: Section, recipe: Recipe, name: str) -> Section:
+        serve = recipe.first(Serve) or Serve()
+        trained = recipe.first(Pretrain)
+        return section.model_copy(
+            update={
+                "sequence_length": section.sequence_length or (trained.sequence_length if trained else 256),
+                "passages": section.passages or serve.passages,
+                "prompt_tokens": section.prompt_tokens or serve.prompt_tokens,
+                "mode": section.mode or serve.mode,
+                "dtype": section.dtype or training.dtype_of(recipe),
+            }
+        )
+
+    def check(self, section: Section, recipe: Recipe, name: str) -> None:
+        training.dtype_named(section.dtype, name)
+
+    def uses(self, section: Section, recipe: Recipe, name: str) -> dict[str, Any]:
+        shown = {"passages", "prompt_tokens", "mode"}  # matter for questions alone
+        return section.model_dump(exclude=None if section.questions else shown)
+
+    def plan(self, section: Section, inputs: Inputs, planner: Planner) -> StagePlan:
+        """A scoring pass and an answer timed, memory traced, the compressors run on the sample."""
+        curate, model, dtype = inputs["corpus"], inputs["model"], str(section.dtype)
+        shape, length = training.subject_shape(planner, model), section.sequence_length or 256
+        heldout_share = curate["heldout"]
+        sample = Curation.load(curate["sample"])
+        texts = heldout_texts(sample, section.bytes)
+        per_token = len("".join(texts[:4]).encode()) / max(
+            sum(len(t) for t in Tokenizer.load(training.subject(planner, model)).encode_batch(texts[:4])), 1
+        )
+        heldout = curate["train_tokens"] * curate["bytes_per_token"] * heldout_share
+        tokens = min(section.bytes, heldout) / per_token / (1 - OVERLAP)
+        variants = inputs["variants"]["variants"] if "variants" in inputs else 1
+        before = variants + (1 if model.values.get("published") else 0)  # the model as it was published
+        with Meter() as meter:  # the compressors on the sample; their dictionary takes longer the more text there is
+            trim_allocator()
+            resident = resident_now()
+            yardsticks(texts, _training_texts(sample, TIMED_TEXT))
+        text = sample.count("bytes")
+        more = max(min(DICTIONARY_TEXT, text / curate["sample_share"]) / max(min(TIMED_TEXT, text), 1), 1)
+        rows = max(BATCH_TOKENS // length, 1)
+        passes = tokens / (rows * length)
+        per_pass = training.forward_seconds(planner, model, dtype, 1, 512) / 512 * rows * length
+        unpacking = inputs["variants"]["dense_seconds"] if "variants" in inputs else ()  # of quantised variants
+        seconds = passes * sum(unpacking)
+        seconds += before * (
+            passes * per_pass + training.answer_seconds(planner, model, dtype, PROMPT, section.speed_tokens) * 1.3
+        )
+        more_bytes = 0.0
+        if section.questions:
+            graded = min(before, 2) * section.questions
+            encoder = training.encoder(planner, inputs["index"]["encoder"])[1]
+            seconds += graded * training.batch_seconds(planner, model, dtype, *GRADED) + encoder.seconds
+            pages = 4 * section.questions * GRADED[0] * shape.layers * shape.kv_heads * shape.head_dim
+            more_bytes = encoder.peak_bytes + min(units.parse(CACHE, "bytes"), pages * 2)
+        peak = max(
+            training.forward_peak(planner, model, dtype, rows, length) + more_bytes,
+            (meter.peak_bytes - resident) * more,
+        )
+        return StagePlan(
+            Cost(
+                tokens=before * tokens,
+                flops=before * tokens * shape.flops_per_token(length),
+                seconds=seconds + meter.seconds * more,
+                peak_bytes=peak,
+            ),
+            {},
+            "scoring, answering and compressors timed on the sample, a pass traced",
+        )
+
+    def run(self, section: Section, inputs: Inputs, context: Context) -> dict[str, Any]:
+        curation = Curation.load(inputs["corpus"]["folder"])
+        variants = _variants(section, inputs)
+        texts = heldout_texts(curation, section.bytes)
+        rows, tokens, flops = [], 0.0, 0.0
+        for variant in variants:
+            row, per_token = _scored(section, context, variant, texts)
+            rows.append(row)
+            context.events.emit("score", **row)
+            tokens, flops = tokens + row["tokens"], flops + row["tokens"] * per_token
+        figures = {
+            "variants": rows,
+            "names": gains.names(inputs["model"].values),
+            "yardsticks": yardsticks(texts, _training_texts(curation)),
+            "documents": len(texts),
+            "text_bytes": sum(len(t.encode()) for t in texts),
+            "graded": _graded(section, inputs, context, curation, variants),
+            "tasks": _tasks(section, inputs, context),
+            "cost": {"tokens": tokens, "flops": flops},
+        }
+        return figures
+
+    def miniature(self, section: Section) -> tuple[Section, dict[str, Any]]:
+        return Section(bytes=20_000, speed_tokens=4, sequence_length=64, dtype=section.dtype), {}
+
+    def prepare(self) -> None:
+        native.library()
+
+    def report(self, done: Finished) -> Report:
+        known = done.figures["names"]
+        model = done.inputs["model"].values
+        return Report(
+            charts={
+                "graded": plots.graded(done.figures, known),
+                "compression": plots.compression(done.figures),
+            },
+            cards=gains.evaluated(done.figures),
+            lines=gains.evaluated_lines(done.figures, known),
+            lead=gains.lead(done.figures, model, known),
+            values={
+                "titles": {v["name"]: gains.title(v, known) for v in done.figures["variants"]},
+                "names": known,
+                "arms": gains.ARMS,
+            },
+            rank=1,
+        )
 
 
-def plan(planner: Planner) -> StagePlan:
-    """A scoring pass and an answer timed, memory traced, the compressors run on the sample."""
-    recipe, curate = planner.recipe, planner.decisions["curate"]
-    shape, length = training.subject_shape(planner), recipe.pretrain.sequence_length
-    sample = Curation.load(curate["sample"])
-    texts = heldout_texts(sample, recipe.evaluate.bytes)
-    per_token = len("".join(texts[:4]).encode()) / max(
-        sum(len(t) for t in Tokenizer.load(training.subject(planner)).encode_batch(texts[:4])), 1
-    )
-    heldout = curate["train_tokens"] * curate["bytes_per_token"] * recipe.curate.heldout
-    tokens = min(recipe.evaluate.bytes, heldout) / per_token / (1 - OVERLAP)
-    variants = 1 + (len(recipe.compress.forms) if recipe.compress else 0)
-    before = variants + (1 if recipe.adapt and recipe.adapt.model else 0)  # the model as it was published
-    with Meter() as meter:  # the compressors on the sample; their dictionary takes longer the more text there is
-        trim_allocator()
-        resident = resident_now()
-        yardsticks(texts, _training_texts(sample, TIMED_TEXT))
-    text = sample.count("bytes")
-    more = max(min(DICTIONARY_TEXT, text / curate["sample_share"]) / max(min(TIMED_TEXT, text), 1), 1)
-    rows = max(BATCH_TOKENS // length, 1)
-    passes = tokens / (rows * length)
-    per_pass = training.forward_seconds(planner, 1, 512) / 512 * rows * length
-    seconds = passes * sum(planner.decisions.get("compress", {}).get("dense_seconds", ()))  # of quantised variants
-    seconds += before * (
-        passes * per_pass + training.answer_seconds(planner, PROMPT, recipe.evaluate.speed_tokens) * 1.3
-    )
-    more_bytes = 0.0
-    if recipe.evaluate.questions:
-        graded = min(before, 2) * recipe.evaluate.questions
-        encoder = training.encoder(planner)[1]
-        seconds += graded * training.batch_seconds(planner, *GRADED) + encoder.seconds
-        pages = 4 * recipe.evaluate.questions * GRADED[0] * shape.layers * shape.kv_heads * shape.head_dim
-        more_bytes = encoder.peak_bytes + min(units.parse(CACHE, "bytes"), pages * 2)
-    peak = max(
-        training.forward_peak(planner, rows, length) + more_bytes,
-        (meter.peak_bytes - resident) * more,
-    )
-    return StagePlan(
-        Cost(
-            tokens=before * tokens,
-            flops=before * tokens * shape.flops_per_token(length),
-            seconds=seconds + meter.seconds * more,
-            peak_bytes=peak,
-        ),
-        {},
-        "scoring, answering and compressors timed on the sample, a pass traced",
-    )
-
-
-def score(model: Any, tokenizer: Tokenizer, texts: list[str], recipe: Recipe, advance: Any = None) -> LMScore:
+def score(model: Any, tokenizer: Tokenizer, texts: list[str], length: int, advance: Any = None) -> LMScore:
     return bits_per_byte(
         model,
         tokenizer,
         texts,
-        sequence_length=recipe.pretrain.sequence_length,
+        sequence_length=length,
         overlap=OVERLAP,
         batch_tokens=BATCH_TOKENS,
         advance=advance,
@@ -132,34 +218,13 @@ def _training_texts(curation: Curation, size: int = DICTIONARY_TEXT) -> list[str
     return texts
 
 
-def run(context: Context) -> dict[str, Any]:
-    recipe = context.recipe
-    curation = Curation.load(context.figures("curate")["folder"])
-    variants = _variants(context)
-    texts = heldout_texts(curation, recipe.evaluate.bytes)
-    rows, tokens, flops = [], 0.0, 0.0
-    for variant in variants:
-        row, per_token = _scored(context, variant, texts)
-        rows.append(row)
-        context.events.emit("score", **row)
-        tokens, flops = tokens + row["tokens"], flops + row["tokens"] * per_token
-    figures = {
-        "variants": rows,
-        "yardsticks": yardsticks(texts, _training_texts(curation)),
-        "documents": len(texts),
-        "text_bytes": sum(len(t.encode()) for t in texts),
-        "graded": _graded(context, curation, variants),
-        "tasks": _tasks(context),
-        "cost": {"tokens": tokens, "flops": flops},
-    }
-    return figures
-
-
-def _scored(context: Context, variant: dict[str, Any], texts: list[str]) -> tuple[dict[str, Any], float]:
+def _scored(
+    section: Section, context: Context, variant: dict[str, Any], texts: list[str]
+) -> tuple[dict[str, Any], float]:
     """(figures of one variant, FLOPs of a token). Its model is freed on return, before the next one is loaded."""
-    recipe = context.recipe
+    length = section.sequence_length or 256
     tokenizer = Tokenizer.load(variant["folder"])
-    model = load_model(variant["folder"], dtype=training.DTYPES[recipe.pretrain.dtype])
+    model = load_model(variant["folder"], dtype=training.DTYPES[str(section.dtype)])
     total = sum(len(t) for t in tokenizer.encode_batch(texts, specials=False))
     with context.events.progress(f"score {variant['name']}", total, "tok") as progress:
 
@@ -168,67 +233,65 @@ def _scored(context: Context, variant: dict[str, Any], texts: list[str]) -> tupl
             trim_allocator()
 
         began = time.perf_counter()
-        found = score(model, tokenizer, texts, recipe, advance)
+        found = score(model, tokenizer, texts, length, advance)
     seconds = time.perf_counter() - began
-    rate = {"tokens_per_second": _speed(model, recipe.evaluate.speed_tokens)}
+    rate = {"tokens_per_second": _speed(model, section.speed_tokens)}
     row = variant | found.as_dict() | {"seconds": seconds, "bytes": variant["bytes"]} | rate
-    return row, model.config.flops_per_token(recipe.pretrain.sequence_length)
+    return row, model.config.flops_per_token(length)
 
 
-def _variants(context: Context) -> list[dict[str, Any]]:
+def _variants(section: Section, inputs: Inputs) -> list[dict[str, Any]]:
     """What is scored: the model that answers and its compressed copies, and that model before it was adapted.
 
     `role`: before, answers, compressed.
     """
-    recipe = context.recipe
-    made = context.figures(answering(recipe))
+    made = inputs["model"]
     rows = (
-        context.figures("compress")["variants"]
-        if recipe.compress
-        else [{"name": recipe.pretrain.dtype, "folder": made["folder"], "bytes": weight_bytes(made["folder"])}]
+        inputs["variants"]["variants"]
+        if "variants" in inputs
+        else [{"name": section.dtype, "folder": made["folder"], "bytes": weight_bytes(made["folder"])}]
     )
     rows = [row | {"role": "compressed" if i else "answers"} for i, row in enumerate(rows)]
-    if recipe.adapt and recipe.adapt.model:
+    if made.values.get("model"):
         base = made["base"]
-        before = {"name": Path(recipe.adapt.model).name, "folder": base, "bytes": weight_bytes(base), "role": "before"}
+        before = {"name": Path(made["model"]).name, "folder": base, "bytes": weight_bytes(base), "role": "before"}
         rows = [before, *rows]
     return rows
 
 
-def _graded(context: Context, curation: Curation, variants: list[dict[str, Any]]) -> dict[str, Any]:
+def _graded(
+    section: Section, inputs: Inputs, context: Context, curation: Curation, variants: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Held-out questions, closed book and with retrieved passages, by the model before it was adapted and after:
     {role: figures}; empty where the corpus gives none."""
-    recipe = context.recipe
-    asked = draw(questions(curation.documents("heldout")), recipe.evaluate.questions, recipe.seed)
+    asked = draw(questions(curation.documents("heldout")), section.questions, context.recipe.seed)
     if not asked:
         return {}
-    searcher = Searcher(context.figures("ground")["folder"])
+    searcher = Searcher(inputs["index"]["folder"])
     gold = with_gold(asked, searcher)
     made = {}
     for variant in variants:
         if variant["role"] == "compressed":
             continue
-        result = _asked(context, variant, gold, searcher)
+        result = _asked(section, context, variant, gold, searcher)
         made[variant["role"]] = {"model": variant["name"]} | result.as_dict(rows=True)
         context.events.emit("graded", **made[variant["role"]] | {"rows": len(asked)})
     return made
 
 
 def _asked(
-    context: Context, variant: dict[str, Any], gold: Sequence[grounded.Item], searcher: Searcher
+    section: Section, context: Context, variant: dict[str, Any], gold: Sequence[grounded.Item], searcher: Searcher
 ) -> grounded.Graded:
     """The questions put to one variant, whose model is freed on return."""
-    recipe = context.recipe
-    shown = recipe.serve or Serve()
-    model = load_model(variant["folder"], dtype=training.DTYPES[recipe.pretrain.dtype])
+    model = load_model(variant["folder"], dtype=training.DTYPES[str(section.dtype)])
     length = min(1024, model.config.context_length)
     return grounded.run(
         Engine(model, Tokenizer.load(variant["folder"]), EngineConfig(cache=CACHE, max_length=length)),
         gold,
         searcher,
-        k=shown.passages,
-        mode=shown.mode,
-        prompt_budget=min(shown.prompt_tokens, length - 64),
+        k=section.passages or 3,
+        mode=section.mode or "fused",
+        prompt_budget=min(section.prompt_tokens or length, length - 64),
         events=context.events,
     )
 
@@ -253,16 +316,16 @@ def _speed(model: Any, tokens: int) -> float:
     return (tokens - 1) / max(min(taken), 1e-9)
 
 
-def _tasks(context: Context) -> dict[str, Any]:
-    if not context.recipe.evaluate.tasks:
+def _tasks(section: Section, inputs: Inputs, context: Context) -> dict[str, Any]:
+    if not section.tasks:
         return {}
     from modicum.evaluate.run import run_tasks
 
-    folder = context.figures(answering(context.recipe))["folder"]
+    folder = inputs["model"]["folder"]
     results = run_tasks(
         load_model(folder),
         Tokenizer.load(folder),
-        [str(Choice.parse("task", t)) for t in context.recipe.evaluate.tasks],
+        [str(Choice.parse("task", t)) for t in section.tasks],
         keep=context.folder / "items.jsonl",
         events=context.events,
     )

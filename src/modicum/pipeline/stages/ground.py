@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from modicum.budget import Cost, Meter
 from modicum.budget.meter import resident_now
@@ -20,8 +21,10 @@ from modicum.data.curate import Curation
 from modicum.data.passages import Passage, passages
 from modicum.pipeline import training
 from modicum.pipeline.context import Context
-from modicum.pipeline.plan import Planner, StagePlan
-from modicum.pipeline.recipe import Recipe
+from modicum.pipeline.plan import Planner
+from modicum.pipeline.report import gains, plots
+from modicum.pipeline.section import Strict, method
+from modicum.pipeline.stage import Finished, Inputs, Report, Stage, StagePlan
 from modicum.pipeline.worker import trim_allocator
 from modicum.retrieve.encoders import Encoder, make_encoder
 from modicum.retrieve.known_item import known_item, known_items
@@ -31,58 +34,109 @@ FIRST, MOST, TIMED = 16, 1000, 1.5  # passages of the plan's first sample, and o
 EXCERPT = 240
 
 
-def needs(recipe: Recipe) -> tuple[str, ...]:
-    assert recipe.ground
-    return ("curate",) if recipe.ground.encoder else ("curate", "pretrain")
+class Section(Strict):
+    index: method("index") = "exact"  # type: ignore[valid-type]
+    encoder: str | None = None  # an encoder's folder, hub id or name; None: the model pretrained in this run
+    queries: int = Field(400, ge=1)
+    passages: int | None = 20_000
 
 
-def uses(recipe: Recipe) -> dict[str, Any]:
-    assert recipe.ground
-    return {"ground": recipe.ground.model_dump()}
+class Ground(Stage[Section]):
+    order, default = 40, True
+    gives = ("index",)
 
+    def needed(self, section: Section) -> tuple[str, ...]:
+        return ("corpus",) if section.encoder else ("corpus", "model")
 
-def plan(planner: Planner) -> StagePlan:
-    """The stage's own work on two small parts of the sample, the second as large as a few seconds allow."""
-    recipe, curate = planner.recipe, planner.decisions["curate"]
-    assert recipe.ground
-    began = time.perf_counter()
-    everything = list(_passages(Curation.load(curate["sample"]), None))
-    reading = (time.perf_counter() - began) / curate["sample_share"]
-    count = min(recipe.ground.passages or 1e18, len(everything) / curate["sample_share"])
-    encoder, load = training.encoder(planner)
-    found = everything[:: max(len(everything) // MOST, 1)][: int(count)]  # of all documents
-    longest = max(found, key=lambda p: len(p.text))
-    asked = min(recipe.ground.queries / count, 1.0)
-    seconds: list[float] = []
-    peaks: list[float] = []
-    sizes = [min(FIRST, len(found))]
-    trim_allocator()
-    resident = resident_now()
-    with contextlib.redirect_stderr(io.StringIO()), Meter() as first:  # first calls take longer
-        if encoder.kind == "sentence-transformers":  # whose memory the longest passages decide, which go first
-            encoder.encode([f"{longest.text} {n}" for n in range(min(int(count), BATCH))])
-        else:
-            _measure(found[:FIRST], encoder, recipe, 4, planner.scratch / "ground-0")
-    while len(seconds) < len(sizes):
-        size, folder = sizes[-1], planner.scratch / f"ground-{len(sizes)}"
-        with contextlib.redirect_stderr(io.StringIO()), Meter() as meter:
-            _measure(found[:size], encoder, recipe, max(round(asked * size), 4), folder)
-        seconds.append(meter.seconds)
-        peaks.append(max(meter.peak_bytes - resident, 0.0))
-        if len(sizes) == 1:
-            bigger = max(int(TIMED / max(meter.seconds, 1e-3) * size), 4 * size)
-            sizes.append(max(min(bigger, MOST, len(found)), min(size + 1, len(found))))
-    rate = max(seconds[-1] - seconds[0], 0.2 * seconds[-1]) / max(sizes[-1] - sizes[0], 1)
-    more = 1.0 if encoder.kind == "sentence-transformers" else max(1.0, min(count, BATCH) / sizes[-1])
-    return StagePlan(
-        Cost(
-            seconds=load.seconds + reading + rate * count,
-            peak_bytes=load.peak_bytes + max(peaks[-1] * more, first.peak_bytes - resident),
-            disk_bytes=tree_bytes(planner.scratch / f"ground-{len(sizes)}") / sizes[-1] * count,
-        ),
-        {"sample": str(planner.scratch / f"ground-{len(sizes)}" / "as_is")},
-        f"{sizes[-1]} passages indexed, about {count:,.0f} expected",
-    )
+    def models(self, section: Section) -> dict[str, str]:
+        return {"encoder": section.encoder} if section.encoder and ":" not in section.encoder else {}
+
+    def plan(self, section: Section, inputs: Inputs, planner: Planner) -> StagePlan:
+        """The stage's own work on two small parts of the sample, the second as large as a few seconds allow."""
+        curate, seed = inputs["corpus"], planner.recipe.seed
+        named = section.encoder or training.subject(planner, inputs["model"])
+        scratch = planner.scratch / planner.name
+        began = time.perf_counter()
+        everything = list(_passages(Curation.load(curate["sample"]), None))
+        reading = (time.perf_counter() - began) / curate["sample_share"]
+        count = min(section.passages or 1e18, len(everything) / curate["sample_share"])
+        encoder, load = training.encoder(planner, named)
+        found = everything[:: max(len(everything) // MOST, 1)][: int(count)]  # of all documents
+        longest = max(found, key=lambda p: len(p.text))
+        asked = min(section.queries / count, 1.0)
+        seconds: list[float] = []
+        peaks: list[float] = []
+        sizes = [min(FIRST, len(found))]
+        trim_allocator()
+        resident = resident_now()
+        with contextlib.redirect_stderr(io.StringIO()), Meter() as first:  # first calls take longer
+            if encoder.kind == "sentence-transformers":  # whose memory the longest passages decide, which go first
+                encoder.encode([f"{longest.text} {n}" for n in range(min(int(count), BATCH))])
+            else:
+                _measure(found[:FIRST], encoder, section, seed, 4, scratch / "0")
+        while len(seconds) < len(sizes):
+            size, folder = sizes[-1], scratch / f"{len(sizes)}"
+            with contextlib.redirect_stderr(io.StringIO()), Meter() as meter:
+                _measure(found[:size], encoder, section, seed, max(round(asked * size), 4), folder)
+            seconds.append(meter.seconds)
+            peaks.append(max(meter.peak_bytes - resident, 0.0))
+            if len(sizes) == 1:
+                bigger = max(int(TIMED / max(meter.seconds, 1e-3) * size), 4 * size)
+                sizes.append(max(min(bigger, MOST, len(found)), min(size + 1, len(found))))
+        rate = max(seconds[-1] - seconds[0], 0.2 * seconds[-1]) / max(sizes[-1] - sizes[0], 1)
+        more = 1.0 if encoder.kind == "sentence-transformers" else max(1.0, min(count, BATCH) / sizes[-1])
+        return StagePlan(
+            Cost(
+                seconds=load.seconds + reading + rate * count,
+                peak_bytes=load.peak_bytes + max(peaks[-1] * more, first.peak_bytes - resident),
+                disk_bytes=tree_bytes(scratch / f"{len(sizes)}") / sizes[-1] * count,
+            ),
+            {"sample": str(scratch / f"{len(sizes)}" / "as_is"), "encoder": named, "published": bool(section.encoder)},
+            f"{sizes[-1]} passages indexed, about {count:,.0f} expected",
+        )
+
+    def run(self, section: Section, inputs: Inputs, context: Context) -> dict[str, Any]:
+        found = _passages(Curation.load(inputs["corpus"]["folder"]), section.passages)
+        encoder = make_encoder(section.encoder or inputs["model"]["folder"])
+        result = _measure(
+            found,
+            encoder,
+            section,
+            context.recipe.seed,
+            section.queries,
+            context.folder,
+            events=context.events,
+            examples=4,
+        )
+        by_id = {p.id: p for p in found}
+        metrics = {name: {mode: _flat(m) for mode, m in result[name].items()} for name in ("withheld", "as_is")}
+        examples = [
+            {
+                "query": e["query"],
+                "rank": e["rank"],
+                "hits": [
+                    {"title": h["title"], "source": h["source"], "excerpt": excerpt(by_id[h["id"]].text)}
+                    for h in e["hits"]
+                ],
+            }
+            for e in result["examples"]["withheld"]
+        ]
+        return {
+            "folder": str(context.folder / "as_is"),
+            "encoder": section.encoder,
+            "passages": len(found),
+            "queries": result["queries"],
+            "metrics": metrics,
+            "examples": examples,
+            "index_bytes": tree_bytes(context.folder / "as_is"),
+            "cost": {},
+        }
+
+    def miniature(self, section: Section) -> tuple[Section, dict[str, Any]]:
+        return Section(passages=64, queries=8, encoder="lsa:16", index=section.index), {}
+
+    def report(self, done: Finished) -> Report:
+        return Report(charts={"retrieval": plots.retrieval(done.figures)}, cards=gains.search(done.figures))
 
 
 def _passages(curation: Curation, limit: int | None) -> list[Passage]:
@@ -97,20 +151,21 @@ def _passages(curation: Curation, limit: int | None) -> list[Passage]:
     return [p for p in train if p.id in kept] + heldout[:limit]
 
 
-def _measure(found: list[Passage], encoder: Encoder, recipe: Recipe, queries: int, folder: Path, **more: Any) -> Any:
+def _measure(
+    found: list[Passage], encoder: Encoder, section: Section, seed: int, queries: int, folder: Path, **more: Any
+) -> Any:
     """Known-item figures {"as_is", "withheld"} over `found`, with both indexes in `folder`.
 
     as_is: every passage as it is, the index that is served. withheld: the passages asked for lack the sentence that
     asks; all others are as they are, so that only the former are encoded again.
     """
-    assert recipe.ground
-    knobs: dict[str, Any] = {"encoder": encoder, "index": recipe.ground.index, "folder": folder} | more
+    knobs: dict[str, Any] = {"encoder": encoder, "index": section.index, "folder": folder} | more
     _remember(encoder)
-    _, rows, _ = known_items(found, queries, recipe.seed)
+    _, rows, _ = known_items(found, queries, seed)
     asked = set(rows)
     bare = [p if i in asked else replace(p, summary="") for i, p in enumerate(found)]
-    as_is = known_item(found, variants=("as_is",), limit=queries, seed=recipe.seed, **knobs)
-    withheld = known_item(bare, variants=("withheld",), limit=None, seed=recipe.seed, **knobs)
+    as_is = known_item(found, variants=("as_is",), limit=queries, seed=seed, **knobs)
+    withheld = known_item(bare, variants=("withheld",), limit=None, seed=seed, **knobs)
     return {**as_is, "withheld": withheld["withheld"], "examples": as_is["examples"] | withheld["examples"]}
 
 
@@ -129,36 +184,6 @@ def _remember(encoder: Encoder) -> None:
         return np.stack([seen[t] for t in texts])
 
     encoder.pool = remembered  # type: ignore[method-assign]
-
-
-def run(context: Context) -> dict[str, Any]:
-    recipe = context.recipe
-    assert recipe.ground
-    found = _passages(Curation.load(context.figures("curate")["folder"]), recipe.ground.passages)
-    encoder = make_encoder(recipe.ground.encoder or context.figures("pretrain")["folder"])
-    result = _measure(found, encoder, recipe, recipe.ground.queries, context.folder, events=context.events, examples=4)
-    by_id = {p.id: p for p in found}
-    metrics = {name: {mode: _flat(m) for mode, m in result[name].items()} for name in ("withheld", "as_is")}
-    examples = [
-        {
-            "query": e["query"],
-            "rank": e["rank"],
-            "hits": [
-                {"title": h["title"], "source": h["source"], "excerpt": excerpt(by_id[h["id"]].text)} for h in e["hits"]
-            ],
-        }
-        for e in result["examples"]["withheld"]
-    ]
-    return {
-        "folder": str(context.folder / "as_is"),
-        "encoder": recipe.ground.encoder,
-        "passages": len(found),
-        "queries": result["queries"],
-        "metrics": metrics,
-        "examples": examples,
-        "index_bytes": tree_bytes(context.folder / "as_is"),
-        "cost": {},
-    }
 
 
 def excerpt(text: str) -> str:
