@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from modicum.data.stream import Batch
 from modicum.model.config import llama_like
+from modicum.model.decoder import Decoder
 from modicum.pipeline import training
 from modicum.pipeline.measured import Memo
 from modicum.pipeline.recipe import parse
 from modicum.pipeline.rehearse import miniature
+from modicum.train.callback import split_state
 from modicum.train.config import TrainConfig
 
 
@@ -58,3 +61,24 @@ def test_what_was_measured_is_kept_and_a_broken_file_only_costs_a_measurement(tm
     assert Memo(path).once(("trace", 1), lambda: {"peak_bytes": 8}) == {"peak_bytes": 8}
     (tmp_path / "file").write_text("")
     assert Memo(tmp_path / "file" / "no.json").once("x", lambda: 3) == 3  # nowhere to keep it
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "galore:rank=4"])
+@pytest.mark.parametrize("form", [None, "sltrain:rank=4"])
+def test_a_checkpoint_is_as_large_as_the_optimizer_says(tmp_path, optimizer, form):
+    from modicum.train.engine import TrainEngine
+
+    shape = llama_like(400, 32, 2)
+    config = TrainConfig(
+        steps=2, sequence_length=32, batch_sequences=2, dtype="bfloat16", optimizer=optimizer, form=form
+    )
+    engine = TrainEngine(Decoder(shape), config)
+    engine.build()
+    tokens = torch.zeros((2, 32), dtype=torch.int64)
+    training.train_step(engine, Batch(tokens, tokens, None, torch.arange(32).expand(2, 32)), 0)
+    saved = {
+        **engine.saved_tensors(),
+        **{f"o.{k}": v for k, v in split_state(dict(engine.optimizer.state_dict()))[0].items()},
+    }
+    bytes_saved = sum(t.numel() * t.element_size() for t in saved.values())
+    assert training.checkpoint_bytes(shape, config) == pytest.approx(bytes_saved, rel=0.03)

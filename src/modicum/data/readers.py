@@ -7,6 +7,7 @@ Hidden files and folders, `__pycache__` and `node_modules` are no documents and 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import stat
 import sysconfig
@@ -56,10 +57,12 @@ class Unit:
 def find(source: str, config: ReadConfig, *, label: str | None = None, exclude: Iterable[Path] = ()) -> list[Unit]:
     """The units of one source, sorted by id. Raises UserError if there is nothing to read.
 
-    source: `python`, `hub:NAME[:CONFIG][@SPLIT]`, or a path. exclude: folders not to enter.
+    source: `python`, `python:PACKAGE`, `hub:NAME[:CONFIG][@SPLIT]`, or a path. exclude: folders not to enter.
     """
     if source == "python":
         units = list(_python(config, label or "python"))
+    elif source.startswith("python:"):
+        units = list(_path(_package(source.removeprefix("python:")), label, set()))
     elif source.startswith("hub:"):
         require_hub()
         name = source[4:]
@@ -126,6 +129,18 @@ def _clean(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def _package(name: str) -> str:
+    """The folder of an installed package, found without importing it."""
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except (ImportError, ValueError):
+        spec = None
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    if not places:
+        raise UserError(f"python:{name} is no installed package; write python:numpy, or python for Python itself")
+    return places[0]
+
+
 def _python(config: ReadConfig, label: str) -> Iterator[Unit]:
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = NOT_PYTHON | (set() if config.tests else PYTHON_TESTS)
@@ -154,8 +169,6 @@ def _limited(units: list[Unit], limit: int) -> list[Unit]:
 
 
 def require_hub() -> None:
-    import importlib.util
-
     if importlib.util.find_spec("datasets") is None:
         raise MissingExtra("datasets", "hub", "reading hub:NAME")
 

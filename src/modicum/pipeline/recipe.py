@@ -111,7 +111,7 @@ class Recipe(Strict):
             if not found[kind] and kind in needed:
                 if not given:
                     raise _ungiven(name, kind)
-                found[kind] = given[-1:]
+                found[kind] = given if kind in stage.several else given[-1:]
             elif not found[kind] and kind in stage.optional:
                 found[kind] = [n for n in given if self._alike(n, found)][-1:]
         unused = [s for s in entry.sources if not any(s in given for given in found.values())]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
+import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from modicum.budget import units
 from modicum.core.choice import Choice
+from modicum.core.registry import PortInfo
 
 Bytes = Annotated[float, BeforeValidator(lambda value: units.parse(value, "bytes"))]
 Seconds = Annotated[float, BeforeValidator(lambda value: units.parse(value, "seconds"))]
@@ -23,6 +26,28 @@ def method(port: str) -> Any:
         return value
 
     return Annotated[str | dict[str, Any], BeforeValidator(check)]
+
+
+def methods(port: str) -> Any:
+    """The same for any number of methods: one, or a list of them."""
+
+    def check(value: Any) -> Any:
+        found = [value] if isinstance(value, str | dict) else value
+        for one in found if isinstance(found, list) else ():
+            Choice.parse(port, one).config()
+        return found
+
+    return Annotated[list[str | dict[str, Any]], BeforeValidator(check)]
+
+
+def with_ports(model: Any, ports: Mapping[str, PortInfo]) -> Any:
+    """The section `model` with a field for every port that it has none of: a method, several where the port takes any
+    number, or None for what the run's own settings say."""
+    more: dict[str, Any] = {}
+    for name, info in ports.items():
+        if name not in model.model_fields:
+            more[name] = ((methods(name) if info.several else method(name)) | None, None)
+    return pydantic.create_model(model.__name__, __base__=model, __module__=model.__module__, **more)
 
 
 class Strict(BaseModel):

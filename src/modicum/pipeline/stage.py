@@ -118,7 +118,7 @@ class Stage(Generic[S]):
     needs: ClassVar[tuple[str, ...]] = ()  # kinds of artefacts that it reads
     optional: ClassVar[tuple[str, ...]] = ()  # kinds that it reads where there is one made from the same inputs
     named: ClassVar[tuple[str, ...]] = ()  # kinds that it reads only where `from` names a stage that gives one
-    several: ClassVar[tuple[str, ...]] = ()  # kinds of which `from` may name more than one
+    several: ClassVar[tuple[str, ...]] = ()  # kinds of which it reads all, or those that `from` names
     gives: ClassVar[tuple[str, ...]] = ()
     alone: ClassVar[bool] = False  # starts processes of its own: rehearsed in a fresh one, not in a fork
     block: ClassVar[Path | None] = None  # the template of its block in the report; set when it is found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from modicum.budget import Cost
 from modicum.budget.meter import resident_now
 from modicum.budget.trace import trace
 from modicum.core import registry
+from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.core.files import fingerprint
 from modicum.data.curate import Curation
@@ -33,6 +35,7 @@ from modicum.train.config import TrainConfig, run_ports
 from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, phases, step_cost
 from modicum.train.forecast import step as train_step
+from modicum.train.forms import with_form
 
 if TYPE_CHECKING:
     from modicum.pipeline.stages.pretrain import Section as Pretrain
@@ -43,14 +46,15 @@ EVAL_SEQUENCES = 512  # held-out sequences behind every loss of a run
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "bfloat16": "bfloat16", "float32": "float32"}
 
 
-def learning_rate(section: Pretrain, shape: DecoderConfig) -> float:
+def learning_rate(section: Pretrain, shape: DecoderConfig | None) -> float:
     """The recipe's, or 0.2 / width but at most 2e-3 from scratch (found on another seed), 1e-4 for a given model."""
     if section.lr is not None:
         return section.lr
-    return 1e-4 if section.model else min(2e-3, 0.2 / shape.width)
+    return 1e-4 if section.model or shape is None else min(2e-3, 0.2 / shape.width)
 
 
-def train_config(section: Pretrain, shape: DecoderConfig, tokens: float, seed: int, **more: Any) -> TrainConfig:
+def train_config(section: Pretrain, shape: DecoderConfig | None, tokens: float, seed: int, **more: Any) -> TrainConfig:
+    """shape: of the model, which the learning rate follows; None where that does not matter."""
     p = section
     return TrainConfig(
         tokens=tokens,
@@ -105,7 +109,8 @@ def shape_of(section: Pretrain, width: int, layers: int, vocab_size: int) -> Dec
     # A model that learns to recall knows no distance beyond its rows, and what serves it should know that.
     length = section.sequence_length
     context = length if section.recall else max(2048, length)
-    return llama_like(vocab_size, width, layers, section.heads, context_length=context)
+    attention = section.attention and str(Choice.parse("attention", section.attention))
+    return llama_like(vocab_size, width, layers, section.heads, context_length=context, attention=attention)
 
 
 def make_model(shape: DecoderConfig, given: str | None, seed: int) -> Decoder:
@@ -157,15 +162,30 @@ def training_cost(
     step = step_seconds(planner, shape, config, masked=masked)
     seconds = config.total_steps * step
     seconds += evaluations * EVAL_SEQUENCES / config.sequences * step / 3  # forward only
-    state = shape.parameters() * (4 + 4 + 8)  # checkpoint: masters and AdamW's moments in float32
     return Cost(
         parameters=shape.parameters(),
         tokens=config.total_tokens,
         flops=config.total_steps * traced["flops"],
         seconds=seconds,
         peak_bytes=traced["peak_bytes"],
-        disk_bytes=state,
+        disk_bytes=planner.once_here(("checkpoint", shape, config), lambda: checkpoint_bytes(shape, config)),
     )
+
+
+def checkpoint_bytes(shape: DecoderConfig, config: TrainConfig) -> float:
+    """Bytes of one checkpoint: the trained weights, in float32 where masters stand behind bf16 ones, and the state that
+    the optimizer says it has."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def work() -> None:
+        model = with_form(blank(shape), config)
+        shapes.update({name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad})
+
+    trace(work)
+    choice = config.choice("optimizer")
+    state: Cost = registry.load("optimizer", choice.method).cls.cost(choice.config(), shapes)
+    each = 4 if config.masters or config.dtype == "float32" else 2
+    return sum(map(math.prod, shapes.values())) * each + state.peak_bytes
 
 
 def traced_step(
@@ -315,31 +335,35 @@ def encoder(planner: Planner, model: str) -> tuple[Encoder, Cost]:
     return found
 
 
-def batch_seconds(planner: Planner, model: Input, dtype: str, prompt: int, answer: int) -> float:
-    """Seconds for each of `BATCH` requests that the engine answers together."""
-    return _engine_seconds(planner, model, dtype, prompt, answer, BATCH) / BATCH
+def batch_seconds(planner: Planner, model: Input, dtype: str, prompt: int, answer: int, knobs: dict[str, Any]) -> float:
+    """Seconds for each of `BATCH` requests that the engine answers together; knobs: the engine's."""
+    return _engine_seconds(planner, model, dtype, prompt, answer, knobs, BATCH) / BATCH
 
 
-def answer_seconds(planner: Planner, model: Input, dtype: str, prompt: int, answer: int) -> float:
+def answer_seconds(
+    planner: Planner, model: Input, dtype: str, prompt: int, answer: int, knobs: dict[str, Any]
+) -> float:
     """Seconds of one answer of `answer` tokens to a prompt of `prompt` tokens by the engine, asked alone."""
-    return _engine_seconds(planner, model, dtype, prompt, answer, 1)
+    return _engine_seconds(planner, model, dtype, prompt, answer, knobs, 1)
 
 
-def _engine_seconds(planner: Planner, model: Input, dtype: str, prompt: int, answer: int, requests: int) -> float:
-    from modicum.serve.config import EngineConfig
+def _engine_seconds(
+    planner: Planner, model: Input, dtype: str, prompt: int, answer: int, knobs: dict[str, Any], requests: int
+) -> float:
+    from modicum.pipeline.engine import engine_config
     from modicum.serve.engine import Engine
     from modicum.serve.request import SamplingParams
 
-    folder = subject(planner, model)
+    key = (subject(planner, model), dtype, knobs)
 
     def engine() -> Any:
         decoder = subject_model(planner, model, dtype)
         length = min(1024, decoder.config.context_length)
-        return Engine(decoder, None, EngineConfig(cache="128MiB", max_length=length))
+        return Engine(decoder, None, engine_config({"max_length": length} | knobs | {"cache": "128MiB"}))
 
     def measure() -> float:
         sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
-        made = planner.object(f"engine {folder} in {dtype}", engine)
+        made = planner.object(f"engine {key}", engine)
         made.generate([[1, 2]], SamplingParams(temperature=0, max_tokens=2))
         first = len(planner.memo)  # no two prompts alike, so that none is found in the cache
         tokens = min(prompt, made.max_length - answer)
@@ -348,5 +372,5 @@ def _engine_seconds(planner: Planner, model: Input, dtype: str, prompt: int, ans
         made.generate(prompts, sampling)
         return time.perf_counter() - began
 
-    seconds: float = planner.once(("engine", folder, dtype, prompt, answer, requests), measure)
+    seconds: float = planner.once(("engine", key, prompt, answer, requests), measure)
     return seconds

@@ -64,7 +64,7 @@ class BitStack(QuantisedForm, Elastic):
     """State: `scale` and `block_0`, `block_1`, ... A block is one run of bytes, as it lies in a file:
     U (O, k) and V (k, I) in float16, then the signs (O, ceil(I / 8)), bit 0 first, set for positive."""
 
-    provides = frozenset({"adapter_base", "elastic", "embedding", "fit", "merge"})
+    provides = frozenset({"adapter_base", "calibration", "elastic", "embedding", "fit", "merge"})
     stored = frozenset({"scale"})
     fit_error = 0.03
     config: Config

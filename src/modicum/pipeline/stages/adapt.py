@@ -15,7 +15,7 @@ from modicum.budget import Cost, Meter
 from modicum.budget.meter import resident_now
 from modicum.core import compose, registry
 from modicum.core.choice import Choice
-from modicum.core.errors import ModicumError
+from modicum.core.errors import ModicumError, UserError
 from modicum.core.files import tree_bytes
 from modicum.data.tokenizer import Tokenizer
 from modicum.model import attach
@@ -41,6 +41,8 @@ SAMPLED = 12  # pairs made for the plan
 class Section(Strict):
     model: str | None = None  # a folder, a hub id or a name of `modicum get`; None: the model pretrained in this run
     form: method("linear") = "lora:rank=16"  # type: ignore[valid-type]
+    base: method("linear") | None = None  # type: ignore[valid-type]  # of all linear layers, under it: int4 is QLoRA
+    merge: bool | None = None  # the trained update into plain weights; None: where it can be and has no base
     targets: list[str] | None = None  # the linear layers that get it; None: where its paper puts it
     tokens: Tokens = 200_000.0
     sequence_length: int = Field(256, ge=16)
@@ -73,7 +75,13 @@ class Adapt(Stage[Section]):
         )
 
     def check(self, section: Section, recipe: Recipe, name: str) -> None:
-        config = AdaptConfig(form=section.form, dtype=training.dtype_named(section.dtype, name))
+        training.dtype_named(section.dtype, name)
+        config = _config(section, recipe.seed)
+        if section.base is not None and not _provides(section.form, "adapter"):
+            raise UserError(
+                f"{name}.base={section.base} lies under an adapter, and {name}.form={section.form} is none; choose "
+                f"{name}.form=lora:rank=16, or leave {name}.base out"
+            )
         compose.resolve(members(config), options={"linear": f"{name}.form"}, where=name)
 
     def models(self, section: Section) -> dict[str, str]:
@@ -184,19 +192,23 @@ def _base(section: Section, inputs: Inputs) -> Input:
     return Input("adapt", section, {"model": section.model, "shape": None, "sample": None})
 
 
+def _provides(form: Any, word: str) -> bool:
+    return word in registry.load("linear", Choice.parse("linear", form).method).cls.provides
+
+
 def _config(section: Section, seed: int) -> AdaptConfig:
     a = section
-    kind: Any = registry.load("linear", Choice.parse("linear", a.form).method).cls
     sequences = max(a.batch_tokens // a.sequence_length, 1)
     return AdaptConfig(
         form=a.form,
+        base=a.base,
         targets=a.targets,
         tokens=max(a.tokens, sequences * a.sequence_length),
         sequence_length=a.sequence_length,
         batch_sequences=sequences,
         micro_batch=a.micro_batch,
         lr=a.lr,
-        merge="merge" in kind.provides,
+        merge=_provides(a.form, "merge") and a.base is None if a.merge is None else a.merge,
         seed=seed,
         dtype=training.DTYPES[str(a.dtype)],
         checkpoint_every=5,
@@ -251,6 +263,8 @@ def _training_cost(planner: Planner, config: AdaptConfig, model: Input) -> tuple
     def adapted(make: Callable[[], Decoder]) -> Callable[[], Decoder]:
         def adapted_one() -> Decoder:
             made = make()
+            if config.base is not None:
+                attach.attach(made, {"layers.*": config.base})
             attach.attach(made, dict.fromkeys(config.targets or attach.places(made, config.form), config.form))
             attach.freeze(made)
             return made
@@ -262,9 +276,13 @@ def _training_cost(planner: Planner, config: AdaptConfig, model: Input) -> tuple
     trim_allocator()  # what the planner's process holds unused would hide what this stage takes
     before = resident_now()
     with Meter() as meter:
-        seconds = training.step_seconds(planner, shape, part, make=real, name=f"adapt {config.form}") * rows / micro
+        seconds = (
+            training.step_seconds(planner, shape, part, make=real, name=f"adapt {config.form} over {config.base}")
+            * rows
+            / micro
+        )
     traced = planner.once_here(
-        ("adapt trace", shape, str(config.form), config.targets, part),
+        ("adapt trace", shape, str(config.form), str(config.base), config.targets, part),
         lambda: training.by_layers(
             shape,
             lambda s: training.traced_step(adapted(lambda: training.blank_in(s, dtype)), part, s, masked=True),

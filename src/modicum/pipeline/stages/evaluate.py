@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from modicum.budget import Cost, Meter, units
+from modicum.budget import Cost, Meter
 from modicum.budget.meter import resident_now
 from modicum.compress.run import weight_bytes
 from modicum.compress.yardstick import yardsticks
@@ -22,6 +22,7 @@ from modicum.evaluate.lm import LMScore, bits_per_byte
 from modicum.model.folder import load_model
 from modicum.pipeline import training
 from modicum.pipeline.context import Context
+from modicum.pipeline.engine import EngineKnobs, cache_bytes, engine_config
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.report import gains, plots
@@ -32,7 +33,6 @@ from modicum.pipeline.stages.serve import Section as Serve
 from modicum.pipeline.worker import trim_allocator
 from modicum.retrieve.search import Searcher
 from modicum.serve import native
-from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 from modicum.serve.request import SamplingParams
 
@@ -47,6 +47,7 @@ PROMPT = 128  # tokens that a variant reads before it writes, to say how fast it
 
 class Section(Strict):
     tasks: list[method("task")] = []  # type: ignore[valid-type]
+    engine: EngineKnobs = {}  # that answers, as in `serve`: whatever is served can be evaluated
     bytes: Bytes = 400_000.0  # held-out text scored by each variant of the model
     sequence_length: int | None = Field(None, ge=16)  # of a window; None: what the recipe pretrains with, or 256
     questions: int = Field(0, ge=0)  # held-out questions with one documented answer, closed book against grounded
@@ -111,15 +112,18 @@ class Evaluate(Stage[Section]):
         unpacking = inputs["variants"]["dense_seconds"] if "variants" in inputs else ()  # of quantised variants
         seconds = passes * sum(unpacking)
         seconds += before * (
-            passes * per_pass + training.answer_seconds(planner, model, dtype, PROMPT, section.speed_tokens) * 1.3
+            passes * per_pass
+            + training.answer_seconds(planner, model, dtype, PROMPT, section.speed_tokens, section.engine) * 1.3
         )
         more_bytes = 0.0
         if section.questions:
             graded = min(before, 2) * section.questions
             encoder = training.encoder(planner, inputs["index"]["encoder"])[1]
-            seconds += graded * training.batch_seconds(planner, model, dtype, *GRADED) + encoder.seconds
-            pages = 4 * section.questions * GRADED[0] * shape.layers * shape.kv_heads * shape.head_dim
-            more_bytes = encoder.peak_bytes + min(units.parse(CACHE, "bytes"), pages * 2)
+            seconds += graded * training.batch_seconds(planner, model, dtype, *GRADED, section.engine) + encoder.seconds
+            kind = training.torch_dtype(dtype)
+            cache = cache_bytes(engine_config(section.engine, cache=CACHE), shape, kind)
+            pages = 2 * section.questions * GRADED[0] * shape.kv_bytes_per_token(kind)
+            more_bytes = encoder.peak_bytes + min(cache, pages)
         peak = max(
             training.forward_peak(planner, model, dtype, rows, length) + more_bytes,
             (meter.peak_bytes - resident) * more,
@@ -235,7 +239,7 @@ def _scored(
         began = time.perf_counter()
         found = score(model, tokenizer, texts, length, advance)
     seconds = time.perf_counter() - began
-    rate = {"tokens_per_second": _speed(model, section.speed_tokens)}
+    rate = {"tokens_per_second": _speed(model, section.speed_tokens, section.engine)}
     row = variant | found.as_dict() | {"seconds": seconds, "bytes": variant["bytes"]} | rate
     return row, model.config.flops_per_token(length)
 
@@ -286,7 +290,7 @@ def _asked(
     model = load_model(variant["folder"], dtype=training.DTYPES[str(section.dtype)])
     length = min(1024, model.config.context_length)
     return grounded.run(
-        Engine(model, Tokenizer.load(variant["folder"]), EngineConfig(cache=CACHE, max_length=length)),
+        Engine(model, Tokenizer.load(variant["folder"]), engine_config(section.engine, cache=CACHE, max_length=length)),
         gold,
         searcher,
         k=section.passages or 3,
@@ -304,9 +308,9 @@ def with_gold(asked: Sequence[Question], searcher: Searcher) -> list[grounded.It
     return [grounded.Item(q.id, q.question, q.answers, tuple(ids.get((q.document, q.evidence), ()))) for q in asked]
 
 
-def _speed(model: Any, tokens: int) -> float:
+def _speed(model: Any, tokens: int, knobs: dict[str, Any]) -> float:
     """Tokens per second that the engine writes for one request, after a prompt of `PROMPT` tokens."""
-    engine = Engine(model, None, EngineConfig(cache="32MiB", max_length=PROMPT + tokens + 16))
+    engine = Engine(model, None, engine_config(knobs | {"cache": "32MiB", "max_length": PROMPT + tokens + 16}))
     taken = []
     for first in range(3):  # the first calls take longer
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -326,6 +330,7 @@ def _tasks(section: Section, inputs: Inputs, context: Context) -> dict[str, Any]
         load_model(folder),
         Tokenizer.load(folder),
         [str(Choice.parse("task", t)) for t in section.tasks],
+        engine=engine_config(section.engine) if section.engine else None,
         keep=context.folder / "items.jsonl",
         events=context.events,
     )

@@ -6,7 +6,7 @@ on from a published model, `from: NAME` from the one that an earlier stage left.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -23,9 +23,9 @@ from modicum.pipeline.context import Context
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.report import plots
-from modicum.pipeline.section import Bytes, Parameters, Seconds, Strict, Tokens, method
+from modicum.pipeline.section import Bytes, Parameters, Seconds, Strict, Tokens, method, with_ports
 from modicum.pipeline.stage import Finished, Input, Inputs, Report, Stage, StagePlan
-from modicum.train.config import TrainConfig, members
+from modicum.train.config import members, run_ports
 from modicum.train.forms import merged
 from modicum.train.loop import train
 
@@ -66,6 +66,7 @@ class Section(Strict):
     parameters: Parameters | None = None  # None: the planner chooses
     shape: tuple[int, int] | None = None  # width and layers, for who wants to say them
     heads: int | None = Field(None, ge=1)  # None: of 64 dimensions, 32 in models narrower than 256
+    attention: method("attention") | None = None  # type: ignore[valid-type]  # pattern of every layer; None: causal
     time: Seconds | None = 210.0  # with tokens None: as many as fit in this time
     tokens: Tokens | None = None
     sequence_length: int = Field(256, ge=16)
@@ -74,17 +75,18 @@ class Section(Strict):
     lr: float | None = None  # None: from the model's width
     optimizer: method("optimizer") = "adamw"  # type: ignore[valid-type]
     schedule: method("schedule") = "wsd"  # type: ignore[valid-type]
-    objective: method("objective") = "next-token"  # type: ignore[valid-type]
-    memory: list[method("memory")] = []  # type: ignore[valid-type]
-    surgery: method("surgery") = "none"  # type: ignore[valid-type]
     form: method("linear") | None = None  # type: ignore[valid-type]
     targets: list[str] = ["layers.*"]  # the linear layers that get the form
     clip: float = Field(1.0, ge=0)  # limit of the gradient's norm, 0 for none
     masters: bool = True  # float32 weights behind bf16 ones
-    mixture: method("mixture") = "natural"  # type: ignore[valid-type]
-    packing: method("packing") = "concat"  # type: ignore[valid-type]
     dtype: Literal["bf16", "fp32", "bfloat16", "float32"] = "bf16"
     recall: Recall | None = None  # learn to recall from the context as well
+    # And a key for every other training port (objective, memory, surgery, averaging ...), data ports included
+    # (mixture, order, transform, packing).
+
+
+if not TYPE_CHECKING:
+    Section = with_ports(Section, run_ports())
 
 
 class Pretrain(Stage[Section]):
@@ -199,11 +201,9 @@ class Pretrain(Stage[Section]):
 def _check_methods(section: Section, reserved: bool | int, name: str, curate: str) -> None:
     """Refuse what does not go together, before anything is planned. reserved: tokens of the vocabulary that no text
     uses; True where the vocabulary is a given model's, which is asked when it is loaded."""
-    names = "sequence_length batch_tokens micro_batch optimizer schedule objective memory surgery form targets clip"
-    asked = section.model_dump(include=set(names.split()) | {"masters", "dtype"})
-    chosen = members(TrainConfig(steps=1, **asked))
-    chosen += [compose.member(port, getattr(section, port)) for port in ("packing", "mixture")]
-    marks = registry.build("objective", section.objective).reserved()
+    config = training.train_config(section, None, section.batch_tokens, 0)
+    chosen = members(config)
+    marks = registry.build("objective", config.choice("objective")).reserved()
     if reserved is True or reserved >= marks:
         chosen.append(compose.setting("the vocabulary", provides={"reserved_tokens"}))
     compose.resolve(
@@ -245,6 +245,7 @@ def _described(section: Section, shape: DecoderConfig) -> dict[str, Any]:
         "layers": shape.layers,
         "heads": section.heads,
         "context_length": shape.context_length,
+        "attention": shape.attention,
     }
 
 

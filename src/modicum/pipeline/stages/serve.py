@@ -12,6 +12,7 @@ from modicum.data.tokenizer import Tokenizer
 from modicum.model.folder import load_model
 from modicum.pipeline import training
 from modicum.pipeline.context import Context
+from modicum.pipeline.engine import EngineKnobs, cache_bytes, engine_config
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.report import gains, text
@@ -21,7 +22,6 @@ from modicum.pipeline.stages.ground import excerpt
 from modicum.retrieve.ground import Answer, ask, openai_generator
 from modicum.retrieve.search import Searcher
 from modicum.serve import native
-from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 from modicum.serve.messages import REPETITION
 
@@ -36,6 +36,7 @@ class Section(Strict):
     max_tokens: int = Field(64, ge=1)
     prompt_tokens: int = Field(960, ge=64)  # instructions, passages and question at most
     mode: str = "fused"
+    engine: EngineKnobs = {}  # what `modicum serve` takes: kv, scheduler, drafter, activation_bits, max_length ...
     dtype: str | None = None  # None: what the recipe pretrains in, or bf16
 
 
@@ -55,14 +56,15 @@ class Serve(Stage[Section]):
         shape = training.subject_shape(planner, model)
         questions, answer = len(section.questions) or ASKED, section.max_tokens
         prompt = max(min(section.prompt_tokens, shape.context_length - answer) // 2, 1)
-        seconds = training.answer_seconds(planner, model, dtype, prompt, answer)
+        seconds = training.answer_seconds(planner, model, dtype, prompt, answer, section.engine)
         load = training.encoder(planner, inputs["index"]["encoder"])[1]
+        cache = cache_bytes(engine_config(section.engine, cache=CACHE), shape, training.torch_dtype(dtype))
         return StagePlan(
             Cost(
                 parameters=shape.parameters(),
                 tokens=questions * (answer + prompt),
                 seconds=load.seconds + seconds * questions,
-                peak_bytes=load.peak_bytes + training.forward_peak(planner, model, dtype, 4, 256) + 64 * 2**20,
+                peak_bytes=load.peak_bytes + training.forward_peak(planner, model, dtype, 4, 256) + cache,
             ),
             {},
             "an answer timed; weights, cache and encoder",
@@ -75,7 +77,7 @@ class Serve(Stage[Section]):
         searcher = Searcher(inputs["index"]["folder"])
         tokenizer = Tokenizer.load(folder)
         model = load_model(folder, dtype=training.DTYPES[str(section.dtype)])
-        engine = Engine(model, tokenizer, EngineConfig(cache=CACHE))
+        engine = Engine(model, tokenizer, engine_config(section.engine, cache=CACHE))
         asked = section.questions or questions_of(searcher, context.recipe.seed)
         answers = []
         with BackgroundServer(engine, ServerConfig(port=0)) as server:
