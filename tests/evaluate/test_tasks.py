@@ -355,11 +355,16 @@ def test_paired_differences():
         paired([1.0], [1.0, 2.0])
 
 
-def test_compare_uses_common_items(model, tokenizer):
+def test_compare_asks_for_the_same_items(model, tokenizer):
     a = run_tasks(model, tokenizer, ["copy:length=2"], limit=6)
-    b = run_tasks(make(tokenizer, 1), tokenizer, ["copy:length=2"], limit=4)
+    b = run_tasks(make(tokenizer, 1), tokenizer, ["copy:length=2"], limit=6)
     rows = compare(a, b)
-    assert {r["figure"] for r in rows} == {"accuracy", "words"} and all(r["items"] == 4 for r in rows)
+    assert {r["figure"] for r in rows} == {"accuracy", "words"} and all(r["items"] == 6 for r in rows)
+    assert [r["figure"] for r in rows if "p_holm" in r] == ["accuracy"]
+    with pytest.raises(UserError, match="no result for 2 items"):
+        compare(a, run_tasks(make(tokenizer, 1), tokenizer, ["copy:length=2"], limit=4))
+    with pytest.raises(UserError, match="asked in other words"):
+        compare(a, run_tasks(model, tokenizer, ["copy:length=2"], limit=6, shots=1))
 
 
 def test_split_tasks():

@@ -9,8 +9,8 @@ from modicum.core import registry
 from modicum.core.errors import CorruptError, UserError
 from modicum.laws import estimate
 from modicum.laws.backtest import backtest
+from modicum.laws.curve import CurveLaw
 from modicum.laws.fit import Fit
-from modicum.laws.forms import Law
 from modicum.laws.table import as_table, read_runs
 
 
@@ -80,7 +80,9 @@ def test_objective_gradient(single):
         runs |= {"run": np.repeat(np.arange(4), 3), "final": np.tile([False, False, True], 4)}
     table = as_table(runs, law.reads)
     x = {n: table[n] / np.exp(np.log(table[n]).mean()) for n in law.reads}
-    problem = law._problem(x | {n: table[n] for n in ("loss", "run", "final")})
+    problem = law._problem(
+        x | {n: table[n] for n in ("loss", "run", "decay_left")} | {"observed": np.log(table["loss"])}
+    )
     phi = np.array([[0.5, -0.3, -0.5, -1.0, -1.1, -3.5, -5.0, -5.3], [0.4, -0.2, -0.6, -1.1, -0.9, -4.0, -4.0, -5.0]])
     counts = np.random.default_rng(0).integers(0, 3, (2, 12 if single else 4)).astype(float)
     for count in (None, counts):
@@ -97,14 +99,14 @@ def test_counted_runs_equal_repeated_rows():
     law = registry.build("law", "chinchilla")
     runs = runs_of(np.random.default_rng(1), 6) | {"run": np.array([0, 0, 1, 2, 2, 2])}
     table = as_table(runs, law.reads)
-    names = (*law.reads, "loss", "run", "final")
+    names = (*law.reads, "loss", "run", "decay_left")
 
     prior = estimate.Prior(np.zeros(8), np.ones(8))
 
     def problem_of(index, run):
         x = {n: table[n][index] / (1e9 if n in law.reads else 1) for n in names}
-        x |= {"run": np.array(run), "final": table["final"][index]}
-        return estimate.Problem(law.log_loss, law.gradient, x, prior, 1e-3, 4)
+        x |= {"run": np.array(run), "observed": np.log(x["loss"])}
+        return estimate.Problem(law.curve, law.gradient, x, prior, 1e-3, 4)
 
     phi = np.array([[0.5, -0.3, -0.5, -1.0, -1.1, -3.5, -5.0, -5.3]])
     weighted = problem_of(np.arange(6), [0, 0, 1, 2, 2, 2]).value(phi, np.array([[2.0, 0.0, 1.0]]))
@@ -125,9 +127,9 @@ def test_posterior_agrees_with_a_grid():
     t = np.array([-1.0, 0.0, 1.0])
     rows = {
         "t": t,
-        "loss": np.exp(0.3 + 0.1 * t + np.array([0.01, -0.02, 0.01])),
+        "observed": 0.3 + 0.1 * t + np.array([0.01, -0.02, 0.01]),
         "run": np.arange(3),
-        "final": np.ones(3, bool),
+        "decay_left": np.zeros(3),
     }
     prior = estimate.Prior(np.array([0, 0, -3.5, np.log(0.01), -5.0]), np.array([1, 0.1, 0.5, 1e-4, 0.7]))
     problem = estimate.Problem(line, slope, rows, prior, 1e-3, 4)
@@ -207,7 +209,7 @@ def test_generic_optimum_agrees_with_the_closed_form():
     law = registry.build("law", "chinchilla:draws=100")
     fit = law.fit(runs_of(np.random.default_rng(3)))
     closed = law.best_split(fit.draws_KP, fit.reference, 1e20)
-    assert np.allclose(Law.best_split(law, fit.draws_KP, fit.reference, 1e20), closed, rtol=1e-3)
+    assert np.allclose(CurveLaw.best_split(law, fit.draws_KP, fit.reference, 1e20), closed, rtol=1e-3)
 
 
 def test_backtest_and_bootstrap():

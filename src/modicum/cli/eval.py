@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +38,20 @@ def eval(
     limit: Annotated[int | None, typer.Option(help="Items per task.")] = None,
     shots: Annotated[int, typer.Option(help="Solved examples before each question, from another split.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of generated tasks and of the examples.")] = 0,
+    shot_seeds: Annotated[
+        int, typer.Option(help="Draw the examples so many times: mean over the draws, with the error they add.")
+    ] = 1,
+    repeat: Annotated[int, typer.Option(help="2: ask everything twice and check that every row is the same.")] = 1,
+    samples: Annotated[
+        Path | None, typer.Option(help="Write prompts, choices, likelihoods and replies: a .parquet or .jsonl file.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Write an HTML page of the items: right in one model, wrong in the other.")
+    ] = None,
+    contamination: Annotated[
+        str | None,
+        typer.Option(help="Look for the items in this corpus (13 words in a row): score on all, clean, touched items."),
+    ] = None,
     template: Annotated[
         str,
         typer.Option(
@@ -87,12 +101,15 @@ def eval(
             raise UserError(f"--text {source}: no such folder or file")
     first_side = Side(model, form, adapter, kv, drafter, activation_bits, size, dtype)
     sides = [first_side] if against is None else [first_side, first_side.other(against)]
+    from modicum.cli import _eval as show
     from modicum.cli._local import served_decoder
     from modicum.data.tokenizer import Tokenizer
+    from modicum.evaluate import items
     from modicum.evaluate.answer import serving
     from modicum.evaluate.compare import compare
     from modicum.evaluate.kept import Kept
     from modicum.evaluate.run import TaskResult, run_tasks, run_text, text_documents
+    from modicum.evaluate.shots import over_seeds
     from modicum.model.folder import find_folder
 
     kept = Kept(out / "items.jsonl")
@@ -121,7 +138,8 @@ def eval(
             )
             for source in text or []
         ]
-        return results + run_tasks(
+        ask = functools.partial(
+            run_tasks,
             decoder,
             tokenizer,
             names,
@@ -132,22 +150,39 @@ def eval(
             template=template,
             engine=config,
             batch_tokens=batch_tokens,
-            keep=kept,
             include_path=include_path,
         )
+        draws = [ask(shot_seed=seed + i, keep=kept) for i in range(max(shot_seeds, 1))]
+        if repeat > 1:
+            show.same_again(draws[0], ask(shot_seed=seed, keep=None))
+        return results + [over_seeds(group) for group in zip(*draws, strict=True)]
 
     found = [run(side) for side in sides]
     labels = [str(side) for side in sides]
     rows = compare(*found) if len(found) == 2 else []
+    if samples or page:
+        table = [row for label, results in zip(labels, found, strict=True) for row in items.table(results, label)]
+        if samples:
+            items.write(table, samples)
+        if page:
+            items.page(table, page)
+    touched = [show.contaminated(result, contamination) for result in found[0] if result.items] if contamination else []
     if as_json:
-        record: dict[str, Any] = {"model": labels[0], "results": [_record(r) for r in found[0]]}
+        record: dict[str, Any] = {"model": labels[0], "results": [show.record(r) for r in found[0]]}
+        if touched:
+            record["contamination"] = touched
         if rows:
-            record |= {"against": labels[1], "against_results": [_record(r) for r in found[1]], "paired": rows}
+            record |= {"against": labels[1], "against_results": [show.record(r) for r in found[1]], "paired": rows}
         print(json.dumps(record, indent=2))
     elif rows:
-        _print_pairs(labels, rows)
+        show.print_pairs(labels, rows)
     else:
-        _print_figures(found[0])
+        show.print_figures(found[0])
+    if not as_json:
+        for said in touched:
+            show.print_touched(said)
+        for path in filter(None, (samples, page)):
+            print(f"items: {path}")
 
 
 @dataclass(frozen=True)
@@ -221,65 +256,3 @@ def split_tasks(text: str) -> list[str]:
         else:
             names.append(part)
     return list(dict.fromkeys(names))
-
-
-def _claim(task: str) -> dict[str, str]:
-    """What was published of a task, from its card."""
-    from modicum.bench.card import read_card
-    from modicum.core import registry
-
-    key = task.partition(":")[0]
-    return read_card(registry.methods("task")[key]).claim if key in registry.methods("task") else {}
-
-
-def _record(result: Any) -> dict[str, Any]:
-    record: dict[str, Any] = result.as_dict()
-    return record | ({"published": claim} if (claim := _claim(result.task)) else {})
-
-
-def _print_figures(results: Sequence[Any]) -> None:
-    from modicum.evaluate.run import short
-
-    rows = [("task", "figure", "value", "standard error", "items", "items/s", "published")]
-    for r in results:
-        rate = r.items_per_second
-        for name, f in r.figures.items():
-            main = name == r.metric
-            rows.append(
-                (
-                    short(r.task),
-                    name + " *" * main,
-                    f"{f['value']:.4f}",
-                    f"{f['stderr']:.4f}" if f["stderr"] == f["stderr"] else "",
-                    str(f["documents"]),
-                    f"{rate:.1f}" if main and rate else "",
-                    _claim(r.task).get("figure", "") if main else "",
-                )
-            )
-    _table(rows)
-
-
-def _print_pairs(labels: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    from modicum.evaluate.run import short
-
-    _table(
-        [("task", "figure", *labels, "difference", "95% interval", "items")]
-        + [
-            (
-                short(r["task"]),
-                r["figure"],
-                f"{r['a']:.4f}",
-                f"{r['b']:.4f}",
-                f"{r['difference']:+.4f} ± {r['stderr']:.4f}",
-                f"{r['low']:+.4f} to {r['high']:+.4f}",
-                str(r["items"]),
-            )
-            for r in rows
-        ]
-    )
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

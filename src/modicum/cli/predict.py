@@ -13,12 +13,12 @@ from modicum.core.errors import UserError
 
 def predict(
     runs: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            help="Run records: .jsonl, .csv or .parquet with parameters, tokens, loss "
+            help="Run records: .jsonl, .csv or .parquet with parameters, tokens and loss, or a score "
             "(and run, final if several rows belong to one run)."
         ),
-    ],
+    ] = None,
     law: Annotated[str, typer.Option(help="Form of law, with knobs: chinchilla, power:x=tokens, ...")] = "chinchilla",
     at: Annotated[
         list[str] | None, typer.Option(help="Point to predict: parameters=1e9,tokens=2e10 (repeat for more).")
@@ -32,6 +32,20 @@ def predict(
         float | None,
         typer.Option(help="Back-test: fit on this share of the runs (smallest FLOPs first), predict the rest."),
     ] = None,
+    leave_out: Annotated[
+        str | None, typer.Option(help="Back-test: predict each value of this column (family, ...) from all the others.")
+    ] = None,
+    buy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A run you can afford, as --at (repeat): which narrows the interval of the first --at most; or "
+            "1e18flop: the runs of the fitted sizes and halves and doubles within it."
+        ),
+    ] = None,
+    runs_for: Annotated[
+        str | None, typer.Option(help="Which runs the law asks for within this compute, e.g. 1e17flop; needs no RUNS.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep the fit as JSON (hitchhikers-laws:transfer=FILE).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write an HTML figure here.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws behind the intervals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
@@ -41,17 +55,28 @@ def predict(
     from modicum.core import registry
     from modicum.core.files import write_text
     from modicum.laws.backtest import backtest
+    from modicum.laws.backtest import leave_out as left_out
     from modicum.laws.table import read_runs, rename
 
     method = registry.build("law", law)
+    if runs_for is not None:
+        specs = [spec.as_dict() for spec in method.runs(units.parse(runs_for, "flops"))]
+        print("\n".join(map(json.dumps, specs)))
+        return
+    if runs is None:
+        raise UserError("give run records, for example runs.csv; or --runs-for 1e17flop to see which to make")
     points = _points(at or [])
     flops = units.parse(budget, "flops") if budget else None
     table = rename(read_runs(runs), _pairs(columns, "--columns parameters=params"))
     fit = method.fit(table, seed)
     said = method.predict(fit, points, level) if points else None
     best = method.optimum(fit, flops, level) if flops else None
+    offers = _offers(method, fit, points, buy, level) if buy else []
+    parts = left_out(table, leave_out, law=law, level=level, seed=seed) if leave_out else None
     tried = backtest(table, None, cut, law=law, level=level, seed=seed) if cut is not None else None
     spread = dict(zip(fit.parameters, (float(v) ** 0.5 for v in fit.covariance_QQ.diagonal()), strict=True))
+    if save:
+        write_text(save, json.dumps(fit.as_dict()))
     if plot:
         from modicum.laws.plot import figure
 
@@ -71,8 +96,12 @@ def predict(
             result["predictions"] = [point | row for point, row in zip(points, said.rows(), strict=True)]
         if best:
             result["optimum"] = best.as_dict()
+        if offers:
+            result["buy"] = offers
         if tried:
             result["backtest"] = tried
+        if parts:
+            result["leave_out"] = parts
         print(json.dumps(result, indent=2))
         return
     print(f"{law}: {fit.points} rows of {fit.runs} runs, mean residual {fit.residual:.2%}, spread by {fit.method}")
@@ -82,7 +111,7 @@ def predict(
         for point, row in zip(points, said.rows(), strict=True):
             where = ", ".join(f"{k} {v:.4g}" for k, v in point.items())
             print(
-                f"at {where}: loss {row['mean']:.4f}, {level:.0%} of such runs within "
+                f"at {where}: {method.target} {row['mean']:.4f}, {level:.0%} of such runs within "
                 f"{row['low']:.4f} to {row['high']:.4f}"
             )
     if best:
@@ -93,6 +122,16 @@ def predict(
             f"({best.tokens_interval[0]:.3g} to {best.tokens_interval[1]:.3g}), loss {best.loss:.4f} "
             f"({best.loss_interval[0]:.4f} to {best.loss_interval[1]:.4f})"
         )
+    for offer in offers:
+        where = ", ".join(f"{k} {offer[k]:.4g}" for k in method.reads if k in offer)
+        print(f"buy {where}: the interval becomes {offer['width']:.4f} wide, {offer['narrows']:.0%} narrower")
+    if parts:
+        kind = "mean error" if method.target == "loss" else "mean error (absolute)"
+        for name, part in parts["parts"].items():
+            print(f"without {name}: {kind} {part['error']:.2%} on {part['held_out']}, {part['coverage']:.0%} inside")
+        for name, why in parts["refused"].items():
+            print(f"without {name}: refused, {why}")
+        print(f"left out in turn: {kind} {parts['error']:.2%}, {parts['coverage']:.0%} inside the {level:.0%} interval")
     if tried:
         print(
             f"back-test: fitted on {tried['fitted_runs']} runs up to {tried['cut']:.3g} FLOPs, predicted "
@@ -101,6 +140,25 @@ def predict(
         )
     if plot:
         print(f"figure: {plot}")
+
+
+def _offers(
+    method: Any, fit: Any, points: list[dict[str, float]], texts: list[str], level: float
+) -> list[dict[str, Any]]:
+    """Candidate runs by what they tell about the first point."""
+    from modicum.budget import units
+    from modicum.laws.plan import affordable
+    from modicum.laws.plan import buy as ranked
+
+    if not points:
+        raise UserError("--buy narrows the interval of a target: name it with --at parameters=1e9,tokens=2e10")
+    candidates: list[dict[str, float]] = []
+    for text in texts:
+        if "=" in text:
+            candidates += _points([text])
+        else:
+            candidates += affordable(fit, units.parse(text, "flops"))
+    return ranked(method, fit, points[0], candidates, level)
 
 
 def _pairs(text: str, example: str) -> dict[str, str]:

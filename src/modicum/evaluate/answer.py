@@ -95,11 +95,12 @@ class Answerer:
     def _choose(self, request: Choose) -> Encoded:
         if not all(request.choices):
             raise UserError(f"an empty continuation (of {request.prompt[-40:]!r}) has no likelihood; give it text")
+        prompts = request.before or (request.prompt,) * len(request.choices)
         if self.template == "always":
-            context = self._chat(request.prompt)
+            chats = {prompt: self._chat(prompt) for prompt in dict.fromkeys(prompts)}
             after = tuple(self.tokenizer.encode(choice.lstrip() or choice) for choice in request.choices)
-            return Encoded(request, (context,) * len(after), after)
-        pairs = [split_pair(self.tokenizer, request.prompt, choice) for choice in request.choices]
+            return Encoded(request, tuple(chats[prompt] for prompt in prompts), after)
+        pairs = [split_pair(self.tokenizer, p, choice) for p, choice in zip(prompts, request.choices, strict=True)]
         contexts = tuple((self.front + before) or [self.tokenizer.start_id] for before, _ in pairs)
         return Encoded(request, contexts, tuple(after for _, after in pairs))
 

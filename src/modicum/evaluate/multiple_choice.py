@@ -1,20 +1,27 @@
-"""Multiple choice in the cloze form: the choice that is likeliest after the question wins.
+"""Multiple choice by likelihood, with every normalisation side by side from one pass.
 
-    acc        argmax_i log p(choice_i | question)                  no normalisation
-    acc_norm   argmax_i log p(choice_i | question) / bytes_i        UTF-8 bytes, the space before it left out
-    acc_token  argmax_i log p(choice_i | question) / tokens_i
+    acc         argmax_i log p(choice_i | question)                  no normalisation
+    acc_norm    argmax_i log p(choice_i | question) / bytes_i        UTF-8 bytes, the space before it left out
+    acc_char    the same over characters, which lm-evaluation-harness calls acc_norm
+    acc_token   the same over tokens
+    acc_pmi     argmax_i log p(choice_i | question) - log p(choice_i | "Answer:"), with pmi=true: a second pass
+    prob        p_right / sum_i p_i, of whole choices;               brier its squared error over the choices
 
-`nats` is the negative log-likelihood of the right choice, which moves before accuracies do. In ASCII text acc_norm is
-lm-evaluation-harness's and lighteval's, which count characters (Gao et al., lm-evaluation-harness; lighteval's
-`LogProbCharNorm`).
+`nats` is the negative log-likelihood of the right choice and `bits_per_byte` the same by the bytes that were scored,
+its space included: both move before accuracies do. A question is asked in one of three forms: `cloze` (the choice's
+text is scored after the question), `letters` (the choices are listed, their letters scored), `hybrid` (listed, their
+text scored).
+
+Gao et al., lm-evaluation-harness; Holtzman et al. 2021, arXiv:2104.08315 (PMI).
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,37 +29,62 @@ from modicum.core.errors import UserError
 from modicum.evaluate.rows import FileConfig, rows_of
 from modicum.evaluate.tasks import Choose, Doc, Task
 
-FIGURES = {"bytes": "acc_norm", "tokens": "acc_token", "none": "acc"}  # by what the main figure divides by
+FIGURES = {"bytes": "acc_norm", "characters": "acc_char", "tokens": "acc_token", "none": "acc", "pmi": "acc_pmi"}
+FORMS = ("cloze", "letters", "hybrid")
+NOTHING = "Answer:"  # what PMI's unconditional likelihood stands after
 
 
-def check_normalise(normalise: str) -> None:
+def check_normalise(normalise: str, pmi: bool = False) -> None:
     if normalise not in FIGURES:
         raise ValueError(f"normalise={normalise!r}: allowed are {', '.join(FIGURES)}")
+    if normalise == "pmi" and not pmi:
+        raise ValueError("normalise=pmi needs pmi=true, which scores every choice a second time without its question")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceConfig(FileConfig):
-    normalise: str = "bytes"  # what the main figure divides by: bytes, tokens, none
+    normalise: str = "bytes"  # what the main figure divides by: bytes, characters, tokens, none, pmi
+    form: str = "cloze"  # cloze, letters or hybrid
+    pmi: bool = False  # score the choices without the question too
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_normalise(self.normalise)
+        check_normalise(self.normalise, self.pmi)
+        if self.form not in FORMS:
+            raise ValueError(f"form={self.form!r}: allowed are {', '.join(FORMS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LetterConfig(ChoiceConfig):
+    """Of a task whose wording lists the choices and asks for a letter: nothing is there to normalise by."""
+
+    normalise: str = "none"
+    form: str = "letters"
 
 
 @dataclass(frozen=True)
 class Question:
-    """answer: an index from 0, a letter from A, or one of the choices."""
+    """answer: an index from 0, a letter from A, or one of the choices; cluster: what the item shares with others.
+
+    before: where each choice stands in a text of its own (a blank that it fills), the text before the scored part.
+    """
 
     prompt: str
     choices: Sequence[Any]
     answer: Any
+    cluster: str | None = None
+    before: tuple[str, ...] = ()
 
 
 class MultipleChoice(Task):
-    """Base of the tasks on files of questions: a subclass writes `question(row)`."""
+    """Base of the tasks on files of questions: a subclass writes `question(row)`.
+
+    delimiter: what stands between a question and a choice, as in the wording that is followed.
+    """
 
     config: Any
-    version = 2
+    version = 3
+    delimiter: ClassVar[str] = " "
 
     @property
     def metric(self) -> str:  # type: ignore[override]
@@ -69,16 +101,37 @@ class MultipleChoice(Task):
             if not isinstance(asked.choices, list | tuple) or len(asked.choices) < 2:
                 raise UserError(f"{where}: the choices are {asked.choices!r}; they must be a list of two or more texts")
             choices = [str(choice) for choice in asked.choices]
-            yield {
+            doc = {
                 "id": str(row.get("id", number)),
                 "prompt": asked.prompt,
                 "choices": choices,
                 "answer": index_of(asked.answer, choices, where),
             }
+            form = getattr(self.config, "form", "cloze")
+            if form != "cloze" and not asked.before:
+                listed = "".join(f"{chr(ord('A') + i)}. {choice}\n" for i, choice in enumerate(choices))
+                head, last = self._split(asked.prompt)
+                doc |= {"prompt": f"{head}\n{listed}{last}"}
+                if form == "letters":
+                    doc |= {"choices": [chr(ord("A") + i) for i in range(len(choices))]}
+            if asked.cluster is not None:
+                doc |= {"cluster": asked.cluster}
+            yield doc | ({"before": asked.before} if asked.before else {})
+
+    @staticmethod
+    def _split(prompt: str) -> tuple[str, str]:
+        """The question, and the line that asks for the answer."""
+        for last in ("Answer:", "A:"):
+            if prompt.endswith(f"\n{last}"):
+                return prompt.removesuffix(f"\n{last}"), last
+        return prompt, "Answer:"
 
     def requests(self, doc: Doc, shots: Sequence[Doc]) -> list[Any]:
         before = "".join(self.text(shot) + "\n\n" for shot in shots)
-        return [Choose(before + doc["prompt"], tuple(" " + choice for choice in doc["choices"]))]
+        choices = tuple(self.delimiter + choice for choice in doc["choices"])
+        own = tuple(before + text for text in doc.get("before", ()))
+        asked = [Choose(before + doc["prompt"], choices, own)]
+        return asked + ([Choose(NOTHING, choices)] if getattr(self.config, "pmi", False) else [])
 
     def grade(self, doc: Doc, replies: Sequence[Any]) -> dict[str, float]:
         scores, right = replies[0], doc["answer"]
@@ -86,13 +139,25 @@ class MultipleChoice(Task):
         sizes = {
             "acc": np.ones(len(nats)),
             "acc_norm": np.array([max(1, len(c.encode("utf-8", "surrogatepass"))) for c in doc["choices"]]),
+            "acc_char": np.array([max(1, len(c)) for c in doc["choices"]]),
             "acc_token": np.array([s.tokens for s in scores]),
         }
         figures = {name: float((nats / size).argmax() == right) for name, size in sizes.items()}
-        return figures | {"nats": float(-nats[right])}
+        if len(replies) > 1:
+            figures["acc_pmi"] = float((nats - np.array([s.nats for s in replies[1]])).argmax() == right)
+        share = np.exp(nats - nats.max())
+        share /= share.sum()
+        brier = float(((share - (np.arange(len(share)) == right)) ** 2).sum())
+        return figures | {
+            "prob": float(share[right]),
+            "brier": brier,
+            "nats": float(-nats[right]),
+            "bits_per_byte": float(-nats[right] / math.log(2) / scores[right].nbytes),
+        }
 
     def text(self, doc: Doc) -> str:
-        return f"{doc['prompt']} {doc['choices'][doc['answer']]}"
+        prompt = doc["before"][doc["answer"]] if "before" in doc else doc["prompt"]
+        return f"{prompt}{self.delimiter}{doc['choices'][doc['answer']]}"
 
 
 def index_of(answer: Any, choices: Sequence[str], where: str) -> int:

@@ -14,7 +14,9 @@ from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.core.events import Events
 from modicum.core.files import fingerprint
+from modicum.evaluate import items
 from modicum.evaluate.answer import Answerer
+from modicum.evaluate.compare import clustered_error
 from modicum.evaluate.kept import Kept, model_fingerprint
 from modicum.evaluate.lm import document_nats, summarise
 from modicum.evaluate.score import BATCH_TOKENS
@@ -30,12 +32,18 @@ LM_EVAL = "lm-eval:"
 
 @dataclass(frozen=True)
 class TaskResult:
-    """figures: {name: {value, stderr, documents}}; rows: one per document, {id, figure: value, ...}."""
+    """figures: {name: {value, stderr, documents}}; rows: one per document, {id, asked, figure: value, ...}.
+
+    asked: a hash of the requests, so that two models are only compared on items that were asked alike; cluster: where
+    the document names one, what it shares with others. items: the same with prompts, choices and replies
+    (`evaluate.items`).
+    """
 
     task: str
     metric: str
     figures: dict[str, dict[str, float]]
     rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    items: list[dict[str, Any]] = field(default_factory=list, repr=False)
     resumed: int = 0  # of the rows, how many were kept from an earlier run
     seconds: float = 0.0  # that the others took
 
@@ -50,7 +58,7 @@ class TaskResult:
 
     def as_dict(self, rows: bool = False) -> dict[str, Any]:
         record = asdict(self) | {"items_per_second": self.items_per_second}
-        return record if rows else {k: v for k, v in record.items() if k != "rows"}
+        return record if rows else {k: v for k, v in record.items() if k not in ("rows", "items")}
 
 
 def run_tasks(
@@ -61,6 +69,7 @@ def run_tasks(
     limit: int | None = None,
     shots: int = 0,
     seed: int = 0,
+    shot_seed: int | None = None,
     prefix: str = "auto",
     template: str = "none",
     engine: EngineConfig | None = None,
@@ -71,24 +80,26 @@ def run_tasks(
 ) -> list[TaskResult]:
     """Evaluate `model` on tasks named as on the command line: "needle", "copy:length=512", "lm-eval:TASK".
 
-    limit: documents per task. shots: solved examples before each question, from another split. prefix: what
-    stands before a prompt, "auto" (bos where the model has one), "start" or "none". template: "auto" (prompts to be
-    answered in words go through the chat template, where the tokenizer has one), "always" (choices too) or "none".
-    engine: how the model is served meanwhile (KV policy, drafter, eight-bit activations). batch_tokens: of one forward
-    pass of texts (`loglikelihood_rolling`). keep: a JSONL file (or an open `Kept`) of finished items. include_path:
-    folder of lm-eval's own YAML tasks.
+    limit: documents per task. shots: solved examples before each question, from another split, drawn by `shot_seed`
+    (left out: by `seed`, which also makes generated questions). prefix: what stands before a prompt, "auto" (bos where
+    the model has one), "start" or "none". template: "auto" (prompts to be answered in words go through the chat
+    template, where the tokenizer has one), "always" (choices too) or "none". engine: how the model is served meanwhile
+    (KV policy, drafter, eight-bit activations). batch_tokens: of one forward pass of texts (`loglikelihood_rolling`).
+    keep: a JSONL file (or an open `Kept`) of finished items. include_path: folder of lm-eval's own YAML tasks.
     """
     kept, events = keep if isinstance(keep, Kept) else Kept(keep), events or Events()
     ours = [(name, registry.build("task", name)) for name in tasks if not name.startswith(LM_EVAL)]
     name_of_model = model_fingerprint(model, tokenizer)
     answerer = Answerer(model, tokenizer, engine, prefix=prefix, template=template)
-    common = [name_of_model, *answerer.settings]
+    common = ["item with replies", name_of_model, *answerer.settings]
     training = model.training
     found: dict[str, TaskResult] = {}
     try:
         for name, task in ours:
             own = getattr(task.config, "shots", None)
-            found[name] = _run(task, name, answerer, common, limit, shots if own is None else own, seed, kept, events)
+            drawn = seed if shot_seed is None else shot_seed
+            asked = (limit, shots if own is None else own, seed, drawn)
+            found[name] = _run(task, name, answerer, common, asked, kept, events)
         theirs = [name.removeprefix(LM_EVAL) for name in tasks if name.startswith(LM_EVAL)]
         if theirs:
             from modicum.evaluate.lm_eval import run_lm_eval
@@ -119,17 +130,17 @@ def _run(
     name: str,
     answerer: Answerer,
     common: list[Any],
-    limit: int | None,
-    shots: int,
-    seed: int,
+    settings: tuple[int | None, int, int, int],
     kept: Kept,
     events: Events,
 ) -> TaskResult:
+    """`settings`: limit, shots, seed of the questions and of the examples."""
+    limit, shots, seed, shot_seed = settings
     docs = list(task.docs("test", limit, seed))
     if not docs:
         raise UserError(f"the task {name} gave no documents; look at its limit, split and file")
-    examples = list(task.docs("train", shots + 1, seed)) if shots else []
-    common = [*common, task.version, Choice.parse("task", name).resolved(), shots, seed]
+    examples = list(task.docs("train", shots + 1, shot_seed)) if shots else []
+    common = [*common, task.version, Choice.parse("task", name).resolved(), shots, seed, shot_seed]
     asked = []
     for doc in docs:
         own = [e for e in examples if e["id"] != doc["id"]][:shots]
@@ -146,23 +157,52 @@ def _run(
         progress.resume_at(len(docs) - len(todo))
         encoded = [[answerer.encode(request) for request in requests] for _, requests, _ in todo]
         longest = max((e.longest for some in encoded for e in some), default=0)
+        last = time.perf_counter()
         for done, (i, replies) in enumerate(answerer.replies(enumerate(encoded), longest), 1):
             doc, _, key = todo[i]
             figures = task.grade(doc, replies)
             total += figures[task.metric]
-            kept.add(key, figures, task=name, id=doc["id"], replies=_shown(replies))
+            now = time.perf_counter()
+            # Items are answered together: an item's seconds are those since the one before it was finished.
+            kept.add(
+                key, {"figures": figures, "replies": shown(replies), "seconds": now - last}, task=name, id=doc["id"]
+            )
+            last = now
             progress.update(1, **{task.metric: total / done})
-    rows = [kept[key] for _, _, key in asked]
+    figures_of = [kept[key]["figures"] for _, _, key in asked]
+    clusters = [doc.get("cluster") for doc, _, _ in asked]
+    about = [
+        {"id": doc["id"], "asked": fingerprint([task.version, [asdict(r) for r in requests]])[:12]}
+        | ({} if cluster is None else {"cluster": cluster})
+        for (doc, requests, _), cluster in zip(asked, clusters, strict=True)
+    ]
     result = TaskResult(
         name,
         task.metric,
-        task.aggregate(rows),
-        [{"id": doc["id"]} | row for (doc, _, _), row in zip(asked, rows, strict=True)],
+        clustered(task.aggregate(figures_of), figures_of, clusters),
+        [row | figures for row, figures in zip(about, figures_of, strict=True)],
+        [
+            items.item(doc, requests, kept[key], row, task.metric)
+            for (doc, requests, key), row in zip(asked, about, strict=True)
+        ],
         len(docs) - len(todo),
         time.perf_counter() - start if todo else 0.0,
     )
     events.emit("task", task=name, figures=result.figures)
     return result
+
+
+def clustered(
+    figures: dict[str, dict[str, float]], rows: Sequence[dict[str, float]], clusters: Sequence[Any]
+) -> dict[str, dict[str, float]]:
+    """Figures with errors over clusters instead of items, where the documents say what they share."""
+    if any(cluster is None for cluster in clusters):
+        return figures
+    return {
+        name: figure
+        | {"stderr": clustered_error([row[name] for row in rows], clusters), "clusters": len(set(clusters))}
+        for name, figure in figures.items()
+    }
 
 
 def short(task: str) -> str:
@@ -172,8 +212,8 @@ def short(task: str) -> str:
     return f"{head}{equals}{Path(path).name}{comma}{rest}" if equals else task
 
 
-def _shown(replies: Iterable[Any]) -> list[Any]:
-    """Replies as they are kept: texts, or of each choice its nats, bytes and tokens."""
+def shown(replies: Iterable[Any]) -> list[Any]:
+    """Replies as they are kept: texts, or of each choice its nats (unrounded), bytes and tokens."""
     return [
         {"nats": [s.nats for s in r], "bytes": [s.nbytes for s in r], "tokens": [s.tokens for s in r]}
         if isinstance(r, list)
@@ -245,7 +285,7 @@ def run_text(
         "perplexity": {"value": score.perplexity, "stderr": math.nan, "documents": score.documents},
     }
     events.emit("task", task=name, figures=figures)
-    return TaskResult(name, "bits_per_byte", figures, rows, resumed)
+    return TaskResult(name, "bits_per_byte", figures, rows, resumed=resumed)
 
 
 def _text_row(id_: str, value: Sequence[float]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Fitting a law: robust maximum a posteriori, then draws by posterior sampling or bootstrap.
 
-The log residual of row i is r_i = log L_i - log f(x_i). Hoffmann et al. 2022 (arXiv:2203.15556,
-section 3.3) minimise sum_i Huber_delta(r_i), delta = 1e-3. That is the maximum of the likelihood whose
-density is
+The residual of row i is r_i = log L_i - log f(x_i) for a loss, y_i - f(x_i) for a score or a change. Hoffmann et al.
+2022 (arXiv:2203.15556, section 3.3) minimise sum_i Huber_delta(r_i), delta = 1e-3. That is the maximum of the
+likelihood whose density is
 
     p(r | s) = exp(-Huber_delta(r) / (delta s)) / Z(s),      close to Laplace(s) when s >> delta,
 
@@ -31,8 +31,8 @@ from scipy.special import erf
 
 from modicum.laws.table import Table
 
-LogLaw = Callable[[np.ndarray, Table], np.ndarray]  # (theta_KP, rows) -> log loss_KN
-Gradient = Callable[[np.ndarray, Table], np.ndarray]  # (theta_KP, rows) -> d log loss / d theta_KNP
+Curve = Callable[[np.ndarray, Table], np.ndarray]  # (theta_KP, rows) -> log loss, score or change, KN
+Gradient = Callable[[np.ndarray, Table], np.ndarray]  # (theta_KP, rows) -> d curve / d theta_KNP
 
 
 def huber(r: np.ndarray, delta: float) -> np.ndarray:
@@ -43,7 +43,7 @@ def huber(r: np.ndarray, delta: float) -> np.ndarray:
 
 def log_norm(log_scale: np.ndarray, delta: float) -> np.ndarray:
     """log Z(s): the integral of exp(-huber(r) / s) over all r."""
-    s = np.exp(log_scale)
+    s = np.exp(np.maximum(log_scale, np.log(delta) - 12))
     return np.log(np.sqrt(2 * np.pi * s * delta) * erf(np.sqrt(delta / (2 * s))) + 2 * s * np.exp(-delta / (2 * s)))
 
 
@@ -78,7 +78,7 @@ class Problem:
     each of them (a bootstrap's resamples); None counts each run once.
     """
 
-    log_law: LogLaw
+    curve: Curve
     gradient: Gradient
     rows: Table
     prior: Prior
@@ -95,14 +95,14 @@ class Problem:
         self.n_runs, self.n_rows = len(self.size_R), len(self.run_N)
         self.single = bool((self.size_R == 1).all())
         self.degrees_R = np.minimum(self.size_R, self.per_run) - 1.0
-        self.log_loss_N = np.log(self.rows["loss"])
-        self.early_N = (~self.rows["final"]).astype(float)
+        # Rows that are known less well than others (a score of few items) count by their spread.
+        self.spread_N = self.rows.get("spread", np.ones(self.n_rows))
 
     def residuals(self, phi_KF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean residual of each run, and each row's deviation from it."""
         p = self.n_coordinates
-        r_KN = self.log_loss_N - self.log_law(phi_KF[:, :p], self.rows)
-        r_KN = r_KN - np.log1p(np.exp(phi_KF[:, p : p + 1])) * self.early_N
+        r_KN = self.rows["observed"] - self.curve(phi_KF[:, :p], self.rows)
+        r_KN = (r_KN - np.log1p(np.exp(phi_KF[:, p : p + 1])) * self.rows["decay_left"]) / self.spread_N
         if self.single:
             return r_KN, np.zeros_like(r_KN)
         mean_KR = self._mean(r_KN)
@@ -168,11 +168,12 @@ class Problem:
         return np.where(good_K, value_K, np.inf), np.where(good_K[:, None], gradient_KF, 0.0)
 
     def _jacobian(self, phi_KF: np.ndarray) -> np.ndarray:
-        """d (log law + log(1 + gap) early) / d (theta, log gap), shape KN(P+1)."""
+        """d (curve + log(1 + gap) decay_left) / spread / d (theta, log gap), shape KN(P+1)."""
         p = self.n_coordinates
         gap_K = np.exp(phi_KF[:, p])
-        gap_KN = (gap_K / (1 + gap_K))[:, None] * self.early_N
-        return np.concatenate([self.gradient(phi_KF[:, :p], self.rows), gap_KN[..., None]], axis=2)
+        gap_KN = (gap_K / (1 + gap_K))[:, None] * self.rows["decay_left"]
+        slope_KNF = np.concatenate([self.gradient(phi_KF[:, :p], self.rows), gap_KN[..., None]], axis=2)
+        return slope_KNF / self.spread_N[:, None]
 
     def information(self, phi_KF: np.ndarray) -> np.ndarray:
         """Expected information plus prior precision, KFF: where searches and samplers start from."""

@@ -14,30 +14,34 @@ from modicum.core.errors import CorruptError
 class Fit:
     """A fitted law. Letters: K draws, P coordinates, Q reported parameters.
 
+    target: what it predicts, "loss", "score" or "change". A law that is no curve of a few parameters keeps what it
+    needs in `extra` (JSON-able) and leaves the draws empty.
     parameters: the best value of each parameter, in the law's own units.
     draws_KP: the law's working coordinates (`coordinates`), one row per posterior or bootstrap draw.
-    noise_K: for each draw, the Laplace scale of the log loss of a new run around the law;
+    noise_K: for each draw, the Laplace scale of a new run (log loss, score or change) around the law;
     within_K: of one measurement around its run's mean (zero where every run has one row).
     covariance_QQ: covariance of the reported parameters over the draws, in the order of `parameters`.
     """
 
     law: str
     parameters: dict[str, float]
-    covariance_QQ: np.ndarray
-    best_P: np.ndarray
-    draws_KP: np.ndarray
-    noise_K: np.ndarray
-    within_K: np.ndarray
-    coordinates: tuple[str, ...]
-    reference: dict[str, float]  # geometric mean of each column: where the coordinates are centred
-    range: dict[str, tuple[float, float]]  # smallest and largest value of each column that was fitted
-    method: str  # "posterior" or "bootstrap"
     points: int
     runs: int
     seed: int
+    target: str = "loss"
+    method: str = "posterior"  # or "bootstrap", "residuals"
+    covariance_QQ: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    best_P: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    draws_KP: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    noise_K: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    within_K: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    coordinates: tuple[str, ...] = ()
+    reference: dict[str, float] = field(default_factory=dict)  # geometric mean of each column: where it is centred
+    range: dict[str, tuple[float, float]] = field(default_factory=dict)  # smallest and largest value that was fitted
     gap: float = 0.0  # relative excess of a loss before the learning rate is cooled down
-    residual: float = 0.0  # mean absolute log residual of the fitted rows
+    residual: float = 0.0  # mean absolute residual of the fitted rows (of the log loss, the score or the change)
     knobs: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def interval(self, values_KQ: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         tail = (1 - level) / 2
@@ -66,7 +70,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Loss at each of N points: mean, and the interval in which a new run's loss falls with share `level`."""
+    """Loss, score or change at each of N points: mean, and the interval that holds a new run's with share `level`."""
 
     mean: np.ndarray
     low: np.ndarray

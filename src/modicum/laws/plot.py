@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from modicum.laws.curve import CurveLaw
 from modicum.laws.fit import Fit
-from modicum.laws.forms import Law
 from modicum.laws.table import FLOPS_PER_PARAMETER_TOKEN, Runs, as_table
 
 BLUE, GREY, RED = "#2457a7", "#8a8f98", "#c0392b"
 
 
 def figure(
-    law: Law,
+    law: CurveLaw,
     fit: Fit,
     runs: Runs,
     points: Runs | None = None,
@@ -35,7 +35,7 @@ def figure(
         return (FLOPS_PER_PARAMETER_TOKEN * rows["parameters"] * rows["tokens"]) if two else rows[law.reads[0]]
 
     chart = go.Figure()
-    ahead = as_table(points, law.reads, loss=False) if points is not None else None
+    ahead = as_table(points, law.reads, target=None) if points is not None else None
     if two:
         sizes = list(np.unique(table["parameters"]))
         if len(sizes) > 8:

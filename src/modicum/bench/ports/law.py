@@ -1,9 +1,13 @@
-"""law: relative error on held-out larger runs, with the coverage and width of the interval.
+"""law: error on held-out larger runs, with the coverage and width of the interval.
 
-Runs come from a table given with --data (.jsonl, .csv, .parquet with parameters, tokens, loss; other names by
---scale parameters=NAME,...), of which every seed takes a random part. Without one, a table is drawn from
-the Chinchilla law with the parameters of Besiroglu et al. 2024 (arXiv:2404.10102, Table 1) and 0.5% of
-noise per run, which shows the machinery and favours that form: compare laws on real tables.
+With --data FOLDER the published run tables in it are back-tested by a protocol (`--scale
+protocol=loss|batch|ladder|pythia|curve|text`, `_law_tables`); with a table of your own (.jsonl, .csv, .parquet with
+parameters, tokens, loss; other names by --scale parameters=NAME,...) every seed takes a random part of its runs. With
+--quick and no data a table is drawn from the Chinchilla law with the parameters of Besiroglu et al. 2024
+(arXiv:2404.10102, Table 1) and 0.5% of noise per run, which shows the machinery and favours that form.
+
+Scores have laws of losses as a baseline too: those are given 1 - score. `error` is relative for losses, absolute for
+scores: `set_points`, of a benchmark's mean over its tasks, is judged, `task_points` is the mean error of single tasks.
 """
 
 from __future__ import annotations
@@ -16,20 +20,25 @@ from typing import Any
 import numpy as np
 
 from modicum.bench.measurement import Axes, Axis, Measurement, Settings
+from modicum.bench.ports import _law_tables as tables
 from modicum.budget import Cost
+from modicum.core import registry
 from modicum.core.choice import Choice
+from modicum.core.errors import UserError
 from modicum.core.files import fingerprint, sha256
 
-AXES = Axes(quality=Axis("relative_error"), cost=Axis("fit_seconds", "lower", "s"))
+AXES = Axes(quality=Axis("error"), cost=Axis("fit_seconds", "lower", "s"))
 TIER = "laptop"
+SETS = ("ladder", "pythia")  # protocols whose tasks make one benchmark
 E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    cut: float = 0.6  # share of the runs, smallest first, that is fitted
-    by: str = "flops"  # what "larger" means: flops, parameters or tokens
-    part: float = 0.8  # share of a given table's runs that one seed sees
+    protocol: str = "loss"  # of published tables: loss, batch, ladder, pythia, curve, text
+    part: float = 0.85  # share of the fitted runs that one seed sees
+    cut: float = 0.6  # of a table of your own: share of the runs, smallest first, that is fitted
+    by: str = "flops"  # what "larger" means there: flops, parameters or tokens
     noise: float = 0.005  # of the table that is drawn when none is given
     sizes: int = 6  # model sizes of that table, each at as many token counts
     parameters: str = ""  # column names of a given table, where they differ
@@ -38,20 +47,24 @@ class Scale:
     run: str = ""
 
 
-QUICK = Scale(sizes=4)
+QUICK = Scale(sizes=4, part=0.8)
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
+    if settings.data is not None and Path(settings.data).is_dir():
+        return published(choice, seed, settings)
+    if settings.data is None and not settings.quick:
+        raise UserError("laws are compared on real runs: give --data FOLDER with run tables, or a table; or --quick")
     from modicum.laws.backtest import backtest
 
     scale: Scale = settings.scale
     runs, data = _table(settings.data, scale, seed)
     names = {n: getattr(scale, n) for n in ("parameters", "tokens", "loss", "run") if getattr(scale, n)}
     start = time.perf_counter()
-    found = backtest(runs, names, scale.cut, law=choice, by=scale.by, seed=seed)
+    found = backtest(runs, names, scale.cut, law=adapted(choice, None)[0], by=scale.by, seed=seed)
     seconds = time.perf_counter() - start
     metrics = {
-        "relative_error": found["error"],
+        "error": found["error"],
         "bias": found["bias"],
         "coverage_95": found["coverage"],
         "interval_width": found["width"],
@@ -60,6 +73,150 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         "held_out": found["held_out"],
     }
     return Measurement(metrics=metrics, cost=Cost(seconds=seconds), data=data)
+
+
+def adapted(choice: Choice, case: tables.Case | None) -> tuple[Choice, Any]:
+    """The choice with what a case settles (chance), and the method."""
+    knobs = dict(choice.knobs)
+    fields = getattr(registry.load("law", choice.method).config, "__dataclass_fields__", {})
+    if case is not None and case.chance is not None and "chance" in fields and "chance" not in knobs:
+        knobs |= {"chance": case.chance}
+    made = Choice(choice.port, choice.method, knobs)
+    return made, registry.build("law", made)
+
+
+def published(choice: Choice, seed: int, settings: Settings) -> Measurement:
+    scale: Scale = settings.scale
+    folder = Path(settings.data or "")
+    cases = tables.cases(scale.protocol, folder)
+    _, law = adapted(choice, None)
+    start = time.perf_counter()
+    if law.of_sets:
+        cases = list(merged(cases))
+    rows: list[dict[str, Any]] = []
+    metrics: dict[str, float] = {}
+    refused = 0
+    for case in cases:
+        try:
+            found = predicted(choice, case, scale.part, seed)
+        except UserError as reason:
+            refused += 1
+            if case.chance is None or scale.protocol not in SETS or "chance" not in str(reason):
+                continue
+            found = stays(case)
+        rows += found
+        if scale.protocol in ("loss", "batch"):
+            metrics[f"error_{case.name.replace(' ', '_')}"] = float(np.mean([abs(r["error"]) for r in found]))
+        if case.extra.get("last"):
+            last = case.extra["last"][0]
+            metrics["last_value_points"] = metrics.get("last_value_points", 0.0) + sum(
+                abs(last - r["truth"]) for r in found
+            )
+    if not rows:
+        raise UserError(
+            f"{choice} predicts nothing under protocol={scale.protocol}: it reads other columns, or refuses all"
+        )
+    errors = np.array([r["error"] for r in rows])
+    if "last_value_points" in metrics:
+        metrics["last_value_points"] /= len(rows)
+    if scale.protocol in ("loss", "batch"):  # each table counts alike
+        error = float(np.mean([v for n, v in metrics.items() if n.startswith("error_")]))
+    elif scale.protocol in SETS:
+        error = metrics["set_points"] = set_error(rows)
+        if not law.of_sets:
+            metrics["task_points"] = float(np.abs(errors).mean())
+    else:
+        error = float(np.abs(errors).mean())
+    seconds = time.perf_counter() - start
+    metrics |= {
+        "error": error,
+        "bias": float(errors.mean()),
+        "coverage_95": float(np.mean([r["low"] <= r["truth"] <= r["high"] for r in rows])),
+        "interval_width": float(np.mean([r["high"] - r["low"] for r in rows])),
+        "fit_seconds": seconds,
+        "held_out": len(rows),
+        "cases": len(cases) - refused,
+        "refused": refused,
+    }
+    files = sorted(folder.glob("*.parquet"))
+    data = {"name": f"published run tables, {scale.protocol}", "checksum": fingerprint([sha256(f)[:16] for f in files])}
+    return Measurement(metrics=metrics, cost=Cost(seconds=seconds), data=data)
+
+
+def predicted(choice: Choice, case: tables.Case, part: float, seed: int) -> list[dict[str, Any]]:
+    """Truth and prediction of each held-out row, in the case's own measure."""
+    _, law = adapted(choice, case)
+    fit, held = dict(case.fit), dict(case.held)
+    score = "score" in fit
+    if law.target == "loss" and score:
+        fit |= {"loss": [max(1 - v, 1e-3) for v in fit["score"]]}
+    elif law.target not in fit:
+        raise UserError(f"the case {case.name} has no {law.target}")
+    fit = seen(fit, part if not case.extra else 1.0, seed)
+    if not law.checkpoints and not law.of_sets and "run" in fit and not case.extra:
+        fit = finished(fit)
+    if not law.checkpoints:
+        fit.pop("decay_left", None)
+    said = law.predict(law.fit(fit, seed), held)
+    found = []
+    truths = held["score"] if score else held["loss"]
+    for truth, mean, low, high in zip(truths, said.mean, said.low, said.high, strict=True):
+        if law.target == "loss" and score:
+            mean, low, high = 1 - mean, 1 - high, 1 - low
+        error = (mean - truth) if score else (mean / truth - 1)
+        found.append({"truth": float(truth), "error": float(error), "low": float(low), "high": float(high)})
+    for i, row in enumerate(found):
+        row |= {"model": float(held["parameters"][i]) if "parameters" in held else 0.0}
+    return found
+
+
+def stays(case: tables.Case) -> list[dict[str, Any]]:
+    """A task that small models answer at chance, which laws of scores refuse, is predicted to stay there."""
+    found = []
+    for i, truth in enumerate(case.held["score"]):
+        chance = float(case.chance or 0)
+        row = {"truth": float(truth), "error": chance - float(truth), "low": chance - 0.1, "high": chance + 0.1}
+        found.append(row | {"model": float(case.held["parameters"][i])})
+    return found
+
+
+def seen(fit: tables.Columns, part: float, seed: int) -> tables.Columns:
+    """A random part of the runs, where there are more than ten of them."""
+    labels = fit.get("run") or list(range(len(next(iter(fit.values())))))
+    distinct = list(dict.fromkeys(labels))
+    if len(distinct) <= 10 or part >= 1:
+        return fit
+    kept = {distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))[: round(part * len(distinct))]}
+    return {n: [v for v, label in zip(c, labels, strict=True) if label in kept] for n, c in fit.items()}
+
+
+def finished(fit: tables.Columns) -> tables.Columns:
+    """The last row of each run."""
+    last: dict[Any, int] = {}
+    for i, (run, tokens) in enumerate(zip(fit["run"], fit["tokens"], strict=True)):
+        if run not in last or tokens >= fit["tokens"][last[run]]:
+            last[run] = i
+    return {n: [c[i] for i in last.values()] for n, c in fit.items()}
+
+
+def merged(cases: list[tables.Case]) -> Any:
+    """One case per benchmark, whose items are its tasks: what a law of item groups reads."""
+    for name in dict.fromkeys(case.together for case in cases):
+        group = [case for case in cases if case.together == name]
+        fit = {n: [v for case in group for v in case.fit[n]] for n in group[0].fit}
+        models = dict.fromkeys(group[0].held["flops"])
+        scores = [
+            [float(v) for case in group for v, f in zip(case.held["score"], case.held["flops"], strict=True) if f == at]
+            for at in models
+        ]
+        held = {"flops": list(models), "score": [float(np.mean(s)) for s in scores], "parameters": list(models)}
+        yield tables.Case(name, fit, held, None, name)
+
+
+def set_error(rows: list[dict[str, Any]]) -> float:
+    """Mean over the larger models of |mean over tasks of (prediction - truth)|."""
+    models = dict.fromkeys(r["model"] for r in rows)
+    return float(np.mean([abs(np.mean([r["error"] for r in rows if r["model"] == m])) for m in models]))
 
 
 def _table(source: str | None, scale: Scale, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:

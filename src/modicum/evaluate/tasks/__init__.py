@@ -36,10 +36,11 @@ class Generate:
 
 @dataclass(frozen=True)
 class Choose:
-    """The likelihood of each of `choices` (with their leading space) after `prompt`."""
+    """The likelihood of each of `choices` (with their leading space) after `prompt`, or after its own of `before`."""
 
     prompt: str
     choices: tuple[str, ...]
+    before: tuple[str, ...] = ()
 
 
 class Task(Method):

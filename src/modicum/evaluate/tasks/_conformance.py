@@ -35,13 +35,14 @@ def _replies(task: Task, doc: Doc, right: bool) -> list[Any]:
                 replies[-1] = " nothing of the kind"
         else:
             solved = task.text(doc)
-            best = max(
-                (i for i, c in enumerate(request.choices) if solved.endswith(c)),
-                key=lambda i: len(request.choices[i]),
-            )
+            if request.before:
+                ends = [before + c for before, c in zip(request.before, request.choices, strict=True)]
+            else:
+                ends = list(request.choices)
+            best = max((i for i, c in enumerate(ends) if solved.endswith(c)), key=lambda i: len(ends[i]))
             replies.append(
                 [
-                    LogLikelihood(-0.1 if (i == best) == right else -200.0, False, 1, len(c.encode()))
+                    LogLikelihood(-0.1 if (i == best) == right else -200.0, (i == best) == right, 1, len(c.encode()))
                     for i, c in enumerate(request.choices)
                 ]
             )
@@ -81,7 +82,8 @@ def check_requests(key: str) -> None:
             if isinstance(request, Generate):
                 assert request.max_new_tokens > 0
             else:
-                assert len(request.choices) > 1 and all(request.choices)
+                assert request.choices and all(request.choices)
+                assert len(request.before) in (0, len(request.choices))
 
 
 def check_shots_come_first(key: str) -> None:
@@ -89,9 +91,12 @@ def check_shots_come_first(key: str) -> None:
     doc, *shots = _docs(task, limit=3)
     plain, with_shots = task.requests(doc, []), task.requests(doc, shots)
     for a, b in zip(plain, with_shots, strict=True):
-        assert b.prompt.endswith(a.prompt), "the question is not at the end"
-        for shot in shots:
-            assert task.text(shot) in b.prompt, "an example is not in the prompt with its answer"
+        question = a.prompt.removeprefix(getattr(task, "description", ""))
+        assert b.prompt.endswith(question), "the question is not at the end"
+        for shot in shots if not getattr(a, "prompt", "").startswith("Answer:") else ():
+            assert task.text(shot).removeprefix(getattr(task, "description", "")) in b.prompt, (
+                "an example is not in the prompt with its answer"
+            )
 
 
 def check_grading(key: str) -> None:
@@ -122,6 +127,7 @@ def check_training_text(key: str) -> None:
     task = _task(key)
     for doc in itertools.islice(task.docs("test", None, 0), 4):
         text, request = task.text(doc), task.requests(doc, [])[0]
-        assert text.startswith(request.prompt) and len(text) > len(request.prompt), (
+        starts = getattr(request, "before", ()) or (request.prompt,)
+        assert any(text.startswith(start) and len(text) > len(start) for start in starts), (
             "the training text must go on from the prompt with the answer"
         )

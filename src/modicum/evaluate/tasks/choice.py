@@ -1,8 +1,8 @@
 """choice: multiple choice from any JSONL or Parquet file, by the likelihood of each choice.
 
 The choice with the highest log-likelihood after the question wins, divided by its UTF-8 bytes (`acc_norm`, the main
-figure, so that long choices are not at a disadvantage), by its tokens (`acc_token`) or by nothing (`acc`); `normalise`
-says which of them is the main one. `nats` is the negative log-likelihood of the right choice.
+figure, so that long choices are not at a disadvantage), by its characters, its tokens or by nothing, all side by side
+(`evaluate/multiple_choice.py`); `normalise` says which of them is the main one.
 
 A row: {"question": "...", "choices": ["...", "..."], "answer": 1}. The answer may be an index from 0, a
 letter from A, or one of the choices. Gao et al., lm-evaluation-harness (acc and acc_norm).
@@ -14,19 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modicum.evaluate.multiple_choice import MultipleChoice, Question, check_normalise
+from modicum.evaluate.multiple_choice import ChoiceConfig, MultipleChoice, Question
 from modicum.evaluate.rows import ColumnConfig, fill, pick
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ColumnConfig):
+class Config(ChoiceConfig, ColumnConfig):
     choices: str = "choices"
     prompt: str = "Question: {question}\nAnswer:"  # {COLUMN} of the file; `context` goes before if not empty
-    normalise: str = "bytes"  # what the main figure divides by: bytes, tokens, none
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_normalise(self.normalise)
 
 
 TOY = Config(file=str(Path(__file__).parent / "examples" / "choice.jsonl"))

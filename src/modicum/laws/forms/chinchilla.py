@@ -26,7 +26,9 @@ from typing import ClassVar
 import numpy as np
 from scipy.optimize import nnls
 
-from modicum.laws.forms import FLOPS_PER_PARAMETER_TOKEN, Law, LawConfig, Table
+from modicum.laws.curve import CurveLaw
+from modicum.laws.forms import LawConfig, Table
+from modicum.laws.table import FLOPS_PER_PARAMETER_TOKEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,28 +42,29 @@ class Config(LawConfig):
 TOY = Config(draws=300)
 
 
-class Chinchilla(Law):
+class Chinchilla(CurveLaw):
     config: Config
-    columns = ("parameters", "tokens")
+    columns: ClassVar[tuple[str, ...]] = ("parameters", "tokens")
+    size: ClassVar[str] = "parameters"  # the column that counts the parameters
     coordinates: ClassVar[tuple[str, ...]] = ("log E", "log A/N0^alpha", "log B/D0^beta", "log alpha", "log beta")
     example = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
     small_example = {"E": 1.8, "A": 60.0, "B": 200.0, "alpha": 0.35, "beta": 0.34}
 
     def _terms(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
         """Logs of the three terms, shape (3, K, N)."""
-        log_n, log_d = np.log(x["parameters"]), np.log(x["tokens"])
+        log_n, log_d = np.log(x[self.size]), np.log(x["tokens"])
         n_term = theta_KP[:, 1:2] - np.exp(theta_KP[:, 3:4]) * log_n
         d_term = theta_KP[:, 2:3] - np.exp(theta_KP[:, 4:5]) * log_d
         return np.stack([np.broadcast_to(theta_KP[:, 0:1], n_term.shape), n_term, d_term])
 
-    def log_loss(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
+    def curve(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
         terms = self._terms(theta_KP, x)
         return np.logaddexp(np.logaddexp(terms[0], terms[1]), terms[2])
 
     def gradient(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
         terms = self._terms(theta_KP, x)
         share_3KN = np.exp(terms - np.logaddexp(np.logaddexp(terms[0], terms[1]), terms[2]))
-        by_alpha = -share_3KN[1] * np.exp(theta_KP[:, 3:4]) * np.log(x["parameters"])
+        by_alpha = -share_3KN[1] * np.exp(theta_KP[:, 3:4]) * np.log(x[self.size])
         by_beta = -share_3KN[2] * np.exp(theta_KP[:, 4:5]) * np.log(x["tokens"])
         return np.stack([share_3KN[0], share_3KN[1], share_3KN[2], by_alpha, by_beta], axis=2)
 
@@ -77,7 +80,7 @@ class Chinchilla(Law):
         loss_N, found = x["loss"], []
         for alpha in np.geomspace(0.1, 1.5, 12):
             for beta in np.geomspace(0.1, 1.5, 12):
-                basis_N3 = np.stack([np.ones_like(loss_N), x["parameters"] ** -alpha, x["tokens"] ** -beta], axis=1)
+                basis_N3 = np.stack([np.ones_like(loss_N), x[self.size] ** -alpha, x["tokens"] ** -beta], axis=1)
                 solution, misfit = nnls(basis_N3 / loss_N[:, None], np.ones_like(loss_N))
                 solution = np.log(np.maximum(solution, 1e-3 * loss_N.mean()))
                 found.append((misfit, [*solution, np.log(alpha), np.log(beta)]))
@@ -89,7 +92,7 @@ class Chinchilla(Law):
         alpha, beta = np.exp(theta_KP[:, 3]), np.exp(theta_KP[:, 4])
         return {
             "E": np.exp(theta_KP[:, 0]),
-            "A": np.exp(theta_KP[:, 1] + alpha * np.log(reference["parameters"])),
+            "A": np.exp(theta_KP[:, 1] + alpha * np.log(reference[self.size])),
             "B": np.exp(theta_KP[:, 2] + beta * np.log(reference["tokens"])),
             "alpha": alpha,
             "beta": beta,
@@ -100,7 +103,7 @@ class Chinchilla(Law):
         return np.array(
             [
                 np.log(p["E"]),
-                np.log(p["A"]) - p["alpha"] * np.log(reference["parameters"]),
+                np.log(p["A"]) - p["alpha"] * np.log(reference[self.size]),
                 np.log(p["B"]) - p["beta"] * np.log(reference["tokens"]),
                 np.log(p["alpha"]),
                 np.log(p["beta"]),

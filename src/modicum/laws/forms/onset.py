@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modicum.laws.forms import Law, Table
+from modicum.laws.curve import CurveLaw
+from modicum.laws.forms import Table
 from modicum.laws.forms.chinchilla import Chinchilla
 from modicum.laws.forms.chinchilla import Config as PlainConfig
 
@@ -57,7 +58,7 @@ class Onset(Chinchilla):
         return floor_K1, log_head_K1, theta_KP[:, 5:6] + anchor_K1
 
     def _terms(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
-        log_n, log_d = np.log(x["parameters"]), np.log(x["tokens"])
+        log_n, log_d = np.log(x[self.size]), np.log(x["tokens"])
         n_term = theta_KP[:, 1:2] - np.exp(theta_KP[:, 3:4]) * log_n
         d_term = theta_KP[:, 2:3] - np.exp(theta_KP[:, 4:5]) * np.logaddexp(log_d, self._shift(theta_KP)[2])
         return np.stack([np.broadcast_to(theta_KP[:, 0:1], n_term.shape), n_term, d_term])
@@ -71,7 +72,7 @@ class Onset(Chinchilla):
         beta_K1, start = np.exp(theta_KP[:, 4:5]), np.log(self.config.vocabulary)
         ratio_K1 = np.where(start - floor_K1 > start / 20, floor_K1 / np.exp(log_head_K1), 0.0)
         by_beta = young_KN * (theta_KP[:, 2:3] - log_head_K1) - share_3KN[2] * beta_K1 * log_z_KN
-        by_alpha = -share_3KN[1] * np.exp(theta_KP[:, 3:4]) * np.log(x["parameters"])
+        by_alpha = -share_3KN[1] * np.exp(theta_KP[:, 3:4]) * np.log(x[self.size])
         return np.stack(
             [
                 share_3KN[0] - young_KN * ratio_K1,
@@ -104,4 +105,4 @@ class Onset(Chinchilla):
         return theta_P
 
     def best_split(self, theta_KP: np.ndarray, reference: dict[str, float], flops: float) -> np.ndarray:
-        return Law.best_split(self, theta_KP, reference, flops)
+        return CurveLaw.best_split(self, theta_KP, reference, flops)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
-from modicum.laws.forms import Law, LawConfig, Table
+from modicum.laws.curve import CurveLaw
+from modicum.laws.forms import LawConfig, Table
 
 _GAMMA = {"flops": 0.15, "tokens": 0.3, "parameters": 0.3}
 
@@ -37,7 +38,7 @@ class Config(LawConfig):
 TOY = Config(draws=300)
 
 
-class Power(Law):
+class Power(CurveLaw):
     config: Config
     columns = ("flops",)
     coordinates = ("log E", "log A/x0^gamma", "log gamma")
@@ -48,7 +49,7 @@ class Power(Law):
     def reads(self) -> tuple[str, ...]:
         return (self.config.x,)
 
-    def log_loss(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
+    def curve(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
         log_x = np.log(x[self.config.x])
         return np.logaddexp(theta_KP[:, 0:1], theta_KP[:, 1:2] - np.exp(theta_KP[:, 2:3]) * log_x)
 

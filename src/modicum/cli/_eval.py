@@ -1,0 +1,105 @@
+"""What `modicum eval` says: tables of figures and of paired differences, and what a corpus holds of the items."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from modicum.core.errors import ModicumError
+
+
+def same_again(first: Sequence[Any], again: Sequence[Any]) -> None:
+    """Raises ModicumError where a row of the second run differs from the first: figures must not depend on batches."""
+    for a, b in zip(first, again, strict=True):
+        for x, y in zip(a.rows, b.rows, strict=True):
+            if x != y:
+                raise ModicumError(f"{a.task}, item {x['id']}: asked again, the model gave {y} after {x}")
+    print(f"asked twice: {sum(len(a.rows) for a in first)} rows, all the same", file=sys.stderr)
+
+
+def contaminated(result: Any, corpus: str) -> dict[str, Any]:
+    from modicum.evaluate import contamination
+    from modicum.evaluate.run import text_documents
+
+    texts = {str(row["id"]): contamination.text_of(row) for row in result.items}
+    scores = {str(row["id"]): row["score"] for row in result.items}
+    hits = contamination.find(texts, text_documents(corpus, split="train"))
+    return {"task": result.task, "figure": result.metric, **contamination.report(scores, texts, hits)}
+
+
+def print_touched(said: dict[str, Any]) -> None:
+    parts = ", ".join(
+        f"{name} {part['value']:.4f} ({part['items']})"
+        for name in ("all", "clean", "touched")
+        if (part := said[name])["items"]
+    )
+    print(f"{said['task']}, {said['figure']}: {parts}; {len(said['too_short'])} items too short to look for")
+    for hit in said["hits"][:20]:
+        where = f"characters {hit['start']} to {hit['end']}"
+        print(f"  item {hit['item']} in {hit['document']}, {where}: {hit['text'][:60]!r}")
+
+
+def claim(task: str) -> dict[str, str]:
+    """What was published of a task, from its card."""
+    from modicum.bench.card import read_card
+    from modicum.core import registry
+
+    key = task.partition(":")[0]
+    return read_card(registry.methods("task")[key]).claim if key in registry.methods("task") else {}
+
+
+def record(result: Any) -> dict[str, Any]:
+    record: dict[str, Any] = result.as_dict()
+    return record | ({"published": said} if (said := claim(result.task)) else {})
+
+
+def print_figures(results: Sequence[Any]) -> None:
+    from modicum.evaluate.run import short
+
+    rows = [("task", "figure", "value", "standard error", "items", "items/s", "published")]
+    for r in results:
+        rate = r.items_per_second
+        for name, f in r.figures.items():
+            main = name == r.metric
+            rows.append(
+                (
+                    short(r.task),
+                    name + " *" * main,
+                    f"{f['value']:.4f}",
+                    f"{f['stderr']:.4f}" if f["stderr"] == f["stderr"] else "",
+                    str(f["documents"]),
+                    f"{rate:.1f}" if main and rate else "",
+                    claim(r.task).get("figure", "") if main else "",
+                )
+            )
+    table(rows)
+
+
+def print_pairs(labels: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    from modicum.evaluate.run import short
+
+    table(
+        [("task", "figure", *labels, "difference", "95% interval", "p", "p (Holm)", "detectable", "items")]
+        + [
+            (
+                short(r["task"]),
+                r["figure"],
+                f"{r['a']:.4f}",
+                f"{r['b']:.4f}",
+                f"{r['difference']:+.4f} ± {r['stderr']:.4f}",
+                f"{r['low']:+.4f} to {r['high']:+.4f}",
+                f"{r['p']:.3g}",
+                f"{r['p_holm']:.3g}" if "p_holm" in r else "",
+                f"{r['detectable']:.4f}",
+                str(r["items"]),
+            )
+            for r in rows
+        ]
+    )
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
