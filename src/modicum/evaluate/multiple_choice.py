@@ -34,11 +34,14 @@ FORMS = ("cloze", "letters", "hybrid")
 NOTHING = "Answer:"  # what PMI's unconditional likelihood stands after
 
 
-def check_normalise(normalise: str, pmi: bool = False) -> None:
+def check_choice(normalise: str, form: str, pmi: bool) -> None:
+    """Raises ValueError for knobs that are not allowed, or not together."""
     if normalise not in FIGURES:
         raise ValueError(f"normalise={normalise!r}: allowed are {', '.join(FIGURES)}")
     if normalise == "pmi" and not pmi:
         raise ValueError("normalise=pmi needs pmi=true, which scores every choice a second time without its question")
+    if form not in FORMS:
+        raise ValueError(f"form={form!r}: allowed are {', '.join(FORMS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +52,7 @@ class ChoiceConfig(FileConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_normalise(self.normalise, self.pmi)
-        if self.form not in FORMS:
-            raise ValueError(f"form={self.form!r}: allowed are {', '.join(FORMS)}")
+        check_choice(self.normalise, self.form, self.pmi)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,13 @@ from modicum.core.files import fingerprint, sha256
 
 AXES = Axes(quality=Axis("error"), cost=Axis("fit_seconds", "lower", "s"))
 TIER = "laptop"
+NOT_MEASURABLE = {
+    "average-params": "no published table has runs that were pruned; it takes runs of your own",
+    "token-crisis": "no published table here has runs of repeated data; it takes runs of your own",
+    "cmr": "no published table has continual pretraining at several shares; it takes runs of your own",
+    "projektor": "no published table has mixtures with their transport distance; it takes runs of your own",
+    "superficial-alignment": "no published table here has scores by finetuning examples; it takes runs of your own",
+}
 SETS = ("ladder", "pythia")  # protocols whose tasks make one benchmark
 E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
 
@@ -39,7 +46,8 @@ class Scale:
     part: float = 0.85  # share of the fitted runs that one seed sees
     cut: float = 0.6  # of a table of your own: share of the runs, smallest first, that is fitted
     by: str = "flops"  # what "larger" means there: flops, parameters or tokens
-    noise: float = 0.005  # of the table that is drawn when none is given
+    drawn: bool = False  # without --data: a table drawn from a law, which says little
+    noise: float = 0.005  # of that table
     sizes: int = 6  # model sizes of that table, each at as many token counts
     parameters: str = ""  # column names of a given table, where they differ
     tokens: str = ""
@@ -47,13 +55,13 @@ class Scale:
     run: str = ""
 
 
-QUICK = Scale(sizes=4, part=0.8)
+QUICK = Scale(drawn=True, sizes=4, part=0.8)
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     if settings.data is not None and Path(settings.data).is_dir():
         return published(choice, seed, settings)
-    if settings.data is None and not settings.quick:
+    if settings.data is None and not settings.scale.drawn:
         raise UserError("laws are compared on real runs: give --data FOLDER with run tables, or a table; or --quick")
     from modicum.laws.backtest import backtest
 

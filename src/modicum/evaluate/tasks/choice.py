@@ -14,14 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modicum.evaluate.multiple_choice import ChoiceConfig, MultipleChoice, Question
+from modicum.evaluate.multiple_choice import MultipleChoice, Question, check_choice
 from modicum.evaluate.rows import ColumnConfig, fill, pick
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ChoiceConfig, ColumnConfig):
+class Config(ColumnConfig):
     choices: str = "choices"
     prompt: str = "Question: {question}\nAnswer:"  # {COLUMN} of the file; `context` goes before if not empty
+    normalise: str = "bytes"  # what the main figure divides by: bytes, characters, tokens, none, pmi
+    form: str = "cloze"  # cloze, letters or hybrid
+    pmi: bool = False  # score the choices without the question too
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.normalise, self.form, self.pmi)
 
 
 TOY = Config(file=str(Path(__file__).parent / "examples" / "choice.jsonl"))
