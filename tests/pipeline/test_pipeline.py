@@ -1,4 +1,4 @@
-"""The road: recipes, what is refused, and (slow) the whole walk with a kill in every stage."""
+"""Pipeline: recipes, what is refused, and (slow) the whole walk with a kill in every stage."""
 
 import json
 import os

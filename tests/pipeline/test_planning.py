@@ -1,15 +1,19 @@
 """What a plan measures with: the miniature, traces of deep models, and what is kept between plans."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from modicum.core.errors import UserError
 from modicum.data.stream import Batch
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
-from modicum.pipeline import training
+from modicum.pipeline import costs, training
 from modicum.pipeline.measured import Memo
 from modicum.pipeline.recipe import parse
 from modicum.pipeline.rehearse import miniature
+from modicum.pipeline.stage import Input
 from modicum.train.callback import split_state
 from modicum.train.config import TrainConfig
 
@@ -40,16 +44,16 @@ def test_a_deep_model_is_traced_by_shallow_ones(masked):
     config = TrainConfig(steps=2, sequence_length=32, batch_sequences=2, dtype="float32")
 
     def measure(s):
-        return training.traced_step(lambda: training.blank(s), config, s, masked=masked)
+        return costs.traced_step(lambda: costs.blank(s), config, s, masked=masked)
 
-    whole, guessed = measure(shape), training.by_layers(shape, measure)
+    whole, guessed = measure(shape), costs.by_layers(shape, measure)
     assert guessed["trainable"] == whole["trainable"] == shape.parameters()
     assert guessed["flops"] == pytest.approx(whole["flops"], rel=0.01)
     assert guessed["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.02)
 
 
 def test_a_model_without_values_has_the_weights_of_its_dtype():
-    model = training.blank_in(llama_like(400, 32, 2), torch.bfloat16)
+    model = costs.blank_in(llama_like(400, 32, 2), torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32
 
 
@@ -75,10 +79,30 @@ def test_a_checkpoint_is_as_large_as_the_optimizer_says(tmp_path, optimizer, for
     engine = TrainEngine(Decoder(shape), config)
     engine.build()
     tokens = torch.zeros((2, 32), dtype=torch.int64)
-    training.train_step(engine, Batch(tokens, tokens, None, torch.arange(32).expand(2, 32)), 0)
+    costs.train_step(engine, Batch(tokens, tokens, None, torch.arange(32).expand(2, 32)), 0)
     saved = {
         **engine.saved_tensors(),
         **{f"o.{k}": v for k, v in split_state(dict(engine.optimizer.state_dict()))[0].items()},
     }
     bytes_saved = sum(t.numel() * t.element_size() for t in saved.values())
-    assert training.checkpoint_bytes(shape, config) == pytest.approx(bytes_saved, rel=0.03)
+    assert costs.checkpoint_bytes(shape, config) == pytest.approx(bytes_saved, rel=0.03)
+
+
+def test_a_rank_for_the_real_model_is_no_reason_to_refuse_a_plan():
+    """The planner tries small shapes first, and proxies are smaller still: those that the rank is too large for are
+    left out."""
+    from modicum.pipeline.plan import Planner
+    from modicum.pipeline.stages import predict, pretrain
+
+    section = pretrain.Section(optimizer="galore:rank=128", time=1e9, batch_tokens=256, sequence_length=64)
+    planner = Planner(parse({}), {}, Path("none"))
+    planner.once = lambda key, measure: 1e-3  # type: ignore[method-assign]
+    shapes, _ = pretrain._candidates(section, Input("curate", section, {"vocab_size": 400}), None)
+    assert not costs.fits(shapes[0], training.train_config(section, shapes[0], 1e5, 0))
+    chosen, _ = pretrain._choose(planner, section, shapes[:5], 1e9)
+    assert chosen.width == 256
+    assert predict._smaller(section, chosen, 0.1, 400).width >= 128
+    too_large = section.model_copy(update={"optimizer": "galore:rank=4096"})
+    with pytest.raises(UserError, match="4096"):
+        planner.once = lambda key, measure: measure()  # type: ignore[method-assign]
+        pretrain._choose(planner, too_large, shapes[:2], 1e9)

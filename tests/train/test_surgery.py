@@ -312,7 +312,7 @@ def test_a_planner_walks_through_the_phases():
     """Seconds and FLOPs of a whole run, from steps of the shallow and of the deep model."""
     from types import SimpleNamespace
 
-    from modicum.pipeline.training import training_cost
+    from modicum.pipeline.costs import training_cost
     from modicum.train.pretrain import step_seconds
 
     asked = SimpleNamespace(

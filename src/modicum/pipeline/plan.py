@@ -1,7 +1,7 @@
 """The bill of a recipe, before anything is spent.
 
 Each stage's `plan` returns its `Cost` and its decisions (sizes the stage must then keep to).
-The fixed part comes from walking a miniature of the road (`pipeline.rehearse`). On top of it, memory comes from
+The fixed part comes from running a miniature of the recipe (`pipeline.rehearse`). On top of it, memory comes from
 tracing the real training step on tensors without data; seconds come from running a few real steps, or a
 small sample, here and now. The planner runs in a process of its own, so that what it measures is not disturbed.
 """
@@ -122,7 +122,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def require_fits(recipe: Recipe, plan: dict[str, Any], folder: str | Path) -> None:
-    """Raise `BudgetError` with the arithmetic if a stage, or the road, cannot fit the budget or the machine."""
+    """Raise `BudgetError` with the arithmetic if a stage, or the run, cannot fit the budget or the machine."""
     limits = recipe.limits()
     for name, stage in plan["stages"].items():
         cost = Cost(**stage["cost"])
@@ -135,11 +135,11 @@ def require_fits(recipe: Recipe, plan: dict[str, Any], folder: str | Path) -> No
                 f"has {bytes_text(have)}; ask for a smaller model, batch or sequence length"
             )
     total = Cost(**plan["total"])
-    limits.require(Cost(disk_bytes=total.disk_bytes, seconds=total.seconds), "the whole road")
+    limits.require(Cost(disk_bytes=total.disk_bytes, seconds=total.seconds), "the whole run")
     free = machine.free_disk(folder)
     if total.disk_bytes > free:
         raise BudgetError(
-            f"the road writes {bytes_text(total.disk_bytes)}, {bytes_text(free)} are free where "
+            f"the run writes {bytes_text(total.disk_bytes)}, {bytes_text(free)} are free where "
             f"{folder} is; free space or choose another folder with --out"
         )
 
@@ -148,7 +148,7 @@ def bill_text(plan: dict[str, Any]) -> str:
     """The bill as a table, one stage a line."""
     head = ["stage", "parameters", "tokens", "FLOPs", "peak memory", "disk", "time", "from"]
     lines = [head]
-    for name, stage in [*plan["stages"].items(), ("whole road", {"cost": plan["total"], "basis": ""})]:
+    for name, stage in [*plan["stages"].items(), ("whole run", {"cost": plan["total"], "basis": ""})]:
         c = Cost(**stage["cost"])
         lines.append(
             [

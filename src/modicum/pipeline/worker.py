@@ -110,7 +110,7 @@ def main(folder: str, name: str, seconds: str, parent: str) -> int:
 
 
 def _say(failed: Path, message: str, exit_code: int) -> int:
-    """Leave the reason for the road to read; where not even that can be written, say so by the exit code."""
+    """Leave the reason for the run to read; where not even that can be written, say so by the exit code."""
     try:
         write_json(failed, {"message": message, "exit_code": exit_code})
     except OSError:

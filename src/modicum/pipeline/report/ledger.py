@@ -47,7 +47,7 @@ def rows(run: Run) -> list[Row]:
         totals["peak_bytes"] = max(r[side].get("peak_bytes", 0) for r in ledger.values())
         for name in ("tokens", "flops", "disk_bytes"):
             totals[name] = sum(r[side].get(name, 0) for r in ledger.values())
-    return [*made, Row("whole road", {f: _entry(f, total_planned, total_measured) for f in FIELDS})]
+    return [*made, Row("whole run", {f: _entry(f, total_planned, total_measured) for f in FIELDS})]
 
 
 def _entry(name: str, planned: dict[str, Any], measured: dict[str, Any]) -> Entry:

@@ -1,1 +1,1 @@
-"""The stages of the road, one file each; see `modicum.pipeline`."""
+"""The stages of recipes, one file each; see `modicum.pipeline.stage`."""

@@ -21,7 +21,7 @@ from modicum.data.tokenizer import Tokenizer
 from modicum.model import attach
 from modicum.model.decoder import Decoder
 from modicum.model.folder import load_model
-from modicum.pipeline import training
+from modicum.pipeline import costs, training
 from modicum.pipeline.context import Context
 from modicum.pipeline.examples import examples
 from modicum.pipeline.models import folder_of
@@ -91,15 +91,15 @@ class Adapt(Stage[Section]):
         """A step and a scoring pass timed, memory traced; pairs made from the sample for real."""
         curate, seed, dtype = inputs["corpus"], planner.recipe.seed, str(section.dtype)
         config, model = _config(section, seed), _base(section, inputs)
-        shape = training.subject_shape(planner, model)
+        shape = costs.subject_shape(planner, model)
         told, cost = _training_cost(planner, config, model)
         trim_allocator()  # what the planner's process holds unused would hide what this stage takes
         before = resident_now()
-        tokenizer = Tokenizer.load(training.subject(planner, model))
+        tokenizer = Tokenizer.load(costs.subject(planner, model))
         searcher = Searcher(inputs["index"]["sample"]) if section.grounded else None
         # The planner has loaded the encoder already; the stage's process loads it itself, and its libraries stay.
         loaded = searcher and inputs["index"]["published"]
-        encoder = training.encoder(planner, inputs["index"]["encoder"])[1] if loaded else Cost()
+        encoder = costs.encoder(planner, inputs["index"]["encoder"])[1] if loaded else Cost()
         wanted = section.pairs + section.heldout_pairs
         with Meter() as reading:
             _sides(section, curate["sample"], searcher, tokenizer, seed, 0.0)
@@ -110,7 +110,7 @@ class Adapt(Stage[Section]):
         lengths = [len(e) for e in prepare([*sides.heldout, *sides.train], tokenizer, config.sequence_length).examples]
         rows = len(list(pack_rows(lengths, range(len(lengths)), config.sequence_length))) / max(len(lengths), 1)
         passes = 2 * section.heldout_pairs * rows / told.micro  # before and after
-        scored = passes * training.forward_seconds(planner, model, dtype, told.micro, config.sequence_length)
+        scored = passes * costs.forward_seconds(planner, model, dtype, told.micro, config.sequence_length)
         return StagePlan(
             Cost(
                 **cost.as_dict()
@@ -247,7 +247,7 @@ class _Told:
 
 def _training_cost(planner: Planner, config: AdaptConfig, model: Input) -> tuple[_Told, Cost]:
     """Steps with the form on a model of the base's shape: one forward and backward pass timed, memory traced."""
-    shape = training.subject_shape(planner, model)
+    shape = costs.subject_shape(planner, model)
     common: dict[str, Any] = {
         "sequence_length": config.sequence_length,
         "lr": config.lr,
@@ -272,20 +272,20 @@ def _training_cost(planner: Planner, config: AdaptConfig, model: Input) -> tuple
         return adapted_one
 
     dtype = training.torch_dtype(config.dtype)
-    real = adapted(lambda: load_model(training.subject(planner, model), dtype=dtype))
+    real = adapted(lambda: load_model(costs.subject(planner, model), dtype=dtype))
     trim_allocator()  # what the planner's process holds unused would hide what this stage takes
     before = resident_now()
     with Meter() as meter:
         seconds = (
-            training.step_seconds(planner, shape, part, make=real, name=f"adapt {config.form} over {config.base}")
+            costs.step_seconds(planner, shape, part, make=real, name=f"adapt {config.form} over {config.base}")
             * rows
             / micro
         )
     traced = planner.once_here(
         ("adapt trace", shape, str(config.form), str(config.base), config.targets, part),
-        lambda: training.by_layers(
+        lambda: costs.by_layers(
             shape,
-            lambda s: training.traced_step(adapted(lambda: training.blank_in(s, dtype)), part, s, masked=True),
+            lambda s: costs.traced_step(adapted(lambda: costs.blank_in(s, dtype)), part, s, masked=True),
         ),
     )
     trainable = traced["trainable"]

@@ -15,7 +15,7 @@ from modicum.core import compose, registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.model import attach
-from modicum.pipeline import training
+from modicum.pipeline import costs, training
 from modicum.pipeline.context import Context
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
@@ -51,7 +51,7 @@ class Compress(Stage[Section]):
     def plan(self, section: Section, inputs: Inputs, planner: Planner) -> StagePlan:
         """Each form fitted to one matrix here, and its bytes as it says them itself."""
         model = inputs["model"]
-        shape = training.subject_shape(planner, model)
+        shape = costs.subject_shape(planner, model)
         weights = shape.parameters()
         stored = seconds = largest = held = 0.0
         dense: list[float] = []
@@ -65,9 +65,7 @@ class Compress(Stage[Section]):
             seconds += FIT * fit * weights
             dense.append(unpack * weights)
             if _calibrated(choice):  # a pass over the calibration data, and one for every block that is sorted
-                once = SEQUENCES * training.forward_seconds(
-                    planner, model, training.dtype_of(planner.recipe), 1, LENGTH
-                )
+                once = SEQUENCES * costs.forward_seconds(planner, model, training.dtype_of(planner.recipe), 1, LENGTH)
                 seconds += once * (1 + (blocks - 1) * MATRICES * shape.layers)
                 inputs_read = 2 * ROWS * (3 * shape.width + shape.mlp_width) * shape.layers
                 held = max(held, inputs_read, 4 * weights if blocks > 1 else 0)

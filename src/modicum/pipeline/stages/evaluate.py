@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from modicum.compress.run import weight_bytes
 from modicum.compress.yardstick import yardsticks
 from modicum.core.choice import Choice
 from modicum.data.curate import Curation
-from modicum.data.questions import Question, draw, questions
 from modicum.data.tokenizer import Tokenizer
-from modicum.evaluate import grounded
 from modicum.evaluate.lm import LMScore, bits_per_byte
 from modicum.model.folder import load_model
-from modicum.pipeline import training
+from modicum.pipeline import costs, training
 from modicum.pipeline.context import Context
 from modicum.pipeline.engine import EngineKnobs, cache_bytes, engine_config
+from modicum.pipeline.graded import CACHE, graded
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.report import gains, plots
@@ -31,7 +29,6 @@ from modicum.pipeline.stage import Finished, Inputs, Report, Stage, StagePlan
 from modicum.pipeline.stages.pretrain import Section as Pretrain
 from modicum.pipeline.stages.serve import Section as Serve
 from modicum.pipeline.worker import trim_allocator
-from modicum.retrieve.search import Searcher
 from modicum.serve import native
 from modicum.serve.engine import Engine
 from modicum.serve.request import SamplingParams
@@ -39,7 +36,6 @@ from modicum.serve.request import SamplingParams
 BATCH_TOKENS = 2048  # of one forward pass: as fast as more on a CPU, and little memory
 OVERLAP = 0.0  # of a window, scored before and context only: small models gain nothing by it
 DICTIONARY_TEXT = 3 << 20  # bytes of training text that zstd's dictionary is made from
-CACHE = "192MiB"  # of keys and values, while questions are graded
 GRADED = (240, 24)  # tokens of a prompt and of a reply that the plan assumes for them: half of them have no passages
 TIMED_TEXT = 1 << 20  # and for the plan, which takes the rest to be in proportion
 PROMPT = 128  # tokens that a variant reads before it writes, to say how fast it is
@@ -89,12 +85,12 @@ class Evaluate(Stage[Section]):
     def plan(self, section: Section, inputs: Inputs, planner: Planner) -> StagePlan:
         """A scoring pass and an answer timed, memory traced, the compressors run on the sample."""
         curate, model, dtype = inputs["corpus"], inputs["model"], str(section.dtype)
-        shape, length = training.subject_shape(planner, model), section.sequence_length or 256
+        shape, length = costs.subject_shape(planner, model), section.sequence_length or 256
         heldout_share = curate["heldout"]
         sample = Curation.load(curate["sample"])
         texts = heldout_texts(sample, section.bytes)
         per_token = len("".join(texts[:4]).encode()) / max(
-            sum(len(t) for t in Tokenizer.load(training.subject(planner, model)).encode_batch(texts[:4])), 1
+            sum(len(t) for t in Tokenizer.load(costs.subject(planner, model)).encode_batch(texts[:4])), 1
         )
         heldout = curate["train_tokens"] * curate["bytes_per_token"] * heldout_share
         tokens = min(section.bytes, heldout) / per_token / (1 - OVERLAP)
@@ -108,24 +104,24 @@ class Evaluate(Stage[Section]):
         more = max(min(DICTIONARY_TEXT, text / curate["sample_share"]) / max(min(TIMED_TEXT, text), 1), 1)
         rows = max(BATCH_TOKENS // length, 1)
         passes = tokens / (rows * length)
-        per_pass = training.forward_seconds(planner, model, dtype, 1, 512) / 512 * rows * length
+        per_pass = costs.forward_seconds(planner, model, dtype, 1, 512) / 512 * rows * length
         unpacking = inputs["variants"]["dense_seconds"] if "variants" in inputs else ()  # of quantised variants
         seconds = passes * sum(unpacking)
         seconds += before * (
             passes * per_pass
-            + training.answer_seconds(planner, model, dtype, PROMPT, section.speed_tokens, section.engine) * 1.3
+            + costs.answer_seconds(planner, model, dtype, PROMPT, section.speed_tokens, section.engine) * 1.3
         )
         more_bytes = 0.0
         if section.questions:
             graded = min(before, 2) * section.questions
-            encoder = training.encoder(planner, inputs["index"]["encoder"])[1]
-            seconds += graded * training.batch_seconds(planner, model, dtype, *GRADED, section.engine) + encoder.seconds
+            encoder = costs.encoder(planner, inputs["index"]["encoder"])[1]
+            seconds += graded * costs.batch_seconds(planner, model, dtype, *GRADED, section.engine) + encoder.seconds
             kind = training.torch_dtype(dtype)
             cache = cache_bytes(engine_config(section.engine, cache=CACHE), shape, kind)
             pages = 2 * section.questions * GRADED[0] * shape.kv_bytes_per_token(kind)
             more_bytes = encoder.peak_bytes + min(cache, pages)
         peak = max(
-            training.forward_peak(planner, model, dtype, rows, length) + more_bytes,
+            costs.forward_peak(planner, model, dtype, rows, length) + more_bytes,
             (meter.peak_bytes - resident) * more,
         )
         return StagePlan(
@@ -155,7 +151,7 @@ class Evaluate(Stage[Section]):
             "yardsticks": yardsticks(texts, _training_texts(curation)),
             "documents": len(texts),
             "text_bytes": sum(len(t.encode()) for t in texts),
-            "graded": _graded(section, inputs, context, curation, variants),
+            "graded": graded(section, inputs, context, curation, variants),
             "tasks": _tasks(section, inputs, context),
             "cost": {"tokens": tokens, "flops": flops},
         }
@@ -261,51 +257,6 @@ def _variants(section: Section, inputs: Inputs) -> list[dict[str, Any]]:
         before = {"name": Path(made["model"]).name, "folder": base, "bytes": weight_bytes(base), "role": "before"}
         rows = [before, *rows]
     return rows
-
-
-def _graded(
-    section: Section, inputs: Inputs, context: Context, curation: Curation, variants: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Held-out questions, closed book and with retrieved passages, by the model before it was adapted and after:
-    {role: figures}; empty where the corpus gives none."""
-    asked = draw(questions(curation.documents("heldout")), section.questions, context.recipe.seed)
-    if not asked:
-        return {}
-    searcher = Searcher(inputs["index"]["folder"])
-    gold = with_gold(asked, searcher)
-    made = {}
-    for variant in variants:
-        if variant["role"] == "compressed":
-            continue
-        result = _asked(section, context, variant, gold, searcher)
-        made[variant["role"]] = {"model": variant["name"]} | result.as_dict(rows=True)
-        context.events.emit("graded", **made[variant["role"]] | {"rows": len(asked)})
-    return made
-
-
-def _asked(
-    section: Section, context: Context, variant: dict[str, Any], gold: Sequence[grounded.Item], searcher: Searcher
-) -> grounded.Graded:
-    """The questions put to one variant, whose model is freed on return."""
-    model = load_model(variant["folder"], dtype=training.DTYPES[str(section.dtype)])
-    length = min(1024, model.config.context_length)
-    return grounded.run(
-        Engine(model, Tokenizer.load(variant["folder"]), engine_config(section.engine, cache=CACHE, max_length=length)),
-        gold,
-        searcher,
-        k=section.passages or 3,
-        mode=section.mode or "fused",
-        prompt_budget=min(section.prompt_tokens or length, length - 64),
-        events=context.events,
-    )
-
-
-def with_gold(asked: Sequence[Question], searcher: Searcher) -> list[grounded.Item]:
-    """The questions with the ids of the passages that hold their answers."""
-    ids: dict[tuple[str, str], list[str]] = {}
-    for passage in searcher.passages:
-        ids.setdefault((passage.source, passage.title), []).append(passage.id)
-    return [grounded.Item(q.id, q.question, q.answers, tuple(ids.get((q.document, q.evidence), ()))) for q in asked]
 
 
 def _speed(model: Any, tokens: int, knobs: dict[str, Any]) -> float:

@@ -19,7 +19,7 @@ from modicum.budget.meter import resident_now
 from modicum.core.files import tree_bytes
 from modicum.data.curate import Curation
 from modicum.data.passages import Passage, passages
-from modicum.pipeline import training
+from modicum.pipeline import costs
 from modicum.pipeline.context import Context
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.report import gains, plots
@@ -54,13 +54,13 @@ class Ground(Stage[Section]):
     def plan(self, section: Section, inputs: Inputs, planner: Planner) -> StagePlan:
         """The stage's own work on two small parts of the sample, the second as large as a few seconds allow."""
         curate, seed = inputs["corpus"], planner.recipe.seed
-        named = section.encoder or training.subject(planner, inputs["model"])
+        named = section.encoder or costs.subject(planner, inputs["model"])
         scratch = planner.scratch / planner.name
         began = time.perf_counter()
         everything = list(_passages(Curation.load(curate["sample"]), None))
         reading = (time.perf_counter() - began) / curate["sample_share"]
         count = min(section.passages or 1e18, len(everything) / curate["sample_share"])
-        encoder, load = training.encoder(planner, named)
+        encoder, load = costs.encoder(planner, named)
         found = everything[:: max(len(everything) // MOST, 1)][: int(count)]  # of all documents
         longest = max(found, key=lambda p: len(p.text))
         asked = min(section.queries / count, 1.0)

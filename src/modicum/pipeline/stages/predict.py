@@ -17,7 +17,7 @@ from modicum.core.errors import ModicumError, UserError
 from modicum.data.curate import Curation
 from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.folder import load_config
-from modicum.pipeline import training
+from modicum.pipeline import costs, training
 from modicum.pipeline.context import Context
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
@@ -71,7 +71,7 @@ class Predict(Stage[Section]):
             small = shape if main.model else _smaller(main, shape, share, curate["vocab_size"])
             tokens = max(token_share * decided["tokens"], 20 * main.batch_tokens)
             config = training.train_config(main, small, tokens, recipe.seed)
-            cost = cost.then(training.training_cost(planner, small, config, masked=training.masked(main)))
+            cost = cost.then(costs.training_cost(planner, small, config, masked=training.masked(main)))
             proxies.append(
                 {
                     "shape": None if main.model else {"width": small.width, "layers": small.layers},
@@ -149,14 +149,17 @@ class Predict(Stage[Section]):
 
 
 def _smaller(section: pretrain.Section, shape: DecoderConfig, share: float, vocab_size: int) -> DecoderConfig:
-    """The shape whose parameters outside the embedding are nearest to `share` of the main one's."""
+    """The shape whose parameters outside the embedding are nearest to `share` of the main one's, of
+    those that the methods take."""
 
     def body(c: DecoderConfig) -> int:
         return c.parameters() - c.vocab_size * c.width
 
     sizes = [(w, n) for w in range(32, shape.width + 1, 32) for n in range(1, shape.layers + 1) if 16 <= w / n <= 96]
     made = [training.shape_of(section, *s, vocab_size) for s in sizes or [(32, 1)]]
-    return min(made, key=lambda c: abs(body(c) / body(shape) - share))
+    made.sort(key=lambda c: abs(body(c) / body(shape) - share))
+    told = training.train_config(section, shape, section.batch_tokens, 0)
+    return next((c for c in made if costs.fits(c, told)), made[0])
 
 
 def _law(given: Any, vocabulary: int) -> Choice:

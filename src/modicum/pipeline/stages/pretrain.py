@@ -18,7 +18,7 @@ from modicum.core.files import tree_bytes
 from modicum.data.curate import Curation
 from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.folder import load_config, save_model
-from modicum.pipeline import training
+from modicum.pipeline import costs, training
 from modicum.pipeline.context import Context
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
@@ -117,9 +117,9 @@ class Pretrain(Stage[Section]):
         shape, tokens = _choose(planner, section, candidates, curate["train_tokens"] * EPOCHS)
         config = training.train_config(section, shape, tokens, planner.recipe.seed)
         masked = training.masked(section)
-        cost = training.training_cost(planner, shape, config, EVALUATIONS, masked=masked)
+        cost = costs.training_cost(planner, shape, config, EVALUATIONS, masked=masked)
         cost = Cost(**cost.as_dict() | {"disk_bytes": cost.disk_bytes * 2 + shape.parameters() * 2})
-        step = training.step_seconds(planner, shape, config, masked=masked)
+        step = costs.step_seconds(planner, shape, config, masked=masked)
         return StagePlan(
             cost,
             {
@@ -260,12 +260,14 @@ def _choose(
         if recipe.budget.memory and shape.parameters() * 18 > recipe.budget.memory and len(candidates) > 1:
             break
         config = training.train_config(section, shape, section.batch_tokens * 100, recipe.seed)
+        if shape is not candidates[-1] and not costs.fits(shape, config):
+            continue
         if section.tokens is not None:
             tokens = section.tokens
         elif section.time is not None:
             tokens = (
                 section.time
-                / training.step_seconds(planner, shape, config, masked=training.masked(section))
+                / costs.step_seconds(planner, shape, config, masked=training.masked(section))
                 * config.step_tokens
             )
         else:

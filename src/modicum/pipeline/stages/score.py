@@ -16,7 +16,7 @@ from modicum.data.curate import Curation
 from modicum.data.tokenizer import Tokenizer
 from modicum.evaluate.lm import LMScore, bits_per_byte
 from modicum.model.folder import load_model
-from modicum.pipeline import training
+from modicum.pipeline import costs, training
 from modicum.pipeline.context import Context
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
@@ -56,10 +56,10 @@ class Score(Stage[Section]):
         tokens = sum(_tokens(section, corpus.values) for corpus in inputs.all("corpus"))
         seconds = flops = peak = 0.0
         for model in inputs.all("model"):
-            shape = training.subject_shape(planner, model)
-            seconds += tokens / 512 * training.forward_seconds(planner, model, dtype, 1, 512)
+            shape = costs.subject_shape(planner, model)
+            seconds += tokens / 512 * costs.forward_seconds(planner, model, dtype, 1, 512)
             flops += tokens * shape.flops_per_token(length)
-            peak = max(peak, training.forward_peak(planner, model, dtype, rows, length))
+            peak = max(peak, costs.forward_peak(planner, model, dtype, rows, length))
         scored = tokens * len(inputs.all("model"))
         return StagePlan(
             Cost(tokens=scored, flops=flops, seconds=seconds, peak_bytes=peak), {}, "passes timed and traced"

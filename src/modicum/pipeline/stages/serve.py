@@ -10,7 +10,7 @@ from pydantic import Field
 from modicum.budget import Cost
 from modicum.data.tokenizer import Tokenizer
 from modicum.model.folder import load_model
-from modicum.pipeline import training
+from modicum.pipeline import costs, training
 from modicum.pipeline.context import Context
 from modicum.pipeline.engine import EngineKnobs, cache_bytes, engine_config
 from modicum.pipeline.plan import Planner
@@ -53,18 +53,18 @@ class Serve(Stage[Section]):
     def plan(self, section: Section, inputs: Inputs, planner: Planner) -> StagePlan:
         """One question's worth of prompt and answer through the real engine."""
         model, dtype = inputs["model"], str(section.dtype)
-        shape = training.subject_shape(planner, model)
+        shape = costs.subject_shape(planner, model)
         questions, answer = len(section.questions) or ASKED, section.max_tokens
         prompt = max(min(section.prompt_tokens, shape.context_length - answer) // 2, 1)
-        seconds = training.answer_seconds(planner, model, dtype, prompt, answer, section.engine)
-        load = training.encoder(planner, inputs["index"]["encoder"])[1]
+        seconds = costs.answer_seconds(planner, model, dtype, prompt, answer, section.engine)
+        load = costs.encoder(planner, inputs["index"]["encoder"])[1]
         cache = cache_bytes(engine_config(section.engine, cache=CACHE), shape, training.torch_dtype(dtype))
         return StagePlan(
             Cost(
                 parameters=shape.parameters(),
                 tokens=questions * (answer + prompt),
                 seconds=load.seconds + seconds * questions,
-                peak_bytes=load.peak_bytes + training.forward_peak(planner, model, dtype, 4, 256) + cache,
+                peak_bytes=load.peak_bytes + costs.forward_peak(planner, model, dtype, 4, 256) + cache,
             ),
             {},
             "an answer timed; weights, cache and encoder",
