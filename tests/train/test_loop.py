@@ -332,7 +332,7 @@ from modicum.core.registry import load as original  # noqa: E402
         ({}, "length of the run once"),
         ({"steps": 3, "batch_tokens": 100, "batch_sequences": 3}, "batch once"),
         ({"steps": 3, "batch_tokens": 100}, "less than one sequence of 512"),
-        ({"tokens": 1000}, "less than one step of 16384"),
+        ({"tokens": 1000}, "less than one step of 15872"),
         ({"steps": 3, "lr": 0.0}, "lr=0.0 must be a number above 0"),
         ({"steps": 3, "clip": -1.0}, "clip=-1.0"),
         ({"steps": 3, "dtype": "bfloat"}, "Did you mean 'bfloat16'"),

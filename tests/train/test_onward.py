@@ -107,7 +107,8 @@ def test_the_data_comes_as_the_schedule_asks(tmp_path):
     import json
 
     from modicum.data.curate import CurateConfig, curate
-    from modicum.train.pretrain import PretrainConfig, pretrain
+    from modicum.train.config import PretrainSpec
+    from modicum.train.pretrain import pretrain
 
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     rows = [{"text": " ".join(words[(i * j) % 8] for j in range(60)), "quality": i} for i in range(60)]
@@ -115,14 +116,14 @@ def test_the_data_comes_as_the_schedule_asks(tmp_path):
     curate(str(tmp_path / "in.jsonl"), tmp_path / "c", CurateConfig(steps=["keep"], vocab_size=300), processes=1)
     knobs = {"schedule": "curriculum-averaging", "batch_sequences": 4, "device": "cpu", "dtype": "float32"}
     made = pretrain(
-        tmp_path / "c", tmp_path / "run", PretrainConfig(parameters=8e4, steps=4, sequence_length=32, train=knobs)
+        tmp_path / "c", tmp_path / "run", PretrainSpec(parameters=8e4, steps=4, sequence_length=32, **knobs)
     )
     assert made.run.finished
     with pytest.raises(UserError, match="choose packing concat:mask=true"):
         pretrain(
             tmp_path / "c",
             tmp_path / "run2",
-            PretrainConfig(
-                parameters=8e4, steps=4, sequence_length=32, train=knobs | {"schedule": "cosine", "objective": "meco"}
+            PretrainSpec(
+                parameters=8e4, steps=4, sequence_length=32, **knobs | {"schedule": "cosine", "objective": "meco"}
             ),
         )

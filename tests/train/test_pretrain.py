@@ -43,13 +43,14 @@ def modicum(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def model(curated, tmp_path_factory):
-    from modicum.train.pretrain import PretrainConfig, pretrain
+    from modicum.train.config import PretrainSpec
+    from modicum.train.pretrain import pretrain
 
     out = tmp_path_factory.mktemp("model")
     return pretrain(
         curated,
         out,
-        PretrainConfig(parameters=1.2e5, steps=30, sequence_length=64, train={"batch_tokens": 512, "device": "cpu"}),
+        PretrainSpec(parameters="120k", steps=30, sequence_length=64, batch_tokens=512, lr=4e-3, device="cpu"),
     ).folder
 
 
@@ -183,3 +184,20 @@ def test_surgery_reaches_the_exported_folder(modicum, curated, tmp_path, surgery
     assert code == 0 and told["finished"] and told["average_parameters"] < told["parameters"]
     assert zeros == pytest.approx(0.0 if layers else 0.5, abs=2e-3)
     assert not layers or len(model.layers) == layers
+
+
+def test_a_plan_is_what_the_run_then_counts(modicum, curated, tmp_path):
+    """`--plan` writes nothing; its FLOPs and tokens are the run's, its disk bytes those of checkpoints and model."""
+    words = ["pretrain", curated, "--out", tmp_path / "run", "--steps", 4, "--averaging", "ema", "--keep", 1, *SMALL]
+    words += ["--schedule", "constant", "--json"]
+    code, out, _ = modicum(*words, "--plan")
+    planned = json.loads(out)
+    assert code == 0 and not (tmp_path / "run").exists()
+    code, out, _ = modicum(*words)
+    did = json.loads(out)
+    assert code == 0 and planned["tokens"] == did["tokens"] and planned["parameters"] == did["parameters"]
+    assert planned["flops"] == pytest.approx(did["flops"], rel=0.15)
+    written = sum(f.stat().st_size for f in (tmp_path / "run").rglob("*.safetensors"))
+    assert planned["disk_bytes"] == pytest.approx(written, rel=0.05)
+    code, out, _ = modicum("pretrain", curated, "--out", tmp_path / "x", "--time", "5m", *SMALL, "--plan")
+    assert code == 0 and "parameters" in out and "tokens" not in out

@@ -16,8 +16,9 @@ from modicum.core.errors import UserError
 from modicum.core.events import Events
 from modicum.model import attach
 from modicum.model.folder import load_model
+from modicum.train.config import PretrainSpec
 from modicum.train.loop import train
-from modicum.train.pretrain import PretrainConfig, pretrain
+from modicum.train.pretrain import pretrain
 
 FORM = "sltrain:rank=4,density=0.1,alpha=8"
 
@@ -82,9 +83,9 @@ def test_a_form_that_does_not_claim_it_is_refused(two: Path) -> None:
 def test_pretraining_exports_a_plain_model_and_does_not_forget_one(tmp_path: Path) -> None:
     folder = curated(tmp_path)
     told = {"form": "sltrain:rank=4,density=0.1,alpha=8", "device": "cpu", "dtype": "float32", "batch_sequences": 4}
-    result = pretrain(folder, tmp_path / "run", PretrainConfig(parameters=6e4, steps=3, sequence_length=32, train=told))
+    result = pretrain(folder, tmp_path / "run", PretrainSpec(parameters=6e4, steps=3, sequence_length=32, **told))
     model = load_model(result.folder)
     assert not attach.forms(model) and all(p.isfinite().all() for p in model.parameters())
-    again = PretrainConfig(model=result.folder, steps=3, sequence_length=32, train=told)
+    again = PretrainSpec(model=result.folder, steps=3, sequence_length=32, **told)
     with pytest.raises(UserError, match="requires fit"):
         pretrain(folder, tmp_path / "again", again)

@@ -17,7 +17,7 @@ from modicum.train.config import TrainConfig
 
 VOCAB, LENGTH = 64, 32
 MIXTURES = ("fixed:weights={prose: 3, code: 1}", "fixed:weights={prose: 1, code: 3}")
-SMALL = ["--sequence-length", "64", "--batch", "512tok", "--parameters", "120k", "--device", "cpu"]
+SMALL = ["--sequence-length", "64", "--batch", "512tok", "--parameters", "120k", "--lr", "4e-3", "--device", "cpu"]
 PRETRAIN = ["--steps", "6", "--dtype", "float32", "--micro-batch", "4", "--json", *SMALL]
 
 

@@ -6,7 +6,8 @@ A *port* is a package `modicum.ROOM.PORTS` whose docstring starts with `port NAM
 docstring starts with `KEY: summary`. Listing reads those first lines as text and imports nothing;
 a method is imported when it is loaded. Files beginning with an underscore (`_conformance.py`) belong
 to the port. Another distribution adds methods through the entry-point group `modicum.methods`, with
-entry names `PORT/KEY` and the module as value.
+entry names `PORT/KEY` and the module as value, and ports through `modicum.ports`, with names `ROOM/PORT` and the
+package as value.
 """
 
 from __future__ import annotations
@@ -84,10 +85,11 @@ class PortInfo:
     path: Path
     baseline: str
     several: bool = False  # whether a choice may name any number of its methods (`SEVERAL = True`), not exactly one
+    of_room: str = ""  # of a plug-in's port
 
     @property
     def room(self) -> str:
-        return self.package.split(".")[1]
+        return self.of_room or self.package.split(".")[1]
 
 
 M = TypeVar("M", bound=Method)
@@ -115,16 +117,24 @@ def _first_line(path: Path) -> tuple[bool, str, str] | None:
 @functools.cache
 def ports() -> dict[str, PortInfo]:
     """Every port by name, sorted; nothing is imported."""
-    found = {}
-    for path in sorted(ROOT.glob("*/*/__init__.py")):
+    places = [(p, f"modicum.{p.parent.parent.name}.{p.parent.name}", "") for p in sorted(ROOT.glob("*/*/__init__.py"))]
+    for entry in importlib.metadata.entry_points(group="modicum.ports"):
+        spec = importlib.util.find_spec(entry.value)
+        if spec is None or spec.origin is None:
+            raise UserError(f"port {entry.name!r} of a plug-in is not there: {entry.value}; install it again")
+        places.append((Path(spec.origin), entry.value, entry.name.partition("/")[0]))
+    found: dict[str, PortInfo] = {}
+    for path, package, room in places:
         head = _first_line(path)
         if head and head[0]:
+            if head[1] in found:
+                raise UserError(f"port {head[1]!r} of {package} is there already: {found[head[1]].package}")
             text = path.read_text(encoding="utf-8")
             baseline = _BASELINE.search(text)
             if not baseline:
                 raise UserError(f'port {head[1]!r} in {path} names no baseline; add BASELINE = "KEY"')
-            package = f"modicum.{path.parent.parent.name}.{path.parent.name}"
-            found[head[1]] = PortInfo(head[1], head[2], package, path.parent, baseline[1], bool(_SEVERAL.search(text)))
+            several = bool(_SEVERAL.search(text))
+            found[head[1]] = PortInfo(head[1], head[2], package, path.parent, baseline[1], several, room)
     return dict(sorted(found.items()))
 
 

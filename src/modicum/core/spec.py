@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar
 
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError, unknown
+from modicum.core.registry import PortInfo
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Spec:
     """
 
     NAME: ClassVar[str] = "option"
+    METHODS: ClassVar[dict[str, str]] = {}  # by port: what is chosen where nothing is said, if not the baseline
 
     def __init__(self, **given: Any) -> None:
         kind: Any = type(self)
@@ -141,6 +143,11 @@ class Spec:
             value = given.get(name, one.default)
             object.__setattr__(self, name, one.read(value) if name in given or one.unit else value)
         self.check()
+
+    @classmethod
+    def ports(cls) -> dict[str, PortInfo]:
+        """The ports that it chooses methods of, in `methods`."""
+        return {}
 
     def check(self) -> None:
         """Raise `UserError` for fields that do not go together."""

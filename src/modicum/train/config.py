@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Self
 
-from modicum.budget.units import Tokens
+from modicum.budget.units import Parameters, Seconds, Tokens
 from modicum.core import compose, registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
@@ -46,21 +47,23 @@ class TrainConfig(Spec):
     tokens: Tokens | None = option(None, "Length of the run, e.g. 2Mtok; rounded down to whole steps.", resumable=True)
     steps: int | None = option(None, "Length of the run instead, in steps.", least=1, resumable=True)
     sequence_length: int = option(512, "Tokens per sequence.", least=1)
-    batch_tokens: Tokens | None = option(None, "Tokens per step, over all processes and micro-batches, e.g. 16ktok.")
-    batch_sequences: int | None = option(None, "Sequences per step instead (32 by default).", least=1)
+    batch_tokens: Tokens | None = option(
+        None, "Tokens per step, over all processes and micro-batches (16ktok by default)."
+    )
+    batch_sequences: int | None = option(None, "Sequences per step instead.", least=1)
     micro_batch: int | None = option(
         None, "Sequences per forward pass of a process, to save memory (default: all).", least=1, resumable=True
     )
-    lr: float = option(1e-3, "Peak learning rate.", above=0)
+    lr: float | None = option(None, "Peak learning rate (by the model's width and the batch).", above=0)
     form: Annotated[Any, MethodOf("linear")] = option(None, "A linear form to train in, e.g. sltrain:rank=32.")
-    targets: tuple[str, ...] = option(("layers.*",), "The layers that get it: globs over module names, with commas.")
+    targets: tuple[str, ...] | None = option(("layers.*",), "The layers that get it: globs, with commas.")
     clip: float = option(1.0, "Limit of the gradient's global norm, 0 for none.", least=0)
     dtype: str = option("bfloat16", "bfloat16 or float32.", allowed=tuple(DTYPES))
     masters: bool = option(True, "Keep float32 weights behind bfloat16 ones for the optimizer to work on.")
     seed: int = option(0, "Seed of weights and order.")
     checkpoint_every: int = option(100, "Steps between checkpoints, 0 for only at the end.", least=0, resumable=True)
     keep: int = option(2, "Checkpoints to keep.", least=1, resumable=True)
-    eval_every: int = option(0, "Steps between held-out losses, 0 for only at the end.", least=0, resumable=True)
+    eval_every: int = option(100, "Steps between held-out losses, 0 for only at the end.", least=0, resumable=True)
     eval_sequences: int = option(256, "Held-out sequences to read for each.", least=1, resumable=True)
     nonfinite: str = option(
         "stop", "What an infinite or NaN loss does: stop, or skip the step.", allowed=("stop", "skip"), resumable=True
@@ -69,6 +72,14 @@ class TrainConfig(Spec):
     compile: bool = option(False, "Compile the layers.", resumable=True)
     methods: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
+    LENGTHS: ClassVar[dict[str, str]] = {"tokens": "2Mtok", "steps": "500"}  # how the run's length may be said
+    METHODS: ClassVar[dict[str, str]] = {}  # defaults that are not the port's baseline
+    BATCH_TOKENS: ClassVar[int] = 16_000  # of a step, where nothing else is said
+
+    @classmethod
+    def ports(cls) -> dict[str, registry.PortInfo]:
+        return run_ports()
+
     def __init__(self, **given: Any) -> None:
         named = {port: given.pop(port) for port in run_ports() if port in given}
         methods = dict(given.pop("methods", {})) | named
@@ -76,8 +87,9 @@ class TrainConfig(Spec):
 
     def check(self) -> None:
         object.__setattr__(self, "dtype", DTYPES[self.dtype])
-        if (self.tokens is None) == (self.steps is None):
-            raise UserError("give the length of the run once: tokens=2Mtok, or steps=500")
+        if sum(getattr(self, name) is not None for name in self.LENGTHS) != 1:
+            ways = " or ".join(f"{name}={example}" for name, example in self.LENGTHS.items())
+            raise UserError(f"give the length of the run once: {ways}")
         if self.batch_tokens is not None and self.batch_sequences is not None:
             raise UserError("give the batch once: batch_tokens=16ktok, or batch_sequences=32")
         if self.sequences < 1:
@@ -86,7 +98,7 @@ class TrainConfig(Spec):
                 f"{self.sequence_length}; ask for more, or for a shorter sequence_length"
             )
         _ = self.chosen
-        if self.total_steps < 1:
+        if self.tokens is not None and self.total_steps < 1:
             raise UserError(
                 f"tokens={self.tokens:g} is less than one step of {self.step_tokens} ({self.sequences} "
                 f"sequences of {self.sequence_length}); ask for more tokens or a smaller batch"
@@ -103,7 +115,11 @@ class TrainConfig(Spec):
         ]
         found = compose.complete(given)
         taken = {choice.port for choice in found}
-        return (*found, *(Choice(n, i.baseline) for n, i in ports.items() if n not in taken and not i.several))
+        return (*found, *(self._default(n) for n, i in ports.items() if n not in taken and not i.several))
+
+    @classmethod
+    def _default(cls, port: str) -> Choice:
+        return Choice.parse(port, cls.METHODS.get(port, registry.port(port).baseline))
 
     def choice(self, port: str) -> Choice:
         """The method of a port that takes one."""
@@ -118,7 +134,9 @@ class TrainConfig(Spec):
         """Sequences of one step."""
         if self.batch_sequences is not None:
             return self.batch_sequences
-        return 32 if self.batch_tokens is None else int(self.batch_tokens // self.sequence_length)
+        if self.batch_tokens is None:
+            return max(self.BATCH_TOKENS // self.sequence_length, 1)
+        return int(self.batch_tokens // self.sequence_length)
 
     @property
     def step_tokens(self) -> int:
@@ -131,6 +149,13 @@ class TrainConfig(Spec):
     @property
     def total_tokens(self) -> int:
         return self.total_steps * self.step_tokens
+
+    def for_width(self, width: int, continued: bool = False) -> Self:
+        """This run with a learning rate for a model of `width`, unless it has one."""
+        if self.lr is not None:
+            return self
+        batch = self.batch_tokens or (self.step_tokens if self.batch_sequences else self.BATCH_TOKENS)
+        return dataclasses.replace(self, lr=peak_rate(width, batch, continued))
 
     def build(self, port: str, *runtime: Any, **more: Any) -> Any:
         """The chosen method of `port`; a list of them where a port takes several."""
@@ -168,9 +193,36 @@ class TrainConfig(Spec):
             found = [choice.resolved() for choice in self.choices(port)]
             plain[port] = found if info.several else found[0]
         plain["form"] = None if self.form is None else Choice.parse("linear", self.form).resolved()
-        plain["targets"] = list(self.targets)
+        plain["targets"] = None if self.targets is None else list(self.targets)
         plain["batch_sequences"], plain["batch_tokens"] = self.sequences, self.step_tokens
         return plain
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class PretrainSpec(TrainConfig):
+    """A run of `train.pretrain.pretrain`: a new model, or one to go on from."""
+
+    parameters: Parameters | None = option(None, "Size of a new model, e.g. 5M or 125M (5M by default).")
+    model: str | None = option(None, "Go on from this model folder, name or hub id instead.")
+    time: Seconds | None = option(None, "Length of the run instead, e.g. 5m: as many tokens as fit.")
+
+    LENGTHS = TrainConfig.LENGTHS | {"time": "5m"}
+
+    def check(self) -> None:
+        super().check()
+        if self.parameters is not None and self.model is not None:
+            raise UserError("a given model has its own size: give parameters or model, not both")
+        if self.parameters is not None and self.parameters <= 0:
+            raise UserError(f"parameters={self.parameters:g} must be positive; write for example 5M or 1.3B")
+
+
+def peak_rate(width: int, batch_tokens: float, continued: bool = False) -> float:
+    """Default peak rate of AdamW: 1 / width, kept in [3e-4, 4e-3], for steps of 16 ktok; smaller steps have it
+    times the square root of their share (Malladi et al. 2022, arXiv:2205.10011). 1e-4 for a model trained before."""
+    if continued:
+        return 1e-4
+    rate = min(4e-3, max(3e-4, 1.0 / width))
+    return rate * math.sqrt(min(batch_tokens / TrainConfig.BATCH_TOKENS, 1.0))
 
 
 def several(value: Any) -> Sequence[Any]:
@@ -212,10 +264,15 @@ def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any], folder: 
     return found
 
 
-def members(config: TrainConfig, world: int = 1, callbacks: Mapping[str, Any] | None = None) -> list[compose.Member]:
-    """The run's methods and settings, for `core.compose.resolve`; `callbacks` act in the loop beside them."""
+def members(
+    config: TrainConfig, world: int = 1, callbacks: Mapping[str, Any] | None = None, *, form: bool = True
+) -> list[compose.Member]:
+    """The run's methods and settings, for `core.compose.resolve`; `callbacks` act in the loop beside them.
+
+    form=False: without its linear form, which then is attached by somebody else.
+    """
     found = [compose.member(choice.port, choice) for choice in config.chosen]
-    if config.form is not None:
+    if form and config.form is not None:
         found.append(compose.member("linear", config.form))
         found.append(compose.setting(f"form={config.form}", requires={"trainable"}))
     for name, one in (callbacks or {}).items():

@@ -37,7 +37,9 @@ class TrainEngine:
     named: dict[str, Tensor]
 
     def __init__(self, model: nn.Module, config: TrainConfig, parts: Mapping[str, Callback] | None = None):
-        self.model, self.config = with_form(model, config), config
+        shape = getattr(model, "config", None)
+        config = config.for_width(getattr(shape, "width", 1000))
+        self.model, self.config, self.lr = with_form(model, config), config, float(config.lr or 0)
         self.device = parallel.pick_device(config.device)
         self.ranks = parallel.current(self.device)
         self.extra = dict(parts or {})
@@ -98,7 +100,7 @@ class TrainEngine:
             self.masters = Masters(trainable)
         self.named = dict(self.masters.named if self.masters else trainable)
         self._names = {id(p): name for name, p in trainable.items()}
-        self.optimizer = self.config.build("optimizer", self.named.items(), lr=self.config.lr)
+        self.optimizer = self.config.build("optimizer", self.named.items(), lr=self.lr)
         self.row_flops = 3 * flops_per_token(model, self.config.sequence_length) * self.config.sequence_length
         self.parameters = sum(p.numel() for p in model.parameters())
         self.whole.train()

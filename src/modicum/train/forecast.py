@@ -6,6 +6,7 @@ Everything that takes part is the real thing: model, forms, optimizer, objective
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 
@@ -13,12 +14,14 @@ import torch
 from torch import nn
 
 from modicum.budget.trace import Traced, flop_counter, trace
+from modicum.core import registry
 from modicum.data.stream import Batch
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
 from modicum.train.callback import Callback
 from modicum.train.config import TrainConfig
 from modicum.train.engine import TrainEngine
+from modicum.train.forms import with_form
 from modicum.train.objectives import Step
 
 
@@ -103,6 +106,17 @@ def planned_flops(engine: TrainEngine, begin: int, end: int, samples: int = 256)
     steps = [begin + (2 * i + 1) * (end - begin) // (2 * parts) for i in range(parts)]
     mean = sum(engine.surgery.flops(engine, at) for at in steps) / parts
     return mean * (end - begin) * engine.config.sequences
+
+
+def checkpoint_bytes(model: nn.Module, config: TrainConfig) -> float:
+    """Bytes of one checkpoint: the trained weights in float32, the optimizer's state by its own forecast, averages."""
+    model = with_form(model, config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    choice = config.choice("optimizer")
+    state = registry.load("optimizer", choice.method).cls.cost(choice.config(), shapes).peak_bytes
+    weights = 4 * sum(math.prod(shape) for shape in shapes.values())
+    averaged = config.choice("averaging").method != registry.port("averaging").baseline
+    return float(weights * (2 if averaged else 1) + state)
 
 
 def run_flops(model: nn.Module, config: TrainConfig) -> float:

@@ -57,7 +57,7 @@ def with_form(model: M, config: TrainConfig) -> M:
     if config.form is None:
         return model
     generator = torch.Generator().manual_seed(config.seed)
-    made = attach.attach(model, dict.fromkeys(config.targets, config.form), generator=generator)
+    made = attach.attach(model, dict.fromkeys(config.targets or (), config.form), generator=generator)
     if not any(form.trainable() for form in made.values()):
         raise UserError(f"the form {config.form} trains nothing; choose one that does, such as lora:rank=8")
     return model

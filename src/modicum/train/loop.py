@@ -257,7 +257,7 @@ class Trainer(TrainEngine):
             "step": self.steps_done,
             "tokens": self.tokens,
             "loss": loss,
-            "lr": config.lr * scales["lr"],
+            "lr": self.lr * scales["lr"],
             "grad_norm": norm_value,
             "tokens_per_second": round(config.step_tokens / seconds, 1),
             "seconds": round(self.seconds, 4),
