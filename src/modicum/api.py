@@ -131,17 +131,17 @@ class Model:
 
         pairs: a JSONL file, a curated folder, or an iterable of objects with id, question and answer. folder:
         for the adapter in PEFT's format, checkpoints (a stopped run goes on from them) and adapt.json with the losses.
-        knobs: fields of `AdaptConfig` (form, targets, base, epochs, tokens, lr, ...).
+        knobs: settings of `AdaptSpec` (form, targets, base, epochs, tokens, lr, ...).
         """
-        from modicum.adapt.run import AdaptConfig, adapt
+        from modicum.adapt.run import adapt
+        from modicum.adapt.spec import AdaptSpec
 
         if self.adapter is not None or self.form is not None:
             raise UserError(
                 f"{self!r} holds an adapter or a form; save it and adapt the saved folder, or adapt the model without "
                 "them (base='int4' trains over 4-bit weights)"
             )
-        config = AdaptConfig(**_known("adapt knob", AdaptConfig, knobs))
-        result = adapt(self.folder, pairs, config, folder)
+        result = adapt(self.folder, pairs, AdaptSpec(**knobs), folder)
         if result.model is not None:
             return Model(result.model, **self._load)
         return Model(self.folder, adapter=result.adapter, **self._load)

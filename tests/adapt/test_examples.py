@@ -1,17 +1,20 @@
 """Pairs: read, split, formatted, packed; the stream protocol and its exact resume."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from modicum.adapt.examples import Encoded, Example, encode, fit, prepare, read_examples, sample, split
+from modicum.adapt.examples import Encoded, Example, Prepared, encode, fit, prepare, read_examples, sample, split
+from modicum.adapt.run import run_spec
 from modicum.adapt.sources import load_sides
-from modicum.adapt.stream import PairStream
+from modicum.adapt.spec import AdaptSpec
 from modicum.core.errors import UserError
 from modicum.data.document import Document, write_documents
-from modicum.data.stream import NO_LOSS, EndOfData
+from modicum.data.stream import NO_LOSS, EndOfData, Stream
 from modicum.data.tokenizer import Tokenizer
 
 PAIRS = [(f"what is {a} plus {b}?", f"{a} plus {b} is {a + b}.") for a in range(12) for b in range(8)]
@@ -157,9 +160,15 @@ def encoded(n: int, longest: int = 30) -> list[Encoded]:
     ]
 
 
+def pair_stream(examples: list[Encoded], length: int, **more: Any) -> Stream:
+    """As an adaptation builds it."""
+    stream: Stream = AdaptSpec(sequence_length=length).stream(Prepared(examples).documents(), **{"total": None} | more)
+    return stream
+
+
 def test_rows_hold_whole_pairs_with_loss_on_answers_alone() -> None:
     examples = encoded(40)
-    stream = PairStream(examples, sequence_length=48, epochs=1)
+    stream = pair_stream(examples, 48, epochs=1)
     seen = []
     while True:
         try:
@@ -185,23 +194,32 @@ def test_rows_hold_whole_pairs_with_loss_on_answers_alone() -> None:
 
 @pytest.mark.parametrize("stop", [1, 4, 9])
 def test_stream_goes_on_exactly(stop: int) -> None:
-    def after(stream: PairStream, n: int) -> list[list[int]]:
+    def after(stream: Stream, n: int) -> list[list[int]]:
         return [stream.next_batch(3).tokens_BT.flatten().tolist() for _ in range(n)]
 
-    whole = after(PairStream(encoded(25), sequence_length=40, seed=3), 14)  # more than two epochs
-    first = PairStream(encoded(25), sequence_length=40, seed=3)
+    whole = after(pair_stream(encoded(25), 40, seed=3), 14)  # more than two epochs
+    first = pair_stream(encoded(25), 40, seed=3)
     begun = after(first, stop)
-    second = PairStream(encoded(25), sequence_length=40, seed=0)
+    second = pair_stream(encoded(25), 40, seed=0)
     second.load_state(json.loads(json.dumps(first.state())))
     assert begun + after(second, 14 - stop) == whole
 
 
 def test_stream_refuses_other_pairs() -> None:
-    state = PairStream(encoded(10), sequence_length=40).state()
-    with pytest.raises(UserError, match="pairs was 10 and is 11"):
-        PairStream(encoded(11), sequence_length=40).load_state(state)
-    with pytest.raises(UserError, match="does not fit"):
-        PairStream(encoded(10), sequence_length=5)
+    state = pair_stream(encoded(10), 40).state()
+    with pytest.raises(UserError, match="'pairs' had 10 documents"):
+        pair_stream(encoded(11), 40).load_state(state)
+
+
+def test_epochs_are_as_many_steps_as_their_rows_need() -> None:
+    pairs = Prepared(encoded(40))
+    rows = pair_stream(pairs.examples, 48, epochs=1).count_rows()
+    assert rows == len(list(pair_stream(pairs.examples, 48, epochs=1).batches(1))) > 10
+    spec = AdaptSpec(epochs=2.5, batch_sequences=4, sequence_length=64)
+    run = run_spec(spec, pairs, 48, 7)
+    assert run.total_steps == math.ceil(2.5 * rows / 4) and run.sequence_length == 48 and run.eval_sequences == 7
+    assert run.form is None and run.sequences == 4 and str(run.choice("packing")) == "whole"
+    assert AdaptSpec().epochs == 3.0 and AdaptSpec(steps=5).epochs is None
 
 
 def test_fit_drops_a_pair_without_a_given_token() -> None:

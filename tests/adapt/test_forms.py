@@ -10,7 +10,8 @@ import transformers
 from safetensors.torch import load_file
 
 from modicum.adapt.peft_format import load_peft, save_peft
-from modicum.adapt.run import AdaptConfig, adapt
+from modicum.adapt.run import adapt
+from modicum.adapt.spec import AdaptSpec
 from modicum.budget import Deadline
 from modicum.budget.trace import Live
 from modicum.core.errors import UserError
@@ -51,7 +52,7 @@ def place(tmp_path_factory) -> Path:
 
 def run(place: Path, out: Path, **knobs):
     more = {k: knobs.pop(k) for k in ("deadline",) if k in knobs}
-    return adapt(place / "model", place / "pairs.jsonl", AdaptConfig(**(QUICK | knobs)), out, **more)
+    return adapt(place / "model", place / "pairs.jsonl", AdaptSpec(**(QUICK | knobs)), out, **more)
 
 
 def logits(model) -> torch.Tensor:
@@ -125,7 +126,7 @@ def test_under_bf16_the_masters_warm_up(place: Path, tmp_path: Path) -> None:
         saved = load_file(tmp_path / str(warmup) / "checkpoints/step-00000010/model.safetensors")
         lambdas.append(torch.stack([t[1:] for n, t in saved.items() if n.endswith(".E")]).abs())
     new = lambdas[0] != 0
-    assert new.any() and (lambdas[1][new] < 0.7 * lambdas[0][new]).float().mean() > 0.9
+    assert new.any() and lambdas[1][new].norm() < 0.7 * lambdas[0][new].norm()
 
 
 @pytest.mark.parametrize("name", ["compacter", "compacter++"])

@@ -1,6 +1,7 @@
 """Adapting a stored model from end to end: losses, files, resume, forms and mistakes."""
 
 import json
+import sys
 from pathlib import Path
 
 import peft
@@ -10,7 +11,8 @@ import transformers
 from safetensors.torch import load_file
 
 from modicum.adapt.peft_format import load_peft
-from modicum.adapt.run import AdaptConfig, adapt
+from modicum.adapt.run import adapt
+from modicum.adapt.spec import AdaptSpec
 from modicum.budget import Deadline
 from modicum.core.errors import UserError
 from modicum.core.events import Events, read_events
@@ -40,7 +42,7 @@ def place(tmp_path_factory) -> Path:
 
 def run(place: Path, out: Path, **knobs):
     more = {k: knobs.pop(k) for k in ("deadline", "events") if k in knobs}
-    return adapt(place / "model", place / "pairs.jsonl", AdaptConfig(**(QUICK | knobs)), out, **more)
+    return adapt(place / "model", place / "pairs.jsonl", AdaptSpec(**(QUICK | knobs)), out, **more)
 
 
 def logits(model) -> torch.Tensor:
@@ -169,14 +171,18 @@ def test_another_rank_in_the_same_folder_is_refused(place: Path, tmp_path: Path)
         run(place, tmp_path / "out", form="lora:rank=3")
 
 
-def test_verb(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from modicum.cli.adapt import adapt as verb
+def test_verb(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modicum.cli import main
 
-    source = str(place / "model"), place / "pairs.jsonl", tmp_path / "out"
-    knobs = dict(form="lora:rank=2", steps=2, merge=True, sequence_length=48, batch=2, dtype="float32")
-    verb(*source, **knobs, as_json=True)
+    words = ["--form", "lora:rank=2", "--steps", "2", "--merge", "--sequence-length", "48", "--batch", "2"]
+    source = [str(place / "model"), str(place / "pairs.jsonl"), "--out", str(tmp_path / "out"), "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["modicum", "adapt", *source, *words, "--json"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
     told = json.loads(capsys.readouterr().out)
-    assert told["steps"] == 2 and told["heldout_before"] > 0
-    verb(*source, **knobs)
+    assert told["steps"] == 2 and told["heldout_before"] > 0 and Path(told["model"]).is_dir()
+    monkeypatch.setattr(sys, "argv", ["modicum", "adapt", *source, *words])
+    with pytest.raises(SystemExit, match="0"):
+        main()
     text = capsys.readouterr().out
     assert "held-out loss" in text and "PEFT format" in text and "modicum chat" in text

@@ -142,7 +142,8 @@ def test_impossible_knobs_are_one_clear_line(choice: str, word: str) -> None:
 
 
 def test_attached_twice_onto_nothing_and_onto_trained_weights(tmp_path: Path) -> None:
-    from modicum.adapt.run import AdaptConfig, adapt
+    from modicum.adapt.run import adapt
+    from modicum.adapt.spec import AdaptSpec
     from modicum.compress.run import compress
 
     model = nn.Sequential(nn.Linear(IN, OUT))
@@ -157,7 +158,7 @@ def test_attached_twice_onto_nothing_and_onto_trained_weights(tmp_path: Path) ->
     with pytest.raises(UserError, match="requires fit"):
         compress(tmp_path / "model", SMALL, tmp_path / "out")
     with pytest.raises(UserError, match="requires fit"):
-        adapt(tmp_path / "model", [], AdaptConfig(form=SMALL), tmp_path / "out")
+        adapt(tmp_path / "model", [], AdaptSpec(form=SMALL), tmp_path / "out")
 
 
 def run(folder: Path, steps: int, form: str = SMALL, **knobs: object):

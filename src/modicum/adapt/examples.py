@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from modicum.core.errors import UserError
+from modicum.data.shards import MemoryDocuments
 from modicum.data.tokenizer import Tokenizer
 
 Message = dict[str, str]
@@ -148,6 +149,10 @@ class Prepared:
     @property
     def targets(self) -> int:
         return sum(len(e.ids) - e.given for e in self.examples)
+
+    def documents(self, reserved: int = 0) -> MemoryDocuments:
+        """The pairs as a stream reads them: one document each, with a loss on its answer alone."""
+        return MemoryDocuments({"pairs": [(e.ids, e.given) for e in self.examples]}, reserved=reserved)
 
 
 def prepare(examples: Iterable[Example], tokenizer: Tokenizer, length: int) -> Prepared:

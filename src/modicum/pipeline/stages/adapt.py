@@ -251,11 +251,12 @@ def _training_cost(planner: Planner, config: AdaptConfig, model: Input) -> tuple
     common: dict[str, Any] = {
         "sequence_length": config.sequence_length,
         "lr": config.lr,
-        "optimizer": config.optimizer,
-        "schedule": config.schedule,
+        "optimizer": config.choice("optimizer"),
+        "schedule": config.choice("schedule"),
         "dtype": config.dtype,
     }
-    rows, micro = config.batch_sequences, min(config.micro_batch or config.batch_sequences, config.batch_sequences)
+    rows = config.sequences
+    micro = min(config.micro_batch or rows, rows)
     steps = max(int(float(config.tokens or 0)) // (rows * config.sequence_length), 1)
     whole = TrainConfig(steps=steps, batch_sequences=rows, micro_batch=micro, **common)
     part = TrainConfig(steps=steps, batch_sequences=micro, **common)
