@@ -20,6 +20,8 @@ from modicum.serve.backends import Runner, graphs
 from modicum.serve.backends.choose import make_runner
 from modicum.serve.backends.graphs import Graphs, bucket_of, unfit
 from modicum.serve.backends.torch import Torch
+from modicum.serve.cacheforms.plain import Config as PlainConfig
+from modicum.serve.cacheforms.plain import Plain
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 from modicum.serve.pages import Storage
@@ -307,7 +309,7 @@ def test_nothing_in_a_step_asks_for_values_or_for_the_host() -> None:
             with torch.device("meta"):
                 model = Decoder(shape, init=False).eval()
             device = model.device
-            storage = Storage(shape, 64, 8, torch.float32, device)
+            storage = Storage(shape, 64, 8, Plain(PlainConfig(), shape.head_dim, torch.float32), device)
             runner = Graphs(model, storage, BlockTable(12, 8), capture=False)
             runner._static((4, 16))  # moves what lies on the host for good
             with Moves() as moves:

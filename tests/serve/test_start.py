@@ -20,6 +20,8 @@ from modicum.model.safetensor import is_mapped, mapped_bytes
 from modicum.serve import config as engine_config
 from modicum.serve import native
 from modicum.serve.backends import native as runner
+from modicum.serve.cacheforms.plain import Config as PlainConfig
+from modicum.serve.cacheforms.plain import Plain
 from modicum.serve.config import EngineConfig, cache_blocks
 from modicum.serve.engine import Engine
 from modicum.serve.pages import Storage
@@ -39,7 +41,7 @@ def resident() -> float:
 def test_memory_of_the_cache_is_taken_block_by_block() -> None:
     shape = llama_like(64, 192, 30, heads=3, kv_heads=3)
     before = resident()
-    storage = Storage(shape, 12000, 16, torch.bfloat16, CPU)
+    storage = Storage(shape, 12000, 16, Plain(PlainConfig(), shape.head_dim, torch.bfloat16), CPU)
     made = resident()
     assert storage.block_bytes * storage.n_blocks > 4 << 30 and made - before < 8
     blocks = [4000, 4001]
@@ -52,8 +54,9 @@ def test_memory_of_the_cache_is_taken_block_by_block() -> None:
 def test_a_cache_that_is_not_to_be_had_is_refused() -> None:
     from modicum.core.errors import UserError
 
+    shape = llama_like(64, 64, 4, heads=4, kv_heads=4)
     with pytest.raises(UserError, match="ask for less with cache=SIZE"):
-        Storage(llama_like(64, 64, 4, heads=4, kv_heads=4), 1 << 44, 16, torch.float32, CPU)
+        Storage(shape, 1 << 44, 16, Plain(PlainConfig(), 16, torch.float32), CPU)
 
 
 def test_auto_is_a_part_of_what_the_control_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

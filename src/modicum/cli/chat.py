@@ -19,6 +19,9 @@ def chat(
     name: Annotated[str | None, typer.Option(help="With a URL: the model's name there; default: the first.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="MODICUM_API_KEY", help="With a URL: its key.")] = None,
     cache: Annotated[str, typer.Option(help="Memory for keys and values: auto, 1GiB, 50ktok.")] = "auto",
+    cache_form: Annotated[
+        str, typer.Option(help="How keys and values are stored, e.g. int8; see modicum ls cacheform.")
+    ] = "plain",
     size: Annotated[
         str | None,
         typer.Option(help="Of a model in blocks (compress --form bitstack): load so much, e.g. 24MiB."),
@@ -38,7 +41,13 @@ def chat(
         from modicum.serve.config import EngineConfig
         from modicum.serve.load import load_engine
 
-        engine = load_engine(model, EngineConfig(cache=cache, max_sequences=1), dtype=dtype, device=device, size=size)
+        engine = load_engine(
+            model,
+            EngineConfig(cache=cache, cache_form=cache_form, max_sequences=1),
+            dtype=dtype,
+            device=device,
+            size=size,
+        )
         talk = Conversation(local(engine, params), system)
 
     def answer(text: str) -> None:

@@ -61,6 +61,9 @@ def eval(
     form: Annotated[str | None, typer.Option(help="Hold the layers' weights in this form, e.g. int8 or int4.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A LoRA adapter folder in PEFT format.")] = None,
     kv: Annotated[str, typer.Option(help="KV policy; KEY or KEY:knob=value, see modicum ls kv.")] = "full",
+    cache_form: Annotated[
+        str, typer.Option(help="How the KV cache is stored, e.g. int8; see modicum ls cacheform.")
+    ] = "plain",
     drafter: Annotated[str, typer.Option(help="Guess tokens ahead; see modicum ls drafter.")] = "none",
     activation_bits: Annotated[int, typer.Option(help="16, or 8 on int8 or int4 matrices.")] = 16,
     cache: Annotated[str, typer.Option(help="Memory for keys and values: auto (a few steps' worth), 1GiB.")] = "auto",
@@ -99,7 +102,7 @@ def eval(
     for source in text or []:
         if not Path(source).exists() and not source.startswith(("hub:", "python")):
             raise UserError(f"--text {source}: no such folder or file")
-    first_side = Side(model, form, adapter, kv, drafter, activation_bits, size, dtype)
+    first_side = Side(model, form, adapter, kv, cache_form, drafter, activation_bits, size, dtype)
     sides = [first_side] if against is None else [first_side, first_side.other(against)]
     from modicum.cli import _eval as show
     from modicum.cli._local import served_decoder
@@ -117,6 +120,7 @@ def eval(
     def run(side: Side) -> list[TaskResult]:
         config = serving(
             kv=side.kv,
+            cache_form=side.cache_form,
             drafter=side.drafter,
             activation_bits=side.activation_bits,
             cache=cache,
@@ -193,6 +197,7 @@ class Side:
     form: str | None = None
     adapter: str | None = None
     kv: str = "full"
+    cache_form: str = "plain"
     drafter: str = "none"
     activation_bits: int = 16
     size: str | None = None

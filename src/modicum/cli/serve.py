@@ -56,6 +56,7 @@ ChunkedPrefill = Annotated[
 ]
 Scheduler = Annotated[str, _cache(help="KEY or KEY:knob=value; see modicum ls scheduler.")]
 Kv = Annotated[str, _cache(help="KV-cache policy, KEY or KEY:knob=value; see modicum ls kv.")]
+CacheForm = Annotated[str, _cache(help="How the KV cache is stored, e.g. int8; see modicum ls cacheform.")]
 
 Drafter = Annotated[str, _speculative(help="Drafting method, KEY or KEY:knob=value; see modicum ls drafter.")]
 DraftTokens = Annotated[int, _speculative(help="Maximum draft tokens per step, over all sequences.")]
@@ -93,6 +94,7 @@ def serve(
     chunked_prefill: ChunkedPrefill = None,
     scheduler: Scheduler = "fcfs",
     kv: Kv = "full",
+    cache_form: CacheForm = "plain",
     drafter: Drafter = "none",
     draft_tokens: DraftTokens = 96,
     draft_when: DraftWhen = "pays",
@@ -120,6 +122,7 @@ def serve(
         chunked_prefill=chunked_prefill,
         scheduler=scheduler,
         kv=kv,
+        cache_form=cache_form,
         drafter=drafter,
         draft_tokens=draft_tokens,
         draft_when=draft_when,

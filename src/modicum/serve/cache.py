@@ -10,11 +10,14 @@ from torch import Tensor
 from modicum.core.errors import ModicumError
 from modicum.model.config import DecoderConfig
 from modicum.serve.blocks import BlockPool, OutOfBlocks, PagePool, chain
+from modicum.serve.cacheforms import CacheForm
 from modicum.serve.config import EngineConfig
 from modicum.serve.kv import KVPolicy
 from modicum.serve.pages import Storage
+from modicum.serve.recent import Recent, coded_after
 from modicum.serve.request import Sample
 from modicum.serve.table import BlockTable
+from modicum.serve.uneven import largest
 
 
 class Cache:
@@ -29,15 +32,17 @@ class Cache:
         shape: DecoderConfig,
         config: EngineConfig,
         n_blocks: int,
-        dtype: torch.dtype,
+        form: CacheForm,
         device: torch.device,
         policy: KVPolicy,
     ):
         self.block_size, self.finds, self.policy = config.block_size, config.prefix_cache, policy
-        self.storage = Storage(shape, n_blocks, config.block_size, dtype, device)
+        self.storage = Storage(shape, n_blocks, config.block_size, form, device)
         self.blocks = BlockPool(n_blocks)
         self.pages = PagePool(self.blocks, self.storage.pages_per_block)
         self.table = BlockTable(config.max_sequences, config.block_size)
+        head_dim = largest(shape)[1]
+        self.recent = None if form.rowwise else Recent(self.storage, config.max_sequences, head_dim)
         self.slots = list(range(config.max_sequences - 1, -1, -1))
         self.thinnings = 0
 
@@ -48,9 +53,11 @@ class Cache:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that are taken: whole blocks, less the free pages of broken ones."""
+        """Bytes that are taken: whole blocks, less the free pages of broken ones, and tokens that are not coded yet."""
         page = self.storage.block_bytes / self.storage.pages_per_block
-        return int((self.blocks.n_blocks - self.blocks.free) * self.storage.block_bytes - self.pages.free * page)
+        blocks = (self.blocks.n_blocks - self.blocks.free) * self.storage.block_bytes - self.pages.free * page
+        running = len(self.table.numbers) - len(self.slots)
+        return int(blocks) + (0 if self.recent is None else running * self.recent.bytes_per_sequence)
 
     def look_up(self, sample: Sample) -> None:
         """Note in a waiting job what the prefix cache holds of it now."""
@@ -73,7 +80,7 @@ class Cache:
             raise ModicumError(f"{sample.job.hit} cached tokens were promised, {len(sample.blocks) * P} are there")
         self.blocks.hold(sample.blocks)
         sample.slot = self.slots.pop()
-        sample.published = len(sample.blocks)
+        sample.published, sample.coded = len(sample.blocks), sample.job.hit
         self.table.hold(sample.slot, 0, sample.blocks)
 
     def room(self, sample: Sample, n: int) -> bool:
@@ -116,7 +123,10 @@ class Cache:
 
     def publish(self, sample: Sample) -> None:
         """Let others find the blocks that have become full."""
-        full = sample.job.computed // self.block_size
+        if self.recent is not None:  # what the step that just ran has coded
+            form = self.storage.form
+            sample.coded = coded_after(sample.coded, sample.job.computed, form.residual, self.block_size)
+        full = (sample.job.computed if self.recent is None else sample.coded) // self.block_size
         if not self.finds or sample.pages is not None or full <= sample.published:
             return
         chain(sample.tokens, self.block_size, sample.names)
@@ -158,11 +168,15 @@ class Cache:
 
     def zero(self, sample: Sample, offsets: Sequence[int]) -> None:
         """Zero entries of a sequence that holds blocks."""
-        self.storage.zero(self._rows([sample.slot] * len(offsets), offsets))
+        rows = self._rows([sample.slot] * len(offsets), offsets)
+        for x in (self.storage.k, self.storage.v):
+            x.zero(rows)
 
     def move(self, slots: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
         """Put entries of sequences where others are, all at once."""
-        self.storage.move(self._rows(slots, sources), self._rows(slots, targets))
+        rows = self._rows(slots, sources), self._rows(slots, targets)
+        for x in (self.storage.k, self.storage.v):
+            x.move(*rows)
 
     def _rows(self, slots: Sequence[int], offsets: Sequence[int]) -> Tensor:
         return torch.from_numpy(self.table.rows(slots, offsets)).to(self.storage.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,11 @@ from modicum.core.errors import BudgetError, UserError
 from modicum.model.config import DecoderConfig
 from modicum.model.folder import parse_dtype
 from modicum.model.safetensor import mapped_bytes
+from modicum.serve.cacheforms import CacheForm
 from modicum.serve.kv import CacheShape, KVPolicy
+from modicum.serve.pages import block_bytes
 from modicum.serve.schedulers import Scheduler
-from modicum.serve.uneven import SHAPE
+from modicum.serve.uneven import SHAPE, largest
 
 AUTO_SHARE = 0.3  # of the memory that is free at the start
 
@@ -28,9 +31,10 @@ class EngineConfig:
 
     max_batch_tokens: tokens of one step (a longer prompt is computed alone, unless prefill is chunked).
     max_length: prompt and answer together; None: the model's context length. dtype: of the cache; None: the
-    model's. chunked_prefill: turns the scheduler's knob `chunked`; None: leaves it. scheduler, kv and drafter
-    choose methods with their knobs, as `fcfs:reserve=0.05`. kv_probe: tokens that say themselves again, on which a
-    policy measures heads; none: random ones. draft_tokens: drafted tokens of one step, shared among its sequences.
+    model's. chunked_prefill: turns the scheduler's knob `chunked`; None: leaves it. scheduler, kv,
+    cache_form (how entries are stored) and drafter choose methods with their knobs, as `fcfs:reserve=0.05`.
+    kv_probe: tokens that say themselves again, on which a policy measures heads; none: random ones.
+    draft_tokens: drafted tokens of one step, shared among its sequences.
     draft_when: `pays` (by the clock, see `serve.payoff`) or `always`. cuda_graphs: on a GPU, replay decode steps
     instead of launching every kernel anew. activation_bits: 16, or 8: where matrices are int8 or
     int4, the kernels for the CPU round what they multiply with to eight bits, a step for each 64 inputs.
@@ -46,6 +50,7 @@ class EngineConfig:
     dtype: str | None = None
     scheduler: Any = "fcfs"
     kv: Any = "full"
+    cache_form: Any = "plain"
     kv_probe: tuple[int, ...] = ()
     drafter: Any = "none"
     draft_tokens: int = 96
@@ -71,10 +76,17 @@ def parse_cache_dtype(name: str | None, model: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def make_form(config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype) -> CacheForm:
+    """How entries are stored; `dtype` is what they are computed with. Raises `UserError` for knobs that cannot be."""
+    form: CacheForm = registry.build("cacheform", config.cache_form, largest(shape)[1], dtype)
+    return form
+
+
 def cache_blocks(config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Blocks for `config.cache`. Raises `UserError` if that is too small, `BudgetError` if too large."""
-    token = shape.kv_bytes_per_token(dtype)
-    block = token * config.block_size
+    form = make_form(config, shape, dtype)
+    block = block_bytes(shape, config.block_size, form)
+    token = block / config.block_size
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:  # pages of mapped weights count as free for the system, but every step needs them
@@ -90,6 +102,9 @@ def cache_blocks(config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype,
             f"cache={config.cache!r} is not a size; write auto, a size such as 512MiB, or tokens such as 20ktok"
         )
     size = quantity[1] * (token if quantity[0] == "tokens" else 1)
+    if not form.rowwise and quantity[0] != "tokens":  # of that memory, what the latest tokens take
+        entry = 2 * shape.layers * math.prod(largest(shape)) * dtype.itemsize
+        size -= config.max_sequences * (form.residual + config.block_size) * entry
     if size < block:
         raise UserError(
             f"cache={config.cache} holds no block: {config.block_size} tokens of this model take "
@@ -133,10 +148,13 @@ def make_policy(config: EngineConfig, shape: DecoderConfig, scheduler: Scheduler
         softcap=shape.attention_softcap,
     )
     policy: KVPolicy = registry.build("kv", config.kv, cache)
+    drafts = registry.load("drafter", Choice.parse("drafter", config.drafter).method).cls.drafts
     used = {
         "prefix_cache": (config.prefix_cache, "the prefix cache", "set prefix_cache=false"),
         "chunked_prefill": (scheduler.chunks, "chunked prefill", "set chunked_prefill=false"),
         "sliding_window": (any(windows), "this model's sliding windows", "choose kv=full"),
+        "eviction": (policy.drops or policy.observes or policy.attends, f"kv={config.kv}", "choose kv=full"),
+        "speculative_decoding": (drafts, f"drafter={config.drafter}", "choose drafter=none"),
         "gqa": (shape.heads != shape.kv_heads, "this model's grouped-query attention", "choose kv=full"),
     }
     settings = [
@@ -144,7 +162,7 @@ def make_policy(config: EngineConfig, shape: DecoderConfig, scheduler: Scheduler
     ]
     if SHAPE & shape.varying:
         settings.append(compose.setting("layers of different shapes", requires={"uneven_layers"}))
-    compose.resolve([compose.member("kv", config.kv), *settings])
+    compose.resolve([compose.member("kv", config.kv), compose.member("cacheform", config.cache_form), *settings])
     return policy
 
 

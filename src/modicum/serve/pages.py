@@ -2,17 +2,15 @@
 
 Shapes: L layers, G KV heads, N blocks (or pages of a sequence), P block_size, E head dimension, S entries.
 
-Storage is one tensor for keys and one for values, (L, G, N, P, E): a block is a column through all
-layers and heads, and the cell (layer, head, block) is a page of P entries. Within a layer and head a run
+Storage is, in the plain form, one tensor for keys and one for values, (L, G, N, P, E), and in others some tensors of
+codes (`serve.coded`): a block is a column through all layers and heads, and the cell (layer, head, block) is a page of
+P entries. Within a layer and head a run
 of consecutive blocks is plain contiguous memory, so one sequence's keys are often a view and never need
 to be turned for attention. On the CPU memory comes zeroed from the system, page by page as it is first used.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,33 +19,19 @@ from torch import Tensor
 
 from modicum.budget.units import bytes_text
 from modicum.core.errors import UserError
-from modicum.model.config import DecoderConfig, item_bytes
+from modicum.model.config import DecoderConfig
 from modicum.serve.blocks import PagePool
+from modicum.serve.cacheforms import CacheForm
+from modicum.serve.coded import Coded, lazy_zeros
 from modicum.serve.kv import Entries, Keep
 from modicum.serve.uneven import largest
 
 Lifted = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # k, v, position, weight of one head's entries
 
 
-def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(config: DecoderConfig, block_size: int, form: CacheForm) -> int:
     """Bytes of one block: keys and values of `block_size` tokens in all layers, each as large as the largest."""
-    heads, dim = largest(config)
-    return 2 * config.layers * heads * dim * item_bytes(dtype) * block_size
-
-
-def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that on the CPU take memory only where they are touched (`torch.zeros` writes all of them).
-
-    In small pages, on purpose: a block is a few KiB in each layer and head, and with pages of 2 MiB the first
-    block of a model with 30 layers and 3 heads would take 360 MiB. Raises RuntimeError or OSError.
-    """
-    if device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.zeros(tuple(shape), dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without large pages
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+    return config.layers * largest(config)[0] * form.block_bytes(block_size)
 
 
 @dataclass(slots=True)
@@ -71,14 +55,13 @@ class Pages:
 class Storage:
     """Raises `UserError` when the memory cannot be had."""
 
-    def __init__(self, config: DecoderConfig, n_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: DecoderConfig, n_blocks: int, block_size: int, form: CacheForm, device: torch.device):
         self.layers, (self.heads, dim) = config.layers, largest(config)
-        self.n_blocks, self.block_size = n_blocks, block_size
-        self.block_bytes = block_bytes(config, block_size, dtype)
+        self.n_blocks, self.block_size, self.form = n_blocks, block_size, form
+        self.block_bytes = block_bytes(config, block_size, form)
         shape = (self.layers, self.heads, n_blocks, block_size, dim)
         try:
-            self.k_LGNPE = lazy_zeros(shape, dtype, device)
-            self.v_LGNPE = lazy_zeros(shape, dtype, device)
+            self.k, self.v = Coded(form, "k", shape, device), Coded(form, "v", shape, device)
         except (RuntimeError, OSError, OverflowError) as error:
             raise UserError(
                 f"a cache of {bytes_text(n_blocks * self.block_bytes)} does not fit the memory of "
@@ -87,6 +70,21 @@ class Storage:
         self._position_AP: Tensor | None = None
         self.weight_AP: Tensor | None = None  # tokens each entry stands for; made with the first merged entry
         self.device = device
+
+    @property
+    def plain(self) -> bool:
+        """Whether entries lie there as they are: `k_LGNPE` and `v_LGNPE` are the memory then."""
+        return len(self.k.codes) == 1
+
+    @property
+    def k_LGNPE(self) -> Tensor:
+        assert self.plain
+        return self.k.codes[0]
+
+    @property
+    def v_LGNPE(self) -> Tensor:
+        assert self.plain
+        return self.v.codes[0]
 
     @property
     def pages_per_block(self) -> int:
@@ -103,30 +101,19 @@ class Storage:
     def wipe(self, blocks: Sequence[int]) -> None:
         """Zero blocks that may hold something that is not a number: masked values are still multiplied."""
         index = torch.tensor(list(blocks), dtype=torch.int64, device=self.device)
-        self.k_LGNPE.index_fill_(2, index, 0)
-        self.v_LGNPE.index_fill_(2, index, 0)
+        for x in (self.k, self.v):
+            x.wipe(index)
 
     def wipe_pages(self, pages: Sequence[int]) -> None:
         index = torch.tensor(list(pages), dtype=torch.int64, device=self.device)
-        self.k_LGNPE.flatten(0, 2).index_fill_(0, index, 0)
-        self.v_LGNPE.flatten(0, 2).index_fill_(0, index, 0)
-
-    def zero(self, rows: Tensor) -> None:
-        """Zero entries of a layer's storage, blocks taken as one row, in all layers and heads."""
-        for x_LGNPE in (self.k_LGNPE, self.v_LGNPE):
-            x_LGNPE.flatten(2, 3).index_fill_(2, rows, 0)
-
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Keys and values of the entries `source` to `target`, counted in the same way."""
-        for x_LGNPE in (self.k_LGNPE, self.v_LGNPE):
-            x_LGSE = x_LGNPE.flatten(2, 3)
-            x_LGSE.index_copy_(2, target, x_LGSE.index_select(2, source))
+        for x in (self.k, self.v):
+            x.wipe_pages(index)
 
     # thinned sequences ----------------------------------------------------------------------------
 
     def entries_of_blocks(self, layer: int, blocks: Sequence[int], count: int) -> Entries:
         index = torch.tensor(list(blocks[: -(-count // self.block_size)]), device=self.device)
-        k_GSE, v_GSE = (x[layer].index_select(1, index).flatten(1, 2)[:, :count] for x in (self.k_LGNPE, self.v_LGNPE))
+        k_GSE, v_GSE = (x.blocks(layer, index).flatten(1, 2)[:, :count] for x in (self.k, self.v))
         position_GS = torch.arange(count, device=self.device).expand(self.heads, count)
         return Entries(k_GSE, v_GSE, position_GS, [count] * self.heads)
 
@@ -135,10 +122,8 @@ class Storage:
         counts = (pages.count_LG[layer] + more).tolist()
         most = max(counts)
         index = pages.table_LGN[layer, :, : -(-most // self.block_size)].to(self.device)
-        k_GSE, v_GSE, position_GS = (
-            x[index].flatten(1, 2)[:, :most]
-            for x in (self.k_LGNPE.flatten(0, 2), self.v_LGNPE.flatten(0, 2), self.position_AP)
-        )
+        k_GSE, v_GSE = (x.pages(index).flatten(1, 2)[:, :most] for x in (self.k, self.v))
+        position_GS = self.position_AP[index].flatten(1, 2)[:, :most]
         weight_GS = None if self.weight_AP is None else self.weight_AP[index].flatten(1, 2)[:, :most]
         return Entries(k_GSE, v_GSE, position_GS.long(), counts, weight_GS)
 
@@ -168,18 +153,14 @@ class Storage:
         numbers = torch.tensor(pool.take(int(pages_LG.sum())))
         table_LGN = torch.zeros((self.layers, self.heads, int(pages_LG.max())), dtype=torch.int64)
         table_LGN[torch.arange(table_LGN.shape[2]) < pages_LG[:, :, None]] = numbers
-        flat_k, flat_v = (
-            self.k_LGNPE.view(-1, self.k_LGNPE.shape[-1]),
-            self.v_LGNPE.view(-1, self.v_LGNPE.shape[-1]),
-        )
         if self.weight_AP is None and any(head[3] is not None for heads in lifted for head in heads):
             self.weight_AP = torch.ones(self.position_AP.shape, device=self.device)
         for layer, heads in enumerate(lifted):
             rows = torch.cat(
                 [self._rows(table_LGN[layer, g], torch.arange(len(head[0]))) for g, head in enumerate(heads)]
             ).to(self.device)
-            flat_k[rows] = torch.cat([head[0] for head in heads])
-            flat_v[rows] = torch.cat([head[1] for head in heads])
+            for i, x in enumerate((self.k, self.v)):
+                x.write_flat(rows, torch.cat([(head[0], head[1])[i] for head in heads]))
             self.position_AP.view(-1)[rows] = torch.cat([head[2] for head in heads]).int()
             if self.weight_AP is not None:
                 self.weight_AP.view(-1)[rows] = torch.cat(

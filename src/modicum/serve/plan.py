@@ -26,6 +26,7 @@ from torch import Tensor
 from modicum.serve.drafters import layout
 from modicum.serve.kv import KVPolicy
 from modicum.serve.pages import Storage
+from modicum.serve.recent import Recent
 from modicum.serve.table import BlockTable
 from modicum.serve.work import Work, by_policy
 
@@ -78,8 +79,15 @@ class Segment:
 class AttentionPlan:
     """Of a step's `works` in row order (see `work.arrange`). `watch`: policies see queries and weights."""
 
-    def __init__(self, works: Sequence[Work], storage: Storage, table: BlockTable, watch: bool = False):
-        self.works, self.storage, self.table = works, storage, table
+    def __init__(
+        self,
+        works: Sequence[Work],
+        storage: Storage,
+        table: BlockTable,
+        watch: bool = False,
+        recent: Recent | None = None,
+    ):
+        self.works, self.storage, self.table, self.recent = works, storage, table, recent
         self.observers = [w for w in works if w.sample.policy.wants(w.start, w.n)] if watch else []
         self.marked = [w for w in works if w.sample.policy.marks] if watch else []
         self.trees = [w for w in works if w.tree is not None]

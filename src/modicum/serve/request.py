@@ -247,6 +247,7 @@ class Sample:
     pages: Pages | None = None  # in place of blocks once a KV policy thinned the cache
     names: list[bytes] = field(default_factory=list)
     published: int = 0
+    coded: int = 0  # tokens in codes, where a cache form keeps the latest ones as they are
     policy: Any = None
     drafter: Any = None
     penalties: Penalties | None = None

@@ -174,7 +174,7 @@ def calibrate(
         "max_batch_tokens": config.max_batch_tokens,
         "max_sequences": config.max_sequences,
         "block_size": config.block_size,
-        "bytes_per_token": shape.kv_bytes_per_token(engine.storage.k_LGNPE.dtype),
+        "bytes_per_token": engine.storage.block_bytes // config.block_size,
     }
     engine.close()
     return StepTime(found.coefficients, found.spread, about)

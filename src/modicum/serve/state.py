@@ -14,7 +14,15 @@ from typing import Any
 from modicum.model.decoder import Decoder
 from modicum.serve.backends.choose import make_runner
 from modicum.serve.cache import Cache
-from modicum.serve.config import EngineConfig, cache_blocks, longest, make_policy, make_scheduler, parse_cache_dtype
+from modicum.serve.config import (
+    EngineConfig,
+    cache_blocks,
+    longest,
+    make_form,
+    make_policy,
+    make_scheduler,
+    parse_cache_dtype,
+)
 from modicum.serve.plan import AttentionPlan
 from modicum.serve.propose import COUNTERS as DRAFT_COUNTERS
 from modicum.serve.propose import Drafting, make_drafter
@@ -34,12 +42,12 @@ class State:
         self.config = config = config or EngineConfig()
         shape, device = model.config, model.device
         dtype = parse_cache_dtype(config.dtype, model.dtype)
-        n_blocks = cache_blocks(config, shape, dtype, device)
+        form, n_blocks = make_form(config, shape, dtype), cache_blocks(config, shape, dtype, device)
         self.scheduler = make_scheduler(config, n_blocks)
         self.policy = make_policy(config, shape, self.scheduler)
         self.policy.prepare(self.model, config.kv_probe)
         drafter = make_drafter(config, shape.vocab_size, self.policy)
-        self.cache = Cache(shape, config, n_blocks, dtype, device, self.policy)
+        self.cache = Cache(shape, config, n_blocks, form, device, self.policy)
         self.runner = make_runner(
             model, self.cache.storage, self.cache.table, config.cuda_graphs, config.activation_bits
         )
@@ -60,7 +68,7 @@ class State:
 
     def plan(self, works: Sequence[Work]) -> AttentionPlan:
         """How a step's rows attend."""
-        return AttentionPlan(works, self.cache.storage, self.cache.table, self.watches)
+        return AttentionPlan(works, self.cache.storage, self.cache.table, self.watches, self.cache.recent)
 
     def failed(self, requests: set[int], error: Exception) -> list[Update]:
         log.error("a step failed; %d requests are ended", len(requests), exc_info=error)
@@ -124,5 +132,6 @@ class State:
             "evicted_blocks": self.blocks.evictions,
             "block_size": self.config.block_size,
             "used_bytes": used * self.storage.block_bytes,
+            "held_bytes": self.cache.held_bytes,
             "cache_bytes": self.blocks.n_blocks * self.storage.block_bytes,
         }

@@ -190,7 +190,7 @@ def stream(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, 
     }
 
 
-def _engine_config(scale: Scale, policy: Choice | str, longest: int) -> EngineConfig:
+def _engine_config(scale: Scale, policy: Choice | str, longest: int, form: Choice | str = "plain") -> EngineConfig:
     """One sequence at a time, with room for a few."""
     return EngineConfig(
         block_size=scale.block_size,
@@ -199,6 +199,7 @@ def _engine_config(scale: Scale, policy: Choice | str, longest: int) -> EngineCo
         max_sequences=1,
         prefix_cache=False,
         kv=policy,
+        cache_form=form,
         max_length=longest,
     )
 
@@ -224,9 +225,12 @@ def pieces(bench: training.Bench, scale: Scale, seed: int) -> list[list[int]]:
     return [text[start : start + length] for start in starts]
 
 
-def play(model: Decoder, rows: list[list[int]], scale: Scale, policy: Choice | str) -> Followed:
+def play(
+    model: Decoder, rows: list[list[int]], scale: Scale, policy: Choice | str, form: Choice | str = "plain"
+) -> Followed:
     """Each piece by itself through an engine, its answer given."""
-    return follow(Watched(model, _engine_config(scale, policy, scale.prompt + scale.answer + 1)), rows, scale.prompt)
+    config = _engine_config(scale, policy, scale.prompt + scale.answer + 1, form)
+    return follow(Watched(model, config), rows, scale.prompt)
 
 
 def follow(engine: Watched, rows: list[list[int]], prompt: int) -> Followed:

@@ -19,7 +19,9 @@ def make_runner(
 ) -> Runner:
     """Raises `UserError` if `activation_bits` asks for kernels that cannot be had."""
     library = native.library()
-    lacking = native.reason() if library is None else unserved(model, storage.k_LGNPE.dtype)
+    lacking = native.reason() if library is None else unserved(model, storage.form.dtype)
+    if lacking is None and storage.form.native is None:
+        lacking = "a cache in codes that the kernels do not read"
     eight = activation_bits == 8
     if eight and (lacking := lacking or unserved_in_eight(model)):
         raise UserError(
@@ -28,7 +30,7 @@ def make_runner(
         )
     backends: list[Backend] = [Torch(model)]
     if model.device.type == "cuda":
-        if cuda_graphs and unfit(model) is None:
+        if cuda_graphs and storage.plain and unfit(model) is None:
             backends.insert(0, Graphs(model, storage, table))
     elif library is not None and lacking is None:
         backends.insert(0, Native(model, storage, library, eight))

@@ -23,15 +23,18 @@ from modicum.serve.drafters import layout
 from modicum.serve.kv import Entries
 from modicum.serve.marks import received
 from modicum.serve.plan import FRESH, PAGES, AttentionPlan, Segment, visible
+from modicum.serve.recent import RecentStep
 from modicum.serve.uneven import attend_for
 from modicum.serve.work import Work, positions_of, tokens_of
 
 
 class Reach(NamedTuple):
-    """Which keys a segment reads of its blocks: an index, the range within it, the mask (1, B, T, S) or None."""
+    """Which keys a segment reads of its blocks: an index, the range within it, where that begins in each sequence, the
+    mask (1, B, T, S) or None."""
 
     blocks: slice | Tensor
     span: slice
+    low_B: np.ndarray
     mask: Tensor | None
 
 
@@ -64,6 +67,8 @@ class PlannedAttend:
     def __init__(self, plan: AttentionPlan):
         self.plan, self.storage, self.table = plan, plan.storage, plan.table
         self._reaches: dict[tuple[int, int | None, torch.dtype], Reach] = {}
+        self._overlays: dict[tuple[int, int | None, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._recent = None if plan.recent is None else RecentStep(plan.recent, plan.works, plan.table)
         device = self.storage.device
         self._rows_T = torch.from_numpy(plan.rows_T).to(device)
         self._rows_LGT = None if plan.rows_LGT is None else plan.rows_LGT.to(device)
@@ -87,7 +92,8 @@ class PlannedAttend:
         softcap: float | None,
     ) -> Tensor:
         q_HTE, k_GTE, v_GTE = q_BHTE[0], k_BGSE[0], v_BGSE[0]
-        self._write(layer, k_GTE, v_GTE)
+        if self._recent is None:
+            self._write(layer, k_GTE, v_GTE)
         (G, T, E), H = k_GTE.shape, q_HTE.shape[0]
         q_GRTE = q_HTE.unflatten(0, (G, H // G))
         out_TGRE = q_HTE.new_empty(T, G, H // G, E)
@@ -97,22 +103,20 @@ class PlannedAttend:
             if segment.policy is not None:
                 out_GBRTE = self._by_policy(layer, i, segment, q_GBRTE, scale, softcap)
             else:
-                fresh = (k_GTE[:, None, rows], v_GTE[:, None, rows]) if segment.source == FRESH else None
-                k_GBSE, v_GBSE, mask = self._keys(layer, i, segment, window, q_GBRTE.dtype, fresh)
+                k_GBSE, v_GBSE, mask = self._keys(layer, i, segment, window, k_GTE, v_GTE)
                 out_GBRTE = _attention(q_GBRTE, k_GBSE, v_GBSE, mask, scale, softcap)
             out_TGRE[rows] = out_GBRTE.permute(1, 3, 0, 2, 4).flatten(0, 1)
+        if self._recent is not None:
+            self._recent.write(layer, k_GTE, v_GTE)
         self._watch(layer, q_HTE, k_GTE, v_GTE, window, scale, softcap)
         return out_TGRE.view(T, H, E).transpose(0, 1)[None]
 
     def _write(self, layer: int, k_GTE: Tensor, v_GTE: Tensor) -> None:
-        s = self.storage
-        for x_LGNPE, new_GTE in ((s.k_LGNPE, k_GTE), (s.v_LGNPE, v_GTE)):
-            new_GTE = new_GTE.to(x_LGNPE.dtype)
+        for x, new_GTE in ((self.storage.k, k_GTE), (self.storage.v, v_GTE)):
             if self._rows_LGT is None:
-                x_LGNPE[layer].flatten(1, 2).index_copy_(1, self._rows_T, new_GTE)
+                x.write(layer, self._rows_T, new_GTE)
             else:
-                E = new_GTE.shape[-1]
-                x_LGNPE.view(-1, E).index_copy_(0, self._rows_LGT[layer].flatten(), new_GTE.reshape(-1, E))
+                x.write_flat(self._rows_LGT[layer].flatten(), new_GTE.flatten(0, 1))
 
     def _keys(
         self,
@@ -120,10 +124,13 @@ class PlannedAttend:
         i: int,
         segment: Segment,
         window: int | None,
-        dtype: torch.dtype,
-        fresh: tuple[Tensor, Tensor] | None,
+        k_GTE: Tensor,
+        v_GTE: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values (G, B, S, E) of a segment, and its mask, (1 or G, B, T, S); None: all, or causal."""
+        """Keys and values (G, B, S, E) of a segment, and its mask, (1 or G, B, T, S); None: all, or causal.
+
+        `k_GTE` and `v_GTE` are those of the whole step."""
+        dtype = k_GTE.dtype
         if segment.source == PAGES:
             k_GBSE, v_GBSE, position_GBS, seen_GBS, weight_GBS = self._pages[i].entries(layer)
             seen_GBTS = seen_GBS[:, :, None]
@@ -136,12 +143,22 @@ class PlannedAttend:
         key = (i, window, dtype)
         if key not in self._reaches:
             self._reaches[key] = self._reach(segment, window, dtype)
-        blocks, span, mask = self._reaches[key]
-        if fresh is not None:
-            return *fresh, mask
-        B, s = len(segment.works), self.storage
-        k_GBSE, v_GBSE = (_read(x[layer], blocks, B)[:, :, span].to(dtype) for x in (s.k_LGNPE, s.v_LGNPE))
-        return k_GBSE, v_GBSE, mask
+        reach = self._reaches[key]
+        if segment.source == FRESH:
+            rows = slice(segment.first, segment.last)
+            return k_GTE[:, None, rows], v_GTE[:, None, rows], reach.mask
+        B, read = len(segment.works), []
+        for j, (x, new_GTE) in enumerate(((self.storage.k, k_GTE), (self.storage.v, v_GTE))):
+            x_GNPE = x.blocks(layer, reach.blocks)
+            x_GBSE = x_GNPE.unflatten(1, (B, -1)).flatten(2, 3)[:, :, reach.span].to(dtype)
+            if self._recent is not None:
+                x_GBSE = x_GBSE.contiguous()
+                if key not in self._overlays:
+                    where = self._recent.overlay(segment.works, reach.low_B, x_GBSE.shape[2])
+                    self._overlays[key] = where
+                self._recent.read(layer, j, x_GBSE, new_GTE, self._overlays[key])
+            read.append(x_GBSE)
+        return read[0], read[1], reach.mask
 
     def _reach(self, segment: Segment, window: int | None, dtype: torch.dtype) -> Reach:
         P, device, T, B = self.storage.block_size, self.storage.device, segment.rows, len(segment.works)
@@ -150,7 +167,7 @@ class PlannedAttend:
         if window is not None and window >= ends_B.max():
             window = None
         if segment.source == FRESH and window is None:
-            return Reach(slice(0), slice(None), None)
+            return Reach(slice(0), slice(None), starts_B, None)
         low_B = np.zeros_like(starts_B) if window is None else np.maximum(0, starts_B + 1 - window)
         first_B, last_B = low_B // P, -(-ends_B // P)
         blocks: slice | Tensor
@@ -161,22 +178,23 @@ class PlannedAttend:
             blocks = slice(int(numbers[0]), int(numbers[-1]) + 1) if side_by_side else _index(numbers, device)
             span = slice(low - first * P, end - first * P)
             if T == 1:
-                return Reach(blocks, span, None)
+                return Reach(blocks, span, low_B, None)
             offset_BS = torch.arange(low, end)[None]
         else:
             slots_B1 = np.array([w.sample.slot for w in segment.works])[:, None]
             width = int((last_B - first_B).max())
             columns_BN = np.minimum(first_B[:, None] + np.arange(width), self.table.numbers.shape[1] - 1)
             blocks, span = _index(self.table.numbers[slots_B1, columns_BN].ravel(), device), slice(None)
-            offset_BS = torch.from_numpy(first_B[:, None] * P + np.arange(width * P))
+            low_B = first_B * P
+            offset_BS = torch.from_numpy(low_B[:, None] + np.arange(width * P))
         where = torch.device("cpu") if T == 1 else device  # small ones are looked at before they are sent
         seen_BTS = _seen(segment, offset_BS.to(where), window)
         if T == 1 and bool(seen_BTS.all()):
-            return Reach(blocks, span, None)
+            return Reach(blocks, span, low_B, None)
         if T > 1 and not segment.tree:
-            return Reach(blocks, span, seen_BTS[None])
+            return Reach(blocks, span, low_B, seen_BTS[None])
         mask_BTS = torch.zeros(seen_BTS.shape, dtype=dtype, device=where).masked_fill_(~seen_BTS, float("-inf"))
-        return Reach(blocks, span, mask_BTS[None].to(device))
+        return Reach(blocks, span, low_B, mask_BTS[None].to(device))
 
     def _by_policy(
         self, layer: int, i: int, segment: Segment, q_GBRTE: Tensor, scale: float, softcap: float | None
@@ -245,7 +263,7 @@ class _Pages:
     def entries(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """k, v (G, B, S, E), positions, whether held, and how many tokens each stands for, (G, B, S)."""
         s, table_GBN = self.storage, self.table_LGBN[layer]
-        k_GBSE, v_GBSE = (x.flatten(0, 2)[table_GBN].flatten(2, 3) for x in (s.k_LGNPE, s.v_LGNPE))
+        k_GBSE, v_GBSE = (x.pages(table_GBN).flatten(2, 3) for x in (s.k, s.v))
         position_GBS = s.position_AP[table_GBN].flatten(2)
         held_GBS = torch.arange(k_GBSE.shape[2], device=s.device) < self.count_LGB[layer][:, :, None]
         weight_GBS = None if s.weight_AP is None else s.weight_AP[table_GBN].flatten(2)
@@ -284,13 +302,6 @@ def _attention(
         mask = mask[:, :, None].expand(-1, -1, R, -1, -1).flatten(2, 3)
     out = attention(q_GBRTE.flatten(2, 3), k_GBSE, v_GBSE, scale=scale, softcap=softcap, mask=mask)
     return out.unflatten(2, (R, T))
-
-
-def _read(x_GNPE: Tensor, blocks: slice | Tensor, B: int) -> Tensor:
-    """Keys or values of blocks, as (G, B, S, E); a view for a slice."""
-    if isinstance(blocks, slice):
-        return x_GNPE[:, blocks].flatten(1, 2)[:, None]
-    return x_GNPE.index_select(1, blocks).view(x_GNPE.shape[0], B, -1, x_GNPE.shape[-1])
 
 
 def _index(numbers: np.ndarray, device: torch.device) -> Tensor:

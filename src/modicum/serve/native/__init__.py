@@ -79,6 +79,8 @@ class Model(ctypes.Structure):
         ("head", Matrix),
         ("k_cache", POINTER),
         ("v_cache", POINTER),
+        ("k_scale", POINTER),
+        ("v_scale", POINTER),
     ]
 
 

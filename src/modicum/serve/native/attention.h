@@ -71,6 +71,10 @@ static void place(const Model *m, const Layer *l, int64_t layer, const Step *s, 
     int64_t at = thin ? page_at(m, thin, part, thin->held[part]) : cache_at(m, layer, g, s, row, s->place[row]);
     if (thin) s->position_of[at / E] = (int32_t)s->position[row];
     if (thin && s->weight_of) s->weight_of[at / E] = 1.0f;
+    if (m->cache_kind == INT8) {
+        store_int8(m->k_cache, m->k_scale, at, k_G + g * E, E), store_int8(m->v_cache, m->v_scale, at, v_G + g * E, E);
+        return;
+    }
     for (int64_t e = 0; e < E; e += 16) {
         __mmask16 mask = tail16(E - e);
         store_from_float(m->k_cache, at + e, m->cache_kind, mask, _mm512_maskz_loadu_ps(mask, k_G + g * E + e));
@@ -124,10 +128,10 @@ static void stage_keys(const Model *m, int half, const int64_t *at, int64_t n, f
         for (int64_t e = 0; e < E; e += wide) {
             __m512 rows[16], turned[16];
             UNROLL for (int i = 0; i < 16; i++) {
-                int64_t from = at[least(j + i, n - 1)] + e;
+                int64_t from = at[least(j + i, n - 1)];
                 rows[i] = half ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(tail32(E - e),
-                                                                              (const uint16_t *)m->k_cache + from))
-                               : load_as_float(m->k_cache, from, m->cache_kind, tail16(E - e));
+                                                                              (const uint16_t *)m->k_cache + from + e))
+                               : load_entry(m->k_cache, m->k_scale, from, e, E, m->cache_kind, tail16(E - e));
             }
             transpose16(rows, turned);
             UNROLL for (int i = 0; i < 16; i++) _mm512_store_ps(to + (e / (half ? 2 : 1) + i) * KEYS + j, turned[i]);
@@ -140,8 +144,8 @@ static void stage_values(const Model *m, int half, const int64_t *at, int64_t n,
     if (!half) {
         for (int64_t j = 0; j < n; j++)
             for (int64_t e = 0; e < lde; e += 16)
-                _mm512_store_ps(to + j * lde + e, load_as_float(m->v_cache, at[j] + e, m->cache_kind,
-                                                                e < E ? tail16(E - e) : 0));
+                _mm512_store_ps(to + j * lde + e, load_entry(m->v_cache, m->v_scale, at[j], e, E, m->cache_kind,
+                                                             e < E ? tail16(E - e) : 0));
         return;
     }
     __m512i low, high;

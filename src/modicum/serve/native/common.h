@@ -47,6 +47,7 @@ typedef struct {
     const float *final_norm;
     Matrix head;
     void *k_cache, *v_cache;                  /* (layers, G, n_blocks, P, E) */
+    uint16_t *k_scale, *v_scale;              /* of a cache in int8: one bfloat16 for each entry */
 } Model;
 
 typedef struct {          /* of a thinned sequence: pages of each head of each layer, and how many entries it holds */
@@ -99,6 +100,33 @@ INLINE __m256i narrow(__m512 x) {             /* to bfloat16, to nearest even; N
 INLINE void store_from_float(void *base, int64_t at, int64_t kind, __mmask16 mask, __m512 x) {
     if (kind == FLOAT32) _mm512_mask_storeu_ps((float *)base + at, mask, x);
     else _mm256_mask_storeu_epi16((uint16_t *)base + at, mask, narrow(x));
+}
+
+/* Sixteen numbers of a cache from e on; its entry lies at `at`. */
+INLINE __m512 load_entry(const void *base, const uint16_t *scale, int64_t at, int64_t e, int64_t E, int64_t kind,
+                         __mmask16 mask) {
+    if (kind != INT8) return load_as_float(base, at + e, kind, mask);
+    union { uint32_t bits; float value; } one = {(uint32_t)scale[at / E] << 16};
+    __m128i codes = _mm_maskz_loadu_epi8(mask, (const int8_t *)base + at + e);
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), _mm512_set1_ps(one.value));
+}
+
+/* An entry of E numbers, in int8 with one scale for all of them. */
+INLINE void store_int8(void *base, uint16_t *scale, int64_t at, const float *x, int64_t E) {
+    __m512 top = _mm512_setzero_ps();
+    for (int64_t e = 0; e < E; e += 16)
+        top = _mm512_max_ps(top, _mm512_abs_ps(_mm512_maskz_loadu_ps(tail16(E - e), x + e)));
+    uint16_t narrowed[16];
+    _mm256_storeu_si256((__m256i *)narrowed, narrow(_mm512_set1_ps(_mm512_reduce_max_ps(top) / 127.0f)));
+    scale[at / E] = narrowed[0];
+    union { uint32_t bits; float value; } one = {(uint32_t)narrowed[0] << 16};
+    __m512 step = _mm512_set1_ps(one.value > 0 ? one.value : 1.0f);
+    const __m512i most = _mm512_set1_epi32(127), least = _mm512_set1_epi32(-127);
+    for (int64_t e = 0; e < E; e += 16) {
+        __m512i code = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_maskz_loadu_ps(tail16(E - e), x + e), step));
+        code = _mm512_max_epi32(_mm512_min_epi32(code, most), least);
+        _mm512_mask_cvtepi32_storeu_epi8((int8_t *)base + at + e, tail16(E - e), code);
+    }
 }
 
 INLINE int64_t row_bytes(const Matrix *m) {

@@ -65,7 +65,7 @@ class Description:
             half=model.dtype == torch.bfloat16,
             eight=eight,
             ropes=len(tables),
-            cache_kind=KINDS[storage.k_LGNPE.dtype],
+            cache_kind=native.INT8 if storage.form.native == "int8" else KINDS[storage.form.dtype],
             block_size=storage.block_size,
             n_blocks=storage.n_blocks,
             eps=c.norm_eps,
@@ -74,8 +74,10 @@ class Description:
             rope=ropes,
             final_norm=self._norm(model.norm if c.final_norm else None),
             head=self._matrix(model.lm_head),
-            k_cache=storage.k_LGNPE.data_ptr(),
-            v_cache=storage.v_LGNPE.data_ptr(),
+            k_cache=storage.k.codes[0].data_ptr(),
+            v_cache=storage.v.codes[0].data_ptr(),
+            k_scale=None if storage.plain else storage.k.codes[1].data_ptr(),
+            v_scale=None if storage.plain else storage.v.codes[1].data_ptr(),
         )
         self._note(shape.head, model.lm_head)
         return shape
