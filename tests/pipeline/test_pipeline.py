@@ -358,6 +358,8 @@ def test_a_folder_and_a_real_model_take_the_same_road(tmp_path):
         "pretrain.parameters=null",
         "pretrain.tokens=60ktok",
         "pretrain.lr=3e-3",
+        "serve.engine={block_size: 8, max_length: 500}",
+        "evaluate.engine={drafter: prompt-lookup}",
         "--out",
         str(out),
         "--json",
@@ -372,6 +374,7 @@ def test_a_folder_and_a_real_model_take_the_same_road(tmp_path):
     assert type(after).__name__ == "Qwen3ForCausalLM"
     losses = [p["loss"] for p in figures["predict"]["proxies"]]
     assert figures["pretrain"]["heldout_loss"] < losses[0] < 6.46  # log 640: what random weights say
+    assert figures["serve"]["stats"]["block_size"] == 8
     assert len(figures["serve"]["answers"]) == 3 and all(a["sources"] for a in figures["serve"]["answers"])
     assert figures["curate"]["drops"].get("binary") == 1, figures["curate"]["drops"]
     assert {"qwen3"} == {load_config(v["folder"]).family for v in figures["evaluate"]["variants"]}
