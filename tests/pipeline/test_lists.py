@@ -131,6 +131,9 @@ def test_an_override_of_a_stage_that_is_not_listed_names_those_that_are() -> Non
         ("pretrain.attention=slidng:window=64", "Did you mean 'sliding'"),
         ("curate.steps=[normalize]", "Did you mean 'normalise'"),
         ("pretrain.dtype=int8", "dtype"),
+        ("pretrain.averaging=lava", "Did you mean 'lawa'"),
+        ("adapt.optimiser=adamw", "Did you mean 'adapt.optimizer'"),
+        ("adapt.memory=[mesa, recompute]", "name one"),
         ("evaluate.dtype=int8", r"evaluate\.dtype"),
     ],
 )
@@ -150,9 +153,13 @@ def test_what_does_go_together_is_accepted() -> None:
             "adapt.merge=true",
             "pretrain.attention=sliding:window=64",
             "pretrain.parameters=5M",
+            "pretrain.averaging=lawa",
+            "adapt.optimizer=adamw:beta2=0.95",
+            "adapt.memory=[cce]",
         ],
     )
-    assert recipe.section("pretrain").parameters == 5e6
+    assert recipe.section("pretrain").parameters == 5e6 and recipe.section("pretrain").averaging == "lawa"
+    assert recipe.section("adapt").memory == ["cce"]
     assert yaml.safe_load(resolved(recipe))["evaluate"]["engine"]["max_length"] == 512
     parse({}, ["adapt.base=int4", "compress=null"])
 

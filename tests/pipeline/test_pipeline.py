@@ -49,7 +49,7 @@ def names(recipe):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_is_read_and_says_its_stages(path):
     recipe = load(path)
-    assert names(recipe)[0] == "curate"
+    assert recipe.entries[0].key == "curate"
     import yaml
 
     assert resolved(parse(yaml.safe_load(resolved(recipe)))) == resolved(recipe)
@@ -159,9 +159,9 @@ def _modicum(*arguments: str, **more: object) -> "subprocess.Popen[str]":
 def test_mistakes_exit_with_two_and_leave_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments in (
-        ["run", str(RECIPES[0]), "corpis=x"],
+        ["run", "playground-recall", "corpis=x"],
         ["run", "no.yaml"],
-        ["run", str(RECIPES[0]), f"corpus={tmp_path / 'empty'}", "--out", str(tmp_path / "out")],
+        ["run", "playground-recall", f"corpus={tmp_path / 'empty'}", "--out", str(tmp_path / "out")],
     ):
         done = _modicum(*arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
         _, err = done.communicate()
@@ -174,7 +174,7 @@ def test_a_missing_model_is_refused_before_anything_is_measured(tmp_path):
     (tmp_path / "a.txt").write_text("some text that is long enough to be read\n" * 20)
     done = _modicum(
         "run",
-        str(RECIPES[0]),
+        "playground-recall",
         f"corpus={tmp_path / 'a.txt'}",
         f"model={tmp_path / 'none'}",
         "--out",
@@ -213,12 +213,12 @@ def test_a_disk_that_fills_up_ends_a_stage_in_one_line(tmp_path):
         corpus = pipeline_toys.corpus(tmp_path / "notes", "json", "argparse", "textwrap", "heapq", "string", "shutil")
         overrides = [f"corpus={corpus}", *SMALL, *OWN]
         (disk / "run").mkdir()
-        recipe = load(RECIPES[0].parent / "quickstart.yaml", overrides)
+        recipe = load("quickstart", overrides)
         (disk / "run" / "run.yaml").write_text(resolved(recipe))
         (disk / "run" / "plan.json").write_text('{"stages": {}}')
         done = _modicum(
             "run",
-            str(RECIPES[0].parent / "quickstart.yaml"),
+            "quickstart",
             *overrides,
             "--out",
             str(disk / "run"),
@@ -350,7 +350,7 @@ def test_a_folder_and_a_real_model_take_the_same_road(tmp_path):
     out = tmp_path / "run"
     process = _modicum(
         "run",
-        str(RECIPES[0].parent / "quickstart.yaml"),
+        "quickstart",
         f"corpus={corpus}",
         f"model={tmp_path / 'qwen3'}",
         *SMALL,

@@ -15,6 +15,7 @@ from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.decoder import Decoder
 from modicum.model.folder import load_model
 from modicum.pipeline.recipe import Recipe
+from modicum.pipeline.section import Strict
 from modicum.train.config import TrainConfig, run_ports
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def train_config(section: Pretrain, shape: DecoderConfig | None, tokens: float, 
     )
 
 
-def methods(section: Pretrain) -> dict[str, Any]:
+def methods(section: Strict) -> dict[str, Any]:
     """The recipe's methods for training and its data, by their port."""
     return {port: value for port in run_ports() if (value := getattr(section, port, None)) is not None}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -28,11 +28,11 @@ from modicum.pipeline.models import folder_of
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.report import gains, plots
-from modicum.pipeline.section import Strict, Tokens, method
+from modicum.pipeline.section import Strict, Tokens, method, with_ports
 from modicum.pipeline.stage import Finished, Input, Inputs, Report, Stage, StagePlan
 from modicum.pipeline.worker import trim_allocator
 from modicum.retrieve.search import Searcher
-from modicum.train.config import TrainConfig
+from modicum.train.config import TrainConfig, training_ports
 
 REPLY = 80  # tokens that a prompt with passages leaves for the answer
 SAMPLED = 12  # pairs made for the plan
@@ -54,6 +54,11 @@ class Section(Strict):
     grounded: float = Field(0.0, ge=0, le=1)  # fraction of the pairs that are asked with retrieved passages
     passages: int | None = Field(None, ge=1)  # in such a prompt; None: as many as `serve` shows, or 3
     dtype: str | None = None  # None: what the recipe pretrains in, or bf16
+    # And a key for every training port (optimizer, schedule, memory, averaging ...).
+
+
+if not TYPE_CHECKING:
+    Section = with_ports(Section, training_ports())
 
 
 class Adapt(Stage[Section]):
@@ -212,6 +217,7 @@ def _config(section: Section, seed: int) -> AdaptConfig:
         seed=seed,
         dtype=training.DTYPES[str(a.dtype)],
         checkpoint_every=5,
+        **training.methods(a),
     )
 
 
@@ -251,10 +257,10 @@ def _training_cost(planner: Planner, config: AdaptConfig, model: Input) -> tuple
     common: dict[str, Any] = {
         "sequence_length": config.sequence_length,
         "lr": config.lr,
-        "optimizer": config.choice("optimizer"),
-        "schedule": config.choice("schedule"),
         "dtype": config.dtype,
     }
+    for port, info in training_ports().items():
+        common[port] = config.choices(port) if info.several else config.choice(port)
     rows = config.sequences
     micro = min(config.micro_batch or rows, rows)
     steps = max(int(float(config.tokens or 0)) // (rows * config.sequence_length), 1)
