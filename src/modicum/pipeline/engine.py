@@ -1,4 +1,4 @@
-"""The serving engine as a recipe names it: `engine: {kv: snapkv, drafter: prompt-lookup, activation_bits: 8}`.
+"""The serving engine as a recipe names it: `engine: {kv: h2o, prefix_cache: false, cache_form: int8}`.
 
 Its keys are the fields of `serve.config.EngineConfig`. What does not go together is refused when a recipe is read, as
 far as it depends on no model.
@@ -12,13 +12,14 @@ import torch
 from pydantic import BeforeValidator
 
 from modicum.budget import units
-from modicum.core import compose
 from modicum.core.choice import make_config
 from modicum.core.errors import UserError
-from modicum.model.config import DecoderConfig
-from modicum.serve.config import EngineConfig, make_scheduler
+from modicum.model.config import DecoderConfig, llama_like
+from modicum.serve.config import EngineConfig, make_form, make_policy, make_scheduler
+from modicum.serve.pages import block_bytes
 
 BLOCKS = 64  # of the cache of a scheduler that is only asked what it does
+STAND_IN = llama_like(512, 1024, 8, 16, 16, context_length=1 << 20)  # a model that asks nothing of an engine
 
 
 def engine_config(knobs: dict[str, Any], where: str = "engine", **defaults: Any) -> EngineConfig:
@@ -34,17 +35,11 @@ def _checked(knobs: Any) -> Any:
     if not isinstance(knobs, dict):
         raise UserError(f"engine={knobs!r} must be keys and values, for example {{kv: h2o, prefix_cache: false}}")
     config = engine_config(knobs)
-    scheduler = make_scheduler(config, BLOCKS)
-    members = [compose.member(port, getattr(config, port)) for port in ("kv", "scheduler", "drafter")]
-    if config.prefix_cache:
-        members.append(
-            compose.setting("the prefix cache", provides={"prefix_cache"}, remedy="set engine.prefix_cache=false")
-        )
-    if scheduler.chunks:
-        members.append(
-            compose.setting("chunked prefill", provides={"chunked_prefill"}, remedy="set engine.chunked_prefill=false")
-        )
-    compose.resolve(members, where="engine")
+    try:
+        make_form(config, STAND_IN, torch.bfloat16)
+        make_policy(config, STAND_IN, make_scheduler(config, BLOCKS))
+    except UserError as error:
+        raise UserError(f"engine: {error}") from None
     return knobs
 
 
@@ -53,7 +48,7 @@ EngineKnobs = Annotated[dict[str, Any], BeforeValidator(_checked)]
 
 def cache_bytes(config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype) -> float:
     """Bytes of the cache, for a plan; `auto`: as many as one sequence of full length takes."""
-    token = shape.kv_bytes_per_token(dtype)
+    token = block_bytes(shape, config.block_size, make_form(config, shape, dtype)) / config.block_size
     if config.cache == "auto":
         return float(token * min(config.max_length or shape.context_length, shape.context_length))
     kind, value = units.kind_of(str(config.cache)) or ("bytes", 0.0)
