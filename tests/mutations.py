@@ -36,6 +36,70 @@ class Mutation:
 
 
 MUTATIONS = (
+    # data: orders, transforms, packings; train: averaging
+    Mutation(
+        "documents of equal quality come as they are stored",
+        "data/orders/quality_ascending.py",
+        "numbers = epoch.shuffled()",
+        "numbers = np.arange(epoch.chunks, dtype=np.uint64)",
+        "data/test_training_ports.py::test_ties_are_shuffled_by_seed_and_epoch_and_not_by_how_they_are_stored",
+    ),
+    Mutation(
+        "a short run ascends over the whole epoch and reads the worst of it",
+        "data/orders/quality_ascending.py",
+        "if epoch.remaining is not None:",
+        "if epoch.remaining is None:",
+        "data/test_training_ports.py::test_a_run_that_ends_within_the_epoch_still_reads_the_best",
+    ),
+    Mutation(
+        "metadata is learnt",
+        "data/transforms/meco.py",
+        "np.concatenate([np.full(len(prefix), NO_LOSS), tokens.targets_N])",
+        "np.concatenate([prefix, tokens.targets_N])",
+        "data/test_order.py::test_metadata_is_read_and_never_learnt",
+    ),
+    Mutation(
+        "metadata stands before the start token",
+        "data/transforms/meco.py",
+        "opening = int(span.start == 0)",
+        "opening = 0",
+        "data/test_order.py::test_metadata_is_read_and_never_learnt",
+    ),
+    Mutation(
+        "whole documents are cut where transforms add tokens",
+        "data/stream.py",
+        "if room > 0 and (self.packing.splits or not fitted):",
+        "if room > 0:",
+        "data/test_training_ports.py::test_what_transforms_add_pushes_whole_documents_into_the_next_row",
+    ),
+    Mutation(
+        "the deficit is not charged to the domain that was drawn from",
+        "data/sampler.py",
+        "chosen.deficit -= span.length",
+        "chosen.deficit -= 0",
+        "data/test_stream.py",
+    ),
+    Mutation(
+        "ema without its faster beginning: a short run keeps its first weights",
+        "train/averaging/ema.py",
+        "return max(1 - c.decay, (1 + c.gamma) / (count + 1 + c.gamma))",
+        "return 1 - c.decay",
+        "train/test_averaging.py::test_ema_is_the_sum_over_all_steps_with_the_weights_of_its_equation",
+    ),
+    Mutation(
+        "lawa averages a checkpoint from before its window",
+        "train/averaging/lawa.py",
+        "for k in range(c.checkpoints)]",
+        "for k in range(c.checkpoints + 1)]",
+        "train/test_averaging.py::test_lawa_reaches_over_its_window_and_no_further",
+    ),
+    Mutation(
+        "what a method brings replaces what was chosen",
+        "core/compose.py",
+        "(c.method == half.method or not several)",
+        "c.method == half.method",
+        "core/test_compose.py::test_what_was_chosen_keeps_out_what_is_brought_where_a_port_takes_one_method",
+    ),
     # bench: evidence
     Mutation(
         "imports within functions are not followed",

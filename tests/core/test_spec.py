@@ -33,6 +33,7 @@ def test_values_come_with_or_without_their_units() -> None:
     run = Run(tokens="2Gtok", time="5m", size="1.3B", names="a,b", form="lora:rank=2")
     assert (run.tokens, run.time, run.size, run.names) == (2e9, 300.0, 1.3e9, ("a", "b"))
     assert Run(size="5M").size == 5e6, "M is a million, not minutes"
+    assert Run(share="3e-4", keep="7") == Run(share=3e-4, keep=7), "numbers that YAML reads as words"
     assert dataclasses.replace(run, keep=3).keep == 3 and run.keep == 2
     assert run == Run(tokens=2e9, time=300, size=1.3e9, names=["a", "b"], form="lora:rank=2")
     assert options(Run)["keep"].metadata["resumable"] and not options(Run)["share"].metadata["resumable"]

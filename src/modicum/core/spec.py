@@ -11,6 +11,7 @@ unknown name or a value out of range is a `UserError` that says what is allowed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -64,6 +65,9 @@ class Option:
         """`value` in the field's type. Raises `UserError`."""
         if value is None and self.optional:
             return None
+        if self.unit is None and self.kind in (int, float) and isinstance(value, str):  # YAML leaves 3e-4 a word
+            with contextlib.suppress(ValueError):
+                value = self.kind(value)
         if self.unit is not None:
             value = self.unit.parse(value)
         elif self.method is not None:
