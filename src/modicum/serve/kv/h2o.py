@@ -40,7 +40,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "OPT, LLaMA and GPT-NeoX of 6.7B to 66B parameters",
 }
-SWEEP = {"budget": (0.5, 0.2)}
+SWEEP = {"budget": (0.2,)}
 
 
 class H2O(SelectPolicy):

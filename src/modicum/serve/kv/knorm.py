@@ -32,7 +32,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "7B and 8B models",
 }
-SWEEP = {"budget": (0.5, 0.2)}
+SWEEP = {"budget": (0.2,)}
 
 
 class KNorm(ScorePolicy):

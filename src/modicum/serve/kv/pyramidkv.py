@@ -39,7 +39,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "Llama-3-8B and Mistral-7B, prompts of 8K tokens and more",
 }
-SWEEP = {"budget": (0.5, 0.2)}
+SWEEP = {"budget": (0.2,)}
 
 
 class PyramidKV(snapkv.SnapKV):

@@ -28,7 +28,7 @@ class Config:
 
 
 TOY = Config(budget=12)
-SWEEP = {"budget": (0.5, 0.2)}
+SWEEP = {"budget": (0.2,)}
 
 
 class Random(ScorePolicy):

@@ -64,7 +64,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "several families of language models, long-context tasks",
 }
-SWEEP = {"budget": (0.5, 0.2)}
+SWEEP = {"budget": (0.2,)}
 
 
 class RazorAttention(KVPolicy):

@@ -58,7 +58,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "7B models, prompts of 16K tokens",
 }
-SWEEP = {"budget": (0.5, 0.2)}
+SWEEP = {"budget": (0.2,)}
 
 
 class SnapKV(ScorePolicy):

@@ -43,7 +43,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "Llama-2, MPT, Falcon and Pythia of up to 70B parameters",
 }
-SWEEP = {"window": (204, 76)}
+SWEEP = {"window": (76,)}
 
 
 class StreamingLLM(LMInfinite):

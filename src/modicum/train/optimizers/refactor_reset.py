@@ -34,7 +34,7 @@ CLAIM = {
     "where": "abstract",
     "scale": "LLaMA 1B, C4",
 }
-SWEEP = {"every": (200, 0)}
+SWEEP = {"every": (100,)}
 
 
 @dataclass(frozen=True, kw_only=True)

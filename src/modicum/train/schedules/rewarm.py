@@ -26,7 +26,7 @@ CLAIM = {
     "where": "figures 1 to 4",
     "scale": "Pythia 410M, the Pile then SlimPajama, 300B tokens each",
 }
-SWEEP = {"warmup": (0, 0.02)}
+SWEEP = {"warmup": (0.02,)}
 
 
 @dataclass(frozen=True, kw_only=True)
