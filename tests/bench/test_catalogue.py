@@ -282,3 +282,14 @@ def test_a_claim_of_cost_is_missed_by_what_is_worse_and_none_is_judged_where_the
 @pytest.mark.parametrize(("share", "text"), [(0.0314, "+3.1%"), (-0.5, "−50%"), (0.0, "±0%"), (12.0, "+1200%")])
 def test_percent(share: float, text: str) -> None:
     assert figures.percent(share) == text
+
+
+@pytest.mark.parametrize("port", registry.ports())
+def test_show_fits_a_screen(port: str) -> None:
+    evidence = record.folder(None)
+    found = record.read(evidence, port)
+    for key, info in registry.methods(port).items():
+        lines = figures.screen(card.read_card(info), figures.of_method(found, key))
+        assert len(lines) <= 40 and max(map(len, lines)) <= figures.WIDTH, f"{port}/{key}"
+        assert lines[0].startswith(f"{key}: ") and lines[-1].startswith("file ")
+        assert any(line.startswith("measured  ") for line in lines)

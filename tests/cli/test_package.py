@@ -57,7 +57,8 @@ from modicum.pipeline.recipe import load
 from modicum.core import registry
 assert modicum.__file__.startswith(sys.argv[1]), modicum.__file__
 assert load("quickstart").name == "quickstart"
-assert all((p.path / "_template.py.txt").is_file() for p in registry.ports().values() if p.name == "optimizer")
+from modicum.bench import overview, scaffold
+assert overview.PAGE.is_file() and "class My(Optimizer)" in scaffold.render(registry.port("optimizer"), "my", "my")[0]
 sys.argv[1:] = ["ls", "recipes"]
 main()
 """

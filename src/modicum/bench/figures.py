@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from typing import Any
 
 from modicum.bench import labs, stats
+from modicum.bench.card import Card, claim_text, not_measurable
 from modicum.bench.record import Record
 from modicum.bench.stats import Row, quantity, spread_text
 from modicum.core.events import seconds_text
 
+WIDTH = 160  # of a line that `screen` prints
+KNOBS, MEASURED = 10, 6  # lines of a screen for knobs and for settings measured
 RUNS = "shows that it runs"  # what a measurement of tier smoke says, and all it says
 
 
@@ -84,6 +88,51 @@ def measured_text(row: Row) -> str:
     if ratio := ratio_text(row):
         text += f", {ratio}"
     return f"{text}; {verdict(row)}"
+
+
+def screen(card: Card, found: list[tuple[list[Record], list[Row]]], most: int = 40) -> list[str]:
+    """A method on one screen of at most `most` lines: card, knobs, capabilities, claim, what was measured, where it is.
+
+    The card gives way first: its equation and its first words stay, the rest is in the file that the last line names.
+    """
+    port, key = card.info.port, card.info.key
+    width = max((len(k.name) for k in card.knobs), default=0)
+    knobs = [
+        _short(
+            f"  {k.name:<{width}}  {k.type}{' = ' + k.default if k.default else '  (required)'}"
+            + (f"    {k.note}" if k.note else "")
+        )
+        for k in card.knobs
+    ]
+    if len(knobs) > KNOBS:
+        knobs = [*knobs[: KNOBS - 1], f"  and {len(knobs) - KNOBS + 1} more: modicum show {port} {key} --json"]
+    tail = [f"{name:<9} {', '.join(words)}" for name, words in card.capabilities.items() if words]
+    if card.claim:
+        tail.append(_short(f"claim     {claim_text(card.claim)}"))
+    measured = []
+    if found:  # the highest tier and in it the newest lab; the page has the others
+        group, rows = found[0]
+        measured = [_short(f"{row.choice}: {measured_text(row)}") for row in rows[:MEASURED]]
+        seeds = ", ".join(str(s) for s in sorted({r.seed for r in group}))
+        model = common([r.model for r in group]).get("name") or group[0].lab.inputs.get("model", {}).get("name", "")
+        measured.append(
+            f"tier {group[0].lab.tier}, seeds {seeds}{', ' + model if model else ''}; docs/methods/{port}.md has it all"
+        )
+    elif reason := not_measurable(card.info):
+        measured = textwrap.wrap(f"not measurable here: {reason}", WIDTH - 10)
+    else:
+        measured = [f"nothing yet; type: modicum bench {port} {key}"]
+    tail += [("measured  " if i == 0 else " " * 10) + line for i, line in enumerate(measured)]
+    tail.append(f"file      {card.path}")
+    body = card.text.splitlines()
+    room = most - len(tail) - (len(knobs) + 1 if knobs else 0) - 1
+    if len(body) > room:
+        body = [*body[: room - 1], "  ... the rest of the card is in the file"]
+    return [*body, "", *([*knobs, ""] if knobs else []), *tail]
+
+
+def _short(line: str) -> str:
+    return line if len(line) <= WIDTH else line[: WIDTH - 3].rstrip() + "..."
 
 
 def ratio_text(row: Row) -> str:

@@ -1,26 +1,28 @@
-"""Starting a method: its file and its reference test from the port's templates.
+"""Starting a method: its file and its test, made from the port's baseline and protocol.
 
-The templates lie beside the port's methods: `_template.py.txt` becomes the method's file and
-`_template_test.py.txt` its test. In both, `$key`, `$port`, `$module`, `$package`,
-`$class_name` and `$name` (the key as a Python name) are filled in. The method they make is
-complete: it passes the port's conformance suite as it stands, and is then changed into the one meant.
+The new file is the baseline's under the new name, without its card, claims and sweeps, with what else the protocol lets
+a method do as comments. It passes what the baseline passes, and is then changed into the method meant. No templates are
+kept: a port that has a protocol and a baseline has all that is needed.
 """
 
 from __future__ import annotations
 
+import ast
 import keyword
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
 from modicum.bench import record
+from modicum.bench.card import source
 from modicum.core import registry
 from modicum.core.errors import UserError
 from modicum.core.files import write_text
 from modicum.core.registry import PortInfo
 
-METHOD, TEST = "_template.py.txt", "_template_test.py.txt"
+DROPPED = ("CLAIM", "SWEEP", "NOT_MEASURABLE")  # the baseline's own
 _KEY = re.compile(r"^[a-z0-9]+([.-][a-z0-9]+)*$")
 
 
@@ -47,25 +49,53 @@ def class_name(key: str) -> str:
 
 def render(info: PortInfo, key: str, module: str) -> tuple[str, str]:
     """The text of the method's file and of its test."""
-    texts = []
-    for name in (METHOD, TEST):
-        path = info.path / name
-        if not path.exists():
-            raise UserError(
-                f"port {info.name} has no template {path}; copy the file of its baseline "
-                f"{info.baseline!r} by hand, or write the template"
-            )
-        texts.append(
-            Template(path.read_text(encoding="utf-8")).safe_substitute(
-                key=key,
-                port=info.name,
-                package=info.package,
-                module=module,
-                class_name=class_name(key),
-                name=python_name(key),
-            )
-        )
-    return texts[0], texts[1]
+    path = source(registry.methods(info.name)[info.baseline])
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    name = next(n.name for n in tree.body if isinstance(n, ast.ClassDef) and _public(n))
+    gone = {line for node in tree.body if _dropped(node) for line in _lines(node)}
+    lines = [line for number, line in enumerate(text.splitlines(), 1) if number not in gone]
+    body = re.sub(rf"\b{name}\b", class_name(key), "\n".join(lines)).strip("\n")
+    body = re.sub(r"\n{4,}", "\n\n\n", body)
+    fields = {"key": key, "port": info.name, "module": module, "class_name": class_name(key), "baseline": info.baseline}
+    card, rest = _CARD.substitute(fields), _protocol(info, tree)
+    return f"{card}\n{body}\n{rest}", _TEST.substitute(fields)
+
+
+def _public(node: ast.ClassDef) -> bool:
+    return not node.name.startswith("_") and not node.name.endswith("Config")
+
+
+def _dropped(node: ast.stmt) -> bool:
+    """The card and the constants that belong to the baseline."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return True
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return any(isinstance(t, ast.Name) and t.id in DROPPED for t in targets)
+
+
+def _lines(node: ast.stmt) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
+def _protocol(info: PortInfo, baseline: ast.Module) -> str:
+    """As comments: what of the protocol the baseline leaves as it is."""
+    own = {n.name for n in ast.walk(baseline) if isinstance(n, ast.FunctionDef)}
+    tree = ast.parse((info.path / "__init__.py").read_text(encoding="utf-8"))
+    lines = []
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and any("Method" in ast.unparse(b) for b in node.bases):
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and not item.name.startswith("_") and item.name not in own:
+                    returns = f" -> {ast.unparse(item.returns)}" if item.returns else ""
+                    says = (ast.get_docstring(item) or "").split("\n")[0]
+                    lines += textwrap.wrap(
+                        f"def {item.name}({ast.unparse(item.args)}){returns}: {says}", 100, subsequent_indent="    "
+                    )
+    if not lines:
+        return ""
+    head = f"The protocol also has, see {info.package.replace('.', '/')}/__init__.py:"
+    return "\n" + "\n".join(f"# {line}".rstrip() for line in [head, *lines]) + "\n"
 
 
 def _check(info: PortInfo, key: str) -> None:
@@ -108,17 +138,17 @@ def plugin(port: str, key: str, folder: Path) -> Made:
         raise UserError(f"{folder} exists and is not an empty folder; --to takes a new one")
     package = f"modicum_{python_name(key)}"
     module = f"{package}.{python_name(key)}"
-    source = folder / "src" / package
+    place = folder / "src" / package
     others = {
         folder / "pyproject.toml": _PYPROJECT.substitute(
             name=package.replace("_", "-"), port=port, key=key, package=package, module=module
         ),
-        source / "__init__.py": f'"""The {port} method {key} for modicum."""\n',
+        place / "__init__.py": f'"""The {port} method {key} for modicum."""\n',
         folder / "README.md": f"# {key}\n\nA {port} method for modicum.\n\n    pip install -e .\n"
         f"    modicum check {port} {key}\n    modicum bench {port} {key}\n",
     }
     made = Made(
-        source / f"{python_name(key)}.py",
+        place / f"{python_name(key)}.py",
         folder / "tests" / f"test_{python_name(key)}.py",
         module,
         tuple(others),
@@ -137,6 +167,38 @@ def _write(made: Made, texts: tuple[str, str], others: dict[Path, str]) -> None:
         write_text(path, text)
 
 
+_CARD = Template('''\
+"""$key: say in one line what it does.
+
+Say in two or three sentences what the mechanism is and what it is good for.
+
+    write the equation that defines it
+
+Name the paper here (authors, year, arXiv number, section), and where this file departs from it. It starts as a copy
+of the baseline, $baseline.
+"""
+''')
+_TEST = Template('''\
+"""Test of $port/$key: what holds for every method, and that it is this one."""
+
+from __future__ import annotations
+
+import pytest
+from $module import $class_name
+
+from modicum.bench import conformance
+from modicum.core import registry
+
+
+def test_it_is_found_and_conforms() -> None:
+    assert registry.load("$port", "$key").cls is $class_name
+    results = conformance.run("$port", ["$key"])
+    assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
+
+
+def test_it_is_the_equation() -> None:
+    pytest.skip("compute the paper's equation naively, in float64, and compare")
+''')
 _PYPROJECT = Template("""\
 [build-system]
 requires = ["hatchling"]

@@ -19,7 +19,7 @@ def show(
     evidence: Annotated[Path | None, typer.Option(help="Folder of the records [default: evidence/].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Show a port's protocol, or one method's card, knobs and figures. Imports no torch."""
+    """Show a port's protocol, or one method's card, knobs and figures, on one screen. Imports no torch."""
     from modicum.bench import card as cards
     from modicum.bench import figures, record
     from modicum.core import registry
@@ -78,19 +78,7 @@ def show(
             )
         )
         return
-    print(f"{card.text}\n")
-    _knobs(card.knobs)
-    for name, words in card.capabilities.items():
-        if words:
-            print(f"{name:<9} {', '.join(words)}")
-    if card.claim:
-        print(f"claim     {cards.claim_text(card.claim)}")
-    for group, rows in found:  # what was measured in one lab stands above its settings, said once
-        lines = [f"{row.choice}: {figures.measured_text(row)}" for row in rows]
-        print("measured  " + "\n          ".join([*lines, figures.setting_text(group)]))
-    if not found:
-        print(f"measured  nothing yet; type: modicum bench {port} {key}")
-    print(f"file      {card.path}")
+    print("\n".join(figures.screen(card, found)))
 
 
 def _knobs(knobs: Sequence[Knob]) -> None:
