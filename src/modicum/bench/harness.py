@@ -173,18 +173,22 @@ def tier_of(bench: Bench, settings: Settings) -> str:
 def fits(lab: Lab, bench: Bench, settings: Settings) -> bool:
     """Whether a lab answers what these settings ask, whoever measured in it and with which version of the bench.
 
-    Data and model are compared by their contents where the person gave them; the bench's own model goes by its name,
-    its own data (the Python installation's) by nothing: records of another machine answer as well.
+    The bench's own settings ask for any lab above smoke: where one scale does not suit all methods there are several.
+    Others ask for themselves: data and model that the person gave are compared by their contents, the bench's own model
+    by its name, its own data (the Python installation's) by nothing, so that records of another machine answer as well.
     """
-    asked = (tier_of(bench, settings), settings.device.startswith("cuda"), check_budget(bench, settings.budget))
-    if (lab.tier, lab.device == "cuda", lab.budget) != asked or lab.scale != labs.plain(asdict(settings.scale)):
+    tier, limits = tier_of(bench, settings), check_budget(bench, settings.budget)
+    if settings == Settings(scale=bench.scale(), model=bench.model) and tier != "smoke":
+        return lab.tier != "smoke"
+    if (lab.tier, lab.device == "cuda", lab.budget) != (tier, settings.device.startswith("cuda"), limits):
         return False
     model = lab.inputs.get("model", {})
     if settings.model == bench.model:
         same = model.get("name") == bench.model
     else:
         same = model == (labs.model_of(settings.model) if settings.model else {})
-    return same and (settings.data is None or lab.inputs["data"] == labs.data_of(settings.data))
+    same = same and (settings.data is None or lab.inputs["data"] == labs.data_of(settings.data))
+    return same and lab.scale == labs.plain(asdict(settings.scale))
 
 
 def run(
