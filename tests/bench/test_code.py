@@ -12,7 +12,7 @@ import pytest
 from test_harness import SETTINGS, Counting, Scale, choices
 from test_record import lab, make
 
-from modicum.bench import code, harness, record, todo
+from modicum.bench import card, code, harness, record, todo
 from modicum.bench.measurement import Settings
 from modicum.core import registry
 
@@ -23,7 +23,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     home = tmp_path / "src" / "modicum"
     shutil.copytree(registry.ROOT, home, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     monkeypatch.setattr(registry, "ROOT", home)
-    monkeypatch.setattr(code, "PLACE", home / "bench" / "ports")
+    monkeypatch.setattr(card, "PLACE", home / "bench" / "ports")
     caches = [f for f in vars(registry).values() if hasattr(f, "cache_clear")]
     for found in caches:
         found.cache_clear()

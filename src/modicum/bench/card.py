@@ -235,11 +235,19 @@ def _claim(tree: ast.Module, path: Path) -> dict[str, Any]:
     raise UserError(f"{path}: CLAIM={value!r}; write {allowed}")
 
 
+def bench_path(port: str) -> Path:
+    """Where a port's bench stands, or would stand: that of another distribution's port is its package's `_bench.py`."""
+    info = registry.port(port)
+    if not info.path.is_relative_to(registry.ROOT):
+        return info.path / "_bench.py"
+    return PLACE / f"{port.replace('-', '_')}.py"
+
+
 def not_measurable(info: MethodInfo) -> str:
     """Why nothing can be measured of a method here, from its file or its port's bench; "" where it can."""
     path = source(info)
     own = _constant(_parsed(path, path.stat().st_mtime_ns)[0], "NOT_MEASURABLE", path, "a string")
-    bench = PLACE / f"{info.port.replace('-', '_')}.py"
+    bench = bench_path(info.port)
     if own is None and bench.exists():
         tree = _parsed(bench, bench.stat().st_mtime_ns)[0]
         own = (_constant(tree, "NOT_MEASURABLE", bench, '{"key": "reason"}') or {}).get(info.key)

@@ -16,21 +16,17 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from modicum.bench.card import PLACE, source
+from modicum.bench.card import bench_path, source
 from modicum.core import compose, registry
 from modicum.core.files import fingerprint
 
 NATIVE = (".c", ".h", ".cu", ".cpp")
 
 
-def bench_path(port: str) -> Path:
-    """Where a port's bench stands, or would stand."""
-    return PLACE / f"{port.replace('-', '_')}.py"
-
-
 def bench_hash(port: str) -> str:
     """16 hex digits over a bench's file and the private helpers beside it that it reaches."""
-    return _hash(p for p in reach([bench_path(port)]) if p.parent == PLACE and p.name != "__init__.py")
+    path = bench_path(port)
+    return _hash(p for p in reach([path]) if p.parent == path.parent and p.name != "__init__.py")
 
 
 def code_hash(port: str, method: str) -> str:

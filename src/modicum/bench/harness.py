@@ -32,7 +32,7 @@ from typing import Any
 
 from modicum.bench import code, labs
 from modicum.bench import record as records
-from modicum.bench.card import not_measurable, read_card
+from modicum.bench.card import bench_path, not_measurable, read_card
 from modicum.bench.labs import Lab
 from modicum.bench.measurement import Axes, Measurement, Settings
 from modicum.bench.record import Record
@@ -65,16 +65,17 @@ class Bench:
 
 
 def benches() -> dict[str, Path]:
-    """Port names that have a bench, found by their files; nothing is imported."""
-    return {p.stem.replace("_", "-"): p for p in sorted(code.PLACE.glob("*.py")) if not p.name.startswith("_")}
+    """Ports that have a bench, and its file; nothing is imported."""
+    return {port: path for port in registry.ports() if (path := bench_path(port)).exists()}
 
 
 def load(port: str) -> Bench:
     """Import a port's bench. Raises `UserError` for an unknown port or one without a bench."""
-    registry.port(port)
+    info, path = registry.port(port), bench_path(port)
     if port not in benches():
-        raise unknown("bench", port, benches(), f"Write src/modicum/bench/ports/{port.replace('-', '_')}.py")
-    module = importlib.import_module(f"modicum.bench.ports.{port.replace('-', '_')}")
+        raise unknown("bench", port, benches(), f"Write {path}")
+    own = path.is_relative_to(registry.ROOT)
+    module = importlib.import_module(f"modicum.bench.ports.{path.stem}" if own else f"{info.package}.{path.stem}")
     missing = [n for n in ("AXES", "Scale", "QUICK", "measure") if not hasattr(module, n)]
     if missing:
         raise UserError(f"{module.__file__} lacks {', '.join(missing)}; see modicum.bench.harness")

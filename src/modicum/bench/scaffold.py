@@ -193,7 +193,8 @@ from modicum.core import registry
 def test_it_is_found_and_conforms() -> None:
     assert registry.load("$port", "$key").cls is $class_name
     results = conformance.run("$port", ["$key"])
-    assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
+    failed = [f"{r.check}: {r.message}" for r in results if not r.passed]
+    assert not failed, failed
 
 
 def test_it_is_the_equation() -> None:
