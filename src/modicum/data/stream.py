@@ -154,7 +154,8 @@ class Stream:
                 targets = targets.astype("int64")
                 targets[:given] = NO_LOSS
             tokens = Tokens(stored[span.start : stop], targets)
-            if self.transforms:
+            if self.transforms:  # shards store what is narrower; a transform may put any token or NO_LOSS in
+                tokens = Tokens(tokens.tokens_N.astype("int64"), tokens.targets_N.astype("int64"))
                 at = self._position(number)
                 for transform in self.transforms:
                     tokens = transform.apply(tokens, span, at)
