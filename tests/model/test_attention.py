@@ -5,12 +5,13 @@ import torch
 
 from modicum.core import registry
 from modicum.model import attend
-from modicum.model.attend import BlockAttend, DenseAttend, attention
+from modicum.model.attend import BlockAttend, DenseAttend, attention, default_positions, pattern_attend
 from modicum.model.attention.sliding import Config, Sliding
 from modicum.model.config import Rope, llama_like
-from modicum.model.decoder import Decoder, default_positions
-from modicum.model.flex import FlexAttend, pattern_attend
+from modicum.model.decoder import Decoder
+from modicum.model.flex import FlexAttend
 from modicum.model.layers import RMSNorm
+from modicum.model.patterns import set_attention
 from modicum.model.rope import RopeTable, frequencies, rotate
 from modicum.model.tiled import tiled_attention
 
@@ -89,7 +90,7 @@ def test_attention_chooses_a_path_that_is_right(dtype, T, S, window):
 def test_dense_attend_with_documents_and_pattern_equals_naive():
     q, k, v = qkv()
     documents = (torch.arange(37) // 15).expand(2, -1)
-    out = DenseAttend(documents, pattern=Sliding(Config(window=9)))(0, q, k, v, window=20, scale=0.3, softcap=None)
+    out = DenseAttend(documents)(0, q, k, v, window=20, scale=0.3, softcap=None, pattern=Sliding(Config(window=9)))
     position = torch.arange(37)
     distance = position[:, None] - position[None]
     seen = (distance >= 0) & (distance < 9) & (documents[0][:, None] == documents[0][None])
@@ -116,7 +117,8 @@ def test_a_decoder_runs_under_a_pattern():
     tokens = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole, blocked = model(tokens), model(tokens, attend=BlockAttend(Sliding(Config(window=8)), size=16))
-        dense = model(tokens, attend=DenseAttend(pattern=Sliding(Config(window=8))))
+        set_attention(model, "sliding:window=8")
+        dense = model(tokens)
     assert (blocked - dense).abs().max() < 1e-5
     assert (blocked[:, :8] - whole[:, :8]).abs().max() < 1e-5
     assert (blocked[:, 20:] - whole[:, 20:]).abs().max() > 1e-3

@@ -153,7 +153,7 @@ def test_what_does_go_together_is_accepted() -> None:
             "evaluate.engine={kv: full, scheduler: 'fcfs:reserve=0.05', drafter: prompt-lookup, max_length: 512}",
             "adapt.base=int4:group=32",
             "adapt.merge=true",
-            "pretrain.attention=sliding:window=64",
+            "pretrain.attention=[sliding:window=64,causal]",
             "pretrain.parameters=5M",
             "pretrain.averaging=lawa",
             "adapt.optimizer=adamw:beta2=0.95",

@@ -104,6 +104,22 @@ def test_from_scratch_to_a_folder_that_transformers_loads(modicum, curated, tmp_
     assert json.loads(again)["loss"] == told["loss"] and len(curve(tmp_path / "events.jsonl")) == told["steps"]
 
 
+def test_attention_patterns_by_turns(modicum, curated, model, tmp_path):
+    arms = "lambda:window=8,sinks=2"
+    said = ["--attention", f"sliding:window=16+{arms}", "--steps", 4, "--json"]
+    code, out, _ = modicum("pretrain", curated, "--out", tmp_path / "new", *said, *SMALL)
+    assert code == 0
+    trained = load_model(json.loads(out)["folder"])
+    layers = trained.config.per_layer
+    assert [c.window for c in layers[:2]] == [16, None] and [c.attention for c in layers[:2]] == [None, arms]
+    assert trained.layers[1].attention.pattern is not None
+    given = [word for word in SMALL if word not in ("--parameters", "120k")]
+    code, out, _ = modicum("pretrain", curated, "--model", model, "--out", tmp_path / "on", *said, *given)
+    assert code == 0 and load_config(json.loads(out)["folder"]).per_layer[1].attention == arms
+    code, _, err = modicum("pretrain", curated, "--out", tmp_path / "no", "--attention", "lamda", "--steps", 4, *SMALL)
+    assert code == 2 and "Did you mean 'lambda'" in err
+
+
 def test_a_time_budget_becomes_tokens_once(modicum, curated, tmp_path):
     began = time.monotonic()
     code, out, _ = modicum("pretrain", curated, "--out", tmp_path, "--time", "4s", *SMALL)

@@ -16,6 +16,7 @@ import torch
 from modicum.core.errors import UserError
 from modicum.model.decoder import Decoder
 from modicum.model.layers import Block, RMSNorm
+from modicum.model.mixers.softmax import Softmax
 
 
 @torch.no_grad()
@@ -56,13 +57,13 @@ def in_body(small: Decoder, width: int, layers: int, seed: int = 0) -> Decoder:
     torch.nn.init.zeros_(large.lm_head.weight)
     large.lm_head.weight[:, :d] = small.lm_head.weight
     for i, block in enumerate(large.layers):
-        assert isinstance(block, Block)
+        assert isinstance(block, Block) and isinstance(block.attention, Softmax)
         block.attention.o.weight.zero_()
         block.mlp.down.weight.zero_()
         if i >= c.layers:
             continue
         inner = small.layers[i]
-        assert isinstance(inner, Block)
+        assert isinstance(inner, Block) and isinstance(inner.attention, Softmax)
         for name, rows in (("q", q), ("k", kv), ("v", kv)):
             getattr(block.attention, name).weight[:rows, :d] = getattr(inner.attention, name).weight
         block.attention.o.weight[:d, :q] = inner.attention.o.weight

@@ -31,6 +31,7 @@ CAPABILITIES = {
     "activation_memory": "decides how activations are kept for the backward pass",
     "adapter": "a trained update on a frozen base weight",
     "adapter_base": "a frozen weight under an adapter: passes gradients on to its input",
+    "attention_pattern": "layers that attend under a pattern other than a window",
     "calibration": "fits given weights to what they do for a text (calibration data)",
     "chunked_prefill": "prompts are computed over several steps",
     "compile": "layers compiled with torch.compile",

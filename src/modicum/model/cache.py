@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modicum.core.errors import UserError
 from modicum.model.attend import attention, pattern_of
+from modicum.model.attention import AttentionPattern
 from modicum.model.config import DecoderConfig
 
 
@@ -52,6 +53,7 @@ class ContiguousCache:
         window: int | None,
         scale: float,
         softcap: float | None,
+        pattern: AttentionPattern | None = None,
     ) -> Tensor:
         T, start = q_BHTE.shape[2], self.length
         end = start + T
@@ -59,8 +61,8 @@ class ContiguousCache:
             raise UserError(f"the cache holds {self.capacity} tokens and {end} are needed; make it with capacity={end}")
         self.k[layer][:, :, start:end] = k_BGTE
         self.v[layer][:, :, start:end] = v_BGTE
-        first = 0 if window is None or T > 1 else max(0, end - window)
-        mask = self._mask(start, end, first, window, q_BHTE.device)
+        first = 0 if window is None or pattern is not None or T > 1 else max(0, end - window)
+        mask = self._mask(start, end, first, window, pattern, q_BHTE.device)
         causal = mask is None and T > 1
         out = attention(
             q_BHTE,
@@ -75,15 +77,26 @@ class ContiguousCache:
             self.length = end
         return out
 
-    def _mask(self, start: int, end: int, first: int, window: int | None, device: torch.device) -> Tensor | None:
+    def _mask(
+        self,
+        start: int,
+        end: int,
+        first: int,
+        window: int | None,
+        pattern: AttentionPattern | None,
+        device: torch.device,
+    ) -> Tensor | None:
         """Bool, B1TS or 11TS; None where every kept key is seen (one token) or causality says it all."""
         T = end - start
         window = None if window is None or window >= end else window
-        if self.padding_B is None and (T == 1 or (start == 0 and window is None)):
+        if self.padding_B is None and pattern is None and (T == 1 or (start == 0 and window is None)):
             return None
         q_pos = torch.arange(start, end, device=device)[:, None]
         k_pos = torch.arange(first, end, device=device)[None]
         seen = pattern_of(window).allowed(q_pos, k_pos)[None]
+        if pattern is not None:  # it counts from the start of the sequence
+            padding = 0 if self.padding_B is None else self.padding_B[:, None, None]
+            seen = seen & pattern.allowed((q_pos[None] - padding).clamp(min=0), (k_pos[None] - padding).clamp(min=0))
         if self.padding_B is not None:
             seen = (seen & (k_pos[None] >= self.padding_B[:, None, None])) | (q_pos == k_pos)
         return seen[:, None]

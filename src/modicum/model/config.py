@@ -47,6 +47,7 @@ class _LayerFields:
     kv_heads: int  # key/value heads; divides `heads`
     head_dim: int
     mlp_width: int
+    mixer: str = "softmax"  # what mixes tokens: a file of model/mixers
     attention: str | None = None  # pattern of the port attention within the window; None: all that is causal
     window: int | None = None  # keys a query sees, itself included; None: all
     rope: Rope | None = field(default_factory=Rope)  # None: queries and keys are not rotated
@@ -89,16 +90,14 @@ class LayerConfig(_LayerFields):
 
     def matmul_weights(self, width: int) -> int:
         """Weights that take part in matrix products, for a residual stream of `width`."""
-        attention = width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return attention + width * self.mlp_width * (3 if self.gated else 2)
+        mixer = softmax_weights if self.mixer == "softmax" else _mixer(self.mixer).matmul_weights
+        return int(mixer(self, width)) + width * self.mlp_width * (3 if self.gated else 2)
 
     def parameters(self, width: int, norm_size: int) -> int:
         """`norm_size`: parameters of one norm over the residual stream."""
-        heads, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        mixer = softmax_others if self.mixer == "softmax" else _mixer(self.mixer).other_parameters
         total = self.matmul_weights(width) + norm_size * (4 if self.norm_place == "sandwich" else 2)
-        total += (heads + 2 * kv) * self.qkv_bias + width * self.o_bias
-        total += (self.mlp_width * (2 if self.gated else 1) + width) * self.mlp_bias
-        return total + {None: 0, "head": 2 * self.head_dim, "full": heads + kv}[self.qk_norm]
+        return total + int(mixer(self, width)) + (self.mlp_width * (2 if self.gated else 1) + width) * self.mlp_bias
 
     def keys_per_query(self, length: int) -> float:
         """Keys that a query sees, averaged over a sequence of `length` tokens."""
@@ -108,6 +107,24 @@ class LayerConfig(_LayerFields):
             return seen
         pattern: Any = registry.build("attention", self.attention)  # imports torch
         return min(seen, float(pattern.keys_per_query(length)))
+
+
+def softmax_weights(layer: LayerConfig, width: int) -> int:
+    """Weights of q, k, v and o."""
+    return width * layer.head_dim * (2 * layer.heads + 2 * layer.kv_heads)
+
+
+def softmax_others(layer: LayerConfig, width: int) -> int:
+    """Biases and norms of softmax attention."""
+    heads, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    biases = (heads + 2 * kv) * layer.qkv_bias + width * layer.o_bias
+    return biases + {None: 0, "head": 2 * layer.head_dim, "full": heads + kv}[layer.qk_norm]
+
+
+def _mixer(name: str) -> Any:
+    from modicum.model import mixers  # imports torch
+
+    return mixers.load(name)
 
 
 LAYER_FIELDS = tuple(f.name for f in fields(_LayerFields))
@@ -250,9 +267,10 @@ def llama_like(
     context_length: int = 2048,
     rope_theta: float = 10000.0,
     tied: bool = True,
+    attention: Any = None,
     **more: Any,
 ) -> DecoderConfig:
-    """A Llama-style decoder: pre-norm RMSNorm, RoPE, SwiGLU, no biases.
+    """A Llama-style decoder: pre-norm RMSNorm, RoPE, SwiGLU, no biases. `attention`: see `patterns.with_attention`.
 
     Heads default to 64 dimensions each (32 below width 256), key/value heads to the query heads, the MLP to
     8/3 of the width rounded up to a multiple of 64. `more` are further fields of `DecoderConfig`.
@@ -267,7 +285,7 @@ def llama_like(
     heads = heads or max(width // head_dim, 1)
     if head_dim < 2 or head_dim % 2:
         raise UserError(f"width={width} with heads={heads} gives head_dim={head_dim}; RoPE needs an even one")
-    return DecoderConfig(
+    config = DecoderConfig(
         family="llama",
         vocab_size=vocab_size,
         width=width,
@@ -282,6 +300,11 @@ def llama_like(
         tied=tied,
         **more,
     )
+    if attention is None:
+        return config
+    from modicum.model.patterns import with_attention  # imports torch
+
+    return with_attention(config, attention)
 
 
 def sized(

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modicum.model.attend import Attend, DenseAttend
+from modicum.model.attend import Attend, DenseAttend, default_positions
 from modicum.model.config import DecoderConfig, Rope
-from modicum.model.layers import Block, RMSNorm, Rotation, make_norm
+from modicum.model.layers import Block
+from modicum.model.mixers import Rotation
+from modicum.model.norms import RMSNorm, make_norm
 from modicum.model.rope import RopeTable
 
 
@@ -162,16 +164,3 @@ class Decoder(nn.Module):
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """Not yet filled. Left to itself the module draws normal numbers, on `meta` by code that imports torch._dynamo."""
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
-
-
-def default_positions(tokens_BT: Tensor, documents_BT: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
-    """Positions from 0 (1T or BT): restarting with each document, and not counting padding."""
-    T = tokens_BT.shape[1]
-    index_1T = torch.arange(T, device=tokens_BT.device)[None]
-    if documents_BT is not None:
-        starts = torch.ones_like(documents_BT, dtype=torch.bool)
-        starts[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-        return index_1T - torch.where(starts, index_1T, 0).cummax(dim=1).values
-    if mask_BT is not None:
-        return (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
-    return index_1T

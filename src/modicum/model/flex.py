@@ -1,7 +1,7 @@
 """Attention patterns through FlexAttention: one fused kernel that visits only the blocks a pattern allows.
 
 Shapes as in `model.attend`. The kernel is compiled for the pattern at its first use (seconds), for CUDA by Triton
-and for the CPU by a C++ compiler; `pattern_attend` takes it where it is the faster way.
+and for the CPU by a C++ compiler; `attend.pattern_attend` takes it where it is the faster way.
 """
 
 from __future__ import annotations
@@ -12,21 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modicum.model.attend import Attend, BlockAttend
 from modicum.model.attention import ALL, SOME, AttentionPattern
 from modicum.model.attention.sliding import Config as SlidingConfig
 from modicum.model.attention.sliding import Sliding
-
-
-def pattern_attend(pattern: AttentionPattern, device: torch.device | str, size: int = 128) -> Attend:
-    """The faster way to attend under `pattern`: FlexAttention on CUDA, blocks of scaled dot products elsewhere.
-
-    On a CPU the compiled kernel took 1.9 to 3 times as long for the causal and the sliding pattern (2,048 tokens,
-    8 heads, one thread), 0.8 times for the lambda pattern, and 10 to 50 seconds to compile.
-    """
-    if torch.device(device).type == "cuda":
-        return FlexAttend(pattern, size)
-    return BlockAttend(pattern, size)
 
 
 @functools.cache
@@ -56,7 +44,10 @@ class FlexAttend:
         window: int | None,
         scale: float,
         softcap: float | None,
+        pattern: AttentionPattern | None = None,
     ) -> Tensor:
+        if pattern is not None:
+            raise ValueError("attends under a pattern of its own, and the layer has another")
         T, S = q_BHTE.shape[2], k_BGSE.shape[2]
         window = None if window is None or window >= S else window
         if (T, S, window) not in self._masks:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modicum.core import registry
-from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.data.curate import Curation
 from modicum.data.stream import Stream
 from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.decoder import Decoder
-from modicum.model.folder import load_model
+from modicum.model.folder import load_config, load_model
+from modicum.model.patterns import set_attention, with_attention
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.section import Strict
 from modicum.train.config import TrainConfig, run_ports
@@ -88,13 +88,23 @@ def shape_of(section: Pretrain, width: int, layers: int, vocab_size: int) -> Dec
     # A model that learns to recall knows no distance beyond its rows, and what serves it should know that.
     length = section.sequence_length
     context = length if section.recall else max(2048, length)
-    attention = section.attention and str(Choice.parse("attention", section.attention))
-    return llama_like(vocab_size, width, layers, section.heads, context_length=context, attention=attention)
+    return llama_like(vocab_size, width, layers, section.heads, context_length=context, attention=section.attention)
 
 
-def make_model(shape: DecoderConfig, given: str | None, seed: int) -> Decoder:
+def given_shape(section: Pretrain, given: str) -> DecoderConfig:
+    """The shape of the folder to go on from, under the section's attention patterns."""
+    shape = load_config(given)
+    return with_attention(shape, section.attention) if section.attention else shape
+
+
+def make_model(shape: DecoderConfig, given: str | None, seed: int, attention: Any = None) -> Decoder:
     """Fresh weights from the seed, or those of the folder that is given, in float32."""
-    return load_model(given, dtype="float32") if given else Decoder(shape, torch.Generator().manual_seed(seed))
+    if not given:
+        return Decoder(shape, torch.Generator().manual_seed(seed))
+    model = load_model(given, dtype="float32")
+    if attention:
+        set_attention(model, attention)
+    return model
 
 
 def masked(section: Pretrain) -> bool:

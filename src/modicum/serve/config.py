@@ -37,7 +37,8 @@ class EngineConfig:
     draft_tokens: drafted tokens of one step, shared among its sequences.
     draft_when: `pays` (by the clock, see `serve.payoff`) or `always`. cuda_graphs: on a GPU, replay decode steps
     instead of launching every kernel anew. activation_bits: 16, or 8: where matrices are int8 or
-    int4, the kernels for the CPU round what they multiply with to eight bits, a step for each 64 inputs.
+    int4, the kernels for the CPU round what they multiply with to eight bits, a step for each 64 inputs. attention:
+    a pattern for the model's layers, or several by turns, in place of its own (`model.patterns`); the model is changed.
     """
 
     block_size: int = 16
@@ -57,6 +58,7 @@ class EngineConfig:
     draft_when: str = "pays"
     cuda_graphs: bool = True
     activation_bits: int = 16
+    attention: Any = None
 
     def __post_init__(self) -> None:
         if self.draft_when not in ("pays", "always"):
@@ -162,6 +164,8 @@ def make_policy(config: EngineConfig, shape: DecoderConfig, scheduler: Scheduler
     ]
     if SHAPE & shape.varying:
         settings.append(compose.setting("layers of different shapes", requires={"uneven_layers"}))
+    if any(layer.attention for layer in shape.per_layer):
+        settings.append(compose.setting("this model's attention pattern", requires={"attention_pattern"}))
     compose.resolve([compose.member("kv", config.kv), compose.member("cacheform", config.cache_form), *settings])
     return policy
 

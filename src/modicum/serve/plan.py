@@ -4,7 +4,7 @@ The step's tokens lie in one row. The plan cuts it into segments: B neighbouring
 call computes. A segment says where its keys are (`fresh`: the rows' own; `blocks`: a whole cache; `pages`: a cache that
 a KV policy evicted from, other entries in each head) and who sees whom:
 
-* causal: an entry at a position up to the query's, within the layer's window (`visible`);
+* causal: an entry at a position up to the query's, within the layer's window and pattern (`visible`);
 * tree: that, and of the drafted rows a query's ancestors only;
 * policy: as the sequence's KV policy computes it.
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modicum.model.attention import AttentionPattern
 from modicum.serve.drafters import layout
 from modicum.serve.kv import KVPolicy
 from modicum.serve.pages import Storage
@@ -33,10 +34,12 @@ from modicum.serve.work import Work, by_policy
 FRESH, BLOCKS, PAGES = "fresh", "blocks", "pages"
 
 
-def visible(at: Tensor, position: Tensor, window: int | None) -> Tensor:
+def visible(at: Tensor, position: Tensor, window: int | None, pattern: AttentionPattern | None = None) -> Tensor:
     """Whether a query at position `at` sees an entry at `position`; the two broadcast."""
     seen = position <= at
-    return seen if window is None else seen & (position > at - window)
+    if window is not None:
+        seen = seen & (position > at - window)
+    return seen if pattern is None else seen & pattern.allowed(at, position)
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from modicum.model.decoder import Decoder
+from modicum.model.patterns import set_attention
 from modicum.serve.backends.choose import make_runner
 from modicum.serve.cache import Cache
 from modicum.serve.config import (
@@ -40,6 +41,8 @@ class State:
     def __init__(self, model: Decoder, tokenizer: Any = None, config: EngineConfig | None = None):
         self.model, self.tokenizer = model.eval(), tokenizer
         self.config = config = config or EngineConfig()
+        if config.attention is not None:
+            set_attention(model, config.attention)
         shape, device = model.config, model.device
         dtype = parse_cache_dtype(config.dtype, model.dtype)
         form, n_blocks = make_form(config, shape, dtype), cache_blocks(config, shape, dtype, device)

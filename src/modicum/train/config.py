@@ -204,6 +204,9 @@ class PretrainSpec(TrainConfig):
 
     parameters: Parameters | None = option(None, "Size of a new model, e.g. 5M or 125M (5M by default).")
     model: str | None = option(None, "Go on from this model folder, name or hub id instead.")
+    attention: str | None = option(
+        None, "What its layers attend to, e.g. sliding:window=256; layers take turns of sliding:window=256+causal."
+    )
     time: Seconds | None = option(None, "Length of the run instead, e.g. 5m: as many tokens as fit.")
 
     LENGTHS = TrainConfig.LENGTHS | {"time": "5m"}

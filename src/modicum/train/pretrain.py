@@ -30,6 +30,7 @@ from modicum.model import attach
 from modicum.model.config import DecoderConfig, sized
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_config, load_model, save_model
+from modicum.model.patterns import set_attention, with_attention
 from modicum.train import parallel
 from modicum.train.checkpoint import Checkpoints
 from modicum.train.config import PretrainSpec, TrainConfig
@@ -117,7 +118,7 @@ def shape_for(spec: PretrainSpec, curation: Curation) -> DecoderConfig:
     """The given model's shape, or a Llama-style one of about the wanted size. Raises `UserError`."""
     tokenizer = curation.tokenizer()
     if spec.model is None:
-        return sized(
+        shape = sized(
             spec.parameters or PARAMETERS,
             tokenizer.vocab_size,
             context_length=max(2048, spec.sequence_length),
@@ -125,6 +126,7 @@ def shape_for(spec: PretrainSpec, curation: Curation) -> DecoderConfig:
             eos_ids=(tokenizer.eos_id,),
             pad_id=tokenizer.pad_id,
         )
+        return shape if spec.attention is None else with_attention(shape, spec.attention)
     shape = load_config(spec.model)
     if Tokenizer.load(find_folder(spec.model)).fingerprint != tokenizer.fingerprint:
         raise UserError(
@@ -136,7 +138,7 @@ def shape_for(spec: PretrainSpec, curation: Curation) -> DecoderConfig:
             f"sequence_length={spec.sequence_length} is longer than the context of {spec.model} "
             f"({shape.context_length}); ask for a shorter one"
         )
-    return shape
+    return shape if spec.attention is None else with_attention(shape, spec.attention)
 
 
 def make_model(spec: PretrainSpec, shape: DecoderConfig) -> Decoder:
@@ -144,7 +146,10 @@ def make_model(spec: PretrainSpec, shape: DecoderConfig) -> Decoder:
     if spec.model is not None:
         if spec.form is not None:
             attach.require_fit(spec.form)
-        return load_model(spec.model)
+        model = load_model(spec.model)
+        if spec.attention is not None:
+            set_attention(model, spec.attention)
+        return model
     return Decoder(shape, torch.Generator().manual_seed(spec.seed))
 
 

@@ -20,9 +20,8 @@ from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
-from modicum.model.attend import Attend
+from modicum.model.attend import Attend, pattern_attend
 from modicum.model.decoder import Decoder
-from modicum.model.flex import pattern_attend
 
 AXES = Axes(quality=Axis("bits_per_token"), cost=Axis("prefill_seconds", "lower", "s"))
 MODEL = "smollm2"

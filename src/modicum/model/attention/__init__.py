@@ -9,6 +9,8 @@ Methods are constructed as `cls(config)`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,9 @@ NONE, SOME, ALL = 0, 1, 2  # what a block of the mask allows
 
 class AttentionPattern(Method):
     """Base of all patterns. Override `allowed`, and the rest where a closed form is cheaper."""
+
+    def __init__(self, config: Any):
+        self.config = config
 
     def allowed(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """Bool in the broadcast shape of two integer tensors: may the query see the key?"""
@@ -45,13 +50,6 @@ class AttentionPattern(Method):
         """Average number of keys a query sees in a sequence of `length` tokens (for FLOP counts)."""
         k_pos = torch.arange(length)
         return float(sum(int(self.allowed(q, k_pos).sum()) for q in k_pos)) / max(length, 1)
-
-    def oldest(self, position: int) -> int:
-        """The lowest key position that the query at `position`, or any later one, may still see.
-
-        A cache may free everything below it.
-        """
-        return 0
 
 
 def block_spans(q_len: int, k_len: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from modicum.core import registry
 from modicum.model.attention import ALL, NONE, AttentionPattern
 
 
 def _make(key: str) -> AttentionPattern:
-    loaded = registry.load("attention", key)
+    loaded = registry.load("attention", key, AttentionPattern)
     return loaded.cls(getattr(loaded.module, "TOY", None) or loaded.config())
 
 
@@ -41,15 +46,40 @@ def check_blocks_agree_with_allowed(key: str) -> None:
 
 
 def check_counts_agree_with_allowed(key: str) -> None:
-    """`keys_per_query` is the true average and `oldest` frees nothing that is seen later."""
+    """`keys_per_query` is the true average."""
     pattern = _make(key)
     for length in (1, 4, 5, 33):
         position = torch.arange(length)
         seen = pattern.allowed(position[:, None], position[None, :])
         assert abs(pattern.keys_per_query(length) - seen.sum().item() / length) < 1e-9
-        for query in range(length):
-            oldest = pattern.oldest(query)
-            assert not seen[query:, :oldest].any(), f"oldest({query})={oldest} frees a key that is still seen"
+
+
+def check_a_model_has_the_pattern(key: str) -> None:
+    """A decoder of this pattern sees what `allowed` says, in one pass, packed and from a cache."""
+    from modicum.core.choice import Choice
+    from modicum.model.cache import ContiguousCache
+    from modicum.model.config import llama_like
+    from modicum.model.decoder import Decoder
+
+    knobs = dataclasses.asdict(_make(key).config)
+    shape = llama_like(50, 32, 2, heads=2, attention=str(Choice("attention", key, knobs)), context_length=64)
+    model = Decoder(shape, torch.Generator().manual_seed(0)).double()
+    tokens_BT = torch.randint(0, 50, (2, 27), generator=torch.Generator().manual_seed(1))
+    row, pattern = torch.arange(27), _make(key)
+    seen = pattern.allowed(row[:, None], row[None, :])
+
+    def by_mask(layer: int, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[: q.shape[2], : k.shape[2]], scale=how["scale"])
+
+    with torch.no_grad():
+        expected = model(tokens_BT, attend=by_mask)
+        torch.testing.assert_close(model(tokens_BT), expected)
+        packed = torch.cat([tokens_BT, tokens_BT], 1)
+        documents_BT = (torch.arange(54) // 27).expand(2, -1)
+        torch.testing.assert_close(model(packed, documents_BT=documents_BT)[:, 27:], expected)
+        cache = ContiguousCache(shape, 2, 27, dtype=torch.float64)
+        parts = [model(part, attend=cache) for part in tokens_BT.split([9, 1, 1, 14, 1, 1], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), expected)
 
 
 def check_block_attention_is_exact(key: str) -> None:

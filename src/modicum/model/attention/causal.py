@@ -21,8 +21,7 @@ class Config:
 
 
 class Causal(AttentionPattern):
-    def __init__(self, config: Config | None = None):
-        self.config = config or Config()
+    config: Config
 
     def allowed(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         return k_pos <= q_pos

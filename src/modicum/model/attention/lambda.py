@@ -34,8 +34,7 @@ SWEEP = {"window": (256,), "sinks": (4,)}  # what a bench on short sequences can
 
 
 class Lambda(AttentionPattern):
-    def __init__(self, config: Config | None = None):
-        self.config = config or Config()
+    config: Config
 
     def allowed(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         return (k_pos <= q_pos) & ((q_pos - k_pos < self.config.window) | (k_pos < self.config.sinks))
@@ -51,6 +50,3 @@ class Lambda(AttentionPattern):
     def keys_per_query(self, length: int) -> float:
         most = min(self.config.window + self.config.sinks, length)
         return (most * (most + 1) / 2 + (length - most) * most) / max(length, 1)
-
-    def oldest(self, position: int) -> int:
-        return 0 if self.config.sinks else max(position - self.config.window + 1, 0)

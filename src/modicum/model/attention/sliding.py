@@ -32,8 +32,7 @@ SWEEP = {"window": (256,)}  # what a bench on short sequences can tell apart
 
 
 class Sliding(AttentionPattern):
-    def __init__(self, config: Config | None = None):
-        self.config = config or Config()
+    config: Config
 
     def allowed(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         return (k_pos <= q_pos) & (q_pos - k_pos < self.config.window)
@@ -47,6 +46,3 @@ class Sliding(AttentionPattern):
     def keys_per_query(self, length: int) -> float:
         w = min(self.config.window, length)
         return (w * (w + 1) / 2 + (length - w) * w) / max(length, 1)
-
-    def oldest(self, position: int) -> int:
-        return max(position - self.config.window + 1, 0)

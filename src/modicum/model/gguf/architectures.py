@@ -104,7 +104,7 @@ ARCHITECTURES = (
 )  # fmt: skip
 STRUCTURE = (
     "norm", "norm_place", "final_norm", "parallel", "gated", "activation", "qkv_bias", "o_bias", "mlp_bias", "qk_norm",
-    "position", "position_offset", "attention", "embed_width",
+    "position", "position_offset", "mixer", "attention", "embed_width",
 )  # fmt: skip
 # Keys of metadata, behind "ARCHITECTURE.", that are a field of `DecoderConfig` as it stands.
 KEYS = {

@@ -17,13 +17,13 @@ from modicum.core.events import count_text, seconds_text
 from modicum.core.files import tree_bytes
 from modicum.data.curate import Curation
 from modicum.model.config import DecoderConfig, llama_like
-from modicum.model.folder import load_config, save_model
+from modicum.model.folder import save_model
 from modicum.pipeline import costs, training
 from modicum.pipeline.context import Context
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.report import plots
-from modicum.pipeline.section import Bytes, Parameters, Seconds, Strict, Tokens, method, with_ports
+from modicum.pipeline.section import Bytes, Parameters, Seconds, Strict, Tokens, method, methods, with_ports
 from modicum.pipeline.stage import Finished, Input, Inputs, Report, Stage, StagePlan
 from modicum.train.config import members, run_ports
 from modicum.train.forms import merged
@@ -66,7 +66,7 @@ class Section(Strict):
     parameters: Parameters | None = None  # None: the planner chooses
     shape: tuple[int, int] | None = None  # width and layers, for who wants to say them
     heads: int | None = Field(None, ge=1)  # None: of 64 dimensions, 32 in models narrower than 256
-    attention: method("attention") | None = None  # type: ignore[valid-type]  # pattern of every layer; None: causal
+    attention: methods("attention") | None = None  # type: ignore[valid-type]  # of all layers, or several by turns
     time: Seconds | None = 210.0  # with tokens None: as many as fit in this time
     tokens: Tokens | None = None
     sequence_length: int = Field(256, ge=16)
@@ -138,7 +138,7 @@ class Pretrain(Stage[Section]):
         given = inputs["model"]["folder"] if "model" in inputs else section.model
         size = decided["shape"] or {}
         shape = (
-            load_config(given)
+            training.given_shape(section, given)
             if given
             else training.shape_of(section, size["width"], size["layers"], curation.tokenizer().vocab_size)
         )
@@ -150,7 +150,7 @@ class Pretrain(Stage[Section]):
             checkpoint_every=100,
             eval_every=-(-int(decided["tokens"]) // section.batch_tokens // EVALUATIONS),
         )
-        model = training.make_model(shape, given, recipe.seed)
+        model = training.make_model(shape, given, recipe.seed, section.attention)
         result = train(
             model,
             training.training_stream(section, curation, config.total_tokens, recipe.seed),
@@ -226,9 +226,10 @@ def _vocabulary(recipe: Recipe, name: str) -> str:
 def _candidates(section: Section, curate: Input, base: Input | None) -> tuple[list[DecoderConfig], str | None]:
     """Shapes to choose from, and the published model that fixes the only one."""
     if base is not None:
-        return [load_config(base["model"]) if base["model"] else llama_like(**base["shape"])], base["model"]
+        known = training.given_shape(section, base["model"]) if base["model"] else llama_like(**base["shape"])
+        return [known], base["model"]
     if section.model:
-        return [load_config(section.model)], section.model
+        return [training.given_shape(section, section.model)], section.model
     sizes = [section.shape] if section.shape else SHAPES
     shapes = [training.shape_of(section, *size, curate["vocab_size"]) for size in sizes]
     if section.parameters:
@@ -245,7 +246,7 @@ def _described(section: Section, shape: DecoderConfig) -> dict[str, Any]:
         "layers": shape.layers,
         "heads": section.heads,
         "context_length": shape.context_length,
-        "attention": shape.attention,
+        "attention": section.attention,
     }
 
 

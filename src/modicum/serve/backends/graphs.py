@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from modicum.model.attend import attention
+from modicum.model.attention import AttentionPattern
 from modicum.model.decoder import Decoder
 from modicum.serve.backends import CannotRun
 from modicum.serve.pages import Storage
@@ -56,6 +57,8 @@ def unfit(model: Decoder) -> str | None:
         return "longrope positions, which turn by the longest sequence of a step"
     if SHAPE & model.config.varying:
         return "layers of different shapes"
+    if any(layer.attention for layer in model.config.per_layer):
+        return "attention patterns"
     if len({p.device for p in (*model.parameters(), *model.buffers())}) != 1:
         return "weights on several devices"
     return None
@@ -89,6 +92,7 @@ class StaticAttend:
         window: int | None,
         scale: float,
         softcap: float | None,
+        pattern: AttentionPattern | None = None,
     ) -> Tensor:
         """The B tokens are one row, as in `PlannedAttend`: (1, H, B, E) in, (1, H, B, E) out."""
         q_HBE, k_GBE, v_GBE = q_BHTE[0], k_BGSE[0], v_BGSE[0]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from modicum.model.attend import attention
+from modicum.model.attention import AttentionPattern
 from modicum.model.decoder import Decoder
 from modicum.serve.drafters import layout
 from modicum.serve.kv import Entries
@@ -61,13 +62,16 @@ class Torch:
         return self.model.head(self._h_TD[torch.tensor(list(rows), device=self._h_TD.device)])
 
 
+Key = tuple[int, int | None, AttentionPattern | None, torch.dtype]  # segment, window, pattern, dtype
+
+
 class PlannedAttend:
     """An `attend` for one step: every layer calls it."""
 
     def __init__(self, plan: AttentionPlan):
         self.plan, self.storage, self.table = plan, plan.storage, plan.table
-        self._reaches: dict[tuple[int, int | None, torch.dtype], Reach] = {}
-        self._overlays: dict[tuple[int, int | None, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._reaches: dict[Key, Reach] = {}
+        self._overlays: dict[Key, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self._recent = None if plan.recent is None else RecentStep(plan.recent, plan.works, plan.table)
         device = self.storage.device
         self._rows_T = torch.from_numpy(plan.rows_T).to(device)
@@ -90,6 +94,7 @@ class PlannedAttend:
         window: int | None,
         scale: float,
         softcap: float | None,
+        pattern: AttentionPattern | None = None,
     ) -> Tensor:
         q_HTE, k_GTE, v_GTE = q_BHTE[0], k_BGSE[0], v_BGSE[0]
         if self._recent is None:
@@ -103,7 +108,7 @@ class PlannedAttend:
             if segment.policy is not None:
                 out_GBRTE = self._by_policy(layer, i, segment, q_GBRTE, scale, softcap)
             else:
-                k_GBSE, v_GBSE, mask = self._keys(layer, i, segment, window, k_GTE, v_GTE)
+                k_GBSE, v_GBSE, mask = self._keys(layer, i, segment, window, pattern, k_GTE, v_GTE)
                 out_GBRTE = _attention(q_GBRTE, k_GBSE, v_GBSE, mask, scale, softcap)
             out_TGRE[rows] = out_GBRTE.permute(1, 3, 0, 2, 4).flatten(0, 1)
         if self._recent is not None:
@@ -124,6 +129,7 @@ class PlannedAttend:
         i: int,
         segment: Segment,
         window: int | None,
+        pattern: AttentionPattern | None,
         k_GTE: Tensor,
         v_GTE: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -134,15 +140,15 @@ class PlannedAttend:
         if segment.source == PAGES:
             k_GBSE, v_GBSE, position_GBS, seen_GBS, weight_GBS = self._pages[i].entries(layer)
             seen_GBTS = seen_GBS[:, :, None]
-            if segment.rows > 1 or window is not None:
-                seen_GBTS = seen_GBTS & visible(self._at[i][:, :, None], position_GBS[:, :, None], window)
+            if segment.rows > 1 or window is not None or pattern is not None:
+                seen_GBTS = seen_GBTS & visible(self._at[i][:, :, None], position_GBS[:, :, None], window, pattern)
             if weight_GBS is None:
                 return k_GBSE.to(dtype), v_GBSE.to(dtype), seen_GBTS
             bias_GBTS = torch.where(seen_GBTS, weight_GBS.log().to(dtype)[:, :, None], float("-inf"))
             return k_GBSE.to(dtype), v_GBSE.to(dtype), bias_GBTS
-        key = (i, window, dtype)
+        key = (i, window, pattern, dtype)
         if key not in self._reaches:
-            self._reaches[key] = self._reach(segment, window, dtype)
+            self._reaches[key] = self._reach(segment, window, pattern, dtype)
         reach = self._reaches[key]
         if segment.source == FRESH:
             rows = slice(segment.first, segment.last)
@@ -160,13 +166,15 @@ class PlannedAttend:
             read.append(x_GBSE)
         return read[0], read[1], reach.mask
 
-    def _reach(self, segment: Segment, window: int | None, dtype: torch.dtype) -> Reach:
+    def _reach(
+        self, segment: Segment, window: int | None, pattern: AttentionPattern | None, dtype: torch.dtype
+    ) -> Reach:
         P, device, T, B = self.storage.block_size, self.storage.device, segment.rows, len(segment.works)
         starts_B = segment.starts_B
         ends_B = starts_B + T
         if window is not None and window >= ends_B.max():
             window = None
-        if segment.source == FRESH and window is None:
+        if segment.source == FRESH and window is None and pattern is None:
             return Reach(slice(0), slice(None), starts_B, None)
         low_B = np.zeros_like(starts_B) if window is None else np.maximum(0, starts_B + 1 - window)
         first_B, last_B = low_B // P, -(-ends_B // P)
@@ -177,7 +185,7 @@ class PlannedAttend:
             side_by_side = bool((np.diff(numbers) == 1).all())
             blocks = slice(int(numbers[0]), int(numbers[-1]) + 1) if side_by_side else _index(numbers, device)
             span = slice(low - first * P, end - first * P)
-            if T == 1:
+            if T == 1 and pattern is None:
                 return Reach(blocks, span, low_B, None)
             offset_BS = torch.arange(low, end)[None]
         else:
@@ -188,7 +196,7 @@ class PlannedAttend:
             low_B = first_B * P
             offset_BS = torch.from_numpy(low_B[:, None] + np.arange(width * P))
         where = torch.device("cpu") if T == 1 else device  # small ones are looked at before they are sent
-        seen_BTS = _seen(segment, offset_BS.to(where), window)
+        seen_BTS = _seen(segment, offset_BS.to(where), window, pattern)
         if T == 1 and bool(seen_BTS.all()):
             return Reach(blocks, span, low_B, None)
         if T > 1 and not segment.tree:
@@ -270,11 +278,11 @@ class _Pages:
         return k_GBSE, v_GBSE, position_GBS, held_GBS, weight_GBS
 
 
-def _seen(segment: Segment, offset_BS: Tensor, window: int | None) -> Tensor:
+def _seen(segment: Segment, offset_BS: Tensor, window: int | None, pattern: AttentionPattern | None) -> Tensor:
     """Which entries each row sees, (B, T, S). `offset_BS`: their places in their sequences' caches."""
     at_BT1 = torch.from_numpy(segment.at_BT).to(offset_BS.device)[:, :, None]
     if not segment.tree:
-        return visible(at_BT1, offset_BS[:, None], window)
+        return visible(at_BT1, offset_BS[:, None], window, pattern)
     # Drafted tokens lie behind the cached ones in the tree's order, at the positions of their depths.
     layouts = [layout(w.tree) for w in segment.works if w.tree is not None]
     node_BS = offset_BS - torch.from_numpy(segment.starts_B).to(offset_BS.device)[:, None]
@@ -283,7 +291,7 @@ def _seen(segment: Segment, offset_BS: Tensor, window: int | None) -> Tensor:
     position_BS = torch.where(drafted_BS, at_BT1[:, :, 0].gather(1, node_BS), offset_BS)
     sees_BXX = torch.from_numpy(np.stack([one.sees_XX for one in layouts])).to(offset_BS.device)
     related_BTS = sees_BXX.gather(2, node_BS[:, None].expand(-1, segment.rows, -1))
-    return visible(at_BT1, position_BS[:, None], window) & (related_BTS | ~drafted_BS[:, None])
+    return visible(at_BT1, position_BS[:, None], window, pattern) & (related_BTS | ~drafted_BS[:, None])
 
 
 def _attention(

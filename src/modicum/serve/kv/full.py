@@ -23,7 +23,7 @@ class Config:
 
 class Full(KVPolicy):
     config: Config
-    provides = frozenset({"uneven_layers"})
+    provides = frozenset({"attention_pattern", "uneven_layers"})
     drops = False
 
     def allow(self, layer: int, n_tokens: int) -> int:

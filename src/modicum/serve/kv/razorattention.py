@@ -30,6 +30,7 @@ from modicum.core.errors import UserError
 from modicum.serve.kv import CacheShape, Entries, Keep, KVPolicy, Merged, check_budget, entries_of
 
 if TYPE_CHECKING:
+    from modicum.model.attention import AttentionPattern
     from modicum.model.decoder import Decoder
 
 RETRIEVAL = 0.85  # of a budget: what the heads that retrieve may take
@@ -185,6 +186,7 @@ class _Probe:
         window: int | None,
         scale: float,
         softcap: float | None,
+        pattern: AttentionPattern | None = None,
     ) -> Tensor:
         q_HTE, k_GSE, v_GSE = q_BHTE[0], k_BGSE[0], v_BGSE[0]
         H, T, _ = q_HTE.shape

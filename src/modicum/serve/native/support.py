@@ -50,6 +50,8 @@ def unserved(model: Decoder, cache: torch.dtype) -> str | None:
         "learned positions": c.position != "rope",
         "longrope positions": any(table.long is not None for table in model.ropes()[0]),
         "projected embeddings": c.embed_width not in (None, c.width),
+        f"the attention pattern {c.attention}": c.attention is not None,
+        f"the mixer {c.mixer}": c.mixer != "softmax",
     }
     if differ := c.varying - {"window", "rope", "scale"}:
         return f"layers that differ in {', '.join(sorted(differ))}"

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from modicum.core.errors import UserError
-from modicum.model.layers import MLP, Attention, RMSNorm
+from modicum.model.layers import MLP, RMSNorm
 from modicum.model.linear import LinearForm
+from modicum.model.mixers import Mixer
 from modicum.train import parallel
 from modicum.train.memory import MemorySaver
 
@@ -104,7 +105,7 @@ class Mesa(MemorySaver):
                     # Not a hook: only a frame of our own is left in order when the forward pass raises.
                     vars(module)["forward"] = (
                         self._attention(name, module)
-                        if isinstance(module, Attention)
+                        if isinstance(module, Mixer)
                         else self._layer(name, module, groups)
                     )
                     changed.append(module)
@@ -270,7 +271,7 @@ def _view(t: Tensor) -> tuple[Any, ...]:
 def watched(model: nn.Module) -> dict[str, nn.Module]:
     """By name, what keeps activations: in the repeated layers all kinds, elsewhere norms."""
     inside = {id(m) for block in parallel.blocks(model) for m in block.modules()}
-    kinds = (*LINEARS, *ACTIVATIONS, *NORMS, MLP, Attention)
+    kinds = (*LINEARS, *ACTIVATIONS, *NORMS, MLP, Mixer)
     found: dict[str, nn.Module] = {}
     forms: tuple[str, ...] = ()
     for name, module in model.named_modules():

@@ -117,9 +117,15 @@ class PrefixAttend:
         window: int | None,
         scale: float,
         softcap: float | None,
+        pattern: Any = None,
     ) -> Tensor:
         from modicum.model.attend import attention
 
+        if pattern is not None:
+            raise UserError(
+                "objective 'ul2' reads prefixes in both directions, and an attention pattern says only what is seen "
+                "before a token; choose attention=causal or sliding:window=N, or another objective"
+            )
         if window not in self._masks:
             self._masks[window] = self._mask(q_BHTE, window)
         return attention(q_BHTE, k_BGSE, v_BGSE, scale=scale, softcap=softcap, mask=self._masks[window])
