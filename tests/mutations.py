@@ -184,7 +184,7 @@ MUTATIONS = (
     Mutation(
         "the prefix cache hides the end of a prompt from a policy after a preemption",
         "serve/cache.py",
-        "most = min(most, prompt - self.policy.tail)",
+        "most = min(most, sample.request.context - self.policy.tail)",
         "most = job.length - self.policy.tail",
         "serve/test_snapkv.py::test_a_preempted_sequence_observes_its_prompts_end_again",
     ),

@@ -65,7 +65,7 @@ class Cache:
         chain(sample.tokens, P, sample.names)
         most = job.length - 1
         if self.policy.tail > 1:  # the prompt's tail is observed, also when generated tokens follow it by now
-            most = min(most, prompt - self.policy.tail)
+            most = min(most, sample.request.context - self.policy.tail)
         if sample.scored:  # the tokens from the prompt's last one on are computed: their logits are what is asked for
             most = min(most, prompt - 1)
         found = self.blocks.find(sample.names[: max(0, most) // P])
@@ -137,12 +137,13 @@ class Cache:
     def thin(self, sample: Sample, n: int) -> bool:
         """After `n` more tokens: ask the policy what stays, move it to pages, give the rest back.
 
-        Asked at the end of the prompt, and at each block's end once a block more than is allowed is held.
+        Asked at the end of the prompt (or of the context, see `Request`), and at each block's end once a block more
+        than is allowed is held.
         False if blocks shared with others did not come free and there is no room: the sequence holds
         nothing then and must start over.
         """
         job, P = sample.job, self.block_size
-        ended = job.computed - n < len(sample.request.prompt) <= job.computed
+        ended = job.computed - n < sample.request.context <= job.computed
         if not ended and job.computed // P == (job.computed - n) // P:
             return True
         layers = range(self.storage.layers)
@@ -196,7 +197,7 @@ class Cache:
             self.slots.append(sample.slot)
             sample.slot = -1
         if sample.policy is not None:
-            sample.policy = self.policy.begin(len(sample.request.prompt))
+            sample.policy = self.policy.begin(sample.request.context)
 
     def distrust(self, sample: Sample) -> None:
         """Zero what a sequence alone holds, and let nobody find it: its computation went wrong."""

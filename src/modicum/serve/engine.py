@@ -82,7 +82,7 @@ class Engine(State):
                 sample.stream = TextStream(self.tokenizer, params.stop, prompt)
             if params.penalised:
                 sample.penalties = Penalties(prompt, (), vocab, self.model.device)
-            sample.policy = self.policy.begin(len(prompt)) if watched else None
+            sample.policy = self.policy.begin(request.context) if watched else None
             if self.drafting is not None:
                 self.drafting.begin(sample)
             samples.append(sample)

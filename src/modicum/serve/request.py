@@ -173,12 +173,16 @@ class Request:
     With `continuations` nothing is sampled: each gives one completion, whose `logprobs` are those of its tokens
     after the prompt (and of the most likely token at each of its places). A continuation is computed in one pass,
     or, with `token_by_token` and where a KV policy drops or observes entries, as if it were generated.
+
+    `compress_at`: how many of the prompt's tokens are a context that a KV policy compresses before it has seen the
+    rest, a question say; None: all of them.
     """
 
     prompt: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     continuations: tuple[Sequence[int], ...] = ()
     token_by_token: bool = False
+    compress_at: int | None = None
     id: int = field(default_factory=lambda: next(_ids))
     arrival: float = field(default_factory=time.monotonic)
     detokenize: bool = True
@@ -189,6 +193,11 @@ class Request:
     def __post_init__(self) -> None:
         given = self.params.seed
         self.seed = secrets.randbits(63) if given is None else given
+
+    @property
+    def context(self) -> int:
+        """Tokens after which a KV policy compresses."""
+        return len(self.prompt) if self.compress_at is None else self.compress_at
 
     @property
     def n(self) -> int:
@@ -206,6 +215,10 @@ def check_request(request: Request, most: int, vocab: int, has_tokenizer: bool) 
             f"the prompt has {len(prompt)} tokens, but prompt and answer together may have {most}; shorten the prompt",
             "prompt",
             "context_length_exceeded",
+        )
+    if not 0 < request.context <= len(prompt):
+        raise InvalidRequest(
+            f"compress_at={request.compress_at} is outside the prompt; write 1 to {len(prompt)}", "compress_at"
         )
     for continuation in request.continuations:
         if not continuation:

@@ -51,13 +51,16 @@ def reserve(state: State, plan: Plan) -> list[Work]:
     run, works = list(plan.run), []
     while run:
         id, n = run.pop(0)
-        while not state.cache.room(state.samples[id], n):
+        sample = state.samples[id]
+        if sample.policy is not None and (left := sample.request.context - sample.job.computed) > 0:
+            n = min(n, left)  # a step ends where the policy compresses; the rest comes in the next one
+        while not state.cache.room(sample, n):
             late = run.pop()[0] if run else id
             state.preempt(state.samples[late])
             if late == id:
                 break
         else:
-            works.append(Work(state.samples[id], state.samples[id].job.computed, n))
+            works.append(Work(sample, sample.job.computed, n))
     return arrange(works)
 
 
