@@ -259,7 +259,7 @@ MUTATIONS = (
     # what starting costs
     Mutation(
         "the cache is written whole at start",
-        "serve/pages.py",
+        "serve/coded.py",
         'if device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):',
         "if True:",
         "serve/test_start.py::test_memory_of_the_cache_is_taken_block_by_block",

@@ -67,6 +67,7 @@ def test_a_port_or_a_method_can_be_named_as_a_conflict() -> None:
 def test_every_word_of_a_method_is_known_and_read() -> None:
     """A word that is required or refused somewhere is provided somewhere, by a method or by a setting."""
     settings = {"fsdp", "compile", "gqa", "sliding_window", "prefix_cache", "chunked_prefill", "reserved_tokens"}
+    settings |= {"eviction", "speculative_decoding"}  # of an engine's policy and drafter, which say so in other words
     ports = set(registry.ports())
     provided, asked = set(settings), set()
     for port in ports:
