@@ -195,3 +195,19 @@ def test_verb_writes_items_and_reports_a_planted_one(place, tmp_path, monkeypatc
     assert said["touched"]["items"] == 1 and said["clean"]["items"] == 8
     assert {r["p_holm"] <= 1 for r in record["paired"] if r["main"]} == {True}
     assert len(items.read(tmp_path / "rows.parquet")) == 18 and (tmp_path / "p.html").exists()
+
+
+def test_verb_probes_a_task(place, monkeypatch, tmp_path):
+    def invoke(*words):
+        words = ["eval", str(place / "model0"), "--data", str(place), "--out", str(tmp_path), *words]
+        monkeypatch.setattr("sys.argv", ["modicum", *words])
+        return CliRunner().invoke(app, words)
+
+    done = invoke("--tasks", "choice", "--probe", "formatspread:formats=4,batch=2", "--probe-budget", "60", "--json")
+    assert done.exit_code == 0, done.output
+    ((said,),) = json.loads(done.stdout[done.stdout.index("{") :]).values()
+    assert said["graded"] <= 60 and said["figures"]["best"]["value"] >= said["figures"]["worst"]["value"]
+    again = invoke("--tasks", "choice", "--probe", "plain")
+    assert "above chance" in again.output and "score" in again.output
+    failed = invoke("--tasks", "copy:length=2", "--probe", "cbod")
+    assert isinstance(failed.exception, UserError) and "multiple-choice" in str(failed.exception)

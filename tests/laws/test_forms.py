@@ -364,3 +364,26 @@ def test_superficial_alignment_tells_style_from_skill():
         reach.append(law.examples_to_reach(fit.parameters))
     assert reach[0] < 30 < 300 < reach[1]
     assert end_to_end.COLUMNS[0] == "flops"
+
+
+def test_poor_tables_are_named_or_widen_the_interval(caplog):
+    law = registry.build("law", "chinchilla:draws=200")
+    runs = {n: v.tolist() for n, v in grid(np.random.default_rng(0), 3, 0.003).items()}
+    for column, value, match in (
+        ("loss", float("nan"), "leave diverged runs out"),
+        ("loss", None, "not a number"),
+        ("tokens", 0.0, "above zero"),
+    ):
+        with pytest.raises(UserError, match=match):
+            law.fit(runs | {column: [value, *runs[column][1:]]})
+    with pytest.raises(UserError, match="divide per cent by 100"):
+        registry.build("law", "end-to-end").fit({"flops": [1e18, 1e19, 1e20], "score": [31.0, 42.0, 55.0]})
+    with caplog.at_level("WARNING"):
+        law.fit({n: v[:3] for n, v in runs.items()} | {"tokens": [1e9] * 3})
+    assert "column tokens is constant" in caplog.text
+    at = {"parameters": [4e9], "tokens": [8e10]}
+    widths = []
+    for rows in (2, 4, 9):
+        said = law.predict(law.fit({n: v[-rows:] for n, v in runs.items()}), at)
+        widths.append(float(said.high[0] - said.low[0]))
+    assert widths[0] > widths[1] > widths[2], widths

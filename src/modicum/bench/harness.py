@@ -7,6 +7,7 @@ A port's bench, `bench/ports/PORT.py`, holds
     class Scale                          keyword-only dataclass: how large a measurement is
     QUICK = Scale(...)                   seconds instead of minutes
     TIER = "laptop"                      what the default scale amounts to (optional, see `labs.tier_of`)
+    def tier(scale) -> str               what any other scale amounts to (optional)
     MODEL = "smollm2"                    what is measured unless --quick or --model says otherwise (optional)
     NOT_MEASURABLE = {"key": "reason"}   methods that this bench cannot measure (optional, a literal)
     def measure(choice, seed, settings) -> Measurement
@@ -165,7 +166,8 @@ def lab_of(bench: Bench, settings: Settings) -> Lab:
 def tier_of(bench: Bench, settings: Settings) -> str:
     """`labs.tier_of` these settings; what the bench declares holds for its default scale and its own model."""
     as_declared = settings.scale == bench.scale() and settings.model == bench.model
-    declared = getattr(bench.module, "TIER", None) if as_declared else None
+    other = getattr(bench.module, "tier", None)
+    declared = getattr(bench.module, "TIER", None) if as_declared else other(settings.scale) if other else None
     return labs.tier_of(
         settings.scale, quick=settings.quick, model=settings.model, device=settings.device, declared=declared
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from modicum.core.errors import ModicumError
+from modicum.core.errors import ModicumError, UserError
 
 
 def same_again(first: Sequence[Any], again: Sequence[Any]) -> None:
@@ -103,3 +103,47 @@ def table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def probed(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    probe: str,
+    budget: int,
+    limit: int,
+    seed: int,
+    kept: Any,
+    config: Any,
+) -> list[dict[str, Any]]:
+    """What a probe says of a model on the first `limit` items of each task. Raises UserError for other tasks."""
+    from modicum.core import registry
+    from modicum.evaluate import probes
+    from modicum.evaluate.answer import Answerer
+    from modicum.evaluate.kept import model_fingerprint
+    from modicum.evaluate.multiple_choice import MultipleChoice
+
+    method, found = registry.build("probe", probe), []
+    answerer = Answerer(model, tokenizer, config)
+    grade = probes.grader(answerer, kept, [model_fingerprint(model, tokenizer), *answerer.settings])
+    for name in tasks:
+        task = registry.build("task", name)
+        if not isinstance(task, MultipleChoice):
+            raise UserError(f"--probe asks multiple-choice tasks with a file, {name} is none; for example arc-easy")
+        report = method.run(probes.items_of(task.docs("test", limit, seed)), grade, budget, seed)
+        found.append(
+            {"task": name, "probe": probe, "verdict": report.verdict, "found": report.found, "graded": report.graded}
+            | {"figures": report.figures, "rows": report.rows}
+        )
+    return found
+
+
+def probe_lines(probed: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    from modicum.evaluate.run import short
+
+    for model, reports in probed.items():
+        for said in reports:
+            yield f"{model}, {short(said['task'])}: {said['verdict']}; {said['graded']} gradings"
+            for name, figure in said["figures"].items():
+                more = f", p {figure['p']:.3g}" if "p" in figure else ""
+                yield f"  {name:<16} {figure['value']:.4f}  ({figure['low']:.4f} to {figure['high']:.4f}){more}"

@@ -52,6 +52,11 @@ def eval(
         str | None,
         typer.Option(help="Look for the items in this corpus (13 words in a row): score on all, clean, touched items."),
     ] = None,
+    probe: Annotated[
+        str | None,
+        typer.Option(help="Probe the multiple-choice tasks: cbod, formatspread:formats=40; modicum ls probe."),
+    ] = None,
+    probe_budget: Annotated[int, typer.Option(help="Gradings that --probe may spend on each task.")] = 3000,
     template: Annotated[
         str,
         typer.Option(
@@ -99,6 +104,8 @@ def eval(
     for name in names:  # refuse a mistyped task before a model is loaded
         if not name.startswith("lm-eval:"):
             Choice.parse("task", name).config()
+    if probe:
+        Choice.parse("probe", probe).config()
     for source in text or []:
         if not Path(source).exists() and not source.startswith(("hub:", "python")):
             raise UserError(f"--text {source}: no such folder or file")
@@ -156,12 +163,21 @@ def eval(
             batch_tokens=batch_tokens,
             include_path=include_path,
         )
+        if probe:
+            probed[str(side)] = show.probed(
+                decoder, tokenizer, names, probe, probe_budget, limit or 300, seed, kept, config
+            )
+            return results
         draws = [ask(shot_seed=seed + i, keep=kept) for i in range(max(shot_seeds, 1))]
         if repeat > 1:
             show.same_again(draws[0], ask(shot_seed=seed, keep=None))
         return results + [over_seeds(group) for group in zip(*draws, strict=True)]
 
+    probed: dict[str, list[dict[str, Any]]] = {}
     found = [run(side) for side in sides]
+    if probe:
+        print(json.dumps(probed, indent=2) if as_json else "\n".join(show.probe_lines(probed)))
+        return
     labels = [str(side) for side in sides]
     rows = compare(*found) if len(found) == 2 else []
     if samples or page:

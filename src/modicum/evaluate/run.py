@@ -19,7 +19,7 @@ from modicum.evaluate.answer import Answerer
 from modicum.evaluate.compare import clustered_error
 from modicum.evaluate.kept import Kept, model_fingerprint
 from modicum.evaluate.lm import document_nats, summarise
-from modicum.evaluate.score import BATCH_TOKENS
+from modicum.evaluate.score import BATCH_TOKENS, context_limit
 from modicum.evaluate.tasks import Doc, Task
 from modicum.serve.config import EngineConfig
 
@@ -157,6 +157,12 @@ def _run(
         progress.resume_at(len(docs) - len(todo))
         encoded = [[answerer.encode(request) for request in requests] for _, requests, _ in todo]
         longest = max((e.longest for some in encoded for e in some), default=0)
+        if task.whole and longest > context_limit(answerer.model):
+            limit = context_limit(answerer.model)
+            raise UserError(
+                f"the task {name} asks with up to {longest} tokens, the model takes {limit}, and cut prompts would be "
+                "other questions; ask for shorter ones"
+            )
         last = time.perf_counter()
         for done, (i, replies) in enumerate(answerer.replies(enumerate(encoded), longest), 1):
             doc, _, key = todo[i]

@@ -251,7 +251,8 @@ class CurveLaw(Law):
         if not 0 < level < 1:
             raise UserError(f"level={level} is not between 0 and 1; write for example 0.95")
         low_N, high_N = fit.interval(self.sample(fit, points), level)
-        return Prediction(self._unlink(self.curve_at(fit, points)).mean(0), low_N, high_N, level)
+        # The middle: a resample with a steep exponent explodes at points with few tokens, and the mean with it.
+        return Prediction(self._unlink(np.median(self.curve_at(fit, points), axis=0)), low_N, high_N, level)
 
     def optimum(self, fit: Fit, flops: float, level: float = 0.95) -> Optimum:
         """The split of `flops` = 6 N D into parameters N and tokens D that reaches the lowest loss."""

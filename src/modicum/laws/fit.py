@@ -70,7 +70,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Loss, score or change at each of N points: mean, and the interval that holds a new run's with share `level`."""
+    """Loss, score or change at each of N points: the middle, and the interval of a share `level` of new runs."""
 
     mean: np.ndarray
     low: np.ndarray

@@ -58,6 +58,11 @@ class Scale:
 QUICK = Scale(drawn=True, sizes=4, part=0.8)
 
 
+def tier(scale: Scale) -> str:
+    """Every protocol runs on published tables; a drawn table says little."""
+    return "smoke" if scale.drawn else "laptop"
+
+
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     if settings.data is not None and Path(settings.data).is_dir():
         return published(choice, seed, settings)
@@ -190,7 +195,8 @@ def stays(case: tables.Case) -> list[dict[str, Any]]:
 
 def seen(fit: tables.Columns, part: float, seed: int) -> tables.Columns:
     """A random part of the runs, where there are more than ten of them."""
-    labels = fit.get("run") or list(range(len(next(iter(fit.values())))))
+    models = fit.get("flops") if "item" in fit else None  # every model answers every item
+    labels = fit.get("run") or models or list(range(len(next(iter(fit.values())))))
     distinct = list(dict.fromkeys(labels))
     if len(distinct) <= 10 or part >= 1:
         return fit

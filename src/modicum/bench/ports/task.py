@@ -51,6 +51,7 @@ NOT_MEASURABLE = {
     "coqa": "its questions are no part of modicum; modicum eval --tasks coqa --data FOLDER asks them",
     "drop": "its questions are no part of modicum; modicum eval --tasks drop --data FOLDER asks them",
     "mbpp": "its questions are no part of modicum; modicum eval --tasks mbpp --data FOLDER asks them",
+    "prefeval": "its questions are no part of modicum; modicum eval --tasks prefeval:file=FILE asks them",
     "choice": "it has no questions of its own, it asks those of any file",
     "generate": "it has no questions of its own, it asks those of any file",
 }

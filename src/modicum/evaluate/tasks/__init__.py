@@ -47,10 +47,12 @@ class Task(Method):
     """Base of every task.
 
     version: raised when the task's questions or grading change, so that kept results are not mixed.
+    whole: whether a prompt longer than the model's context is refused instead of losing its beginning.
     metric: the name of the main figure in `grade`, between 0 and 1.
     """
 
     version: ClassVar[int] = 1
+    whole: ClassVar[bool] = False
     metric: ClassVar[str] = "accuracy"
 
     def __init__(self, config: Any):

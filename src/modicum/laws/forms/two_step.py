@@ -115,7 +115,7 @@ class TwoStep(Law):
         loss, score = (Fit.from_dict(fit.extra[name]) for name in ("loss", "score"))
         draws_KN = first.sample(loss, points)
         curve_KN = first.curve_at(loss, points)
-        mean_N = second.predict(score, {"task_loss": np.exp(curve_KN).mean(0)}, level).mean
+        mean_N = second.predict(score, {"task_loss": np.exp(np.median(curve_KN, axis=0))}, level).mean
         rng, said = np.random.default_rng(fit.seed + 2), []
         for k in rng.integers(len(draws_KN), size=100):  # what the score may be at each loss that it may have
             some_KN = second.sample(score, {"task_loss": draws_KN[k]})
