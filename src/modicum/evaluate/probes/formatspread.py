@@ -21,10 +21,10 @@ gradings are knobs here, and the final two gradings count in the budget.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -77,10 +77,18 @@ class Format:
 USUAL = Format("as is", ": ", "\n", "A", "{}.", " ")
 
 
-def every() -> list[Format]:
+@functools.cache
+def every() -> tuple[Format, ...]:
     """All valid formats of the grammar."""
     lists = (CASINGS, SEPARATORS, SPACES, NUMBERS, WRAPPERS, BETWEEN)
-    return [f for f in itertools.starmap(Format, itertools.product(*lists)) if f.valid]
+    return tuple(f for f in itertools.starmap(Format, itertools.product(*lists)) if f.valid)
+
+
+def some_formats(count: int, rng: np.random.Generator) -> list[Format]:
+    """The usual format and others, drawn without repetition."""
+    formats = every()
+    picked = [formats[i] for i in rng.choice(len(formats), count, replace=False)]
+    return [USUAL, *[f for f in picked if f != USUAL][: count - 1]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,20 +102,21 @@ class Config:
             raise ValueError("formats must be at least 2, batch at least 1, prior above 0")
 
 
+TOY = Config(formats=12)
+
+
 class FormatSpread(Probe):
     config: Config
 
     def run(self, items: Sequence[Item], grade: Grader, budget: int, seed: int = 0) -> Report:
         c, n = self.config, len(items)
-        if budget < 3 * n + 2 * c.batch:
+        if not n or budget < 3 * n + 2 * c.batch:
             raise UserError(
                 f"a budget of {budget} gradings does not cover three formats on {n} items and a search; give at least "
                 f"{3 * n + 2 * c.batch}, or fewer items"
             )
         rng = np.random.default_rng(seed)
-        others = every()
-        others.remove(USUAL)
-        arms = [USUAL, *(others[i] for i in rng.permutation(len(others))[: c.formats - 1])]
+        arms = some_formats(c.formats, rng)
         order = [items[i] for i in rng.permutation(n)]
         right: list[list[bool]] = [[] for _ in arms]
         spent = 0
@@ -157,8 +166,8 @@ class FormatSpread(Probe):
         )
         rows = []
         for i in seen:
-            won, count = int(sum(right[i])), len(right[i])
-            rows.append({"format": repr(arms[i]), "items": count, "right": won, "mean": won / count})
+            hits, count = int(sum(right[i])), len(right[i])
+            rows.append({"format": repr(arms[i]), "items": count, "right": hits, "mean": hits / count})
         return Report(figures=figures, found=found, verdict=verdict, graded=spent, rows=rows)
 
     def _noise(
@@ -204,16 +213,3 @@ def _figure(right: Sequence[bool]) -> dict[str, float]:
 
     low, high = wilson(sum(right), len(right))
     return {"value": float(np.mean(right)), "low": low, "high": high}
-
-
-def uniform(items: Sequence[Item], grade: Grader, budget: int, config: Config, seed: int = 0) -> dict[str, Any]:
-    """The same search with the budget spread evenly over the formats: what the bandit must beat."""
-    rng = np.random.default_rng(seed)
-    others = every()
-    others.remove(USUAL)
-    arms = [USUAL, *(others[i] for i in rng.permutation(len(others))[: config.formats - 1])]
-    each = min(max(1, (budget - 2 * len(items)) // len(arms)), len(items))
-    means = [np.mean([g.right for g in grade([arm.write(i) for i in items[:each]])]) for arm in arms]
-    ends = [arms[int(np.argmax(means))], arms[int(np.argmin(means))]]
-    scores = [float(np.mean([g.right for g in grade([arm.write(i) for i in items])])) for arm in ends]
-    return {"spread": scores[0] - scores[1], "formats": [repr(arm) for arm in ends]}
