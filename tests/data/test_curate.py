@@ -42,7 +42,7 @@ def prose(seed: int, words: int = 220) -> str:
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "LEAST_GROUP", 70_000)
+    monkeypatch.setattr(stages, "MIN_GROUP_BYTES", 70_000)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,11 @@ def contents(folder: Path) -> dict[str, str]:
         if path.is_file():
             data = path.read_bytes()
             if path.name == "curation.json":
-                books = json.loads(data)
-                del books["seconds"]
-                for book in books["steps"]:
+                stats = json.loads(data)
+                del stats["seconds"]
+                for book in stats["steps"]:
                     del book["seconds"]
-                data = json.dumps(books, sort_keys=True).encode()
+                data = json.dumps(stats, sort_keys=True).encode()
             out[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()
     return out
 
@@ -81,12 +81,12 @@ def contents(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def curated(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Curation:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "LEAST_GROUP", 70_000)
+        patch.setattr(stages, "MIN_GROUP_BYTES", 70_000)
         return curate(str(source), tmp_path_factory.mktemp("one") / "out", SMALL, processes=1)
 
 
 def test_books_balance(curated: Curation, source: Path) -> None:
-    steps = {b["step"]: b for b in curated.books["steps"]}
+    steps = {b["step"]: b for b in curated.stats["steps"]}
     assert list(steps) == ["read", "normalise", "python-split", "quality", "exact-dedup", "minhash"]
     assert steps["read"]["documents_in"] == len(list(source.iterdir()))
     assert curated.drops == {
@@ -149,7 +149,7 @@ def test_ray_gives_the_same(curated: Curation, source: Path, tmp_path: Path) -> 
 def test_done_is_done(curated: Curation, source: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in curated.folder.rglob("*")}
     again = curate(str(source), curated.folder, SMALL)
-    assert again.books == curated.books
+    assert again.stats == curated.stats
     assert before == {p: p.stat().st_mtime_ns for p in curated.folder.rglob("*")}
 
 
@@ -157,7 +157,7 @@ SCRIPT = """
 import sys
 from modicum.data import engines, pipeline, stages
 from modicum.data.curate import CurateConfig, curate
-stages.LEAST_GROUP = 70_000
+stages.MIN_GROUP_BYTES = 70_000
 curate(sys.argv[1], sys.argv[2], CurateConfig(vocab_size=512, tokenizer_bytes=100_000, heldout=0.1),
        processes=int(sys.argv[3]))
 """
@@ -235,7 +235,7 @@ def test_given_tokenizer(source: Path, tmp_path: Path, curated: Curation) -> Non
     got = curate(str(source), tmp_path / "out", config, processes=1)
     given = Tokenizer.load(model).fingerprint
     assert got.tokenizer().fingerprint == given == got.shards().manifest["tokenizer"]
-    assert got.books["tokenizer"]["trained"] is False
+    assert got.stats["tokenizer"]["trained"] is False
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         curate(str(source), tmp_path / "other", CurateConfig(tokenizer=str(tmp_path)))
 
@@ -256,7 +256,7 @@ def test_out_inside_the_source_is_not_read(tmp_path: Path) -> None:
         (root / f"{i}.txt").write_text(prose(i))
     config = CurateConfig(vocab_size=300, heldout=0.3)
     first = curate(str(root), root / "out", config, processes=1)
-    assert curate(str(root), root / "out", config, processes=1).books == first.books
+    assert curate(str(root), root / "out", config, processes=1).stats == first.stats
     with pytest.raises(UserError, match="source itself"):
         curate(str(root), root, config)
 
@@ -310,7 +310,7 @@ def test_a_failing_step_names_its_document(
 def test_a_worker_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fatal.py").write_text("import os\n\ndef die(task):\n    os.kill(os.getpid(), 9)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with engines.make("local", 2) as machine, pytest.raises(ModicumError, match="want of memory"):
+    with engines.make("local", 2) as machine, pytest.raises(ModicumError, match="memory ran out"):
         list(machine.run("fatal:die", [{}, {}]))
 
 
@@ -382,9 +382,9 @@ def test_events_and_verb(source: Path, tmp_path: Path) -> None:
         "--json",
     ]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
-    books = json.loads(done.stdout)
-    assert [b["step"] for b in books["steps"]] == ["read", "normalise", "minhash"]
-    assert books["tokenizer"]["vocab_size"] == 400
+    stats = json.loads(done.stdout)
+    assert [b["step"] for b in stats["steps"]] == ["read", "normalise", "minhash"]
+    assert stats["tokenizer"]["vocab_size"] == 400
     plain = subprocess.run([*command, *arguments[:-1]], capture_output=True, text=True, check=True)
     assert "near-duplicate" in plain.stdout and "train:" in plain.stdout
     bad = subprocess.run(
@@ -395,11 +395,11 @@ def test_events_and_verb(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_python_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "LEAST_GROUP", 4 << 20)
+    monkeypatch.setattr(stages, "MIN_GROUP_BYTES", 4 << 20)
     got = curate("python", tmp_path / "out", CurateConfig(), processes=2)
     assert got.count("tokens") > 1_000_000 and set(got.domains) == {"code", "prose"}
     assert got.count("bytes") / got.count("tokens") > 3, "bytes a token"
-    assert got.books["seconds"] < 60
+    assert got.stats["seconds"] < 60
 
 
 def test_bounded_reading(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Room adapt: train a form attached to a frozen model on question/answer pairs; adapters in PEFT format."""
+"""Room adapt: fine-tune a frozen model with adapters on question/answer pairs; adapters in PEFT format."""

@@ -1,8 +1,8 @@
 """Question/answer pairs as training examples: read, split, formatted, encoded.
 
-An example is a conversation whose last message is the assistant's. Its prompt is what `Tokenizer.chat`
-gives up to there, its target what the template adds for that last message, up to the token that ends it;
-the two are encoded apart, as they are when a prompt is answered. Loss is on the target alone.
+An example is a conversation whose last message is the assistant's. Its prompt is the output of `Tokenizer.chat`
+before that message, its target the text that the template adds for the message, up to the token that ends it;
+the two are encoded separately, as they are at inference. The loss is on the target alone.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Example:
 
     @property
     def key(self) -> str:
-        """What is asked, whatever the answer: examples of one key stay on one side of the split."""
+        """The question, normalised: examples with the same key are in the same split."""
         return " ".join(" ".join(m["content"] for m in self.messages[:-1]).split()).casefold()
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids: prompt and target, int32; given: how many of them are prompt."""
+    """ids: prompt and target, int32; given: number of prompt tokens."""
 
     ids: np.ndarray
     given: int
@@ -59,17 +59,17 @@ def read_examples(path: str | Path) -> list[Example]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file {path}; give a JSONL file of question and answer, or a curated folder")
-    found = []
+    examples = []
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    found.append(_example(line, f"{path}, line {number}", str(number)))
+                    examples.append(_example(line, f"{path}, line {number}", str(number)))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}); give a JSONL file") from None
-    if not found:
+    if not examples:
         raise UserError(f'{path} holds no pairs; write one {{"question": ..., "answer": ...}} per line')
-    return found
+    return examples
 
 
 def _example(line: str, where: str, number: str) -> Example:
@@ -85,7 +85,7 @@ def _example(line: str, where: str, number: str) -> Example:
         ):
             raise UserError(f"{where}: every message needs a role and a content, both text; write {wanted}")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise UserError(f"{where}: the last of two or more messages must be the assistant's, which is learnt")
+            raise UserError(f"{where}: the last of two or more messages must be the assistant's, the training target")
         turns = tuple({"role": m["role"], "content": m["content"]} for m in messages)
         return Example(str(row.get("id", number)), turns)
     if isinstance(row, dict) and isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
@@ -93,21 +93,21 @@ def _example(line: str, where: str, number: str) -> Example:
     raise UserError(f"{where} is neither a pair nor a conversation; write {wanted}")
 
 
-def split(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """(train, held-out): about `share` of the questions are held out, the same ones on every machine.
+def split(examples: Sequence[Example], fraction: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """(train, held-out): about `fraction` of the questions are held out, the same ones on every machine.
 
-    Which side a question falls on depends on its text and the seed alone, so adding pairs moves none.
+    The split of a question depends on its text and the seed alone, so adding pairs moves none.
     """
     train: list[Example] = []
     heldout: list[Example] = []
     for example in examples:
         text = f"{seed}/{example.key}".encode("utf-8", "surrogatepass")
         draw = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2.0**64
-        (heldout if draw < share else train).append(example)
-    if share > 0 and (not train or not heldout):
+        (heldout if draw < fraction else train).append(example)
+    if fraction > 0 and (not train or not heldout):
         raise UserError(
-            f"{len(examples)} pairs with heldout={share} give {len(train)} to train on and "
-            f"{len(heldout)} held out; give more pairs (hundreds), or another share"
+            f"{len(examples)} pairs with heldout={fraction} give {len(train)} to train on and "
+            f"{len(heldout)} held out; give more pairs (hundreds), or another fraction"
         )
     return train, heldout
 
@@ -125,9 +125,9 @@ def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
     """Prompt and target token ids. The target ends with the token that ends the assistant's turn."""
     *before, last = example.messages
     prompt = tokenizer.chat(before)
-    whole = tokenizer.chat(example.messages, generate=False)
-    if whole.startswith(prompt):
-        target = tokenizer.encode(whole[len(prompt) :].rstrip(), specials=True)
+    conversation = tokenizer.chat(example.messages, generate=False)
+    if conversation.startswith(prompt):
+        target = tokenizer.encode(conversation[len(prompt) :].rstrip(), specials=True)
         end = next((i for i, token in enumerate(target) if token in tokenizer.stop_ids), None)
         target = target if end is None else target[: end + 1]
     else:  # a template that writes the last turn differently when it is complete (thinking left out, ...)
@@ -140,11 +140,11 @@ def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Encoded examples that fit `length` predictions; what did not fit, by reason."""
+    """Encoded examples that fit `length` predictions; counts of those that did not fit."""
 
     examples: list[Encoded]
-    cut: int = 0  # answers shortened to fit
-    dropped: int = 0  # prompts that leave no room for an answer
+    cut: int = 0  # truncated answers
+    dropped: int = 0  # prompts without room for an answer
 
     @property
     def targets(self) -> int:
@@ -156,21 +156,21 @@ class Prepared:
 
 
 def prepare(examples: Iterable[Example], tokenizer: Tokenizer, length: int) -> Prepared:
-    """Encode for sequences of `length` predictions: an answer that is too long is cut, a prompt dropped."""
+    """Encode for sequences of `length` predictions: too long an answer is truncated, too long a prompt dropped."""
     return fit((encode(example, tokenizer) for example in examples), length)
 
 
 def fit(encoded: Iterable[Encoded], length: int) -> Prepared:
     kept: list[Encoded] = []
     cut = dropped = 0
-    for one in encoded:
-        if one.given < 1 or one.given > length:
+    for item in encoded:
+        if item.given < 1 or item.given > length:
             dropped += 1
-        elif len(one) > length:
-            kept.append(Encoded(one.ids[: length + 1], one.given))
+        elif len(item) > length:
+            kept.append(Encoded(item.ids[: length + 1], item.given))
             cut += 1
         else:
-            kept.append(one)
+            kept.append(item)
     return Prepared(kept, cut, dropped)
 
 

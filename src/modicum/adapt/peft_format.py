@@ -3,8 +3,8 @@
 `peft` names modules as the Hugging Face model does, so names go through the model family's table. A
 module that a family stores fused (Phi-3's and GPT-2's query, key and value) has one adapter there and
 several here. Written, their factors are joined: A one below the other, B in blocks, which is the same
-function at the sum of the ranks. Read, each part gets its own rows of B and the ranks that are not zero
-there, so parts come back as they were written.
+function at the sum of the ranks. When read, each part gets its own rows of B and the ranks that are not zero
+there, so parts are restored as they were written.
 
 Shapes: R rank, I in_features, O out_features.
 """
@@ -35,7 +35,7 @@ from modicum.model.safetensor import SafetensorsFile, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^base_model\.model\.(.+)\.(lora_[AB])(?:\.default)?\.weight$")
-# What peft can do to an adapter that the equation here does not have.
+# Options of peft that this adapter's equation does not cover.
 REFUSED = (
     "use_dora",
     "lora_bias",
@@ -52,8 +52,8 @@ REFUSED = (
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where peft keeps the adapters of some of our layers: its module, and how that is cut into `ours`."""
+class _PeftModule:
+    """A module of peft's naming: its name, and how its matrix is split into the layers `ours`."""
 
     module: str
     ours: tuple[str, ...]
@@ -61,25 +61,25 @@ class _Place:
     fan_in_fan_out: bool
 
 
-def _places(model: nn.Module) -> dict[str, _Place]:
-    """peft's module name to its place, for every linear layer of a `Decoder` or a transformers model."""
+def _peft_modules(model: nn.Module) -> dict[str, _PeftModule]:
+    """`PeftModule` by peft's module name, for every linear layer of a `Decoder` or a transformers model."""
     layers = attach.linears(model)
     if not isinstance(model, Decoder):
         return {
-            name: _Place(
+            name: _PeftModule(
                 name, (name,), Rule(name, (name,)), attach.is_conv1d(layer) or getattr(layer, "transposed", False)
             )
             for name, layer in layers.items()
         }
-    found = {}
+    peft_modules = {}
     names = {name for name, _ in model.named_parameters()} | {f"{name}.weight" for name in layers}
     for stored, rule in expand(model.config, names).items():
         ours = tuple(name.removesuffix(".weight") for name in rule.ours)
         if stored.endswith(".weight") and all(name in layers for name in ours):
             module = stored.removesuffix(".weight")
             flat = dataclasses.replace(rule, transposed=False)
-            found[module] = _Place(module, ours, flat, rule.transposed)
-    return found
+            peft_modules[module] = _PeftModule(module, ours, flat, rule.transposed)
+    return peft_modules
 
 
 def save_peft(model: nn.Module, folder: str | Path, base_model: str | None = None) -> Path:
@@ -97,7 +97,7 @@ def save_peft(model: nn.Module, folder: str | Path, base_model: str | None = Non
         if low_rank is None:
             raise UserError(
                 f"module {name!r}: the form {form.choice} is not a low-rank update, which is all "
-                "that PEFT's LoRA format holds; save the model folder instead"
+                "that PEFT's LoRA format can store; save the model folder instead"
             )
         factors[name] = low_rank
     head_dim = model.config.head_dim if isinstance(model, Decoder) else 0
@@ -106,14 +106,14 @@ def save_peft(model: nn.Module, folder: str | Path, base_model: str | None = Non
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     transposed = set()
-    for place in _places(model).values():
-        if not any(name in factors for name in place.ours):
+    for peft_module in _peft_modules(model).values():
+        if not any(name in factors for name in peft_module.ours):
             continue
-        a_RI, b_OR, scaling = _join(place, factors, layers, head_dim)
-        tensors[f"base_model.model.{place.module}.lora_A.weight"] = a_RI.detach().contiguous()
-        tensors[f"base_model.model.{place.module}.lora_B.weight"] = b_OR.detach().contiguous()
-        ranks[place.module], alphas[place.module] = len(a_RI), scaling * len(a_RI)
-        transposed.add(place.fan_in_fan_out)
+        a_RI, b_OR, scaling = _join(peft_module, factors, layers, head_dim)
+        tensors[f"base_model.model.{peft_module.module}.lora_A.weight"] = a_RI.detach().contiguous()
+        tensors[f"base_model.model.{peft_module.module}.lora_B.weight"] = b_OR.detach().contiguous()
+        ranks[peft_module.module], alphas[peft_module.module] = len(a_RI), scaling * len(a_RI)
+        transposed.add(peft_module.fan_in_fan_out)
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     dropout = max(float(getattr(form.config, "dropout", 0.0)) for form in adapters.values())
     config = {
@@ -146,25 +146,28 @@ def _plain(value: float) -> float | int:
 
 
 def _join(
-    place: _Place, factors: Mapping[str, tuple[Tensor, Tensor, float]], layers: Mapping[str, nn.Module], head_dim: int
+    peft_module: _PeftModule,
+    factors: Mapping[str, tuple[Tensor, Tensor, float]],
+    layers: Mapping[str, nn.Module],
+    head_dim: int,
 ) -> tuple[Tensor, Tensor, float]:
     """(A, B, scaling) of peft's module: ours itself, or all parts of a fused one as blocks."""
-    if len(place.ours) == 1:
-        return factors[place.ours[0]]
-    scalings = {factors[name][2] for name in place.ours if name in factors}
+    if len(peft_module.ours) == 1:
+        return factors[peft_module.ours[0]]
+    scalings = {factors[name][2] for name in peft_module.ours if name in factors}
     scaling = scalings.pop() if len(scalings) == 1 else 1.0
-    total = sum(len(factors[name][0]) for name in place.ours if name in factors)
-    rows, start = [], 0
-    example = next(factors[name][1] for name in place.ours if name in factors)
-    for name in place.ours:
+    total = sum(len(factors[name][0]) for name in peft_module.ours if name in factors)
+    blocks, start = [], 0
+    example = next(factors[name][1] for name in peft_module.ours if name in factors)
+    for name in peft_module.ours:
         block = example.new_zeros(attach.plain_shape(layers[name])[0], total)
         if name in factors:
-            a_RI, b_OR, own = factors[name]
-            block[:, start : start + len(a_RI)] = b_OR * (own / scaling)
+            a_RI, b_OR, own_scaling = factors[name]
+            block[:, start : start + len(a_RI)] = b_OR * (own_scaling / scaling)
             start += len(a_RI)
-        rows.append(block)
-    joined = torch.cat([factors[name][0] for name in place.ours if name in factors])
-    return joined, pack(place.rule, rows, head_dim), scaling
+        blocks.append(block)
+    joined = torch.cat([factors[name][0] for name in peft_module.ours if name in factors])
+    return joined, pack(peft_module.rule, blocks, head_dim), scaling
 
 
 def load_peft(model: nn.Module, folder: str | Path) -> dict[str, LinearForm]:
@@ -183,12 +186,12 @@ def load_peft(model: nn.Module, folder: str | Path) -> dict[str, LinearForm]:
                     f"{folder / WEIGHTS}: {key!r} is not a LoRA factor of a linear layer; only those are read"
                 )
             pairs.setdefault(match[1], {})[match[2]] = file.read(key)
-    places = _places(model)
+    peft_modules = _peft_modules(model)
     head_dim = model.config.head_dim if isinstance(model, Decoder) else 0
     choices: dict[str, Choice] = {}
     values: dict[str, tuple[Tensor, Tensor]] = {}
     for module, pair in pairs.items():
-        if module not in places:
+        if module not in peft_modules:
             origin = config.get("base_model_name_or_path") or "not named in its config"
             raise UserError(
                 f"the adapter is for a module {module!r} that this model does not have; give the "
@@ -197,8 +200,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> dict[str, LinearForm]:
         if pair.keys() != {"lora_A", "lora_B"} or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
             raise CorruptError(f"{folder / WEIGHTS}: the factors of {module!r} do not belong together; fetch it again")
         a_RI, b_OR = pair["lora_A"], pair["lora_B"]
-        place = places[module]
-        shapes = [attach.plain_shape(attach.linears(model)[name]) for name in place.ours]
+        peft_module = peft_modules[module]
+        shapes = [attach.plain_shape(attach.linears(model)[name]) for name in peft_module.ours]
         if a_RI.shape[1] != shapes[0][1] or len(b_OR) != sum(shape[0] for shape in shapes):
             raise UserError(
                 f"the adapter of {module!r} is for a {len(b_OR)} x {a_RI.shape[1]} matrix, this "
@@ -211,8 +214,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> dict[str, LinearForm]:
             "dropout": float(config.get("lora_dropout") or 0.0),
             "rslora": bool(config.get("use_rslora")),
         }
-        parts = unpack(place.rule, b_OR, [(shape[0], len(a_RI)) for shape in shapes], head_dim)
-        for name, part in zip(place.ours, parts, strict=True):
+        parts = unpack(peft_module.rule, b_OR, [(shape[0], len(a_RI)) for shape in shapes], head_dim)
+        for name, part in zip(peft_module.ours, parts, strict=True):
             used_R = part.any(0) if len(parts) > 1 and b_OR.any() else torch.ones(len(a_RI), dtype=torch.bool)
             if used_R.any():
                 choices[name] = Choice("linear", "lora", _at_rank(knobs, int(used_R.sum()), len(a_RI)))
@@ -226,8 +229,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> dict[str, LinearForm]:
 
 def _at_rank(knobs: dict[str, Any], rank: int, stored: int) -> dict[str, Any]:
     """Knobs of a factor pair of `rank` that scale it as `knobs` scale one of rank `stored`."""
-    share = rank / stored
-    return {**knobs, "rank": rank, "alpha": knobs["alpha"] * (share**0.5 if knobs["rslora"] else share)}
+    ratio = rank / stored
+    return {**knobs, "rank": rank, "alpha": knobs["alpha"] * (ratio**0.5 if knobs["rslora"] else ratio)}
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -246,12 +249,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}; give a folder that peft or modicum adapt wrote")
     if not (folder / WEIGHTS).is_file():
-        held = (
+        pickle_note = (
             "adapter_model.bin, a pickle, which can run code when opened"
             if (folder / "adapter_model.bin").is_file()
             else "none"
         )
-        raise UserError(f"{folder} has no {WEIGHTS} (it has {held}); save it with safe_serialization=True")
+        raise UserError(f"{folder} has no {WEIGHTS} (it has {pickle_note}); save it with safe_serialization=True")
     try:
         config = read_json(folder / CONFIG)
         kind = config["peft_type"]

@@ -1,4 +1,4 @@
-"""Where pairs come from: a JSONL file, a curated folder, or objects at hand."""
+"""Sources of pairs: a JSONL file, a curated folder, or objects in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Sides:
     heldout: Sequence[Example]
 
 
-def load_sides(pairs: Any, share: float, seed: int) -> tuple[list[Example], list[Example]]:
+def load_sides(pairs: Any, heldout_fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """(train, held-out) examples.
 
     pairs: path of a JSONL file or of a curated folder (whose own held-out documents then give the held-out
@@ -31,23 +31,23 @@ def load_sides(pairs: Any, share: float, seed: int) -> tuple[list[Example], list
     if isinstance(pairs, str | Path):
         path = Path(pairs)
         if not path.is_dir():
-            return split(read_examples(path), share, seed)
-        sides = tuple(_curated(path, side) for side in ("train", "heldout"))
-        if not sides[0]:
+            return split(read_examples(path), heldout_fraction, seed)
+        splits = tuple(_curated(path, split_name) for split_name in ("train", "heldout"))
+        if not splits[0]:
             raise UserError(
                 f"{path} gives no pairs: its documents have no docstrings, headings or "
                 "paragraphs to ask about; give a JSONL file of question and answer"
             )
-        return sides[0], sides[1] if share > 0 else []
-    return split([_example(pair) for pair in pairs], share, seed)
+        return splits[0], splits[1] if heldout_fraction > 0 else []
+    return split([_example(pair) for pair in pairs], heldout_fraction, seed)
 
 
 def _example(pair: Any) -> Example:
     return pair if isinstance(pair, Example) else Example.of(pair.question, pair.answer, str(pair.id))
 
 
-def _curated(folder: Path, side: str) -> list[Example]:
+def _curated(folder: Path, split_name: str) -> list[Example]:
     from modicum.data.document import read_documents
     from modicum.data.pairs import pairs
 
-    return [_example(pair) for pair in pairs(read_documents(folder, side))]
+    return [_example(pair) for pair in pairs(read_documents(folder, split_name))]

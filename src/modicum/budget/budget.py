@@ -58,7 +58,7 @@ class Budget:
 
 
 class Deadline:
-    """A point in time after which work stops at its next safe place."""
+    """A point in time after which work stops at its next safe point."""
 
     def __init__(self, seconds: float | None):
         self.end = None if seconds is None else time.monotonic() + seconds

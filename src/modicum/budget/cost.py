@@ -1,4 +1,4 @@
-"""What a piece of work costs, planned or measured."""
+"""The cost of a computation, planned or measured."""
 
 from __future__ import annotations
 

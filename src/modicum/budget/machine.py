@@ -1,4 +1,4 @@
-"""What this machine is and what it has free."""
+"""The machine's processor, memory and disk: what it has and what is free."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def memory_limit(root: str | Path = "/") -> int:
 
 
 def memory_available(root: str | Path = "/") -> int:
-    """Bytes of memory this process could take now without anything being swapped out or killed.
+    """Bytes of memory this process could allocate now without anything being swapped out or killed.
 
     What is free on the machine or within the limits of the control groups above this process, whichever is
-    less. Pages of files count as free, here as in the kernel's own figure.
+    less. Page cache counts as free, as in the kernel's `MemAvailable`.
     """
-    rooms = [max(0, limit - used) for limit, used in _memory_groups(Path(root))]
-    return min([psutil.virtual_memory().available, *rooms])
+    headroom = [max(0, limit - used) for limit, used in _memory_groups(Path(root))]
+    return min([psutil.virtual_memory().available, *headroom])
 
 
 def cores(root: str | Path = "/") -> int:
-    """Processors this process may keep busy: those it is bound to, or if less its control groups' quota, rounded up."""
+    """Processors available to this process: its CPU affinity, or if less its control groups' quota, rounded up."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = []
     for folder, version in _groups("cpu", Path(root)):
@@ -54,7 +54,7 @@ def cores(root: str | Path = "/") -> int:
 
 
 def _memory_groups(root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, bytes used that cannot be had back) of every control group with a limit above this process."""
+    """(limit, bytes used that cannot be reclaimed) of every control group with a limit above this process."""
     for folder, version in _groups("memory", root):
         limit, used = (
             _read(folder / name)

@@ -1,4 +1,4 @@
-"""What work really cost: wall seconds, resident-set peak (or the GPU allocator's), FLOPs, bytes on disk.
+"""Measured cost: wall seconds, resident-set peak (or the GPU allocator's), FLOPs, bytes on disk.
 
 On Linux the kernel's own high-water mark is read (`VmHWM`, reset on entry), so no peak between two
 samples is missed; child processes are added by a sampling thread (proportional set size, so shared

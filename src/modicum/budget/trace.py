@@ -1,10 +1,10 @@
-"""What a piece of PyTorch work will cost, found by running it on tensors that hold no data.
+"""The cost of a PyTorch computation, by running it on fake tensors (no data).
 
 `trace(work)` runs `work()` under fake tensors: every operation runs through autograd and dispatch as it
-would for real, allocates nothing, and is counted. Bytes are followed storage by storage, from the
-operation that makes one to the moment Python and autograd let go of it, so the peak is the peak of the
-real program's live tensors, whatever form, optimizer or memory saver takes part. What it cannot see:
-workspace inside a kernel, and the allocator's own slack (`modicum.budget.machine` measures that share).
+would for real, allocates nothing, and is counted. Bytes are counted storage by storage, from the
+operation that allocates one until Python and autograd release it, so the peak is the peak of the
+real program's live tensors, for any linear form, optimizer or memory saver. Not counted:
+workspace inside a kernel, and the allocator's fragmentation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Traced:
 
 
 def has_data(tensor: torch.Tensor) -> bool:
-    """False for a tensor without values (meta, or under `trace`), whose contents must not be looked at."""
+    """False for a tensor without values (meta, or under `trace`), whose contents must not be read."""
     return not tensor.is_meta and not isinstance(tensor, FakeTensor) and not isinstance(tensor.data, FakeTensor)
 
 
@@ -68,7 +68,7 @@ class Live(TorchDispatchMode):
 
 
 class _Nowhere:
-    """Stands for a counter's module tracker, whose hooks would keep graphs alive and with them tensors."""
+    """Replaces a counter's module tracker, whose hooks would keep graphs, and with them tensors, alive."""
 
     parents = frozenset({"Global"})
 

@@ -56,24 +56,24 @@ def curate(
         read=ReadConfig(limit_bytes=most, text_field=text_field),
     )
     curation = run(sources, out, config, engine=engine, processes=processes, events=Events(stage="curate"))
-    books = curation.books
+    stats = curation.stats
     if as_json:
-        print(json.dumps(books, indent=2, ensure_ascii=False))
+        print(json.dumps(stats, indent=2, ensure_ascii=False))
         return
     size = units.bytes_text
     print(f"\n{'step':<14}{'documents':>19}{'text':>26}{'seconds':>9}   dropped")
-    for book in books["steps"]:
+    for book in stats["steps"]:
         drops = ", ".join(f"{r} {n}" for r, n in sorted(book["drops"].items(), key=lambda item: -item[1]))
         count = f"{book['documents_in']:>8} -> {book['documents_out']:>7}"
         text = f"{size(book['bytes_in']):>12} -> {size(book['bytes_out']):>10}"
         print(f"{book['step']:<14}{count}{text}{book['seconds']:>9.1f}   {drops}".rstrip())
-    for split, counts in books["splits"].items():
+    for split, counts in stats["splits"].items():
         domains = ", ".join(f"{name} {entry['tokens']}" for name, entry in counts["domains"].items())
         print(
             f"{split}: {counts['documents']} documents, {size(counts['bytes'])}, {counts['tokens']} tokens"
             + (f" ({domains})" if domains else "")
         )
     print(
-        f"{out}: tokenizer of {books['tokenizer']['vocab_size']}, {books['seconds']:.1f} s; "
+        f"{out}: tokenizer of {stats['tokenizer']['vocab_size']}, {stats['seconds']:.1f} s; "
         f"every dropped document and its reason: {out / 'drops.jsonl'}"
     )

@@ -22,7 +22,9 @@ def index(
         typer.Option(help="A model folder, known name or hub id for dense vectors, or lsa for none; else BM25 alone."),
     ] = None,
     method: Annotated[str, typer.Option("--index", help="Vector index: exact, or hnsw:M=32.")] = "exact",
-    knobs: Annotated[str | None, typer.Option("--encoder-knobs", help="Such as layers=[0,1],share=0.5.")] = None,
+    knobs: Annotated[
+        str | None, typer.Option("--encoder-knobs", help="Such as layers=[0,1],latent_weight=0.5.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
     memory: Annotated[str | None, typer.Option(help="Refuse vectors that need more memory, e.g. 2GiB.")] = None,
     time: Annotated[str | None, typer.Option(help="Stop encoding after so long, keep the work: 10m.")] = None,

@@ -1,1 +1,1 @@
-"""Room compress: a stored model in fewer bytes, and general-purpose compressors as its yardstick."""
+"""Room compress: quantised copies of a stored model, GGUF export, and general-purpose compressors as baselines."""

@@ -1,4 +1,4 @@
-"""What a compressor looks at besides the weights: pieces of text, and what they put into each linear layer.
+"""Calibration data: token sequences of a text, and the inputs of each linear layer on them.
 
 Shapes: N sequences, T tokens, R rows (tokens, whichever sequence they are of), I inputs of a layer.
 """
@@ -20,7 +20,7 @@ BATCH = 8  # sequences computed at a time
 
 
 def texts(source: str | Path) -> Iterator[str]:
-    """Training documents of a curated folder, or the text of anything the readers know."""
+    """Training documents of a curated folder, or the text of any source that `data.readers` reads."""
     from modicum.data.document import Document, read_documents
     from modicum.data.readers import ReadConfig, find, read
 
@@ -33,38 +33,38 @@ def texts(source: str | Path) -> Iterator[str]:
 
 
 def sequences(documents: Iterable[str], tokenizer: Tokenizer, count: int, length: int) -> Tensor:
-    """tokens_NT: the first `count` pieces of `length` tokens, documents one after another.
+    """tokens_NT: the first `count` sequences of `length` tokens, documents concatenated.
 
-    Raises `UserError` if there is less than one piece.
+    Raises `UserError` if there are fewer than `length` tokens.
     """
-    held: list[int] = []
+    ids: list[int] = []
     for text in documents:
-        held += [tokenizer.start_id, *tokenizer.encode(text, specials=False), tokenizer.eos_id]
-        if len(held) >= count * length:
+        ids += [tokenizer.start_id, *tokenizer.encode(text, specials=False), tokenizer.eos_id]
+        if len(ids) >= count * length:
             break
-    n = min(count, len(held) // length)
+    n = min(count, len(ids) // length)
     if n < 1:
-        raise UserError(f"the calibration text has {len(held)} tokens, one sequence takes {length}; give more text")
-    return torch.tensor(held[: n * length]).view(n, length)
+        raise UserError(f"the calibration text has {len(ids)} tokens, one sequence takes {length}; give more text")
+    return torch.tensor(ids[: n * length]).view(n, length)
 
 
 @torch.no_grad()
 def activations(model: nn.Module, tokens_NT: Tensor, names: Sequence[str], rows: int = 4096) -> dict[str, Tensor]:
-    """By module name: what `tokens_NT` puts into the linear layers `names`, about `rows` rows, spread evenly.
+    """By module name: the inputs of the linear layers `names` on `tokens_NT`, about `rows` rows, evenly spaced.
 
-    Layers that read the same tensor share one.
+    Layers with the same input tensor get the same result tensor.
     """
     every = max(1, -(-tokens_NT.numel() // rows))
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
     last: list[Any] = [None, None]
 
     def hook(name: str) -> Any:
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if last[0] is not args[0]:
                 last[:] = [args[0], args[0].flatten(0, -2)[::every].clone()]
-            found[name].append(last[1])
+            inputs[name].append(last[1])
 
-        return note
+        return record
 
     layers = attach.linears(model)
     hooks = [layers[name].register_forward_pre_hook(hook(name)) for name in names]
@@ -74,11 +74,11 @@ def activations(model: nn.Module, tokens_NT: Tensor, names: Sequence[str], rows:
         for handle in hooks:
             handle.remove()
     joined: dict[tuple[int, ...], Tensor] = {}
-    for parts in found.values():
-        key = tuple(id(part) for part in parts)
+    for batches in inputs.values():
+        key = tuple(id(batch) for batch in batches)
         if key and key not in joined:
-            joined[key] = torch.cat(parts)
-    return {name: joined[tuple(id(p) for p in parts)] for name, parts in found.items() if parts}
+            joined[key] = torch.cat(batches)
+    return {name: joined[tuple(id(p) for p in batches)] for name, batches in inputs.items() if batches}
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from modicum.model.gguf.write import Stored, Types
 
 @dataclass(frozen=True)
 class Row:
-    """Tensors of one kind that are stored alike. bits: per weight, scales included."""
+    """Tensors of one kind with the same storage type. bits: per weight, scales included."""
 
     tensors: str
     type: str
@@ -47,7 +47,7 @@ def merged(model: Decoder) -> list[str]:
 
 
 def table(stored: Iterable[Stored]) -> list[Row]:
-    """What will be stored, by kind of tensor and type, in the file's order."""
+    """The tensors to be stored, by kind and type, in the file's order."""
     groups: dict[tuple[str, str, str], list[Stored]] = {}
     for item in stored:
         parts = item.name.split(".")
@@ -61,7 +61,7 @@ def table(stored: Iterable[Stored]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A GGUF file before it is written: what is stored how, the tokenizer's metadata, and where it says less."""
+    """A GGUF file before it is written: tensor types, the tokenizer's metadata, and notes on what is lost."""
 
     rows: list[Row]
     vocabulary: dict[str, Any] | None

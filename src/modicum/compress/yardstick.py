@@ -1,7 +1,7 @@
-"""How well general-purpose compressors do on the text that a language model is scored on.
+"""General-purpose compressors on the text that a language model is scored on, as baselines.
 
 A model that predicts text with b bits per byte could store it in b bits per byte by arithmetic coding
-(Deletang et al. 2023, arXiv:2309.10668), so xz and zstd on the same bytes are a yardstick for it.
+(Deletang et al. 2023, arXiv:2309.10668), so xz and zstd on the same bytes are baselines for it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def yardsticks(
 ) -> dict[str, float]:
     """Bits per byte of `text`, as one stream, under xz -9, zstd -19, and zstd -19 with a dictionary.
 
-    train: texts that the dictionary is made from, as the model was from them; it is not counted among the
-    compressed bytes, as the model is not. Without `train` there is no such entry. Holds `text` in memory.
+    train: texts that the dictionary is trained on, as the model was; the dictionary is not counted among the
+    compressed bytes, as the model is not. Without `train` there is no such entry. Keeps `text` in memory.
     """
     import zstandard
 
@@ -35,7 +35,7 @@ def yardsticks(
 
     # As xz -9 does, but with tables for this much data instead of for 64 MiB; the output is as long.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": min(max(len(data), 4096), 64 << 20)}]
-    found = {
+    bits_per_byte = {
         "xz -9": bits(lzma.compress(data, filters=filters)),
         "zstd -19": bits(zstandard.ZstdCompressor(level=19).compress(data)),
     }
@@ -43,8 +43,8 @@ def yardsticks(
         dictionary = _dictionary(train, dictionary_bytes)
         if dictionary is not None:
             packed = zstandard.ZstdCompressor(level=19, dict_data=dictionary).compress(data)
-            found["zstd -19, dictionary"] = bits(packed)
-    return found
+            bits_per_byte["zstd -19, dictionary"] = bits(packed)
+    return bits_per_byte
 
 
 def _encoded(texts: Iterable[str]) -> Iterator[bytes]:
@@ -52,7 +52,7 @@ def _encoded(texts: Iterable[str]) -> Iterator[bytes]:
 
 
 def _dictionary(train: Iterable[str], size: int) -> Any:
-    """A zstd dictionary from pieces of the first texts, or None if there is too little for one."""
+    """A zstd dictionary from samples of the first texts, or None if there is too little text."""
     import zstandard
 
     samples: list[Any] = []

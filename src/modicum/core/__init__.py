@@ -1,1 +1,1 @@
-"""Room core: what every other room stands on. Imports the standard library, pydantic and yaml only."""
+"""Room core: registry, choices, capabilities, specs, files, events, errors. Needs pydantic and yaml only."""

@@ -1,17 +1,17 @@
 """What goes with what: one resolver for training, adapting, compressing, serving, benches and recipes.
 
 A choice is a list of `Member`s: the chosen methods, and the settings beside them (two processes, a clipped gradient,
-a model with sliding windows). Each says in words of the field what it `provides`, `requires` and `conflicts` with:
+a model with sliding windows). Each declares the capabilities that it `provides`, `requires` and `conflicts` with:
 
-    requires    some other member must provide the word
+    requires    some other member must provide the capability
     conflicts   no other member may provide it
 
-A method provides its port's name and `PORT/KEY` besides its own words, so `conflicts = frozenset({"linear"})` refuses
-every linear form. Two members that provide the same word and conflict with it exclude each other.
+A method provides its port's name and `PORT/KEY` besides its own capabilities, so `conflicts = frozenset({"linear"})`
+refuses every linear form. Two members that provide the same capability and conflict with it exclude each other.
 
 `resolve` refuses the first pair that does not go together, by name, with what to type instead, before anything is
-computed. No other place checks combinations. A method's file may say `BRINGS = ("transform/meco",)`, with knobs if need
-be (`"averaging/lawa:weights=ema"`): `complete` adds those halves of it to a choice.
+computed. Nothing else checks combinations. A method's file may declare `BRINGS = ("transform/meco",)`, also with
+knobs (`"averaging/lawa:weights=ema"`): `complete` adds those companion methods to a choice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 
-# The words that methods of this project use, with what each means. Plug-ins may add words of their own.
+# The capabilities that methods of this project declare, with what each means. Plug-ins may add their own.
 CAPABILITIES = {
     "activation_memory": "decides how activations are kept for the backward pass",
     "adapter": "a trained update on a frozen base weight",
@@ -36,20 +36,20 @@ CAPABILITIES = {
     "chunked_prefill": "prompts are computed over several steps",
     "compile": "layers compiled with torch.compile",
     "document_mask": "attention stays within a document",
-    "elastic": "weights in blocks, of which a part may be loaded",
-    "embedding": "single rows are cheap, so that it may hold a token embedding",
-    "eviction": "drops cache entries, or looks at them while they are computed",
+    "elastic": "weights in blocks, of which a prefix may be loaded",
+    "embedding": "single rows are cheap to compute, so that it may store a token embedding",
+    "eviction": "drops KV-cache entries, or observes them while they are computed",
     "factors": "weights as a product of two trained factors",
-    "fit": "takes over given weights",
+    "fit": "approximates given weights",
     "fsdp": "parameters sharded over several processes",
     "gqa": "several query heads share a key and value head",
     "loss_memory": "decides how the loss is computed from the last layer's output",
     "merge": "linear in its input, so that it can become a plain weight again",
-    "prefix_cache": "requests share the cache of equal beginnings",
+    "prefix_cache": "requests with a common prefix share its cache blocks",
     "reserved_tokens": "ids at the vocabulary's end that no text uses",
     "sliding_window": "layers that attend to the last tokens only",
-    "speculative_decoding": "tokens are drafted and may be taken back",
-    "step_gradients": "the gradients of a whole step are there before any weight changes",
+    "speculative_decoding": "draft tokens are verified and may be rejected",
+    "step_gradients": "all gradients of a step are available before any weight changes",
     "trainable": "has parameters that training changes",
     "uneven_layers": "layers of different shapes",
 }
@@ -59,7 +59,7 @@ _BRINGS = re.compile(r"^BRINGS\s*=\s*(\(.*?\))", re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class Member:
-    """One part of a choice. `label`: how an error names it. `remedy`: what to type to be rid of it."""
+    """One member of a choice. `label`: how an error names it. `remedy`: what to type to remove it."""
 
     label: str
     provides: frozenset[str] = frozenset()
@@ -70,13 +70,13 @@ class Member:
 
 
 def member(port: str, choice: object, remedy: str = "") -> Member:
-    """The member that a method of `port` is, with the knobs of `choice`. Imports the method."""
+    """A method of `port` with the knobs of `choice`, as a member. Imports the method."""
     parsed = Choice.parse(port, choice)
     cls: type[registry.Method] = registry.load(port, parsed.method).cls
-    words = cls.capabilities(parsed.config())
+    declared = cls.capabilities(parsed.config())
     names = {port, f"{port}/{parsed.method}"}
     label = f"{port} {parsed.method!r}"
-    return Member(label, words.provides | names, words.requires, words.conflicts, remedy, port)
+    return Member(label, declared.provides | names, declared.requires, declared.conflicts, remedy, port)
 
 
 def setting(
@@ -87,14 +87,14 @@ def setting(
     conflicts: Iterable[str] = (),
     remedy: str = "",
 ) -> Member:
-    """A member that is no method: `setting("clip=1", requires={"step_gradients"}, remedy="set clip=0")`."""
+    """A member that is not a method: `setting("clip=1", requires={"step_gradients"}, remedy="set clip=0")`."""
     return Member(label, frozenset(provides), frozenset(requires), frozenset(conflicts), remedy)
 
 
 def resolve(members: Sequence[Member], *, options: Mapping[str, str] | None = None, where: str = "") -> None:
     """Raise `UserError` for the first members that do not go together.
 
-    options: what to write for a word that lacks a provider ({"document_mask": "packing=concat:mask=true"}), or
+    options: what to write for a capability that nothing provides ({"document_mask": "packing=concat:mask=true"}), or
     the option that takes methods of a port ({"linear": "form"}), for the error's last part. where: its first part.
     """
     for number, one in enumerate(members):
@@ -112,18 +112,18 @@ def complete(choices: Sequence[Choice]) -> list[Choice]:
 
     What was chosen stays as chosen: nothing is brought into a port that takes one method and has it.
     """
-    found = list(choices)
-    for choice in found:  # grows while it is walked: what is brought may bring more
+    completed = list(choices)
+    for choice in completed:  # grows while iterating: an added method may bring more
         for half in brings(choice.port, choice.method):
             several = registry.port(half.port).several
-            if not any(c.port == half.port and (c.method == half.method or not several) for c in found):
-                found.append(half)
-    return found
+            if not any(c.port == half.port and (c.method == half.method or not several) for c in completed):
+                completed.append(half)
+    return completed
 
 
 @cache
 def brings(port: str, key: str) -> tuple[Choice, ...]:
-    """The other halves that a method's file names in its literal `BRINGS`; nothing is imported."""
+    """The companion methods that a method's file names in its literal `BRINGS`; nothing is imported."""
     path = registry.methods(port)[key].path
     text = path.read_text(encoding="utf-8") if path else ""
     match = _BRINGS.search(text)
@@ -134,7 +134,7 @@ def brings(port: str, key: str) -> tuple[Choice, ...]:
     try:
         return tuple(Choice.parse(*name.split("/", 1)) for name in names)
     except UserError as error:
-        raise UserError(f"{port}/{key} brings what is not there; correct its BRINGS: {error}") from None
+        raise UserError(f"{port}/{key} brings a method that does not exist; correct its BRINGS: {error}") from None
 
 
 def _prefix(where: str) -> str:
@@ -151,14 +151,14 @@ def _conflict(one: Member, other: Member, word: str) -> str:
 
 def _missing(one: Member, others: Sequence[Member], word: str, options: Mapping[str, str]) -> str:
     meaning = f" ({CAPABILITIES[word]})" if word in CAPABILITIES else ""
-    able = registry.providers(word)
-    at_fault = next((other for other in others if other.port in able), None)
+    providing = registry.providers(word)
+    at_fault = next((other for other in others if other.port in providing), None)
     if at_fault is not None:
-        remedy = one.remedy or options.get(word) or _choose(at_fault.port, able[at_fault.port], options)
+        remedy = one.remedy or options.get(word) or _choose(at_fault.port, providing[at_fault.port], options)
         return f"{at_fault.label} cannot be combined with {one.label}, which requires {word}{meaning}; {remedy}"
     remedy = options.get(word) or one.remedy
     if not remedy:
-        remedy = " or ".join(_choose(port, keys, options) for port, keys in able.items()) or "leave it out"
+        remedy = " or ".join(_choose(port, keys, options) for port, keys in providing.items()) or "leave it out"
     return f"{one.label} requires {word}{meaning}, which nothing chosen here provides; {remedy}"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class ModicumError(Exception):
-    """Something went wrong that a person should read; exit code 1 unless a subclass says otherwise."""
+    """An error with a message for the user; exit code 1 unless a subclass sets another."""
 
     exit_code = 1
 
@@ -23,7 +23,7 @@ class UserError(ModicumError):
 
 
 class BudgetError(UserError):
-    """The plan does not fit the budget; the message holds the arithmetic."""
+    """The plan does not fit the budget; the message shows the arithmetic."""
 
 
 class CorruptError(ModicumError):
@@ -31,7 +31,7 @@ class CorruptError(ModicumError):
 
 
 class MissingExtra(UserError):
-    """An optional package is needed for what was asked."""
+    """The requested work needs an optional package."""
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(

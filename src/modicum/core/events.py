@@ -1,7 +1,7 @@
-"""What a run says while it works: one JSON line per event, and one line on the terminal.
+"""The log of a run: one JSON line per event, and one progress line on the terminal.
 
 `events.jsonl` holds every event: {"time", "stage", "kind", ...}. `Progress` shows a single line with
-the share done, the rate, any metrics and the time to the end; without a terminal it prints a line
+the fraction done, the rate, any metrics and the time left; without a terminal it prints a line
 every few seconds instead.
 """
 
@@ -37,7 +37,7 @@ class Events:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut a last line that a kill left without its newline."""
+    """Truncate a last line that lacks its newline because the process was killed."""
     if not path.exists() or path.stat().st_size == 0:
         return
     data = path.read_bytes()
@@ -116,8 +116,8 @@ class Progress:
         rate = (self.done - self._offset) / elapsed
         parts = [self.label]
         if self.total:
-            share = min(self.done / self.total, 1.0)
-            parts.append("█" * int(share * 20) + "░" * (20 - int(share * 20)))
+            fraction = min(self.done / self.total, 1.0)
+            parts.append("█" * int(fraction * 20) + "░" * (20 - int(fraction * 20)))
             parts.append(f"{count_text(self.done)}/{count_text(self.total)} {self.unit}".rstrip())
         else:
             parts.append(f"{count_text(self.done)} {self.unit}".rstrip())

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checksums, canonical JSON."""
+"""Atomic writes (a file is complete or absent), checksums, canonical JSON."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _mode(path: Path, plain: int) -> int:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
-    """Open a temporary file beside `path`; it takes the name only if the block ends well."""
+    """Open a temporary file beside `path`; it is renamed to `path` only if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -80,7 +80,7 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; it replaces `path` only if the block ends well."""
+    """Give a temporary folder beside `path`; it replaces `path` only if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))

@@ -1,4 +1,4 @@
-"""Specs: dataclasses whose fields say their units, limits and help, so that command lines and recipes are made of them.
+"""Specs: dataclasses whose fields carry units, limits and help, from which command lines and recipes are generated.
 
     @dataclass(frozen=True, kw_only=True, init=False)
     class RunSpec(Spec):
@@ -6,7 +6,7 @@
         keep: int = option(2, "Checkpoints to keep.", least=1, resumable=True)
 
 A value may be given as text in the unit of its field ("2Mtok"), on a command line, in a recipe and in Python alike. An
-unknown name or a value out of range is a `UserError` that says what is allowed.
+unknown name or a value out of range is a `UserError` that names what is allowed.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def option(
     allowed: Sequence[str] | None = None,
     resumable: bool = False,
 ) -> Any:
-    """A field of a `Spec`. least, most: limits that are allowed; above: one that is not. allowed: the words it may be.
-    resumable: a run that goes on may have another value."""
+    """A field of a `Spec`. least, most: inclusive limits; above: an exclusive one. allowed: the values of a text field.
+    resumable: a resumed run may have another value."""
     limits = {"least": least, "above": above, "most": most, "allowed": allowed}
     return dataclasses.field(default=default, metadata={"help": help, "resumable": resumable} | limits)
 
@@ -93,9 +93,9 @@ class Option:
         return value
 
     def _limits(self) -> str:
-        words = {"least": "of at least", "above": "above", "most": "at most"}
-        told = [f"{words[k]} {self.metadata[k]:g}" for k in words if self.metadata.get(k) is not None]
-        return f" {' and '.join(told)}" if told else ""
+        phrases = {"least": "of at least", "above": "above", "most": "at most"}
+        bounds = [f"{phrases[k]} {self.metadata[k]:g}" for k in phrases if self.metadata.get(k) is not None]
+        return f" {' and '.join(bounds)}" if bounds else ""
 
 
 @functools.cache
@@ -108,14 +108,14 @@ def options(spec: Any) -> dict[str, Option]:
 def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
     parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     (hint,) = [p for p in parts if p is not type(None)]
-    marks: tuple[Any, ...] = ()
+    metadata_hints: tuple[Any, ...] = ()
     if typing.get_origin(hint) is Annotated:
         hint, *rest = typing.get_args(hint)
-        marks = tuple(rest)
+        metadata_hints = tuple(rest)
     optional = type(None) in parts or hint is Any
     kind = typing.get_origin(hint) or hint
-    unit = next((m for m in marks if hasattr(m, "parse")), None)
-    method = next((m.port for m in marks if isinstance(m, MethodOf)), None)
+    unit = next((m for m in metadata_hints if hasattr(m, "parse")), None)
+    method = next((m.port for m in metadata_hints if isinstance(m, MethodOf)), None)
     default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     return Option(
         field.name, kind if isinstance(kind, type) else object, default, optional, field.metadata, unit, method
@@ -129,7 +129,7 @@ def _checked(port: str, value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class Spec:
-    """Base of specs: subclasses are dataclasses with `init=False`; their `check` holds what no single field can say.
+    """Base of specs: subclasses are dataclasses with `init=False`; their `check` validates fields together.
 
     `dataclasses.replace` makes a changed and checked copy.
     """

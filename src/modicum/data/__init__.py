@@ -1,1 +1,1 @@
-"""Room data: documents, curation tokenizer, token shards, and the stream that trains on them."""
+"""Room data: documents, curation, tokenizer, token shards, and the training stream over them."""

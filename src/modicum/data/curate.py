@@ -1,12 +1,12 @@
 """Curation: sources -> documents -> steps -> held-out split -> tokenizer -> token shards, in one folder.
 
-    FOLDER/documents/{train,heldout}-00000.parquet     what is left, with ids and sources
+    FOLDER/documents/{train,heldout}-00000.parquet     the remaining documents, with ids and sources
     FOLDER/tokens/{train,heldout}/                     token shards (data.shards)
     FOLDER/tokenizer.json, tokenizer_config.json
     FOLDER/drops.jsonl                                 every dropped document, the step, the reason
-    FOLDER/curation.json                               the books; written last: unfinished without it
+    FOLDER/curation.json                               the statistics; written last: unfinished without it
 
-A run that was stopped goes on by itself: what is finished is found by its marker in FOLDER/.work.
+A run that was stopped resumes: each finished task has left a marker in FOLDER/.work.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from modicum.data.tokenizer import Tokenizer
 
 STEPS = ("normalise", "python-split", "quality", "exact-dedup", "minhash")
 OURS = ("documents", "tokens", "tokenizer.json", "tokenizer_config.json", "drops.jsonl", "curation.json")
-VERSION = 1  # of what is written; another one makes old folders be curated again
+VERSION = 1  # of the output format; a new one makes old folders be curated again
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurateConfig:
-    """steps: choices of the port `step`. tokenizer: a folder whose tokenizer is taken as it is (continued
+    """steps: choices of the port `step`. tokenizer: a folder whose tokenizer is used unchanged (continued
     pretraining); else one of vocab_size is trained on about tokenizer_bytes of text, whose last `reserved`
-    tokens are kept free for objectives that need marks. heldout: share of the bytes no model is trained on,
-    at most heldout_bytes."""
+    tokens stay free for objectives that need special tokens. heldout: fraction of the bytes held out from
+    training, at most heldout_bytes."""
 
     steps: Sequence[Any] = STEPS
     vocab_size: int = 8192
@@ -53,19 +53,19 @@ class CurateConfig:
     heldout_bytes: int = 8 << 20
     read: ReadConfig = field(default_factory=ReadConfig)
     seed: int = 0
-    group_bytes: int | None = None  # what one process works on at a time; None: by the size of the corpus
+    group_bytes: int | None = None  # text per task; None: by the size of the corpus
 
 
 @dataclass(frozen=True)
 class Curation:
-    """A finished curated folder and its books."""
+    """A finished curated folder and its statistics."""
 
     folder: Path
-    books: dict[str, Any]
+    stats: dict[str, Any]
 
     @classmethod
     def load(cls, folder: str | Path) -> Curation:
-        """Raises UserError if the folder is none or unfinished."""
+        """Raises UserError if the folder is not a curated one, or is unfinished."""
         path = Path(folder) / "curation.json"
         if not path.is_file():
             state = "is unfinished" if (Path(folder) / ".work").is_dir() else "is not a curated folder"
@@ -76,17 +76,21 @@ class Curation:
             raise CorruptError(f"{path} is damaged ({error}); delete it and curate again") from None
 
     @property
+    def books(self) -> dict[str, Any]:
+        return self.stats
+
+    @property
     def domains(self) -> list[str]:
-        return sorted(self.books["splits"]["train"]["domains"])
+        return sorted(self.stats["splits"]["train"]["domains"])
 
     @property
     def drops(self) -> dict[str, dict[str, int]]:
         """step -> reason -> documents."""
-        return {b["step"]: b["drops"] for b in self.books["steps"] if b["drops"]}
+        return {b["step"]: b["drops"] for b in self.stats["steps"] if b["drops"]}
 
     def count(self, what: str, split: str = "train") -> int:
         """ "documents", "bytes" of text, or "tokens" (stored) of a split."""
-        return int(self.books["splits"][split][what])
+        return int(self.stats["splits"][split][what])
 
     def shards(self, split: str = "train") -> TokenShards:
         return TokenShards(self.folder / "tokens" / split)
@@ -109,21 +113,21 @@ def curate(
 ) -> Curation:
     """Curate `sources` (a folder, a file, `python`, `hub:NAME`, or several) into `folder`.
 
-    The outcome depends on sources and config alone, not on engine or processes. A folder that holds the
+    The output depends on sources and config alone, not on engine or processes. A folder that contains the
     same curation already is returned at once; one with another is replaced. Raises UserError for sources
-    that cannot be read or leave nothing, and for a folder with files of another origin.
+    that cannot be read or leave no document, and for a folder with files of another origin.
     """
     config, events, folder = config or CurateConfig(), events or Events(), Path(folder)
     sources = [sources] if isinstance(sources, str) else list(sources)
     choices = [Choice.parse("step", step) for step in config.steps]
-    own = None if config.tokenizer is None else Tokenizer.load(config.tokenizer)
-    if own is not None and config.reserved:
+    given_tokenizer = None if config.tokenizer is None else Tokenizer.load(config.tokenizer)
+    if given_tokenizer is not None and config.reserved:
         raise UserError(
             f"reserved={config.reserved} is for a tokenizer that is trained; {config.tokenizer} is taken "
-            "as it is: leave out one of the two"
+            "unchanged: leave out one of the two"
         )
     if not 0 <= config.heldout < 1:
-        raise UserError(f"heldout={config.heldout} must be a share, at least 0 and below 1")
+        raise UserError(f"heldout={config.heldout} must be a fraction, at least 0 and below 1")
     units = _find_all(sources, config.read, folder)
     name = fingerprint(
         {
@@ -132,14 +136,16 @@ def curate(
             "units": [[u.id, u.kind, u.stamp] for u in units],
             "read": asdict(config.read),
             "heldout": [config.heldout, config.heldout_bytes],
-            "tokenizer": own.fingerprint if own else [config.vocab_size, config.tokenizer_bytes],
+            "tokenizer": given_tokenizer.fingerprint
+            if given_tokenizer
+            else [config.vocab_size, config.tokenizer_bytes],
             "seed": config.seed,
         }
         | ({"reserved": config.reserved} if config.reserved else {})
     )
     if (folder / "curation.json").is_file():
         done = Curation.load(folder)
-        if done.books.get("fingerprint") == name:
+        if done.stats.get("fingerprint") == name:
             shutil.rmtree(folder / ".work", ignore_errors=True)
             return done
     # A missing engine is refused before anything is touched.
@@ -152,13 +158,13 @@ def curate(
                     work,
                     config,
                     choices=choices,
-                    own=own,
+                    given_tokenizer=given_tokenizer,
                     events=events,
                     machine=machine,
                     sources=sources,
                 )
-                books = run.all() | {"version": VERSION, "fingerprint": name}
-                write_json(folder / "curation.json", books)
+                stats = run.all() | {"version": VERSION, "fingerprint": name}
+                write_json(folder / "curation.json", stats)
                 shutil.rmtree(work, ignore_errors=True)
         except OSError as error:
             if error.errno == errno.ENOSPC:
@@ -166,10 +172,10 @@ def curate(
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
                 raise UserError(f"cannot write to {folder}: {error.strerror}; give another folder") from None
             raise
-    for book in books["steps"]:
-        events.emit("step", **book)
-    events.emit("curated", **books["splits"]["train"] | {"seconds": books["seconds"]})
-    return Curation(folder, books)
+    for step_stats in stats["steps"]:
+        events.emit("step", **step_stats)
+    events.emit("curated", **stats["splits"]["train"] | {"seconds": stats["seconds"]})
+    return Curation(folder, stats)
 
 
 def _find_all(sources: Sequence[str], config: ReadConfig, folder: Path) -> list[Unit]:
@@ -192,7 +198,7 @@ def _find_all(sources: Sequence[str], config: ReadConfig, folder: Path) -> list[
 
 @contextlib.contextmanager
 def _claim(folder: Path, name: str) -> Iterator[Path]:
-    """The work folder of this curation: that of a stopped run of the same, or an empty one."""
+    """The work folder: that of a stopped run of the same curation, or an empty one."""
     work = folder / ".work"
     if not work.is_dir() and not (folder / "curation.json").is_file():
         foreign = [n for n in OURS if (folder / n).exists()]
@@ -208,14 +214,14 @@ def _claim(folder: Path, name: str) -> Iterator[Path]:
             pass
         except BlockingIOError:
             raise UserError(f"another process is curating into {folder}; wait for it, or give another folder") from None
-        mark = work / "fingerprint"
-        if not mark.is_file() or mark.read_text() != name:
+        marker = work / "fingerprint"
+        if not marker.is_file() or marker.read_text() != name:
             for path in [folder / n for n in OURS] + [p for p in work.iterdir() if p.name != "lock"]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            with atomic_file(mark, "w") as file:
+            with atomic_file(marker, "w") as file:
                 file.write(name)
         (folder / "curation.json").unlink(missing_ok=True)
-        for place in (work, folder / "documents", folder / "tokens"):
-            for stale in place.rglob(".*.part"):  # of a run that was killed while it wrote
+        for subfolder in (work, folder / "documents", folder / "tokens"):
+            for stale in subfolder.rglob(".*.part"):  # of a run that was killed while it wrote
                 stale.unlink()
         yield work

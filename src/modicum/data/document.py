@@ -1,4 +1,4 @@
-"""What the data room passes around: documents, dropped documents, and tables of both."""
+"""Documents, dropped documents, and their tables."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ GROUP_BYTES = 8 << 20  # text bytes per Parquet row group when writing, so that 
 class Document:
     """One text with its origin.
 
-    id: unique in a corpus. domain: what the mixture weighs ("prose", "code", ...).
+    id: unique in a corpus. domain: the unit of a mixture's weights ("prose", "code", ...).
     source: where it was read from. meta: JSON-able; `part_of` names the document it was cut from,
-    so that the parts of one document never fall on both sides of the held-out split; `quality` is its score.
+    so that the parts of one document stay in one split; `quality` is its score.
     """
 
     id: str
@@ -47,9 +47,9 @@ class Document:
 
     @property
     def site(self) -> str:
-        """Where it comes from, as a reader would say it: a URL's host (en.wikipedia.org), or else its folder.
+        """Its origin in readable form: a URL's host (en.wikipedia.org), or else its folder.
 
-        The folder is that of the id, which begins with the source's label and says nothing of this machine.
+        The folder is that of the id, which begins with the source's label and contains no path of this machine.
         """
         if "://" in self.source:
             return urllib.parse.urlsplit(self.source).hostname or self.source
@@ -58,14 +58,14 @@ class Document:
 
     @property
     def quality(self) -> float | None:
-        """The score that somebody gave it (`meta["quality"]`, higher is better), if any."""
+        """Its quality score (`meta["quality"]`, higher is better), if it has one."""
         score = self.meta.get("quality")
         return float(score) if isinstance(score, int | float) and not isinstance(score, bool) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A document that goes no further. reason: a short fixed word; detail: the figures behind it."""
+    """A document removed by a step. reason: a short fixed word; detail: the numbers behind it."""
 
     document_id: str
     reason: str
@@ -95,7 +95,7 @@ def from_batch(batch: pyarrow.RecordBatch) -> Iterator[Document]:
 
 
 def write_documents(path: str | Path, documents: Iterable[Document]) -> int:
-    """Write a Parquet file (zstd) in bounded memory, whole or not at all; number of documents.
+    """Write a Parquet file (zstd) in bounded memory, atomically; returns the number of documents.
 
     Nothing is written for no documents.
     """

@@ -1,4 +1,4 @@
-"""File formats: what a file is by its name, and the documents in it, in bounded memory."""
+"""File formats: the kind of a file by its name, and the documents in it, in bounded memory."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Control bytes that text does not hold: all but tab, line ends, form feed, backspace and escape.
+# Control bytes that do not occur in text: all but tab, line ends, form feed, backspace and escape.
 _CONTROL = re.compile(rb"[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -125,9 +125,9 @@ class _Errors(io.RawIOBase):
 
 
 def decode(data: bytes) -> str | None:
-    """Text, or None for binary. UTF-8 (or what a byte-order mark says), else Windows-1252."""
-    for mark, encoding in BOMS:
-        if data.startswith(mark):
+    """Text, or None for binary. UTF-8 (or the encoding of a byte-order mark), else Windows-1252."""
+    for bom, encoding in BOMS:
+        if data.startswith(bom):
             try:
                 return data.decode(encoding)
             except UnicodeDecodeError:
@@ -148,8 +148,8 @@ def text(
     meta = meta or {}
     with _open(path) as file:
         block = file.read(config.max_document_bytes + 1)
-        part, many = 0, len(block) > config.max_document_bytes
-        if many and any(block.startswith(mark) for mark, encoding in BOMS if encoding != "utf-8-sig"):
+        part, is_split = 0, len(block) > config.max_document_bytes
+        if is_split and any(block.startswith(bom) for bom, encoding in BOMS if encoding != "utf-8-sig"):
             yield too_large(id_, config)  # cutting at a line end would cut a character of two bytes
             return
         while block:
@@ -160,9 +160,9 @@ def text(
                 yield Drop(id_, "binary", "not text in UTF-8, UTF-16 with a mark, or Windows-1252")
                 return
             if not content.strip():
-                if not many:
+                if not is_split:
                     yield Drop(id_, "empty")
-            elif many:
+            elif is_split:
                 yield Document(f"{id_}#part{part:04d}", content, domain, id_, meta | {"part_of": id_})
             else:
                 yield Document(id_, content, domain, id_, meta)
@@ -175,17 +175,17 @@ def text(
 
 def _cut(block: bytes, limit: int) -> int:
     """Where to cut: after the last empty line, else line, else word, else character, past half the limit."""
-    for mark in (b"\n\n", b"\n", b" "):
-        at = block.rfind(mark, limit // 2, limit)
+    for separator in (b"\n\n", b"\n", b" "):
+        at = block.rfind(separator, limit // 2, limit)
         if at > 0:
-            return at + len(mark)
+            return at + len(separator)
     at = limit
     while at > limit - 4 and block[at] & 0xC0 == 0x80:
         at -= 1
     return at
 
 
-def whole(path: str, config: ReadConfig) -> bytes | None:
+def read_whole(path: str, config: ReadConfig) -> bytes | None:
     """The file's bytes, or None if there are more than max_document_bytes."""
     with _open(path) as file:
         data = file.read(config.max_document_bytes + 1)
@@ -202,14 +202,14 @@ def markdown(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Dro
 
 def html(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
     """The main text as Markdown, without navigation and the like (trafilatura; Barbaresi 2021)."""
-    data = whole(path, config)
+    data = read_whole(path, config)
     if data is None:
         yield too_large(id_, config)
         return
     if not data.strip():
         yield Drop(id_, "empty")
         return
-    if not data.startswith(tuple(mark for mark, _ in BOMS)) and b"\0" in data:
+    if not data.startswith(tuple(bom for bom, _ in BOMS)) and b"\0" in data:
         yield Drop(id_, "binary", "not HTML")
         return
     import logging
@@ -244,7 +244,7 @@ def code(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
     if language != "python":
         yield from text(path, id_, config, "code", {"language": language})
         return
-    data = whole(path, config)
+    data = read_whole(path, config)
     if data is None:
         yield too_large(id_, config)
         return
@@ -336,7 +336,7 @@ def parquet(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop
 
 
 def data(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:
-    yield Drop(id_, "data-file", "tables and settings are no running text; write records as JSONL")
+    yield Drop(id_, "data-file", "tables and settings are not running text; write records as JSONL")
 
 
 def pydoc(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop]:

@@ -1,8 +1,8 @@
-"""A tokenizer as GGUF metadata, so that llama.cpp cuts text into the same tokens.
+"""A tokenizer as GGUF metadata, so that llama.cpp splits text into the same tokens.
 
 llama.cpp has its own tokenizers, chosen by name: byte-level BPE ("gpt2") with one of a list of built-in regular
 expressions (`tokenizer.ggml.pre`), and SentencePiece's merging by score ("llama"). A `tokenizer.json` whose rules
-have no name there is refused: the file would answer to other tokens than the model was trained on.
+have no name there is refused: llama.cpp would produce other tokens than the model was trained on.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> tuple[dict[str, Any], list[st
     texts, types = _tokens(described, size)
     notes: list[str] = []
     if model.get("byte_fallback"):
-        found = _sentencepiece(described, texts, types)
+        metadata = _sentencepiece(described, texts, types)
     else:
-        found = _byte_level(described, notes)
-    found |= {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
+        metadata = _byte_level(described, notes)
+    metadata |= {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
     for name, number in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("padding", tokenizer.pad_id)):
         if number is not None:
-            found[f"tokenizer.ggml.{name}_token_id"] = number
+            metadata[f"tokenizer.ggml.{name}_token_id"] = number
     if unknown := model.get("unk_token"):
-        found["tokenizer.ggml.unknown_token_id"] = texts.index(unknown)
+        metadata["tokenizer.ggml.unknown_token_id"] = texts.index(unknown)
     turn = [stop for stop in tokenizer.stop_ids if stop != tokenizer.eos_id]
     if turn:  # several tokens end an answer: the second is llama.cpp's end of a turn
-        found["tokenizer.ggml.eot_token_id"] = turn[0]
+        metadata["tokenizer.ggml.eot_token_id"] = turn[0]
     plain, added = tokenizer.encode("a"), tokenizer.encode("a", add_special=True)
-    found["tokenizer.ggml.add_bos_token"] = added[0] != plain[0]
-    found["tokenizer.ggml.add_eos_token"] = added[-1] != plain[-1]
+    metadata["tokenizer.ggml.add_bos_token"] = added[0] != plain[0]
+    metadata["tokenizer.ggml.add_eos_token"] = added[-1] != plain[-1]
     if tokenizer.template is not None:
-        found["tokenizer.chat_template"] = tokenizer.template
-    return found, notes
+        metadata["tokenizer.chat_template"] = tokenizer.template
+    return metadata, notes
 
 
 _WITHOUT = "write the file without one, for prompts of token ids: --no-tokenizer"
@@ -89,13 +89,15 @@ def _byte_level(described: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     elif normalizer is not None:
         raise UserError(f"llama.cpp has no {normalizer} normaliser for byte-level BPE; {_WITHOUT}")
     splits = _regular_expressions(described["pre_tokenizer"])
-    whole, nfc = bool(described["model"].get("ignore_merges")), normalizer == "NFC"
-    near = [(splits, w, n) for w in (whole, not whole) for n in (nfc, not nfc) if (splits, w, n) in PRE]
-    if not near:
+    ignore_merges, nfc = bool(described["model"].get("ignore_merges")), normalizer == "NFC"
+    matches = [
+        (splits, w, n) for w in (ignore_merges, not ignore_merges) for n in (nfc, not nfc) if (splits, w, n) in PRE
+    ]
+    if not matches:
         raise UserError(f"llama.cpp has no name for this tokenizer's way to split text ({splits!r}); {_WITHOUT}")
-    if near[0][1] != whole:
+    if matches[0][1] != ignore_merges:
         notes.append("llama.cpp decides otherwise whether a word that is a token skips the merges (ignore_merges)")
-    name = PRE[near[0]]
+    name = PRE[matches[0]]
     merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
 
@@ -103,24 +105,24 @@ def _byte_level(described: dict[str, Any], notes: list[str]) -> dict[str, Any]:
 def _regular_expressions(pre: dict[str, Any] | None) -> tuple[str, ...]:
     """What a pre-tokenizer splits by, in order, in one spelling. Raises `UserError` for what is no byte-level split."""
     steps = [] if pre is None else pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    found, byte_level = [], False
+    patterns, byte_level = [], False
     for step in steps:
         if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-            found.append(_spelling(step["pattern"].get("Regex", "")))
+            patterns.append(_spelling(step["pattern"].get("Regex", "")))
         elif step["type"] == "Digits" and step["individual_digits"]:
-            found.append(r"\p{N}")
+            patterns.append(r"\p{N}")
         elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
             byte_level = True
-            found += [GPT2] if step["use_regex"] else []
+            patterns += [GPT2] if step["use_regex"] else []
         else:
             raise UserError(f"llama.cpp has no pre-tokenizer like {json.dumps(step)}; {_WITHOUT}")
     if not byte_level:
         raise UserError(f"this BPE tokenizer is neither byte-level nor SentencePiece's; {_WITHOUT}")
-    return tuple(found)
+    return tuple(patterns)
 
 
 def _spelling(pattern: str) -> str:
-    """One way to write what several write: contractions, and possessive quantifiers that change no match here."""
+    """A canonical spelling: of contractions, and of possessive quantifiers that change no match here."""
     for other in (r"'(?i:[sdmt]|ll|ve|re)", r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"):
         pattern = pattern.replace(other, CONTRACTIONS)
     return pattern.replace("?+", "?").replace("++", "+").replace("*+", "*")

@@ -1,4 +1,4 @@
-"""Question/answer pairs made from documents, for adapting a model to answer about them.
+"""Question/answer pairs made from documents, to adapt a model to answer questions about them.
 
 Python: what a function does (its docstring), how it is called (its signature), which one does a given
 thing (its summary). Text with headings: the heading asks, the section answers. Other text: a paragraph's
@@ -30,10 +30,10 @@ def pairs(documents: Iterable[Document] | Document) -> Iterator[Pair]:
     """Every pair of the documents, in order; ids are unique within a document."""
     for document in [documents] if isinstance(documents, Document) else documents:
         source = document.source or document.id
-        asked: set[str] = set()
+        seen: set[str] = set()
         for n, (question, answer) in enumerate(_of(document)):
-            if question not in asked and answer.strip():
-                asked.add(question)
+            if question not in seen and answer.strip():
+                seen.add(question)
                 yield Pair(f"{document.id}?{n}", question, answer.strip(), source)
 
 
@@ -77,8 +77,8 @@ def shorten(text: str, most: int) -> str:
     text = text.strip()
     if len(text) <= most:
         return text
-    for mark, keep in (("\n\n", 0), (". ", 1), ("\n", 0), (" ", 0)):
-        at = text.rfind(mark, most // 3, most)
+    for boundary, keep in (("\n\n", 0), (". ", 1), ("\n", 0), (" ", 0)):
+        at = text.rfind(boundary, most // 3, most)
         if at > 0:
             return text[: at + keep].rstrip()
     return text[:most]

@@ -1,7 +1,7 @@
-"""Passages for retrieval: pieces of documents that can be read by themselves.
+"""Passages for retrieval: chunks of documents that can be understood by themselves.
 
-Python gives one passage for each documented function, class and module; text with headings one for each
-section; other text runs of paragraphs. Longer ones are cut at paragraphs.
+A Python file gives one passage for each documented function, class and module; text with headings one for each
+section; other text runs of paragraphs. Longer passages are split at paragraphs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _SPACE = re.compile(r"\n\s*\n")
 
 @dataclass(frozen=True)
 class Passage:
-    """title: a function's name, or the headings it stands under. text: what is read; a function's begins
-    with its signature. summary: the content's first sentence, "" where it is none or nothing follows it;
-    body: the text without it, so that a search for the summary has to find the passage by other words."""
+    """title: a function's name, or the headings above it. text: the content; a function's begins with its
+    signature. summary: the content's first sentence, "" if there is none or nothing follows it; body: the
+    text without the summary, so that a search for the summary has to find the passage by other words."""
 
     id: str
     text: str
@@ -38,7 +38,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with the text under it, down to the next heading. path: the headings it stands under."""
+    """A heading with the text under it, down to the next heading. path: the headings above it, outermost first."""
 
     heading: str
     path: tuple[str, ...]
@@ -79,9 +79,9 @@ def _of(document: Document, words: int) -> Iterator[Passage]:
 
 def _qualified(name: str, signature: str) -> str:
     """`loads(s)` of json.loads -> `json.loads(s)`; `class A(B)` of m.A -> `class m.A(B)`."""
-    own = name.rpartition(".")[2]
+    short_name = name.rpartition(".")[2]
     prefix = "class " if signature.startswith("class ") else ""
-    return prefix + name + signature.removeprefix(prefix).removeprefix(own)
+    return prefix + name + signature.removeprefix(prefix).removeprefix(short_name)
 
 
 def _cut(id_: str, shown: str, title: str, body: str, source: str, words: int) -> Iterator[Passage]:
@@ -100,22 +100,22 @@ def _cut(id_: str, shown: str, title: str, body: str, source: str, words: int) -
 
 def _pack(blocks: Iterable[str], words: int, joint: str) -> Iterator[str]:
     """Consecutive blocks joined while they stay within `words`; a larger block is cut at words."""
-    held: list[str] = []
+    waiting: list[str] = []
     count = 0
     for block in blocks:
         size = len(block.split())
-        if held and count + size > words:
-            yield joint.join(held)
-            held, count = [], 0
+        if waiting and count + size > words:
+            yield joint.join(waiting)
+            waiting, count = [], 0
         while size > 2 * words:
             end = [m.end() for m in re.finditer(r"\S+", block)][words - 1]
             yield block[:end]
             block = block[end:]
             size = len(block.split())
-        held.append(block)
+        waiting.append(block)
         count += size
-    if held:
-        yield joint.join(held)
+    if waiting:
+        yield joint.join(waiting)
 
 
 def sections(document: Document) -> Iterator[Section]:
@@ -146,8 +146,8 @@ def sections(document: Document) -> Iterator[Section]:
         elif markdown and not fenced and (match := _MARKDOWN_HEADING.match(line)):
             level, heading = len(match[1]), match[2]
         elif not fenced and k + 1 < len(lines) and _is_title(line, lines[k + 1]):
-            mark = lines[k + 1][0]
-            level, heading = levels.setdefault(mark, len(levels) + 1), line.strip()
+            underline = lines[k + 1][0]
+            level, heading = levels.setdefault(underline, len(levels) + 1), line.strip()
             k += 1
         if level:
             yield from section()

@@ -1,11 +1,11 @@
-"""The pipeline: reads groups of units, runs steps over them, keeps the books.
+"""The curation pipeline: reads groups of units, runs steps over them, counts what each step did.
 
 A *group* is a deterministic list of units of about equal bytes. A *pass* takes each group through the
-document steps up to the next corpus step, in any process, and writes `part-GGGGG.parquet`, what was
-dropped, and one row of figures per document; the corpus step then decides in one place, in the order of
-groups and rows. Each finished group leaves its marker (a JSON of its figures), so that a run that was
-stopped skips it. What comes out depends on the sources and the steps alone: not on the engine, the
-number of processes or where it was interrupted.
+document steps up to the next corpus step, in any process, and writes `part-GGGGG.parquet`, the dropped
+documents, and one row of columns per document (bytes, split key, signature); the corpus step then decides
+in one process, in the order of groups and rows. Each finished group leaves a marker (a JSON of its
+statistics), so that a resumed run skips it. The output depends on the sources and the steps alone: not on
+the engine, the number of processes or where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class StepError(ModicumError):
 
 
 @dataclass
-class Book:
-    """What one step did: documents and UTF-8 bytes in and out, seconds of its own, drops by reason."""
+class StepStats:
+    """Statistics of one step: documents and UTF-8 bytes in and out, its own seconds, drops by reason."""
 
     step: str
     documents_in: int = 0
@@ -65,10 +65,10 @@ class Book:
 
 
 class _Feed:
-    """What a step pulls from: counts, remembers the document in hand, and times the stages before it."""
+    """The input of a step: counts documents, remembers the current one, and times the steps before it."""
 
-    def __init__(self, items: Iterator[Document], book: Book):
-        self.items, self.book, self.seconds, self.current = items, book, 0.0, "(before the first document)"
+    def __init__(self, items: Iterator[Document], step_stats: StepStats):
+        self.items, self.step_stats, self.seconds, self.current = items, step_stats, 0.0, "(before the first document)"
 
     def __iter__(self) -> _Feed:
         return self
@@ -80,14 +80,14 @@ class _Feed:
         finally:
             self.seconds += time.perf_counter() - start
         self.current = document.id
-        self.book.documents_in += 1
-        self.book.bytes_in += document.nbytes
+        self.step_stats.documents_in += 1
+        self.step_stats.bytes_in += document.nbytes
         return document
 
 
-def stage(step: Step, items: Iterator[Document], book: Book, drops: list[str]) -> Iterator[Document]:
+def stage(step: Step, items: Iterator[Document], step_stats: StepStats, drops: list[str]) -> Iterator[Document]:
     """`step` over `items`: documents come out, drops go to `drops` with the step's name."""
-    feed = _Feed(items, book)
+    feed = _Feed(items, step_stats)
     output = iter(step.run(feed))
     while True:
         start, before = time.perf_counter(), feed.seconds
@@ -99,16 +99,16 @@ def stage(step: Step, items: Iterator[Document], book: Book, drops: list[str]) -
             raise
         except Exception as error:
             raise StepError(
-                f"step {book.step} failed on document {feed.current!r}: {type(error).__name__}: {error}"
+                f"step {step_stats.step} failed on document {feed.current!r}: {type(error).__name__}: {error}"
             ) from error
         finally:
-            book.seconds += time.perf_counter() - start - (feed.seconds - before)
+            step_stats.seconds += time.perf_counter() - start - (feed.seconds - before)
         if isinstance(item, Drop):
-            book.drops[item.reason] += 1
-            drops.append(drop_line(item.document_id, book.step, item.reason, item.detail))
+            step_stats.drops[item.reason] += 1
+            drops.append(drop_line(item.document_id, step_stats.step, item.reason, item.detail))
         else:
-            book.documents_out += 1
-            book.bytes_out += item.nbytes
+            step_stats.documents_out += 1
+            step_stats.bytes_out += item.nbytes
             yield item
 
 
@@ -119,7 +119,7 @@ def drop_line(id_: str, step: str, reason: str, detail: str) -> str:
 
 
 def group_units(units: Sequence[Unit], most_bytes: int, most_units: int = 2000) -> list[list[Unit]]:
-    """Consecutive units in groups of at most so many bytes (a larger unit is a group of its own)."""
+    """Consecutive units in groups of at most `most_bytes` (a larger unit is a group by itself)."""
     groups: list[list[Unit]] = []
     size = 0
     for unit in units:
@@ -145,63 +145,65 @@ def passes(steps: Sequence[Choice]) -> list[tuple[list[Choice], Choice | None]]:
 
 
 def run_group(task: dict[str, Any]) -> dict[str, Any]:
-    """One group through one pass; runs in any process. Gives the group's books and writes its marker."""
+    """One group through one pass; runs in any process. Returns the group's statistics and writes its marker."""
     stem, seed = Path(task["stem"]), task["seed"]
     drops: list[str] = []
-    books: list[Book] = []
+    all_stats: list[StepStats] = []
     items: Iterator[Document]
     if "units" in task:
-        books.append(Book("read"))
-        items = _read(task["units"], ReadConfig(**task["read"]), books[0], drops)
+        all_stats.append(StepStats("read"))
+        items = _read(task["units"], ReadConfig(**task["read"]), all_stats[0], drops)
     else:
         items = undecided(task["input"], task["decisions"])
     steps = [registry.build("step", choice) for choice in task["steps"]]
     for choice, step in zip(task["steps"], steps, strict=True):
         step.open(Context(seed=seed))
-        books.append(Book(choice["method"]))
-        items = stage(step, items, books[-1], drops)
-    figures = _Figures(task["signature"], seed)
-    count = write_documents(stem.with_suffix(".parquet"), figures.collect(items))
-    for step, book in zip(steps, books[-len(steps) :] if steps else [], strict=True):
-        book.stats.update(step.close())
-    figures.save(stem.with_suffix(".npz"))
+        all_stats.append(StepStats(choice["method"]))
+        items = stage(step, items, all_stats[-1], drops)
+    columns = _Columns(task["signature"], seed)
+    count = write_documents(stem.with_suffix(".parquet"), columns.collect(items))
+    for step, step_stats in zip(steps, all_stats[-len(steps) :] if steps else [], strict=True):
+        step_stats.stats.update(step.close())
+    columns.save(stem.with_suffix(".npz"))
     with atomic_file(stem.with_suffix(".drops.jsonl"), "w") as file:
         file.writelines(drops)
-    result = {"books": [b.as_dict() for b in books], "documents": count, "signature_seconds": figures.seconds}
+    result = {"books": [b.as_dict() for b in all_stats], "documents": count, "signature_seconds": columns.seconds}
     write_json(stem.with_suffix(".json"), result)
     return result
 
 
-def _read(units: Iterable[dict[str, Any]], config: ReadConfig, book: Book, drops: list[str]) -> Iterator[Document]:
+def _read(
+    units: Iterable[dict[str, Any]], config: ReadConfig, step_stats: StepStats, drops: list[str]
+) -> Iterator[Document]:
     start = time.perf_counter()
     for fields in units:
         unit = Unit(**fields)
-        book.documents_in += 1
-        book.bytes_in += unit.nbytes
+        step_stats.documents_in += 1
+        step_stats.bytes_in += unit.nbytes
         for item in read(unit, config):
             if isinstance(item, Drop):
-                book.drops[item.reason] += 1
+                step_stats.drops[item.reason] += 1
                 drops.append(drop_line(item.document_id, "read", item.reason, item.detail))
                 continue
-            book.documents_out += 1
-            book.bytes_out += item.nbytes
-            book.seconds += time.perf_counter() - start
+            step_stats.documents_out += 1
+            step_stats.bytes_out += item.nbytes
+            step_stats.seconds += time.perf_counter() - start
             yield item
             start = time.perf_counter()
-    book.seconds += time.perf_counter() - start
+    step_stats.seconds += time.perf_counter() - start
 
 
 def undecided(path: str | Path, decisions: str | Path | None) -> Iterator[Document]:
     """Documents of a part without those that `decisions` ({row: ...} as JSON) names."""
-    gone = set(map(int, read_json(decisions))) if decisions else set()
+    dropped = set(map(int, read_json(decisions))) if decisions else set()
     if Path(path).exists():
         for row, document in enumerate(read_parquet(path)):
-            if row not in gone:
+            if row not in dropped:
                 yield document
 
 
-class _Figures:
-    """Per document of a part: its bytes, the key that the held-out split goes by, its signature."""
+class _Columns:
+    """Per document of a part: its bytes, the key of the held-out split, its signature."""
 
     def __init__(self, signature: dict[str, Any] | None, seed: int):
         self.step: Step | None = registry.build("step", signature) if signature else None
@@ -211,20 +213,20 @@ class _Figures:
         self.keys: list[int] = []
         self.rows: list[np.ndarray] = []
         self.seconds = 0.0
-        self._held: list[Document] = []
+        self._waiting: list[Document] = []
 
     def collect(self, items: Iterable[Document]) -> Iterator[Document]:
-        held = 0
+        waiting_bytes = 0
         for document in items:
             self.sizes.append(document.nbytes)
             digest = hashlib.blake2b(document.origin.encode("utf-8", "surrogatepass"), digest_size=8).digest()
             self.keys.append(int.from_bytes(digest, "little"))
             if self.step:
-                self._held.append(document)
-                held += self.sizes[-1]
-                if len(self._held) == SIGNATURE_ROWS or held >= SIGNATURE_BYTES:
+                self._waiting.append(document)
+                waiting_bytes += self.sizes[-1]
+                if len(self._waiting) == SIGNATURE_ROWS or waiting_bytes >= SIGNATURE_BYTES:
                     self._sign()
-                    held = 0
+                    waiting_bytes = 0
             yield document
         if self.step:
             self._sign()
@@ -233,16 +235,16 @@ class _Figures:
         assert self.step
         start = time.perf_counter()
         try:
-            self.rows.append(self.step.signatures(self._held))
+            self.rows.append(self.step.signatures(self._waiting))
         except ModicumError:
             raise
         except Exception as error:
             raise StepError(
                 f"step {type(self.step).__module__} failed on one of the documents "
-                f"{self._held[0].id!r} ... {self._held[-1].id!r}: {error}"
+                f"{self._waiting[0].id!r} ... {self._waiting[-1].id!r}: {error}"
             ) from error
         self.seconds += time.perf_counter() - start
-        self._held = []
+        self._waiting = []
 
     def save(self, path: Path) -> None:
         arrays = {"sizes": np.array(self.sizes, np.int64), "keys": np.array(self.keys, np.uint64)}
@@ -253,15 +255,15 @@ class _Figures:
 
 
 def finished(stem: Path) -> dict[str, Any] | None:
-    """A group's figures if its marker is there."""
+    """A group's statistics if its marker exists."""
     with suppress(FileNotFoundError, json.JSONDecodeError):
         result: dict[str, Any] = read_json(stem.with_suffix(".json"))
         return result
     return None
 
 
-def load_figures(stems: Sequence[Path], name: str, file: Path | None = None) -> np.ndarray:
-    """One figure of all documents, in the order of parts and rows; mapped from `file` if one is given."""
+def load_columns(stems: Sequence[Path], name: str, file: Path | None = None) -> np.ndarray:
+    """One column over all documents, in the order of parts and rows; memory-mapped from `file` if one is given."""
 
     def arrays() -> Iterator[np.ndarray]:
         for stem in stems:
@@ -271,18 +273,18 @@ def load_figures(stems: Sequence[Path], name: str, file: Path | None = None) -> 
 
     if file is None:
         return np.concatenate([np.zeros(0, np.int64 if name == "sizes" else np.uint64), *arrays()])
-    rows, whole = 0, None
+    rows, last_array = 0, None
     with open(file, "wb") as out:
         for array in arrays():
             out.write(np.ascontiguousarray(array).data)
-            rows, whole = rows + len(array), array
-    if whole is None:
+            rows, last_array = rows + len(array), array
+    if last_array is None:
         return np.zeros((0, 1), np.uint64)
-    return np.memmap(file, whole.dtype, "r", shape=(rows, *whole.shape[1:]))
+    return np.memmap(file, last_array.dtype, "r", shape=(rows, *last_array.shape[1:]))
 
 
 class Ids:
-    """Ids of all documents of some parts by their number, read when asked for."""
+    """Ids of all documents of some parts by their number, read on demand."""
 
     def __init__(self, stems: Sequence[Path]):
         import pyarrow as pa

@@ -1,6 +1,6 @@
-"""What Python source says about itself: functions with their docstrings, and language apart from code.
+"""Python source: functions with their docstrings, and natural language separated from code.
 
-Everything by `ast`; nothing is imported or run.
+Parsed by `ast`; nothing is imported or run.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def _sections(text: str, path: str) -> Iterator[Function]:
     for head, end in zip(heads, [h.start() for h in heads[1:]] + [len(text)], strict=True):
         kind, name, rest = (head[1] or "function").strip(), head[2], head[3]
         if "<" not in name and not rest.startswith(COMMENT) and _is_public(name):
-            own = name.rpartition(".")[2]
-            shown = {"class": f"class {own}{rest}", "module": f"module {name}"}.get(kind, own + rest)
+            short_name = name.rpartition(".")[2]
+            shown = {"class": f"class {short_name}{rest}", "module": f"module {name}"}.get(kind, short_name + rest)
             yield _function(kind, name, shown, text[head.end() : end].strip(), path, 0)
 
 

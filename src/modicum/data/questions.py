@@ -1,6 +1,6 @@
 """Questions with one short answer that a document states: facts read from signatures and docstrings of Python.
 
-Four kinds, each answered by a few words that stand in the function's own passage:
+Four kinds, each answered by a few words of the function's own passage:
 
     default     the value of a parameter that the signature gives
     exception   what is raised under a condition that a sentence of the docstring names
@@ -27,7 +27,7 @@ KINDS = ("default", "exception", "returns", "base")
 SPLITS = ("dev", "test")
 DEV = 0.3  # of the documents
 RETURNS = 6  # words of a returned value that is asked for, at most
-REPEATS = 0.1  # of the questions drawn that may have the same answer, so that no constant guess scores
+REPEATS = 0.1  # fraction of the drawn questions that may have the same answer, so that a constant guess scores low
 
 _EXCEPTION = r"`{0,2}([A-Z]\w*(?:Error|Exception|Warning|Iteration|Exit|Interrupt))`{0,2}"
 _CONDITION = r"((?:if|when|unless|in case|on|for)\b[^.;:]{8,120})"
@@ -59,35 +59,35 @@ class Question:
 
 def questions(documents: Iterable[Document] | Document) -> Iterator[Question]:
     """Every question of the documents, in order; a question whose wording or fact came before is left out."""
-    asked: set[object] = set()
+    seen: set[object] = set()
     for document in [documents] if isinstance(documents, Document) else documents:
         if not is_python(document):
             continue
         for function in functions(document):
             for kind, detail, question, answer in _of(function):
-                own = function.name.rpartition(".")[2]
-                fact = (kind, own, detail, answer)  # an override states the same fact again
-                if question in asked or fact in asked:
+                short_name = function.name.rpartition(".")[2]
+                fact = (kind, short_name, detail, answer)  # an override states the same fact again
+                if question in seen or fact in seen:
                     continue
-                asked |= {question, fact}
+                seen |= {question, fact}
                 key = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
                 yield Question(f"{kind}-{key}", kind, question, (answer,), document.origin, function.name)
 
 
 def split_of(question: Question) -> str:
-    """`dev` or `test`, decided by a hash of the document, so that no document is on both sides."""
+    """`dev` or `test`, decided by a hash of the document, so that no document is in both."""
     digest = hashlib.blake2b(question.document.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return SPLITS[int.from_bytes(digest, "big") / 2**64 >= DEV]
 
 
-def draw(found: Iterable[Question], limit: int, seed: int = 0) -> list[Question]:
+def draw(candidates: Iterable[Question], limit: int, seed: int = 0) -> list[Question]:
     """At most `limit` questions, the kinds in turn, in an order that the seed and their wording decide.
 
     No answer appears more often than `REPEATS` of the limit (but twice at least); fewer are drawn where that leaves
     too few.
     """
     pools: dict[str, list[Question]] = defaultdict(list)
-    for question in found:
+    for question in candidates:
         pools[question.kind].append(question)
     for pool in pools.values():
         pool.sort(key=lambda q: hashlib.blake2b(f"{seed}/{q.id}".encode()).digest(), reverse=True)

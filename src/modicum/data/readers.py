@@ -1,8 +1,8 @@
 """Reading: a folder, a file, a data set of the Hugging Face hub, or the Python installation itself.
 
-`find` lists what a source holds (names and sizes, no content); `read` gives one unit's documents. A bad
+`find` lists the units of a source (names and sizes, no content); `read` gives one unit's documents. A bad
 file never stops a run: it becomes a `Drop` with its reason. Order is by name, so it is the same everywhere.
-Hidden files and folders, `__pycache__` and `node_modules` are no documents and are passed over.
+Hidden files and folders, `__pycache__` and `node_modules` are skipped.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PYTHON_SUFFIXES = {".py", ".txt", ".rst", ".md"}
 
 @dataclass(frozen=True, kw_only=True)
 class ReadConfig:
-    """max_document_bytes: longer text files are cut at a line, other longer documents are dropped.
-    text_field: where JSON records and tables keep their text. limit_bytes: read about so much of each
-    source, files picked by a hash of their names. tests: the Python installation's test packages too."""
+    """max_document_bytes: longer text files are split at a line, other longer documents are dropped.
+    text_field: the field or column of JSON records and tables with the text. limit_bytes: read about this much
+    of each source, files chosen by a hash of their names. tests: read the Python installation's test packages too."""
 
     max_document_bytes: int = 4 << 20
     text_field: str = "text"
@@ -42,7 +42,7 @@ class ReadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One thing to read. id: what its documents' ids start with; stamp: changes when the content does."""
+    """One file or data set to read. id: prefix of its documents' ids; stamp: changes when the content does."""
 
     id: str
     kind: str
@@ -81,7 +81,7 @@ def find(source: str, config: ReadConfig, *, label: str | None = None, exclude: 
 
 
 def default_label(source: str) -> str:
-    """What the ids of a source's documents start with."""
+    """The prefix of the ids of a source's documents."""
     return source[4:] if source.startswith("hub:") else (Path(source).resolve().name or "root")
 
 
@@ -174,7 +174,7 @@ def require_hub() -> None:
 
 
 def read(unit: Unit, config: ReadConfig) -> Iterator[Document | Drop]:
-    """The documents of one unit; whatever is wrong with it comes out as a Drop."""
+    """The documents of one unit; any error becomes a Drop."""
     if unit.kind == "unreadable":
         yield Drop(unit.id, "unreadable", _why(unit.path))
     elif unit.kind == "special":

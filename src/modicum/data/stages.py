@@ -1,4 +1,4 @@
-"""The stages of a curation, one after another; each finds what an earlier run of the same finished."""
+"""The stages of a curation, one after another; each skips what an earlier run of the same curation finished."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from modicum.data.curate import CurateConfig
 
 SPLITS = ("train", "heldout")
-LEAST_GROUP, LARGEST_GROUP = 4 << 20, 256 << 20  # bytes; about 1024 groups in between
+MIN_GROUP_BYTES, MAX_GROUP_BYTES = 4 << 20, 256 << 20  # bytes; about 1024 groups in between
 
 
 def group_bytes(total: int, wanted: int | float | None = None) -> int:
-    """Bytes that one process works on at a time, of a corpus of `total` bytes."""
-    return int(wanted or min(max(total // 1024, LEAST_GROUP), LARGEST_GROUP))
+    """Bytes of text per task, for a corpus of `total` bytes."""
+    return int(wanted or min(max(total // 1024, MIN_GROUP_BYTES), MAX_GROUP_BYTES))
 
 
 class Run:
-    """One curation of `units` into `folder`, with its markers in `work`. own: a given tokenizer."""
+    """One curation of `units` into `folder`, with its markers in `work`. given_tokenizer: None to train one."""
 
     def __init__(
         self,
@@ -48,27 +48,27 @@ class Run:
         config: CurateConfig,
         *,
         choices: list[Choice],
-        own: Tokenizer | None,
+        given_tokenizer: Tokenizer | None,
         events: Events,
         machine: engines.Engine,
         sources: Sequence[str],
     ):
         self.units, self.folder, self.work, self.config = units, folder, work, config
-        self.choices, self.own, self.events = choices, own, events
+        self.choices, self.given_tokenizer, self.events = choices, given_tokenizer, events
         self.machine, self.sources = machine, sources
-        self.books: list[pipeline.Book] = []
+        self.stats: list[pipeline.StepStats] = []
         self.drop_files: list[Path] = []
         self.split_bytes: list[dict[str, int]] = []  # text bytes of each part by split
         self.start = time.monotonic()
 
     def all(self) -> dict[str, Any]:
-        """Every stage; gives the books."""
+        """Run every stage; returns the statistics."""
         total = sum(u.nbytes for u in self.units)
         stems = self._clean(pipeline.group_units(self.units, group_bytes(total, self.config.group_bytes)))
         heldout = self._split(stems)
         tokenizer = self._tokenizer(stems, heldout)
         manifests = self._tokenize(tokenizer)
-        return self._books(tokenizer, manifests)
+        return self._stats(tokenizer, manifests)
 
     def _tasks(
         self, label: str, function: str, tasks: list[dict[str, Any]], weights: Sequence[float]
@@ -90,9 +90,9 @@ class Run:
         decisions: list[Path] = []
         weights = [float(sum(u.nbytes for u in g)) for g in groups]
         for number, (line, corpus) in enumerate(plan):
-            place = self.work / f"pass-{number}"
-            place.mkdir(exist_ok=True)
-            stems = [place / f"part-{g:05d}" for g in range(len(groups))]
+            work_folder = self.work / f"pass-{number}"
+            work_folder.mkdir(exist_ok=True)
+            stems = [work_folder / f"part-{g:05d}" for g in range(len(groups))]
             tasks = []
             for g, stem in enumerate(stems):
                 task: dict[str, Any] = {
@@ -112,37 +112,37 @@ class Run:
                 + ([f"{corpus.method} signatures"] if corpus else ["decisions"] * (not line))
             )
             results = self._tasks(f"curate: {what}", "modicum.data.pipeline:run_group", tasks, weights)
-            books: dict[int, pipeline.Book] = {}
+            stats: dict[int, pipeline.StepStats] = {}
             for result in results:
-                for k, book in enumerate(result["books"]):
-                    books.setdefault(k, pipeline.Book(book["step"])).add(book)
-            self.books += books.values()
+                for k, step_stats in enumerate(result["books"]):
+                    stats.setdefault(k, pipeline.StepStats(step_stats["step"])).add(step_stats)
+            self.stats += stats.values()
             self.drop_files += [s.with_suffix(".drops.jsonl") for s in stems]
             if corpus:
                 seconds = sum(r["signature_seconds"] for r in results)
-                decisions = self._decide(corpus, stems, place, seconds)
+                decisions = self._decide(corpus, stems, work_folder, seconds)
             before = stems
         return before
 
-    def _decide(self, choice: Choice, stems: list[Path], place: Path, seconds: float) -> list[Path]:
+    def _decide(self, choice: Choice, stems: list[Path], work_folder: Path, seconds: float) -> list[Path]:
         """The corpus step's decision over all parts, as one JSON file for each: {row: [reason, detail]}."""
         start = time.perf_counter()
-        sizes = pipeline.load_figures(stems, "sizes")
-        paths = [place / f"decisions-{g:05d}.json" for g in range(len(stems))]
-        rows = [len(pipeline.load_figures([s], "sizes")) for s in stems]
+        sizes = pipeline.load_columns(stems, "sizes")
+        paths = [work_folder / f"decisions-{g:05d}.json" for g in range(len(stems))]
+        rows = [len(pipeline.load_columns([s], "sizes")) for s in stems]
         first = np.cumsum([0, *rows])
-        book = pipeline.Book(choice.method, len(sizes), int(sizes.sum()))
+        step_stats = pipeline.StepStats(choice.method, len(sizes), int(sizes.sum()))
         if not all(p.exists() for p in paths):
             step = registry.build("step", choice)
             drops: dict[int, tuple[str, str]] = {}
             if len(sizes):
-                signatures = pipeline.load_figures(stems, "signatures", place / "signatures.bin")
+                signatures = pipeline.load_columns(stems, "signatures", work_folder / "signatures.bin")
                 label = f"curate: {choice.method} decides"
                 with self.events.progress(label, float(len(sizes)), "documents") as progress:
                     drops = step.decide(signatures, pipeline.Ids(stems))
                     progress.done = len(sizes)
                 del signatures
-                (place / "signatures.bin").unlink()
+                (work_folder / "signatures.bin").unlink()
             for g, path in enumerate(paths):
                 write_json(
                     path,
@@ -153,86 +153,86 @@ class Run:
             lines = []
             for row, (reason, detail) in read_json(path).items():
                 ids = ids or pipeline.Ids([stems[g]])
-                book.drops[reason] += 1
-                book.bytes_out -= int(sizes[int(first[g]) + int(row)])
+                step_stats.drops[reason] += 1
+                step_stats.bytes_out -= int(sizes[int(first[g]) + int(row)])
                 lines.append(pipeline.drop_line(ids[int(row)], choice.method, reason, detail))
             with atomic_file(path.with_suffix(".drops.jsonl"), "w") as file:
                 file.writelines(lines)
             self.drop_files.append(path.with_suffix(".drops.jsonl"))
-        book.documents_out = len(sizes) - sum(book.drops.values())
-        book.bytes_out += book.bytes_in
-        book.seconds = seconds + time.perf_counter() - start
-        self.books.append(book)
+        step_stats.documents_out = len(sizes) - sum(step_stats.drops.values())
+        step_stats.bytes_out += step_stats.bytes_in
+        step_stats.seconds = seconds + time.perf_counter() - start
+        self.stats.append(step_stats)
         return [p.resolve() for p in paths]
 
     def _split(self, stems: list[Path]) -> np.ndarray:
         """Write documents/{train,heldout}-*.parquet. Gives which documents are held out."""
-        keys, sizes = pipeline.load_figures(stems, "keys"), pipeline.load_figures(stems, "sizes")
+        keys, sizes = pipeline.load_columns(stems, "keys"), pipeline.load_columns(stems, "sizes")
         if len(keys) == 0:
-            reasons = sum((book.drops for book in self.books), Counter[str]())
+            reasons = sum((step_stats.drops for step_stats in self.stats), Counter[str]())
             why = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common())
             shutil.rmtree(self.work, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
             raise UserError(
-                f"nothing is left of {', '.join(self.sources)} to learn from (dropped: {why}); "
+                f"no document of {', '.join(self.sources)} is left to train on (dropped: {why}); "
                 "give other files, or fewer --steps"
             )
-        held = heldout_rows(keys, sizes, self.config.heldout, self.config.heldout_bytes)
-        place = self.work / "split"
-        place.mkdir(exist_ok=True)
+        heldout_N = heldout_rows(keys, sizes, self.config.heldout, self.config.heldout_bytes)
+        work_folder = self.work / "split"
+        work_folder.mkdir(exist_ok=True)
         at, tasks, weights = 0, [], []
         for g, stem in enumerate(stems):
-            n = len(pipeline.load_figures([stem], "sizes"))
+            n = len(pipeline.load_columns([stem], "sizes"))
             tasks.append(
                 {
                     "input": f"{stem.resolve()}.parquet",
                     "part": g,
                     "out": str(self.folder.resolve()),
-                    "heldout": np.flatnonzero(held[at : at + n]).tolist(),
-                    "stem": str((place / f"part-{g:05d}").resolve()),
+                    "heldout": np.flatnonzero(heldout_N[at : at + n]).tolist(),
+                    "stem": str((work_folder / f"part-{g:05d}").resolve()),
                 }
             )
             weights.append(float(sizes[at : at + n].sum()))
             at += n
         results = self._tasks("curate: held-out split", "modicum.data.stages:write_split", tasks, weights)
         self.split_bytes = [result["bytes"] for result in results]
-        return held
+        return heldout_N
 
-    def _tokenizer(self, stems: list[Path], held: np.ndarray) -> Tokenizer:
-        if self.own is not None:
-            self.own.save(self.folder)
-            return self.own
+    def _tokenizer(self, stems: list[Path], heldout_N: np.ndarray) -> Tokenizer:
+        if self.given_tokenizer is not None:
+            self.given_tokenizer.save(self.folder)
+            return self.given_tokenizer
         if (self.folder / "tokenizer_config.json").is_file():  # written second
             return Tokenizer.load(self.folder)
-        keys, sizes = pipeline.load_figures(stems, "keys"), pipeline.load_figures(stems, "sizes")
+        keys, sizes = pipeline.load_columns(stems, "keys"), pipeline.load_columns(stems, "sizes")
         chosen = np.zeros(len(keys), bool)
         order = np.argsort(keys, kind="stable")[::-1]  # from the other end than the held-out documents
-        order = order[~held[order]]
+        order = order[~heldout_N[order]]
         chosen[order[: 1 + int(np.searchsorted(np.cumsum(sizes[order]), self.config.tokenizer_bytes))]] = True
 
-        left = self.config.tokenizer_bytes
-        total = float(min(left, int(sizes[chosen].sum())))
+        remaining = self.config.tokenizer_bytes
+        total = float(min(remaining, int(sizes[chosen].sum())))
         with self.events.progress("curate: tokenizer", total, "B") as progress:
 
-            def texts(left: int) -> Iterator[str]:
+            def texts(remaining: int) -> Iterator[str]:
                 documents = (d for s in stems for d in pipeline.undecided(f"{s}.parquet", None))
                 for document, wanted in zip(documents, chosen, strict=True):
-                    if wanted and left > 0:
-                        text = document.text[:left]
-                        left -= len(text)
+                    if wanted and remaining > 0:
+                        text = document.text[:remaining]
+                        remaining -= len(text)
                         yield text
                         progress.update(len(text))
 
-            tokenizer = Tokenizer.train(texts(left), self.config.vocab_size, self.config.reserved)
+            tokenizer = Tokenizer.train(texts(remaining), self.config.vocab_size, self.config.reserved)
         tokenizer.save(self.folder)
         return tokenizer
 
     def _tokenize(self, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
         manifests = {}
         for split in SPLITS:
-            place = self.work / f"tokens-{split}"
-            place.mkdir(exist_ok=True)
+            work_folder = self.work / f"tokens-{split}"
+            work_folder.mkdir(exist_ok=True)
             files = document_files(self.folder, split)
             sizes = [float(self.split_bytes[int(f.stem.split("-")[1])][split]) for f in files]
             tasks = [
@@ -241,7 +241,7 @@ class Run:
                     "part": int(f.stem.split("-")[1]),
                     "out": str((self.folder / "tokens" / split).resolve()),
                     "tokenizer": str(self.folder.resolve()),
-                    "stem": str((place / f.stem).resolve()),
+                    "stem": str((work_folder / f.stem).resolve()),
                 }
                 for f in files
             ]
@@ -252,8 +252,8 @@ class Run:
             )
         return manifests
 
-    def _books(self, tokenizer: Tokenizer, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Gather drops.jsonl; what curation.json says."""
+    def _stats(self, tokenizer: Tokenizer, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Gather drops.jsonl; returns the content of curation.json."""
         with atomic_file(self.folder / "drops.jsonl") as out:
             for path in self.drop_files:
                 if path.exists():
@@ -268,7 +268,7 @@ class Run:
             splits[split]["domains"] = domains
         return {
             "sources": list(self.sources),
-            "steps": [b.as_dict() for b in self.books],
+            "steps": [b.as_dict() for b in self.stats],
             "splits": splits,
             "heldout": {
                 "by": "hash of document id",
@@ -278,7 +278,7 @@ class Run:
             "tokenizer": {
                 "fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
-                "trained": self.own is None,
+                "trained": self.given_tokenizer is None,
             },
             "seconds": round(time.monotonic() - self.start, 3),
         }
@@ -290,12 +290,12 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 def write_split(task: dict[str, Any]) -> dict[str, Any]:
     """One part's documents, by split. A file is absent where a split has none of them."""
-    held = set(task["heldout"])
+    heldout_N = set(task["heldout"])
     sizes = dict.fromkeys(SPLITS, 0)
 
     def chosen(split: str) -> Iterator[Document]:
         for row, document in enumerate(pipeline.undecided(task["input"], None)):
-            if (row in held) == (split == "heldout"):
+            if (row in heldout_N) == (split == "heldout"):
                 sizes[split] += document.nbytes
                 yield document
 

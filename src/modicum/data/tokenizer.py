@@ -26,7 +26,7 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 SPECIALS = (EOS, PAD, *ROLES)
 RESERVED = "<|reserved_{}|>"  # counted from the last id of the vocabulary downwards
 # Words with their leading space, numbers in threes, runs of punctuation, runs of line ends and spaces:
-# an indentation stays one piece and no merge crosses from a word into punctuation.
+# an indentation stays one pre-token and no merge crosses from a word into punctuation.
 SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,8 +46,8 @@ class Tokenizer:
     """Text to token ids and back.
 
     eos_id ends a document; bos_id starts one where the model has such a token, else None;
-    pad_id fills unused places (the eos where the model has none); start_id is what a document starts
-    with in the shards: the bos, or else the eos. stop_ids end a generation.
+    pad_id fills unused positions (the eos where the model has none); start_id begins a document
+    in the shards: the bos, or else the eos. stop_ids end a generation.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Tokenizer:
 
     @functools.cached_property
     def reserved(self) -> int:
-        """How many ids at the vocabulary's end are special tokens kept free (`RESERVED`): marks for objectives."""
+        """Number of reserved special tokens (`RESERVED`) at the end of the vocabulary, for objectives."""
         count = 0
         while self.backend.token_to_id(RESERVED.format(count)) == self.vocab_size - 1 - count:
             count += 1
@@ -128,7 +128,7 @@ class Tokenizer:
     def chat(self, messages: Sequence[dict[str, Any]], *, generate: bool = True, **variables: Any) -> str:
         """The prompt text of a conversation ([{"role", "content"}, ...]) by the folder's own template.
 
-        generate=True ends it where the assistant begins to speak. Encode it with specials=True and
+        generate=True ends it where the assistant's reply begins. Encode it with specials=True and
         add_special=False. Raises UserError where the template refuses the messages.
         """
         import jinja2
@@ -153,7 +153,7 @@ class Tokenizer:
             raise UserError(f"the chat template failed on these messages ({type(error).__name__}: {error})") from None
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, each whole or not at all."""
+        """Write tokenizer.json and tokenizer_config.json, each atomically."""
         folder = Path(folder)
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         settings = {
@@ -188,14 +188,14 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         settings = _optional(folder / "tokenizer_config.json")
-        marks = _optional(folder / "special_tokens_map.json")
-        marks |= {name: value for name, value in settings.items() if value is not None}
+        special_map = _optional(folder / "special_tokens_map.json")
+        special_map |= {name: value for name, value in settings.items() if value is not None}
         config = _optional(folder / "config.json")
         config |= config.get("text_config") or {}
         config |= _optional(folder / "generation_config.json")
 
         def token(name: str) -> str | None:
-            value = marks.get(f"{name}_token")
+            value = special_map.get(f"{name}_token")
             value = value.get("content") if isinstance(value, dict) else value
             if value is None and f"{name}_token" not in settings:
                 number = config.get(f"{name}_token_id")
@@ -211,14 +211,14 @@ class Tokenizer:
             raise UserError(f"{folder} has no end-of-text token; name its eos_token in tokenizer_config.json")
         stops = config.get("eos_token_id")
         stops = [s for s in (stops if isinstance(stops, list) else [stops]) if isinstance(s, int) and s >= 0]
-        kept = {k: v for k, v in settings.items() if k not in ("chat_template", "added_tokens_decoder")}
+        saved_settings = {k: v for k, v in settings.items() if k not in ("chat_template", "added_tokens_decoder")}
         return cls(
             backend,
             eos=eos,
             bos=token("bos"),
             pad=token("pad"),
             template=_template(folder, settings),
-            settings=kept,
+            settings=saved_settings,
             stop_ids=stops,
         )
 
@@ -245,8 +245,8 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int = 8192, reserved: int = 0) -> Tokenizer:
         """A byte-level BPE (Sennrich et al. 2016; bytes as in Radford et al. 2019): no text is unknown to it.
 
-        The same texts give the same tokenizer. `vocab_size` counts the 256 bytes and the special tokens, and
-        so many `reserved` ones at its end, which no text is ever encoded to.
+        The same texts give the same tokenizer. `vocab_size` includes the 256 bytes, the special tokens, and
+        `reserved` special tokens at its end, which no text is ever encoded to.
         """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers

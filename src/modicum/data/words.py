@@ -1,4 +1,4 @@
-"""Words as numbers: hashes of words and word n-grams, for comparing texts; the same on every machine."""
+"""Hashes of words and word n-grams, for comparing texts; the same on every machine."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-case terms. An identifier gives itself and its parts; scripts without spaces give pairs of characters.
+    """Lower-case terms. An identifier gives itself and its subwords; scripts without spaces give character bigrams.
 
     >>> tokenize("json.loads parses myFileName")
     ['json.load', 'json', 'load', 'parse', 'myfilename', 'my', 'file', 'name']
@@ -41,11 +41,11 @@ def tokenize(text: str) -> list[str]:
         if word.islower() and word.isalpha():  # the common case
             terms.append(_singular(word.casefold()))
             continue
-        parts = [p.casefold() for piece in re.split(r"[._]+", word) for p in _CAMEL.findall(piece)]
-        whole = word.casefold()
+        parts = [p.casefold() for subword in re.split(r"[._]+", word) for p in _CAMEL.findall(subword)]
+        folded = word.casefold()
         if len(parts) > 1:
-            terms.append(_singular(whole))
-        terms += [_singular(p) for p in parts] if parts else [whole]
+            terms.append(_singular(folded))
+        terms += [_singular(p) for p in parts] if parts else [folded]
     return terms
 
 
@@ -89,12 +89,12 @@ class BM25:
         return getattr(self._model, "scores", None) is None
 
     def scores(self, query: str) -> np.ndarray:
-        """scores_N (float32) of every row; 0 where no term is shared."""
+        """scores_N (float32) of every row; 0 where no term matches."""
         ids = [] if self._empty else self._model.get_tokens_ids(tokenize(query))
         return self._model.get_scores_from_ids(ids) if ids else np.zeros(self.n_rows, np.float32)
 
     def search(self, queries: list[str], k: int, subset: np.ndarray | None = None) -> Hits:
-        """The k best rows of each query; a row that shares no term is never a result. Ties go to the lower row."""
+        """The k best rows of each query; a row without a matching term is never a result. Ties go to the lower row."""
         hits = Hits.empty(len(queries), k)
         for q, query in enumerate(queries):
             scores_N = self.scores(query)
@@ -106,7 +106,7 @@ class BM25:
         return hits
 
     def save(self, folder: str | Path) -> None:
-        """Write into `folder`, which the caller makes whole or drops."""
+        """Write into `folder`; the caller makes that atomic."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         if not self._empty:
             self._model.save(str(folder), show_progress=False, allow_pickle=False)

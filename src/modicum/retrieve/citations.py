@@ -1,8 +1,8 @@
-"""Which sources an answer rests on: the numbers it cites itself, and attribution by overlap where it cites none.
+"""The sources of an answer: the numbers it cites itself, or attribution by word overlap where it cites none.
 
 Small models seldom cite. `attribute` then compares words: a sentence of the answer is attributed to the source that
 contains most of its content words (those that are neither function words nor the question's own), if it contains
-enough of them. This says where the words stand, which a reader can check, and not what the model looked at.
+enough of them. That shows where the words occur, which a reader can check, not what the model attended to.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ _FUNCTION_WORDS = frozenset(
 
 def citations(text: str, n_sources: int) -> tuple[list[int], list[int]]:
     """(cited, unknown): numbers in square brackets outside code, by first mention; unknown ones name no source."""
-    found = dict.fromkeys(
-        int(number) for group in _CITATION.findall(_CODE.sub(" ", text)) for number in re.findall(r"\d+", group)
+    numbers = dict.fromkeys(
+        int(number) for bracket in _CITATION.findall(_CODE.sub(" ", text)) for number in re.findall(r"\d+", bracket)
     )
-    return [n for n in found if 1 <= n <= n_sources], [n for n in found if not 1 <= n <= n_sources]
+    return [n for n in numbers if 1 <= n <= n_sources], [n for n in numbers if not 1 <= n <= n_sources]
 
 
 def attribute(question: str, text: str, sources: Sequence[str]) -> list[int]:
     """Numbers (from 1) of the sources that contain the answer's content words, in the order of its sentences.
 
-    A sentence that says nothing beyond the question is compared by all its content words. Of equal sources the first
-    is taken; a sentence that no source supports adds none.
+    A sentence without content words beyond the question's is compared by all its content words. Of equal sources the
+    first is taken; a sentence that no source supports adds none.
     """
     terms = [set(tokenize(source)) for source in sources]
-    asked = set(tokenize(question))
-    found: dict[int, None] = {}
+    question_terms = set(tokenize(question))
+    supported: dict[int, None] = {}
     for sentence in _SENTENCE.split(_CITATION.sub("", text)):
         content = set(tokenize(sentence)) - _FUNCTION_WORDS
-        content = (content - asked) or content
+        content = (content - question_terms) or content
         if not content:
             continue
-        support = [len(content & held) / len(content) for held in terms]
+        support = [len(content & source_terms) / len(content) for source_terms in terms]
         best = max(support, default=0.0)
         if best >= SUPPORT:
-            found[support.index(best) + 1] = None
-    return list(found)
+            supported[support.index(best) + 1] = None
+    return list(supported)

@@ -24,20 +24,20 @@ class DecoderEncoder(Encoder):
     """Hidden states of a decoder, averaged with frequency weights, whitened on the passages, beside their latent terms.
 
         v(s) = sum_t w(t) h_t / sum_t w(t)        w(t) = sif / (sif + p(t))        p from the passages
-        u(s) = [sqrt(1 - share) * unit(W (v(s) - mean)),  sqrt(share) * unit(latent(s))]
+        u(s) = [sqrt(1 - a) * unit(W (v(s) - mean)),  sqrt(a) * unit(latent(s))]          a = latent_weight
 
-    so that the inner product of two texts is a weighted mean of two cosines: of what the model makes of them, and
-    of the words they use in the passages' own terms (see `Latent`). The weights are SIF's (Arora et al. 2017,
-    ICLR), the removal of what all vectors share is Mu and Viswanath's (2018, arXiv:1702.01417), whitening and
+    so that the inner product of two texts is a weighted mean of two cosines: of their hidden states, and of
+    their words in latent semantic space (see `Latent`). The weights are SIF's (Arora et al. 2017,
+    ICLR), the removal of common components is Mu and Viswanath's (2018, arXiv:1702.01417), whitening and
     the mix of a low and a high layer are WhiteningBERT's (Huang et al. 2021, arXiv:2104.01767). Nothing is
-    trained. Departs from them: every h_t is scaled to length 1 first, so that the few huge states a decoder
-    makes do not drown the rest; a start token is put in front and left out of the average; the latent terms
-    are added, which carry a small model.
+    trained. Departs from them: every h_t is scaled to length 1 first, so that the few states of huge norm do
+    not dominate; a start token is put in front and left out of the average; the latent terms are added, which
+    give most of the quality with a small model.
 
     layers: 0 is the embeddings, i the output of layer i, -1 the state after the final norm; layers above the highest
     one named are not computed. None takes (0, 1) below `SMALL` parameters, where the upper layers were found to add
-    nothing, and (1, -1) from there on. latent: number of latent directions, 0 for the hidden states alone. share: their
-    weight. dims: most dimensions kept of the hidden states. Texts are cut to `max_tokens` for the model.
+    nothing, and (1, -1) from there on. latent: number of latent directions, 0 for the hidden states alone.
+    latent_weight: their weight. dims: most dimensions kept of the hidden states. Texts are truncated to `max_tokens`.
     `batch_tokens` bounds the padded tokens of one forward pass.
     """
 
@@ -53,7 +53,7 @@ class DecoderEncoder(Encoder):
         remove: int = 0,
         dims: int = 512,
         latent: int = 512,
-        share: float = 0.6,
+        latent_weight: float = 0.6,
         max_tokens: int = 512,
         batch_tokens: int = 8192,
         device: str = "cpu",
@@ -64,9 +64,9 @@ class DecoderEncoder(Encoder):
         from modicum.model.folder import find_folder, load_model
 
         self.model = str(model)
-        place = find_folder(self.model)
-        self.tokenizer = Tokenizer.load(place)
-        self._decoder = load_model(place, dtype=torch.float32 if device == "cpu" else None, device=device).eval()
+        model_folder = find_folder(self.model)
+        self.tokenizer = Tokenizer.load(model_folder)
+        self._decoder = load_model(model_folder, dtype=torch.float32 if device == "cpu" else None, device=device).eval()
         config = self._decoder.config
         depth = config.layers
         if layers is None:
@@ -78,10 +78,12 @@ class DecoderEncoder(Encoder):
             raise UserError("layers=() takes no hidden state; write for example layers=(1, -1)")
         self.layers, self.sif, self.batch_tokens = tuple(layers), sif, batch_tokens
         self.max_tokens = min(max_tokens, config.context_length - 1)
-        if not 0 <= share <= 1:
-            raise UserError(f"share={share} is not between 0 (hidden states alone) and 1 (latent terms alone)")
-        self.whitener, self.share = Whitener(power=whiten, remove=remove, dims=dims), share
-        self.latent = Latent(latent if share else 0)
+        if not 0 <= latent_weight <= 1:
+            raise UserError(
+                f"latent_weight={latent_weight} is not between 0 (hidden states alone) and 1 (latent terms alone)"
+            )
+        self.whitener, self.latent_weight = Whitener(power=whiten, remove=remove, dims=dims), latent_weight
+        self.latent = Latent(latent if latent_weight else 0)
         self.counts_V = np.zeros(config.vocab_size, np.int64)
 
     def settings(self) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class DecoderEncoder(Encoder):
             "remove": self.whitener.remove,
             "dims": self.whitener.dims,
             "latent": self.latent.wanted,
-            "share": self.share,
+            "latent_weight": self.latent_weight,
             "max_tokens": self.max_tokens,
             "batch_tokens": self.batch_tokens,
         }
@@ -110,7 +112,7 @@ class DecoderEncoder(Encoder):
             self.counts_V += np.bincount(ids, minlength=len(self.counts_V))
 
     def weights(self) -> np.ndarray:
-        """weights_V, float32; a token never counted weighs 1, the most."""
+        """weights_V, float32; a token never counted has the largest weight, 1."""
         p_V = self.counts_V / max(int(self.counts_V.sum()), 1)
         return (self.sif / (self.sif + p_V)).astype(np.float32)
 
@@ -125,15 +127,15 @@ class DecoderEncoder(Encoder):
                 lengths_B = torch.tensor([len(rows[i]) for i in batch])
                 T = int(lengths_B.max())
                 tokens_BT = torch.full((len(batch), T + 1), self.tokenizer.start_id)
-                for b, i in enumerate(batch):  # padding stands on the right, where causal states do not see it
+                for b, i in enumerate(batch):  # padding is on the right, where causal states do not attend to it
                     tokens_BT[b, 1 : len(rows[i]) + 1] = torch.from_numpy(rows[i])
                 w_BT = weights_V[tokens_BT[:, 1:]] * (torch.arange(T) < lengths_B[:, None])
                 w_BT = (w_BT / w_BT.sum(1, keepdim=True)).to(self._decoder.device)
-                parts = [
+                pooled_layers = [
                     torch.einsum("bt,btd->bd", w_BT, torch.nn.functional.normalize(h_BTD[:, 1:].float(), dim=-1))
                     for h_BTD in self._states(tokens_BT.to(self._decoder.device))
                 ]
-                pooled_NE[batch] = torch.cat(parts, dim=-1).cpu().numpy()
+                pooled_NE[batch] = torch.cat(pooled_layers, dim=-1).cpu().numpy()
         return np.hstack([pooled_NE, self.latent(texts)]) if self.latent.dim else pooled_NE
 
     @property
@@ -154,12 +156,12 @@ class DecoderEncoder(Encoder):
 
     def _states(self, tokens_BT: Any) -> list[Any]:
         """h_BTD of each chosen layer; layers above the highest chosen one are not computed."""
-        kept: dict[int, Any] = {}
+        states: dict[int, Any] = {}
         hooks = []
         highest = max(self.layers) if -1 not in self.layers else None
 
         def keep(layer: int, state: Any) -> None:
-            kept[layer] = state
+            states[layer] = state
             if layer == highest:
                 raise _Enough
 
@@ -167,13 +169,13 @@ class DecoderEncoder(Encoder):
             module = self._decoder.embed if layer == 0 else self._decoder.layers[layer - 1]
             hooks.append(module.register_forward_hook(lambda _m, _i, out, layer=layer: keep(layer, out)))
         try:
-            kept[-1] = self._decoder.hidden(tokens_BT)
+            states[-1] = self._decoder.hidden(tokens_BT)
         except _Enough:
             pass
         finally:
             for hook in hooks:
                 hook.remove()
-        return [kept[layer] for layer in self.layers]
+        return [states[layer] for layer in self.layers]
 
     def fit(self, blocks: Iterable[np.ndarray]) -> None:
         self.whitener.fit(pooled_NE[:, : self._hidden] for pooled_NE in blocks)
@@ -182,7 +184,7 @@ class DecoderEncoder(Encoder):
         hidden_NE, latent_NE = unit(self.whitener(pooled_NE[:, : self._hidden])), pooled_NE[:, self._hidden :]
         if not latent_NE.shape[1]:
             return hidden_NE
-        return unit(np.hstack([(1 - self.share) ** 0.5 * hidden_NE, self.share**0.5 * unit(latent_NE)]))
+        return unit(np.hstack([(1 - self.latent_weight) ** 0.5 * hidden_NE, self.latent_weight**0.5 * unit(latent_NE)]))
 
     def state(self) -> dict[str, np.ndarray]:
         return {"counts": self.counts_V} | self.whitener.state() | self.latent.state()
@@ -199,4 +201,4 @@ class DecoderEncoder(Encoder):
 
 
 class _Enough(Exception):
-    """The last hidden state that is wanted has been computed."""
+    """The last requested hidden state has been computed: stop the forward pass."""

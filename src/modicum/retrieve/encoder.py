@@ -1,9 +1,9 @@
-"""What an index asks of an encoder, and what all encoders share.
+"""The interface of encoders, and what they have in common.
 
 Shape letters: N texts, E dimensions of pooled vectors, D of the final ones.
 
-An encoder works in two steps so that a long encoding can be resumed: `pool` is the expensive one and needs only what
-`count` has seen; `fit` and `finish` turn pooled vectors into final ones and cost two passes over an array.
+An encoder works in two steps so that a long encoding can be resumed: `pool` is the expensive one and needs only the
+statistics of `count`; `fit` and `finish` turn pooled vectors into final ones and cost two passes over an array.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAMPLE_BYTES = 1 << 20  # read from each end of a weight file to recognise it
 
 
 class Encoder(ABC):
-    """What an index asks of an encoder. `model` is a folder, a known name or a hub id."""
+    """Texts to vectors. `model` is a folder, a known name or a hub id."""
 
     kind: ClassVar[str]
     model: str

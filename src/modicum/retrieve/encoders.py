@@ -39,22 +39,22 @@ class SentenceTransformerEncoder(Encoder):
 
     def __init__(self, model: str | Path, *, device: str = "cpu", batch: int = 64):
         self.model, self.batch = str(model), batch
-        place = sources.resolve(self.model)
+        model_folder = sources.resolve(self.model)
         try:
-            self._plain = PlainSentence.open(place, device)
-            self._model = None if self._plain else self._library(place, device)
+            self._plain = PlainSentence.open(model_folder, device)
+            self._model = None if self._plain else self._library(model_folder, device)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{model} does not open as an encoder ({str(error).splitlines()[0]}); give a folder, a known name or a "
                 "hub id of a sentence-transformers model, or decoder:FOLDER for a language model"
             ) from None
 
-    def _library(self, place: str, device: str) -> Any:
+    def _library(self, model_folder: str, device: str) -> Any:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise MissingExtra("sentence-transformers", "encoders", f"the encoder {self.model}") from None
-        return SentenceTransformer(place, device=device, trust_remote_code=False)
+        return SentenceTransformer(model_folder, device=device, trust_remote_code=False)
 
     def _vectors(self, side: str, texts: Sequence[str]) -> np.ndarray:
         if self._plain is not None:
@@ -152,24 +152,29 @@ def _construct(kind: Any, model: str | Path, device: str, knobs: dict[str, Any])
 
 
 def load_encoder(folder: str | Path, *, device: str = "cpu", model: str | None = None) -> Encoder:
-    """The encoder saved in `folder`; `model` says where its model is now, if it moved."""
+    """The encoder saved in `folder`; `model`: the new path of its model, if it moved."""
     from safetensors.numpy import load_file
 
     folder = Path(folder)
     saved = read_json(folder / "encoder.json")
     kind, was, relative = saved.pop("kind"), saved.pop("model"), saved.pop("relative", None)
     expected = saved.pop("model_fingerprint")
+    if "share" in saved:  # the name of this setting in older indexes
+        saved["latent_weight"] = saved.pop("share")
     if kind not in KINDS:
         raise unknown("encoder kind", kind, KINDS)
-    place = model or was
+    model_folder = model or was
     if model is None and expected is not None and not Path(was).is_dir() and not sources.is_name(was) and relative:
-        place = str((folder / relative).resolve())
-    if expected is not None and not Path(sources.resolve(place)).is_dir():
-        raise UserError(f"the encoder's model is not at {place} any more; say where it is with: --encoder FOLDER")
-    if fingerprint(place) != expected:
+        model_folder = str((folder / relative).resolve())
+    if expected is not None and not Path(sources.resolve(model_folder)).is_dir():
         raise UserError(
-            f"{place} is not the model this index was made with; point --encoder at that one, or build the index again"
+            f"the encoder's model is not at {model_folder} any more; give its new path with: --encoder FOLDER"
         )
-    encoder = _construct(KINDS[kind], place, device, saved)
+    if fingerprint(model_folder) != expected:
+        raise UserError(
+            f"{model_folder} is not the model this index was made with; give that one with --encoder, or build the "
+            "index again"
+        )
+    encoder = _construct(KINDS[kind], model_folder, device, saved)
     encoder.set_state(load_file(str(folder / "encoder.safetensors")))
     return encoder

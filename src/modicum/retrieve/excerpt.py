@@ -1,4 +1,4 @@
-"""The part of a passage that bears on a question: a run of whole sentences, or lines of code, within a token limit."""
+"""The excerpt of a passage that best matches a question: consecutive sentences, or lines of code, in a token limit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def excerpt(text: str, question: str, limit: int, count: Callable[[str], int]) -
     text = text.strip()
     if count(text) <= limit:
         return text
-    parts = [part for line in text.splitlines(keepends=True) for part in _parts(line, limit, count)]
+    sentences = [sentence for line in text.splitlines(keepends=True) for sentence in _sentences(line, limit, count)]
     wanted = set(tokenize(question))
-    terms = [wanted.intersection(tokenize(part)) for part in parts]
-    sizes = [count(part) for part in parts]
+    terms = [wanted.intersection(tokenize(sentence)) for sentence in sentences]
+    sizes = [count(sentence) for sentence in sentences]
     best, best_score, end, size = (0, 1), -1, 0, 0
-    for start in range(len(parts)):
-        while end < len(parts) and size + sizes[end] <= limit:
+    for start in range(len(sentences)):
+        while end < len(sentences) and size + sizes[end] <= limit:
             size += sizes[end]
             end += 1
         score = len(set().union(*terms[start:end])) if end > start else -1
@@ -33,21 +33,21 @@ def excerpt(text: str, question: str, limit: int, count: Callable[[str], int]) -
             best, best_score = (start, end), score
         size -= sizes[start] if end > start else 0
         end = max(end, start + 1)
-    return "".join(parts[best[0] : best[1]]).strip()
+    return "".join(sentences[best[0] : best[1]]).strip()
 
 
-def _parts(line: str, limit: int, count: Callable[[str], int]) -> Iterator[str]:
+def _sentences(line: str, limit: int, count: Callable[[str], int]) -> Iterator[str]:
     """Sentences of a line, each with the white space after it; one beyond `limit` is cut, at spaces if it can be."""
     begin = 0
     for end in [m.end() for m in _SENTENCE.finditer(line)] + [len(line)]:
-        part, begin = line[begin:end], end
-        while part and count(part) > limit:
-            cut = len(part)
-            while cut > 1 and count(part[:cut]) > limit:
+        sentence, begin = line[begin:end], end
+        while sentence and count(sentence) > limit:
+            cut = len(sentence)
+            while cut > 1 and count(sentence[:cut]) > limit:
                 cut = cut * 2 // 3
-            space = part.rfind(" ", cut // 2, cut)
+            space = sentence.rfind(" ", cut // 2, cut)
             cut = space + 1 if space > 0 else cut
-            yield part[:cut]
-            part = part[cut:]
-        if part:
-            yield part
+            yield sentence[:cut]
+            sentence = sentence[cut:]
+        if sentence:
+            yield sentence

@@ -1,6 +1,6 @@
 """Reciprocal-rank fusion: one ranking from several.
 
-    score(d) = sum over rankings r that hold d of 1 / (k + rank_r(d))        rank 1 is best, k = 60
+    score(d) = sum over rankings r that contain d of 1 / (k + rank_r(d))        rank 1 is best, k = 60
 
 Cormack, Clarke and Büttcher 2009 (SIGIR). Only ranks count, so scores of different scales need no tuning.
 """

@@ -1,6 +1,6 @@
 """Answers grounded in passages: a prompt with numbered sources under a token budget, and the citations of the reply.
 
-Who writes the answer is passed in as a callable, so any engine or API serves: see `Generate`.
+The generator of the answer is passed in as a callable, so any engine or API can be used: see `Generate`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CUE = "Short answer:"  # what the prompt ends with
 # the right one more often (docs/retrieve.md). A larger model takes more.
 PASSAGES = 1
 PER_PASSAGE, INSTRUCTIONS = 160, 40  # tokens of the prompt
-MIN_SOURCE_TOKENS = 24  # a source cut shorter than this says too little to be worth its place
+MIN_SOURCE_TOKENS = 24  # a shorter excerpt is not worth its tokens
 Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a generator gives back; the counts are its own, None if it reports none."""
+    """The output of a generator; the counts are its own, None if it reports none."""
 
     text: str
     prompt_tokens: int | None = None
@@ -38,7 +38,7 @@ class Generated:
 
 class Generate(Protocol):
     def __call__(self, messages: Messages, on_text: Callable[[str], None]) -> Generated | str:
-        """Answer [{"role", "content"}, ...]; call `on_text` with each new piece as it comes."""
+        """Answer [{"role", "content"}, ...]; call `on_text` with each new chunk of text."""
         ...
 
 
@@ -57,7 +57,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Answer:
-    """`citations`: numbers of the sources that the answer rests on; `unknown_citations`: numbers that it made up.
+    """`citations`: numbers of the sources that the answer cites; `unknown_citations`: numbers without a source.
 
     attributed: the reply cited nothing, and its citations (at the end of `text`) were added by overlap of words, see
     `retrieve.citations`. `prompt_tokens` as the generator counted them, else as `count` did. `seconds` covers search
@@ -115,11 +115,11 @@ def ask(
     messages, sources, estimate = compose(question, hits, budget, count or approximate_tokens, system)
     first: list[float] = []
 
-    def stream(piece: str) -> None:
+    def stream(chunk: str) -> None:
         if not first:
             first.append(time.monotonic() - start)
         if on_text:
-            on_text(piece)
+            on_text(chunk)
 
     reply = generate(messages, stream)
     reply = Generated(reply) if isinstance(reply, str) else reply
@@ -127,9 +127,9 @@ def ask(
     cited, unknown = citations(text, len(sources))
     attributed = attribute(question, text, [s.excerpt for s in sources]) if not cited and not unknown else []
     if attributed:
-        marks = " " + "".join(f"[{number}]" for number in attributed)
-        text, cited = text.rstrip() + marks, attributed
-        stream(marks)
+        appended = " " + "".join(f"[{number}]" for number in attributed)
+        text, cited = text.rstrip() + appended, attributed
+        stream(appended)
     return Answer(
         question=question,
         text=text,
@@ -153,9 +153,9 @@ def compose(
 ) -> tuple[Messages, list[Source], int]:
     """(messages, numbered sources, tokens): the prompt with as many hits as the budget holds, best first.
 
-    Of a passage that is too long the sentences around the match are shown. Every source still to come keeps an equal
-    share of what is left, so that a long first passage does not crowd out the others; a short one leaves its rest to
-    them.
+    Of a passage that is too long the sentences around the match are shown. The remaining budget is divided equally
+    among the remaining sources, so that a long first passage does not crowd out the others; what a short one does
+    not use goes to them.
     """
 
     def messages_with(blocks: Sequence[str]) -> Messages:
@@ -176,15 +176,15 @@ def compose(
         )
     blocks: list[str] = []
     sources: list[Source] = []
-    for place, hit in enumerate(hits):
-        left = budget - tokens(blocks) if blocks else budget - fixed
+    for index, hit in enumerate(hits):
+        remaining = budget - tokens(blocks) if blocks else budget - fixed
         head = _head(len(sources) + 1, hit.passage)
-        room = left // (len(hits) - place) - count(head) - 2
-        if room < MIN_SOURCE_TOKENS:  # an equal share is too little: serve fewer, each readable
-            room = min(left - count(head) - 2, MIN_SOURCE_TOKENS)
-            if room < MIN_SOURCE_TOKENS:
+        limit = remaining // (len(hits) - index) - count(head) - 2
+        if limit < MIN_SOURCE_TOKENS:  # an equal part of the budget is too small: show fewer sources
+            limit = min(remaining - count(head) - 2, MIN_SOURCE_TOKENS)
+            if limit < MIN_SOURCE_TOKENS:
                 break
-        text = excerpt(hit.passage.text, question, room, count)
+        text = excerpt(hit.passage.text, question, limit, count)
         blocks.append(head + text)
         while text and tokens(blocks) > budget:  # counts of parts need not add up to the count of the whole
             text = text[: int(len(text) * 0.9)]
@@ -242,14 +242,14 @@ def openai_generator(
                 stream_options={"include_usage": True},
                 **more,
             )
-            pieces: list[str] = []
+            chunks: list[str] = []
             usage: Any = None
-            for chunk in stream:
-                usage = chunk.usage or usage
-                piece = chunk.choices[0].delta.content if chunk.choices else None
-                if piece:
-                    pieces.append(piece)
-                    on_text(piece)
+            for event in stream:
+                usage = event.usage or usage
+                chunk = event.choices[0].delta.content if event.choices else None
+                if chunk:
+                    chunks.append(chunk)
+                    on_text(chunk)
         except IndexError:
             raise UserError(f"{client.base_url} serves no model; start one with: modicum serve MODEL") from None
         except openai.APIConnectionError as error:
@@ -263,7 +263,7 @@ def openai_generator(
         except openai.APIError as error:
             raise ModicumError(f"{client.base_url} failed while answering: {error.message}; ask again") from None
         return Generated(
-            "".join(pieces), getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+            "".join(chunks), getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
         )
 
     return generate

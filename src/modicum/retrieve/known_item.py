@@ -1,8 +1,8 @@
 """Evaluating a search: known items of one's own passages, and collections with judged queries.
 
-Known-item search: the query is the first sentence of a docstring, the wanted document its passage. Left in the
-passage ("as_is") the sentence finds itself, which is what a user who half remembers it sees; taken out before
-indexing ("withheld") the search has to understand the rest, which is the honest figure.
+Known-item search: the query is the first sentence of a docstring, the wanted document its passage. With the sentence
+in the passage ("as_is") an exact match exists; with the sentence removed before indexing ("withheld") the search has
+to match other words, so the figure is free of leakage.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ def known_item(
                 if len(as_is) != len(passages) or as_is.manifest["withheld"]:
                     raise UserError(f"{as_is.folder} does not index these {len(passages)} passages as they are")
             else:
-                place = Path(folder or temporary) / variant
+                index_folder = Path(folder or temporary) / variant
                 build_index(
                     passages,
-                    place,
+                    index_folder,
                     encoder=encoder,
                     index=index,
                     withheld=variant == "withheld",
                     device=device,
                     events=events,
                 )
-                searcher = Searcher(place, device=device)
+                searcher = Searcher(index_folder, device=device)
             result[variant] = compare_modes(searcher, queries, relevant, k=k, seed=seed)
             result.setdefault("examples", {})[variant] = [
                 _example(searcher, queries[i], passages[wanted[i]].id, k) for i in range(min(examples, len(queries)))
@@ -119,18 +119,18 @@ def compare_modes(
     batch: int = 256,
 ) -> dict[str, Any]:
     """{mode: metrics with standard errors, and "queries_per_second"} for every mode the index has."""
-    found: dict[str, list[np.ndarray]] = defaultdict(list)
+    ids_by_mode: dict[str, list[np.ndarray]] = defaultdict(list)
     seconds: dict[str, float] = defaultdict(float)
     for mode in [m for m in MODES if m in searcher.modes]:
         for start in range(0, len(queries), batch):
             began = time.perf_counter()
-            found[mode].append(searcher.rank(queries[start : start + batch], max(k, 10), mode).ids_QK)
+            ids_by_mode[mode].append(searcher.rank(queries[start : start + batch], max(k, 10), mode).ids_QK)
             seconds[mode] += time.perf_counter() - began
     cuts: dict[str, Any] = {"mrr": (k,), "ndcg": (k,), "recall": sorted({1, 5, k})}
     return {
-        mode: metrics.summarize(np.concatenate(parts), relevant, **cuts, seed=seed)
+        mode: metrics.summarize(np.concatenate(batches), relevant, **cuts, seed=seed)
         | {"queries_per_second": len(queries) / max(seconds[mode], 1e-9)}
-        for mode, parts in found.items()
+        for mode, batches in ids_by_mode.items()
     }
 
 
@@ -174,10 +174,10 @@ def read_judgements(queries: str | Path, qrels: str | Path) -> tuple[list[str], 
     grades: dict[str, dict[str, float]] = defaultdict(dict)
     for row in _table(qrels, ("query_id", "doc_id", "relevance")):
         grades[row["query_id"]][row["doc_id"]] = float(row["relevance"])
-    kept = [row for row in _table(queries, ("id", "text")) if any(g > 0 for g in grades.get(row["id"], {}).values())]
-    if not kept:
+    judged = [row for row in _table(queries, ("id", "text")) if any(g > 0 for g in grades.get(row["id"], {}).values())]
+    if not judged:
         raise UserError(f"no query of {queries} has a relevant document in {qrels}; check that their ids agree")
-    return [r["id"] for r in kept], [r["text"] for r in kept], [grades[r["id"]] for r in kept]
+    return [r["id"] for r in judged], [r["text"] for r in judged], [grades[r["id"]] for r in judged]
 
 
 def evaluate_qrels(
@@ -194,8 +194,8 @@ def evaluate_qrels(
     row_of = {id: row for row, id in enumerate(searcher.passages.ids())}
     absent = -2  # counts towards recall's denominator and is never returned; each absent one needs its own number
     relevant: list[dict[int, float]] = []
-    for found in grades:
-        relevant.append({row_of.get(id, absent - n): grade for n, (id, grade) in enumerate(found.items())})
+    for judged in grades:
+        relevant.append({row_of.get(id, absent - n): grade for n, (id, grade) in enumerate(judged.items())})
     return {"queries": len(texts), "k": k} | compare_modes(searcher, texts, relevant, k=k, seed=seed)
 
 

@@ -1,4 +1,4 @@
-"""Latent semantic analysis: a text's words, folded into the main directions of the passages' word counts.
+"""Latent semantic analysis: a text's term counts, projected onto the main directions of the passages' counts.
 
 Shape letters: N passages, V terms, D latent directions.
 
@@ -56,16 +56,18 @@ class Latent:
             df.update(set(row))
             if n < SAMPLE:
                 sample.append(row)
-            elif (place := rng.randrange(n + 1)) < SAMPLE:  # every passage is kept with the same chance
-                sample[place] = row
+            elif (slot := rng.randrange(n + 1)) < SAMPLE:  # every passage is kept with the same chance
+                sample[slot] = row
             n += 1
         names = list(numbers)
-        kept = [number for number, count in df.most_common(TERMS) if count > 1]  # a term of one passage joins nothing
-        self.terms = {names[number]: place for place, number in enumerate(kept)}
-        self.idf_V = np.array([math.log(1 + (n - df[t] + 0.5) / (df[t] + 0.5)) for t in kept], np.float32)
-        place_of = np.full(len(names), -1, np.int64)
-        place_of[kept] = np.arange(len(kept))
-        x_NV = self._matrix([place_of[np.asarray(row, np.int64)] for row in sample])
+        term_numbers = [
+            number for number, count in df.most_common(TERMS) if count > 1
+        ]  # a term of one passage joins nothing
+        self.terms = {names[number]: column for column, number in enumerate(term_numbers)}
+        self.idf_V = np.array([math.log(1 + (n - df[t] + 0.5) / (df[t] + 0.5)) for t in term_numbers], np.float32)
+        column_of = np.full(len(names), -1, np.int64)
+        column_of[term_numbers] = np.arange(len(term_numbers))
+        x_NV = self._matrix([column_of[np.asarray(row, np.int64)] for row in sample])
         self.map_VD = _directions(x_NV, self.wanted, self.seed).astype(np.float16)
 
     def fit(self, texts: Iterable[str]) -> Latent:
@@ -79,16 +81,16 @@ class Latent:
         return np.asarray(self._matrix(rows) @ self.map_VD.astype(np.float32), np.float32)
 
     def _matrix(self, rows: Sequence[np.ndarray]) -> Any:
-        """Sparse x_NV of rows of term places; negative places are left out."""
+        """Sparse x_NV of rows of term columns; negative columns are left out."""
         from scipy.sparse import csr_matrix
 
         pairs = [np.unique(row[row >= 0], return_counts=True) for row in rows]
-        data = [(1 + np.log(tf)) * self.idf_V[places] for places, tf in pairs]
+        data = [(1 + np.log(tf)) * self.idf_V[columns] for columns, tf in pairs]
         data = [d / np.linalg.norm(d) if len(d) else d for d in data]
         ends = np.cumsum([0, *(len(d) for d in data)])
-        places = np.concatenate([p for p, _ in pairs]) if pairs else np.empty(0, np.int64)
+        columns = np.concatenate([p for p, _ in pairs]) if pairs else np.empty(0, np.int64)
         flat = np.concatenate(data) if data else np.empty(0)
-        return csr_matrix((flat.astype(np.float32), places, ends), shape=(len(rows), len(self.idf_V)))
+        return csr_matrix((flat.astype(np.float32), columns, ends), shape=(len(rows), len(self.idf_V)))
 
     def state(self) -> dict[str, np.ndarray]:
         names = "\n".join(self.terms).encode()  # a term holds no line end
@@ -111,5 +113,5 @@ def _directions(x_NV: Any, dim: int, seed: int) -> np.ndarray:
         q_NR = np.linalg.qr(q_NR)[0]
         q_NR = x_NV @ np.linalg.qr(x_NV.T @ q_NR)[0]
     _, s_R, w_RV = np.linalg.svd((x_NV.T @ np.linalg.qr(q_NR)[0]).T, full_matrices=False)
-    kept = s_R[:dim] > 1e-4 * max(float(s_R[0]), 1e-30)
-    return np.asarray(w_RV[:dim][kept].T)
+    significant = s_R[:dim] > 1e-4 * max(float(s_R[0]), 1e-30)
+    return np.asarray(w_RV[:dim][significant].T)

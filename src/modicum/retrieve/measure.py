@@ -1,4 +1,4 @@
-"""What an index gives for what it takes: recall against queries per second, memory and disk bytes."""
+"""Quality and cost of an index: recall against queries per second, memory and disk bytes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def measure(
 ) -> dict[str, float]:
     """{"recall@K", "queries_per_second", "seconds_per_query", "memory_bytes", "disk_bytes"}.
 
-    truth_QK: the true nearest ids of each query, -1 where there are fewer; recall@K is the share of them found among
-    the first K, the mean over queries. Queries go in blocks of `batch` (all at once if None; 1 for latency); the
-    fastest of `repeats` runs counts. The index is saved once, to a temporary folder, to weigh it.
+    truth_QK: the true nearest ids of each query, -1 where there are fewer; recall@K is the fraction of them among
+    the first K results, the mean over queries. Queries go in blocks of `batch` (all at once if None; 1 for latency);
+    the fastest of `repeats` runs counts. The index is saved once, to a temporary folder, to measure its size.
     """
     n_queries, k = truth_QK.shape
     if len(queries_QD) != n_queries or not n_queries:
@@ -36,10 +36,10 @@ def measure(
     step, best = batch or n_queries, float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        found = [index.search(queries_QD[i : i + step], k, chosen).ids_QK for i in range(0, n_queries, step)]
+        results = [index.search(queries_QD[i : i + step], k, chosen).ids_QK for i in range(0, n_queries, step)]
         best = min(best, time.perf_counter() - start)
-    ids_QK = np.concatenate(found)
-    shares = [
+    ids_QK = np.concatenate(results)
+    recalls = [
         np.isin(truth[truth >= 0], ids).mean()
         for truth, ids in zip(truth_QK, ids_QK, strict=True)
         if (truth >= 0).any()
@@ -48,7 +48,7 @@ def measure(
         index.save(Path(folder) / "index")
         disk = tree_bytes(Path(folder) / "index")
     return {
-        f"recall@{k}": float(np.mean(shares)) if shares else 1.0,
+        f"recall@{k}": float(np.mean(recalls)) if recalls else 1.0,
         "queries_per_second": n_queries / best,
         "seconds_per_query": best / n_queries,
         "memory_bytes": float(index.nbytes()),

@@ -19,11 +19,11 @@ Relevant = Sequence[Mapping[int, float]]
 
 
 def grades(ids_QK: np.ndarray, relevant: Relevant) -> np.ndarray:
-    """grades_QK (float64) of the results; 0 for missing places (id -1) and for unjudged documents."""
+    """grades_QK (float64) of the results; 0 for missing results (id -1) and for unjudged documents."""
     return np.array(
         [
-            [found.get(i, 0.0) if i >= 0 else 0.0 for i in row]
-            for row, found in zip(ids_QK.tolist(), relevant, strict=True)
+            [judged.get(i, 0.0) if i >= 0 else 0.0 for i in row]
+            for row, judged in zip(ids_QK.tolist(), relevant, strict=True)
         ]
     ).reshape(ids_QK.shape)
 
@@ -36,7 +36,7 @@ def reciprocal_ranks(ids_QK: np.ndarray, relevant: Relevant, k: int = 10) -> np.
 
 def recalls(ids_QK: np.ndarray, relevant: Relevant, k: int) -> np.ndarray:
     """recall@k per query, shape (Q,); 0 for a query without a relevant document."""
-    wanted_Q = np.array([sum(g > 0 for g in found.values()) for found in relevant], float)
+    wanted_Q = np.array([sum(g > 0 for g in judged.values()) for judged in relevant], float)
     return (grades(ids_QK[:, :k], relevant) > 0).sum(axis=1) / np.maximum(wanted_Q, 1)
 
 
@@ -44,7 +44,7 @@ def ndcgs(ids_QK: np.ndarray, relevant: Relevant, k: int = 10) -> np.ndarray:
     """nDCG@k per query, shape (Q,); 0 for a query without a relevant document."""
     gain_QK = grades(ids_QK[:, :k], relevant)
     discount = 1 / np.log2(np.arange(2, max(k, gain_QK.shape[1]) + 2))
-    best = [sorted((g for g in found.values() if g > 0), reverse=True)[:k] for found in relevant]
+    best = [sorted((g for g in judged.values() if g > 0), reverse=True)[:k] for judged in relevant]
     ideal_Q = np.array([np.dot(grades, discount[: len(grades)]) for grades in best], float)
     return np.divide(gain_QK @ discount[: gain_QK.shape[1]], ideal_Q, out=np.zeros(len(gain_QK)), where=ideal_Q > 0)
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def indexed_text(passage: Passage, *, withheld: bool = False) -> str:
-    """What is searched of a passage: its title and text.
+    """The text of a passage that is indexed: its title and text.
 
     withheld: the body in place of the text, which is the text without its first sentence; a passage that has no
     summary sentence has nothing to withhold.
@@ -34,13 +34,13 @@ def indexed_text(passage: Passage, *, withheld: bool = False) -> str:
 
 
 def write_passages(path: str | Path, passages: Iterable[Passage]) -> int:
-    """Write a Parquet file whole or not at all; returns the number of rows. A repeated id is a `UserError`."""
+    """Write a Parquet file atomically; returns the number of rows. A repeated id is a `UserError`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema([(name, pa.string()) for name in COLUMNS])
     count = 0
-    seen: set[int] = set()  # 64-bit hashes: eight bytes an id, and no two ids share one in practice
+    seen: set[int] = set()  # 64-bit hashes: eight bytes an id; collisions do not occur in practice
     with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for rows in grouped(passages, ROWS):
             for passage in rows:

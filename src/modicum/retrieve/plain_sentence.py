@@ -1,9 +1,9 @@
 """The common sentence encoder without the library `sentence-transformers`: a transformer, a pooling, unit length.
 
 Most published encoders (all-MiniLM, bge, e5, gte) are a transformer whose last hidden states are averaged over the
-tokens or taken at the first one. Their folders say so in modules.json; for such a folder `transformers` is enough, and
-no optional package needs to be installed. Whatever says more (prompts, dense layers, several poolings) is not opened
-here.
+tokens or taken at the first one. Their folders declare that in modules.json; for such a folder `transformers` is
+enough, and no optional package needs to be installed. Folders that declare more (prompts, dense layers, several
+poolings) are not opened here.
 
 Shape letters: N texts, B batch, T tokens, D width of the model.
 """
@@ -21,7 +21,7 @@ _MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
 class PlainSentence:
-    """`PlainSentence.open(folder)` is None for a folder that says more than a transformer and one pooling."""
+    """`PlainSentence.open(folder)` is None for a folder that declares more than a transformer and one pooling."""
 
     def __init__(self, folder: Path, pooling: str, max_tokens: int | None, device: str):
         from transformers import AutoModel, AutoTokenizer

@@ -1,4 +1,4 @@
-"""A searchable folder: passages, BM25, dense vectors and the encoder that made them.
+"""A searchable folder: passages, BM25, dense vectors and their encoder.
 
     FOLDER/manifest.json      format, counts, settings, size and checksum of every file
            passages.parquet   one row per passage; its number is the id in both indexes
@@ -41,7 +41,7 @@ MAKE = "modicum index SOURCE --out FOLDER"
 
 @dataclass(frozen=True)
 class Hit:
-    """One result. `score` is of the mode searched; `ranks` holds its rank (from 1) in each ranking that found it."""
+    """One result. `score` is of the mode searched; `ranks` maps each ranking that contains it to its rank (from 1)."""
 
     passage: Passage
     score: float
@@ -255,14 +255,14 @@ class Searcher:
         if rows_S is not None and len(rows_S) and not 0 <= rows_S[0] <= rows_S[-1] < len(self):
             wrong = rows_S[-1] if rows_S[0] >= 0 else rows_S[0]
             raise UserError(f"the subset names row {wrong}; rows are 0 to {len(self) - 1}")
-        found: dict[str, Hits] = {}
+        hits_by_mode: dict[str, Hits] = {}
         if mode != "dense":
-            found["bm25"] = self.bm25.search(list(queries), depth, rows_S)
+            hits_by_mode["bm25"] = self.bm25.search(list(queries), depth, rows_S)
         if mode != "bm25" and self.dense is not None:
-            found["dense"] = self.dense.search(self.encoder.encode_queries(queries), depth, rows_S)
+            hits_by_mode["dense"] = self.dense.search(self.encoder.encode_queries(queries), depth, rows_S)
         if mode == "fused":
-            found["fused"] = fusion.fuse([found["bm25"], found["dense"]], k)
-        return found
+            hits_by_mode["fused"] = fusion.fuse([hits_by_mode["bm25"], hits_by_mode["dense"]], k)
+        return hits_by_mode
 
     def rank(
         self, queries: Sequence[str], k: int, mode: str | None = None, subset: Iterable[int] | None = None
@@ -276,13 +276,13 @@ class Searcher:
         """The k best passages for a query, best first; fewer when fewer match. `subset`: row numbers to search in."""
         if not query.strip():
             raise UserError("the query is empty; write what to look for")
-        found = self.rankings([query], k, mode, subset)
+        hits_by_mode = self.rankings([query], k, mode, subset)
         ranks: dict[int, dict[str, int]] = {}
-        for name, hits in found.items():
+        for name, hits in hits_by_mode.items():
             for rank, row in enumerate(hits.ids_QK[0].tolist(), 1):
                 if row >= 0 and name != "fused":
                     ranks.setdefault(row, {})[name] = rank
-        best = found[mode or self.modes[-1]]
+        best = hits_by_mode[mode or self.modes[-1]]
         return [
             Hit(self.passages[row], float(score), ranks.get(row, {}))
             for row, score in zip(best.ids_QK[0].tolist(), best.scores_QK[0], strict=True)

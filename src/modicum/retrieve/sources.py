@@ -1,4 +1,4 @@
-"""Passages from whatever a user points at: a curated folder, a judged collection, or anything the readers read."""
+"""Passages from a curated folder, a judged collection, or any source that `data.readers` reads."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def _read(source: str, skipped: dict[str, int]) -> Iterator[Document]:
 
     config, reasons = ReadConfig(), Counter[str]()
     for unit in find(source, config):
-        for found in read(unit, config):
-            if isinstance(found, Document):
-                yield found
+        for item in read(unit, config):
+            if isinstance(item, Document):
+                yield item
             else:
-                reasons[found.reason] += 1
+                reasons[item.reason] += 1
                 skipped.update(reasons)
 
 

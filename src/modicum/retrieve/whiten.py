@@ -5,10 +5,10 @@ Shape letters: N vectors, E dimensions before, D after.
     mean, C = mean and covariance of the vectors          C = U diag(s) U^T, s falling
     y = diag((s + floor)^(-power / 2)) U^T (x - mean)     the first `remove` columns of U left out
 
-`dims` keeps the leading ones only. power 0 rotates only, 1 whitens fully: every direction then counts alike
-(Su et al. 2021, arXiv:2103.15316). `remove` drops the directions that all vectors share (Mu and Viswanath
-2018, arXiv:1702.01417). The floor, a share `shrink` of the mean of s, keeps directions that are all noise
-from being blown up, as with fewer vectors than dimensions.
+`dims` keeps the leading ones only. power 0 rotates only, 1 whitens fully: every direction then has equal weight
+(Su et al. 2021, arXiv:2103.15316). `remove` drops the components common to all vectors (Mu and Viswanath
+2018, arXiv:1702.01417). The floor, `shrink` times the mean of s, keeps directions that are only noise from
+being amplified, as with fewer vectors than dimensions.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Whitener:
             raise UserError("there is nothing to fit the encoder on; give at least one passage")
         covariance_EE = sum_EE / n - np.outer(sum_E / n, sum_E / n)
         values, vectors = np.linalg.eigh(covariance_EE)
-        kept = slice(self.remove, None if self.dims is None else self.remove + self.dims)
-        values, vectors = np.maximum(values[::-1], 0)[kept], vectors[:, ::-1][:, kept]
+        leading = slice(self.remove, None if self.dims is None else self.remove + self.dims)
+        values, vectors = np.maximum(values[::-1], 0)[leading], vectors[:, ::-1][:, leading]
         if not len(values):
             raise UserError(f"remove={self.remove} leaves none of {len(sum_E)} dimensions; remove fewer")
         floor = max(self.shrink * values.mean(), 1e-12)  # vectors that are all alike become zeros, not noise

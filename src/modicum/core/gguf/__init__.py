@@ -135,7 +135,7 @@ class GgufFile:
 
 
 class _Cursor:
-    """A place in the mapped file. No reference to a `GgufFile`: the map must go as soon as its last tensor does."""
+    """A read offset in the mapped file. No reference to a `GgufFile`: the map is released with its last tensor."""
 
     def __init__(self, data: Any, at: int = 0):
         self.data, self.at = data, at
@@ -193,14 +193,14 @@ class _Cursor:
             return list(struct.unpack_from(form, self.data, self.at - struct.calcsize(form)))
         if inner != _STRING:
             return [self.value(inner) for _ in range(count)]
-        found = []  # hundreds of thousands in a vocabulary
+        texts = []  # hundreds of thousands in a vocabulary
         at, data, length = self.at, self.data, struct.Struct("<Q").unpack_from
         for _ in range(count):
             end = at + 8 + length(data, at)[0]
-            found.append(data[at + 8 : end].decode("utf-8", "replace"))
+            texts.append(data[at + 8 : end].decode("utf-8", "replace"))
             at = end
         self.at = at
-        return found
+        return texts
 
 
 class _Metadata(Mapping[str, Any]):

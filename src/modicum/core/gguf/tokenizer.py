@@ -65,13 +65,13 @@ def tokenizer_of(file: GgufFile) -> Any:
 
 def tokenizer_settings(file: GgufFile) -> dict[str, Any]:
     """tokenizer_config.json: the special tokens by name, and what is put around a prompt."""
-    texts, found = _texts(file), {}
+    texts, settings = _texts(file), {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         number = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        found[f"{name}_token"] = texts[number] if number is not None and number < len(texts) else None
+        settings[f"{name}_token"] = texts[number] if number is not None and number < len(texts) else None
     bos, eos = _ends(file)
     length = file.metadata.get(f"{file.architecture}.context_length")
-    return found | {
+    return settings | {
         "add_bos_token": bos,
         "add_eos_token": eos,
         "clean_up_tokenization_spaces": False,
@@ -83,12 +83,12 @@ def tokenizer_settings(file: GgufFile) -> dict[str, Any]:
 def stop_ids(file: GgufFile) -> list[int]:
     """Tokens that end an answer: the end of text, and the end of a turn where that is another."""
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    found = [file.metadata.get(f"tokenizer.ggml.{key}") for key in keys]
+    ids = [file.metadata.get(f"tokenizer.ggml.{key}") for key in keys]
     # Files made before there was a key for the end of a turn: llama.cpp knows it by these names.
     texts = file.metadata.get("tokenizer.ggml.tokens", ())
     index = {text: i for i, text in enumerate(texts)}
-    found += [index.get(text) for text in ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")]
-    return list(dict.fromkeys(i for i in found if i is not None))
+    ids += [index.get(text) for text in ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")]
+    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def _texts(file: GgufFile) -> list[str]:
@@ -124,11 +124,11 @@ def _add_ends(backend: Any, file: GgufFile, texts: list[str], kind: str) -> None
         steps.append(processors.ByteLevel(trim_offsets=False))
     if any(ends):
         bos, eos = ([f"{end[0]}:{{}}"] if end else [] for end in ends)
-        one = [*bos, "$A:{}", *eos]
+        template = [*bos, "$A:{}", *eos]
         steps.append(
             processors.TemplateProcessing(
-                single=[part.format(0) for part in one],
-                pair=[part.format(0) for part in one] + [part.replace("$A", "$B").format(1) for part in one],
+                single=[item.format(0) for item in template],
+                pair=[item.format(0) for item in template] + [item.replace("$A", "$B").format(1) for item in template],
                 special_tokens=list(dict.fromkeys(end for end in ends if end)),
             )
         )
@@ -197,12 +197,12 @@ def _implied_merges(
     mergeable = [i for i, type_ in enumerate(types) if type_ in (NORMAL, USER_DEFINED)]
     usable = {texts[i] for i in mergeable}
     order = sorted(mergeable, key=lambda i: (types[i] != USER_DEFINED, -scores[i]))
-    found = []
+    merges = []
     for i in order:
         text = texts[i]
         pairs = [
             (text[:cut], text[cut:]) for cut in range(1, len(text)) if text[:cut] in usable and text[cut:] in usable
         ]
         pairs.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-        found += pairs
-    return found
+        merges += pairs
+    return merges

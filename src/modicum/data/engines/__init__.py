@@ -1,4 +1,4 @@
-"""Engines: where the pipeline's tasks run. Both give the same output, for a task writes files of its own.
+"""Engines: where the pipeline's tasks run. Both give the same output, because a task writes its own files.
 
 A task is a function's name and a JSON-able argument, so nothing is pickled and any process can run it.
 """

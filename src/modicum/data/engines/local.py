@@ -1,6 +1,6 @@
 """The local engine: tasks in this process, or in worker processes on this machine.
 
-Workers are fresh interpreters spoken to by JSON lines: no fork of a process with threads, no pickling,
+Workers are fresh interpreters that exchange JSON lines: no fork of a process with threads, no pickling,
 no second import of the user's script; the same from a notebook, a script or the command line.
 """
 
@@ -109,5 +109,5 @@ class Local:
 
 
 def died(code: int, i: int) -> str:
-    why = "killed, most likely for want of memory" if code == -9 else f"ended with code {code}"
+    why = "killed, most likely because memory ran out" if code == -9 else f"ended with code {code}"
     return f"a worker process was {why} in task {i}; use fewer processes, then type the same command again"

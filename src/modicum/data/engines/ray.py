@@ -1,6 +1,6 @@
 """The ray engine: tasks as rows of a Ray Data set, on this machine or on the cluster RAY_ADDRESS names.
 
-On a cluster the source and the output folder must lie on a file system that all nodes share.
+On a cluster the source and the output folder must be on a file system that all nodes can read and write.
 """
 
 from __future__ import annotations

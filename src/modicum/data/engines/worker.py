@@ -42,7 +42,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that open files are cleaned up
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever prints must not stand among the replies
+    os.dup2(2, 1)  # printed text must not mix with the replies
     for line in sys.stdin:
         request = json.loads(line)
         replies.write(json.dumps(execute(request["function"], request["task"])) + "\n")

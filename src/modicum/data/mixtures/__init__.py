@@ -13,8 +13,8 @@ BASELINE = "natural"
 class Mixture(Method):
     """Constructed as `cls(config, sizes)`, sizes = {domain: predictions one epoch of it offers}.
 
-    The stream turns weights into an order without luck: it always draws from the domain that is
-    furthest behind its share, so the shares hold at every moment to within one document.
+    The stream draws deterministically (deficit round robin): always from the domain furthest behind its weight,
+    so the proportions are exact at every moment to within one document.
     """
 
     def __init__(self, config: Any, sizes: Mapping[str, int]):

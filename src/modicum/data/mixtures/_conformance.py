@@ -27,7 +27,7 @@ def check_weights(key: str) -> None:
 
 def check_pure(key: str) -> None:
     """Weights depend on done and total alone, so that a resumed run draws what the first would have drawn."""
-    one, two = _make(key), _make(key)
-    forwards = [one.weights(done, 10_000) for done in range(0, 10_001, 500)]
-    backwards = [two.weights(done, 10_000) for done in range(10_000, -1, -500)]
+    first, second = _make(key), _make(key)
+    forwards = [first.weights(done, 10_000) for done in range(0, 10_001, 500)]
+    backwards = [second.weights(done, 10_000) for done in range(10_000, -1, -500)]
     assert forwards == backwards[::-1], f"{key}: weights depend on what was asked before"

@@ -1,4 +1,4 @@
-"""port step: what is done to documents between reading and tokenizing: keep, rewrite or drop."""
+"""port step: document filters, rewriters and deduplication between reading and tokenizing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BASELINE = "keep"
 
 @dataclass(frozen=True)
 class Context:
-    """What a step may know of the run."""
+    """Properties of the run that a step may use."""
 
     seed: int = 0
 
@@ -24,10 +24,10 @@ class Context:
 class Step(Method):
     """Constructed as `cls(config)`.
 
-    A step of scope "document" looks at one document at a time: it writes `each` (or `run`, for a stream).
-    One of scope "corpus" compares documents: `signatures` describes each in a row of fixed width, in any
-    process; `decide` sees all rows in reading order, in one place, and names those to drop. Neither may
-    depend on how documents are batched or on Python's hash(); the pipeline counts, times and keeps drops.
+    A step of scope "document" processes one document at a time: it defines `each` (or `run`, for a stream).
+    One of scope "corpus" compares documents: `signatures` describes each by a row of fixed width, in any
+    process; `decide` gets all rows in reading order, in one process, and names those to drop. Neither may
+    depend on how documents are batched or on Python's hash(); the pipeline counts, times and logs drops.
     """
 
     scope: ClassVar[Literal["document", "corpus"]] = "document"
@@ -39,7 +39,7 @@ class Step(Method):
         """Called once in each process before its first document."""
 
     def each(self, document: Document) -> Iterable[Document | Drop]:
-        """What becomes of one document: itself, others instead, or drops with a reason."""
+        """The output for one document: itself, others instead, or drops with a reason."""
         raise NotImplementedError
 
     def signatures(self, documents: Sequence[Document]) -> np.ndarray:
@@ -51,16 +51,16 @@ class Step(Method):
         raise NotImplementedError
 
     def run(self, documents: Iterable[Document]) -> Iterator[Document | Drop]:
-        """The step over a stream of documents; a corpus step holds them all."""
+        """The step over a stream of documents; a corpus step collects them all."""
         if self.scope == "document":
             for document in documents:
                 yield from self.each(document)
             return
-        held = list(documents)
-        drops = self.decide(self.signatures(held), [d.id for d in held])
-        for i, document in enumerate(held):
+        collected = list(documents)
+        drops = self.decide(self.signatures(collected), [d.id for d in collected])
+        for i, document in enumerate(collected):
             yield Drop(document.id, *drops[i]) if i in drops else document
 
     def close(self) -> dict[str, float]:
-        """Figures of the step's own, summed over processes. Called after the last document."""
+        """Counters of the step, summed over processes. Called after the last document."""
         return {}

@@ -3,7 +3,7 @@
     J(A, B)   = |A and B| / |A or B|             over the sets of word n-grams of two documents
     s_k(A)    = min over x in A of h_k(x)        P[s_k(A) = s_k(B)] = J(A, B)
     candidate : all r rows equal in one of b bands, with probability 1 - (1 - J^r)^b
-    drop j    : if the share of equal s_k with a kept candidate i < j is at least the threshold
+    drop j    : if the fraction of equal s_k with a kept candidate i < j is at least the threshold
 
 Broder 1997 ("On the resemblance and containment of documents"); for language models Lee et al. 2022
 (arXiv:2107.06499, appendix A: 5-grams, Jaccard 0.8). Departs from them: bands and rows are
@@ -87,14 +87,14 @@ class MinHash(Step):
 
     def _shared_buckets(self, signatures_NK: np.ndarray) -> dict[int, list[tuple[int, int]]]:
         """row -> its (band, value) buckets that at least one other row is in."""
-        found: dict[int, list[tuple[int, int]]] = {}
+        shared: dict[int, list[tuple[int, int]]] = {}
         for band in range(self.bands):
-            part = np.ascontiguousarray(signatures_NK[:, band * self.rows : (band + 1) * self.rows])
-            values = mix(combine(part.astype(np.uint64)))
+            band_rows = np.ascontiguousarray(signatures_NK[:, band * self.rows : (band + 1) * self.rows])
+            values = mix(combine(band_rows.astype(np.uint64)))
             _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
             for row in np.flatnonzero(counts[inverse] > 1):
-                found.setdefault(int(row), []).append((band, int(inverse[row])))
-        return found
+                shared.setdefault(int(row), []).append((band, int(inverse[row])))
+        return shared
 
 
 @cache
@@ -104,7 +104,7 @@ def bands_and_rows(threshold: float, permutations: int) -> tuple[int, int]:
     best = (np.inf, 1, permutations)
     for rows in range(1, permutations + 1):
         bands = permutations // rows
-        found = 1 - (1 - grid**rows) ** bands
-        wrong = (found[grid < threshold].sum() + (1 - found[grid >= threshold]).sum()) / len(grid)
+        recall = 1 - (1 - grid**rows) ** bands
+        wrong = (recall[grid < threshold].sum() + (1 - recall[grid >= threshold]).sum()) / len(grid)
         best = min(best, (float(wrong), bands, rows))
     return best[1], best[2]

@@ -1,4 +1,4 @@
-"""normalise: one way to write each text: Unicode form, line ends, control characters, trailing space.
+"""normalise: canonical text: Unicode form, line ends, control characters, trailing space.
 
     text -> NFC -> "\\n" line ends -> no control characters but tab and newline -> no trailing space
          -> at most `blank_lines` empty lines in a row

@@ -1,4 +1,4 @@
-"""quality: drop what is hardly language, or hardly code, by cheap counts.
+"""quality: drop documents that are hardly language, or hardly code, by cheap counts.
 
 Prose, each bound from Rae et al. 2021 (Gopher, arXiv:2112.11446, section A1.1 and table A1):
 
@@ -76,8 +76,8 @@ class Config:
     repetition_words: int = 200
     max_line: int = 1000  # code: characters
     mean_line: float = 100.0  # code: characters
-    alphanumeric: float = 0.25  # code: share of characters
-    generated: bool = True  # code: drop what says in its first lines that a program wrote it
+    alphanumeric: float = 0.25  # code: fraction of characters
+    generated: bool = True  # code: drop files whose first lines say that they are generated
 
 
 class Quality(Step):
@@ -156,9 +156,9 @@ def _repetition(text: str, lines: list[str], hashes: np.ndarray, letters: np.nda
         again = [u for u in units if u in seen or seen.add(u)]  # type: ignore[func-returns-value]
         if len(again) > 0.3 * len(units):
             yield f"duplicate-{name}", f"{len(again) / len(units):.0%} of {name}"
-        share = sum(map(len, again)) / max(sum(map(len, units)), 1)
-        if share > 0.2:
-            yield f"duplicate-{name}", f"{share:.0%} of characters"
+        fraction = sum(map(len, again)) / max(sum(map(len, units)), 1)
+        if fraction > 0.2:
+            yield f"duplicate-{name}", f"{fraction:.0%} of characters"
     total = max(int(letters.sum()), 1)
     for n, bound in {**TOP, **DUPLICATE}.items():
         if len(hashes) < n:
@@ -169,14 +169,14 @@ def _repetition(text: str, lines: list[str], hashes: np.ndarray, letters: np.nda
             return  # longer ones do not repeat either
         if n in TOP:
             at = int(np.argmax(inverse == np.argmax(counts)))
-            share = float(counts.max() * letters[at : at + n].sum() / total)
+            fraction = float(counts.max() * letters[at : at + n].sum() / total)
             name = "top-ngram"
         else:
             covered = _covered(np.flatnonzero(counts[inverse] > 1), n, len(hashes))
-            share = float(letters[covered].sum() / total)
+            fraction = float(letters[covered].sum() / total)
             name = "duplicate-ngrams"
-        if share > bound:
-            yield name, f"{share:.0%} of characters, n = {n}"
+        if fraction > bound:
+            yield name, f"{fraction:.0%} of characters, n = {n}"
 
 
 def _covered(starts: np.ndarray, n: int, count: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """score: give each document a quality between 0 and 1, and drop none.
 
-For an order of the data by quality (`data.stream`, order="quality"). The mean of four shares, each of which filters in
-use put a bound on; here they are kept as a figure instead of a yes or no:
+For an order of the data by quality (`data.stream`, order="quality"). The mean of four fractions, each of which
+published filters put a bound on; here they form a score instead of a decision:
 
     letters   words with a letter (code: letters and digits among what is not space)
     fresh     characters outside lines that stood there before
@@ -47,7 +47,7 @@ class Score(Step):
         yield document
 
     def score(self, text: str, code: bool) -> float:
-        """The mean of the four shares; 0 for a text without words."""
+        """The mean of the four fractions; 0 for a text without words."""
         words = text.split()
         if not words:
             return 0.0

@@ -1,4 +1,4 @@
-"""port index: the nearest vectors by inner product; built from a stream, added to, removed from, searched in a subset.
+"""port index: nearest-neighbour search by inner product, with streaming builds, updates and subsets.
 
 Shape letters: N vectors, Q queries, K results, D dimensions. Encoders give unit vectors, so the inner product
 is the cosine. An index on disk is a folder: `index.json` (method, knobs, checksums) and the method's own files,
@@ -32,7 +32,7 @@ Block = tuple[np.ndarray, np.ndarray]  # ids_N int64, vectors_ND float32
 
 @dataclass(frozen=True)
 class Hits:
-    """Results of Q queries, best first; places without a result hold id -1 and score -inf."""
+    """Results of Q queries, best first; missing results have id -1 and score -inf."""
 
     ids_QK: np.ndarray  # int64
     scores_QK: np.ndarray  # float32
@@ -43,9 +43,9 @@ class Hits:
 
 
 class Index(registry.Method):
-    """Base of every index. A method writes `_build`, `_add`, `_remove`, `_search`, `_write`, `_read`, `cost`.
+    """Base of every index. A method defines `_build`, `_add`, `_remove`, `_search`, `_write`, `_read`, `cost`.
 
-    The public calls check their input once here, so a method meets only fresh, unique, non-negative int64 ids
+    The public calls check their input once here, so a method gets only new, unique, non-negative int64 ids
     and finite, C-contiguous float32 vectors of the index's own width.
     """
 
@@ -58,7 +58,7 @@ class Index(registry.Method):
         return len(self.ids_N)
 
     def build(self, stream: Iterable[Block], budget: Budget | None = None) -> None:
-        """Fill an empty index from blocks of (ids_N, vectors_ND); the stream is read once and never held whole.
+        """Fill an empty index from blocks of (ids_N, vectors_ND); the stream is read once and never collected.
 
         Raises `BudgetError`, before taking the block that would not fit, when `cost` exceeds the budget.
         """
@@ -88,14 +88,14 @@ class Index(registry.Method):
             self._add(ids_N, vectors_ND)
 
     def remove(self, ids: Iterable[int]) -> int:
-        """Forget these ids; those not stored are passed over. Returns how many were removed."""
+        """Remove these ids; those not stored are skipped. Returns how many were removed."""
         gone_N = np.isin(self.ids_N, np.fromiter(ids, np.int64))
         if gone_N.any():
             self._remove(gone_N)
         return int(gone_N.sum())
 
     def search(self, queries_QD: np.ndarray, k: int, subset: Iterable[int] | None = None) -> Hits:
-        """The k nearest of every query, best first, among `subset` (ids) if given. See `Hits` for missing places."""
+        """The k nearest of every query, best first, among `subset` (ids) if given. See `Hits` for missing results."""
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
         if k < 1:
             raise UserError(f"k={k} is not a number of results; ask for 1 or more")
@@ -113,7 +113,7 @@ class Index(registry.Method):
         return Hits(ids_QK.astype(np.int64), np.where(missing_QK, -np.inf, scores_QK).astype(np.float32))
 
     def save(self, path: str | Path) -> None:
-        """Write the folder `path`, whole or not at all."""
+        """Write the folder `path` atomically."""
         info = next(m for m in registry.methods("index").values() if m.module == type(self).__module__)
         with files.atomic_directory(path) as folder:
             np.save(folder / "ids.npy", self.ids_N)
@@ -166,7 +166,7 @@ class Index(registry.Method):
 
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes that searching needs at hand: vectors, links, ids; memory-mapped ones count too."""
+        """Bytes that a search reads: vectors, links, ids; memory-mapped ones count too."""
 
     @abstractmethod
     def _build(self, stream: Iterator[Block]) -> None:

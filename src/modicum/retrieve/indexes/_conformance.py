@@ -46,13 +46,13 @@ def _truth(ids_N: np.ndarray, vectors_ND: np.ndarray, queries_QD: np.ndarray, k:
     return hits
 
 
-def _same(found: Hits, true: Hits, what: str) -> None:
-    assert found.ids_QK.dtype == np.int64 and found.scores_QK.dtype == np.float32, f"{what}: wrong types"
-    assert found.ids_QK.shape == true.ids_QK.shape, f"{what}: shape {found.ids_QK.shape}, not {true.ids_QK.shape}"
-    assert np.array_equal(found.ids_QK, true.ids_QK), f"{what}: not the true neighbours in their order"
-    assert np.array_equal(np.isneginf(found.scores_QK), true.ids_QK < 0), f"{what}: -inf must mark what is missing"
+def _same(actual: Hits, true: Hits, what: str) -> None:
+    assert actual.ids_QK.dtype == np.int64 and actual.scores_QK.dtype == np.float32, f"{what}: wrong types"
+    assert actual.ids_QK.shape == true.ids_QK.shape, f"{what}: shape {actual.ids_QK.shape}, not {true.ids_QK.shape}"
+    assert np.array_equal(actual.ids_QK, true.ids_QK), f"{what}: not the true neighbours in their order"
+    assert np.array_equal(np.isneginf(actual.scores_QK), true.ids_QK < 0), f"{what}: -inf must mark what is missing"
     real = true.ids_QK >= 0
-    assert np.allclose(found.scores_QK[real], true.scores_QK[real], atol=1e-5), f"{what}: scores are off"
+    assert np.allclose(actual.scores_QK[real], true.scores_QK[real], atol=1e-5), f"{what}: scores are off"
 
 
 def check_exhaustive_is_exact(key: str) -> None:

@@ -2,10 +2,10 @@
 
     score(q, x) = q . x        top k over all stored x
 
-The truth that other indexes are measured against. `faiss` scans the vectors block by block with SIMD or BLAS
+The ground truth for other indexes. `faiss` scans the vectors block by block with SIMD or BLAS
 (the kernel of its `IndexFlatIP`), straight from a memory-mapped file, so a saved index of any size opens at
-once and needs no more memory than the pages it touches. A build spills to an unnamed temporary file and holds
-one block. A subset is gathered and scanned in blocks: its time grows with the subset, not with the index.
+once and needs no more memory than the pages it touches. A build spills to an unnamed temporary file and keeps
+one block in memory. A subset is gathered and scanned in blocks: its time grows with the subset, not with the index.
 
 Douze et al. 2024, arXiv:2401.08281 (faiss). `add` and `remove` copy the vectors: O(N D) each; give them in batches.
 """
@@ -71,9 +71,9 @@ class Exact(Index):
         best_scores = np.full((len(queries_QD), k), -np.inf, np.float32)
         for start in range(0, len(rows_S), self.config.block):
             rows_B = rows_S[start : start + self.config.block]
-            found_QK, scores_QK = top_rows(queries_QD, np.ascontiguousarray(self.vectors_ND[rows_B]), k)
-            rows_QK = np.where(found_QK < 0, -1, rows_B[found_QK])
-            scores = np.concatenate([best_scores, np.where(found_QK < 0, -np.inf, scores_QK)], axis=1)
+            nearest_QK, scores_QK = top_rows(queries_QD, np.ascontiguousarray(self.vectors_ND[rows_B]), k)
+            rows_QK = np.where(nearest_QK < 0, -1, rows_B[nearest_QK])
+            scores = np.concatenate([best_scores, np.where(nearest_QK < 0, -np.inf, scores_QK)], axis=1)
             rows = np.concatenate([best_rows, rows_QK], axis=1)
             order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
             best_rows, best_scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
