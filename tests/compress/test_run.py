@@ -156,9 +156,9 @@ def test_verb(stored, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
             tmp_path / "curated" / "documents" / f"{side}-00000.parquet",
             (Document(str(i), f"text number {i} " * 60) for i in range(n)),
         )
-    verb(str(folder), tmp_path / "out", yardstick=tmp_path / "curated", as_json=True)
-    told = json.loads(capsys.readouterr().out)
-    assert told["ratio"] > 1 and told["yardsticks"]["xz -9"] < 8
+    verb(str(folder), tmp_path / "out", baselines=tmp_path / "curated", as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ratio"] > 1 and printed["baselines"]["xz -9"] < 8
     verb(str(folder), tmp_path / "out2", form="int8")
     assert "bits per weight" in capsys.readouterr().out
 

@@ -1,7 +1,7 @@
-"""Room cli: one file per verb, found by its place; importing this room imports no torch.
+"""Room cli: one file per command; importing this room imports no torch.
 
-A verb is `cli/VERB.py`: its docstring's first line is its help, its function of the same name its
-command (a Typer function). `modicum --help` reads the first lines only; a verb is imported when typed.
+A command ("verb") is `cli/VERB.py`: its docstring's first line is its help, its function of the same name a
+Typer function. `modicum --help` reads the first lines only; a verb is imported when it is used.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ ORDER = (
 
 
 def verbs() -> list[str]:
-    found = [p.stem for p in HERE.glob("*.py") if not p.stem.startswith("_")]
-    return sorted(found, key=lambda v: (ORDER.index(v) if v in ORDER else len(ORDER), v))
+    names = [p.stem for p in HERE.glob("*.py") if not p.stem.startswith("_")]
+    return sorted(names, key=lambda v: (ORDER.index(v) if v in ORDER else len(ORDER), v))
 
 
 class Verbs(TyperGroup):
-    """Loads a verb's module only when that verb is asked for."""
+    """Imports a verb's module only when that verb is used."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return verbs()
@@ -105,7 +105,7 @@ def main() -> None:
         print(f"modicum: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("\nmodicum: stopped; finished work is kept, the same command goes on from there", file=sys.stderr)
+        print("\nmodicum: stopped; finished work is kept, the same command resumes it", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)

@@ -85,9 +85,11 @@ class IndexGrounding:
         turns = [m for m in earlier if m["role"] != "system"]
         answer = min(max_tokens or self._context // 4, self._context // 2)
         budget = min(prompt_budget_for(k), self._context - answer - sum(self._count(m["content"]) + 8 for m in turns))
-        (instructions, asked), sources, _ = compose(question, self._hits(question, k), budget, self._count, system)
-        asked["content"] = self._plain(asked["content"])  # a passage must not open a turn of its own
-        return [instructions, *turns, asked], [
+        (instructions, user_message), sources, _ = compose(
+            question, self._hits(question, k), budget, self._count, system
+        )
+        user_message["content"] = self._plain(user_message["content"])  # a passage must not open a turn of its own
+        return [instructions, *turns, user_message], [
             {name: getattr(s, name) for name in ("number", "id", "title", "source", "excerpt", "score")}
             for s in sources
         ]

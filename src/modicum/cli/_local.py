@@ -1,4 +1,4 @@
-"""Answering with a model folder in this process: joins the serving engine to whoever wants text for messages."""
+"""Generation with a model folder in this process: the serving engine as a `Generate` callable."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def local_generator(
 
     def generate(messages: Messages, on_text: Callable[[str], None]) -> Generated:
         ids = prompt_ids(tokenizer, messages)
-        pieces: list[str] = []
+        chunks: list[str] = []
         count = 0
         for update in engine.stream(ids, params):
             count += len(update.tokens)
             if update.text:
-                pieces.append(update.text)
+                chunks.append(update.text)
                 on_text(update.text)
-        return Generated("".join(pieces), len(ids), count)
+        return Generated("".join(chunks), len(ids), count)
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text, specials=False))
@@ -46,7 +46,7 @@ def local_generator(
 def served_decoder(
     folder: Path, form: str | None, adapter: str | None, size: str | None, dtype: str | None, device: str
 ) -> Any:
-    """The model as it is served: adapter attached (merged if a form follows), weights in the form asked for."""
+    """The model as it is served: adapter attached (merged if `form` is given), weights converted to `form`."""
     from modicum.adapt.load import load_adapted
 
     return load_adapted(folder, adapter=adapter or None, form=form or None, dtype=dtype, device=device, size=size)

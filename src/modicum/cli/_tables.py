@@ -1,4 +1,4 @@
-"""What `modicum bench` prints: comparisons, what is to be done, engines beside each other."""
+"""Tables that `modicum bench` prints: comparisons, missing and stale records, engines side by side."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def rows(rows: list[Row]) -> None:
 
 
 def todo(port: str, tier: str, missing: list[str], stale: list[Stale], as_json: bool) -> None:
-    """What `--missing` and `--stale` would measure."""
+    """The choices that `--missing` and `--stale` would measure."""
     if as_json:
         old = [
             {"choice": s.choice, "lab": s.lab.id, "tier": s.lab.tier, "seeds": s.seeds, "time": s.time} for s in stale
@@ -67,22 +67,22 @@ def todo(port: str, tier: str, missing: list[str], stale: list[Stale], as_json: 
         print(f"{port}: nothing to measure")
 
 
-def engine(found: dict[str, Any]) -> None:
-    """What `bench engine` measured."""
+def engine(result: dict[str, Any]) -> None:
+    """The results of `bench engine`."""
     table = Table("engine", "column", "tokens/s", "spread", "ratio", box=None, pad_edge=False, header_style="bold")
-    for row in sorted(found["rows"], key=lambda r: (r["column"], -r["tokens_per_s"])):
+    for row in sorted(result["rows"], key=lambda r: (r["column"], -r["tokens_per_s"])):
         ratio = "—" if row["ratio"] is None else f"{row['ratio']:.2f}"
         table.add_row(row["engine"], row["column"], f"{row['tokens_per_s']:.1f}", f"{row['spread']:.0%}", ratio)
-    for name, why in found["skipped"].items():
+    for name, why in result["skipped"].items():
         table.add_row(name, f"left out: {why}", "—", "—", "—")
-    print(f"{found['model']['name']}, {found['model']['parameters'] / 1e6:.0f}M parameters")
+    print(f"{result['model']['name']}, {result['model']['parameters'] / 1e6:.0f}M parameters")
     Console(width=110, highlight=False).print(table)
-    reached = ", ".join(f"{form} {share:.0%}" for form, share in found["share_of_read"].items())
-    read = found["ceilings"]["read_bytes_per_s"] / 1e9
-    print(f"memory is read at {read:.1f} GB/s; decoding reaches of it: {reached}")
-    print(f"bfloat16 products at {found['ceilings']['matmul_bfloat16_flop_per_s'] / 1e9:.0f} GFLOP/s")
-    print(f"kernels: {found['native']}; threads: {found['threads']}")
-    if checks := found["checks"]:
+    reached = ", ".join(f"{form} {fraction:.0%}" for form, fraction in result["share_of_read"].items())
+    read = result["ceilings"]["read_bytes_per_s"] / 1e9
+    print(f"memory bandwidth {read:.1f} GB/s; decoding reaches of it: {reached}")
+    print(f"bfloat16 products at {result['ceilings']['matmul_bfloat16_flop_per_s'] / 1e9:.0f} GFLOP/s")
+    print(f"kernels: {result['native']}; threads: {result['threads']}")
+    if checks := result["checks"]:
         errors = ", ".join(f"{name} {error:.2g}" for name, error in checks["bf16_logit_error"].items())
         print(f"greedy float32 tokens equal to transformers': {checks['float32_tokens_equal']}; logit error: {errors}")
         if eight := checks["eight_bit_logit_error"]:

@@ -20,11 +20,11 @@ def ask(
     k: Annotated[int, typer.Option("-k", help="Passages to ground on; more for a larger model.")] = 1,
     mode: Annotated[str | None, typer.Option(help="bm25, dense or fused (if there is an encoder).")] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(help="Longest prompt with its sources; 40, and 160 for each passage, if left out.")
+        int | None, typer.Option(help="Maximum prompt tokens, sources included; default: 40 + 160 per passage.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-    encoder: Annotated[str | None, typer.Option(help="Where the encoder's model is now, if it moved.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of the answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    encoder: Annotated[str | None, typer.Option(help="New path of the encoder's model, if it moved.")] = None,
     device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -34,7 +34,7 @@ def ask(
     from modicum.retrieve.search import Searcher
 
     if not url and not model:
-        raise UserError("nobody is named to write the answer; add --model FOLDER, or --url http://HOST:PORT/v1")
+        raise UserError("no model to write the answer; add --model FOLDER, or --url http://HOST:PORT/v1")
     searcher = Searcher(index, device=device, model=encoder)
     count = None
     if url:
@@ -45,17 +45,17 @@ def ask(
         generate, count, context = local_generator(
             str(model), max_tokens=max_tokens, temperature=temperature, device=device
         )
-        room = context - max_tokens
-        if prompt_tokens is not None and prompt_tokens > room:
+        prompt_limit = context - max_tokens
+        if prompt_tokens is not None and prompt_tokens > prompt_limit:
             raise UserError(
                 f"--prompt-tokens {prompt_tokens} and --max-tokens {max_tokens} exceed the model's context "
                 f"of {context}; their sum must stay within it"
             )
-        prompt_tokens = prompt_tokens or min(ground.prompt_budget_for(k), room)
+        prompt_tokens = prompt_tokens or min(ground.prompt_budget_for(k), prompt_limit)
 
-    def show(piece: str) -> None:
+    def show(chunk: str) -> None:
         if not as_json:
-            sys.stdout.write(piece)
+            sys.stdout.write(chunk)
             sys.stdout.flush()
 
     answer = ground.ask(
@@ -68,9 +68,9 @@ def ask(
     for source in answer.sources:
         print(f" {'*' if source.cited else ' '}[{source.number}] {source.title or source.id}  ({source.source})")
     if answer.attributed:
-        print("The model cited nothing; the marks were added where a source contains the answer's words.")
+        print("The model cited nothing; citations were added where a source contains the answer's words.")
     elif not answer.citations and answer.sources:
-        print("The answer cites nothing, and no source contains its words: distrust it.")
+        print("The answer cites nothing, and no source contains its words: verify it.")
     if answer.unknown_citations:
-        print(f"The answer also cites {answer.unknown_citations}, which are not sources: distrust those statements.")
+        print(f"The answer also cites {answer.unknown_citations}, which are not sources: verify those statements.")
     print(f"{answer.prompt_tokens} prompt tokens, {answer.seconds:.1f} s")

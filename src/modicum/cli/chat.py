@@ -10,26 +10,32 @@ import typer
 
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder, a known name (modicum ls models), a hub id, or a URL.")],
-    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
-    message: Annotated[str | None, typer.Option("-m", "--message", help="Say this, print the answer, end.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 0.95,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    message: Annotated[
+        str | None, typer.Option("-m", "--message", help="Send one message, print the answer, exit.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(help="Nucleus sampling: the most likely tokens of this total probability.")
+    ] = 0.95,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
-    name: Annotated[str | None, typer.Option(help="With a URL: the model's name there; default: the first.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="MODICUM_API_KEY", help="With a URL: its key.")] = None,
-    cache: Annotated[str, typer.Option(help="Memory for keys and values: auto, 1GiB, 50ktok.")] = "auto",
+    name: Annotated[
+        str | None, typer.Option(help="With a URL: the model's name on the server; default: the first.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="MODICUM_API_KEY", help="With a URL: the API key.")] = None,
+    cache: Annotated[str, typer.Option(help="KV-cache memory: auto, 1GiB, 50ktok.")] = "auto",
     cache_form: Annotated[
         str, typer.Option(help="How keys and values are stored, e.g. int8; see modicum ls cacheform.")
     ] = "plain",
     size: Annotated[
         str | None,
-        typer.Option(help="Of a model in blocks (compress --form bitstack): load so much, e.g. 24MiB."),
+        typer.Option(help="Weight-memory limit for a BitStack model, e.g. 24MiB."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Talk to a model in the terminal. /reset forgets the conversation, /exit (or Ctrl-D) ends it."""
+    """Talk to a model in the terminal. /reset clears the conversation, /exit (or Ctrl-D) ends it."""
     from modicum.core.errors import UserError
     from modicum.serve.chat import Conversation, local, remote
     from modicum.serve.request import SamplingParams
@@ -51,13 +57,13 @@ def chat(
         talk = Conversation(local(engine, params), system)
 
     def answer(text: str) -> None:
-        pieces = talk.ask(text)
+        chunks = talk.ask(text)
         try:
-            for piece in pieces:
-                sys.stdout.write(piece)
+            for chunk in chunks:
+                sys.stdout.write(chunk)
                 sys.stdout.flush()
         except KeyboardInterrupt:
-            pieces.close()  # type: ignore[attr-defined]   # keeps what was said
+            chunks.close()  # type: ignore[attr-defined]   # keeps the text generated so far
             sys.stdout.write(" ...")
         print()
 
@@ -66,7 +72,7 @@ def chat(
         return
     asking = sys.stdin.isatty()
     if asking:
-        print("/reset forgets the conversation, /exit ends it, Ctrl-C cuts an answer short", file=sys.stderr)
+        print("/reset clears the conversation, /exit ends it, Ctrl-C stops an answer", file=sys.stderr)
     while True:
         try:
             text = input("> " if asking else "").strip()

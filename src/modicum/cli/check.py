@@ -9,7 +9,7 @@ import typer
 
 
 def check(
-    port: Annotated[str, typer.Argument(help="A port, e.g. optimizer; PORT/KEY works too.")],
+    port: Annotated[str, typer.Argument(help="A port, e.g. optimizer, or PORT/KEY.")],
     key: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY]...", help="Methods; all of the port if left out.")
     ] = None,
@@ -28,10 +28,10 @@ def check(
         if not as_json:
             if len({r.method for r in results}) > len({r.method for r in results[:-1]}):
                 print(f"{port}/{result.method}")
-            words = result.check.removeprefix("check_").replace("_", " ")
-            mark = "ok  " if result.passed else "FAIL"
+            check_name = result.check.removeprefix("check_").replace("_", " ")
+            status = "ok  " if result.passed else "FAIL"
             print(
-                f"  {mark}  {words:<48} {result.seconds:6.2f} s",
+                f"  {status}  {check_name:<48} {result.seconds:6.2f} s",
                 flush=True,
             )
             if not result.passed:
@@ -46,5 +46,5 @@ def check(
         names = sorted({r.method for r in failed})
         raise ModicumError(
             f"{port}: {', '.join(names)} {'does' if len(names) == 1 else 'do'} not conform "
-            f"({len(failed)} failing); what the port asks: modicum show {port}"
+            f"({len(failed)} failing); the port's protocol: modicum show {port}"
         )

@@ -1,4 +1,4 @@
-"""Compress a model's weights; say what it takes on disk."""
+"""Quantise a model's weights and report their size and loss."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ def compress(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     form: Annotated[
-        str, typer.Option(help="How weights are held: int8, int4:group=64, bitstack, ... (modicum ls linear)")
+        str, typer.Option(help="Format of the weights: int8, int4:group=64, bitstack, ... (modicum ls linear)")
     ] = "int4:group=64",
-    targets: Annotated[str, typer.Option(help="Layers, as globs with commas between.")] = "layers.*",
+    targets: Annotated[str, typer.Option(help="Layers to compress, as comma-separated globs.")] = "layers.*",
     embeddings: Annotated[
         str | None, typer.Option(help="Form of the token embedding, e.g. int8 (and of a head tied to it).")
     ] = None,
     head: Annotated[str | None, typer.Option(help="Form of the output head, e.g. int8.")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text that shows the layers' inputs: a curated folder or a folder of text."),
+        typer.Option(help="Calibration data: a curated folder or a folder of text."),
     ] = None,
-    sequences: Annotated[int, typer.Option(help="Pieces of the calibration text.")] = 64,
-    length: Annotated[int, typer.Option(help="Tokens of a piece.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Number of calibration sequences.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
     size: Annotated[
         str | None,
-        typer.Option(help="MODEL was made by --form bitstack: write it again in so many bytes, e.g. 24MiB."),
+        typer.Option(help="Truncate a BitStack MODEL (made by --form bitstack) to this many bytes, e.g. 24MiB."),
     ] = None,
-    yardstick: Annotated[
-        Path | None, typer.Option(help="A curated folder: also say what xz and zstd make of its text.")
+    baselines: Annotated[
+        Path | None,
+        typer.Option(help="A curated folder: also compress its held-out text with xz and zstd, as baselines."),
     ] = None,
     measure: Annotated[
         bool, typer.Option(help="Measure bits per byte before and after on a sample of text, and warn of a loss.")
@@ -67,12 +68,12 @@ def compress(
         length=length,
         events=Events(),
     )
-    bits = _yardsticks(yardstick) if yardstick else {}
-    found = _effect(model, out, result, sample or calibration or "python", patterns) if measure else None
+    bits = _compressors(baselines) if baselines else {}
+    effects = _effect(model, out, result, sample or calibration or "python", patterns) if measure else None
     if as_json:
-        more: dict[str, Any] = {"yardsticks": bits} if bits else {}
-        if found is not None:
-            more["effect"] = found[0].as_dict() | {"alternatives": [o.as_dict() for o in found[1]]}
+        more: dict[str, Any] = {"baselines": bits} if bits else {}
+        if effects is not None:
+            more["effect"] = effects[0].as_dict() | {"alternatives": [o.as_dict() for o in effects[1]]}
         print(json.dumps(result.as_dict() | more, indent=2))
         return
     print(
@@ -82,10 +83,10 @@ def compress(
         f"  {result.modules} matrices in {result.form}: {result.bits_per_weight:.2f} bits per weight, "
         f"relative error {result.error:.4f} (most in {result.worst_module}: {result.worst_error:.4f})"
     )
-    if found is not None:
+    if effects is not None:
         from modicum.evaluate.quantization import advice
 
-        effect, others = found
+        effect, others = effects
         print(
             f"  bits per byte on a sample: {effect.before:.3f} -> {effect.after:.3f} "
             f"({effect.change:+.1%} ± {2 * effect.stderr:.1%})"
@@ -95,7 +96,7 @@ def compress(
     for name, value in bits.items():
         print(f"  {name}: {value:.3f} bits per byte of held-out text")
     if result.least_bytes:
-        print(f"  in blocks: loads in any size from {bytes_text(result.least_bytes)} on")
+        print(f"  elastic: loads at any size from {bytes_text(result.least_bytes)} on")
         print(f"next: modicum chat {out} --size {_between(result)}")
         return
     print(f"next: modicum chat {out}")
@@ -104,7 +105,7 @@ def compress(
 def _effect(
     model: str, out: Path, result: CompressResult, source: str, targets: list[str]
 ) -> tuple[Effect, list[Effect]]:
-    """What the form cost on a sample of `source`, and, where that is much, what others would cost."""
+    """The loss that the form costs on a sample of `source`, and, where it is large, what other forms would cost."""
     from modicum.core.events import Progress
     from modicum.data.tokenizer import Tokenizer
     from modicum.evaluate import quantization
@@ -138,7 +139,7 @@ def _cut(model: str, size: str, out: Path, as_json: bool) -> None:
     print(f"{out}: {units.bytes_text(done.bytes)} of weights, {done.blocks} of {done.available} blocks")
 
 
-def _yardsticks(folder: Path) -> dict[str, float]:
+def _compressors(folder: Path) -> dict[str, float]:
     from modicum.compress.yardstick import yardsticks
     from modicum.data.document import read_documents
 

@@ -24,21 +24,21 @@ def curate(
     vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer that is trained.")] = 8192,
     reserved: Annotated[
         int,
-        typer.Option(help="So many tokens of it are kept free at its end, for objectives that need marks (ul2: 103)."),
+        typer.Option(help="Special tokens to reserve at the end of the vocabulary for training objectives (ul2: 103)."),
     ] = 0,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder of an existing tokenizer (a model's) to use instead.")
     ] = None,
-    heldout: Annotated[float, typer.Option(help="Share of the text no model is trained on.")] = 0.02,
-    limit: Annotated[str | None, typer.Option(help="Read about so much of each source: 10MB.")] = None,
-    text_field: Annotated[str, typer.Option(help="Where JSONL and Parquet keep their text.")] = "text",
+    heldout: Annotated[float, typer.Option(help="Fraction of the text to hold out from training.")] = 0.02,
+    limit: Annotated[str | None, typer.Option(help="Read about this much of each source, e.g. 10MB.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field or column of JSONL and Parquet files with the text.")] = "text",
     engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    processes: Annotated[int | None, typer.Option(help="Worker processes; all cores if left out.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the books as JSON.")] = False,
+    processes: Annotated[int | None, typer.Option(help="Worker processes; default: all cores.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as JSON.")] = False,
 ) -> None:
-    """Read, normalise, filter, deduplicate, hold some out, train a tokenizer, write token shards.
+    """Read, normalise, filter, deduplicate, split off held-out text, train a tokenizer, write token shards.
 
-    The same command goes on after an interruption, and answers at once when all is done.
+    The same command resumes after an interruption, and returns at once when everything is done.
     """
     from modicum.budget import units
     from modicum.core.events import Events
@@ -62,11 +62,11 @@ def curate(
         return
     size = units.bytes_text
     print(f"\n{'step':<14}{'documents':>19}{'text':>26}{'seconds':>9}   dropped")
-    for book in stats["steps"]:
-        drops = ", ".join(f"{r} {n}" for r, n in sorted(book["drops"].items(), key=lambda item: -item[1]))
-        count = f"{book['documents_in']:>8} -> {book['documents_out']:>7}"
-        text = f"{size(book['bytes_in']):>12} -> {size(book['bytes_out']):>10}"
-        print(f"{book['step']:<14}{count}{text}{book['seconds']:>9.1f}   {drops}".rstrip())
+    for step in stats["steps"]:
+        drops = ", ".join(f"{r} {n}" for r, n in sorted(step["drops"].items(), key=lambda item: -item[1]))
+        count = f"{step['documents_in']:>8} -> {step['documents_out']:>7}"
+        text = f"{size(step['bytes_in']):>12} -> {size(step['bytes_out']):>10}"
+        print(f"{step['step']:<14}{count}{text}{step['seconds']:>9.1f}   {drops}".rstrip())
     for split, counts in stats["splits"].items():
         domains = ", ".join(f"{name} {entry['tokens']}" for name, entry in counts["domains"].items())
         print(

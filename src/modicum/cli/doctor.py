@@ -1,4 +1,4 @@
-"""Say what this machine and this installation can do."""
+"""Report the capabilities of this machine and installation."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import typer
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
-    """Say what this machine and installation can do: cores, memory, GPU, versions, extras, ceilings."""
-    found = examine()
+    """Report the capabilities of this machine and installation: cores, memory, GPU, versions, extras, peak rates."""
+    report = examine()
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
         return
     from modicum.budget.units import bytes_text
 
-    machine, lines = found["machine"], []
+    machine, lines = report["machine"], []
     lines.append(("cpu", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads in use"))
-    lines.append(("memory", f"{bytes_text(machine['memory_bytes'])}, {bytes_text(found['memory_free_bytes'])} free"))
-    lines.append(("disk here", f"{bytes_text(found['disk_free_bytes'])} free"))
+    lines.append(("memory", f"{bytes_text(machine['memory_bytes'])}, {bytes_text(report['memory_free_bytes'])} free"))
+    lines.append(("disk here", f"{bytes_text(report['disk_free_bytes'])} free"))
     lines.append(("gpu", ", ".join(machine["gpus"]) or "none: everything runs on the CPU"))
-    lines.append(("bfloat16", found["bfloat16"]))
-    lines.append(("serving kernels", found["native"]))
-    lines.append(("cuda graphs", found["cuda_graphs"]))
-    lines.append(("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())))
-    for device, rates in found["ceilings"].items():
+    lines.append(("bfloat16", report["bfloat16"]))
+    lines.append(("serving kernels", report["native"]))
+    lines.append(("cuda graphs", report["cuda_graphs"]))
+    lines.append(("versions", ", ".join(f"{k} {v}" for k, v in report["versions"].items())))
+    for device, rates in report["ceilings"].items():
         text = ", ".join(
             (
                 f"copy {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s",
@@ -34,7 +34,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
             )
         )
         lines.append((f"{device} reaches", text))
-    for extra, missing in found["extras"].items():
+    for extra, missing in report["extras"].items():
         lines.append(
             (
                 f"extra {extra}",
@@ -46,7 +46,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
         print(f"{name:<{width}}  {text}")
-    for problem in found["problems"]:
+    for problem in report["problems"]:
         print(f"\nproblem: {problem}")
 
 
@@ -85,7 +85,7 @@ def examine() -> dict:
 
 
 def bfloat16(cpu: dict[str, float]) -> str:
-    """Whether bfloat16 is worth using, from flags and from what was measured."""
+    """Whether bfloat16 is worth using, from CPU flags and measured rates."""
     import torch
 
     flags: list[str] = []
@@ -95,10 +95,10 @@ def bfloat16(cpu: dict[str, float]) -> str:
     except OSError:
         pass
     native = [f for f in ("amx_bf16", "avx512_bf16", "bf16") if f in flags]
-    share = cpu["matmul_bfloat16_flop_per_s"] / cpu["matmul_float32_flop_per_s"]
+    ratio = cpu["matmul_bfloat16_flop_per_s"] / cpu["matmul_float32_flop_per_s"]
     gpu = f"; gpu {'yes' if torch.cuda.is_bf16_supported() else 'no'}" if torch.cuda.is_available() else ""
-    kind = "yes, " + "/".join(native) if native else "without instructions of its own"
-    return f"cpu {kind} ({share:.2g}x float32){gpu}"
+    kind = "yes, " + "/".join(native) if native else "without native instructions"
+    return f"cpu {kind} ({ratio:.2g}x float32){gpu}"
 
 
 def extras() -> dict[str, list[str]]:
@@ -106,7 +106,7 @@ def extras() -> dict[str, list[str]]:
     import importlib.metadata
     import re
 
-    found: dict[str, list[str]] = {}
+    missing_by_extra: dict[str, list[str]] = {}
     try:
         metadata = importlib.metadata.metadata("modicum")
     except importlib.metadata.PackageNotFoundError:
@@ -122,5 +122,5 @@ def extras() -> dict[str, list[str]]:
                 importlib.metadata.version(name[0])
             except importlib.metadata.PackageNotFoundError:
                 missing.append(name[0])
-        found[extra] = missing
-    return found
+        missing_by_extra[extra] = missing
+    return missing_by_extra

@@ -31,10 +31,10 @@ def export(
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter folder to merge in first.")] = None,
     tokenizer: Annotated[bool, typer.Option(help="Put the folder's tokenizer and chat template in.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be stored how.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the tensor types and sizes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Write MODEL, its adapters and linear forms merged in, for programs that know nothing of modicum."""
+    """Write MODEL, with its adapters and linear forms merged, for other programs."""
     from modicum.compress import export as run
     from modicum.core.errors import UserError
     from modicum.core.gguf import file_in
@@ -49,7 +49,7 @@ def export(
         )
     types = Types(matrices=type, embeddings=embeddings, fallback=fallback, patterns=_patterns(tensor or []))
     source = find_folder(model)
-    # What a GGUF file's blocks stand for is no bfloat16: rounded to it, they would not be written as they were.
+    # Dequantised GGUF blocks are not exact in bfloat16: rounded to it, they would not be written back unchanged.
     loaded = load_model(source, dtype="float32" if kind == "gguf" and file_in(source) is not None else None)
     if adapter is not None:
         from modicum.adapt.peft_format import load_peft
@@ -75,13 +75,13 @@ def export(
 def _patterns(given: list[str]) -> dict[str, str]:
     from modicum.core.errors import UserError
 
-    found = {}
+    type_by_pattern = {}
     for text in given:
         pattern, equals, kind = text.rpartition("=")
         if not equals or not pattern or not kind:
             raise UserError(f"--tensor {text}: write GLOB=TYPE, e.g. 'blk.*.ffn_down.weight=q6_k'")
-        found[pattern] = kind
-    return found
+        type_by_pattern[pattern] = kind
+    return type_by_pattern
 
 
 def _show(planned: Plan, types: Types) -> None:

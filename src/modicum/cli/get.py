@@ -11,7 +11,7 @@ import typer
 def get(
     model: Annotated[str, typer.Argument(help="A known name such as smollm2, a hub id OWNER/NAME, or a folder.")],
     again: Annotated[
-        bool, typer.Option("--again", help="Fetch a known name anew, e.g. after its files changed.")
+        bool, typer.Option("--again", help="Fetch a known name again, e.g. after its files changed.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:

@@ -27,7 +27,7 @@ def index(
     ] = None,
     device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
     memory: Annotated[str | None, typer.Option(help="Refuse vectors that need more memory, e.g. 2GiB.")] = None,
-    time: Annotated[str | None, typer.Option(help="Stop encoding after so long, keep the work: 10m.")] = None,
+    time: Annotated[str | None, typer.Option(help="Stop encoding after this time, keep the work: 10m.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Index a folder, a curated folder or a collection, for search and grounded answers."""

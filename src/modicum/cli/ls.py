@@ -12,7 +12,7 @@ from modicum.core import registry
 
 def ls(
     port: Annotated[
-        str | None, typer.Argument(help="A port, e.g. optimizer; all ports if left out; or: models, recipes, stages.")
+        str | None, typer.Argument(help="A port, e.g. optimizer; default: all ports; or: models, recipes, stages.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -24,12 +24,12 @@ def ls(
     names = [port] if port else list(registry.ports())
     listing = {name: registry.methods(name) for name in names}
     if as_json:
-        print(json.dumps({p: {k: m.summary for k, m in found.items()} for p, found in listing.items()}, indent=2))
+        print(json.dumps({p: {k: m.summary for k, m in infos.items()} for p, infos in listing.items()}, indent=2))
         return
-    for name, found in listing.items():
+    for name, infos in listing.items():
         info = registry.port(name)
         print(f"{name}: {info.summary}  ({info.room})")
-        for key, method in found.items():
+        for key, method in infos.items():
             print(f"  {key + (' *' if key == info.baseline else ''):<18} {method.summary}")
     print("\n* baseline    modicum show PORT KEY for one method's card and knobs")
 
@@ -61,7 +61,7 @@ def _recipes(as_json: bool) -> None:
         return
     for name, path in recipes().items():
         print(f"{name:<18} {summary(path)}")
-    print("\nmodicum run NAME runs one, modicum plan NAME shows its bill")
+    print("\nmodicum run NAME runs one, modicum plan NAME shows its cost estimate")
 
 
 def _stages(as_json: bool) -> None:
@@ -72,4 +72,4 @@ def _stages(as_json: bool) -> None:
         return
     for key, stage in stages().items():
         print(f"{key:<18} {stage.summary}")
-    print("\nmodicum show stage/KEY for what a recipe can say of one")
+    print("\nmodicum show stage/KEY for the options of one in a recipe")

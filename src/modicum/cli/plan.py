@@ -1,4 +1,4 @@
-"""Print the bill of every stage of a recipe, and refuse what cannot fit."""
+"""Print the cost estimate of every stage of a recipe, and refuse a recipe that exceeds its budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="The run directory that would be used.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Print the bill of every stage (parameters, FLOPs, bytes, seconds on this machine); nothing is run."""
+    """Print the cost estimate of every stage (parameters, FLOPs, bytes, seconds on this machine); a dry run."""
     import json
     import sys
 
@@ -23,6 +23,6 @@ def plan(
     from modicum.pipeline.recipe import load
 
     made = with_models(load(recipe, overrides or []), lambda line: print(line, file=sys.stderr))
-    bill = planning.make_plan(made)
-    print(json.dumps(bill, indent=2) if as_json else planning.bill_text(bill))
-    planning.require_fits(made, bill, out or Path("runs") / made.name)
+    cost_estimate = planning.make_plan(made)
+    print(json.dumps(cost_estimate, indent=2) if as_json else planning.bill_text(cost_estimate))
+    planning.require_fits(made, cost_estimate, out or Path("runs") / made.name)

@@ -13,21 +13,21 @@ def qa(
     model: Annotated[str, typer.Argument(help="A model folder, a known name (modicum ls models) or a hub id.")],
     folder: Annotated[str, typer.Argument(help="corpus.parquet, queries.parquet with answers, qrels.parquet.")],
     limit: Annotated[int, typer.Option(help="Questions.")] = 200,
-    arms: Annotated[str, typer.Option(help="Of closed, retrieved, gold; the first is compared with.")] = (
+    arms: Annotated[str, typer.Option(help="Of closed, retrieved, gold; the first is the baseline.")] = (
         "closed,retrieved,gold"
     ),
     encoder: Annotated[str | None, typer.Option(help="Dense vectors beside BM25: minilm, lsa, a folder.")] = None,
     k: Annotated[int, typer.Option("-k", help="Passages to ground on; more for a larger model.")] = 1,
     prompt_tokens: Annotated[
-        int | None, typer.Option(help="Longest prompt; 40, and 160 for each passage, if left out.")
+        int | None, typer.Option(help="Maximum prompt tokens; default: 40 + 160 per passage.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 32,
     split: Annotated[str, typer.Option(help="test, or dev: a tenth of the questions, to choose settings on.")] = "test",
-    seed: Annotated[int, typer.Option(help="Which questions are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sample of questions.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the index and the replies.")] = Path("evaluations"),
-    evidence: Annotated[Path | None, typer.Option(help="Append the figures to qa.jsonl in this folder.")] = None,
+    evidence: Annotated[Path | None, typer.Option(help="Append the results to qa.jsonl in this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Grade short answers over a folder of questions: closed book, with retrieved passages, with the right passage."""
@@ -42,7 +42,7 @@ def qa(
     from modicum.serve.config import EngineConfig
     from modicum.serve.load import load_engine
 
-    asked = reading.read_items(folder, limit, split=split, seed=seed)
+    questions = reading.read_items(folder, limit, split=split, seed=seed)
     names = [arm.strip() for arm in arms.split(",") if arm.strip()]
     grounded.check_arms(names)
     events = Events()
@@ -52,7 +52,7 @@ def qa(
         engine = load_engine(model, EngineConfig(max_sequences=16), dtype=dtype, device=device)
         began = time.monotonic()
         graded = grounded.run(
-            engine, asked, searcher, arms=names, k=k, prompt_budget=budget, max_tokens=max_tokens, events=events
+            engine, questions, searcher, arms=names, k=k, prompt_budget=budget, max_tokens=max_tokens, events=events
         )
         seconds = time.monotonic() - began
     settings = {"encoder": encoder, "k": k, "prompt_tokens": budget, "max_tokens": max_tokens, "split": split}
@@ -79,7 +79,7 @@ def qa(
     if as_json:
         print(json.dumps({k: v for k, v in record.items() if k != "rows"}, indent=2))
         return
-    print(f"{len(asked)} questions of {folder}, {model}, {seconds:.0f} s; 95% intervals")
+    print(f"{len(questions)} questions of {folder}, {model}, {seconds:.0f} s; 95% intervals")
     for arm, figures in graded.figures.items():
         shown = "  ".join(f"{n} {f['value']:.3f} ({f['low']:.3f} to {f['high']:.3f})" for n, f in figures.items())
         print(f"{arm:10s} {shown}  {graded.prompt_tokens[arm]:.0f} prompt tokens")

@@ -12,9 +12,11 @@ def run(
     recipe: Annotated[str, typer.Argument(help="A recipe: a file, or a name such as quickstart (modicum ls recipes).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, e.g. corpus=FOLDER budget.time=5m.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; default runs/RECIPE.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as JSON at the end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print planned and measured costs as JSON at the end.")
+    ] = False,
 ) -> None:
-    """Run a recipe: plan, then every stage; what is finished is skipped, what was cut off goes on."""
+    """Run a recipe: plan, then every stage; finished stages are skipped, an interrupted one resumes."""
     import sys
 
     from modicum.pipeline import report

@@ -1,4 +1,4 @@
-"""Search an index: by words, by meaning, or both fused."""
+"""Search an index: lexical (BM25), dense, or both fused."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", help="Results to show.")] = 5,
     mode: Annotated[str | None, typer.Option(help="bm25, dense or fused (if there is an encoder).")] = None,
-    encoder: Annotated[str | None, typer.Option(help="Where the encoder's model is now, if it moved.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="New path of the encoder's model, if it moved.")] = None,
     device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
-    full: Annotated[bool, typer.Option("--full", help="Print whole passages.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Print full passages.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Verify every file's checksum first.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Search an index: by words, by meaning, or both fused."""
+    """Search an index: lexical (BM25), dense, or both fused."""
     from modicum.retrieve.excerpt import excerpt
     from modicum.retrieve.ground import approximate_tokens
     from modicum.retrieve.search import Searcher

@@ -27,9 +27,9 @@ _speculative, _hardware = _option("Speculative decoding"), _option("Hardware")
 
 Model = Annotated[str, typer.Argument(help="A model folder, a known name (modicum ls models), or a hub id OWNER/NAME.")]
 
-Host = Annotated[str, _http(help="Address to listen on; 0.0.0.0 lets other machines in.")]
-Port = Annotated[int, _http(help="Port; 0 takes a free one.")]
-Name = Annotated[str | None, _http(help="Model name in the API; the folder's name if left out.")]
+Host = Annotated[str, _http(help="Address to listen on; 0.0.0.0 accepts other machines.")]
+Port = Annotated[int, _http(help="Port; 0 chooses a free one.")]
+Name = Annotated[str | None, _http(help="Model name in the API; default: the folder's name.")]
 ApiKey = Annotated[str | None, _http(help="Require this API key.", envvar="MODICUM_API_KEY", show_envvar=True)]
 MaxQueue = Annotated[int, _http(help="Requests that may wait; more are answered 429.")]
 Drain = Annotated[float, _http(help="Seconds that running requests get after Ctrl-C.")]
@@ -151,15 +151,15 @@ def serve(
         ),
         grounding,
     )
-    _announce(server, engine)
+    _print_address(server, engine)
     if grounding:
         grounding.open_in_background()
     server.serve_until_stopped()
     print(f"stopped after {engine.stats()['generated_tokens']} generated tokens")
 
 
-def _announce(server: Server, engine: Engine) -> None:
-    """What is served and how to reach it."""
+def _print_address(server: Server, engine: Engine) -> None:
+    """Print the model, the cache and the address."""
     from modicum.budget.units import bytes_text
     from modicum.serve.api import LOOPBACK
 
@@ -175,7 +175,7 @@ def _announce(server: Server, engine: Engine) -> None:
     if settings.ui:
         print(f"chat page: {server.url}/")
     if settings.host not in LOOPBACK and not settings.api_key:
-        print("anybody who reaches this machine can use it: add --api-key, or leave --host out")
+        print("anybody who can connect to this machine can use it: add --api-key, or leave out --host")
     print(
         f"""
   curl {server.url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\

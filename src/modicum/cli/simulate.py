@@ -1,4 +1,4 @@
-"""Play a trace of requests through schedulers: latencies, and the rate that can be sustained."""
+"""Replay a request trace through schedulers: latency percentiles and the sustainable request rate."""
 
 from __future__ import annotations
 
@@ -17,31 +17,33 @@ def simulate(
     ] = None,
     model: Annotated[str | None, typer.Option(help="A model folder: its steps are timed on this machine.")] = None,
     cost: Annotated[Path | None, typer.Option(help="Step times: read, or written with --calibrate.")] = None,
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="Time the model's steps anew.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Time the model's steps again.")] = False,
     steps: Annotated[int, typer.Option(help="Different steps to time for a calibration.")] = 240,
     rate: Annotated[float | None, typer.Option(help="Requests per second; default: as in the trace.")] = None,
     find_rate: Annotated[
-        bool, typer.Option("--find-rate", help="Search the largest rate that keeps to the SLO.")
+        bool, typer.Option("--find-rate", help="Search the largest request rate that meets the SLO.")
     ] = False,
-    poisson: Annotated[bool, typer.Option("--poisson", help="Draw arrivals anew instead of stretching them.")] = False,
+    poisson: Annotated[
+        bool, typer.Option("--poisson", help="Draw Poisson arrivals instead of rescaling the trace's.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of drawn arrivals and random prompts.")] = 0,
-    engine: Annotated[bool, typer.Option("--engine", help="Play it on the real engine, too (needs --model).")] = False,
+    engine: Annotated[bool, typer.Option("--engine", help="Also replay on the real engine (needs --model).")] = False,
     first: Annotated[int, typer.Option(help="Number of the first request.")] = 0,
     requests: Annotated[int | None, typer.Option(help="How many requests; default: the rest of the trace.")] = None,
     shorter: Annotated[float, typer.Option(help="Divide prompts and answers by this.")] = 1.0,
     max_length: Annotated[
-        int | None, typer.Option(help="Cut prompts to this with their answer; default: the model's context.")
+        int | None, typer.Option(help="Maximum tokens of prompt and answer; default: the model's context.")
     ] = None,
     slo_tbt: Annotated[
         float | None, typer.Option(help="Seconds between tokens, 99 in 100; default: 5 steps of decodes alone.")
     ] = None,
     slo_ttft: Annotated[float, typer.Option(help="Seconds to the first token, for goodput.")] = 5.0,
-    slo_delay: Annotated[float, typer.Option(help="Seconds that the median request may wait to begin.")] = 2.0,
-    cache: Annotated[str, typer.Option(help="Memory for keys and values: 50ktok, or 1GiB.")] = "64ktok",
-    max_sequences: Annotated[int | None, typer.Option(help="Sequences computed at once.")] = None,
-    max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
+    slo_delay: Annotated[float, typer.Option(help="Maximum median queueing delay in seconds.")] = 2.0,
+    cache: Annotated[str, typer.Option(help="KV-cache memory: 50ktok, or 1GiB.")] = "64ktok",
+    max_sequences: Annotated[int | None, typer.Option(help="Maximum sequences per step.")] = None,
+    max_batch_tokens: Annotated[int | None, typer.Option(help="Maximum tokens per step.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per cache block.")] = None,
-    columns: Annotated[str, typer.Option(help="Unusual columns: arrival=NAME,prompt=NAME,output=NAME.")] = "",
+    columns: Annotated[str, typer.Option(help="Column names: arrival=NAME,prompt=NAME,output=NAME.")] = "",
     unit: Annotated[str | None, typer.Option(help="Of numeric arrivals: s, ms, us or ns.")] = None,
     timer: Annotated[
         str, typer.Option(help="wall, or cpu: CPU time, for one thread on a machine with other work.")
@@ -49,7 +51,7 @@ def simulate(
     device: Annotated[str, typer.Option(help="cpu or cuda, with --model.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Play a trace of requests through schedulers: TTFT, TPOT and TBT percentiles, goodput, sustainable rate."""
+    """Replay a request trace through schedulers: TTFT, TPOT and TBT percentiles, goodput, sustainable rate."""
     import json
     import math
 
@@ -91,20 +93,20 @@ def simulate(
         if as_json:
             print(json.dumps(result, indent=2))
         return
-    whole = traces.read(trace, _columns(columns), unit)
+    full_trace = traces.read(trace, _columns(columns), unit)
     most = min(max_length or 1 << 62, about.get("max_length", 1 << 62)) - 1
-    part = whole.piece(first, requests if requests is not None else len(whole) - first).shorter(shorter)
-    played = part.within(most)
+    selected = full_trace.piece(first, requests if requests is not None else len(full_trace) - first).shorter(shorter)
+    played = selected.within(most)
     slo = sim.SLO(tbt=slo_tbt or sim.strict_tbt(pace, played, limits["max_sequences"]), ttft=slo_ttft, delay=slo_delay)
     seeds = seed if poisson else None
     if rate is not None or (poisson and not find_rate):
         if rate is None and played.rate is None:
-            raise UserError(f"{whole.name} has no arrival times; add --rate, or --find-rate")
+            raise UserError(f"{full_trace.name} has no arrival times; add --rate, or --find-rate")
         played = played.at_rate(rate or played.rate or 1.0, seeds)
     choices = [sim.aimed(c, slo) for c in scheduler or registry.methods("scheduler")]
     n_blocks = _blocks(cache, limits["block_size"], about)
     given = (limits["block_size"], n_blocks, limits["max_batch_tokens"], limits["max_sequences"])
-    promised = slo if find_rate else None  # a run that cannot keep it is given up
+    promised = slo if find_rate else None  # a run that cannot meet it is aborted
 
     def simulated(choice: Any, requests: Any) -> Any:
         return sim.simulate(requests, registry.build("scheduler", choice, *given), pace, promised)
@@ -121,7 +123,7 @@ def simulate(
         from modicum.serve.simulate_engine import play
 
         ways["engine"] = on_engine
-    guess = 1.0
+    start_rate = 1.0
     for choice in choices:
         for how, way in ways.items():
             row: dict[str, Any] = {"scheduler": str(choice), "how": how}
@@ -131,22 +133,22 @@ def simulate(
                     return way(choice, played.at_rate(rate, seeds))
 
                 if how == "simulated":
-                    best, found = sim.search(at, len(played), slo, played.rate or 1.0, 0.02)
-                    guess = best if 0 < best < math.inf else 1.0
-                else:  # real runs take their time: start from what the simulator found
-                    best, found = sim.search(at, len(played), slo, guess, 0.05, 1.15)
+                    best, outcome = sim.search(at, len(played), slo, played.rate or 1.0, 0.02)
+                    start_rate = best if 0 < best < math.inf else 1.0
+                else:  # real runs are slow: start from the simulator's rate
+                    best, outcome = sim.search(at, len(played), slo, start_rate, 0.05, 1.15)
                 # None: the trace is over before a queue can form, at any rate
                 row["sustained_rate"] = best if math.isfinite(best) else None
             else:
-                found = way(choice, played)
-            result["rows"].append(row | (found.report(slo) if found else {}))
+                outcome = way(choice, played)
+            result["rows"].append(row | (outcome.report(slo) if outcome else {}))
     result |= {
         "trace": {
-            "name": whole.name,
+            "name": full_trace.name,
             "requests": len(played),
             "first": first,
             "shorter": shorter,
-            "cut": int((part.prompt_N + part.output_N > most).sum()),
+            "cut": int((selected.prompt_N + selected.output_N > most).sum()),
             "prompt_mean": float(played.prompt_N.mean()),
             "output_mean": float(played.output_N.mean()),
         },
@@ -182,7 +184,7 @@ def _blocks(cache: str, block_size: int, about: dict) -> int:
         raise UserError(f"--cache {cache!r} is not a size; write tokens such as 50ktok, or bytes such as 1GiB")
     per_token = about.get("bytes_per_token") if quantity[0] == "bytes" else 1
     if per_token is None:
-        raise UserError(f"--cache {cache!r}: this calibration does not say a token's bytes; write tokens, as 50ktok")
+        raise UserError(f"--cache {cache!r}: this calibration lacks the bytes of a token; write tokens, as 50ktok")
     return max(1, int(quantity[1] // (per_token * block_size)))
 
 
@@ -220,6 +222,6 @@ def _show(result: dict[str, Any]) -> None:
     console = Console()
     (console if console.width >= 130 else Console(width=140)).print(table)
     if any(row.get("sustained_rate") == 0 for row in result["rows"]):
-        print("a rate of 0: the promise is not kept at any rate; give a larger --slo-tbt")
+        print("a rate of 0: the SLO is not met at any rate; give a larger --slo-tbt")
     if any(row.get("sustained_rate", 0.0) is None for row in result["rows"]):
         print("any rate: the trace is over before a queue can form; give more --requests")
