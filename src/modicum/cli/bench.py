@@ -105,12 +105,12 @@ def bench(
     )
     folder = record.folder(evidence)
     if missing or stale:
-        baseline, found = registry.port(port).baseline, record.read(folder, port)
+        baseline, records = registry.port(port).baseline, record.read(folder, port)
         tier = harness.tier_of(loaded, settings)
         fits = functools.partial(harness.fits, bench=loaded, settings=settings)
-        absent = todo.missing(found, choices, numbers, fits) if missing else []
+        absent = todo.missing(records, choices, numbers, fits) if missing else []
         named = {str(c) for c in choices}
-        old = [s for s in todo.stale(found) if not method or s.choice in named] if stale else []
+        old = [s for s in todo.stale(records) if not method or s.choice in named] if stale else []
         if listing:
             tables.todo(port, tier, [str(c) for c in absent], old, as_json)
             return
@@ -189,7 +189,7 @@ def engine(
     if odd := [name for name in names if name not in known]:
         raise UserError(f"bench engine knows {', '.join(known)}; got {', '.join(odd)}")
     size = bench_engine.QUICK if quick else bench_engine.Size()
-    found = bench_engine.measure(
+    measured = bench_engine.measure(
         size,
         engines=names or None,
         model=model,
@@ -199,11 +199,11 @@ def engine(
     )
     path = record.folder(evidence) / "engine.jsonl"
     if not quick:
-        bench_engine.append(found, path, seed)
+        bench_engine.append(measured, path, seed)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(measured, indent=2))
         return
-    tables.engine(found)
+    tables.engine(measured)
 
 
 def every_port(**options: Any) -> None:
@@ -227,12 +227,12 @@ def parse_seeds(text: str) -> list[int]:
     """`0,1,2` or `0-4`. Raises `UserError` for anything else."""
     from modicum.core.errors import UserError
 
-    found: list[int] = []
+    numbers: list[int] = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
         if not low.isdigit() or (dash and not high.isdigit()):
             raise UserError(f"--seeds {text!r}: {part!r} is not a seed; write 0,1,2 or 0-4")
-        found += range(int(low), int(high or low) + 1)
-    if not found:
+        numbers += range(int(low), int(high or low) + 1)
+    if not numbers:
         raise UserError(f"--seeds {text!r} names no seed; write 0,1,2 or 0-4")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(numbers))

@@ -136,12 +136,12 @@ def compress(
         tally.add("embed", weight, attach.attach_embedding(model, "embed", _whole(embeddings)))
     least = 0
     if in_blocks and tokens_NT is not None:
-        found = elastic.elastic_forms(model)
-        sort_blocks(model, found, tokens_NT[:sequences], events=events)
-        asked = {name: plan[matched[name]] if name in matched else embeddings for name in found}
-        elastic.trim(found, {name: bits_of(Choice.parse("linear", form).config()) for name, form in asked.items()})
-        beyond = {name: range(1, form.held) for name, form in found.items()}
-        least = elastic.nbytes(model) - sum(found[name].block_nbytes(i) for name in found for i in beyond[name])
+        forms = elastic.elastic_forms(model)
+        sort_blocks(model, forms, tokens_NT[:sequences], events=events)
+        choices = {name: plan[matched[name]] if name in matched else embeddings for name in forms}
+        elastic.trim(forms, {name: bits_of(Choice.parse("linear", form).config()) for name, form in choices.items()})
+        beyond = {name: range(1, form.held) for name, form in forms.items()}
+        least = elastic.nbytes(model) - sum(forms[name].block_nbytes(i) for name in forms for i in beyond[name])
     tally.close()
     save_model(model, folder, source)
     result = CompressResult(

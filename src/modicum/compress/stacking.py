@@ -26,44 +26,44 @@ from modicum.model.linear._elastic import Elastic
 
 @torch.no_grad()
 def sort_blocks(
-    model: nn.Module, found: Mapping[str, Elastic], tokens_NT: Tensor, *, events: Events | None = None
+    model: nn.Module, forms: Mapping[str, Elastic], tokens_NT: Tensor, *, events: Events | None = None
 ) -> list[tuple[str, int, float]]:
-    """Measure every block of the elastic forms `found` in `model` and give them their `order`.
+    """Measure every block of the elastic forms `forms` in `model` and give them their `order`.
 
     Costs one pass over `tokens_NT` per block above the first ones, with each weight held once in float32
     meanwhile. Returns (module, block, loss with it in nats per token) in order; the first blocks' is NaN.
     """
-    names = list(found)
+    names = list(forms)
     ordered: list[tuple[str, int, float]] = [(name, 0, math.nan) for name in names]
-    levels = max(form.held for form in found.values())
-    total = sum(form.held - 1 for form in found.values())
+    levels = max(form.held for form in forms.values())
+    total = sum(form.held - 1 for form in forms.values())
     try:
-        for form in found.values():
+        for form in forms.values():
             form.partial_sum = form.block_weight(0)
         with (events or Events()).progress("sort blocks", total, "block") as progress:
             for level in range(1, levels):
-                mine = [name for name in names if found[name].held > level]
+                deeper = [name for name in names if forms[name].held > level]
                 losses: dict[str, float] = {}
-                for name in mine:
-                    form, before = found[name], found[name].partial_sum
+                for name in deeper:
+                    form, before = forms[name], forms[name].partial_sum
                     assert before is not None
                     form.partial_sum = before + form.block_weight(level)
                     loss = nats(model, tokens_NT)
                     losses[name] = loss if math.isfinite(loss) else math.inf
                     form.partial_sum = before
                     progress.update(1, loss=loss)
-                for name in mine:
-                    kept = found[name].partial_sum
-                    assert kept is not None
-                    kept += found[name].block_weight(level)
+                for name in deeper:
+                    weight = forms[name].partial_sum
+                    assert weight is not None
+                    weight += forms[name].block_weight(level)
                 ordered += [(name, level, loss) for name, loss in sorted(losses.items(), key=lambda item: item[1])]
     finally:
-        for form in found.values():
+        for form in forms.values():
             form.partial_sum = None
     order: dict[str, list[int]] = {name: [] for name in names}
-    for place, (name, _, _) in enumerate(ordered):
-        order[name].append(place)
-    for name, form in found.items():
+    for rank, (name, _, _) in enumerate(ordered):
+        order[name].append(rank)
+    for name, form in forms.items():
         form.set_layout({"blocks": form.held, "available": form.held, "order": order[name]})
     return ordered
 

@@ -1,4 +1,4 @@
-"""Methods found by their place.
+"""The registry: ports and methods, found by where their files are.
 
 A *port* is a package `modicum.ROOM.PORTS` whose docstring starts with `port NAME: summary`, whose
 `__init__` defines exactly one direct subclass of `Method` (the port's base class), and which names its
@@ -34,7 +34,7 @@ _SEVERAL = re.compile(r"^SEVERAL\s*=\s*True\b", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a method offers to and asks of whatever it is combined with, in words; see `core.compose`."""
+    """What a method provides to, requires of and conflicts with the rest of a choice; see `core.compose`."""
 
     provides: frozenset[str] = frozenset()
     requires: frozenset[str] = frozenset()
@@ -42,10 +42,10 @@ class Capabilities:
 
 
 class Method:
-    """Base of every port's base class: what all methods of all ports have.
+    """Base of every port's base class: what all methods of all ports have in common.
 
-    `Config` is the module-level dataclass of the method's file, found by the registry. The three sets of words are
-    written out as literals; `core.compose` decides by them what can be combined. Where a knob decides, a method
+    `Config` is the module-level dataclass of the method's file, found by the registry. The three sets of
+    capabilities are literals; `core.compose` decides by them what can be combined. Where a knob decides, a method
     overrides `capabilities`.
     """
 
@@ -55,7 +55,7 @@ class Method:
 
     @classmethod
     def capabilities(cls, config: Any) -> Capabilities:
-        """The class's words under these knobs."""
+        """The class's capabilities with these knobs."""
         return Capabilities(cls.provides, cls.requires, cls.conflicts)
 
 
@@ -69,7 +69,7 @@ class MethodInfo:
 
     @property
     def card(self) -> str:
-        """The whole module docstring, read without importing."""
+        """The full module docstring, read without importing."""
         if self.path is None:
             return load(self.port, self.key).module.__doc__ or ""
         import ast
@@ -117,25 +117,25 @@ def _first_line(path: Path) -> tuple[bool, str, str] | None:
 @functools.cache
 def ports() -> dict[str, PortInfo]:
     """Every port by name, sorted; nothing is imported."""
-    places = [(p, f"modicum.{p.parent.parent.name}.{p.parent.name}", "") for p in sorted(ROOT.glob("*/*/__init__.py"))]
+    packages = [(p, f"modicum.{p.parent.parent.name}.{p.parent.name}", "") for p in sorted(ROOT.glob("*/*/__init__.py"))]
     for entry in importlib.metadata.entry_points(group="modicum.ports"):
         spec = importlib.util.find_spec(entry.value)
         if spec is None or spec.origin is None:
             raise UserError(f"port {entry.name!r} of a plug-in is not there: {entry.value}; install it again")
-        places.append((Path(spec.origin), entry.value, entry.name.partition("/")[0]))
-    found: dict[str, PortInfo] = {}
-    for path, package, room in places:
+        packages.append((Path(spec.origin), entry.value, entry.name.partition("/")[0]))
+    by_name: dict[str, PortInfo] = {}
+    for path, package, room in packages:
         head = _first_line(path)
         if head and head[0]:
-            if head[1] in found:
-                raise UserError(f"port {head[1]!r} of {package} is there already: {found[head[1]].package}")
+            if head[1] in by_name:
+                raise UserError(f"port {head[1]!r} of {package} is there already: {by_name[head[1]].package}")
             text = path.read_text(encoding="utf-8")
             baseline = _BASELINE.search(text)
             if not baseline:
                 raise UserError(f'port {head[1]!r} in {path} names no baseline; add BASELINE = "KEY"')
             several = bool(_SEVERAL.search(text))
-            found[head[1]] = PortInfo(head[1], head[2], package, path.parent, baseline[1], several, room)
-    return dict(sorted(found.items()))
+            by_name[head[1]] = PortInfo(head[1], head[2], package, path.parent, baseline[1], several, room)
+    return dict(sorted(by_name.items()))
 
 
 def port(name: str) -> PortInfo:
@@ -147,29 +147,29 @@ def port(name: str) -> PortInfo:
 @functools.cache
 def methods(port_name: str) -> dict[str, MethodInfo]:
     """Every method of a port by key: the baseline first, then by name; nothing is imported."""
-    place = port(port_name)
-    found = {}
-    for path in place.path.glob("*.py"):
+    info_of_port = port(port_name)
+    by_key = {}
+    for path in info_of_port.path.glob("*.py"):
         if path.name.startswith("_"):
             continue
         head = _first_line(path)
         if head is None or head[0]:
             raise UserError(f'{path}: the first line must read """KEY: what it does; got something else')
-        found[head[1]] = MethodInfo(port_name, head[1], head[2], f"{place.package}.{path.stem}", path)
+        by_key[head[1]] = MethodInfo(port_name, head[1], head[2], f"{info_of_port.package}.{path.stem}", path)
     for entry in importlib.metadata.entry_points(group="modicum.methods"):
         entry_port, _, key = entry.name.partition("/")
         if entry_port != port_name or not key:
             continue
-        if key in found:
+        if key in by_key:
             raise UserError(
-                f"method {entry.name!r} of {entry.value} is already taken by {found[key].module}; rename one of them"
+                f"method {entry.name!r} of {entry.value} is already taken by {by_key[key].module}; rename one of them"
             )
-        found[key] = MethodInfo(port_name, key, f"plug-in {entry.value}", entry.value, None)
-    return dict(sorted(found.items(), key=lambda item: (item[0] != place.baseline, item[0])))
+        by_key[key] = MethodInfo(port_name, key, f"plug-in {entry.value}", entry.value, None)
+    return dict(sorted(by_key.items(), key=lambda item: (item[0] != info_of_port.baseline, item[0])))
 
 
 def base_class(port_name: str) -> type:
-    """The one direct subclass of `Method` that the port's package defines, which may be the last rung of a ladder."""
+    """The one direct subclass of `Method` that the port's package defines."""
     module = importlib.import_module(port(port_name).package)
     bases = [
         v
@@ -190,7 +190,7 @@ def load(port_name: str, key: str) -> Loaded[Any]: ...
 def load(port_name: str, key: str, base: type[M]) -> Loaded[M]: ...
 @functools.cache  # type: ignore[misc]
 def load(port_name: str, key: str, base: type[Any] = Method) -> Loaded[Any]:
-    """Import one method. Raises `UserError` with a near miss for an unknown key.
+    """Import one method. Raises `UserError` with the nearest valid key for an unknown one.
 
     base: the port's class, so that a type checker knows what is loaded: `load("linear", key, LinearForm).cls`.
     """
@@ -218,15 +218,15 @@ def load(port_name: str, key: str, base: type[Any] = Method) -> Loaded[Any]:
 
 
 def providers(word: str) -> dict[str, list[str]]:
-    """Keys by port of the methods whose class says `provides` the word, read as text: nothing is imported."""
-    found: dict[str, list[str]] = {}
-    for name, place in ports().items():
-        inherited = _provides(place.path / "__init__.py") or frozenset()
+    """Keys by port of the methods whose class provides the capability, read as text: nothing is imported."""
+    keys_by_port: dict[str, list[str]] = {}
+    for name, port_info in ports().items():
+        inherited = _provides(port_info.path / "__init__.py") or frozenset()
         for key, info in methods(name).items():
             words = _provides(info.path) if info.path else load(name, key).cls.provides
             if word in (inherited if words is None else words):
-                found.setdefault(name, []).append(key)
-    return found
+                keys_by_port.setdefault(name, []).append(key)
+    return keys_by_port
 
 
 def _provides(path: Path) -> frozenset[str] | None:
@@ -237,7 +237,7 @@ def _provides(path: Path) -> frozenset[str] | None:
 def build(port_name: str, choice: Any, *runtime: Any, **more: Any) -> Any:
     """Make a method from `choice` (key, `key:knob=value,...`, mapping or `Choice`).
 
-    `runtime` is what the port says its methods are constructed from, after their config.
+    `runtime`: the constructor arguments of the port's methods, after their config.
     """
     from modicum.core.choice import Choice
 

@@ -83,8 +83,8 @@ class Sampler:
         remaining = None
         if self.horizon is not None:
             weights = self.mixture.weights(0, self.horizon)
-            share = weights.get(domain.name, 0) / sum(weights.values())
-            remaining = share * self.horizon - domain.epoch * self.sizes[domain.name]
+            fraction = weights.get(domain.name, 0) / sum(weights.values())
+            remaining = fraction * self.horizon - domain.epoch * self.sizes[domain.name]
         return Epoch(domain.name, domain.epoch, self.seed, domain.lengths, domain.ends, self.chunk, remaining)
 
     def draw(self) -> Span | None:

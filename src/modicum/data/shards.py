@@ -91,8 +91,8 @@ def write_part(folder: str | Path, part: int, documents: Iterable[Document], tok
             for document, ids in zip(batch, encoded, strict=True):
                 domain = document.domain
                 if domain not in files:
-                    place = Path(folder) / folder_of(domain) / f"{part:05d}.bin"
-                    files[domain] = stack.enter_context(atomic_file(place))
+                    bin_path = Path(folder) / folder_of(domain) / f"{part:05d}.bin"
+                    files[domain] = stack.enter_context(atomic_file(bin_path))
                     index[domain] = array.array("q", (0, 0))
                     sites[domain], beside[domain] = {}, {"quality": array.array("f"), "site": array.array("i")}
                 tokens = np.empty(len(ids) + 2, kind)

@@ -122,17 +122,17 @@ class Stream:
         """The spans that have room once transforms have added theirs; the others go to the front of `pending`."""
         if not self.transforms:
             return row
-        room, fitted = length, list[Span]()
+        free, fitted = length, list[Span]()
         for number, span in enumerate(row):
             at = self._position(number)
-            room -= sum(t.added(span, at) for t in self.transforms)
-            if room >= span.length:
+            free -= sum(t.added(span, at) for t in self.transforms)
+            if free >= span.length:
                 fitted.append(span)
-                room -= span.length
+                free -= span.length
                 continue
             late = row[number:]
-            if room > 0 and (self.packing.splits or not fitted):
-                first, late[0] = span.split(room)
+            if free > 0 and (self.packing.splits or not fitted):
+                first, late[0] = span.split(free)
                 fitted.append(first)
             elif not fitted:
                 raise UserError(f"transforms add more tokens than a row of {length} has; ask for longer rows")

@@ -58,7 +58,7 @@ class RecallConfig:
             raise UserError(f"recall: lengths={list(self.lengths)} must each be at least 32 tokens")
         for name in ("text", "copies"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"recall: {name}={getattr(self, name)} must be a share, at least 0 and below 1")
+                raise UserError(f"recall: {name}={getattr(self, name)} must be a fraction, at least 0 and below 1")
 
 
 def facts_and_questions(rng: Random, tokens: int) -> Document:

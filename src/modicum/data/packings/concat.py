@@ -37,14 +37,14 @@ class Concat(Packing):
 
     def row(self, draw: Callable[[], Span | None], pending: list[Span], length: int) -> list[Span]:
         row: list[Span] = []
-        room = length
-        while room > 0:
+        free = length
+        while free > 0:
             span = pending.pop(0) if pending else draw()
             if span is None:
                 break
-            if span.length > room:
-                span, rest = span.split(room)
+            if span.length > free:
+                span, rest = span.split(free)
                 pending.insert(0, rest)
             row.append(span)
-            room -= span.length
+            free -= span.length
         return row

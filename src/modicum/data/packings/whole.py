@@ -29,19 +29,19 @@ class Whole(Packing):
 
     def row(self, draw: Callable[[], Span | None], pending: list[Span], length: int) -> list[Span]:
         row: list[Span] = []
-        room = length
-        while room > 0:
+        free = length
+        while free > 0:
             span = pending.pop(0) if pending else draw()
             if span is None:
                 break
-            if span.length > room:
+            if span.length > free:
                 if not row:
-                    span, rest = span.split(room)
+                    span, rest = span.split(free)
                     row.append(span)
                     pending.insert(0, rest)
                 else:
                     pending.insert(0, span)
                 break
             row.append(span)
-            room -= span.length
+            free -= span.length
         return row

@@ -33,8 +33,8 @@ def _stream(key: str | None, **knobs: Any) -> Stream:
     if key is not None:
         toy = getattr(registry.load("transform", key).module, "TOY", None)
         transforms = [Choice("transform", key, dataclasses.asdict(toy) if toy else {})]
-    told: dict[str, Any] = {"sequence_length": LENGTH, "total": 3000, "seed": 2}
-    return Stream(_documents(), "natural", "concat:mask=true", transforms=transforms, **told | knobs)
+    settings: dict[str, Any] = {"sequence_length": LENGTH, "total": 3000, "seed": 2}
+    return Stream(_documents(), "natural", "concat:mask=true", transforms=transforms, **settings | knobs)
 
 
 def _text(batch: Batch) -> Counter[int]:

@@ -33,7 +33,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if not 0 <= self.cooldown < 1:
-            raise ValueError(f"cooldown={self.cooldown} must be a share of the run, at least 0 and below 1")
+            raise ValueError(f"cooldown={self.cooldown} must be a fraction of the run, at least 0 and below 1")
 
 
 class MetadataPrefix(Transform):

@@ -58,7 +58,7 @@ class Config:
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} must be at least 1")
         if not 0 <= self.density <= 1:
-            raise ValueError(f"density={self.density} must be a share of the entries, from 0 to 1")
+            raise ValueError(f"density={self.density} must be a fraction of the entries, from 0 to 1")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha={self.alpha} must be a positive number; None: a quarter of the rank")
 

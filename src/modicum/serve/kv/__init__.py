@@ -58,7 +58,7 @@ def check_budget(method: str, budget: float) -> None:
     """Raise `UserError` for a budget that is neither a share nor a number of entries."""
     if budget <= 0 or (budget > 1 and budget != int(budget)):
         raise UserError(
-            f"{method}: budget={budget:g} must be a share above 0 and at most 1 (0.3), or a whole number of "
+            f"{method}: budget={budget:g} must be a fraction above 0 and at most 1 (0.3), or a whole number of "
             "entries above 1 (1024)"
         )
 

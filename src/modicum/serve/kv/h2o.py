@@ -31,7 +31,7 @@ class Config:
     def __post_init__(self) -> None:
         check_budget("h2o", self.budget)
         if not 0 < self.recent < 1:
-            raise UserError(f"h2o: recent={self.recent:g} must be a share of the budget between 0 and 1")
+            raise UserError(f"h2o: recent={self.recent:g} must be a fraction of the budget between 0 and 1")
 
 
 TOY = Config(budget=12)

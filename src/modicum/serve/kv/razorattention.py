@@ -53,7 +53,7 @@ class Config:
             check_budget("razorattention", self.budget)
         for name in ("induction", "echo"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"razorattention: {name}={getattr(self, name):g} must be a share, from 0 to 1")
+                raise UserError(f"razorattention: {name}={getattr(self, name):g} must be a fraction, from 0 to 1")
         for name, low in (("sinks", 0), ("least", 1), ("ratio", 1), ("probe", 2), ("times", 2)):
             if getattr(self, name) < low:
                 raise UserError(f"razorattention: {name}={getattr(self, name):g} must be at least {low}")

@@ -37,7 +37,7 @@ class Config:
         if self.checkpoints < 1:
             raise ValueError(f"checkpoints={self.checkpoints} must be at least 1 (1 averages nothing)")
         if not 0 < self.window <= 1:
-            raise ValueError(f"window={self.window} must be a share of the run, above 0 and at most 1")
+            raise ValueError(f"window={self.window} must be a fraction of the run, above 0 and at most 1")
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} must lie in (0, 1]")
 

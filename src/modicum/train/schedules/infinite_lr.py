@@ -48,7 +48,7 @@ class Config:
         for name in ("cooldown", "anneal"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} must be a share of the total below 1, or a number of tokens"
+                    f"{name}={getattr(self, name)} must be a fraction of the total below 1, or a number of tokens"
                 )
         if not 0 < self.floor <= self.constant <= 1:
             raise ValueError(
