@@ -1,6 +1,6 @@
 """Names and prose use the field's terms: words of the old private vocabulary fail here, with what to write instead.
 
-`NAMES` are banned as identifiers only: a variable `told` does not tell what it is, whatever the word means in a sentence.
+`NAMES` are banned as identifiers only: a variable `told` says nothing of what it is. In a sentence the word is free.
 `WORDS` are banned everywhere: in identifiers (split at underscores and capitals), docstrings, messages, comments and
 documentation; `PHRASES` in prose. docs/log/ is free.
 """

@@ -172,7 +172,7 @@ def test_metadata_longer_than_a_row_is_cut() -> None:
     [
         ({"order": "best"}, "unknown order method 'best'"),
         ({"order": "quality-ascending:chunks_per_grade=0"}, "chunks_per_grade=0 must be at least 1"),
-        ({"transforms": ["meco:cooldown=1"]}, "cooldown=1.0 must be a share"),
+        ({"transforms": ["meco:cooldown=1"]}, "cooldown=1.0 must be a fraction"),
         ({"transforms": ["meco"], "packing": "concat", "total": 99}, "choose packing concat:mask=true"),
         ({"transforms": ["meco"]}, "the run's length"),
     ],

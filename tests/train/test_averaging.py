@@ -142,7 +142,7 @@ def test_averaging_goes_with_a_model_that_grows(tmp_path):
     ("choice", "told"),
     [
         ("lawa:checkpoints=0", "checkpoints=0 must be at least 1"),
-        ("lawa:window=0", "window=0.0 must be a share"),
+        ("lawa:window=0", "window=0.0 must be a fraction"),
         ("lawa:alpha=0", "alpha=0.0 must lie in"),
         ("lawa:weights=median", "weights"),
         ("ema:decay=1", "decay=1.0 must lie in"),

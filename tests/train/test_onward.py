@@ -64,7 +64,7 @@ def test_rewarm_is_linear_up_and_cosine_down():
     [
         ("infinite-lr:constant=0", "0 < floor <= constant <= 1"),
         ("infinite-lr:floor=0.6", "0 < floor <= constant <= 1"),
-        ("infinite-lr:anneal=-1", "anneal=-1.0 must be a share"),
+        ("infinite-lr:anneal=-1", "anneal=-1.0 must be a fraction"),
         ("infinite-lr:warmup=0.5,cooldown=0.5,anneal=0.5", "1.5 of the run together"),
         ("rewarm:peak=0", "peak=0.0 must be a positive factor"),
         ("rewarm:start=2", "start=2.0 must lie between 0 and peak=1.0"),

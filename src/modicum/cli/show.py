@@ -56,7 +56,7 @@ def show(
     if key not in known:
         raise unknown(f"{port} method", key, known, f"Type: modicum ls {port}")
     card = cards.read_card(known[key])
-    records = figures.of_method(record.read(record.folder(evidence), port), key)
+    found = figures.of_method(record.read(record.folder(evidence), port), key)
     if as_json:
         print(
             json.dumps(
