@@ -340,7 +340,7 @@ def test_mistakes(source: Path, tmp_path: Path) -> None:
     rubbish.mkdir()
     (rubbish / "a.txt").write_bytes(bytes(range(256)))
     (rubbish / "b.txt").write_text("tiny")
-    fails(r"nothing is left of .*dropped: .*binary 1", str(rubbish), tmp_path / "none")
+    fails(r"no document of .*dropped: .*binary 1", str(rubbish), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

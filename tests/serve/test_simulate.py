@@ -108,7 +108,7 @@ def test_traces_that_cannot_be_read(tmp_path: Path, text: str, columns: dict[str
 
 def test_pieces_rates_and_lengths() -> None:
     trace = trace_of((0.0, 100, 10), (1.0, 900, 30), (3.0, 7, 500))
-    part = trace.piece(1, 2)
+    part = trace.window(1, 2)
     assert part.arrival_N is not None and part.arrival_N.tolist() == [0.0, 2.0] and part.prompt_N.tolist() == [900, 7]
     assert trace.shorter(100).prompt_N.tolist() == [1, 9, 1] and trace.shorter(100).output_N.tolist() == [1, 1, 5]
     cut = trace.within(64)
@@ -118,7 +118,7 @@ def test_pieces_rates_and_lengths() -> None:
     np.testing.assert_allclose(fast.arrival_N / fast.arrival_N[-1], trace.arrival_N / 3.0)  # type: ignore[operator]
     assert trace.at_rate(1.0, 3).arrival_N.tolist() == trace.at_rate(1.0, 3).arrival_N.tolist()  # type: ignore[union-attr]
     with pytest.raises(UserError, match="ask for fewer"):
-        trace.piece(2, 2)
+        trace.window(2, 2)
 
 
 # step times ---------------------------------------------------------------------------------------

@@ -283,7 +283,7 @@ def test_gradnormlorp_follows_autograd_through_its_parametrisation(sides):
         p.grad = (p.detach() - target) * torch.linspace(0.5, 2, columns)
         optimizer.step({"lr": 1.0})
         if factors is None:  # only J's random start is taken over
-            held = optimizer.held[NAME]
+            held = optimizer.buffers[NAME]
             generator = torch.Generator().manual_seed(zlib.crc32(NAME.encode()))
             j = torch.empty(r, columns).uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
             torch.testing.assert_close(held["J"], j)  # it has no gradient in the first step

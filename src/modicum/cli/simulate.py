@@ -95,7 +95,7 @@ def simulate(
         return
     full_trace = traces.read(trace, _columns(columns), unit)
     most = min(max_length or 1 << 62, about.get("max_length", 1 << 62)) - 1
-    selected = full_trace.piece(first, requests if requests is not None else len(full_trace) - first).shorter(shorter)
+    selected = full_trace.window(first, requests if requests is not None else len(full_trace) - first).shorter(shorter)
     played = selected.within(most)
     slo = sim.SLO(tbt=slo_tbt or sim.strict_tbt(pace, played, limits["max_sequences"]), ttft=slo_ttft, delay=slo_delay)
     seeds = seed if poisson else None

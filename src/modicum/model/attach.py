@@ -55,7 +55,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer and every outermost form in a linear layer's place, once, by module name."""
-    found: dict[str, nn.Module] = {}
+    by_name: dict[str, nn.Module] = {}
     seen: set[int] = set()
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -63,19 +63,19 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if _is_linear(module) and id(module) not in seen:
             seen.add(id(module))
-            found[name] = module
+            by_name[name] = module
         if isinstance(module, LinearForm | FormEmbedding):
             inside = (*inside, name + ".")
-    return found
+    return by_name
 
 
 def forms(model: nn.Module) -> dict[str, LinearForm]:
     """Every outermost form of `model`, once, by module name: an adapter, not the base below it."""
-    found: dict[str, LinearForm] = {}
+    by_name: dict[str, LinearForm] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LinearForm) and not name.startswith(tuple(f"{outer}." for outer in found)):
-            found[name] = module
-    return found
+        if isinstance(module, LinearForm) and not name.startswith(tuple(f"{outer}." for outer in by_name)):
+            by_name[name] = module
+    return by_name
 
 
 def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, str]:
@@ -142,7 +142,7 @@ def attach(
     for name, form in made.items():
         _replace(model, layers[name], form)
         form.train(layers[name].training)
-    _announce(model, made)
+    _notify(model, made)
     if any(isinstance(form, Adapter) for form in forms(model).values()):
         freeze(model)
     return made
@@ -154,9 +154,9 @@ def _make(
     adapter = issubclass(_class(choice), Adapter)
     there = layer if isinstance(layer, LinearForm) else None
     if there is not None and not (adapter and "adapter_base" in there.provides):
-        held = there.choice.method if there.choice else type(there).__name__
+        form_name = there.choice.method if there.choice else type(there).__name__
         raise UserError(
-            f"holds the form {held!r} already and {choice.method!r} cannot go on top of it; merge or detach it first"
+            f"holds the form {form_name!r} already and {choice.method!r} cannot go on top of it; merge or detach it first"
         )
     base = (there or wrap(layer)) if adapter else None
     weight_OI, bias_O = (base.dense(), base.bias_value()) if base is not None else plain(layer)
@@ -208,19 +208,19 @@ def wrap(layer: nn.Module) -> LinearForm:
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Everywhere `old` is a child, also under a second name (shared modules stay shared)."""
-    found, inside = False, set(new.modules())  # an adapter keeps the old form as its base
+    replaced, inside = False, set(new.modules())  # an adapter keeps the old form as its base
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
             if child is old and parent not in inside:
                 setattr(parent, key, new)
-                found = True
-    if not found:
+                replaced = True
+    if not replaced:
         raise UserError(
             "a form cannot replace the model itself; put the layer into a module, for instance nn.Sequential(layer)"
         )
 
 
-def _announce(model: nn.Module, made: Mapping[str, LinearForm]) -> None:
+def _notify(model: nn.Module, made: Mapping[str, LinearForm]) -> None:
     """`after_attach` of each class among `made`, with all of that class's forms in the model."""
     present = forms(model)
     for cls in dict.fromkeys(type(form) for form in made.values()):
@@ -229,13 +229,13 @@ def _announce(model: nn.Module, made: Mapping[str, LinearForm]) -> None:
 
 def callbacks(model: nn.Module) -> dict[str, Callback]:
     """What the forms of `model` do in the training loop, by `linear.KEY`: one callback per method that has any."""
-    present, found = forms(model), {}
+    present, owners = forms(model), {}
     for cls in dict.fromkeys(type(form) for form in present.values()):
         mine = {name: form for name, form in present.items() if type(form) is cls}
         if (callback := cls.callback(mine)) is not None:
             choice = next(iter(mine.values())).choice
-            found[f"linear.{choice.method if choice else cls.__name__}"] = callback
-    return found
+            owners[f"linear.{choice.method if choice else cls.__name__}"] = callback
+    return owners
 
 
 def freeze(model: nn.Module) -> list[nn.Parameter]:
@@ -265,13 +265,13 @@ def places(model: nn.Module, choice: Any) -> list[str]:
     picked = Choice.parse("linear", choice)
     cls = _class(picked)
     names = [name for name in linears(model) if not name.endswith(HEADS)]
-    found = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in cls.places)]
-    if not found:
+    matched = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in cls.places)]
+    if not matched:
         raise UserError(
             f"the form {picked.method!r} goes into {', '.join(cls.places)}, which this model has not; "
             "name its layers yourself"
         )
-    return found
+    return matched
 
 
 def detach(model: nn.Module) -> list[str]:
@@ -337,7 +337,7 @@ def attach_embedding(model: nn.Module, name: str, choice: Any) -> LinearForm:
                 raise UserError(f"the head tied to {name!r} has a bias, which a shared form cannot hold")
             _replace(model, layer, form)
     _replace(model, table, FormEmbedding(form))
-    _announce(model, {name: form})
+    _notify(model, {name: form})
     return form
 
 

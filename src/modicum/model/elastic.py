@@ -36,17 +36,17 @@ def elastic_forms(model: nn.Module) -> dict[str, Elastic]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Elastic)}
 
 
-def block_bytes(found: Mapping[str, Elastic], blocks: Mapping[str, int]) -> int:
+def block_bytes(forms_of: Mapping[str, Elastic], blocks: Mapping[str, int]) -> int:
     """Bytes of so many blocks of each form."""
-    return sum(form.block_nbytes(i) for name, form in found.items() for i in range(blocks[name]))
+    return sum(form.block_nbytes(i) for name, form in forms_of.items() for i in range(blocks[name]))
 
 
-def ranking(found: Mapping[str, Elastic], held: bool = False) -> list[tuple[str, int]]:
+def ranking(forms_of: Mapping[str, Elastic], held: bool = False) -> list[tuple[str, int]]:
     """(module, block) of every available (or held) block, the most useful first."""
-    counts = {name: form.held if held else form.available for name, form in found.items()}
+    counts = {name: form.held if held else form.available for name, form in forms_of.items()}
     blocks = [(name, i) for name, n in counts.items() for i in range(n)]
-    if all(len(form.order) >= counts[name] for name, form in found.items()):
-        return sorted(blocks, key=lambda block: found[block[0]].order[block[1]])
+    if all(len(form.order) >= counts[name] for name, form in forms_of.items()):
+        return sorted(blocks, key=lambda block: forms_of[block[0]].order[block[1]])
     return sorted(blocks, key=lambda block: block[1])  # stable: within a level, by module
 
 
@@ -57,10 +57,10 @@ def nbytes(model: nn.Module) -> int:
 
 def block_items(model: nn.Module) -> dict[str, Item]:
     """The held blocks as a file keeps them, by tensor name, the most useful first."""
-    found = elastic_forms(model)
+    forms_of = elastic_forms(model)
     items: dict[str, Item] = {}
-    for name, i in ranking(found, held=True):
-        block: Tensor = getattr(found[name], f"block_{i}")
+    for name, i in ranking(forms_of, held=True):
+        block: Tensor = getattr(forms_of[name], f"block_{i}")
         items[f"{name}.block_{i}"] = (f"{name}.block_{i}", tuple(block.shape), block.dtype, block.detach)
     return items
 
@@ -90,15 +90,15 @@ class Resized:
     dropped_bytes: int
 
 
-def fitting(found: Mapping[str, Elastic], room: float | None, what: str, held: bool = False) -> dict[str, int]:
+def fitting(forms_of: Mapping[str, Elastic], room: float | None, what: str, held: bool = False) -> dict[str, int]:
     """How many available (or held) blocks of each form fit into `room` bytes, the most useful first.
 
     Raises `UserError` with `what` if not one of each does.
     """
-    wanted = dict.fromkeys(found, 0)
+    wanted = dict.fromkeys(forms_of, 0)
     taken = 0
-    for name, i in ranking(found, held):
-        taken += found[name].block_nbytes(i)
+    for name, i in ranking(forms_of, held):
+        taken += forms_of[name].block_nbytes(i)
         if room is not None and taken > room:
             break
         wanted[name] = i + 1
@@ -115,37 +115,37 @@ def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> R
     of a size in between. Raises `UserError` where there are no blocks and for a size that is too small,
     `CorruptError` for a damaged file.
     """
-    found, path = elastic_forms(model), Path(folder) / BLOCKS_FILE
-    if not found:
+    forms_of, path = elastic_forms(model), Path(folder) / BLOCKS_FILE
+    if not forms_of:
         raise UserError(
             f"the model of {folder} is of one size only; make one of any size with: modicum "
             "compress MODEL --form bitstack --calibration TEXT --out STACK"
         )
-    fixed = nbytes(model) - block_bytes(found, {name: form.held for name, form in found.items()})
-    least = fixed + block_bytes(found, dict.fromkeys(found, 1))
-    whole = fixed + block_bytes(found, {name: form.available for name, form in found.items()})
+    fixed = nbytes(model) - block_bytes(forms_of, {name: form.held for name, form in forms_of.items()})
+    least = fixed + block_bytes(forms_of, dict.fromkeys(forms_of, 1))
+    whole = fixed + block_bytes(forms_of, {name: form.available for name, form in forms_of.items()})
     wanted = fitting(
-        found,
+        forms_of,
         None if size is None else size - fixed,
         f"{bytes_text(size or 0)} is too small for {folder}: one block of each layer and what "
         f"is not in blocks take {bytes_text(least)}, all blocks {bytes_text(whole)}",
     )
     read = dropped = 0
-    for name, form in found.items():
+    for name, form in forms_of.items():
         if wanted[name] < form.held:
             dropped += sum(form.block_nbytes(i) for i in range(wanted[name], form.held))
             form.set_layout({"blocks": wanted[name]})
-    missing = [(name, i) for name, i in ranking(found) if found[name].held <= i < wanted[name]]
+    missing = [(name, i) for name, i in ranking(forms_of) if forms_of[name].held <= i < wanted[name]]
     if missing:
         if not path.exists():
             raise CorruptError(f"{folder} describes blocks but lacks {BLOCKS_FILE}; write the folder again")
         with SafetensorsFile(path) as file:
             for name, i in missing:
-                read += _read(file, name, i, found[name])
+                read += _read(file, name, i, forms_of[name])
     return Resized(
         nbytes(model),
-        sum(form.held for form in found.values()),
-        sum(form.available for form in found.values()),
+        sum(form.held for form in forms_of.values()),
+        sum(form.available for form in forms_of.values()),
         read,
         dropped,
     )
@@ -162,13 +162,13 @@ def _read(file: SafetensorsFile, name: str, i: int, form: Elastic) -> int:
     return value.nbytes
 
 
-def trim(found: Mapping[str, Elastic], bits: Mapping[str, float | None]) -> None:
+def trim(forms_of: Mapping[str, Elastic], bits: Mapping[str, float | None]) -> None:
     """Drop blocks for good, the least useful first, until so many bits per weight are left; None: all stay.
 
     bits: by module. Modules of the same number share it: it is their mean.
     """
     for wanted in {value for value in bits.values() if value is not None}:
-        mine = {name: form for name, form in found.items() if bits[name] == wanted and form.held}
+        mine = {name: form for name, form in forms_of.items() if bits[name] == wanted and form.held}
         weights = sum(form.in_features * form.out_features for form in mine.values())
         least = 8 * block_bytes(mine, dict.fromkeys(mine, 1)) / max(weights, 1)
         drop(
@@ -179,8 +179,8 @@ def trim(found: Mapping[str, Elastic], bits: Mapping[str, float | None]) -> None
         )
 
 
-def drop(found: Mapping[str, Elastic], room: float, what: str) -> None:
+def drop(forms_of: Mapping[str, Elastic], room: float, what: str) -> None:
     """Keep the most useful blocks that take at most `room` bytes, and forget that there were others."""
-    for name, n in fitting(found, room, what, held=True).items():
-        form = found[name]
+    for name, n in fitting(forms_of, room, what, held=True).items():
+        form = forms_of[name]
         form.set_layout({"blocks": n, "available": n, "order": form.order[:n]})

@@ -210,10 +210,10 @@ def _restore_forms(model: Decoder, folder: Path, dtype: torch.dtype | None, devi
 def _plain_parameters(model: Decoder) -> dict[str, nn.Parameter]:
     """Parameters outside forms, a tied head once."""
     inside = {id(p) for form in forms(model).values() for p in form.parameters()}
-    found = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in inside}
-    if model.config.tied and "embed.weight" in found:
-        found.pop("lm_head.weight", None)
-    return found
+    named = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in inside}
+    if model.config.tied and "embed.weight" in named:
+        named.pop("lm_head.weight", None)
+    return named
 
 
 def fill_weights(

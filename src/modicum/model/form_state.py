@@ -28,9 +28,9 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     embeddings = {
         id(module.form): name for name, module in model.named_modules() if isinstance(module, attach.FormEmbedding)
     }
-    places: dict[int, list[str]] = {}
+    names_of: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
+        names_of.setdefault(id(module), []).append(name)
     entries: dict[str, Any] = {}
     for name, form in attach.forms(model).items():
         entry = _entry(form)
@@ -38,7 +38,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
         if embedding is not None:
             entry["embedding"] = True
         name = embedding or name
-        entry["tied"] = [p for p in places[id(form)] if p not in (name, f"{name}.form")]
+        entry["tied"] = [p for p in names_of[id(form)] if p not in (name, f"{name}.form")]
         entries[name] = entry
     return {"version": VERSION, "forms": entries} if entries else None
 
@@ -87,8 +87,8 @@ def restore(
                     f"{form.out_features} x {form.in_features}; the folder's files do not "
                     "belong together"
                 )
-            for place, module in [(name, new), *((tied, form) for tied in entry.get("tied", ()))]:
-                parent, _, key = place.rpartition(".")
+            for target, module in [(name, new), *((tied, form) for tied in entry.get("tied", ()))]:
+                parent, _, key = target.rpartition(".")
                 setattr(model.get_submodule(parent), key, module)
             new.train(old.training)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -124,13 +124,13 @@ def _form(entry: Mapping[str, Any], dtype: torch.dtype | None, device: torch.dev
 def form_state(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of all forms by module name; a shared one comes under its first name."""
     prefixes = tuple(f"{name}." for name in attach.forms(model))
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.startswith(prefixes) and id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor
-    return found
+            values[name] = tensor
+    return values
 
 
 def load_form_state(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
@@ -151,12 +151,12 @@ def load_form_state(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torc
         if isinstance(module, LinearForm)
         for key in module.stored
     }
-    for name, place in expected.items():
+    for name, target in expected.items():
         value = tensors[name]
-        free = value.dtype.is_floating_point and place.dtype.is_floating_point and name not in formats
-        if value.shape != place.shape or not (free or value.dtype == place.dtype):
+        free = value.dtype.is_floating_point and target.dtype.is_floating_point and name not in formats
+        if value.shape != target.shape or not (free or value.dtype == target.dtype):
             raise CorruptError(
                 f"stored tensor {name!r} is {value.dtype} {tuple(value.shape)}, its form "
-                f"wants {place.dtype} {tuple(place.shape)}; write the folder again"
+                f"wants {target.dtype} {tuple(target.shape)}; write the folder again"
             )
-        place.data = value.to(place.device, (dtype or value.dtype) if free else value.dtype)
+        target.data = value.to(target.device, (dtype or value.dtype) if free else value.dtype)

@@ -298,7 +298,7 @@ class Api:
         echoes: list[str],
         sources: list[dict[str, Any]] | None,
     ) -> AsyncIterator[dict[str, Any]]:
-        place = {r.id: i for i, r in enumerate(ticket.requests)}
+        index_of = {r.id: i for i, r in enumerate(ticket.requests)}
         offsets: dict[int, int] = {}
         tokens = 0
         blank = {"usage": None} if with_usage else {}
@@ -306,7 +306,7 @@ class Api:
             yield form.chunk(0, "", [], None, first=True) | {"sources": sources} | blank
             offsets[0] = 0
         async for update in ticket.updates():
-            request = place[update.request]
+            request = index_of[update.request]
             index = request * ticket.requests[request].params.n + update.index
             first = index not in offsets
             text = (echoes[request] if first and echoes else "") + update.text
@@ -330,11 +330,11 @@ class Api:
             for s in request.sequences:
                 if s.first_token is None or s.last_token is None:
                     continue
-                said = len(s.tokens) - len(request.prompt)
+                completion_tokens = len(s.tokens) - len(request.prompt)
                 self.metrics.first_token.observe(s.first_token - request.arrival)
                 self.metrics.whole.observe(s.last_token - request.arrival)
-                if said > 1:
-                    self.metrics.per_token.observe((s.last_token - s.first_token) / (said - 1))
+                if completion_tokens > 1:
+                    self.metrics.per_token.observe((s.last_token - s.first_token) / (completion_tokens - 1))
 
 
 def _error(

@@ -77,13 +77,13 @@ class BlockPool:
 
     def find(self, names: Iterable[bytes]) -> list[int]:
         """Blocks of the longest known prefix of `names`. They are not held yet: see `hold`."""
-        found = []
+        hits = []
         for name in names:
             block = self._block.get(name)
             if block is None:
                 break
-            found.append(block)
-        return found
+            hits.append(block)
+        return hits
 
     def hold(self, blocks: Sequence[int]) -> None:
         """One more reference to each block (found ones, or another sequence's)."""
@@ -129,11 +129,11 @@ class BlockPool:
     def check(self) -> None:
         """Raise `ModicumError` unless every block is in exactly one state (tests and debugging)."""
         blank, remembered = set(self._blank), set(self._remembered)
-        held = {b for b, n in enumerate(self.references) if n > 0}
-        if len(blank) != len(self._blank) or blank & remembered or (blank | remembered) & held:
+        in_use = {b for b, n in enumerate(self.references) if n > 0}
+        if len(blank) != len(self._blank) or blank & remembered or (blank | remembered) & in_use:
             raise ModicumError("a block is in two states at once")
-        if len(blank) + len(remembered) + len(held) != self.n_blocks:
-            raise ModicumError(f"{self.n_blocks - len(blank) - len(remembered) - len(held)} blocks are lost")
+        if len(blank) + len(remembered) + len(in_use) != self.n_blocks:
+            raise ModicumError(f"{self.n_blocks - len(blank) - len(remembered) - len(in_use)} blocks are lost")
         if not remembered <= set(self._name) or blank & set(self._name):
             raise ModicumError("a block's name does not fit its state")
         if {n: b for b, n in self._name.items()} != self._block:

@@ -25,18 +25,18 @@ class Conversation:
         self.messages: Messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str) -> Iterator[str]:
-        said: list[str] = []
-        asked = [*self.messages, {"role": "user", "content": text}]
+        reply: list[str] = []
+        conversation = [*self.messages, {"role": "user", "content": text}]
         try:
-            for piece in self._speak(asked):
-                said.append(piece)
-                yield piece
+            for text_chunk in self._speak(conversation):
+                reply.append(text_chunk)
+                yield text_chunk
         except ModicumError:
-            said.clear()
+            reply.clear()
             raise
         finally:
-            if said:
-                self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
+            if reply:
+                self.messages = [*conversation, {"role": "assistant", "content": "".join(reply)}]
 
     def reset(self) -> None:
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
@@ -45,15 +45,15 @@ class Conversation:
 def local(engine: Engine, params: SamplingParams) -> Speak:
     """Speak with an engine; the oldest turns are left out of the prompt once it would not fit the context."""
     tokenizer = engine.tokenizer
-    room = engine.max_length - min(params.max_tokens or engine.max_length // 4, engine.max_length // 2)
+    limit = engine.max_length - min(params.max_tokens or engine.max_length // 4, engine.max_length // 2)
 
     def speak(messages: Messages) -> Iterator[str]:
         kept = list(messages)
-        while len(ids := tokenizer.encode(tokenizer.chat(kept), add_special=False)) > room:
+        while len(ids := tokenizer.encode(tokenizer.chat(kept), add_special=False)) > limit:
             first = 1 if kept[0]["role"] == "system" else 0
             if len(kept) - first <= 1:
                 raise UserError(
-                    f"the message has {len(ids)} tokens with its template, there is room for {room}; "
+                    f"the message has {len(ids)} tokens with its template, there is room for {limit}; "
                     "write less, or start with a smaller --max-tokens"
                 )
             del kept[first : first + 2]
@@ -95,8 +95,8 @@ def remote(url: str, model: str | None, params: SamplingParams, api_key: str | N
         with stream:
             chunks = iter(stream)
             while (chunk := call(lambda: next(chunks, None))) is not None:
-                piece = chunk.choices[0].delta.content if chunk.choices else None
-                if piece:
-                    yield piece
+                text_chunk = chunk.choices[0].delta.content if chunk.choices else None
+                if text_chunk:
+                    yield text_chunk
 
     return speak

@@ -50,12 +50,12 @@ def commit(
         elif sample.finish is None:
             state.scheduler.advance(sample.id, 0, 1)
             try:
-                updates.append(_say(state, sample, chosen.tokens[i], chosen.logprobs.get(i), now))
+                updates.append(_emit(state, sample, chosen.tokens[i], chosen.logprobs.get(i), now))
             except Exception as error:  # a tokenizer that cannot decode is this request's trouble alone
                 updates += state.failed({sample.request.id}, error)
 
 
-def _say(state: State, sample: Sample, token: int, logprob: Any, now: float) -> Update:
+def _emit(state: State, sample: Sample, token: int, logprob: Any, now: float) -> Update:
     """Append a sampled token; end the sequence if it was the last."""
     first = sample.first_token is None
     sample.first_token, sample.last_token = sample.first_token or now, now

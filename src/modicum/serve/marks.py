@@ -27,9 +27,9 @@ def received(
     G, R, T, _ = q_GRTE.shape
     S = entries.k_GSE.shape[1]
     device = q_GRTE.device
-    held_GS = torch.arange(S, device=device) < torch.tensor(entries.counts, device=device)[:, None]
-    bias_GS = torch.zeros(held_GS.shape, device=device) if entries.weight_GS is None else entries.weight_GS.log()
-    bias_GS = bias_GS.masked_fill(~held_GS, float("-inf"))
+    valid_GS = torch.arange(S, device=device) < torch.tensor(entries.counts, device=device)[:, None]
+    bias_GS = torch.zeros(valid_GS.shape, device=device) if entries.weight_GS is None else entries.weight_GS.log()
+    bias_GS = bias_GS.masked_fill(~valid_GS, float("-inf"))
     keys_GES = entries.k_GSE.float().transpose(1, 2)
     mass_GS = torch.zeros(G, S, device=device)
     rows = max(1, SCORES // (G * R * S))

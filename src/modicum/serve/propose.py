@@ -112,5 +112,5 @@ class Drafting:
 def _within(tree: Tree, depth: int) -> Tree:
     """The nodes down to a depth."""
     kept_N = layout(tree).depth_X[1:] <= depth
-    place_N = np.append(kept_N.cumsum() - 1, -1)
-    return Tree(tree.tokens_N[kept_N], place_N[tree.parents_N[kept_N]])
+    new_index_N = np.append(kept_N.cumsum() - 1, -1)
+    return Tree(tree.tokens_N[kept_N], new_index_N[tree.parents_N[kept_N]])

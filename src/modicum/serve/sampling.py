@@ -98,13 +98,13 @@ def _nucleus(scaled_RV: Tensor, params: Sequence[SamplingParams], top_p_R: Tenso
         best_RK = scaled_RV.topk(size).values
         best_RK = best_RK.masked_fill(torch.arange(size, device=best_RK.device) >= limit_R1, float("-inf"))
         total_R1 = torch.where(limit_R1 < vocab, torch.logsumexp(best_RK, -1, keepdim=True), whole_R1)
-        share_RK = (best_RK - total_R1).exp()
-        sum_RK = share_RK.cumsum(-1, dtype=torch.float64)
+        probability_RK = (best_RK - total_R1).exp()
+        sum_RK = probability_RK.cumsum(-1, dtype=torch.float64)
         reached_R = (sum_RK[:, -1] >= top_p_R) | (limit_R1[:, 0] <= size) | (top_p_R >= 1)
         if size == vocab or bool(reached_R.all()):
             break
         size = vocab
-    kept_RK = (sum_RK - share_RK < top_p_R[:, None]) & (best_RK > float("-inf"))
+    kept_RK = (sum_RK - probability_RK < top_p_R[:, None]) & (best_RK > float("-inf"))
     last_R1 = kept_RK.sum(-1, keepdim=True).clamp_(min=1) - 1
     threshold_R = best_RK.gather(1, last_R1)[:, 0]
     unlimited_R = (top_p_R >= 1) & (limit_R1[:, 0] >= vocab)
@@ -121,7 +121,7 @@ def _adjusted(logits_BV: Tensor, samples: Sequence[Sample]) -> Tensor:
     if rows:
         device = logits_BV.device
         some_RV = logits_BV[rows]
-        said = [samples[i].penalties for i in rows]
+        penalties_of = [samples[i].penalties for i in rows]
         knobs_R3 = torch.tensor(
             [
                 (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
@@ -129,8 +129,8 @@ def _adjusted(logits_BV: Tensor, samples: Sequence[Sample]) -> Tensor:
             ],
             device=device,
         )
-        seen_RV = torch.stack([p.seen_V for p in said if p is not None])
-        count_RV = torch.stack([p.count_V for p in said if p is not None])
+        seen_RV = torch.stack([p.seen_V for p in penalties_of if p is not None])
+        count_RV = torch.stack([p.count_V for p in penalties_of if p is not None])
         repetition_R1 = knobs_R3[:, :1]
         weaker_RV = torch.where(some_RV > 0, some_RV / repetition_R1, some_RV * repetition_R1)
         some_RV = torch.where(seen_RV, weaker_RV, some_RV)

@@ -26,11 +26,11 @@ def hint(state: State) -> None:
     for job in state.hinted:
         job.hit = job.revived = 0
     state.hinted.clear()
-    room = state.config.max_sequences - len(state.scheduler.running)
-    if not state.config.prefix_cache or room <= 0:
+    free_slots = state.config.max_sequences - len(state.scheduler.running)
+    if not state.config.prefix_cache or free_slots <= 0:
         return
     tokens = state.config.max_batch_tokens
-    for job in state.scheduler.waiting[:room]:
+    for job in state.scheduler.waiting[:free_slots]:
         state.cache.look_up(state.samples[job.id])
         state.hinted.append(job)
         tokens -= job.length - job.hit

@@ -32,18 +32,18 @@ def follow(sample: Sample, at_once: bool) -> None:
 def score(state: State, works: Sequence[Work], updates: list[Update]) -> None:
     """Read the scored sequences' log-probabilities off the step that ran last, and end those that are complete."""
     rows: list[int] = []
-    places: list[tuple[Sample, int]] = []  # of each row, the sequence and which token of `given` it scores
+    row_targets: list[tuple[Sample, int]] = []  # of each row, the sequence and which token of `given` it scores
     ours = [w for w in works if w.sample.scored and w.sample.finish is None]
     for w in ours:
         first = len(w.sample.request.prompt) - 1
         # What was scored before a preemption is computed again and need not be read again.
         start = max(w.start, first + len(w.sample.scores))
-        for place in range(start, w.start + w.n):
-            rows.append(w.at + place - w.start)
-            places.append((w.sample, place - first))
+        for token_index in range(start, w.start + w.n):
+            rows.append(w.at + token_index - w.start)
+            row_targets.append((w.sample, token_index - first))
     broken = set()
     for at in range(0, len(rows), ROWS):
-        some = places[at : at + ROWS]
+        some = row_targets[at : at + ROWS]
         logits_RV = state.runner.logits(rows[at : at + ROWS])
         logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
         target_R1 = torch.tensor([[s.given[i]] for s, i in some], device=logits_RV.device)

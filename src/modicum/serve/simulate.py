@@ -38,10 +38,10 @@ class SLO:
     tbt: float
     ttft: float = 5.0
     delay: float = 2.0
-    share: float = 0.99
+    quantile: float = 0.99
 
     def __post_init__(self) -> None:
-        if min(self.tbt, self.ttft, self.delay) <= 0 or not 0 < self.share < 1:
+        if min(self.tbt, self.ttft, self.delay) <= 0 or not 0 < self.quantile < 1:
             raise UserError(f"{self}: seconds must be above 0, and the share between 0 and 1")
 
 
@@ -54,11 +54,11 @@ def strict_tbt(pace: StepTime, trace: Trace, sequences: int) -> float:
 
 def aimed(choice: Any, slo: SLO) -> Choice:
     """A choice of a scheduler; one with a knob `tbt` that is left open is given the promise's."""
-    found = Choice.parse("scheduler", choice)
-    names = {f.name for f in fields(registry.load("scheduler", found.method).config)}
-    if "tbt" not in names or {"tbt", "budget"} & set(found.knobs):
-        return found
-    return Choice("scheduler", found.method, found.knobs | {"tbt": float(f"{slo.tbt:.4g}")})
+    result = Choice.parse("scheduler", choice)
+    names = {f.name for f in fields(registry.load("scheduler", result.method).config)}
+    if "tbt" not in names or {"tbt", "budget"} & set(result.knobs):
+        return result
+    return Choice("scheduler", result.method, result.knobs | {"tbt": float(f"{slo.tbt:.4g}")})
 
 
 @dataclass(eq=False)
@@ -88,7 +88,7 @@ class Played:
         """Whether the run kept to the promise: tokens in time, and no growing queue."""
         assert self.trace.arrival_N is not None
         delay = float(np.median(self.started - self.trace.arrival_N))
-        return bool(np.mean(self.gaps() > slo.tbt) <= 1 - slo.share and delay <= slo.delay)
+        return bool(np.mean(self.gaps() > slo.tbt) <= 1 - slo.quantile and delay <= slo.delay)
 
     def report(self, slo: SLO | None = None) -> dict[str, Any]:
         """Percentiles of TTFT, TPOT (mean gap of a request), TBT (each gap) and waiting; rates; goodput."""
@@ -100,7 +100,7 @@ class Played:
         tpot_N = (last_N - first_N) / np.maximum(later_N, 1)
         gaps = self.gaps()
         tokens = int(later_N.sum()) + len(self.times)
-        found: dict[str, Any] = {"requests": len(self.times), "rate": self.trace.rate}
+        result: dict[str, Any] = {"requests": len(self.times), "rate": self.trace.rate}
         for name, values in (
             ("ttft", first_N - arrival_N),
             ("tpot", tpot_N[later_N > 0] if (later_N > 0).any() else np.zeros(1)),
@@ -108,8 +108,8 @@ class Played:
             ("delay", self.started - arrival_N),
             ("latency", last_N - arrival_N),
         ):
-            found |= {f"{name}_p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
-        found |= {
+            result |= {f"{name}_p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
+        result |= {
             "tbt_max": float(gaps.max()),
             "tokens_per_second": tokens / self.seconds if self.seconds else 0.0,
             "busy": self.busy / self.seconds if self.seconds else 0.0,
@@ -121,14 +121,14 @@ class Played:
         }
         if slo is not None:
             slow_N = np.array([np.mean(np.diff(t) > slo.tbt) if len(t) > 1 else 0.0 for t in self.times])
-            good = float(np.mean((first_N - arrival_N <= slo.ttft) & (slow_N <= 1 - slo.share)))
-            found |= {
+            good = float(np.mean((first_N - arrival_N <= slo.ttft) & (slow_N <= 1 - slo.quantile)))
+            result |= {
                 "late_gaps": float(np.mean(gaps > slo.tbt)),
                 "good": good,
                 "goodput": good * len(self.times) / self.seconds if self.seconds else 0.0,
                 "meets": self.meets(slo),
             }
-        return found
+        return result
 
 
 class Doomed:
@@ -136,7 +136,7 @@ class Doomed:
 
     def __init__(self, trace: Trace, slo: SLO):
         self.slo = slo
-        self.gaps_left = int((1 - slo.share) * max(0, int(trace.output_N.sum()) - len(trace)))
+        self.gaps_left = int((1 - slo.quantile) * max(0, int(trace.output_N.sum()) - len(trace)))
         self.starts_left = len(trace) // 2
 
     def __bool__(self) -> bool:
@@ -165,7 +165,7 @@ def simulate(trace: Trace, scheduler: Scheduler, pace: StepTime, slo: SLO | None
             "give a larger --cache, or a smaller --max-length, which cuts prompts"
         )
     arrival, prompt, output = trace.arrival_N.tolist(), trace.prompt_N.tolist(), trace.output_N.tolist()
-    pool, held = BlockPool(s.n_blocks), dict[int, list[int]]()
+    pool, allocated = BlockPool(s.n_blocks), dict[int, list[int]]()
     played = Played(trace)
     doomed = Doomed(trace, slo) if slo else None
     clock, come = 0.0, 0
@@ -175,7 +175,7 @@ def simulate(trace: Trace, scheduler: Scheduler, pace: StepTime, slo: SLO | None
         while come < len(trace) and arrival[come] <= clock:
             s.add(Job(come, arrival[come], prompt[come], prompt[come]))
             come += 1
-        works = _apply(s, s.plan(s.state(pool.free, clock)), pool, held, played)
+        works = _apply(s, s.plan(s.state(pool.free, clock)), pool, allocated, played)
         if not works:
             if s.running or come >= len(trace):
                 raise ModicumError(f"{s.pending()} requests are there and the scheduler starts none")
@@ -203,7 +203,7 @@ def simulate(trace: Trace, scheduler: Scheduler, pace: StepTime, slo: SLO | None
             times.append(clock)
             if len(times) >= output[job.id]:
                 s.remove(job.id)
-                pool.release(held.pop(job.id))
+                pool.release(allocated.pop(job.id))
         if doomed:  # a promise is asked for, and is broken by now
             return None
     played.seconds = clock
@@ -211,21 +211,21 @@ def simulate(trace: Trace, scheduler: Scheduler, pace: StepTime, slo: SLO | None
 
 
 def _apply(
-    s: Scheduler, plan: Plan, pool: BlockPool, held: dict[int, list[int]], played: Played
+    s: Scheduler, plan: Plan, pool: BlockPool, allocated: dict[int, list[int]], played: Played
 ) -> list[tuple[Job, int]]:
     """Make the plan true as the engine does: preempt, admit, take blocks; the plan's end gives way."""
     for id in plan.preempt:
-        pool.release(held.pop(id, []))
+        pool.release(allocated.pop(id, []))
         played.preemptions += 1
     s.commit(plan)
     run, works = list(plan.run), []
     while run:
         id, n = run.pop(0)
-        job, blocks = s.jobs[id], held.setdefault(id, [])
+        job, blocks = s.jobs[id], allocated.setdefault(id, [])
         more = -(-(job.computed + n) // s.block_size) - len(blocks)
         while more > pool.free:
             late = run.pop()[0] if run else id
-            pool.release(held.pop(late, []))
+            pool.release(allocated.pop(late, []))
             s.commit(Plan(preempt=(late,)))
             played.preemptions += 1
             if late == id:

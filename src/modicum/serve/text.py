@@ -27,7 +27,7 @@ class TextStream:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids = list(context)[-KEEP:]
         self._shown = len(tokenizer.decode(self._ids)) if self._ids else 0
-        self._held = ""
+        self._pending_text = ""
         self.stopped: str | None = None
 
     def push(self, token: int) -> str:
@@ -51,17 +51,17 @@ class TextStream:
         text = self._tokenizer.decode(self._ids)[self._shown :] if self._ids else ""
         self._shown += len(text)
         text = self._release(text)
-        held, self._held = self._held, ""
-        return text + held
+        rest, self._pending_text = self._pending_text, ""
+        return text + rest
 
     def _release(self, new: str) -> str:
         if not self._stop or self.stopped is not None:
             return "" if self._stop else new
-        text = self._held + new
-        found = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
-        if found:
-            at, self.stopped = min(found)
-            self._held = ""
+        text = self._pending_text + new
+        matches = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
+        if matches:
+            at, self.stopped = min(matches)
+            self._pending_text = ""
             return text[:at]
         keep = 0
         for s in self._stop:
@@ -69,5 +69,5 @@ class TextStream:
                 if text.endswith(s[:n]):
                     keep = n
                     break
-        self._held = text[len(text) - keep :]
+        self._pending_text = text[len(text) - keep :]
         return text[: len(text) - keep]

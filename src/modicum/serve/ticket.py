@@ -104,7 +104,7 @@ class EventStream(Response):
         self._ticket, self._events, self._metrics = ticket, events, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def say(text: str, more: bool = True) -> None:
+        async def write(text: str, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
 
         async with watched(self._ticket, receive):
@@ -112,9 +112,9 @@ class EventStream(Response):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 try:
                     async for event in self._events:
-                        await say(json.dumps(event, ensure_ascii=False))
+                        await write(json.dumps(event, ensure_ascii=False))
                 except ApiError as error:
-                    await say(json.dumps(error.body))
-                await say("[DONE]", more=False)
+                    await write(json.dumps(error.body))
+                await write("[DONE]", more=False)
             except (ClientGone, OSError):
                 self._metrics.aborted.inc()

@@ -43,7 +43,7 @@ class Trace:
             return None
         return (len(self) - 1) / float(self.arrival_N[-1])
 
-    def piece(self, first: int, n: int) -> Trace:
+    def window(self, first: int, n: int) -> Trace:
         """`n` requests from number `first` on; the first of them arrives at 0."""
         if n < 1 or first < 0 or first + n > len(self):
             raise UserError(
@@ -100,9 +100,9 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, unit: str |
     chosen = dict(columns or {})
     lower = {name.lower(): name for name in reversed(there)}
     for role, names in NAMES.items():
-        found = next((lower[n] for n in names if n in lower), None)
-        if role not in chosen and found is not None:
-            chosen[role] = found
+        name_found = next((lower[n] for n in names if n in lower), None)
+        if role not in chosen and name_found is not None:
+            chosen[role] = name_found
     for role in ("prompt", "output"):
         if role not in chosen:
             raise UserError(

@@ -25,10 +25,10 @@ from modicum.serve.state import State
 from modicum.serve.work import Work
 
 
-def child(tree: Tree, place: int, token: int) -> int:
+def child(tree: Tree, node: int, token: int) -> int:
     """The place below `place` that holds `token`; 0 if there is none."""
-    found = np.flatnonzero((tree.parents_N == place - 1) & (tree.tokens_N == token))
-    return int(found[0]) + 1 if len(found) else 0
+    children = np.flatnonzero((tree.parents_N == node - 1) & (tree.tokens_N == token))
+    return int(children[0]) + 1 if len(children) else 0
 
 
 def rows_to_check(works: Sequence[Work]) -> tuple[list[int], dict[int, int]]:
@@ -64,17 +64,17 @@ def verify(
             depth += 1
             ready, rows = [], []
             for w in trees:
-                sample, place = w.sample, here.pop(w.sample.id, -1)
-                if place < 0 or sample.finish is not None:
+                sample, node = w.sample, here.pop(w.sample.id, -1)
+                if node < 0 or sample.finish is not None:
                     continue
                 assert w.tree is not None
-                place = child(w.tree, place, sample.tokens[-1])
-                if place:
-                    here[sample.id] = place
+                node = child(w.tree, node, sample.tokens[-1])
+                if node:
+                    here[sample.id] = node
                     ready.append(w)
-                    rows.append(at[sample.id] + place)
-                    if place != depth:
-                        moves.append((sample.slot, w.start + place, w.start + depth))
+                    rows.append(at[sample.id] + node)
+                    if node != depth:
+                        moves.append((sample.slot, w.start + node, w.start + depth))
             level = [Work(w.sample, w.start + depth, 1, w.at) for w in ready]
             accepted += len(ready)
     finally:  # what has been published above must be true, whatever happened since

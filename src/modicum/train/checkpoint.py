@@ -152,13 +152,13 @@ def damage(path: Path) -> str | None:
         manifest = read_json(path / "manifest.json")
         if "state.json" not in manifest or "model.safetensors" not in manifest:
             return "its manifest is not complete"
-        for name, told in manifest.items():
+        for name, entry in manifest.items():
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != told["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {told['bytes']}"
-            if sha256(file) != told["sha256"]:
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if sha256(file) != entry["sha256"]:
                 return f"{name} does not match its checksum"
         version = read_json(path / "state.json")["version"]
         return None if version == VERSION else f"it has version {version}, this modicum reads {VERSION}"

@@ -13,5 +13,5 @@ def curve(path: str | Path, kind: str = "train", stage: str | None = None) -> li
 
     A killed run repeats the steps after its last checkpoint; of a step told twice the later event counts.
     """
-    told = {event["step"]: event for event in read_events(path, kind, stage)}
-    return [told[step] for step in sorted(told)]
+    by_step = {event["step"]: event for event in read_events(path, kind, stage)}
+    return [by_step[step] for step in sorted(by_step)]

@@ -20,17 +20,17 @@ def batches_of(source: Any, rows: int, sequences: int | None = None) -> Iterator
     if not hasattr(source, "next_batch"):
         yield from source
         return
-    place, left = source.state(), sequences
+    start, remaining = source.state(), sequences
     try:
-        while left is None or left > 0:
+        while remaining is None or remaining > 0:
             try:
-                batch = source.next_batch(rows if left is None else min(rows, left))
+                batch = source.next_batch(rows if remaining is None else min(rows, remaining))
             except EndOfData:
                 return
-            left = None if left is None else left - len(batch)
+            remaining = None if remaining is None else remaining - len(batch)
             yield batch
     finally:
-        source.load_state(place)
+        source.load_state(start)
 
 
 def mean_loss(

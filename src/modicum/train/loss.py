@@ -143,7 +143,7 @@ def _probe(head: Head, h_ND: Tensor) -> tuple[int, list[Tensor]]:
     """
     row = h_ND[:1].detach()
     logits = head(row)
-    found: list[Tensor] = []
+    losses: list[Tensor] = []
     seen, stack = set(), [logits.grad_fn]
     while stack:
         node = stack.pop()
@@ -151,6 +151,6 @@ def _probe(head: Head, h_ND: Tensor) -> tuple[int, list[Tensor]]:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
+            losses.append(node.variable)
         stack.extend(following for following, _ in node.next_functions)
-    return logits.shape[-1], found
+    return logits.shape[-1], losses

@@ -97,11 +97,11 @@ class Whole(nn.Module):
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a model: members of its outermost lists of modules."""
-    found: list[nn.Module] = []
+    wrapped: list[nn.Module] = []
     for module in model.children():
         members = module if isinstance(module, nn.ModuleList) else blocks(module)
-        found += [b for b in members if any(True for _ in b.parameters())]
-    return found
+        wrapped += [b for b in members if any(True for _ in b.parameters())]
+    return wrapped
 
 
 def shard(whole: Whole, device: torch.device, dtype: torch.dtype) -> None:

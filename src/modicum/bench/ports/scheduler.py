@@ -138,7 +138,7 @@ def requests(scale: Scale, data: str | None, seed: int) -> Trace:
     if data:
         whole = traces.read(data)
         first = int(np.random.default_rng(seed).integers(max(1, len(whole) - scale.requests)))
-        trace = whole.piece(first, min(scale.requests, len(whole))).shorter(scale.shorter)
+        trace = whole.window(first, min(scale.requests, len(whole))).shorter(scale.shorter)
     else:
         rng = np.random.default_rng(seed)
         prompt_N, output_N = (

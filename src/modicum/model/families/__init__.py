@@ -38,13 +38,13 @@ class Rule:
 
 def rules(table: str, **how: bool) -> tuple[Rule, ...]:
     """Rules from lines of `their.name  our.name`; `layers.*.attention.{q,k,v}.bias` names three in order."""
-    found = []
+    expanded = []
     for line in table.strip().splitlines():
         theirs, ours = line.split()
         head, brace, rest = ours.partition("{")
         parts, _, tail = rest.partition("}")
-        found.append(Rule(theirs, tuple(head + p + tail for p in parts.split(",")) if brace else (ours,), **how))
-    return tuple(found)
+        expanded.append(Rule(theirs, tuple(head + p + tail for p in parts.split(",")) if brace else (ours,), **how))
+    return tuple(expanded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,15 +141,15 @@ def expand(config: DecoderConfig, names: Iterable[str]) -> dict[str, Rule]:
     have, rules = set(names), families()[config.family].rules
     if not rules:
         return {name: Rule(name, (name,)) for name in names}
-    found = {}
+    tensors = {}
     for rule in rules:
         for layer in range(config.layers if "*" in rule.theirs else 1):
             ours = tuple(name.replace("*", str(layer)) for name in rule.ours)
             if all(name in have for name in ours):
-                found[rule.theirs.replace("*", str(layer))] = Rule(
+                tensors[rule.theirs.replace("*", str(layer))] = Rule(
                     rule.theirs.replace("*", str(layer)), ours, rule.transposed, rule.by_head
                 )
-    return found
+    return tensors
 
 
 def is_ignored(config: DecoderConfig, name: str) -> bool:

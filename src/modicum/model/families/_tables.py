@@ -118,13 +118,13 @@ def rope(
     kind = given.pop("rope_type", None) or given.get("type") or "default"
     given.pop("type", None)
     theta = given.pop("rope_theta", None) or hf[theta_key]
-    share = given.pop("partial_rotary_factor", None) or hf.get(fraction_key) or fraction
+    rotary_fraction = given.pop("partial_rotary_factor", None) or hf.get(fraction_key) or fraction
     kind = {"su": "longrope"}.get(kind, kind)
     if kind == "default":
-        return Rope(theta=float(theta), fraction=float(share))
+        return Rope(theta=float(theta), fraction=float(rotary_fraction))
     if hf.get("original_max_position_embeddings"):
         given["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
-    return Rope(theta=float(theta), fraction=float(share), kind=kind, options=given)
+    return Rope(theta=float(theta), fraction=float(rotary_fraction), kind=kind, options=given)
 
 
 def _scaling(rope: Rope) -> Keys:

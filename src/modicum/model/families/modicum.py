@@ -16,11 +16,11 @@ PLAIN = tuple(f.name for f in fields(DecoderConfig) if f.name not in APART)
 
 
 def _read(hf: Keys) -> Keys:
-    found: Keys = {name: hf[name] for name in PLAIN if name in hf}
+    given: Keys = {name: hf[name] for name in PLAIN if name in hf}
     if "rope" in hf:
-        found["rope"] = Rope(**hf["rope"])
-    found["overrides"] = tuple({name: _field(name, of[name]) for name in of} for of in hf.get("overrides", ()))
-    return found
+        given["rope"] = Rope(**hf["rope"])
+    given["overrides"] = tuple({name: _field(name, of[name]) for name in of} for of in hf.get("overrides", ()))
+    return given
 
 
 def _field(name: str, value: Any) -> Any:

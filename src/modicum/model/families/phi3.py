@@ -7,12 +7,12 @@ from modicum.model.families import _tables as t
 
 def _rope(hf: Keys) -> Rope:
     """Early files call longrope "su" or "yarn"."""
-    found = dict(hf)
+    fields = dict(hf)
     for key in ("rope_scaling", "rope_parameters"):
-        given = dict(found.get(key) or {})
+        given = dict(fields.get(key) or {})
         if "yarn" in (given.get("rope_type"), given.get("type")):
-            found[key] = given | {"rope_type": "longrope"}
-    return t.rope(found)
+            fields[key] = given | {"rope_type": "longrope"}
+    return t.rope(fields)
 
 
 def _write(c: DecoderConfig) -> Keys:

@@ -156,13 +156,13 @@ def folder_files(path: str | Path) -> dict[str, bytes]:
     has_tokenizer = file.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
     if has_tokenizer:
         made["tokenizer_config.json"] = tokenizer_settings(file)
-    found = {name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode() for name, value in made.items()}
+    contents = {name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode() for name, value in made.items()}
     if has_tokenizer:
-        found["tokenizer.json"] = tokenizer_of(file).to_str(pretty=True).encode()
+        contents["tokenizer.json"] = tokenizer_of(file).to_str(pretty=True).encode()
     template = file.metadata.get("tokenizer.chat_template")
     if template:
-        found["chat_template.jinja"] = template.encode()
-    return found
+        contents["chat_template.jinja"] = template.encode()
+    return contents
 
 
 def folder_for(path: str | Path) -> Path:

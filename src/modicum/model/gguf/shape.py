@@ -25,10 +25,10 @@ SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
 def architecture_of(file: GgufFile) -> Architecture:
-    found = next((arch for arch in ARCHITECTURES if arch.name == file.architecture), None)
-    if found is None:
+    known = next((arch for arch in ARCHITECTURES if arch.name == file.architecture), None)
+    if known is None:
         raise unknown(f"general.architecture in {file.path}", file.architecture, (a.name for a in ARCHITECTURES))
-    return found
+    return known
 
 
 def config_of(file: GgufFile) -> DecoderConfig:
@@ -83,22 +83,22 @@ def config_of(file: GgufFile) -> DecoderConfig:
 
 def _optional(file: GgufFile, arch: Architecture, fields: dict[str, Any]) -> dict[str, Any]:
     """What some architectures have: biases and softcaps."""
-    found: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     ends = {"qkv_bias": "attn_q.bias", "o_bias": "attn_output.bias", "mlp_bias": "ffn_down.bias"}
     for name, end in ends.items():
         if name in arch.free:
-            found[name] = f"blk.0.{end}" in file.tensors
+            given[name] = f"blk.0.{end}" in file.tensors
     if arch.name.startswith("gemma"):
-        found["embed_scale"] = fields["width"] ** 0.5
+        given["embed_scale"] = fields["width"] ** 0.5
     if arch.name == "gemma2":
-        found["attention_softcap"] = _decimal(file.metadata.get("gemma2.attn_logit_softcapping", 50.0))
-        found["logit_softcap"] = _decimal(file.metadata.get("gemma2.final_logit_softcapping", 30.0))
+        given["attention_softcap"] = _decimal(file.metadata.get("gemma2.attn_logit_softcapping", 50.0))
+        given["logit_softcap"] = _decimal(file.metadata.get("gemma2.final_logit_softcapping", 30.0))
     if arch.name == "gemma3" and "gemma3.final_logit_softcapping" in file.metadata:
-        found["logit_softcap"] = _decimal(file.metadata["gemma3.final_logit_softcapping"])
+        given["logit_softcap"] = _decimal(file.metadata["gemma3.final_logit_softcapping"])
     if arch.name == "gptneox":
-        found["parallel"] = bool(file.metadata.get("gptneox.use_parallel_residual", True))
-        found["activation"] = "gelu"
-    return found
+        given["parallel"] = bool(file.metadata.get("gptneox.use_parallel_residual", True))
+        given["activation"] = "gelu"
+    return given
 
 
 def _windows(file: GgufFile, arch: Architecture, layers: int) -> list[int | None]:
@@ -167,8 +167,8 @@ def _llama3(file: GgufFile, plain: Rope, head_dim: int) -> Rope:
         slope, offset = torch.linalg.lstsq(design, blend[between, None]).solution[:, 0].tolist()
         high = 1 + 1 / offset
         tries.append(options | {"high_freq_factor": high, "original_max_position_embeddings": slope * (high - 1)})
-    for found in tries:
-        rope = dataclasses.replace(plain, kind="llama3", options=found)
+    for candidate in tries:
+        rope = dataclasses.replace(plain, kind="llama3", options=candidate)
         again = angles / frequencies(rope, head_dim, 1)[0]
         if torch.allclose(again.double(), factors, rtol=1e-4):
             return rope

@@ -70,26 +70,26 @@ def plan(model: Decoder, types: Types) -> list[Stored]:
     """
     arch = architectures.require(model.config)
     shapes = _shapes(model)
-    found, odd = [], []
+    tensors, odd = [], []
     unused = set(types.patterns or {})
     for name, rule in architectures.plan(arch, model.config, shapes).items():
         shape = stored_shape(rule, [shapes[n] for n in rule.ours])
         pattern = next((p for p in types.patterns or {} if fnmatch.fnmatchcase(name, p)), None)
         if len(shape) < 2 or name in _PLAIN:
-            found.append(Stored(name, shape, "f32"))
+            tensors.append(Stored(name, shape, "f32"))
             continue
         unused.discard(pattern or "")
-        kind = (types.patterns or {})[pattern] if pattern else _asked(name, types)
+        kind = (types.patterns or {})[pattern] if pattern else _requested(name, types)
         if fits(kind, shape[-1]):
-            found.append(Stored(name, shape, kind))
+            tensors.append(Stored(name, shape, kind))
         elif types.fallback is not None and fits(types.fallback, shape[-1]):
             why = f"rows of {shape[-1]} are not whole blocks of {TYPES[kind].block} ({kind})"
-            found.append(Stored(name, shape, types.fallback, why))
+            tensors.append(Stored(name, shape, types.fallback, why))
         else:
             odd.append((name, shape[-1], kind))
     if unused:
         raise UserError(
-            f"no matrix is named like {', '.join(sorted(unused))}; of: {', '.join(s.name for s in found[:4])}, ..."
+            f"no matrix is named like {', '.join(sorted(unused))}; of: {', '.join(s.name for s in tensors[:4])}, ..."
         )
     if odd:
         name, columns, kind = odd[0]
@@ -98,11 +98,11 @@ def plan(model: Decoder, types: Types) -> list[Stored]:
             f"{len(odd)} matrices ({name}, ...) have rows of {columns} weights, which are not whole blocks of "
             f"{TYPES[kind].block} as {kind} needs; say what they are stored as: --fallback with one of {fitting}"
         )
-    found += [Stored(name, tuple(x.shape), "f32") for name, x in architectures.rope_tensors(model.config).items()]
-    return found
+    tensors += [Stored(name, tuple(x.shape), "f32") for name, x in architectures.rope_tensors(model.config).items()]
+    return tensors
 
 
-def _asked(name: str, types: Types) -> str:
+def _requested(name: str, types: Types) -> str:
     if name not in EMBEDDINGS:
         return types.matrices
     return types.embeddings or ("q8_0" if TYPES[types.matrices].block > 1 else types.matrices)
@@ -111,11 +111,11 @@ def _asked(name: str, types: Types) -> str:
 def _parameters(model: Decoder) -> dict[str, Tensor]:
     if attach.forms(model):
         raise ValueError("merge the model's linear forms before it is written as GGUF")
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     arch = architectures.architecture(model.config)
     if model.lm_head.weight is model.embed.weight and arch.tied is not False:
-        found.pop("lm_head.weight")
-    return found
+        parameters.pop("lm_head.weight")
+    return parameters
 
 
 def _shapes(model: Decoder) -> dict[str, tuple[int, ...]]:

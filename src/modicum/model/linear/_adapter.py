@@ -49,12 +49,12 @@ class Adapter(LinearForm):
         return rows + (scaling * F.embedding(index, b_OR) @ a_RI).to(rows.dtype)
 
     def _low_rank(self) -> tuple[Tensor, Tensor, float]:
-        found = self.low_rank()
-        if found is None:
+        factors = self.low_rank()
+        if factors is None:
             raise NotImplementedError(
                 f"{type(self).__name__} is no low-rank update: it gives `dense` and `rows` itself"
             )
-        return found
+        return factors
 
     def bias_value(self) -> Tensor | None:
         return self.base.bias_value()

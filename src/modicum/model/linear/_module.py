@@ -105,10 +105,10 @@ def check_rank(method: str, rank: int, shape: LinearShape) -> None:
 
 def unique_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """The module's persistent state by name, each tensor once under the first of its names."""
-    found: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict(prefix=prefix, keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor.detach()
-    return found
+            buffers[name] = tensor.detach()
+    return buffers

@@ -103,19 +103,19 @@ class Source:
 @functools.cache
 def sources() -> dict[str, Source]:
     """Every known name, sorted."""
-    found: dict[str, Source] = {}
+    by_name: dict[str, Source] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if not path.name.startswith("_") and path.stem != "fetch":
             source = importlib.import_module(f"{__name__}.{path.stem}").SOURCE
-            found[source.name] = source
+            by_name[source.name] = source
     for entry in importlib.metadata.entry_points(group="modicum.sources"):
-        if entry.name in found:
+        if entry.name in by_name:
             raise UserError(f"model name {entry.name!r} of {entry.value} is already taken; rename one of them")
         source = entry.load()
         if not isinstance(source, Source) or source.name != entry.name:
             raise UserError(f"{entry.value} must be a modicum.model.sources.Source named {entry.name!r}")
-        found[entry.name] = source
-    return dict(sorted(found.items()))
+        by_name[entry.name] = source
+    return dict(sorted(by_name.items()))
 
 
 def source(name: str) -> Source:

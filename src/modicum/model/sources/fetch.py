@@ -149,17 +149,17 @@ def _pip(source: Source, package: Package, folder: Path, progress: Progress) -> 
                 process.terminate()
                 process.wait()
         log.seek(0)
-        said = log.read().decode("utf-8", "replace")
+        output = log.read().decode("utf-8", "replace")
     if process.returncode != 0:
-        raise _refusal(source, package, said)
+        raise _refusal(source, package, output)
     progress.update(before + package.bytes - progress.done)
 
 
-def _refusal(source: Source, package: Package, said: str) -> UserError:
+def _refusal(source: Source, package: Package, output: str) -> UserError:
     """One line from what pip printed."""
-    errors = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
-    reason = (errors or said.strip().splitlines() or ["pip gave no reason"])[0][:200]
-    if _UNREACHABLE.search(said):
+    errors = [line.removeprefix("ERROR: ") for line in output.splitlines() if line.startswith("ERROR: ")]
+    reason = (errors or output.strip().splitlines() or ["pip gave no reason"])[0][:200]
+    if _UNREACHABLE.search(output):
         return UserError(
             f"{source.name} is not fetched yet and the package index cannot be reached; check the network and pip's "
             f"settings (pip config list), or copy a fetched folder to {folder_of(source.name)}"

@@ -59,9 +59,9 @@ class PromptLookup(Drafter):
             match = known[:-n] == known[-n]
             for i in range(1, n):
                 match &= known[i : len(known) - n + i] == known[len(known) - n + i]
-            places = np.flatnonzero(match)
-            if len(places):
-                start = int(places[0]) + n
+            matches = np.flatnonzero(match)
+            if len(matches):
+                start = int(matches[0]) + n
                 return chain(known[start : start + length])
         return EMPTY
 

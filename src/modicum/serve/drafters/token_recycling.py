@@ -85,11 +85,11 @@ def template(nodes: int, k: int) -> Template:
         level = below
     best = sorted(range(1, len(parents)), key=lambda i: (-logs[i], i))[:nodes]
     kept = sorted(i for i in best if logs[i] > -np.inf)  # a parent is likelier than its child: never cut before it
-    place = {0: -1} | {old: new for new, old in enumerate(kept)}
+    new_index = {0: -1} | {old: new for new, old in enumerate(kept)}
     depth = [depths[i] for i in kept]
     levels = [(depth.index(d), depth.index(d) + depth.count(d)) for d in sorted(set(depth))]
     return Template(
-        np.array([place[parents[i]] for i in kept], dtype=np.int64),
+        np.array([new_index[parents[i]] for i in kept], dtype=np.int64),
         np.array([ranks[i] for i in kept], dtype=np.int64),
         tuple(levels),
     )
@@ -121,8 +121,8 @@ class TokenRecycling(Drafter):
             alive_N[first:last] = alive_N[parents] & self.known_V[tokens_N[parents]]
         if alive_N.all():
             return Tree(tokens_N, t.parents_N)
-        place_N = np.append(alive_N.cumsum() - 1, -1)  # the last: the root stays -1
-        return Tree(tokens_N[alive_N], place_N[t.parents_N[alive_N]])
+        new_index_N = np.append(alive_N.cumsum() - 1, -1)  # the last: the root stays -1
+        return Tree(tokens_N[alive_N], new_index_N[t.parents_N[alive_N]])
 
     def observe(self, tokens_T: Tensor, logits_TV: Tensor) -> None:
         best_TK = logits_TV.topk(self.k).indices.cpu().numpy()

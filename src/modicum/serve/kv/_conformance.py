@@ -60,8 +60,8 @@ def check_keep_is_within_allow(key: str) -> None:
         kept, merged = keep.heads, keep.merged or [None, None]
         assert len(kept) == len(merged) == 2, f"{len(kept)} heads were answered for, there are 2"
         for index, new, allowed in zip(kept, merged, policy.allowed(layer, 40), strict=True):
-            held = len(index) + (0 if new is None else len(new.k_ME))
-            assert held <= allowed, f"{held} entries are kept, {allowed} were allowed"
+            n_entries = len(index) + (0 if new is None else len(new.k_ME))
+            assert n_entries <= allowed, f"{n_entries} entries are kept, {allowed} were allowed"
             assert len(index) > 0 and bool((index.diff() > 0).all()), "kept entries must ascend"
             assert int(index[0]) >= 0 and int(index[-1]) < 40, "a kept entry does not exist"
 
@@ -103,10 +103,10 @@ def _check_held(engine: Engine, key: str) -> None:
             pages = [len(sample.blocks)] * (2 * engine.storage.layers)
         else:
             pages = sample.pages.pages_LG.flatten().tolist()
-        for i, held in enumerate(pages):
+        for i, n_entries in enumerate(pages):
             allowed = policy.allowed(i // 2, sample.job.computed)[i % 2]
-            assert held <= -(-allowed // size) + 2, (
-                f"a head of layer {i // 2} holds {held} pages of {size}, {allowed} entries were allowed"
+            assert n_entries <= -(-allowed // size) + 2, (
+                f"a head of layer {i // 2} holds {n_entries} pages of {size}, {allowed} entries were allowed"
             )
 
 

@@ -61,13 +61,13 @@ class ExpectedAttention(ScorePolicy):
 
     def score(self, layer: int, q_HWE: Tensor, k_GSE: Tensor, v_GSE: Tensor) -> Tensor:
         (G, S, E), sinks = k_GSE.shape, min(self.config.sinks, self.capacity(layer))
-        place_W = torch.arange(S - q_HWE.shape[1], S, device=q_HWE.device)
-        ours_W = (place_W >= sinks) | (place_W == S - 1)
-        q_HWE, place_W = q_HWE[:, ours_W].float(), place_W[ours_W]
+        position_W = torch.arange(S - q_HWE.shape[1], S, device=q_HWE.device)
+        ours_W = (position_W >= sinks) | (position_W == S - 1)
+        q_HWE, position_W = q_HWE[:, ours_W].float(), position_W[ours_W]
         angles = self.angles[layer]
         if angles is not None:
             angles = angles.to(q_HWE.device)
-            back_WA = -place_W[:, None].float() * angles
+            back_WA = -position_W[:, None].float() * angles
             q_HWE = rotate(q_HWE, back_WA.cos(), back_WA.sin())
         mean_HE = q_HWE.mean(1)
         centred_HWE = q_HWE - mean_HE[:, None]

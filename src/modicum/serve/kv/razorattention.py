@@ -83,8 +83,8 @@ class RazorAttention(KVPolicy):
         policy.prompt, heads = prompt, self.shape.layers * self.shape.kv_heads
         full = len(self.ranked)
         if self.config.budget:
-            share = entries_of(self.config.budget, prompt) / prompt
-            full = heads if share >= 1 else min(full, int(share * heads * RETRIEVAL))
+            fraction = entries_of(self.config.budget, prompt) / prompt
+            full = heads if fraction >= 1 else min(full, int(fraction * heads * RETRIEVAL))
         policy.ranked = self.ranked[:full]
         if full == heads and self.config.budget:
             policy.ranked = [(i, g) for i in range(self.shape.layers) for g in range(self.shape.kv_heads)]
@@ -129,15 +129,15 @@ class RazorAttention(KVPolicy):
 
 
 @torch.inference_mode()
-def scores(model: Decoder, config: Config, said: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+def scores(model: Decoder, config: Config, probe_tokens: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """(echo, induction) of every KV head, (L, G): its best query head's mean attention. `said`: tokens to use."""
     c = model.config
-    if len(said):
-        said_T = torch.tensor(said[: c.context_length])
+    if len(probe_tokens):
+        probe_T = torch.tensor(probe_tokens[: c.context_length])
     else:
         length = max(2, min(config.probe, c.context_length // config.times))
         generator = torch.Generator().manual_seed(0)
-        said_T = torch.randint(c.vocab_size, (length,), generator=generator).repeat(config.times)
+        probe_T = torch.randint(c.vocab_size, (length,), generator=generator).repeat(config.times)
     probe = _Probe(
         CacheShape(
             layers=c.layers,
@@ -149,10 +149,10 @@ def scores(model: Decoder, config: Config, said: Sequence[int] = ()) -> tuple[Te
             scales=tuple(layer.attention_scale for layer in c.per_layer),
             softcap=c.attention_softcap,
         ),
-        said_T.to(model.device),
+        probe_T.to(model.device),
     )
-    model.hidden(said_T[None].to(model.device), attend=probe)
-    both_LHG = torch.stack(probe.found)  # (L, 2, G)
+    model.hidden(probe_T[None].to(model.device), attend=probe)
+    both_LHG = torch.stack(probe.head_scores)  # (L, 2, G)
     return both_LHG[:, 0], both_LHG[:, 1]
 
 
@@ -160,8 +160,8 @@ def ranking(echo_LG: Tensor, induction_LG: Tensor, config: Config) -> list[tuple
     """The KV heads with the best induction scores, then those with the best echo scores, none twice."""
     heads, G = induction_LG.numel(), induction_LG.shape[1]
     chosen: list[int] = []
-    for score_LG, share in ((induction_LG, config.induction), (echo_LG, config.echo)):
-        n = -int(-share * heads // 1)  # rounded up: a share above 0 is a head at least
+    for score_LG, fraction in ((induction_LG, config.induction), (echo_LG, config.echo)):
+        n = -int(-fraction * heads // 1)  # rounded up: a share above 0 is a head at least
         order = score_LG.flatten().argsort(descending=True).tolist()
         chosen += [h for h in order if h not in chosen][: max(0, min(n, heads - len(chosen)))]
     return [(h // G, h % G) for h in chosen]
@@ -170,11 +170,11 @@ def ranking(echo_LG: Tensor, induction_LG: Tensor, config: Config) -> list[tuple
 class _Probe:
     """An `attend` that is causal attention, and notes each head's echo and induction on the way."""
 
-    def __init__(self, shape: CacheShape, said_T: Tensor):
-        self.shape, self.said_T = shape, said_T
-        before_TT = (said_T[:, None] == said_T).tril(-1)
+    def __init__(self, shape: CacheShape, probe_T: Tensor):
+        self.shape, self.probe_T = shape, probe_T
+        before_TT = (probe_T[:, None] == probe_T).tril(-1)
         self.again = max(1, int(before_TT.any(1).sum()))  # tokens that were said before
-        self.found: list[Tensor] = []
+        self.head_scores: list[Tensor] = []
 
     def __call__(
         self,
@@ -191,22 +191,22 @@ class _Probe:
         q_HTE, k_GSE, v_GSE = q_BHTE[0], k_BGSE[0], v_BGSE[0]
         H, T, _ = q_HTE.shape
         G = k_GSE.shape[0]
-        place_T = torch.arange(T, device=q_HTE.device)
+        position_T = torch.arange(T, device=q_HTE.device)
         out, sums = [], torch.zeros(2, H, device=q_HTE.device)
         for start in range(0, T, ROWS):
-            at_T1 = place_T[start : start + ROWS, None]
+            at_T1 = position_T[start : start + ROWS, None]
             q_GXE = q_HTE[:, start : start + ROWS].unflatten(0, (G, H // G)).flatten(1, 2)
             end = start + len(at_T1)
             scores_GRTS = self.shape.scores(layer, q_GXE, k_GSE[:, :end]).unflatten(1, (H // G, -1))
-            hidden_TS = place_T[:end] > at_T1
+            hidden_TS = position_T[:end] > at_T1
             if window is not None:
-                hidden_TS |= place_T[:end] <= at_T1 - window
+                hidden_TS |= position_T[:end] <= at_T1 - window
             a_GRTS = scores_GRTS.masked_fill_(hidden_TS, float("-inf")).softmax(-1)
             out.append((a_GRTS.to(v_GSE.dtype) @ v_GSE[:, None, :end]).flatten(0, 1))
-            same_TS = (self.said_T[at_T1] == self.said_T[:end]) & (place_T[:end] < at_T1)
+            same_TS = (self.probe_T[at_T1] == self.probe_T[:end]) & (position_T[:end] < at_T1)
             after_TS = torch.zeros_like(same_TS)  # what followed it then
-            after_TS[:, 1:] = same_TS[:, :-1] & (place_T[1:end] < at_T1)
+            after_TS[:, 1:] = same_TS[:, :-1] & (position_T[1:end] < at_T1)
             for i, hit_TS in enumerate((same_TS, after_TS)):
                 sums[i] += (a_GRTS * hit_TS).sum((-1, -2)).flatten()
-        self.found.append((sums / self.again).unflatten(1, (G, H // G)).amax(2).cpu())
+        self.head_scores.append((sums / self.again).unflatten(1, (G, H // G)).amax(2).cpu())
         return torch.cat(out, dim=1)[None]

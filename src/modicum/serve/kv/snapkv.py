@@ -81,20 +81,20 @@ def votes(shape: CacheShape, layer: int, q_HWE: Tensor, k_GSE: Tensor, config: C
     """votes_GS of the window's queries for the entries before them."""
     (G, S, _), W = k_GSE.shape, q_HWE.shape[1]
     old, R, window = S - W, q_HWE.shape[0] // G, shape.windows[layer]
-    place_S = torch.arange(S, device=q_HWE.device)
-    at_W1 = place_S[old:, None]
-    hidden_WS = place_S > at_W1
+    position_S = torch.arange(S, device=q_HWE.device)
+    at_W1 = position_S[old:, None]
+    hidden_WS = position_S > at_W1
     if window is not None:
-        hidden_WS |= place_S <= at_W1 - window
-    found = []
+        hidden_WS |= position_S <= at_W1 - window
+    chosen = []
     together = max(1, SCORES // (R * W * S))
     for g in range(0, G, together):
         some_GSE = k_GSE[g : g + together]
         q_GXE = q_HWE[g * R : (g + len(some_GSE)) * R].unflatten(0, (-1, R)).flatten(1, 2)
         scores_GRWS = shape.scores(layer, q_GXE, some_GSE).unflatten(1, (R, W))
         scores_GRWS.masked_fill_(hidden_WS, float("-inf"))
-        found.append(pooled(scores_GRWS.softmax(-1)[..., :old].sum(2), config).mean(1))
-    return torch.cat(found)
+        chosen.append(pooled(scores_GRWS.softmax(-1)[..., :old].sum(2), config).mean(1))
+    return torch.cat(chosen)
 
 
 def pooled(votes_GRS: Tensor, config: Config) -> Tensor:

@@ -107,7 +107,7 @@ class Scheduler(Method):
         self.jobs: dict[int, Job] = {}
         self.pace: StepTime | None = None
         self.learner: Learner | None = None
-        self._asked = 0.0  # when the last plan was asked for
+        self._planned_at = 0.0  # when the last plan was asked for
         self._load: Load | None = None  # of the step that is under way, while a learner wants to know
 
     @property
@@ -122,9 +122,9 @@ class Scheduler(Method):
     def state(self, free_blocks: int, now: float) -> State:
         if self.learner is not None:
             if self._load is not None:
-                self.learner.add(self._load, now - self._asked)
+                self.learner.add(self._load, now - self._planned_at)
                 self.pace, self._load = self.learner.model or self.pace, None
-            self._asked = now
+            self._planned_at = now
         return State(
             self.waiting,
             self.running,

@@ -21,7 +21,7 @@ class World:
 
     scheduler: Scheduler
     free: int
-    held: dict[int, int] = field(default_factory=dict)  # blocks by job
+    allocated: dict[int, int] = field(default_factory=dict)  # blocks by job
     outputs: dict[int, int] = field(default_factory=dict)  # tokens still to generate
     finished: list[int] = field(default_factory=list)
     steps: int = 0
@@ -39,22 +39,22 @@ class World:
         assert before == (list(s.waiting), list(s.running)), "plan() changed its state"
         self._check(plan)
         for id in plan.preempt:
-            self.free += self.held.pop(id, 0)
+            self.free += self.allocated.pop(id, 0)
         s.commit(plan)
         for id, n in plan.run:
             job = s.jobs[id]
-            need = -(-(job.computed + n) // s.block_size) - self.held.get(id, 0)
+            need = -(-(job.computed + n) // s.block_size) - self.allocated.get(id, 0)
             self.free -= max(0, need)
-            self.held[id] = self.held.get(id, 0) + max(0, need)
-            job.capacity = self.held[id] * s.block_size
-            job.own = self.held[id]
+            self.allocated[id] = self.allocated.get(id, 0) + max(0, need)
+            job.capacity = self.allocated[id] * s.block_size
+            job.own = self.allocated[id]
             assert self.free >= 0, f"the plan used {-self.free} blocks more than were free"
             sampled = int(job.computed + n == job.length)
             s.advance(id, n, sampled)
             self.outputs[id] -= sampled
             if self.outputs[id] == 0:
                 s.remove(id)
-                self.free += self.held.pop(id)
+                self.free += self.allocated.pop(id)
                 self.finished.append(id)
         self.steps += 1
         return plan
@@ -142,7 +142,7 @@ def check_abort(key: str) -> None:
         if world.scheduler.jobs and rng.random() < 0.5:
             gone = rng.choice(sorted(world.scheduler.jobs))
             world.scheduler.remove(gone)
-            world.free += world.held.pop(gone, 0)
+            world.free += world.allocated.pop(gone, 0)
     while world.scheduler.pending():
         world.step()
         assert world.steps < 2000, "the scheduler stands still"

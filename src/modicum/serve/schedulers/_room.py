@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 
 from modicum.serve.schedulers import Job, Plan, State
 
-Share = Callable[[Sequence[Job]], list[tuple[Job, int]]]
+Divide = Callable[[Sequence[Job]], list[tuple[Job, int]]]
 
 
-def go_on(state: State, share: Share) -> Plan:
+def continue_running(state: State, divide: Divide) -> Plan:
     """Running sequences as `share` divides the step among them; those admitted last are preempted until it fits."""
     keep, free = list(state.running), state.free_blocks
     preempt: list[int] = []
     while True:
-        run = share(keep)
+        run = divide(keep)
         if len(keep) <= 1 or sum(job.blocks(n, state.block_size) for job, n in run) <= free:
             return Plan(tuple((job.id, n) for job, n in run), tuple(preempt))
         victim = keep.pop()
@@ -30,6 +30,6 @@ def free_blocks(state: State) -> int:
     return state.free_blocks - sum(job.blocks(max(job.left, 1), state.block_size) for job in state.running)
 
 
-def places(state: State) -> int:
+def free_slots(state: State) -> int:
     """Sequences that may still be admitted if every running one is to get a token in each step."""
     return max(0, min(state.sequence_limit, state.token_limit) - len(state.running))

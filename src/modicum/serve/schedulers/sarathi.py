@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from modicum.serve.schedulers import Job, Plan, Scheduler, State
-from modicum.serve.schedulers._room import free_blocks, go_on, places
+from modicum.serve.schedulers._room import continue_running, free_blocks, free_slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,26 +50,26 @@ class Sarathi(Scheduler):
         return True
 
     def plan(self, state: State) -> Plan:
-        plan = go_on(state, lambda jobs: self._share(state, jobs))
-        if plan.preempt or any(job.left > 1 for job in state.running) or not places(state) or not state.waiting:
+        plan = continue_running(state, lambda jobs: self._divide(state, jobs))
+        if plan.preempt or any(job.left > 1 for job in state.running) or not free_slots(state) or not state.waiting:
             return plan
         job = state.waiting[0]
         need = job.blocks_to_start(job.length - job.hit, state.block_size)
         reserve = int(self.config.reserve * state.n_blocks) if state.running else 0
         if need > free_blocks(state) - reserve:
             return plan
-        n = min(job.length - job.hit, self._piece(state, len(plan.run)))
+        n = min(job.length - job.hit, self._chunk(state, len(plan.run)))
         return Plan((*plan.run, (job.id, n)))
 
-    def _share(self, state: State, jobs: Sequence[Job]) -> list[tuple[Job, int]]:
+    def _divide(self, state: State, jobs: Sequence[Job]) -> list[tuple[Job, int]]:
         """One token of each decode, one chunk of the first prompt that is not done."""
         run = [(job, 1) for job in jobs if job.left <= 1][: state.token_limit]
         prompt = next((job for job in jobs if job.left > 1), None)
-        if prompt is not None and (n := min(prompt.left, self._piece(state, len(run)))) > 0:
+        if prompt is not None and (n := min(prompt.left, self._chunk(state, len(run)))) > 0:
             run.append((prompt, n))
         return run
 
-    def _piece(self, state: State, decodes: int) -> int:
+    def _chunk(self, state: State, decodes: int) -> int:
         chunk, tile = self.config.chunk, self.config.tile
         n = (chunk + decodes) // tile * tile - decodes if tile else chunk
         return min(max(1, n), state.token_limit - decodes)

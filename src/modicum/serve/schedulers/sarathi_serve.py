@@ -26,7 +26,7 @@ from typing import Any
 
 from modicum.serve.pace import Learner, Load, StepTime
 from modicum.serve.schedulers import Job, Plan, Scheduler, State
-from modicum.serve.schedulers._room import free_blocks, go_on, places
+from modicum.serve.schedulers._room import continue_running, free_blocks, free_slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +71,16 @@ class SarathiServe(Scheduler):
 
     def plan(self, state: State) -> Plan:
         spent = _Spent(self.config, state)
-        plan = go_on(state, lambda jobs: self._share(spent, jobs))
+        plan = continue_running(state, lambda jobs: self._divide(spent, jobs))
         if plan.preempt:
             return plan
         free = free_blocks(state)
         run = list(plan.run)
         reserve = int(self.config.reserve * state.n_blocks)
-        for job in state.waiting[: places(state)]:
-            left = job.length - job.hit
-            need = job.blocks_to_start(left, state.block_size)
-            n = spent.piece(job.hit, left)
+        for job in state.waiting[: free_slots(state)]:
+            remaining = job.length - job.hit
+            need = job.blocks_to_start(remaining, state.block_size)
+            n = spent.chunk_for(job.hit, remaining)
             if n <= 0 or need > free - (reserve if run else 0):
                 break
             spent.take(job.hit, n)
@@ -88,13 +88,13 @@ class SarathiServe(Scheduler):
             free -= need
         return Plan(tuple(run))
 
-    def _share(self, spent: _Spent, jobs: Sequence[Job]) -> list[tuple[Job, int]]:
+    def _divide(self, spent: _Spent, jobs: Sequence[Job]) -> list[tuple[Job, int]]:
         """All decodes, then what the budget leaves for begun prompts in order of admission."""
         spent.reset()
         run = []
         for prompts in (False, True):
             for job in jobs:
-                if (job.left > 1) is prompts and (n := spent.piece(job.computed, job.left) if prompts else 1) > 0:
+                if (job.left > 1) is prompts and (n := spent.chunk_for(job.computed, job.left) if prompts else 1) > 0:
                     spent.take(job.computed, n)
                     run.append((job, n))
         return run
@@ -113,14 +113,14 @@ class _Spent:
     def take(self, start: int, n: int) -> None:
         self.load = self.load.plus(start, n)
 
-    def piece(self, start: int, left: int) -> int:
+    def chunk_for(self, start: int, remaining: int) -> int:
         load, config = self.load, self.config
-        room = min(left, self.limit - load.tokens)
-        if room <= 0:
+        available = min(remaining, self.limit - load.tokens)
+        if available <= 0:
             return 0
         if config.budget or self.pace is None:
-            n = min(room, (config.budget or config.first) - load.tokens)
+            n = min(available, (config.budget or config.first) - load.tokens)
         else:
-            n = self.pace.most(load, start, room, config.tbt / self.pace.spread)
+            n = self.pace.most(load, start, available, config.tbt / self.pace.spread)
         first = load.tokens == load.decodes  # no piece yet
-        return max(n, min(room, config.least)) if first else n
+        return max(n, min(available, config.least)) if first else n

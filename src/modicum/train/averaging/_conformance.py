@@ -32,7 +32,7 @@ def _choice(key: str) -> Choice:
 
 
 def _config(key: str, **knobs: Any) -> TrainConfig:
-    told: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "steps": STEPS,
         "sequence_length": LENGTH,
         "batch_sequences": 4,
@@ -43,7 +43,7 @@ def _config(key: str, **knobs: Any) -> TrainConfig:
         "checkpoint_every": 2,
         "keep": STEPS + 1,
     }
-    return TrainConfig(**told | knobs)
+    return TrainConfig(**settings | knobs)
 
 
 def _model() -> Decoder:
@@ -84,17 +84,17 @@ def check_coefficients(key: str) -> None:
     """Each lies in (0, 1] or is None, and depends on its arguments alone."""
     first, second = (registry.build("averaging", _choice(key)) for _ in range(2))
     for total in (1, 2, 7, 100):
-        told = [first.coefficient(step, total, count) for step in range(1, total + 1) for count in range(step)]
+        settings = [first.coefficient(step, total, count) for step in range(1, total + 1) for count in range(step)]
         again = [second.coefficient(step, total, count) for step in range(1, total + 1) for count in range(step)]
-        assert told == again, f"{key}: depends on more than step, total and count"
-        assert all(c is None or 0 < c <= 1 for c in told), f"{key}: {told}"
+        assert settings == again, f"{key}: depends on more than step, total and count"
+        assert all(c is None or 0 < c <= 1 for c in settings), f"{key}: {settings}"
 
 
 def check_resumes_bit_for_bit(key: str) -> None:
     """Going on from any checkpoint gives the run that was never stopped, in float32 and in bf16 with masters."""
     for dtype in ("float32", "bfloat16"):
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
             straight, _ = _train(key, folder / "whole", dtype=dtype)
             for cut in (2, 6):
                 for path in (folder / "whole" / "checkpoints").iterdir():

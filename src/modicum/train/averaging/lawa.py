@@ -51,8 +51,8 @@ class LAWA(Averaging):
     def points(self, total: int) -> list[int]:
         """Steps, of a run of `total`, after which the weights enter the average; the last one is the last."""
         c = self.config
-        shares = [1 - c.window * k / c.checkpoints for k in range(c.checkpoints)]
-        return sorted({max(1, round(share * total)) for share in shares})
+        fractions = [1 - c.window * k / c.checkpoints for k in range(c.checkpoints)]
+        return sorted({max(1, round(fraction * total)) for fraction in fractions})
 
     def coefficient(self, step: int, total: int, count: int) -> float | None:
         points = self.points(total)

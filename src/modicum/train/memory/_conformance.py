@@ -152,8 +152,8 @@ def check_without_gradients(key: str) -> None:
     with torch.no_grad():
         wanted = _model()(tokens)
         with _saver(engine).around(engine):
-            found = engine.model(tokens)
-    assert torch.equal(found, wanted), f"{key}: logits change where no gradient is taken"
+            logits = engine.model(tokens)
+    assert torch.equal(logits, wanted), f"{key}: logits change where no gradient is taken"
     assert _saver(engine).state_dict().keys() == state.keys(), f"{key}: state appears where no gradient is taken"
 
 

@@ -101,8 +101,8 @@ def classifier(model: nn.Module) -> Classifier:
         weight_VD, bias_V = layer.dense(), layer.bias_value()
         if weight_VD.requires_grad or not any(p.requires_grad for p in layer.parameters()):
             return Classifier(weight_VD, bias_V, softcap)
-    held = layer.choice.method if layer.choice else type(layer).__name__
-    raise UserError(f"memory 'cce' cannot be combined with the form {held!r} on lm_head; leave one of them out")
+    form = layer.choice.method if layer.choice else type(layer).__name__
+    raise UserError(f"memory 'cce' cannot be combined with the form {form!r} on lm_head; leave one of them out")
 
 
 def linear_cross_entropy(h_BTD: Tensor, head: Classifier, targets_BT: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -133,12 +133,12 @@ class _CutCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         eps = torch.finfo(h_ND.dtype).eps / 32 if config.eps is None else config.eps
         way = _kernels() if h_ND.is_cuda else None
-        found: tuple[Tensor, Tensor | None, Tensor | None]
+        outputs: tuple[Tensor, Tensor | None, Tensor | None]
         if way is not None:
-            found = (*way.lse(h_ND, weight_VD, bias_V, softcap, eps > 0), None)
+            outputs = (*way.lse(h_ND, weight_VD, bias_V, softcap, eps > 0), None)
         else:
-            found = _lse(h_ND, weight_VD, bias_V, softcap, config, eps > 0)
-        lse_N, mean_V, top_RV = found
+            outputs = _lse(h_ND, weight_VD, bias_V, softcap, config, eps > 0)
+        lse_N, mean_V, top_RV = outputs
         order_V = mean_V.argsort() if config.sort and mean_V is not None else None
         picked_N = (h_ND * weight_VD[targets_N]).sum(-1, dtype=lse_N.dtype)
         if bias_V is not None:
@@ -226,11 +226,11 @@ def _backward(
     dh = torch.zeros_like(h_ND, dtype=wide) if needs[0] else None
     dw = torch.empty_like(weight_VD) if needs[1] else None
     db = h_ND.new_zeros(V, dtype=wide) if needs[2] else None
-    place_N = targets_N.clamp_min(0)  # where a target stands in the order
+    rank_N = targets_N.clamp_min(0)  # where a target stands in the order
     valid_N1 = (targets_N != losses.NO_LOSS)[:, None]
     if order_V is not None:
-        place_N = torch.empty_like(order_V).scatter_(0, order_V, torch.arange(V, device=h_ND.device))[place_N]
-    wanted = _wanted(place_N, lse_N, order_V, top_RV, config.rows, config.block, eps)
+        rank_N = torch.empty_like(order_V).scatter_(0, order_V, torch.arange(V, device=h_ND.device))[rank_N]
+    wanted = _wanted(rank_N, lse_N, order_V, top_RV, config.rows, config.block, eps)
     for j, v in enumerate(range(0, V, config.block)):
         columns = slice(v, min(v + config.block, V))
         index = columns if order_V is None else order_V[columns]
@@ -243,7 +243,7 @@ def _backward(
             tile = _logits(h_ND[part], weight, bias, softcap)
             slope = None if softcap is None else 1 - (tile / softcap).square_()
             g = tile.sub_(lse_N[part, None]).exp_()
-            local = place_N[part] - v
+            local = rank_N[part] - v
             here = ((local >= 0) & (local < len(weight)))[:, None]
             g.scatter_add_(1, local.clamp(0, len(weight) - 1)[:, None], -here.to(wide))
             g = g if slope is None else g.mul_(slope)
@@ -270,7 +270,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _wanted(
-    place_N: Tensor,
+    rank_N: Tensor,
     lse_N: Tensor,
     order_V: Tensor | None,
     top_RV: Tensor | None,
@@ -291,5 +291,5 @@ def _wanted(
     least_R1 = nn.functional.pad(lse_N, (0, R * rows - N), value=math.inf).view(R, rows).amin(1, keepdim=True)
     # Not `>=`: what is compared with a NaN is wanted, so that it shows in the gradient.
     wanted_RJ = ~(top_RJ - least_R1 < math.log(eps))
-    wanted_RJ[torch.arange(N, device=lse_N.device) // rows, place_N // block] = True
+    wanted_RJ[torch.arange(N, device=lse_N.device) // rows, rank_N // block] = True
     return wanted_RJ.tolist()

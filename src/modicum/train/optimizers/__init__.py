@@ -85,8 +85,8 @@ class Optimizer(Method, Callback):
 
     def state_bytes(self) -> int:
         """Bytes of the state tensors really held by this process."""
-        held = [local(t) for t in self.state_dict().values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in held)
+        tensors = [local(t) for t in self.state_dict().values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     @classmethod
     @abstractmethod

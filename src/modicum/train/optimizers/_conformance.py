@@ -114,12 +114,14 @@ def check_bytes(key: str) -> None:
     named = _parameters()
     optimizer = _make(key, named)
     _steps(optimizer, named, 0, 2)
-    held = optimizer.state_bytes()
-    told = type(optimizer).cost(optimizer.config, {n: tuple(p.shape) for n, p in named.items()}).peak_bytes
+    actual = optimizer.state_bytes()
+    predicted = type(optimizer).cost(optimizer.config, {n: tuple(p.shape) for n, p in named.items()}).peak_bytes
     tensors, _ = split_state(optimizer.state_dict())
     summed = sum(t.numel() * t.element_size() for t in tensors.values())
-    assert held == summed, f"{key}: state_bytes() is {held}, the tensors hold {summed}"
-    assert abs(told - held) <= 0.02 * max(held, 1), f"{key}: cost() says {told} bytes, the state holds {held}"
+    assert actual == summed, f"{key}: state_bytes() is {actual}, the tensors hold {summed}"
+    assert abs(predicted - actual) <= 0.02 * max(actual, 1), (
+        f"{key}: cost() says {predicted} bytes, the state holds {actual}"
+    )
 
 
 def check_rate_zero(key: str) -> None:

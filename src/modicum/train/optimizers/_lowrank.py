@@ -59,24 +59,24 @@ def bases(method: str, name: str, g_AB: Tensor, k: int, sides: str = "one") -> d
             f"{method}: the gradient of {name} has no singular vectors, it holds NaN or infinite values; "
             "lower lr or lengthen the warm-up"
         ) from None
-    found = {"left": u[:, :k].contiguous(), "right": vh[:k].contiguous()}
-    return found if sides == "both" else {side: found[side] for side in one_side(tuple(g_AB.shape))}
+    vectors = {"left": u[:, :k].contiguous(), "right": vh[:k].contiguous()}
+    return vectors if sides == "both" else {side: vectors[side] for side in one_side(tuple(g_AB.shape))}
 
 
 def one_side(shape: tuple[int, ...]) -> tuple[str]:
     return ("right",) if shape[0] >= shape[1] else ("left",)
 
 
-def project(g_AB: Tensor, held: Mapping[str, Tensor]) -> Tensor:
+def project(g_AB: Tensor, projections: Mapping[str, Tensor]) -> Tensor:
     """The compact gradient: (k, k), (A, k) or (k, B)."""
-    x = held["left"].T @ g_AB if "left" in held else g_AB
-    return x @ held["right"].T if "right" in held else x
+    x = projections["left"].T @ g_AB if "left" in projections else g_AB
+    return x @ projections["right"].T if "right" in projections else x
 
 
-def back(x: Tensor, held: Mapping[str, Tensor]) -> Tensor:
+def back(x: Tensor, projections: Mapping[str, Tensor]) -> Tensor:
     """What a compact update is in the whole matrix."""
-    x = held["left"] @ x if "left" in held else x
-    return x @ held["right"] if "right" in held else x
+    x = projections["left"] @ x if "left" in projections else x
+    return x @ projections["right"] if "right" in projections else x
 
 
 def compact_shape(shape: tuple[int, ...], k: int, sides: str = "one") -> tuple[int, int]:

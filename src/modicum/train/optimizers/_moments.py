@@ -34,27 +34,27 @@ class Adam:
         """Moments of zero for a matrix of this shape."""
         if self.bits == 32:
             return {name: torch.zeros(shape, device=device) for name, _ in FIELDS}
-        held = {}
+        buffers = {}
         for name, signed in FIELDS:
             zero = code_points(signed).index(0.0)
-            held[name] = torch.full(shape, zero, dtype=torch.uint8, device=device)
-            held[f"{name}_scale"] = torch.zeros(shape[0], blocks_of(shape[1], self.block), device=device)
-        return held
+            buffers[name] = torch.full(shape, zero, dtype=torch.uint8, device=device)
+            buffers[f"{name}_scale"] = torch.zeros(shape[0], blocks_of(shape[1], self.block), device=device)
+        return buffers
 
-    def ratio(self, g_RC: Tensor, held: dict[str, Tensor], t: int) -> Tensor:
+    def ratio(self, g_RC: Tensor, buffers: dict[str, Tensor], t: int) -> Tensor:
         """Take gradient number `t` (from 1) into the moments, in place; the float32 ratio_RC."""
         g_RC = g_RC.float()
         if self.bits == 32:
-            m, v = held["exp_avg"], held["exp_avg_sq"]
+            m, v = buffers["exp_avg"], buffers["exp_avg_sq"]
         else:
-            m, v = (dequantise(held[name], held[f"{name}_scale"], self.block, signed) for name, signed in FIELDS)
+            m, v = (dequantise(buffers[name], buffers[f"{name}_scale"], self.block, signed) for name, signed in FIELDS)
         m.lerp_(g_RC, 1 - self.beta1)
         v.mul_(self.beta2).addcmul_(g_RC, g_RC, value=1 - self.beta2)
         if self.bits == 8:
             for (name, signed), value in zip(FIELDS, (m, v), strict=True):
                 codes, scales = quantise(value, self.block, signed)
-                held[name].copy_(codes)
-                held[f"{name}_scale"].copy_(scales)
+                buffers[name].copy_(codes)
+                buffers[f"{name}_scale"].copy_(scales)
         below = v.sqrt().div_(math.sqrt(1 - self.beta2**t)).add_(self.eps)
         return m.div(1 - self.beta1**t).div_(below)
 
@@ -65,17 +65,17 @@ class Adam:
         return 2 * rows * columns + 8 * rows * blocks_of(columns, self.block)
 
 
-def flat(held: Mapping[str, Mapping[str, Tensor]], steps: Mapping[str, int]) -> dict[str, Any]:
+def flat(buffers: Mapping[str, Mapping[str, Tensor]], steps: Mapping[str, int]) -> dict[str, Any]:
     """Tensors by parameter and field, and its steps, as one state: `NAME:field`, `NAME:step`."""
-    tensors = {f"{name}:{field}": value for name, fields in held.items() for field, value in fields.items()}
-    return tensors | {f"{name}:step": steps[name] for name in held}
+    tensors = {f"{name}:{field}": value for name, fields in buffers.items() for field, value in fields.items()}
+    return tensors | {f"{name}:step": steps[name] for name in buffers}
 
 
 def parted(
     state: Mapping[str, Any], mine: Container[str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, int], dict[str, Any]]:
     """(tensors, steps) of the parameters in `mine`, as given to `flat`, and what else the state holds."""
-    held: dict[str, dict[str, Tensor]] = {}
+    buffers: dict[str, dict[str, Tensor]] = {}
     steps: dict[str, int] = {}
     rest = {}
     for key, value in state.items():
@@ -85,8 +85,8 @@ def parted(
         elif field == "step":
             steps[name] = int(value)
         else:
-            held.setdefault(name, {})[field] = value
-    return held, steps, rest
+            buffers.setdefault(name, {})[field] = value
+    return buffers, steps, rest
 
 
 def check_adam(beta1: float, beta2: float, eps: float, weight_decay: float) -> None:

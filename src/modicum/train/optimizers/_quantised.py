@@ -65,10 +65,10 @@ def quantise(x_RC: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
     x_RNW = F.pad(x_RC, (0, n * width - columns)).view(rows, n, width)
     scales_RN = x_RNW.abs().amax(2)
     divisors_RN = torch.where(scales_RN > 0, scales_RN, 1.0)
-    shares_RC = (x_RNW / divisors_RN[:, :, None]).view(rows, n * width)[:, :columns].contiguous()
+    scaled_RC = (x_RNW / divisors_RN[:, :, None]).view(rows, n * width)[:, :columns].contiguous()
     starts, ends = (torch.from_numpy(table).to(x_RC.device) for table in _search(signed))
-    codes = _look_up(starts, shares_RC.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF))
-    codes += shares_RC > _look_up(ends, codes.int())
+    codes = _look_up(starts, scaled_RC.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF))
+    codes += scaled_RC > _look_up(ends, codes.int())
     return codes.to(torch.uint8), scales_RN
 
 

@@ -88,23 +88,23 @@ class AdamW8bit(Optimizer):
         rows = max(1, SLICE // max(p_RC.shape[1], 1))
         for first in range(0, len(p_RC), rows):
             part = slice(first, first + rows)
-            held = {field: value[part] for field, value in self.moments[name].items()}
-            ratio = self.adam.ratio(g_RC[part], held, self.steps[name])
+            buffers = {field: value[part] for field, value in self.moments[name].items()}
+            ratio = self.adam.ratio(g_RC[part], buffers, self.steps[name])
             p_RC[part].mul_(1 - rate * decay).add_(ratio, alpha=-rate)
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.rest.state_dict() if self.rest else {}
         whole = {
-            name: {field: rows_like(value, self.named[name]) for field, value in held.items()}
-            for name, held in self.moments.items()
+            name: {field: rows_like(value, self.named[name]) for field, value in buffers.items()}
+            for name, buffers in self.moments.items()
         }
         return state | flat(whole, self.steps)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        held, self.steps, rest = parted(state, self.low)
+        buffers, self.steps, rest = parted(state, self.low)
         self.moments = {
             name: {field: local(shard_like(value, self.named[name])) for field, value in fields.items()}
-            for name, fields in held.items()
+            for name, fields in buffers.items()
         }
         if self.rest:
             self.rest.load_state_dict(rest)
@@ -113,11 +113,11 @@ class AdamW8bit(Optimizer):
     def cost(cls, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Cost:
         adam = Adam(beta1=config.beta1, beta2=config.beta2, eps=config.eps, bits=8, block=config.block)
         low = {name: shape for name, shape in shapes.items() if _is_low(config, name, len(shape))}
-        held = sum(adam.nbytes((shape[0], math.prod(shape[1:]))) for shape in low.values())
+        state_bytes = sum(adam.nbytes((shape[0], math.prod(shape[1:]))) for shape in low.values())
         rest = plain.AdamW.cost(_plain(config), {n: s for n, s in shapes.items() if n not in low})
         count = sum(math.prod(shape) for shape in low.values())
         return Cost(
-            peak_bytes=held + rest.peak_bytes,
+            peak_bytes=state_bytes + rest.peak_bytes,
             flops=26 * count + rest.flops,
             parameters=count + rest.parameters,
         )

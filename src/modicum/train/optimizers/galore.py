@@ -88,7 +88,7 @@ class GaLore(Optimizer):
             for name, p in self.named.items()
             if lowrank.is_projected(name, p.ndim)
         }
-        self.held: dict[str, dict[str, Tensor]] = {}  # by parameter: basis and moments, this process's part
+        self.buffers: dict[str, dict[str, Tensor]] = {}  # by parameter: basis and moments, this process's part
         self.steps: dict[str, int] = {}
         rest = [(name, p) for name, p in self.named.items() if name not in self.ranks]
         other, knobs = lowrank.other(config)
@@ -143,73 +143,75 @@ class GaLore(Optimizer):
         assert p.grad is not None
         t, g = self.steps.get(name, 0), local(p.grad).float()
         if t % self.config.gap == 0:
-            held = self.held.setdefault(name, {})
-            held |= self._bases(name, p)
-        held = self.held[name]
-        compact = lowrank.project(g, held)
-        if "left" in held:
+            buffers = self.buffers.setdefault(name, {})
+            buffers |= self._bases(name, p)
+        buffers = self.buffers[name]
+        compact = lowrank.project(g, buffers)
+        if "left" in buffers:
             compact = _summed(compact, p)
-        if "exp_avg" not in held:
-            held |= self.adam.fresh((compact.shape[0], compact.shape[1]), compact.device)
-        ratio = self.adam.ratio(compact, held, t + 1)
+        if "exp_avg" not in buffers:
+            buffers |= self.adam.fresh((compact.shape[0], compact.shape[1]), compact.device)
+        ratio = self.adam.ratio(compact, buffers, t + 1)
         self.steps[name] = t + 1
         rate = self.lr * group.rate * scales["lr"]
         w = local(p)
         w.mul_(1 - rate * group.weight_decay)
-        w.add_(lowrank.back(ratio, held), alpha=-rate * self.config.scale)
+        w.add_(lowrank.back(ratio, buffers), alpha=-rate * self.config.scale)
 
     def _bases(self, name: str, p: Tensor) -> dict[str, Tensor]:
         """The basis that the gradient gives now; on the left, this process's rows of it."""
         assert p.grad is not None
-        found = lowrank.bases("galore", name, full(p.grad), self.ranks[name])
-        return {side: _part(side, agreed(basis, p), p) for side, basis in found.items()}
+        new_bases = lowrank.bases("galore", name, full(p.grad), self.ranks[name])
+        return {side: _part(side, agreed(basis, p), p) for side, basis in new_bases.items()}
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.rest.state_dict() if self.rest else {}
         whole = {
             name: {
-                field: rows_like(value, self.named[name]) if _by_rows(field, held) else value
-                for field, value in held.items()
+                field: rows_like(value, self.named[name]) if _by_rows(field, buffers) else value
+                for field, value in buffers.items()
             }
-            for name, held in self.held.items()
+            for name, buffers in self.buffers.items()
         }
         return state | flat(whole, self.steps)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.held, self.steps, rest = parted(state, self.ranks)
-        for name, held in self.held.items():
+        self.buffers, self.steps, rest = parted(state, self.ranks)
+        for name, buffers in self.buffers.items():
             p = self.named[name]
-            self.held[name] = {
-                field: local(shard_like(value, p)) if _by_rows(field, held) else value.to(p.device, copy=True)
-                for field, value in held.items()
+            self.buffers[name] = {
+                field: local(shard_like(value, p)) if _by_rows(field, buffers) else value.to(p.device, copy=True)
+                for field, value in buffers.items()
             }
         if self.rest:
             self.rest.load_state_dict(rest)
 
     @classmethod
     def cost(cls, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Cost:
-        held = flops = count = 0
+        state_bytes = flops = count = 0
         for name, shape in shapes.items():
             if lowrank.is_projected(name, len(shape)):
                 k = lowrank.rank_of("galore", config.rank, name, shape)
                 compact = lowrank.compact_shape(shape, k)
-                held += 4 * lowrank.bases_numbers(shape, k) + _adam(config).nbytes(compact)
+                state_bytes += 4 * lowrank.bases_numbers(shape, k) + _adam(config).nbytes(compact)
                 count += math.prod(shape)
                 # Two products with the basis, Adam on what is compact, and the share of a decomposition.
                 svd = 10 * math.prod(shape) * min(shape) / config.gap
                 flops += int(4 * k * math.prod(shape) + 14 * math.prod(compact) + svd)
         other, knobs = lowrank.other(config)
         rest = other.cost(knobs, {n: s for n, s in shapes.items() if not lowrank.is_projected(n, len(s))})
-        return Cost(peak_bytes=held + rest.peak_bytes, flops=flops + rest.flops, parameters=count + rest.parameters)
+        return Cost(
+            peak_bytes=state_bytes + rest.peak_bytes, flops=flops + rest.flops, parameters=count + rest.parameters
+        )
 
 
 def _adam(config: Config) -> Adam:
     return Adam(beta1=config.beta1, beta2=config.beta2, eps=config.eps, bits=config.bits, block=config.block)
 
 
-def _by_rows(field: str, held: Mapping[str, Tensor]) -> bool:
+def _by_rows(field: str, buffers: Mapping[str, Tensor]) -> bool:
     """Whether a state tensor is sharded like its parameter: a left basis, the moments beside a right one."""
-    return field == "left" if "left" in held else field != "right"
+    return field == "left" if "left" in buffers else field != "right"
 
 
 def _part(side: str, basis: Tensor, p: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class GradNormLoRP(Optimizer):
             for name, p in self.named.items()
             if lowrank.is_projected(name, p.ndim)
         }
-        self.held: dict[str, dict[str, Tensor]] = {}
+        self.buffers: dict[str, dict[str, Tensor]] = {}
         self.steps: dict[str, int] = {}
         rest = [(name, p) for name, p in self.named.items() if name not in self.ranks]
         other, knobs = lowrank.other(config)
@@ -107,31 +107,31 @@ class GradNormLoRP(Optimizer):
                     self._update(name, p, p.grad.float(), rate, group.weight_decay)
 
     def _update(self, name: str, p: Tensor, g_OI: Tensor, rate: float, decay: float) -> None:
-        if name not in self.held:
-            self.held[name], self.steps[name] = self._fresh(name, p), 0
-        held, t = self.held[name], self.steps[name]
-        length_O1, magnitude_O1 = held["length"], held["magnitude"]
+        if name not in self.buffers:
+            self.buffers[name], self.steps[name] = self._fresh(name, p), 0
+        buffers, t = self.buffers[name], self.steps[name]
+        length_O1, magnitude_O1 = buffers["length"], buffers["magnitude"]
         unit_OI = p.float() / magnitude_O1
         dm_O1 = (g_OI * unit_OI).sum(1, keepdim=True)
         dv_OI = (g_OI - unit_OI * dm_O1).mul_(magnitude_O1 / length_O1)
         v_OI = unit_OI.mul_(length_O1)
         del unit_OI
-        i_OR, j_RI = held["I"], held["J"]
+        i_OR, j_RI = buffers["I"], buffers["J"]
         gradients = {"I": dv_OI @ j_RI.T, "J": i_OR.T @ dv_OI}
         del dv_OI
         moves = {}
         for factor, d in gradients.items():
             # The first gradient of J is zero, because I is: its directions are looked for again.
             if t % self.config.gap == 0 or (factor, t) == ("J", 1):
-                found = lowrank.bases("gradnormlorp", name, d, self.ranks[name][1], self.config.sides)
-                held |= {f"{factor}.{side}": basis for side, basis in found.items()}
-            own = _own(held, factor)
+                new_bases = lowrank.bases("gradnormlorp", name, d, self.ranks[name][1], self.config.sides)
+                buffers |= {f"{factor}.{side}": basis for side, basis in new_bases.items()}
+            own = _own(buffers, factor)
             compact = lowrank.project(d, own)
             if "exp_avg" not in own:
                 own |= self.adam.fresh((compact.shape[0], compact.shape[1]), compact.device)
             moves[factor] = lowrank.back(self.adam.ratio(compact, own, t + 1), own)
-            held |= {f"{factor}.{field}": value for field, value in own.items()}
-        move_m = self.exact.ratio(dm_O1, _own(held, "magnitude"), t + 1)
+            buffers |= {f"{factor}.{field}": value for field, value in own.items()}
+        move_m = self.exact.ratio(dm_O1, _own(buffers, "magnitude"), t + 1)
         self.steps[name] = t + 1
         if rate == 0:
             return  # the weight would be put together again, not quite as it was
@@ -164,37 +164,39 @@ class GradNormLoRP(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.rest.state_dict() if self.rest else {}
-        return state | flat(self.held, self.steps)
+        return state | flat(self.buffers, self.steps)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        held, self.steps, rest = parted(state, self.ranks)
-        self.held = {
+        buffers, self.steps, rest = parted(state, self.ranks)
+        self.buffers = {
             name: {field: value.to(self.named[name].device, copy=True) for field, value in fields.items()}
-            for name, fields in held.items()
+            for name, fields in buffers.items()
         }
         if self.rest:
             self.rest.load_state_dict(rest)
 
     @classmethod
     def cost(cls, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Cost:
-        adam, held, flops, count = _adam(config, config.bits), 0, 0, 0
+        adam, state_bytes, flops, count = _adam(config, config.bits), 0, 0, 0
         for name, shape in shapes.items():
             if lowrank.is_projected(name, len(shape)):
                 r, k = _ranks(config, name, shape)
-                held += 4 * (4 * shape[0] + r * sum(shape))
+                state_bytes += 4 * (4 * shape[0] + r * sum(shape))
                 for factor in ((shape[0], r), (r, shape[1])):
-                    held += 4 * lowrank.bases_numbers(factor, k, config.sides)
-                    held += adam.nbytes(lowrank.compact_shape(factor, k, config.sides))
+                    state_bytes += 4 * lowrank.bases_numbers(factor, k, config.sides)
+                    state_bytes += adam.nbytes(lowrank.compact_shape(factor, k, config.sides))
                 count += math.prod(shape)
                 flops += (8 * r + 12) * math.prod(shape) + 8 * k * r * sum(shape)
         other, knobs = lowrank.other(config)
         rest = other.cost(knobs, {n: s for n, s in shapes.items() if not lowrank.is_projected(n, len(s))})
-        return Cost(peak_bytes=held + rest.peak_bytes, flops=flops + rest.flops, parameters=count + rest.parameters)
+        return Cost(
+            peak_bytes=state_bytes + rest.peak_bytes, flops=flops + rest.flops, parameters=count + rest.parameters
+        )
 
 
-def _own(held: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+def _own(buffers: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
     """The bases and moments of `what`, without its prefix."""
-    return {field.partition(".")[2]: value for field, value in held.items() if field.startswith(f"{what}.")}
+    return {field.partition(".")[2]: value for field, value in buffers.items() if field.startswith(f"{what}.")}
 
 
 def _length(v_OI: Tensor) -> Tensor:

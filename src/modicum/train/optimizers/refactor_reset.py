@@ -114,23 +114,23 @@ class RefactorReset(Optimizer):
 def pairs(named: Mapping[str, Tensor], endings: tuple[str, str]) -> list[tuple[str, str]]:
     """Names of (A_RI, B_OR) that stand beside each other. Raises `UserError` where there is none."""
     first, second = (f".{ending}" for ending in endings)
-    found = []
+    groups = []
     for name, a in named.items():
         other = name.removesuffix(first) + second
         b = named.get(other)
         if name.endswith(first) and b is not None and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]:
-            found.append((name, other))
+            groups.append((name, other))
             if a.shape[0] > min(b.shape[0], a.shape[1]):
                 raise UserError(
                     f"refactor-reset: {name} has rank {a.shape[0]}, larger than its matrix of {b.shape[0]} x "
                     f"{a.shape[1]}; attach the form with rank<={min(b.shape[0], a.shape[1])}"
                 )
-    if not found:
+    if not groups:
         raise UserError(
             f"refactor-reset found no factors: no trained NAME.{endings[0]} (R x I) with a NAME.{endings[1]} "
             "(O x R) beside it; attach a form that trains W = B A, or name theirs: factors=[lora_A, lora_B]"
         )
-    return found
+    return groups
 
 
 def _balance(a: Tensor, b: Tensor) -> None:

@@ -37,5 +37,5 @@ class Cosine(Schedule):
         if rise < 1:
             return {"lr": rise}
         start = config.warmup * total if config.warmup < 1 else config.warmup
-        share = min(max((done - start) / (total - start), 0.0), 1.0) if total > start else 1.0
-        return {"lr": config.floor + (1 - config.floor) * (1 + math.cos(math.pi * share)) / 2}
+        progress = min(max((done - start) / (total - start), 0.0), 1.0) if total > start else 1.0
+        return {"lr": config.floor + (1 - config.floor) * (1 + math.cos(math.pi * progress)) / 2}

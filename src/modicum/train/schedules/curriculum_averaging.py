@@ -46,5 +46,5 @@ class CurriculumAveraging(Schedule):
     def scale(self, done: float, total: float) -> dict[str, float]:
         c = self.config
         length = c.decay * total
-        share = min(max((done - (total - length)) / length, 0.0), 1.0) if length > 0 else 0.0
-        return {"lr": warmed(done, total, c.warmup) * (c.floor + (1 - c.floor) * (1 - math.sqrt(share)))}
+        progress = min(max((done - (total - length)) / length, 0.0), 1.0) if length > 0 else 0.0
+        return {"lr": warmed(done, total, c.warmup) * (c.floor + (1 - c.floor) * (1 - math.sqrt(progress)))}

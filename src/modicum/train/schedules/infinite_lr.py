@@ -55,9 +55,9 @@ class Config:
                 f"floor={self.floor} and constant={self.constant} are shares of the peak rate with "
                 "0 < floor <= constant <= 1"
             )
-        shares = [x for x in (self.warmup, self.cooldown, self.anneal) if x < 1]
-        if not self.resumed and sum(shares) > 1:
-            raise ValueError(f"warmup, cooldown and anneal are {sum(shares):g} of the run together; at most 1")
+        fractions = [x for x in (self.warmup, self.cooldown, self.anneal) if x < 1]
+        if not self.resumed and sum(fractions) > 1:
+            raise ValueError(f"warmup, cooldown and anneal are {sum(fractions):g} of the run together; at most 1")
 
 
 class InfiniteLR(Schedule):

@@ -53,5 +53,5 @@ class Rewarm(Schedule):
         warmup = c.warmup * total if c.warmup < 1 else c.warmup
         if done < warmup:
             return {"lr": c.start + (c.peak - c.start) * done / warmup}
-        share = min((done - warmup) / (total - warmup), 1.0) if total > warmup else 1.0
-        return {"lr": c.peak * (c.floor + (1 - c.floor) * (1 + math.cos(math.pi * share)) / 2)}
+        progress = min((done - warmup) / (total - warmup), 1.0) if total > warmup else 1.0
+        return {"lr": c.peak * (c.floor + (1 - c.floor) * (1 + math.cos(math.pi * progress)) / 2)}

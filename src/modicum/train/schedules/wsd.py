@@ -38,6 +38,6 @@ class WSD(Schedule):
     def scale(self, done: float, total: float) -> dict[str, float]:
         config = self.config
         length = config.decay * total
-        share = min(max((done - (total - length)) / length, 0.0), 1.0) if length > 0 else 0.0
-        fall = 1 - (math.sqrt(share) if config.shape == "sqrt" else share)
+        progress = min(max((done - (total - length)) / length, 0.0), 1.0) if length > 0 else 0.0
+        fall = 1 - (math.sqrt(progress) if config.shape == "sqrt" else progress)
         return {"lr": warmed(done, total, config.warmup) * (config.floor + (1 - config.floor) * fall)}

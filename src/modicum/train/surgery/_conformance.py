@@ -39,7 +39,7 @@ def _stream() -> Stream:
 def _config(key: str, **knobs: Any) -> TrainConfig:
     toy = getattr(registry.load("surgery", key).module, "TOY", None)
     choice = Choice("surgery", key, dataclasses.asdict(toy) if toy else {})
-    told: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "steps": STEPS,
         "sequence_length": LENGTH,
         "batch_sequences": 8,
@@ -50,7 +50,7 @@ def _config(key: str, **knobs: Any) -> TrainConfig:
         "checkpoint_every": 2,
         "keep": STEPS + 1,
     }
-    return TrainConfig(**told | knobs)
+    return TrainConfig(**settings | knobs)
 
 
 def _train(key: str, folder: Path | None, **knobs: Any) -> tuple[Decoder, TrainResult]:
@@ -74,8 +74,8 @@ def check_the_given_model_is_trained(key: str) -> None:
 def check_resumes_bit_for_bit(key: str) -> None:
     """Going on from any checkpoint gives the run that was never stopped, in float32 and in bf16 with masters."""
     for dtype in ("float32", "bfloat16"):
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
             straight, whole = _train(key, folder / "whole", dtype=dtype)
             for cut in range(2, STEPS, 2):
                 for path in (folder / "whole" / "checkpoints").iterdir():
@@ -85,11 +85,11 @@ def check_resumes_bit_for_bit(key: str) -> None:
                 assert result.resumed_from == cut
                 for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
                     assert torch.equal(a, b), f"{key}: {name} differs after going on from step {cut} in {dtype}"
-                told, wanted = (
+                actual, wanted = (
                     dataclasses.replace(r, resumed_from=None, seconds=0, peak_bytes=0, checkpoint=None)
                     for r in (result, whole)
                 )
-                assert told == wanted, f"{key}: {told} after going on from step {cut}, {wanted} without"
+                assert actual == wanted, f"{key}: {actual} after going on from step {cut}, {wanted} without"
 
 
 def check_tells_what_it_will_do(key: str) -> None:
@@ -112,9 +112,11 @@ def check_forecast_of_the_peak(key: str) -> None:
     shape = _model().config
     for dtype in ("float32", "bfloat16"):
         config = _config(key, dtype=dtype)
-        told = step_cost(lambda: blank(shape), config, VOCAB).peak_bytes
+        predicted = step_cost(lambda: blank(shape), config, VOCAB).peak_bytes
         stream = _stream()
         with Live() as live:
             model = _model()
             train(model, stream, config, None, events=Events(None), label="")
-        assert abs(told - live.peak) <= 0.15 * live.peak, f"{key}: forecast {told} bytes in {dtype}, held {live.peak}"
+        assert abs(predicted - live.peak) <= 0.15 * live.peak, (
+            f"{key}: forecast {predicted} bytes in {dtype}, held {live.peak}"
+        )

@@ -23,13 +23,13 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     inside = {id(module) for block in blocks(model) for module in block.modules()}
     weights = {id(m.weight) for m in attach.linears(model).values() if id(m) in inside and hasattr(m, "weight")}
-    found = {name: p for name, p in model.named_parameters() if id(p) in weights and p.requires_grad}
-    if not found:
+    parameters = {name: p for name, p in model.named_parameters() if id(p) in weights and p.requires_grad}
+    if not parameters:
         raise UserError(
             f"{type(model).__name__} has no trainable linear layer inside repeated blocks, so no weight can be "
             "cut; train a model with layers, or write surgery=none"
         )
-    return found
+    return parameters
 
 
 def check_sparsity(sparsity: float) -> None:

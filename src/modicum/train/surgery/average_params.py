@@ -58,8 +58,8 @@ class GradualPruning(Masking):
     def start(self, trainer: TrainEngine) -> None:
         super().start(trainer)
         steps = trainer.config.total_steps
-        share = 6.0 * trainer.config.sequence_length * sum(self.sizes.values()) / trainer.row_flops
-        first, last = window(self.config, steps, share)
+        fraction = 6.0 * trainer.config.sequence_length * sum(self.sizes.values()) / trainer.row_flops
+        first, last = window(self.config, steps, fraction)
         self.first = max(first, 1)
         every = self.config.every
         self.every = max(round(every * steps if every < 1 else every), 1)
@@ -101,14 +101,14 @@ class GradualPruning(Masking):
         self.density = state["density"]
 
 
-def window(config: Config, steps: int, share: float) -> tuple[int, int]:
+def window(config: Config, steps: int, fraction: float) -> tuple[int, int]:
     """(first, last) step after which weights are pruned, so that the run's FLOPs stand at `start` and `end`.
 
     share: of a dense step's FLOPs that is spent on prunable weights. A step at density d costs
     1 - share (1 - d) of a dense one, and during the rounds (1 - d) / log(1 / d) of the weights are left on average.
     """
     kept = 1 - config.sparsity
-    costs = [1 - share * (1 - d) for d in (1.0, (1 - kept) / math.log(1 / kept), kept)]
+    costs = [1 - fraction * (1 - d) for d in (1.0, (1 - kept) / math.log(1 / kept), kept)]
     parts = [
         part / cost for part, cost in zip((config.start, config.end - config.start, 1 - config.end), costs, strict=True)
     ]

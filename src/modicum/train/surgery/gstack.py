@@ -193,10 +193,10 @@ def stacked(state: dict[str, Any], layers: int, deep: int) -> dict[str, Any]:
     """
     grown: dict[str, Any] = {}
     for key, value in state.items():
-        found = _LAYER.match(key)
-        for i in range(int(found[1]), deep, layers) if found else [-1]:
+        layer_match = _LAYER.match(key)
+        for i in range(int(layer_match[1]), deep, layers) if layer_match else [-1]:
             copied = i >= layers
-            grown[_LAYER.sub(f"layers.{i}.", key, count=1) if found else key] = (
+            grown[_LAYER.sub(f"layers.{i}.", key, count=1) if layer_match else key] = (
                 (value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)) if copied else value
             )
     return grown
