@@ -156,7 +156,8 @@ def _make(
     if there is not None and not (adapter and "adapter_base" in there.provides):
         form_name = there.choice.method if there.choice else type(there).__name__
         raise UserError(
-            f"holds the form {form_name!r} already and {choice.method!r} cannot go on top of it; merge or detach it first"
+            f"holds the form {form_name!r} already and {choice.method!r} cannot go on top of it; merge or detach it "
+            "first"
         )
     base = (there or wrap(layer)) if adapter else None
     weight_OI, bias_O = (base.dense(), base.bias_value()) if base is not None else plain(layer)

@@ -76,6 +76,6 @@ def unserved_in_eight(model: Decoder) -> str | None:
         return "a processor without VNNI and bfloat16 products"
     if model.dtype != torch.bfloat16:
         return f"a model in {str(model.dtype).removeprefix('torch.')}, not in bfloat16 (--dtype bfloat16)"
-    if not any((parts := stored(m)) and parts[0] in (native.INT8, native.INT4) for m in model.modules()):
+    if not any((found := stored(m)) and found[0] in (native.INT8, native.INT4) for m in model.modules()):
         return "no int8 or int4 matrix (--form int8)"
     return None
