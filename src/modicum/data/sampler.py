@@ -4,9 +4,9 @@
     deficit_c -= length                for the domain c it was drawn from
     next:      the domain of the largest deficit
 
-So the mixture holds at every moment to within one span, without luck. A document longer than `chunk` takes part in the
-order by chunks of that length, so that it does not fill batch after batch. The state says what was drawn and consumed
-in each domain; a new mixture changes which domain comes next and nothing within a domain.
+So the mixture holds at every moment to within one span, deterministically. A document longer than `chunk` takes part in
+the order by chunks of that length, so that it does not fill batch after batch. The state records what was drawn and
+consumed in each domain; a new mixture changes which domain comes next and nothing within a domain.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ VERSION = 3
 class Stream:
     """Batches of `sequence_length` tokens a row from shards.
 
-    mixture, packing, order, transforms: choices (`"fixed:weights={prose: 3}"`). epochs: None to go on for ever.
+    mixture, packing, order, transforms: choices (`"fixed:weights={prose: 3}"`). epochs: None for no limit.
     total: tokens that the run will read, for what changes over the run. chunk: most predictions of one document that
     stand together in the order (default: sequence_length). padding: the token id that fills rows.
     """

@@ -1,4 +1,4 @@
-"""Greedy generation, the plain reference. Serving at speed is the business of `modicum.serve`."""
+"""Greedy generation, the plain reference; `modicum.serve` is the fast engine."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ class SelectPolicy(KVPolicy):
     """Second rung: a method says in `keep` which entries stay; how many follows from its knob `budget`.
 
     The prompt is compressed once, right after it has been computed, and all that is generated stays. Where `bounded`
-    is set generated tokens count too: the cache stays within the budget for ever.
+    is set generated tokens count too: the cache never exceeds the budget.
     """
 
     bounded: ClassVar[bool] = False

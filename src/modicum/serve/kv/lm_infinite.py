@@ -3,7 +3,7 @@
 The attention mask has the shape of a lambda: every query sees the first `sinks` tokens and the latest `window`
 ones, so that it never attends over more tokens than in training; and the distance to the first tokens stops
 growing at a ceiling, so that rotary angles stay within what was trained. The cache is of constant size and a
-stream may go on for ever; prompts are thinned while they are computed.
+stream may be of any length; entries of a prompt are evicted while it is computed.
 
     seen(q, k)     = k <= q  and  (q - k < window  or  k < sinks)
     distance(q, k) = min(q - k, ceiling)

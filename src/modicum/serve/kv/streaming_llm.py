@@ -1,7 +1,7 @@
 """streaming-llm: the first entries and a window of the latest ones, at the places they have in the cache.
 
 The first tokens are attention sinks: softmax puts there what it has no use for, so a window without them fails. With
-a few of them kept, a stream may go on for ever in a cache of constant size. Positions are those within the cache and
+a few of them kept, a stream may be of any length in a cache of constant size. Positions are those within the cache and
 not in the text, so that no rotation is beyond what was trained.
 
     seen(q, k)     = k <= q  and  (q - k < window  or  k < sinks)

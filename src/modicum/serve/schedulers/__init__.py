@@ -1,8 +1,8 @@
 """port scheduler: which sequences run in the next step, and how many tokens of each.
 
-A method writes one pure function, `plan(state) -> Plan`. The base class keeps the books (who waits, who
-runs, how far each has come), for the engine and for a simulator alike: neither tensors nor clocks of
-its own come in here. One turn of either is
+A method defines one pure function, `plan(state) -> Plan`. The base class tracks which sequences wait and run
+and how many tokens of each are computed, for the engine and the simulator alike: it uses neither tensors
+nor a clock. One step of either is
 
     plan = scheduler.plan(scheduler.state(free_blocks, now))
     scheduler.commit(plan)                  # preempted jobs wait again, admitted ones run
@@ -26,12 +26,12 @@ BASELINE = "fcfs"
 
 @dataclass(slots=True)
 class Job:
-    """What a scheduler knows of one sequence. All lengths in tokens.
+    """A sequence as the scheduler sees it. All lengths in tokens.
 
-    length: tokens known so far, prompt and generated. computed: those whose keys and values are cached;
-    length - computed == 1 means the sequence is decoding. capacity: tokens its blocks have room for.
-    own: blocks that come free if it is preempted (an estimate; shared ones may be among them).
-    hit: tokens of a waiting job that the prefix cache holds now; revived: blocks of these that count
+    length: tokens so far, prompt and generated. computed: those whose keys and values are cached;
+    length - computed == 1 means the sequence is decoding. capacity: tokens that fit its blocks.
+    own: blocks freed by preempting it (an estimate; shared ones may be included).
+    hit: tokens of a waiting job that are in the prefix cache; revived: blocks of these that count
     as free until they are taken.
     """
 
@@ -48,7 +48,7 @@ class Job:
 
     @property
     def left(self) -> int:
-        """Known tokens that are still to be computed."""
+        """Tokens that are still to be computed."""
         return self.length - self.computed
 
     def blocks(self, n_tokens: int, block_size: int) -> int:
@@ -62,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a plan may depend on. `waiting` (by arrival) and `running` (by admission) are only read."""
+    """The input of a plan. `waiting` (by arrival) and `running` (by admission) are only read."""
 
     waiting: Sequence[Job]
     running: Sequence[Job]

@@ -128,7 +128,7 @@ def check_nobody_starves(key: str) -> None:
         world.arrive(Job(id, float(world.steps), 3, 3), 2)
         id += 1
         world.step()
-        assert world.steps < 400, "a long job waits for ever behind short ones"
+        assert world.steps < 400, "a long job starves behind short ones"
 
 
 def check_abort(key: str) -> None:

@@ -1,4 +1,4 @@
-"""What schedulers that mix decodes with pieces of prompts share: room for those that run, and for new ones."""
+"""Common to schedulers that mix decodes with prefill chunks: cache blocks for running and for new sequences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Divide = Callable[[Sequence[Job]], list[tuple[Job, int]]]
 
 
 def continue_running(state: State, divide: Divide) -> Plan:
-    """Running sequences as `share` divides the step among them; those admitted last are preempted until it fits."""
+    """Running sequences, the step divided among them by `divide`; the last admitted are preempted until it fits."""
     keep, free = list(state.running), state.free_blocks
     preempt: list[int] = []
     while True:
@@ -23,9 +23,9 @@ def continue_running(state: State, divide: Divide) -> Plan:
 
 
 def free_blocks(state: State) -> int:
-    """Blocks that stay free once every running sequence has room for all of its known tokens.
+    """Blocks that stay free once every running sequence has blocks for all of its tokens.
 
-    A prompt is counted whole from its admission on: half prompts that block each other end in preemption.
+    A prompt is counted in full from its admission on: half-computed prompts that block each other end in preemption.
     """
     return state.free_blocks - sum(job.blocks(max(job.left, 1), state.block_size) for job in state.running)
 

@@ -1,12 +1,12 @@
-"""sarathi: one chunk of a fixed size per step, and every decode rides along.
+"""sarathi: one prefill chunk of fixed size per step, batched with all decodes.
 
 Prompts are computed one after the other, in chunks of equal size. A step is decode-maximal: one chunk of one
 prompt, and one token of each running sequence that decodes; the decodes cost little beside the chunk, whose
 matrix products read the same weights. The chunk shrinks by the number of decodes, so that a step has always
 the same number of tokens, a multiple of the tile of the matrix products.
 
-    step = decodes + one piece of one prompt
-    piece = floor((chunk + |decodes|) / tile) * tile - |decodes|
+    step = decodes + one chunk of one prompt
+    tokens of the chunk = floor((chunk + |decodes|) / tile) * tile - |decodes|
 
 Agrawal et al. 2023, arXiv:2308.16369, sections 4.2 (chunked prefills), 4.3 (decode-maximal batches) and 4.4
 (chunk and tile). Departs from it: requests arrive over time, where the paper has them all at the start; when
@@ -26,7 +26,7 @@ from modicum.serve.schedulers._room import continue_running, free_blocks, free_s
 class Config:
     chunk: int = 256  # tokens of a prompt per step
     tile: int = 128  # a step's tokens are a multiple of this; 0: the chunk is not adjusted
-    reserve: float = 0.01  # share of the blocks that an admission leaves free
+    reserve: float = 0.01  # fraction of the blocks that an admission leaves free
 
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.tile < 0 or self.tile > self.chunk:

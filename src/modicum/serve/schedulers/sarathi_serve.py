@@ -1,11 +1,11 @@
-"""sarathi-serve: a token budget per step, from the time between tokens that is wanted; decodes never wait.
+"""sarathi-serve: a token budget per step, chosen for a target time between tokens; decodes are never stalled.
 
-A step first takes one token of every sequence that decodes, then goes on with prompts that are begun, then
-admits new ones, until its budget is spent; a prompt is cut where the budget ends. So new requests come in
-without pausing the answers that are under way, and no step lasts longer than the time `tbt` that may lie
-between two tokens. The budget is the largest that keeps to it:
+A step first takes one token of every decoding sequence, then chunks of prompts in progress, then admits new
+ones, until its token budget is used; a prompt is split where the budget ends. So new requests are admitted
+without stalling running decodes, and no step takes longer than `tbt`, the target time between two tokens.
+The budget is the largest that meets it:
 
-    step   = decodes + pieces of begun prompts + pieces of new prompts
+    step   = decodes + chunks of prompts in progress + chunks of new prompts
     budget = max tokens with  spread * seconds(step) <= tbt
 
 `seconds` is a model of step times (`serve/pace.py`), `spread` its error in the slowest steps. It is read from
@@ -13,9 +13,9 @@ between two tokens. The budget is the largest that keeps to it:
 
 Agrawal et al. 2024, arXiv:2403.02310, sections 4.1 (chunked prefills), 4.2 (stall-free batches, algorithm 3)
 and 4.3 (the budget from one profile of the machine and the wanted time). Departs from it: the budget is
-chosen anew in each step and counts the context that a piece looks back on, where the paper profiles one
+chosen again in each step and counts the context that a chunk attends to, where the paper profiles one
 number of tokens (`budget` sets such a number); a step with decodes that are too slow by themselves still
-computes `least` tokens of a prompt, so that nobody starves.
+computes `least` tokens of a prompt, so that no prompt starves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Config:
     first: int = 128  # budget until enough steps were measured to know their times
     least: int = 16  # tokens of a prompt that a step computes at any rate
     cost: str = ""  # calibration of step times to read; empty: learnt while serving
-    reserve: float = 0.01  # share of the blocks that an admission leaves free
+    reserve: float = 0.01  # fraction of the blocks that an admission leaves free
 
     def __post_init__(self) -> None:
         if self.tbt <= 0 or self.budget < 0 or self.first < 1 or self.least < 1:
@@ -89,7 +89,7 @@ class SarathiServe(Scheduler):
         return Plan(tuple(run))
 
     def _divide(self, spent: _Spent, jobs: Sequence[Job]) -> list[tuple[Job, int]]:
-        """All decodes, then what the budget leaves for begun prompts in order of admission."""
+        """All decodes, then chunks of prompts in progress within the budget, in order of admission."""
         spent.reset()
         run = []
         for prompts in (False, True):
@@ -101,7 +101,7 @@ class SarathiServe(Scheduler):
 
 
 class _Spent:
-    """What is in the step so far, and how many tokens of a further prompt its budget leaves."""
+    """The tokens of the step so far, and the tokens of a further prompt that fit its budget."""
 
     def __init__(self, config: Config, state: State):
         self.config, self.limit, self.pace = config, state.token_limit, state.pace
@@ -122,5 +122,5 @@ class _Spent:
             n = min(available, (config.budget or config.first) - load.tokens)
         else:
             n = self.pace.most(load, start, available, config.tbt / self.pace.spread)
-        first = load.tokens == load.decodes  # no piece yet
+        first = load.tokens == load.decodes  # no chunk yet
         return max(n, min(available, config.least)) if first else n

@@ -1,6 +1,6 @@
 """constant: linear warm-up, then the peak rate to the end.
 
-The yardstick that needs no horizon: a run of any length is the beginning of a longer one.
+The baseline that needs no horizon: a run of any length is the beginning of a longer one.
 
     lr = min(1, done / warmup)
 """

@@ -1,4 +1,4 @@
-"""infinite-lr: warm up, cool down to a rate that can be held for ever, anneal only to hand a model over.
+"""infinite-lr: warm up, cool down to a constant rate without a horizon, anneal only before a model is released.
 
 A cosine reaches its floor when its data ends, and training on more data must warm up again, which makes the
 model forget. Here the rate settles at a constant level from which training may go on with any new data; a short

@@ -9,8 +9,8 @@ new data against old, which is why it is a knob.
     after            lr = peak * (floor + (1 - floor) * (1 + cos(pi x)) / 2)      x from 0 to 1 over the rest
 
 Gupta et al. 2023, arXiv:2308.04014, section 3. `start` is 0 there; with `start` at the rate that the earlier run
-ended with there is no jump. `peak=0.1,warmup=0` is the paper's yardstick of not warming up again. Departs from the
-paper: that yardstick decays on from the low rate where the paper holds it.
+ended with there is no jump. `peak=0.1,warmup=0` is the paper's baseline of not warming up again. Departs from the
+paper: that baseline keeps decaying from the low rate, which the paper keeps constant.
 """
 
 from __future__ import annotations

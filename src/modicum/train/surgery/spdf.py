@@ -8,7 +8,7 @@ head, norms and biases stay dense. Afterwards the zeros are free to learn.
     FLOPs = dense - 6 T |M|                 of a sequence of T tokens: attention scores and head count in full
 
 Thangarasa et al. 2023, arXiv:2303.10464, section 2. Their dense fine-tuning is a run of its own: here any
-later run without this surgery (`modicum pretrain --model RUN/model`, or a road's adapt stage, whose forms are
+later run without this surgery (`modicum pretrain --model RUN/model`, or a recipe's adapt stage, whose forms are
 dense updates of all weights); within one run it is the last share `dense` of the steps. Departs from the
 paper: the matrix products are executed dense, so FLOPs are counted, not saved; the masks do not follow the
 run's seed but their own.
