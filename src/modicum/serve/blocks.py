@@ -54,7 +54,7 @@ class BlockPool:
         return len(self._free_list) + len(self._cached)
 
     @property
-    def cached(self) -> int:
+    def remembered(self) -> int:
         """Free blocks whose contents are still in the prefix cache."""
         return len(self._cached)
 

@@ -84,9 +84,9 @@ class Description:
 
     def _note(self, matrix: native.Matrix, module: Any) -> None:
         """Remember a matrix whose weight lies in a file's pages."""
-        storage_of = None if module is None else stored(module)
-        if storage_of and is_mapped(storage_of[1]):
-            self.mapped.append((matrix, storage_of[1], storage_of[1].detach()))
+        found = None if module is None else stored(module)
+        if found and is_mapped(found[1]):
+            self.mapped.append((matrix, found[1], found[1].detach()))
 
     def _floats(self, tensor: Tensor) -> int:
         kept = tensor.detach().float().contiguous()
@@ -102,17 +102,17 @@ class Description:
     def _matrix(self, module: Any) -> native.Matrix:
         if module is None:
             return native.Matrix()
-        parts = stored(module)
-        assert parts is not None
-        kind, weight, scale, zero = parts
+        found = stored(module)
+        assert found is not None
+        kind, weight, scale, zero = found
         out, group, groups = module.out_features, 0, 0
         if scale is not None:
             group, groups = module.group, module.n_groups
             if scale.dtype not in SCALE_KINDS:
                 scale, zero = scale.float(), None if zero is None else zero.float()
         # Views of their own: this memory must stay, even if somebody gives the module's tensors another.
-        references = (None if is_mapped(weight) else weight, scale, zero)
-        self.keep += [t.detach() for t in references if t is not None]
+        kept = (None if is_mapped(weight) else weight, scale, zero)
+        self.keep += [t.detach() for t in kept if t is not None]
         bias = module.bias
         return native.Matrix(
             kind,
