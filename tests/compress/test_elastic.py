@@ -215,7 +215,7 @@ def test_verbs(stacked: Path, plain: Path, tmp_path: Path, capsys: pytest.Captur
         sequences=1,
         length=16,
     )
-    assert "loads in any size from" in capsys.readouterr().out
+    assert "loads at any size from" in capsys.readouterr().out
     with pytest.raises(UserError, match="another folder"):
         cut(stacked, size, stacked)
 

@@ -326,7 +326,7 @@ def test_mistakes(source: Path, tmp_path: Path) -> None:
     fails("at least 1", processes=0)
     fails("Did you mean 'minhash'", config=CurateConfig(steps=["minhas"]))
     fails("Did you mean 'threshold'", config=CurateConfig(steps=["minhash:treshold=1"]))
-    fails("must be a share", config=CurateConfig(heldout=1.5))
+    fails("must be a fraction", config=CurateConfig(heldout=1.5))
     fails("vocab_size=10 is too small", config=CurateConfig(vocab_size=10, steps=["keep"]))
     (tmp_path / "file").write_text("")
     fails("cannot write to", out=tmp_path / "file")
