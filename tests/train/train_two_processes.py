@@ -23,7 +23,7 @@ def run(folder: Path, mixture: str = "natural", heldout: Any = None, **knobs: An
 
 def main(folder: Path, curated: str) -> None:
     torch.set_num_threads(1)
-    run(folder / "two", heldout=stream(epochs=1, shuffle=False), dtype="float32", micro_batch=2, clip=0.5)
+    run(folder / "two", heldout=stream(epochs=1, order="stored"), dtype="float32", micro_batch=2, clip=0.5)
     run(folder / "one_two_one", MIXTURES[1], dtype="float32", steps=8, schedule="constant")
     run(folder / "bf16", dtype="bfloat16", steps=6, schedule="constant")
     try:

@@ -28,14 +28,14 @@ def contaminated(result: Any, corpus: str) -> dict[str, Any]:
     return {"task": result.task, "figure": result.metric, **contamination.report(scores, texts, hits)}
 
 
-def print_touched(said: dict[str, Any]) -> None:
+def print_touched(overlap: dict[str, Any]) -> None:
     parts = ", ".join(
         f"{name} {part['value']:.4f} ({part['items']})"
         for name in ("all", "clean", "touched")
-        if (part := said[name])["items"]
+        if (part := overlap[name])["items"]
     )
-    print(f"{said['task']}, {said['figure']}: {parts}; {len(said['too_short'])} items too short to look for")
-    for hit in said["hits"][:20]:
+    print(f"{overlap['task']}, {overlap['figure']}: {parts}; {len(overlap['too_short'])} items too short to look for")
+    for hit in overlap["hits"][:20]:
         where = f"characters {hit['start']} to {hit['end']}"
         print(f"  item {hit['item']} in {hit['document']}, {where}: {hit['text'][:60]!r}")
 
@@ -51,7 +51,7 @@ def claim(task: str) -> dict[str, str]:
 
 def record(result: Any) -> dict[str, Any]:
     record: dict[str, Any] = result.as_dict()
-    return record | ({"published": said} if (said := claim(result.task)) else {})
+    return record | ({"published": overlap} if (overlap := claim(result.task)) else {})
 
 
 def print_figures(results: Sequence[Any]) -> None:

@@ -87,13 +87,13 @@ class Grammar:
         mass = total.sum(1, keepdims=True)
         if (mass[: len(sentence)] <= 0).any():
             raise ValueError(f"the grammar cannot yield {sentence[: int(np.argmax(mass[:, 0] <= 0))]}")
-        share: np.ndarray = total / np.where(mass > 0, mass, 1)
-        return share
+        fraction: np.ndarray = total / np.where(mass > 0, mass, 1)
+        return fraction
 
     def nats(self, sentence: list[int], labels: tuple[int, ...] | None = None) -> np.ndarray:
         """-log P of every token and of the end: the loss of the best possible model, n + 1 values."""
-        share = self.next_token(sentence, labels)
-        loss: np.ndarray = -np.log(share[np.arange(len(sentence) + 1), [*sentence, self.vocabulary]])
+        fraction = self.next_token(sentence, labels)
+        loss: np.ndarray = -np.log(fraction[np.arange(len(sentence) + 1), [*sentence, self.vocabulary]])
         return loss
 
     def posterior(self, prefix: list[int]) -> dict[tuple[int, ...], float]:

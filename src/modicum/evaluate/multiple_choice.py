@@ -146,11 +146,11 @@ class MultipleChoice(Task):
         figures = {name: float((nats / size).argmax() == right) for name, size in sizes.items()}
         if len(replies) > 1:
             figures["acc_pmi"] = float((nats - np.array([s.nats for s in replies[1]])).argmax() == right)
-        share = np.exp(nats - nats.max())
-        share /= share.sum()
-        brier = float(((share - (np.arange(len(share)) == right)) ** 2).sum())
+        fraction = np.exp(nats - nats.max())
+        fraction /= fraction.sum()
+        brier = float(((fraction - (np.arange(len(fraction)) == right)) ** 2).sum())
         return figures | {
-            "prob": float(share[right]),
+            "prob": float(fraction[right]),
             "brier": brier,
             "nats": float(-nats[right]),
             "bits_per_byte": float(-nats[right] / math.log(2) / scores[right].nbytes),

@@ -56,7 +56,7 @@ def sinkhorn(
 
 
 def mixture_cost(
-    sources: list[np.ndarray], shares: np.ndarray, target_BD: np.ndarray, *, epsilon: float | None = None
+    sources: list[np.ndarray], fractions: np.ndarray, target_BD: np.ndarray, *, epsilon: float | None = None
 ) -> tuple[float, np.ndarray]:
     """Transport cost of a mixture of sources (each an A x D sample) to a target, and its gradient in the shares.
 
@@ -64,7 +64,7 @@ def mixture_cost(
     shares.
     """
     x_AD = np.concatenate(sources)
-    a_A = np.concatenate([np.full(len(s), w / len(s)) for s, w in zip(sources, shares, strict=True)])
+    a_A = np.concatenate([np.full(len(s), w / len(s)) for s, w in zip(sources, fractions, strict=True)])
     b_B = np.full(len(target_BD), 1 / len(target_BD))
     cost_AB = cosine_cost(x_AD, target_BD)
     cost, f_A = exact(cost_AB, a_A, b_B) if epsilon is None else sinkhorn(cost_AB, a_A, b_B, epsilon=epsilon)
@@ -78,5 +78,5 @@ def project_simplex(p: np.ndarray) -> np.ndarray:
     falling = np.sort(p)[::-1]
     over = np.cumsum(falling) - 1
     count = int(np.flatnonzero(falling - over / np.arange(1, len(p) + 1) > 0)[-1]) + 1
-    shares: np.ndarray = np.maximum(p - over[count - 1] / count, 0)
-    return shares
+    fractions: np.ndarray = np.maximum(p - over[count - 1] / count, 0)
+    return fractions

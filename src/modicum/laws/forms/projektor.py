@@ -62,8 +62,8 @@ class Projektor(Law):
                 "a mixture has a column ratio_NAME for each of at least two sources, summing to 1 in each row"
             )
         table = as_table(given, (*self.columns, *names), target=self.target)
-        shares_NM = np.stack([table[n] for n in names], axis=1)
-        if np.abs(shares_NM.sum(1) - 1).max() > 1e-3:
+        fractions_NM = np.stack([table[n] for n in names], axis=1)
+        if np.abs(fractions_NM.sum(1) - 1).max() > 1e-3:
             raise UserError("the ratio_ columns of every row must sum to 1; one of them does not")
         sizes = np.unique(table["tokens"])
         if len(sizes) < 2:
@@ -71,7 +71,7 @@ class Projektor(Law):
         parts, left = [], []
         for size in sizes[-2:]:
             at = table["tokens"] == size
-            x_NR = regressors(shares_NM[at], table["transport"][at])
+            x_NR = regressors(fractions_NM[at], table["transport"][at])
             if at.sum() < 4:
                 raise UserError(f"{int(at.sum())} mixtures at {size:.3g} tokens do not determine V; give at least 4")
             part, residual_N = ridge(x_NR, table[self.target][at], self.config.ridge)
@@ -106,8 +106,8 @@ class Projektor(Law):
         from scipy.stats import t
 
         table = as_table(points, (*self.columns, *fit.extra["sources"]), target=None)
-        shares_NM = np.stack([table[n] for n in fit.extra["sources"]], axis=1)
-        x_NR = regressors(shares_NM, table["transport"])
+        fractions_NM = np.stack([table[n] for n in fit.extra["sources"]], axis=1)
+        x_NR = regressors(fractions_NM, table["transport"])
         weight_2N = self._weights(fit, table["tokens"])
         value_2N = np.stack([_apply(part, x_NR) for part in fit.extra["parts"]])
         mean_N = (weight_2N * value_2N).sum(0)
@@ -177,9 +177,9 @@ class Projektor(Law):
         return rows(16, (1e5, 2e5), noise), rows(6, (8e5,), 0.0)
 
 
-def regressors(shares_NM: np.ndarray, transport_N: np.ndarray) -> np.ndarray:
+def regressors(fractions_NM: np.ndarray, transport_N: np.ndarray) -> np.ndarray:
     """OT, p_i, p_i OT, p_i^2 OT over all sources but the last, N x (1 + 3 (M - 1))."""
-    p, cost = shares_NM[:, :-1], transport_N[:, None]
+    p, cost = fractions_NM[:, :-1], transport_N[:, None]
     return np.concatenate([cost, p, p * cost, p**2 * cost], axis=1)
 
 
