@@ -94,27 +94,27 @@ def adapt(
     compose.resolve(members(spec), options={"linear": "form"})
     tokenizer = tokenizer or Tokenizer.load(source)
     length = min(spec.sequence_length, load_config(source).context_length)
-    learn, held = load_sides(pairs, spec.heldout, spec.seed)
-    learn_set = prepare(sample(learn, spec.limit), tokenizer, length)
-    held_set = prepare(sample(held, HELDOUT_PAIRS), tokenizer, length)
-    if not learn_set.examples:
+    train_examples, heldout_examples = load_sides(pairs, spec.heldout, spec.seed)
+    train_set = prepare(sample(train_examples, spec.limit), tokenizer, length)
+    heldout_set = prepare(sample(heldout_examples, HELDOUT_PAIRS), tokenizer, length)
+    if not train_set.examples:
         raise UserError(
-            f"none of the {len(learn)} pairs has a question of less than {length} tokens; "
+            f"none of the {len(train_examples)} pairs has a question of less than {length} tokens; "
             "give shorter ones, or a longer sequence_length"
         )
-    run = run_spec(spec, learn_set, length, max(len(held_set.examples), 1))
-    stream = run.stream(learn_set.documents(tokenizer.reserved))
-    heldout = run.heldout_stream(held_set.documents(), order="stored") if held_set.examples else None
+    run = run_spec(spec, train_set, length, max(len(heldout_set.examples), 1))
+    stream = run.stream(train_set.documents(tokenizer.reserved))
+    heldout = run.heldout_stream(heldout_set.documents(), order="stored") if heldout_set.examples else None
     outcome, learnt = _train(source, stream, heldout, spec, run, folder, events, deadline)
     if spec.merge or spec.base is not None or outcome["adapter"] is None:
         outcome["model"] = str(folder / "model")
         save_model(_afresh(source, spec, learnt), folder / "model", source)
     result = AdaptResult(
-        pairs=len(learn_set.examples),
-        heldout_pairs=len(held_set.examples),
-        answer_tokens=learn_set.targets,
-        cut=learn_set.cut + held_set.cut,
-        dropped=learn_set.dropped + held_set.dropped,
+        pairs=len(train_set.examples),
+        heldout_pairs=len(heldout_set.examples),
+        answer_tokens=train_set.targets,
+        cut=train_set.cut + heldout_set.cut,
+        dropped=train_set.dropped + heldout_set.dropped,
         **outcome,
     )
     write_json(folder / "adapt.json", result.as_dict())
@@ -146,7 +146,7 @@ def _train(
     stream: Stream,
     heldout: Stream | None,
     spec: AdaptSpec,
-    told: AdaptSpec,
+    resolved: AdaptSpec,
     folder: Path,
     events: Events | None,
     deadline: Deadline | None,
@@ -156,9 +156,9 @@ def _train(
     _attach(model, spec)
     if not attach.freeze(model):
         raise UserError(f"the form {spec.form} trains nothing; choose one that does, such as lora:rank=8")
-    trainer = Trainer(model, stream, told, folder, events=events, deadline=deadline, heldout=heldout, label="adapt")
-    model.to(trainer.device, getattr(torch, told.dtype))
-    rows = told.micro_batch or told.sequences
+    trainer = Trainer(model, stream, resolved, folder, events=events, deadline=deadline, heldout=heldout, label="adapt")
+    model.to(trainer.device, getattr(torch, resolved.dtype))
+    rows = resolved.micro_batch or resolved.sequences
     before = None if heldout is None else mean_loss(model, heldout, rows=rows)
     if events and before is not None and not (trainer.checkpoints and trainer.checkpoints.all()):
         events.emit("heldout", step=0, tokens=0, loss=before)

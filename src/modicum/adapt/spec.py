@@ -48,12 +48,12 @@ class AdaptSpec(TrainConfig):
 def members(spec: AdaptSpec) -> list[compose.Member]:
     """The adaptation's methods and settings, for `core.compose.resolve`."""
     form = compose.member("linear", spec.form)
-    found = [*run_members(spec, form=False), form]
-    found.append(compose.setting(f"adapting with form={spec.form}", requires={"trainable", "fit"}))
-    found.append(compose.setting("question/answer pairs", requires={"document_mask"}, remedy="set packing=whole"))
+    chosen = [*run_members(spec, form=False), form]
+    chosen.append(compose.setting(f"adapting with form={spec.form}", requires={"trainable", "fit"}))
+    chosen.append(compose.setting("question/answer pairs", requires={"document_mask"}, remedy="set packing=whole"))
     if spec.merge:
-        found.append(compose.setting("merge=true", requires={"merge"}, remedy="leave merge out"))
+        chosen.append(compose.setting("merge=true", requires={"merge"}, remedy="leave merge out"))
     if spec.base is not None and "adapter" in form.provides:
         base = compose.member("linear", spec.base)
         compose.resolve([base, compose.setting(f"base={spec.base}", requires={"adapter_base"})])
-    return found
+    return chosen

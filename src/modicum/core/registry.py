@@ -117,7 +117,9 @@ def _first_line(path: Path) -> tuple[bool, str, str] | None:
 @functools.cache
 def ports() -> dict[str, PortInfo]:
     """Every port by name, sorted; nothing is imported."""
-    packages = [(p, f"modicum.{p.parent.parent.name}.{p.parent.name}", "") for p in sorted(ROOT.glob("*/*/__init__.py"))]
+    packages = [
+        (p, f"modicum.{p.parent.parent.name}.{p.parent.name}", "") for p in sorted(ROOT.glob("*/*/__init__.py"))
+    ]
     for entry in importlib.metadata.entry_points(group="modicum.ports"):
         spec = importlib.util.find_spec(entry.value)
         if spec is None or spec.origin is None:
