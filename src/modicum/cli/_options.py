@@ -26,19 +26,21 @@ def options_of(spec: Any, *, flags: dict[str, str] | None = None) -> Callable[[C
     """Decorator. spec: a subclass of `Spec`. flags: more names of an option ({"batch_tokens": "--batch"})."""
 
     def decorate(command: Command) -> Command:
-        found = [_parameter(one, (flags or {}).get(name)) for name, one in options(spec).items() if name != "methods"]
-        found += [_port(info, spec.METHODS.get(name, info.baseline)) for name, info in spec.ports().items()]
-        names = [p.name for p in found]
+        option_parameters = [
+            _parameter(one, (flags or {}).get(name)) for name, one in options(spec).items() if name != "methods"
+        ]
+        option_parameters += [_port(info, spec.METHODS.get(name, info.baseline)) for name, info in spec.ports().items()]
+        names = [p.name for p in option_parameters]
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            told = {name: value for name in names if (value := given.pop(name)) is not None}
-            command(spec=spec(**told), **given)
+            set_values = {name: value for name in names if (value := given.pop(name)) is not None}
+            command(spec=spec(**set_values), **given)
 
         before = inspect.signature(command, eval_str=True).parameters.values()
-        place = next(i for i, p in enumerate(before) if p.name == "spec")
+        index = next(i for i, p in enumerate(before) if p.name == "spec")
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in before]
-        parameters[place : place + 1] = found
+        parameters[index : index + 1] = option_parameters
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
