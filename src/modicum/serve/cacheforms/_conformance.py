@@ -68,7 +68,7 @@ def check_bytes_are_counted(key: str) -> None:
 
 
 def check_an_engine_works_from_it(key: str) -> None:
-    """Outputs are whole and the same in any company and with the prefix cache off; everything is given back."""
+    """Outputs are whole and the same in any batch and with the prefix cache off; everything is given back."""
     alone = [_engine(key, max_sequences=1, prefix_cache=False).generate([p], GREEDY)[0].tokens for p in PROMPTS]
     modes: list[dict[str, object]] = [{"prefix_cache": False}, {"prefix_cache": False, "max_sequences": 2}]
     for mode in modes:
