@@ -71,6 +71,7 @@ NOT_YET: dict[str, set[str]] = {
         "places",
         "room",
         "said",
+        "says",
         "share",
         "shares",
         "told",
