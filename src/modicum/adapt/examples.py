@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,17 +172,3 @@ def fit(encoded: Iterable[Encoded], length: int) -> Prepared:
         else:
             kept.append(item)
     return Prepared(kept, cut, dropped)
-
-
-def rows(lengths: Sequence[int], order: Iterable[int], width: int) -> Iterator[list[int]]:
-    """Whole examples, in order, packed one after another into rows of `width` predictions."""
-    row: list[int] = []
-    used = 0
-    for i in order:
-        if row and used + lengths[i] > width:
-            yield row
-            row, used = [], 0
-        row.append(i)
-        used += lengths[i]
-    if row:
-        yield row

@@ -39,7 +39,6 @@ from modicum.model.sources import origin
 from modicum.train.evaluate import mean_loss
 from modicum.train.loop import Trainer
 
-AdaptConfig = AdaptSpec
 HELDOUT_PAIRS = 1000  # at most so many are read for the held-out loss
 
 

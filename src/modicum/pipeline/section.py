@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, cast
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from modicum.budget import units
 from modicum.core.choice import Choice
 from modicum.core.registry import PortInfo
+from modicum.core.spec import Option, options
 
 Bytes = Annotated[float, BeforeValidator(lambda value: units.parse(value, "bytes"))]
 Seconds = Annotated[float, BeforeValidator(lambda value: units.parse(value, "seconds"))]
@@ -54,3 +55,27 @@ class Strict(BaseModel):
     """A part of a recipe. Unknown keys are refused; values do not change once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def from_spec(spec: Any, names: Iterable[str], **defaults: Any) -> Any:
+    """A section with the settings `names` of a `core.spec.Spec`: its units, limits and defaults, unless `defaults` say
+    otherwise. A value is kept as the spec reads it."""
+    known = options(spec)
+    fields: dict[str, Any] = {}
+    for name in names:
+        one = known[name]
+        kind: Any = one.kind if one.kind in (bool, int, float, str) else Any
+        if one.optional and kind is not Any:
+            kind = kind | None
+        hint = cast(Any, Annotated)[kind, BeforeValidator(_reader(one))]
+        fields[name] = (hint, Field(defaults.get(name, one.default), description=one.metadata["help"]))
+    return pydantic.create_model(spec.__name__, __base__=Strict, **fields)
+
+
+def _reader(one: Option) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if one.method is not None and value is not None:
+            Choice.parse(one.method, value).config()
+        return one.read(value)
+
+    return read

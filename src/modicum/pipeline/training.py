@@ -25,32 +25,20 @@ EVAL_SEQUENCES = 512  # held-out sequences behind every loss of a run
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "bfloat16": "bfloat16", "float32": "float32"}
 
 
-def learning_rate(section: Pretrain, shape: DecoderConfig | None) -> float:
-    """The recipe's, or 0.2 / width but at most 2e-3 from scratch (found on another seed), 1e-4 for a given model."""
-    if section.lr is not None:
-        return section.lr
-    return 1e-4 if section.model or shape is None else min(2e-3, 0.2 / shape.width)
+# What a recipe says of a training run; the rest is the recipe's own (seed) or the stage's (when it evaluates).
+SETTINGS = (
+    *("sequence_length", "batch_tokens", "micro_batch", "lr", "form", "targets", "clip", "masters", "dtype"),
+    *("nonfinite", "compile"),
+)
 
 
 def train_config(section: Pretrain, shape: DecoderConfig | None, tokens: float, seed: int, **more: Any) -> TrainConfig:
     """shape: of the model, which the learning rate follows; None where that does not matter."""
-    p = section
-    return TrainConfig(
-        tokens=tokens,
-        sequence_length=p.sequence_length,
-        batch_tokens=p.batch_tokens,
-        micro_batch=p.micro_batch,
-        lr=learning_rate(p, shape),
-        **methods(p),
-        form=p.form,
-        targets=p.targets,
-        clip=p.clip,
-        masters=p.masters,
-        dtype=DTYPES[p.dtype],
-        seed=seed,
-        eval_sequences=EVAL_SEQUENCES,
-        **more,
+    settings = {name: getattr(section, name) for name in SETTINGS}
+    config = TrainConfig(
+        tokens=tokens, seed=seed, eval_sequences=EVAL_SEQUENCES, **settings, **methods(section), **more
     )
+    return config.for_width(shape.width, continued=bool(section.model)) if shape else config
 
 
 def methods(section: Strict) -> dict[str, Any]:

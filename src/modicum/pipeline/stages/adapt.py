@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from modicum.adapt.examples import prepare
-from modicum.adapt.examples import rows as pack_rows
-from modicum.adapt.run import AdaptConfig, adapt, members
+from modicum.adapt.run import adapt
 from modicum.adapt.sources import Sides
+from modicum.adapt.spec import AdaptSpec, members
 from modicum.budget import Cost, Meter
 from modicum.budget.meter import resident_now
 from modicum.core import compose, registry
@@ -28,7 +29,7 @@ from modicum.pipeline.models import folder_of
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.report import gains, plots
-from modicum.pipeline.section import Strict, Tokens, method, with_ports
+from modicum.pipeline.section import Tokens, from_spec, with_ports
 from modicum.pipeline.stage import Finished, Input, Inputs, Report, Stage, StagePlan
 from modicum.pipeline.worker import trim_allocator
 from modicum.retrieve.search import Searcher
@@ -38,17 +39,14 @@ REPLY = 80  # tokens that a prompt with passages leaves for the answer
 SAMPLED = 12  # pairs made for the plan
 
 
-class Section(Strict):
+SETTINGS = ("form", "base", "targets", "sequence_length", "batch_tokens", "micro_batch", "lr")
+Settings: Any = from_spec(AdaptSpec, SETTINGS)
+
+
+class Section(Settings):
     model: str | None = None  # a folder, a hub id or a name of `modicum get`; None: the model pretrained in this run
-    form: method("linear") = "lora:rank=16"  # type: ignore[valid-type]
-    base: method("linear") | None = None  # type: ignore[valid-type]  # of all linear layers, under it: int4 is QLoRA
     merge: bool | None = None  # the trained update into plain weights; None: where it can be and has no base
-    targets: list[str] | None = None  # the linear layers that get it; None: where its paper puts it
     tokens: Tokens = 200_000.0
-    sequence_length: int = Field(256, ge=16)
-    batch_tokens: int = Field(4096, ge=64)
-    micro_batch: int | None = Field(None, ge=1)  # sequences of one forward pass; None: the whole batch
-    lr: float = Field(2e-3, gt=0)
     pairs: int = Field(20_000, ge=8)
     heldout_pairs: int = Field(1000, ge=1)  # at most so many give the loss before and after
     grounded: float = Field(0.0, ge=0, le=1)  # fraction of the pairs that are asked with retrieved passages
@@ -112,8 +110,9 @@ class Adapt(Stage[Section]):
             sides = _sides(section, curate["sample"], searcher, tokenizer, seed, min(1.0, SAMPLED / wanted))
         each = max(meter.seconds - reading.seconds, 0.0) / max(len(sides.train) + len(sides.heldout), 1)
         making = reading.seconds / curate["sample_share"] + each * wanted
-        lengths = [len(e) for e in prepare([*sides.heldout, *sides.train], tokenizer, config.sequence_length).examples]
-        rows = len(list(pack_rows(lengths, range(len(lengths)), config.sequence_length))) / max(len(lengths), 1)
+        made = prepare([*sides.heldout, *sides.train], tokenizer, config.sequence_length)
+        packed = config.stream(made.documents(), epochs=1, total=None) if made.examples else None
+        rows = packed.count_rows() / len(made.examples) if packed else 1.0
         passes = 2 * section.heldout_pairs * rows / told.micro  # before and after
         scored = passes * costs.forward_seconds(planner, model, dtype, told.micro, config.sequence_length)
         return StagePlan(
@@ -201,23 +200,18 @@ def _provides(form: Any, word: str) -> bool:
     return word in registry.load("linear", Choice.parse("linear", form).method).cls.provides
 
 
-def _config(section: Section, seed: int) -> AdaptConfig:
-    a = section
-    sequences = max(a.batch_tokens // a.sequence_length, 1)
-    return AdaptConfig(
-        form=a.form,
-        base=a.base,
-        targets=a.targets,
-        tokens=max(a.tokens, sequences * a.sequence_length),
-        sequence_length=a.sequence_length,
-        batch_sequences=sequences,
-        micro_batch=a.micro_batch,
-        lr=a.lr,
-        merge=_provides(a.form, "merge") and a.base is None if a.merge is None else a.merge,
+def _config(section: Section, seed: int) -> AdaptSpec:
+    settings = {name: getattr(section, name) for name in SETTINGS}
+    merge = _provides(section.form, "merge") and section.base is None if section.merge is None else section.merge
+    spec = AdaptSpec(steps=1, **settings)
+    return AdaptSpec(
+        **settings,
+        tokens=max(section.tokens, spec.step_tokens),
+        merge=merge,
         seed=seed,
-        dtype=training.DTYPES[str(a.dtype)],
+        dtype=training.dtype_named(section.dtype, "adapt"),
         checkpoint_every=5,
-        **training.methods(a),
+        **training.methods(section),
     )
 
 
@@ -251,21 +245,14 @@ class _Told:
         self.config, self.micro, self.seconds = config, micro, seconds
 
 
-def _training_cost(planner: Planner, config: AdaptConfig, model: Input) -> tuple[_Told, Cost]:
+def _training_cost(planner: Planner, config: AdaptSpec, model: Input) -> tuple[_Told, Cost]:
     """Steps with the form on a model of the base's shape: one forward and backward pass timed, memory traced."""
     shape = costs.subject_shape(planner, model)
-    common: dict[str, Any] = {
-        "sequence_length": config.sequence_length,
-        "lr": config.lr,
-        "dtype": config.dtype,
-    }
-    for port, info in training_ports().items():
-        common[port] = config.choices(port) if info.several else config.choice(port)
     rows = config.sequences
     micro = min(config.micro_batch or rows, rows)
-    steps = max(int(float(config.tokens or 0)) // (rows * config.sequence_length), 1)
-    whole = TrainConfig(steps=steps, batch_sequences=rows, micro_batch=micro, **common)
-    part = TrainConfig(steps=steps, batch_sequences=micro, **common)
+    steps = max(config.total_steps, 1)
+    bare = replace(config, form=None, tokens=None, steps=steps, batch_tokens=None, batch_sequences=rows)
+    whole, part = replace(bare, micro_batch=micro), replace(bare, batch_sequences=micro, micro_batch=None)
 
     def adapted(make: Callable[[], Decoder]) -> Callable[[], Decoder]:
         def adapted_one() -> Decoder:

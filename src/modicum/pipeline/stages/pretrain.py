@@ -6,7 +6,7 @@ on from a published model, `from: NAME` from the one that an earlier stage left.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -23,9 +23,19 @@ from modicum.pipeline.context import Context
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe
 from modicum.pipeline.report import plots
-from modicum.pipeline.section import Bytes, Parameters, Seconds, Strict, Tokens, method, methods, with_ports
+from modicum.pipeline.section import (
+    Bytes,
+    Parameters,
+    Seconds,
+    Strict,
+    Tokens,
+    from_spec,
+    method,
+    methods,
+    with_ports,
+)
 from modicum.pipeline.stage import Finished, Input, Inputs, Report, Stage, StagePlan
-from modicum.train.config import members, run_ports
+from modicum.train.config import PretrainSpec, members, run_ports
 from modicum.train.forms import merged
 from modicum.train.loop import train
 
@@ -61,7 +71,11 @@ class Recall(Strict):
     vocabulary: Bytes = 2.0 * 2**20  # such text among what the tokenizer is trained on
 
 
-class Section(Strict):
+# The runs of a recipe take minutes: shorter rows and smaller steps than a run's own defaults.
+Settings: Any = from_spec(PretrainSpec, training.SETTINGS, sequence_length=256, batch_tokens=1024)
+
+
+class Section(Settings):
     model: str | None = None  # a folder or hub id to go on from; None: the recipe's `model`, or from scratch
     parameters: Parameters | None = None  # None: the planner chooses
     shape: tuple[int, int] | None = None  # width and layers, for who wants to say them
@@ -69,19 +83,9 @@ class Section(Strict):
     attention: methods("attention") | None = None  # type: ignore[valid-type]  # of all layers, or several by turns
     time: Seconds | None = 210.0  # with tokens None: as many as fit in this time
     tokens: Tokens | None = None
-    sequence_length: int = Field(256, ge=16)
-    batch_tokens: int = Field(1024, ge=64)
-    micro_batch: int | None = None  # sequences of one forward pass; None: the whole batch
-    lr: float | None = None  # None: from the model's width
-    optimizer: method("optimizer") = "adamw"  # type: ignore[valid-type]
     schedule: method("schedule") = "wsd"  # type: ignore[valid-type]
-    form: method("linear") | None = None  # type: ignore[valid-type]
-    targets: list[str] = ["layers.*"]  # the linear layers that get the form
-    clip: float = Field(1.0, ge=0)  # limit of the gradient's norm, 0 for none
-    masters: bool = True  # float32 weights behind bf16 ones
-    dtype: Literal["bf16", "fp32", "bfloat16", "float32"] = "bf16"
     recall: Recall | None = None  # learn to recall from the context as well
-    # And a key for every other training port (objective, memory, surgery, averaging ...), data ports included
+    # And a key for every other training port (optimizer, objective, memory, averaging ...), data ports included
     # (mixture, order, transform, packing).
 
 
@@ -148,7 +152,7 @@ class Pretrain(Stage[Section]):
             decided["tokens"],
             recipe.seed,
             checkpoint_every=100,
-            eval_every=-(-int(decided["tokens"]) // section.batch_tokens // EVALUATIONS),
+            eval_every=-(-int(decided["tokens"]) // int(section.batch_tokens) // EVALUATIONS),
         )
         model = training.make_model(shape, given, recipe.seed, section.attention)
         result = train(
