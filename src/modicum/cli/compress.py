@@ -17,8 +17,17 @@ def compress(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     form: Annotated[
-        str, typer.Option(help="Format of the weights: int8, int4:group=64, bitstack, ... (modicum ls linear)")
-    ] = "int4:group=64",
+        str | None,
+        typer.Option(
+            help="Format of the weights: int8, int4:group=64, bitstack, ... (modicum ls linear); default: int4:group=64."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--with", help="Compression method, instead of FORM: gptq:bits=3, wanda, ... (modicum ls compressor)."
+        ),
+    ] = None,
     targets: Annotated[str, typer.Option(help="Layers to compress, as comma-separated globs.")] = "layers.*",
     embeddings: Annotated[
         str | None, typer.Option(help="Form of the token embedding, e.g. int8 (and of a head tied to it).")
@@ -47,27 +56,23 @@ def compress(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Compress a model's weights into FORM and write a folder that every verb loads."""
+    """Compress a model's weights into FORM, or by a method, and write a folder that every verb loads."""
     from modicum.budget.units import bytes_text
-    from modicum.compress.run import compress as run
-    from modicum.core.events import Events
+    from modicum.core.errors import UserError
 
     if size is not None:
         _cut(model, size, out, as_json)
         return
     patterns = [t.strip() for t in targets.split(",") if t.strip()]
-    result = run(
-        model,
-        form,
-        out,
-        targets=patterns,
-        embeddings=embeddings,
-        head=head,
-        calibration=calibration,
-        sequences=sequences,
-        length=length,
-        events=Events(),
-    )
+    given: dict[str, Any] = {"embeddings": embeddings, "calibration": calibration, "sequences": sequences}
+    if method is not None:
+        if form is not None or head is not None:
+            raise UserError("--with chooses the form of the layers itself; leave out --form and --head")
+        result = _with(model, method, out, targets=patterns, length=length, **given)
+    else:
+        from modicum.compress.run import compress as run
+
+        result = run(model, form or "int4:group=64", out, targets=patterns, head=head, length=length, **given)
     bits = _compressors(baselines) if baselines else {}
     effects = _effect(model, out, result, sample or calibration or "python", patterns) if measure else None
     if as_json:
@@ -82,6 +87,7 @@ def compress(
     print(
         f"  {result.modules} matrices in {result.form}: {result.bits_per_weight:.2f} bits per weight, "
         f"relative error {result.error:.4f} (most in {result.worst_module}: {result.worst_error:.4f})"
+        + (f", {result.zeros:.1%} of the entries are zero" if result.zeros > 0.01 else "")
     )
     if effects is not None:
         from modicum.evaluate.quantization import advice
@@ -100,6 +106,13 @@ def compress(
         print(f"next: modicum chat {out} --size {_between(result)}")
         return
     print(f"next: modicum chat {out}")
+
+
+def _with(model: str, method: str, out: Path, **given: Any) -> CompressResult:
+    from modicum.compress.method import compress_with
+    from modicum.core.events import Events
+
+    return compress_with(model, method, out, events=Events(), **given)
 
 
 def _effect(

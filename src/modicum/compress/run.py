@@ -51,6 +51,8 @@ class CompressResult:
     worst_error: float
     seconds: float
     least_bytes: int = 0
+    zeros: float = 0.0  # part of the compressed matrices' entries that are zero; counted by a compressor alone
+    layers: int = 0  # of the model written by a compressor
 
     @property
     def ratio(self) -> float:

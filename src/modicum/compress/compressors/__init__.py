@@ -1,0 +1,95 @@
+"""port compressor: how the weights of a trained model are changed so that it takes fewer bytes.
+
+A model is compressed decoder block by decoder block (`compress.walk`). Two rungs:
+
+* `fit(weight_OI, statistics) -> Codes | weight_OI`: one matrix and what its inputs are like (one function; `rtn` is
+  the smallest method). `Codes` go into a linear form, a weight stays a plain layer.
+* `block(job)`: a whole block with its inputs, for what moves weights between layers (`awq`).
+
+Around them: `begin` sees the whole model before the first block, `observe` what goes into and comes out of each,
+`finish` may leave a model of another shape (`shortgpt`).
+
+Shapes: O outputs, I inputs, G groups of inputs, B sequences, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from modicum.compress.compressors._affine import Codes
+from modicum.compress.statistics import Statistics
+from modicum.core.registry import Method
+from modicum.model.decoder import Decoder
+
+__all__ = ["BASELINE", "BlockJob", "Codes", "Compressor", "Statistics"]
+BASELINE = "rtn"
+
+
+@dataclass
+class BlockJob:
+    """One decoder block as a compressor sees it: a working copy in float32. Names are those within the block.
+
+    `block` may be changed in place: what its plain parameters hold afterwards is kept, in the model's dtype.
+    """
+
+    index: int
+    block: nn.Module
+    linears: Mapping[str, nn.Linear]  # those that are to be compressed
+    statistics: Mapping[str, Statistics]  # of their inputs, as far as the method `needs` them
+    inputs: Callable[
+        ..., Iterator[tuple[Tensor, Any]]
+    ]  # inputs(stream): batches (x_BTD, rotation), by default of the first
+    codes: dict[str, Codes] = field(default_factory=dict)  # by name: what goes into a form
+
+    def keep(self, name: str, result: Codes | Tensor) -> None:
+        """Let a layer be what `fit` gave."""
+        if isinstance(result, Codes):
+            self.codes[name] = result
+        else:
+            self.linears[name].weight.data.copy_(result)
+
+
+class Compressor(Method):
+    """Made as `cls(config)`. A method that looks at text requires `calibration_text`.
+
+    leaves: "forms" (codes in linear forms), "weights" (plain weights with zeros) or "shape" (another architecture).
+    needs: sums over each layer's inputs (`statistics.KINDS`). streams: whose block inputs the method reads, of the
+    model "compressed" so far or of the "original" one; the sums are of the first.
+    """
+
+    leaves: ClassVar[str] = "forms"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    streams: ClassVar[tuple[str, ...]] = ("compressed",)
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def fit(self, weight_OI: Tensor, statistics: Statistics) -> Codes | Tensor:
+        """One matrix in float32: what is kept of it."""
+        raise NotImplementedError
+
+    def block(self, job: BlockJob) -> None:
+        """One block; by default each matrix by itself."""
+        for name, layer in job.linears.items():
+            job.keep(name, self.fit(layer.weight.detach(), job.statistics[name]))
+
+    def begin(self, weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+        """Before the first block. weights(): (name, weight_OI) of every matrix that will be compressed."""
+
+    def observe(self, index: int, x_BTD: Tensor, y_BTD: Tensor) -> None:
+        """Inputs and outputs of block `index` in the method's first stream, batch by batch."""
+
+    def finish(self, model: Decoder) -> Decoder:
+        """After the last block: the model to write."""
+        return model
+
+    def state(self) -> dict[str, Any]:
+        """JSON of what `observe` and `block` have gathered, from which a killed run goes on."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take over a `state`."""
