@@ -1,11 +1,16 @@
 """rtn, hqq, gptq, awq against their equations, computed naively in float64."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from modicum.compress.compressors import Statistics, gptq, hqq, rtn
+from modicum.compress.compressors import BlockJob, Statistics, awq, gptq, hqq, rtn
 from modicum.compress.compressors import _affine as affine
+from modicum.model.attend import DenseAttend
+from modicum.model.config import llama_like
+from modicum.model.decoder import Decoder
 from modicum.model.linear import LinearShape
 from modicum.model.linear.int4 import Config as Int4Config
 from modicum.model.linear.int4 import Int4
@@ -180,3 +185,107 @@ def test_gptq_leaves_inputs_that_are_always_zero_alone() -> None:
     left = made.weight(torch.float64)
     assert bool(left.isfinite().all()) and bool((left[:, 3].abs() <= made.scale_OG[:, 0].double() / 2 + 1e-6).all())
     assert (left - weight)[:, alive].abs().mean() < weight[:, alive].abs().mean()
+
+
+# awq ----------------------------------------------------------------------------------------------
+
+
+def job(layers: dict[str, Any], model: Decoder, rows: int = 2) -> BlockJob:
+    """The first block of a decoder with its inputs."""
+    block = model.layers[0]
+    x = torch.randn(rows, 12, model.config.width, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x *= torch.linspace(0.05, 4, model.config.width, dtype=torch.float64).flip(0)
+    rotation = model._ropes[0](torch.arange(12)[None], torch.float64)
+    statistics = {name: Statistics(frozenset({"gram", "magnitudes"})) for name in layers}
+    hooks = [m.register_forward_pre_hook(lambda _, a, n=n: statistics[n].add(a[0])) for n, m in layers.items()]
+    block(x, rotation, DenseAttend())
+    for hook in hooks:
+        hook.remove()
+    return BlockJob(0, block, layers, statistics, lambda: iter([(x, rotation)]))
+
+
+def block_of(kv_heads: int = 2) -> tuple[Decoder, dict[str, Any]]:
+    config = llama_like(64, 32, 1, 4, kv_heads=kv_heads, mlp_width=48, context_length=32)
+    model = Decoder(config, torch.Generator().manual_seed(0)).double().eval()
+    with torch.no_grad():
+        model.layers[0].attention_norm.weight.uniform_(0.5, 2, generator=torch.Generator().manual_seed(1))
+    return model, {n: m for n, m in model.layers[0].named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@torch.no_grad()
+def test_awq_scaling_changes_no_output_before_rounding(kv_heads: int) -> None:
+    model, layers = block_of(kv_heads)
+    made = job(layers, model)
+    x, rotation = next(made.inputs())
+    wanted = made.block(x, rotation, DenseAttend())
+    before = {n: m.weight.clone() for n, m in layers.items()}
+    norm = made.block.attention_norm.weight.clone()
+    found = awq.Awq(awq.Config(bits=2, group=16, clip=False, scale_dtype="float32"))
+    found.block(made)
+    torch.testing.assert_close(made.block(x, rotation, DenseAttend()), wanted, atol=1e-9, rtol=1e-9)
+    assert not torch.allclose(made.block.attention_norm.weight, norm)
+    scaled = {n for n, m in layers.items() if not torch.allclose(m.weight, before[n])}
+    kept = {"attention.o"} if kv_heads == 2 else set()  # v has another width
+    assert scaled == set(layers) - kept
+    for name, codes in made.codes.items():  # and the scaled weights are what is rounded
+        left = (codes.weight(torch.float64) - layers[name].weight).abs()
+        assert bool((left <= codes.scale_OG.double().repeat_interleave(16, 1) / 2 * (1 + 1e-5)).all())
+
+
+@torch.no_grad()
+def test_awq_takes_the_alpha_of_least_error_of_the_inspected_module() -> None:
+    """Naively: every alpha of the first group, attention recomputed with what q, k and v decode to."""
+    model, layers = block_of()
+    made = job(layers, model)
+    x, rotation = next(made.inputs())
+    attention, normed = made.block.attention, made.block.attention_norm(x)
+    truth, t = attention(normed, rotation, DenseAttend()), normed.abs().flatten(0, 1).mean(0)
+    names, norm = ("attention.q", "attention.k", "attention.v"), made.block.attention_norm.weight.clone()
+    original, config = {n: layers[n].weight.clone() for n in names}, awq.Config(bits=2, group=16, clip=False)
+    errors = []
+    for alpha in range(20):
+        s = (t ** (alpha / 20)).clamp_min(1e-4)
+        s = s / (s.max() * s.min()).sqrt()
+        for name in names:
+            layers[name].weight.data = affine.rounded(original[name] * s, config).weight(torch.float64) / s
+        errors.append((float((attention(normed, rotation, DenseAttend()) - truth).square().mean()), alpha, s))
+    for name in names:
+        layers[name].weight.data = original[name]
+    best = min(errors, key=lambda e: e[0])
+    assert 0 < best[1] < 19 and best[0] < 0.9 * errors[0][0]
+    awq.Awq(config).block(made)
+    torch.testing.assert_close(norm / made.block.attention_norm.weight, best[2], rtol=1e-6, atol=1e-9)
+
+
+@torch.no_grad()
+def test_awq_without_scales_and_ranges_is_rtn() -> None:
+    model, layers = block_of()
+    original = {n: m.weight.clone() for n, m in layers.items()}
+    made = job(layers, model)
+    awq.Awq(awq.Config(bits=3, group=16, steps=1, clip=False)).block(made)
+    for name, weight in original.items():
+        plain = rtn.Rtn(rtn.Config(bits=3, group=16)).fit(weight, NOTHING)
+        assert torch.equal(made.codes[name].codes_OI, plain.codes_OI), name
+
+
+@torch.no_grad()
+def test_awq_ranges_are_the_best_of_the_steps_and_not_of_q_and_k() -> None:
+    weight, x = weights(6, 32), inputs(32)
+    config = awq.Config(bits=2, group=16, scale_dtype="float32")
+    shrink = awq.clipping(weight, x.T @ x, config)
+    for group in range(2):
+        part, rows = weight[:, group * 16 : group * 16 + 16].numpy(), x[:, group * 16 : group * 16 + 16].numpy()
+        for row in range(6):
+            errors = []
+            for step in range(10):
+                r = 1 - step / 20
+                left = part[row] - nearest(part[row], r * part[row].min(), r * part[row].max(), 2)[1]
+                errors.append(((rows @ left) ** 2).sum())
+            assert float(shrink[row, group]) == pytest.approx(1 - int(np.argmin(errors)) / 20)
+    model, layers = block_of()
+    made, plain = job(layers, model), job(block_of()[1], block_of()[0])
+    awq.Awq(awq.Config(bits=2, group=16, steps=1)).block(made)
+    for name in ("attention.q", "attention.k", "mlp.down"):
+        same = rtn.Rtn(rtn.Config(bits=2, group=16)).fit(plain.linears[name].weight, NOTHING)
+        assert torch.equal(made.codes[name].scale_OG, same.scale_OG) == (name != "mlp.down")

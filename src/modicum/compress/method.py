@@ -53,9 +53,10 @@ def compress_with(
     if out.resolve() == source.resolve():
         raise UserError(f"{folder} is the model itself; write the compressed one to another folder")
     picked = Choice.parse("compressor", choice)
-    compose.resolve(
-        setting_up(picked, load_config(source), calibration is not None), options={"calibration_text": REMEDY}
-    )
+    shape = load_config(source)
+    compose.resolve(setting_up(picked, shape, calibration is not None), options={"calibration_text": REMEDY})
+    method: Compressor = registry.build("compressor", picked)
+    method.check(shape)
     if embeddings is not None:
         compose.resolve(members(embeddings))
     model = load_model(source)
@@ -70,7 +71,6 @@ def compress_with(
     tokens_NT = _tokens(calibration, source, sequences, min(length, model.config.context_length))
     work = out.with_name(f".{out.name}.compressing")
     _prepare(work, _plan(source, picked, names, tokens_NT))
-    method: Compressor = registry.build("compressor", picked)
     rows = Walk(model, method, names, tokens_NT, work).run(events or Events())
     model = method.finish(model)
     if embeddings is not None:

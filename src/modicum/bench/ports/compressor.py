@@ -8,7 +8,7 @@ agreement of the likeliest token in each domain, the zeros of pruned matrices an
 the values that are left (`sparse_bytes`), seconds and peak bytes of compressing.
 
 Methods are compared at equal bytes: `rtn` is measured at the same bits and groups. SmolLM2's weights come from a file
-in Q4_1 (four bits in groups of 32 with scale and minimum), so four bits in groups of 32 are nearly free and say nothing:
+in Q4_1 (groups of 32 with scale and minimum), so four bits in groups of 32 are nearly free and say nothing:
 two and three bits in groups of 64 are what to look at.
 """
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from modicum.compress.compressors._affine import Codes
 from modicum.compress.statistics import Statistics
 from modicum.core.registry import Method
+from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
 
 __all__ = ["BASELINE", "BlockJob", "Codes", "Compressor", "Statistics"]
@@ -67,6 +68,9 @@ class Compressor(Method):
 
     def __init__(self, config: Any):
         self.config = config
+
+    def check(self, shape: DecoderConfig) -> None:
+        """Raise `UserError` for a model that these knobs do not fit."""
 
     def fit(self, weight_OI: Tensor, statistics: Statistics) -> Codes | Tensor:
         """One matrix in float32: what is kept of it."""
