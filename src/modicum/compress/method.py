@@ -68,7 +68,9 @@ def compress_with(
             f"{picked.method!r} compresses decoder blocks, and {outside[0]!r} is in none; give --targets 'layers.*' "
             "and a form for the embedding: --embeddings int8"
         )
-    tokens_NT = _tokens(calibration, source, sequences, min(length, model.config.context_length))
+    tokens_NT = None
+    if calibration is not None and reads_text(picked):
+        tokens_NT = _tokens(calibration, source, sequences, min(length, model.config.context_length))
     work = out.with_name(f".{out.name}.compressing")
     _prepare(work, _plan(source, picked, names, tokens_NT))
     rows = Walk(model, method, names, tokens_NT, work).run(events or Events())
@@ -106,7 +108,7 @@ def compress_model(
     """Compress all blocks of a model in memory; `work` is the folder of its finished blocks and streams."""
     method: Compressor = registry.build("compressor", choice)
     names = [name for name in attach.linears(model) if name.startswith("layers.")]
-    Walk(model, method, names, tokens_NT, work).run(events or Events())
+    Walk(model, method, names, tokens_NT if reads_text(choice) else None, work).run(events or Events())
     return method.finish(model)
 
 
@@ -118,13 +120,16 @@ def setting_up(choice: Any, config: DecoderConfig, text: bool) -> list[compose.M
     return [compose.member("compressor", choice), model, *given]
 
 
-def _tokens(calibration: str | Path | None, source: Path, sequences: int, length: int) -> Tensor | None:
+def reads_text(choice: Any) -> bool:
+    """Whether a method looks at calibration text under these knobs; others are not shown any."""
+    return "calibration_text" in compose.member("compressor", choice).requires
+
+
+def _tokens(calibration: str | Path, source: Path, sequences: int, length: int) -> Tensor:
     if sequences < 1 or length < 2:
         raise UserError(
             f"{sequences} sequences of {length} tokens are too few to calibrate with; give at least 1 of 2 tokens"
         )
-    if calibration is None:
-        return None
     return calibrate.sequences(calibrate.texts(calibration), Tokenizer.load(source), sequences, length)
 
 

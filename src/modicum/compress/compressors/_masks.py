@@ -37,7 +37,7 @@ class MaskConfig:
 def smallest(score: Tensor, part: float) -> Tensor:
     """True at round(part n) entries of the last dimension with the least score; of equal ones the first."""
     count = round(part * score.shape[-1])
-    order = score.argsort(-1, stable=True)[..., :count]
+    order = score.argsort(dim=-1, stable=True)[..., :count]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, True)
 
 
