@@ -405,6 +405,70 @@ MUTATIONS = (
         'max(1, len(c)) for c in doc["choices"] if c',
         "evaluate/test_wordings.py::test_normalisations_stand_side_by_side",
     ),
+    # compress: compressors
+    Mutation(
+        "columns beyond a group do not make up for it",
+        "compress/compressors/gptq.py",
+        "weight_OI[:, stop:] -= torch.stack(errors, 1) @ U_II[start:stop, stop:]",
+        "weight_OI[:, stop:] -= 0 * (torch.stack(errors, 1) @ U_II[start:stop, stop:])",
+        "compress/test_compressor_quantisers.py::test_gptq_gives_the_codes_of_naive_obq",
+    ),
+    Mutation(
+        "the zero point follows the error, not what is left of the weight without it",
+        "compress/compressors/hqq.py",
+        "(codes - (weight_OGi - error) / step)",
+        "(codes - (weight_OGi + error) / step)",
+        "compress/test_compressor_quantisers.py::test_hqq_first_step_is_the_equation",
+    ),
+    Mutation(
+        "alphas are tried on weights that stay scaled up",
+        "compress/compressors/awq.py",
+        ".weight(weight_OI.dtype) / s_I",
+        ".weight(weight_OI.dtype)",
+        "compress/test_compressor_quantisers.py::test_awq_takes_the_alpha_of_least_error_of_the_inspected_module",
+    ),
+    Mutation(
+        "the rows of up are not divided by what the inputs of down are multiplied with",
+        "compress/compressors/awq.py",
+        "weight.data = weight.data / s_I[:, None]",
+        "weight.data = weight.data",
+        "compress/test_compressor_quantisers.py::test_awq_scaling_changes_no_output_before_rounding",
+    ),
+    Mutation(
+        "the least of the matrix instead of each row",
+        "compress/compressors/wanda.py",
+        "else smallest(score_OI, self.config.sparsity)",
+        "else smallest(score_OI.flatten(), self.config.sparsity).view_as(score_OI)",
+        "compress/test_compressor_pruners.py::test_wanda_cuts_the_least_of_each_row_by_weight_times_norm",
+    ),
+    Mutation(
+        "the mask by size alone, without the inverse's pivots",
+        "compress/compressors/sparsegpt.py",
+        "score = (W[:, start:stop] / scale_I[start:stop]).square()",
+        "score = W[:, start:stop].square()",
+        "compress/test_compressor_pruners.py::test_sparsegpt_is_algorithm_1_with_explicit_inverses",
+    ),
+    Mutation(
+        "layers that are left keep their old places",
+        "compress/compressors/shortgpt.py",
+        "layer.attention.layer = number",
+        "layer.attention.layer = index",
+        "compress/test_compressor_pruners.py::test_a_layer_that_does_nothing_goes_first",
+    ),
+    Mutation(
+        "the inputs of the next block come from the block as it was",
+        "compress/blocks.py",
+        "self._push(COMPRESSED, index, copy.deepcopy(block).float())",
+        "self._push(COMPRESSED, index, copy.deepcopy(layer).float())",
+        "compress/test_walk.py::test_streams_are_the_inputs_in_each_model",
+    ),
+    Mutation(
+        "a run of other settings goes on from finished blocks",
+        "compress/method.py",
+        'if work.exists() and not (path.exists() and read_json(path)["plan"] == plan):',
+        "if work.exists() and not path.exists():",
+        "compress/test_walk.py::test_other_settings_begin_anew",
+    ),
 )
 
 

@@ -59,20 +59,24 @@ def compress(
     """Compress a model's weights into FORM, or by a method, and write a folder that every verb loads."""
     from modicum.budget.units import bytes_text
     from modicum.core.errors import UserError
+    from modicum.core.events import Events
 
     if size is not None:
         _cut(model, size, out, as_json)
         return
     patterns = [t.strip() for t in targets.split(",") if t.strip()]
     given: dict[str, Any] = {"embeddings": embeddings, "calibration": calibration, "sequences": sequences}
+    given |= {"length": length, "targets": patterns, "events": Events()}
     if method is not None:
         if form is not None or head is not None:
             raise UserError("--with chooses the form of the layers itself; leave out --form and --head")
-        result = _with(model, method, out, targets=patterns, length=length, **given)
+        from modicum.compress.method import compress_with
+
+        result = compress_with(model, method, out, **given)
     else:
         from modicum.compress.run import compress as run
 
-        result = run(model, form or "int4:group=64", out, targets=patterns, head=head, length=length, **given)
+        result = run(model, form or "int4:group=64", out, head=head, **given)
     bits = _compressors(baselines) if baselines else {}
     effects = _effect(model, out, result, sample or calibration or "python", patterns) if measure else None
     if as_json:
@@ -106,13 +110,6 @@ def compress(
         print(f"next: modicum chat {out} --size {_between(result)}")
         return
     print(f"next: modicum chat {out}")
-
-
-def _with(model: str, method: str, out: Path, **given: Any) -> CompressResult:
-    from modicum.compress.method import compress_with
-    from modicum.core.events import Events
-
-    return compress_with(model, method, out, events=Events(), **given)
 
 
 def _effect(
