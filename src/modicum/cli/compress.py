@@ -18,9 +18,7 @@ def compress(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     form: Annotated[
         str | None,
-        typer.Option(
-            help="Format of the weights: int8, int4:group=64, bitstack, ... (modicum ls linear); default: int4:group=64."
-        ),
+        typer.Option(help="Format of the weights: int8, int4:group=64 (default), bitstack, ... (modicum ls linear)"),
     ] = None,
     method: Annotated[
         str | None,
