@@ -68,6 +68,7 @@ def test_every_word_of_a_method_is_known_and_read() -> None:
     """A word that is required or refused somewhere is provided somewhere, by a method or by a setting."""
     settings = {"fsdp", "compile", "gqa", "sliding_window", "prefix_cache", "chunked_prefill", "reserved_tokens"}
     settings |= {"eviction", "speculative_decoding"}  # of an engine's policy and drafter, which say so in other words
+    settings |= {"calibration_text", "pre_norm"}  # of what a model is compressed with, and of its layers
     ports = set(registry.ports())
     provided, asked = set(settings), set()
     for port in ports:

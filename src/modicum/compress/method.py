@@ -114,8 +114,10 @@ def compress_model(
 
 def setting_up(choice: Any, config: DecoderConfig, text: bool) -> list[compose.Member]:
     """A method, the model and the text that it is given, for `core.compose.resolve`."""
-    places = {layer.norm_place for layer in config.per_layer}
-    model = compose.setting(f"a {config.family} model", provides={"pre_norm"} if places <= {"pre", "sandwich"} else ())
+    norm_sites = {layer.norm_place for layer in config.per_layer}
+    model = compose.setting(
+        f"a {config.family} model", provides={"pre_norm"} if norm_sites <= {"pre", "sandwich"} else ()
+    )
     given = [compose.setting("calibration text", provides={"calibration_text"})] if text else []
     return [compose.member("compressor", choice), model, *given]
 

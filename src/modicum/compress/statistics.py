@@ -49,29 +49,29 @@ class Statistics:
     @property
     def gram(self) -> Tensor:
         """H = X X^T over the tokens (I, I)."""
-        return _asked(self.gram_II, "gram")
+        return _collected(self.gram_II, "gram")
 
     @property
     def norms(self) -> Tensor:
         """||x_i||_2 of each input over the tokens (I,)."""
-        return _asked(self.squares_I, "squares").sqrt()
+        return _collected(self.squares_I, "squares").sqrt()
 
     @property
     def mean_square(self) -> Tensor:
         """E x_i^2 (I,)."""
-        return _asked(self.squares_I, "squares") / self.count
+        return _collected(self.squares_I, "squares") / self.count
 
     @property
     def mean_magnitude(self) -> Tensor:
         """E |x_i| (I,)."""
-        return _asked(self.magnitudes_I, "magnitudes") / self.count
+        return _collected(self.magnitudes_I, "magnitudes") / self.count
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:
     return part.double() if total is None else total.add_(part)
 
 
-def _asked(value: Tensor | None, kind: str) -> Tensor:
+def _collected(value: Tensor | None, kind: str) -> Tensor:
     if value is None:
         raise ValueError(f"the statistic {kind!r} was not collected; name it in the class's `needs`")
     return value

@@ -86,19 +86,19 @@ class Awq(Compressor):
         layers = [job.linears[name] for name in names]
         originals = [layer.weight.detach().clone() for layer in layers]
         mean_I = job.statistics[names[0]].mean_magnitude.to(originals[0].dtype)
-        best, found = math.inf, torch.ones_like(mean_I)
+        best, scale_I = math.inf, torch.ones_like(mean_I)
         for step in range(self.config.steps):
             s_I = scale_of(mean_I, step / self.config.steps)
             for layer, weight_OI in zip(layers, originals, strict=True):
                 layer.weight.data = rounded(weight_OI * s_I, self.config).weight(weight_OI.dtype) / s_I
             reached = error()
             if reached < best:
-                best, found = reached, s_I
+                best, scale_I = reached, s_I
         for layer, weight_OI in zip(layers, originals, strict=True):
-            layer.weight.data = weight_OI * found
-        divide_outputs(before, found)
+            layer.weight.data = weight_OI * scale_I
+        divide_outputs(before, scale_I)
         for name in names:
-            grams[name] = grams[name] / torch.outer(found, found).double()
+            grams[name] = grams[name] / torch.outer(scale_I, scale_I).double()
 
     def _module_error(self, job: BlockJob, module: nn.Module) -> Callable[[], float]:
         """Mean square change of the output of attention or MLP, on its own inputs."""
@@ -150,9 +150,9 @@ def clipping(weight_OI: Tensor, gram_II: Tensor, config: AffineConfig) -> Tensor
     padded = nn.functional.pad(gram_II.to(weight_OI.dtype), (0, -inputs % group, 0, -inputs % group))
     gram_Gii = padded.unflatten(1, (-1, group)).unflatten(0, (-1, group)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     best = torch.full(weight_OGi.shape[:-1], torch.inf, dtype=weight_OI.dtype, device=weight_OI.device)
-    found = torch.ones_like(best)
+    clip_OG = torch.ones_like(best)
     for shrink in SHRINKS:
         left_GOi = (weight_OGi - grid(weight_OGi, config, shrink).nearest(weight_OGi)).transpose(0, 1)
         error_OG = (left_GOi @ gram_Gii * left_GOi).sum(-1).T
-        found, best = torch.where(error_OG < best, shrink, found), torch.minimum(error_OG, best)
-    return found
+        clip_OG, best = torch.where(error_OG < best, shrink, clip_OG), torch.minimum(error_OG, best)
+    return clip_OG

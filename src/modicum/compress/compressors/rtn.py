@@ -60,10 +60,10 @@ def clipping(weight_OI: Tensor, mean_square_I: Tensor, config: AffineConfig) -> 
     padding = -weight_OI.shape[1] % group
     weigh_Gi = torch.nn.functional.pad(mean_square_I.to(weight_OI.dtype), (0, padding)).view(-1, group)
     best = torch.full(weight_OGi.shape[:-1], torch.inf, dtype=weight_OI.dtype, device=weight_OI.device)
-    found = torch.ones_like(best)
+    clip_OG = torch.ones_like(best)
     for step in range(STEPS):
         shrink = 1 - 0.5 * step / STEPS
         left = weight_OGi - grid(weight_OGi, config, shrink).nearest(weight_OGi)
         error = (left.square() * weigh_Gi).sum(-1)
-        found, best = torch.where(error < best, shrink, found), torch.minimum(error, best)
-    return found
+        clip_OG, best = torch.where(error < best, shrink, clip_OG), torch.minimum(error, best)
+    return clip_OG
