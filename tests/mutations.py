@@ -347,7 +347,7 @@ MUTATIONS = (
         "laws/forms/precog.py",
         "keep = sources != source",
         "keep = np.arange(len(sources)) != i",
-        "laws/test_mixtures_and_text.py::test_conformal_interval_covers_new_sources",
+        "laws/test_mixtures_and_text.py::test_records_of_the_same_source_are_not_asked",
     ),
     Mutation(
         "binomial noise of few items is forgotten",

@@ -272,6 +272,10 @@ def test_end_to_end_equation_and_binomial_intervals():
             inside += said.low[0] <= new <= said.high[0]
             widths.setdefault(items, []).append(said.high[0] - said.low[0])
     assert inside >= 17, f"the 95% interval held {inside} of 20 new scores"
+    few, many = (law.predict(fit, {"flops": [1e21], "items": [n]}) for n in (30, 1e6))
+    assert few.high[0] - few.low[0] > 1.5 * (many.high[0] - many.low[0]), (
+        "a score of 30 items is no surer than one of many"
+    )
     assert np.mean(widths[100]) > 1.5 * np.mean(widths[1000]), "fewer items must widen the interval"
 
 
