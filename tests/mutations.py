@@ -220,11 +220,11 @@ MUTATIONS = (
     Mutation(
         "cosines and sines rounded to bfloat16",
         "serve/native/step.c",
-        "turn[r] = cosf(angle) * rope->scale, turn[half + r] = sinf(angle) * rope->scale;",
-        "turn[r] = cosf(angle) * rope->scale, turn[half + r] = sinf(angle) * rope->scale;\n"
+        "cos_sin[r] = cosf(angle) * rope->scale, cos_sin[half + r] = sinf(angle) * rope->scale;",
+        "cos_sin[r] = cosf(angle) * rope->scale, cos_sin[half + r] = sinf(angle) * rope->scale;\n"
         "            if (s->m.half) for (int j = 0; j < 2; j++) {\n"
-        "                uint32_t bits; memcpy(&bits, turn + r + j * half, 4);\n"
-        "                bits = (bits + 0x8000) & 0xffff0000u; memcpy(turn + r + j * half, &bits, 4);\n"
+        "                uint32_t bits; memcpy(&bits, cos_sin + r + j * half, 4);\n"
+        "                bits = (bits + 0x8000) & 0xffff0000u; memcpy(cos_sin + r + j * half, &bits, 4);\n"
         "            }",
         "serve/test_native.py::test_keys_are_turned_by_the_angle_of_their_position",
     ),
@@ -238,14 +238,14 @@ MUTATIONS = (
     Mutation(
         "keys rotated as wide as the widest rotation",
         "serve/native/attention.h",
-        "half = turn ? m->rope[l->rope].rotated / 2 : 0;",
-        "half = turn ? m->rotated / 2 : 0;",
+        "half = cos_sin ? m->rope[l->rope].rotated / 2 : 0;",
+        "half = cos_sin ? m->rotated / 2 : 0;",
         "serve/test_native.py::test_float32_shapes",
     ),
     Mutation(
         "memory that is short is not noticed",
         "serve/native/step.c",
-        "if (!found) *lacking = 1;",
+        "if (!memory) *failed = 1;",
         "",
         "serve/test_native.py::test_memory_that_is_not_to_be_had_is_said",
     ),

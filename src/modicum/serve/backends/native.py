@@ -41,7 +41,7 @@ class Native:
             self.name = "native, activations in eight bits"
         self.threads, self._cores = 0, cores()  # threads that spin at barriers must each have a processor
         coded = [stored(module) for module in model.modules() if isinstance(module, LinearForm)]
-        native.lay_together(
+        native.coalesce(
             [
                 t
                 for found in coded
@@ -86,30 +86,30 @@ class Native:
         config = self.model.config
         position_T = np.array(positions_of(works), dtype=np.int64)
         slot_T = np.repeat(np.array([w.sample.slot for w in works], dtype=np.int64), [w.n for w in works])
-        place_T, root_T, line_TD = _drafted(works, depth) if plan.trees else (position_T, None, None)
-        thin_T, weights = _evicted(works), self.storage.weight_AP
+        entry_T, root_T, ancestors_TD = _drafted(works, depth) if plan.trees else (position_T, None, None)
+        evicted_T, weights = _evicted(works), self.storage.weight_AP
         x_TD = self.model.embed(torch.tensor(tokens_of(works)))
         if config.embed_scale is not None:
             x_TD = x_TD * torch.tensor(config.embed_scale, dtype=x_TD.dtype)
         x_TD = x_TD.float()
-        ready_R = np.array(rows, dtype=np.int64)
+        logit_row_R = np.array(rows, dtype=np.int64)
         logits_RV = torch.empty(len(rows), config.vocab_size)
         step = native.Step(
             rows=len(position_T),
-            ready=len(rows),
+            n_logits=len(rows),
             table_stride=table.shape[1],
-            line_stride=depth,
+            ancestor_stride=depth,
             x=x_TD.data_ptr(),
             position=position_T.ctypes.data,
-            place=place_T.ctypes.data,
+            entry=entry_T.ctypes.data,
             slot=slot_T.ctypes.data,
             root=None if root_T is None else root_T.ctypes.data,
-            line=None if line_TD is None else line_TD.ctypes.data,
+            ancestors=None if ancestors_TD is None else ancestors_TD.ctypes.data,
             table=table.ctypes.data,
-            thin=None if thin_T is None else ctypes.addressof(thin_T),
-            position_of=None if thin_T is None else self.storage.position_AP.data_ptr(),
-            weight_of=None if thin_T is None or weights is None else weights.data_ptr(),
-            ready_row=ready_R.ctypes.data,
+            evicted=None if evicted_T is None else ctypes.addressof(evicted_T),
+            position_of=None if evicted_T is None else self.storage.position_AP.data_ptr(),
+            weight_of=None if evicted_T is None or weights is None else weights.data_ptr(),
+            logit_row=logit_row_R.ctypes.data,
             logits=logits_RV.data_ptr(),
         )
         if self.library.modicum_step(self._state, ctypes.byref(step)):
@@ -124,15 +124,15 @@ class Native:
         self._open()
         x_RD = self._x_TD[torch.tensor(list(rows))]
         logits_RV = torch.empty(len(rows), self.model.config.vocab_size)
-        ready_R, zero_R = np.arange(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
+        logit_row_R, zero_R = np.arange(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
         step = native.Step(
             rows=len(rows),
-            ready=len(rows),
+            n_logits=len(rows),
             x=x_RD.data_ptr(),
             position=zero_R.ctypes.data,
-            place=zero_R.ctypes.data,
+            entry=zero_R.ctypes.data,
             slot=zero_R.ctypes.data,
-            ready_row=ready_R.ctypes.data,
+            logit_row=logit_row_R.ctypes.data,
             logits=logits_RV.data_ptr(),
         )
         if self.library.modicum_step(self._head_state, ctypes.byref(step)):
@@ -194,24 +194,24 @@ class Native:
 
 
 def _drafted(works: Sequence[Work], depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each token goes in its sequence's cache (T,), its tree's root or -1 (T,), its ancestors (T, depth)."""
-    place_T = places_of(works)
-    root_T, line_TD = np.full(len(place_T), -1), np.zeros((len(place_T), depth), dtype=np.int64)
+    """The cache entry of each token in its sequence (T,), its tree's root or -1 (T,), its ancestors (T, depth)."""
+    entry_T = places_of(works)
+    root_T, ancestors_TD = np.full(len(entry_T), -1), np.zeros((len(entry_T), depth), dtype=np.int64)
     for w in works:
         if w.tree is not None:
             line_XD = layout(w.tree).line_XD
             root_T[w.at : w.at + w.n] = w.start
-            line_TD[w.at : w.at + w.n, : line_XD.shape[1]] = w.start + line_XD
-    return place_T, root_T, line_TD
+            ancestors_TD[w.at : w.at + w.n, : line_XD.shape[1]] = w.start + line_XD
+    return entry_T, root_T, ancestors_TD
 
 
 def _evicted(works: Sequence[Work]) -> Any:
-    """The pages of each row's sequence, an array of `native.Thin`; None if all sequences are whole."""
+    """The pages of each row's sequence, an array of `native.EvictedPages`; None if no sequence has evicted entries."""
     if all(w.sample.pages is None for w in works):
         return None
-    thin_T = (native.Thin * sum(w.n for w in works))()
+    evicted_T = (native.EvictedPages * sum(w.n for w in works))()
     for w in works:
         if (pages := w.sample.pages) is not None:
             table_LGN = pages.table_LGN
-            thin_T[w.at] = native.Thin(table_LGN.data_ptr(), pages.count_LG.data_ptr(), table_LGN.shape[2])
-    return thin_T
+            evicted_T[w.at] = native.EvictedPages(table_LGN.data_ptr(), pages.count_LG.data_ptr(), table_LGN.shape[2])
+    return evicted_T

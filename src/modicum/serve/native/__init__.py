@@ -1,8 +1,8 @@
-"""Own kernels for the CPU: C compiled once for this machine, kept in the user's cache, loaded by ctypes.
+"""CPU kernels in C: compiled once per machine, stored in the user's cache, loaded by ctypes.
 
-`library()` gives the loaded kernels or None, `reason()` says why there are none: nothing here raises, since
-everything also runs without (`serve.backends`). What is compiled is named by a hash of the sources, the
-compiler and the processor's abilities, so a cache shared between machines, or an upgrade, cannot mix them up.
+`library()` returns the loaded kernels or None, `reason()` why there are none: nothing here raises, since
+everything also runs without them (`serve.backends`). The compiled file is named by a hash of the sources, the
+compiler and the processor's features, so that a cache used by several machines, or an upgrade, stays consistent.
 
 Environment: MODICUM_NATIVE=0 turns the kernels off; CC names the compiler; MODICUM_HOME or XDG_CACHE_HOME
 moves the cache.
@@ -64,7 +64,7 @@ class Layer(ctypes.Structure):
 
 COUNTS = (
     *("layers", "width", "heads", "kv_heads", "head_dim", "mlp_width", "rotated", "activation", "qk_norm_full"),
-    *("half", "eight", "ropes", "cache_kind", "block_size", "n_blocks", "threads"),
+    *("half", "int8_activations", "ropes", "cache_kind", "block_size", "n_blocks", "threads"),
 )
 
 
@@ -84,21 +84,21 @@ class Model(ctypes.Structure):
     ]
 
 
-class Thin(ctypes.Structure):
-    _fields_ = [("table", POINTER), ("held", POINTER), ("stride", I64)]
+class EvictedPages(ctypes.Structure):
+    _fields_ = [("table", POINTER), ("count", POINTER), ("stride", I64)]
 
 
 class Step(ctypes.Structure):
     _fields_ = [
-        *((name, I64) for name in ("rows", "ready", "table_stride", "line_stride")),
-        *((name, POINTER) for name in ("x", "position", "place", "slot", "root", "line", "table")),
-        *((name, POINTER) for name in ("thin", "position_of", "weight_of", "ready_row", "logits")),
+        *((name, I64) for name in ("rows", "n_logits", "table_stride", "ancestor_stride")),
+        *((name, POINTER) for name in ("x", "position", "entry", "slot", "root", "ancestors", "table")),
+        *((name, POINTER) for name in ("evicted", "position_of", "weight_of", "logit_row", "logits")),
     ]
 
 
 @functools.cache
 def abilities() -> frozenset[str]:
-    """All the system says of this processor."""
+    """Feature flags of this processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(
@@ -109,12 +109,12 @@ def abilities() -> frozenset[str]:
 
 
 def processor() -> tuple[str, ...]:
-    """What this processor can do of what the kernels know to use."""
+    """The features of this processor that the kernels use."""
     return tuple(flag for flag in (*NEEDED, *USEFUL) if flag in abilities())
 
 
 def multiplies_in_eight_bits() -> bool:
-    """Whether there are products of activations in eight bits; they come with those in bfloat16."""
+    """Whether there are products with int8 activations; they need VNNI and bfloat16 products."""
     return {"avx512_vnni", "avx512_bf16"} <= abilities()
 
 
@@ -123,7 +123,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def reason() -> str:
-    """One line: what is in use, or why not."""
+    """One line: which kernels are in use, or why none."""
     return _load(os.environ.get("MODICUM_NATIVE", "1"))[1]
 
 
@@ -131,30 +131,30 @@ def reason() -> str:
 def _load(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     if wanted.lower() in ("0", "no", "off", "false"):
         return None, f"off (MODICUM_NATIVE={wanted})"
-    lacking = [flag for flag in NEEDED if flag not in processor()]
-    if platform.system() != "Linux" or lacking:
-        return None, f"none for this processor ({'lacks ' + ', '.join(lacking) if lacking else platform.system()})"
+    missing = [flag for flag in NEEDED if flag not in processor()]
+    if platform.system() != "Linux" or missing:
+        return None, f"none for this processor ({'lacks ' + ', '.join(missing) if missing else platform.system()})"
     compiler = os.environ.get("CC") or next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
     if compiler is None:
         return None, "no C compiler found; install gcc or clang, or name one in CC"
     try:
         path = build(compiler)
-        import torch  # noqa: F401  its OpenMP runtime first: one team of threads for both
+        import torch  # noqa: F401  its OpenMP runtime first: one thread team for both
 
-        found = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return None, f"{compiler} could not build them: {said[0] if said else type(error).__name__}"
-    found.modicum_open.restype = POINTER
-    found.modicum_open.argtypes = (ctypes.POINTER(Model),)
-    found.modicum_close.argtypes = (POINTER,)
-    found.modicum_step.argtypes = (POINTER, ctypes.POINTER(Step))
-    found.modicum_layout.restype = I64
-    found.modicum_layout.argtypes = (I64,)
-    for i, kind in enumerate((Matrix, Rope, Layer, Model, Step, Thin)):
-        if found.modicum_layout(i) != ctypes.sizeof(kind):
+        output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        return None, f"{compiler} could not build them: {output[0] if output else type(error).__name__}"
+    loaded.modicum_open.restype = POINTER
+    loaded.modicum_open.argtypes = (ctypes.POINTER(Model),)
+    loaded.modicum_close.argtypes = (POINTER,)
+    loaded.modicum_step.argtypes = (POINTER, ctypes.POINTER(Step))
+    loaded.modicum_layout.restype = I64
+    loaded.modicum_layout.argtypes = (I64,)
+    for i, kind in enumerate((Matrix, Rope, Layer, Model, Step, EvictedPages)):
+        if loaded.modicum_layout(i) != ctypes.sizeof(kind):
             return None, f"the compiled {kind.__name__} has another size than Python's"
-    return found, f"AVX-512 ({', '.join(f for f in USEFUL if f in processor()) or 'plain'}), {path}"
+    return loaded, f"AVX-512 ({', '.join(f for f in USEFUL if f in processor()) or 'plain'}), {path}"
 
 
 def folder() -> Path:
@@ -162,37 +162,37 @@ def folder() -> Path:
 
 
 def build(compiler: str) -> Path:
-    """The shared library, compiled if this machine has not got it yet. Raises OSError, SubprocessError."""
+    """The path of the shared library, compiled if this machine does not have it. Raises OSError, SubprocessError."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-    where = folder()
+    directory = folder()
     try:
-        where.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home to write to: a folder of this user's own, for this boot
-        where = Path(tempfile.gettempdir()) / f"modicum-{os.getuid()}"
-        where.mkdir(mode=0o700, exist_ok=True)
-        if where.stat().st_uid != os.getuid():
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no writable home: a private temporary folder
+        directory = Path(tempfile.gettempdir()) / f"modicum-{os.getuid()}"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        if directory.stat().st_uid != os.getuid():
             raise
-    path = where / f"step-{stamp(version)}.so"
+    path = directory / f"step-{stamp(version)}.so"
     if not path.exists():
-        descriptor, fresh = tempfile.mkstemp(suffix=".so", dir=where)
+        descriptor, temporary = tempfile.mkstemp(suffix=".so", dir=directory)
         os.close(descriptor)
         try:
             subprocess.run(
-                [compiler, *FLAGS, str(HERE / "step.c"), "-o", fresh, "-lm"],
+                [compiler, *FLAGS, str(HERE / "step.c"), "-o", temporary, "-lm"],
                 capture_output=True,
                 text=True,
                 timeout=300,
                 check=True,
             )
-            os.replace(fresh, path)
+            os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
-                os.unlink(fresh)
+                os.unlink(temporary)
     return path
 
 
 def stamp(version: str) -> str:
-    """Names what this compiler makes of the sources here: -march=native may use any of the processor's abilities."""
+    """Names the compiled sources: -march=native may use any of the processor's features."""
     digest = hashlib.sha256(repr((version, FLAGS, sorted(abilities()), platform.machine())).encode())
     for source in sorted([*HERE.glob("*.h"), *HERE.glob("*.c")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -200,10 +200,10 @@ def stamp(version: str) -> str:
 
 
 def use_large_pages(tensors: Iterable[tuple[int, int]]) -> None:
-    """Ask the system to put memory (address, bytes) that lies side by side into large pages, in place.
+    """Ask the system to move adjacent memory (address, bytes) to large pages, in place.
 
-    Weights are read end to end for every token, and looking up 4 KiB pages costs a share of that. A system that will
-    not, or cannot (MADV_COLLAPSE is Linux 6.1), changes nothing.
+    Weights are read completely for every token, and TLB misses of 4 KiB pages cost part of that time. A system that
+    refuses, or cannot (MADV_COLLAPSE needs Linux 6.1), changes nothing.
     """
     page = LARGE_PAGE
     spans: list[list[int]] = []
@@ -219,16 +219,16 @@ def use_large_pages(tensors: Iterable[tuple[int, int]]) -> None:
 
 
 class LargePages:
-    """Memory in large pages, handed out from its beginning on; each page is taken from the system at its first use."""
+    """An arena in large pages; each page is allocated by the system at its first use."""
 
     def __init__(self, tensors: Iterable[Tensor]):
-        """Room for these."""
-        self._whole = torch.empty(sum(_aligned(t.nbytes) for t in tensors) + LARGE_PAGE, dtype=torch.uint8)
-        self._at = -self._whole.data_ptr() % LARGE_PAGE
-        _advise(self._whole.data_ptr() + self._at, self._whole.nbytes - LARGE_PAGE, 14)  # MADV_HUGEPAGE
+        """With capacity for these."""
+        self._arena = torch.empty(sum(_aligned(t.nbytes) for t in tensors) + LARGE_PAGE, dtype=torch.uint8)
+        self._at = -self._arena.data_ptr() % LARGE_PAGE
+        _advise(self._arena.data_ptr() + self._at, self._arena.nbytes - LARGE_PAGE, 14)  # MADV_HUGEPAGE
 
     def copy(self, tensor: Tensor) -> Tensor:
-        new = self._whole[self._at : self._at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        new = self._arena[self._at : self._at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         new.copy_(tensor)
         self._at += _aligned(tensor.nbytes)
         return new
@@ -238,12 +238,12 @@ def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def lay_together(tensors: Sequence[Tensor]) -> None:
-    """Move tensors into one piece of memory, one after another, in large pages.
+def coalesce(tensors: Sequence[Tensor]) -> None:
+    """Move tensors into one allocation, one after another, in large pages.
 
-    Codes are made matrix by matrix, and where each of them is smaller than a large page, or not much larger, memory
-    taken one by one cannot be put into large pages. The tensors stay the same objects; at no time is more than one of
-    them there twice. What lies together already stays: another engine may be reading it.
+    Codes are allocated matrix by matrix, and where each of them is smaller than a large page, or not much larger,
+    separate allocations cannot be put into large pages. The tensors stay the same objects; at most one of them exists
+    twice at any time. Tensors that are together already stay: another engine may be reading them.
     """
     tensors = [t for t in tensors if t.untyped_storage().nbytes() == t.nbytes]
     if sum(t.nbytes for t in tensors) < LARGE_PAGE:
@@ -251,12 +251,12 @@ def lay_together(tensors: Sequence[Tensor]) -> None:
     pages = LargePages(tensors)
     for tensor in tensors:
         tensor.data = pages.copy(tensor)
-    with contextlib.suppress(OSError, AttributeError):  # the allocator keeps what was freed in pieces
+    with contextlib.suppress(OSError, AttributeError):  # the allocator keeps fragmented free memory
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _advise(start: int, size: int, advice: int) -> None:
-    """madvise, where there is one; what it says does not matter."""
+    """madvise, where it exists; its result is ignored."""
     try:
         advise = ctypes.CDLL(None, use_errno=True).madvise
     except (OSError, AttributeError):

@@ -1,42 +1,43 @@
-/* Activations as a product wants them: float32; bfloat16; and for codes, fixed point of sixteen bits split into two
- * planes of signed bytes, x ~ step * (256 high + low), so that the byte products of AVX512-VNNI are exact. With
+/* Formats of activations as inputs of a product: float32; bfloat16; and for quantised weights, 16-bit fixed point split
+ * into two planes of signed bytes, x ~ step * (256 high + low), so that byte products (AVX512-VNNI) are exact. With
  * step = max|x| / 32512 the error of x is at most step / 2, and the error of the whole vector is below that of
- * rounding it to bfloat16. Where the model asks for eight bits of activations, they are one plane of signed bytes with
- * a step for each EIGHTS inputs, for the products of tiles.h.
+ * rounding it to bfloat16. With int8 activations (W8A8, W4A8) they are one plane of signed bytes with a step for each
+ * ACT_GROUP inputs, for the products of tiles.h.
  */
 #pragma once
 #include "common.h"
 
-#define ROWS_FROM_CODES 8 /* from here on decoding codes to bfloat16 costs less than multiplying with them */
-#define ROWS_IN_EIGHTS 5  /* from here on products in eight bits are quicker, where they are wanted at all */
+#define MIN_ROWS_DECODED 8 /* from here on, decoding codes to bfloat16 is faster than multiplying with them */
+#define MIN_ROWS_INT8 5  /* from here on, int8 products are faster (where the model allows them) */
 
-#define EIGHTS 64        /* inputs that share a step, where activations have eight bits */
+#define ACT_GROUP 64        /* inputs per step of int8 activations */
 
-typedef enum { AS_FLOAT, AS_HALF, AS_BYTES, AS_NIBBLES, AS_EIGHTS, AS_NIBBLE_EIGHTS } Shape;
+typedef enum { AS_FLOAT32, AS_BFLOAT16, AS_BYTE_PLANES, AS_NIBBLE_PLANES, AS_INT8, AS_INT8_SPLIT } Format;
 
 typedef struct {
-    Shape shape;
+    Format format;
     int64_t rows, in, stride, group, groups;  /* stride: of a row, in elements of its type */
     void *data;
     float *step, *total;                      /* (rows), and sums of codes (rows, groups padded to 16); in eight bits */
                                               /* both (rows, in / EIGHTS padded), sums times steps, then their sum */
-} Act;
+} Activations;
 
 INLINE int64_t padded_groups(int64_t groups) { return round_up(groups, 16) + 16; }
 
-static Shape shape_for(const Matrix *m, int64_t rows, int64_t half, int64_t eight) {
+static Format format_for(const Matrix *m, int64_t rows, int64_t half, int64_t int8_activations) {
 #ifdef __AVX512BF16__
-    if (m->kind == FLOAT32) return AS_FLOAT;
-    if (m->kind == BFLOAT16) return AS_HALF;
+    if (m->kind == FLOAT32) return AS_FLOAT32;
+    if (m->kind == BFLOAT16) return AS_BFLOAT16;
 #ifdef __AVX512VNNI__
-    if (eight && rows >= ROWS_IN_EIGHTS && m->in % EIGHTS == 0 && (m->groups == 1 || m->group % EIGHTS == 0))
-        return m->kind == INT8 ? AS_EIGHTS : AS_NIBBLE_EIGHTS;
-    if (half && rows >= ROWS_FROM_CODES) return AS_HALF;
-    if (half) return m->kind == INT8 ? AS_BYTES : AS_NIBBLES;
+    if (int8_activations && rows >= MIN_ROWS_INT8 && m->in % ACT_GROUP == 0
+        && (m->groups == 1 || m->group % ACT_GROUP == 0))
+        return m->kind == INT8 ? AS_INT8 : AS_INT8_SPLIT;
+    if (half && rows >= MIN_ROWS_DECODED) return AS_BFLOAT16;
+    if (half) return m->kind == INT8 ? AS_BYTE_PLANES : AS_NIBBLE_PLANES;
 #endif
 #endif
-    (void)m, (void)rows, (void)half, (void)eight;
-    return AS_FLOAT;
+    (void)m, (void)rows, (void)half, (void)int8_activations;
+    return AS_FLOAT32;
 }
 
 /* The row's largest absolute value over 32512, so that both planes stay within a signed byte. */
@@ -60,20 +61,20 @@ INLINE __m512i fixed16(const float *x, int64_t k, int64_t n, __m512 inverse) {
     return code16(_mm512_mul_ps(_mm512_maskz_loadu_ps(tail16(n - k), x + k), inverse));
 }
 
-/* Eight bits: x ~ step * code within each EIGHTS inputs. A NaN makes the step one, and so the sums. */
-static void prepare_eights(Act *a, const float *x, int64_t ldx, int64_t from, int64_t to) {
-    int64_t G = padded_groups(a->in / EIGHTS);
+/* int8: x ~ step * code within each ACT_GROUP inputs. A NaN makes the step NaN, and with it the sums. */
+static void convert_rows_int8(Activations *a, const float *x, int64_t ldx, int64_t from, int64_t to) {
+    int64_t G = padded_groups(a->in / ACT_GROUP);
     a->stride = a->in + 64;
-    /* even inputs of eight, then odd ones: they share bytes of the weight */
+    /* even inputs of eight, then odd ones: the two are packed in the same bytes of the weight */
     const __m128i split = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     for (int64_t n = from; n < to; n++) {
         int8_t *out = (int8_t *)a->data + n * a->stride;
-        float whole = 0;
-        for (int64_t g = 0; g < a->in / EIGHTS; g++) {
+        float row_total = 0;
+        for (int64_t g = 0; g < a->in / ACT_GROUP; g++) {
             __m512 v[4], top = _mm512_setzero_ps();
             __mmask16 odd = 0;
             UNROLL for (int i = 0; i < 4; i++) {
-                v[i] = _mm512_loadu_ps(x + n * ldx + g * EIGHTS + 16 * i);
+                v[i] = _mm512_loadu_ps(x + n * ldx + g * ACT_GROUP + 16 * i);
                 top = _mm512_max_ps(top, _mm512_abs_ps(v[i]));
                 odd |= _mm512_cmp_ps_mask(v[i], v[i], _CMP_UNORD_Q);
             }
@@ -84,33 +85,33 @@ static void prepare_eights(Act *a, const float *x, int64_t ldx, int64_t from, in
                 __m512i code = code16(_mm512_mul_ps(v[i], inverse));
                 __m128i bytes = _mm512_cvtepi32_epi8(code);
                 sum = _mm512_add_epi32(sum, code);
-                if (a->shape == AS_NIBBLE_EIGHTS) bytes = _mm_shuffle_epi8(bytes, split);
-                _mm_store_si128((__m128i *)(out + g * EIGHTS + 16 * i), bytes);
+                if (a->format == AS_INT8_SPLIT) bytes = _mm_shuffle_epi8(bytes, split);
+                _mm_store_si128((__m128i *)(out + g * ACT_GROUP + 16 * i), bytes);
             }
             a->step[n * G + g] = step;
-            whole += a->total[n * G + g] = step * (float)_mm512_reduce_add_epi32(sum);
+            row_total += a->total[n * G + g] = step * (float)_mm512_reduce_add_epi32(sum);
         }
-        a->total[n * G + a->in / EIGHTS] = whole;
+        a->total[n * G + a->in / ACT_GROUP] = row_total;
     }
 }
 
-/* Bring rows from .. to - 1 of `rows` rows of x (stride ldx) into the shape that `m` multiplies with. */
-static void prepare(Act *a, Shape shape, const Matrix *m, const float *x, int64_t ldx, int64_t rows, int64_t from,
-                    int64_t to) {
+/* Convert rows from .. to - 1 of `rows` rows of x (stride ldx) to the format that products with `m` take. */
+static void convert_rows(Activations *a, Format format, const Matrix *m, const float *x, int64_t ldx, int64_t rows,
+                         int64_t from, int64_t to) {
     int64_t in = m->in;
-    a->shape = shape, a->rows = rows, a->in = in, a->group = m->group, a->groups = m->groups;
-    if (shape == AS_FLOAT || shape == AS_HALF) {
-        /* One line more than a multiple of 4 KiB, lest the rows fall on the same sets of the first cache. */
-        a->stride = round_up(in, 64) + (shape == AS_FLOAT ? 16 : 32);
+    a->format = format, a->rows = rows, a->in = in, a->group = m->group, a->groups = m->groups;
+    if (format == AS_FLOAT32 || format == AS_BFLOAT16) {
+        /* One cache line more than a multiple of 4 KiB, so that rows do not map to the same sets of L1. */
+        a->stride = round_up(in, 64) + (format == AS_FLOAT32 ? 16 : 32);
         for (int64_t n = from; n < to; n++)
             for (int64_t k = 0; k < round_up(in, 32); k += 16) {
                 __m512 v = _mm512_maskz_loadu_ps(k < in ? tail16(in - k) : 0, x + n * ldx + k);
-                if (shape == AS_FLOAT) _mm512_store_ps((float *)a->data + n * a->stride + k, v);
+                if (format == AS_FLOAT32) _mm512_store_ps((float *)a->data + n * a->stride + k, v);
                 else _mm256_store_si256((__m256i *)((uint16_t *)a->data + n * a->stride + k), narrow(v));
             }
         return;
     }
-    if (shape == AS_EIGHTS || shape == AS_NIBBLE_EIGHTS) { prepare_eights(a, x, ldx, from, to); return; }
+    if (format == AS_INT8 || format == AS_INT8_SPLIT) { convert_rows_int8(a, x, ldx, from, to); return; }
     int64_t plane = round_up(in, 128), G = padded_groups(m->groups);
     a->stride = 2 * plane + 64;
     for (int64_t n = from; n < to; n++) {
@@ -120,7 +121,7 @@ static void prepare(Act *a, Shape shape, const Matrix *m, const float *x, int64_
         __m512 inverse = _mm512_set1_ps(step > 0 ? 1.0f / step : 0.0f);
         a->step[n] = step;
         memset(a->total + n * G, 0, G * sizeof(float));
-        const int half_plane = shape == AS_NIBBLES;
+        const int half_plane = format == AS_NIBBLE_PLANES;
         for (int64_t k = 0; k < plane; k += 16) {
             __m512i code = k < in ? fixed16(row, k, in, inverse) : _mm512_setzero_si512();
             __m512i high = _mm512_srai_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(128)), 8);
@@ -132,7 +133,7 @@ static void prepare(Act *a, Shape shape, const Matrix *m, const float *x, int64_
                 _mm_store_si128((__m128i *)(out + plane + k), l);
                 continue;
             }
-            /* even inputs, then odd ones: they share a byte of the weight */
+            /* even inputs, then odd ones: the two are packed in the same byte of the weight */
             const __m128i split = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
             h = _mm_shuffle_epi8(h, split), l = _mm_shuffle_epi8(l, split);
             _mm_storel_epi64((__m128i *)(out + k / 2), h);

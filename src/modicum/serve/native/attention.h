@@ -1,19 +1,19 @@
-/* Rotation, writing the cache, attention over blocks of the cache.
+/* Rotary embedding, writing the KV cache, attention over blocks of the cache.
  *
- * A task is one KV head of some neighbouring rows of one sequence: the query heads that share the KV head, times the
- * rows, are its queries. Keys and values are staged 64 keys at a time, keys with their places as lanes, values with
- * their dimensions as lanes, so that scores and outputs are sums of outer products and nothing is summed across lanes.
- * Scores of all keys are kept (float32, a thread's own room): the softmax needs no second look at the keys.
+ * A task is one KV head of some consecutive rows of one sequence: its queries are the query heads of that KV head,
+ * times the rows. Keys and values are staged 64 keys at a time, keys with the key index as lanes, values with their
+ * dimensions as lanes, so that scores and outputs are sums of outer products and nothing is summed across lanes.
+ * Scores of all keys are stored (float32, per-thread scratch), so the softmax does not read the keys again.
  *
- * A row sees `position + 1` keys. Those of a drafted token do not lie side by side: up to the tree's root they do, and
- * `line` names the places of the others. They are staged in the order of positions, in the same 64s as
- * without a tree, so a token's result is the same to the bit whether it was drafted or not.
+ * A row attends to `position + 1` keys. Those of a draft token are not contiguous: up to the tree's root they are, and
+ * `ancestors` gives the cache entries of the others. They are staged in the order of positions, in the same groups of
+ * 64 as without a tree, so a token's result is bit-identical whether it was drafted or not.
  */
 #pragma once
 #include "common.h"
 
-#define QUERIES 16                            /* of a task, where a row has no more */
-#define KEYS 64                               /* staged at a time */
+#define MAX_QUERIES 16                            /* of a task, unless one row has more */
+#define KEY_BLOCK 64                               /* staged at a time */
 
 static float rms_scale(const float *x, int64_t n, float eps) {
     __m512 total = _mm512_setzero_ps();
@@ -32,7 +32,7 @@ static void scale_by(float *to, const float *x, const float *weight, float scale
     }
 }
 
-/* Dimensions i and i + half of a head turn by the angle cosine[i], sine[i]. */
+/* Rotate dimensions i and i + half of a head by the angle with cosine[i], sine[i]. */
 static void rotate(float *x, const float *cosine, const float *sine, int64_t half) {
     for (int64_t i = 0; i < half; i++) {
         float a = x[i], b = x[i + half];
@@ -46,31 +46,34 @@ INLINE int64_t cache_at(const Model *m, int64_t layer, int64_t g, const Step *s,
     return (((layer * m->kv_heads + g) * m->n_blocks + block) * m->block_size + key % m->block_size) * m->head_dim;
 }
 
-/* Entry `entry` of one head (`part`: which of all layers' heads) of a thinned sequence. */
-INLINE int64_t page_at(const Model *m, const Thin *thin, int64_t part, int64_t entry) {
-    return (thin->table[part * thin->stride + entry / m->block_size] * m->block_size + entry % m->block_size)
-           * m->head_dim;
+/* Offset of entry `entry` of one head (`head_index`: over all layers) of a sequence with evicted entries. */
+INLINE int64_t page_at(const Model *m, const EvictedPages *evicted, int64_t head_index, int64_t entry) {
+    int64_t page = evicted->table[head_index * evicted->stride + entry / m->block_size];
+    return (page * m->block_size + entry % m->block_size) * m->head_dim;
 }
 
-INLINE const Thin *thinned(const Step *s, int64_t row) { return s->thin && s->thin[row].table ? s->thin + row : NULL; }
+INLINE const EvictedPages *pages_of(const Step *s, int64_t row) {
+    return s->evicted && s->evicted[row].table ? s->evicted + row : NULL;
+}
 
-/* Norm and rotation of a row's queries of KV head g and of its key; key and value go to the cache. */
-static void place(const Model *m, const Layer *l, int64_t layer, const Step *s, int64_t row, int64_t g, float *q_H,
-                  float *k_G, const float *v_G, float q_scale, float k_scale, const float *turn) {
-    int64_t E = m->head_dim, R = m->heads / m->kv_heads, half = turn ? m->rope[l->rope].rotated / 2 : 0;
+/* Norm and rotation of a row's queries of KV head g and of its key; key and value are written to the cache. */
+static void write_kv(const Model *m, const Layer *l, int64_t layer, const Step *s, int64_t row, int64_t g, float *q_H,
+                     float *k_G, const float *v_G, float q_scale, float k_scale, const float *cos_sin) {
+    int64_t E = m->head_dim, R = m->heads / m->kv_heads, half = cos_sin ? m->rope[l->rope].rotated / 2 : 0;
     for (int64_t r = 0; r <= R; r++) {
         float *x = r < R ? q_H + (g * R + r) * E : k_G + g * E;
         const float *weight = r < R ? l->q_norm : l->k_norm;
         if (weight && m->qk_norm_full)
             scale_by(x, x, weight + (r < R ? (g * R + r) * E : g * E), r < R ? q_scale : k_scale, E);
         else if (weight) scale_by(x, x, weight, rms_scale(x, E, m->eps), E);
-        if (turn) rotate(x, turn, turn + half, half);
+        if (cos_sin) rotate(x, cos_sin, cos_sin + half, half);
     }
-    const Thin *thin = thinned(s, row);
-    int64_t part = layer * m->kv_heads + g;
-    int64_t at = thin ? page_at(m, thin, part, thin->held[part]) : cache_at(m, layer, g, s, row, s->place[row]);
-    if (thin) s->position_of[at / E] = (int32_t)s->position[row];
-    if (thin && s->weight_of) s->weight_of[at / E] = 1.0f;
+    const EvictedPages *evicted = pages_of(s, row);
+    int64_t head_index = layer * m->kv_heads + g;
+    int64_t at = evicted ? page_at(m, evicted, head_index, evicted->count[head_index])
+                         : cache_at(m, layer, g, s, row, s->entry[row]);
+    if (evicted) s->position_of[at / E] = (int32_t)s->position[row];
+    if (evicted && s->weight_of) s->weight_of[at / E] = 1.0f;
     if (m->cache_kind == INT8) {
         store_int8(m->k_cache, m->k_scale, at, k_G + g * E, E), store_int8(m->v_cache, m->v_scale, at, v_G + g * E, E);
         return;
@@ -82,16 +85,16 @@ static void place(const Model *m, const Layer *l, int64_t layer, const Step *s, 
     }
 }
 
-typedef struct {                              /* a thread's room */
+typedef struct {                              /* per-thread scratch memory */
     float *score, *keys, *values;             /* (queries, stride), staged (units, 64), staged (units, E) */
     uint16_t *query;                          /* in bfloat16, (queries, units * 2) */
-    int64_t *at, stride;                      /* where each key lies in the cache */
-} Seen;
+    int64_t *at, stride;                      /* offset of each key in the cache */
+} AttnScratch;
 
 /* acc[n][w] += sum over units u of x[n][u] y[u][w]: floats, or pairs of bfloat16. */
 INLINE void outer(const int N, const int W, const int HALF, const void *const *x, const float *y, int64_t ldy,
                   int64_t units, __m512 acc[4][4]) {
-    __m512 sum[4][4];                         /* of its own: what is read might be acc, as far as the compiler knows */
+    __m512 sum[4][4];                         /* a local copy: x or y might alias acc, as far as the compiler knows */
     UNROLL for (int n = 0; n < N; n++) UNROLL for (int w = 0; w < W; w++) sum[n][w] = acc[n][w];
     for (int64_t u = 0; u < units; u++) {
         __m512 yv[4];
@@ -121,20 +124,21 @@ static void outer_any(int N, int W, int half, const void *const *x, const float 
 #undef WAYS
 }
 
-/* Up to 64 keys at `at`, turned: unit u (a dimension, or two of them in bfloat16) of all keys side by side. */
+/* Up to 64 keys at `at`, transposed: unit u (a dimension, or two of them in bfloat16) of all keys contiguous. */
 static void stage_keys(const Model *m, int half, const int64_t *at, int64_t n, float *to) {
-    int64_t E = m->head_dim, wide = half ? 32 : 16;
+    int64_t E = m->head_dim, lane_width = half ? 32 : 16;
     for (int64_t j = 0; j < n; j += 16)
-        for (int64_t e = 0; e < E; e += wide) {
-            __m512 rows[16], turned[16];
+        for (int64_t e = 0; e < E; e += lane_width) {
+            __m512 rows[16], transposed[16];
             UNROLL for (int i = 0; i < 16; i++) {
-                int64_t from = at[least(j + i, n - 1)];
+                int64_t from = at[min_i64(j + i, n - 1)];
                 rows[i] = half ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(tail32(E - e),
                                                                               (const uint16_t *)m->k_cache + from + e))
                                : load_entry(m->k_cache, m->k_scale, from, e, E, m->cache_kind, tail16(E - e));
             }
-            transpose16(rows, turned);
-            UNROLL for (int i = 0; i < 16; i++) _mm512_store_ps(to + (e / (half ? 2 : 1) + i) * KEYS + j, turned[i]);
+            transpose16(rows, transposed);
+            UNROLL for (int i = 0; i < 16; i++)
+                _mm512_store_ps(to + (e / (half ? 2 : 1) + i) * KEY_BLOCK + j, transposed[i]);
         }
 }
 
@@ -157,7 +161,7 @@ static void stage_values(const Model *m, int half, const int64_t *at, int64_t n,
             __mmask32 mask = e < E ? tail32(E - e) : 0;
             __m512i one = _mm512_maskz_loadu_epi16(mask, (const uint16_t *)m->v_cache + at[j] + e);
             __m512i two = _mm512_maskz_loadu_epi16(j + 1 < n ? mask : 0,
-                                                   (const uint16_t *)m->v_cache + at[least(j + 1, n - 1)] + e);
+                                                   (const uint16_t *)m->v_cache + at[min_i64(j + 1, n - 1)] + e);
             _mm512_store_si512(to + j / 2 * lde + e, _mm512_permutex2var_epi16(one, low, two));
             _mm512_store_si512(to + j / 2 * lde + e + 16, _mm512_permutex2var_epi16(one, high, two));
         }
@@ -170,11 +174,11 @@ static void softmax(float *score, int64_t high, int64_t first, int64_t last, flo
     __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     for (int64_t s = first / 16 * 16; s < last; s += 16) {
         __m512i key = _mm512_add_epi32(_mm512_set1_epi32((int)s), steps);
-        __mmask16 seen = _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32((int)first)) & tail16(last - s);
+        __mmask16 visible = _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32((int)first)) & tail16(last - s);
         __m512 v = _mm512_load_ps(score + s);
         if (softcap > 0)
             v = _mm512_mul_ps(tanh16(_mm512_div_ps(v, _mm512_set1_ps(softcap))), _mm512_set1_ps(softcap));
-        v = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, v);
+        v = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), visible, v);
         _mm512_store_ps(score + s, v);
         top = _mm512_max_ps(v, top);
     }
@@ -184,40 +188,41 @@ static void softmax(float *score, int64_t high, int64_t first, int64_t last, flo
         total = _mm512_add_ps(total, v);
         _mm512_store_ps(score + s, v);
     }
-    __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+    __m512 inverse_sum = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
     for (int64_t s = 0; s < high; s += 16) {
-        __m512 v = s + 16 <= first || s >= last ? _mm512_setzero_ps() : _mm512_mul_ps(_mm512_load_ps(score + s), share);
+        __m512 v = s + 16 <= first || s >= last ? _mm512_setzero_ps()
+                                                : _mm512_mul_ps(_mm512_load_ps(score + s), inverse_sum);
         if (half) _mm256_store_si256((__m256i *)((uint16_t *)score + s), narrow(v));
         else _mm512_store_ps(score + s, v);
     }
 }
 
-/* Scores of queries a .. b - 1 with the keys staged for places `from` .. `from + n - 1` of the row of scores. */
-static void score_block(const Model *m, const Seen *room, int half, const void *const *q_of, int64_t a, int64_t b,
-                        int64_t from, float scale) {
+/* Scores of queries a .. b - 1 with the staged keys, stored at `from` .. `from + n - 1` of the row of scores. */
+static void score_block(const Model *m, const AttnScratch *scratch, int half, const void *const *q_of, int64_t a,
+                        int64_t b, int64_t from, float scale) {
     int64_t units = half ? round_up(m->head_dim, 2) / 2 : m->head_dim;
     for (; a < b; a += 4) {
-        int N = (int)least(4, b - a);
+        int N = (int)min_i64(4, b - a);
         __m512 acc[4][4];
         UNROLL for (int i = 0; i < 16; i++) acc[i / 4][i % 4] = _mm512_setzero_ps();
-        outer_any(N, 4, half, q_of + a, room->keys, KEYS, units, acc);
+        outer_any(N, 4, half, q_of + a, scratch->keys, KEY_BLOCK, units, acc);
         for (int i = 0; i < N; i++)
             UNROLL for (int w = 0; w < 4; w++)
-                _mm512_store_ps(room->score + (a + i) * room->stride + from + 16 * w,
+                _mm512_store_ps(scratch->score + (a + i) * scratch->stride + from + 16 * w,
                                 _mm512_mul_ps(acc[i][w], _mm512_set1_ps(scale)));
     }
 }
 
-/* out of queries a .. b - 1 goes on by n staged values, the weights of which begin at place `from`. */
-static void value_block(const Model *m, const Seen *room, int half, float *const *out_of, int64_t a, int64_t b,
-                        int64_t from, int64_t n, int64_t lde, int fresh) {
+/* Accumulate n staged values into out of queries a .. b - 1; their weights begin at `from`. */
+static void value_block(const Model *m, const AttnScratch *scratch, int half, float *const *out_of, int64_t a,
+                        int64_t b, int64_t from, int64_t n, int64_t lde, int fresh) {
     int64_t E = m->head_dim, units = half ? (n + 1) / 2 : n;
     const int W = lde == 32 ? 2 : 4;
     for (; a < b; a += 4) {
-        int N = (int)least(4, b - a);
+        int N = (int)min_i64(4, b - a);
         const void *weights[4];
         for (int i = 0; i < N; i++) {
-            const float *row = room->score + (a + i) * room->stride;
+            const float *row = scratch->score + (a + i) * scratch->stride;
             weights[i] = half ? (const void *)((const uint16_t *)row + from) : (const void *)(row + from);
         }
         for (int64_t e = 0; e < lde; e += 16 * W) {
@@ -227,7 +232,7 @@ static void value_block(const Model *m, const Seen *room, int half, float *const
                     __mmask16 mask = e + 16 * w < E && !fresh ? tail16(E - e - 16 * w) : 0;
                     acc[i][w] = _mm512_maskz_loadu_ps(mask, out_of[a + i] + e + 16 * w);
                 }
-            outer_any(N, W, half, weights, room->values + e, lde, units, acc);
+            outer_any(N, W, half, weights, scratch->values + e, lde, units, acc);
             for (int i = 0; i < N; i++)
                 for (int w = 0; w < W && e + 16 * w < E; w++)
                     _mm512_mask_storeu_ps(out_of[a + i] + e + 16 * w, tail16(E - e - 16 * w), acc[i][w]);
@@ -235,9 +240,9 @@ static void value_block(const Model *m, const Seen *room, int half, float *const
     }
 }
 
-/* Where keys `from` .. `to` - 1 of a sequence lie; they are in the places of their positions. */
-static void locate(const Model *m, int64_t layer, int64_t g, const Step *s, int64_t row, int64_t from, int64_t to,
-                   int64_t *at) {
+/* Cache offsets of keys `from` .. `to` - 1 of a sequence whose entries are in the order of positions. */
+static void block_offsets(const Model *m, int64_t layer, int64_t g, const Step *s, int64_t row, int64_t from,
+                          int64_t to, int64_t *at) {
     int64_t P = m->block_size, in = from % P;
     const int64_t *block = s->table + s->slot[row] * s->table_stride + from / P;
     for (; from < to; from++) {
@@ -246,41 +251,43 @@ static void locate(const Model *m, int64_t layer, int64_t g, const Step *s, int6
     }
 }
 
-/* The same for a drafted row, from `from` to the row itself: behind the root its line of ancestors. Returns how many. */
-static int64_t locate_line(const Model *m, int64_t layer, int64_t g, const Step *s, int64_t row, int64_t from,
+/* The same for a draft row, from `from` to the row itself: after the root, its ancestors. Returns the number. */
+static int64_t tree_offsets(const Model *m, int64_t layer, int64_t g, const Step *s, int64_t row, int64_t from,
                            int64_t *at) {
     int64_t root = s->root[row], n = 0;
     for (int64_t key = from; key <= s->position[row]; key++) {
-        int64_t place = key <= root ? key : s->line[row * s->line_stride + key - root - 1];
-        at[n++] = cache_at(m, layer, g, s, row, place);
+        int64_t entry = key <= root ? key : s->ancestors[row * s->ancestor_stride + key - root - 1];
+        at[n++] = cache_at(m, layer, g, s, row, entry);
     }
     return n;
 }
 
-/* Where all entries of a head of a thinned sequence lie, the new one's included. Returns how many. */
-static int64_t locate_held(const Model *m, const Thin *thin, int64_t part, int64_t *at) {
-    for (int64_t i = 0; i <= thin->held[part]; i++) at[i] = page_at(m, thin, part, i);
-    return thin->held[part] + 1;
+/* Offsets of all entries of a head of a sequence with evicted entries, the new one included. Returns the number. */
+static int64_t page_offsets(const Model *m, const EvictedPages *evicted, int64_t head_index, int64_t *at) {
+    for (int64_t i = 0; i <= evicted->count[head_index]; i++) at[i] = page_at(m, evicted, head_index, i);
+    return evicted->count[head_index] + 1;
 }
 
-/* An entry that stands for n tokens has log(n) added to its scores, which begin at place `from`. */
-static void weigh(const Model *m, const Step *s, const Seen *room, int64_t Q, int64_t from, int64_t n) {
+/* Add log(n) to the scores, which begin at `from`, of an entry that represents n merged tokens. */
+static void add_log_weights(const Model *m, const Step *s, const AttnScratch *scratch, int64_t Q, int64_t from,
+                            int64_t n) {
     for (int64_t i = 0; i < n; i++) {
-        float weight = s->weight_of[room->at[from + i] / m->head_dim];
-        if (weight != 1.0f) for (int64_t a = 0; a < Q; a++) room->score[a * room->stride + from + i] += logf(weight);
+        float weight = s->weight_of[scratch->at[from + i] / m->head_dim];
+        if (weight != 1.0f)
+            for (int64_t a = 0; a < Q; a++) scratch->score[a * scratch->stride + from + i] += logf(weight);
     }
 }
 
-/* out of rows row .. row + n - 1 (one sequence, following places), KV head g. q and out have row stride ld. */
+/* out of rows row .. row + n - 1 (one sequence, consecutive entries), KV head g. q and out have row stride ld. */
 static void attend(const Model *m, const Layer *l, int64_t layer, const Step *s, int64_t row, int64_t n, int64_t g,
-                   const float *q, int64_t ldq, float *out, int64_t ldo, const Seen *room) {
+                   const float *q, int64_t ldq, float *out, int64_t ldo, const AttnScratch *scratch) {
     int64_t E = m->head_dim, R = m->heads / m->kv_heads, Q = n * R, lde = E > 32 ? round_up(E, 64) : 32;
     int64_t padded = round_up(E, 32), lowest = s->position[row], high = 0;
     for (int64_t i = 0; i < n; i++) {
-        lowest = least(lowest, s->position[row + i]), high = most(high, s->position[row + i] + 1);
+        lowest = min_i64(lowest, s->position[row + i]), high = max_i64(high, s->position[row + i] + 1);
     }
-    /* Blocks of 64 begin at multiples of 64 for every row, lest sums depend on who else is in the task. */
-    int64_t low = l->window ? most(0, lowest + 1 - l->window) / KEYS * KEYS : 0;
+    /* Blocks of 64 begin at multiples of 64 for every row, so that sums are batch-invariant. */
+    int64_t low = l->window ? max_i64(0, lowest + 1 - l->window) / KEY_BLOCK * KEY_BLOCK : 0;
     const int drafted = s->root && s->root[row] >= 0;
     if (drafted) high = (s->root[row] + 1) / 16 * 16;
     int half = 0;
@@ -293,43 +300,43 @@ static void attend(const Model *m, const Layer *l, int64_t layer, const Step *s,
         const float *from = q + (a / R) * ldq + (g * R + a % R) * E;
         q_of[a] = from, out_of[a] = out + (a / R) * ldo + (g * R + a % R) * E;
         if (!half) continue;
-        q_of[a] = room->query + a * padded;
+        q_of[a] = scratch->query + a * padded;
         for (int64_t e = 0; e < padded; e += 16)
-            store_from_float(room->query, a * padded + e, BFLOAT16, 0xffff,
+            store_from_float(scratch->query, a * padded + e, BFLOAT16, 0xffff,
                              _mm512_maskz_loadu_ps(e < E ? tail16(E - e) : 0, from + e));
     }
-    const Thin *thin = thinned(s, row);
-    if (thin) high = locate_held(m, thin, layer * m->kv_heads + g, room->at);
-    else locate(m, layer, g, s, row, low, high, room->at);
-    for (int64_t i = 0; i < high - low; i += KEYS) {
-        int64_t many = least(KEYS, high - low - i);
-        stage_keys(m, half, room->at + i, many, room->keys);
-        score_block(m, room, half, q_of, 0, Q, i, l->scale);
-        if (thin && s->weight_of) weigh(m, s, room, Q, i, many);
+    const EvictedPages *evicted = pages_of(s, row);
+    if (evicted) high = page_offsets(m, evicted, layer * m->kv_heads + g, scratch->at);
+    else block_offsets(m, layer, g, s, row, low, high, scratch->at);
+    for (int64_t i = 0; i < high - low; i += KEY_BLOCK) {
+        int64_t n_keys = min_i64(KEY_BLOCK, high - low - i);
+        stage_keys(m, half, scratch->at + i, n_keys, scratch->keys);
+        score_block(m, scratch, half, q_of, 0, Q, i, l->scale);
+        if (evicted && s->weight_of) add_log_weights(m, s, scratch, Q, i, n_keys);
     }
-    int64_t *tail = room->at + high - low;
+    int64_t *tail = scratch->at + high - low;
     for (int64_t r = 0; r < n; r++) {
-        int64_t last = thin ? high : s->position[row + r] + 1 - low;
-        int64_t first = l->window ? most(0, last - l->window) : 0;    /* a thinned sequence's layers have no windows */
-        int64_t many = drafted ? locate_line(m, layer, g, s, row + r, high, tail) : 0;
-        for (int64_t i = 0; i < many; i += KEYS) {
-            stage_keys(m, half, tail + i, least(KEYS, many - i), room->keys);
-            score_block(m, room, half, q_of, r * R, (r + 1) * R, high - low + i, l->scale);
+        int64_t last = evicted ? high : s->position[row + r] + 1 - low;
+        int64_t first = l->window ? max_i64(0, last - l->window) : 0;    /* no windows where entries are evicted */
+        int64_t n_keys = drafted ? tree_offsets(m, layer, g, s, row + r, high, tail) : 0;
+        for (int64_t i = 0; i < n_keys; i += KEY_BLOCK) {
+            stage_keys(m, half, tail + i, min_i64(KEY_BLOCK, n_keys - i), scratch->keys);
+            score_block(m, scratch, half, q_of, r * R, (r + 1) * R, high - low + i, l->scale);
         }
         for (int64_t a = r * R; a < (r + 1) * R; a++)
-            softmax(room->score + a * room->stride, drafted ? last : high - low, first, last, m->softcap, half);
+            softmax(scratch->score + a * scratch->stride, drafted ? last : high - low, first, last, m->softcap, half);
     }
-    for (int64_t i = 0; i < high - low; i += KEYS) {
-        int64_t many = least(KEYS, high - low - i);
-        stage_values(m, half, room->at + i, many, room->values, lde);
-        value_block(m, room, half, out_of, 0, Q, i, many, lde, i == 0);
+    for (int64_t i = 0; i < high - low; i += KEY_BLOCK) {
+        int64_t n_keys = min_i64(KEY_BLOCK, high - low - i);
+        stage_values(m, half, scratch->at + i, n_keys, scratch->values, lde);
+        value_block(m, scratch, half, out_of, 0, Q, i, n_keys, lde, i == 0);
     }
     for (int64_t r = 0; r < n && drafted; r++) {
-        int64_t many = locate_line(m, layer, g, s, row + r, high, tail);
-        for (int64_t i = 0; i < many; i += KEYS) {
-            stage_values(m, half, tail + i, least(KEYS, many - i), room->values, lde);
-            value_block(m, room, half, out_of, r * R, (r + 1) * R, high - low + i, least(KEYS, many - i), lde,
-                        high == low && i == 0);
+        int64_t n_keys = tree_offsets(m, layer, g, s, row + r, high, tail);
+        for (int64_t i = 0; i < n_keys; i += KEY_BLOCK) {
+            stage_values(m, half, tail + i, min_i64(KEY_BLOCK, n_keys - i), scratch->values, lde);
+            value_block(m, scratch, half, out_of, r * R, (r + 1) * R, high - low + i, min_i64(KEY_BLOCK, n_keys - i),
+                        lde, high == low && i == 0);
         }
     }
 }

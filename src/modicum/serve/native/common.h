@@ -19,27 +19,27 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, FLOAT16 = 4 };    /* of we
 
 typedef struct {          /* one linear layer: (out, in), row-major, as the module stores it */
     int64_t kind, out, in, group, groups, scale_kind, center;
-    const void *weight, *scale, *zero;        /* w = scale * (code - center) + zero, codes as unsigned; zero may be NULL */
+    const void *weight, *scale, *zero;        /* w = scale * (code - center) + zero, unsigned codes; zero may be NULL */
     const float *bias;
 } Matrix;
 
 typedef struct {
     const float *angles;                      /* rotated / 2 of them */
-    int64_t rotated;                          /* dimensions of a head that turn */
+    int64_t rotated;                          /* dimensions of a head that are rotated */
     float scale, unused;
 } Rope;
 
 typedef struct {
-    Matrix q, k, v, o, gate, up, down;        /* weight == NULL: there is none */
+    Matrix q, k, v, o, gate, up, down;        /* weight == NULL: absent */
     const float *attention_norm, *mlp_norm, *attention_out_norm, *mlp_out_norm, *q_norm, *k_norm;
-    int64_t rope, window;                     /* which rotation, -1: none; keys seen, itself included, 0: all */
+    int64_t rope, window;                     /* index of the rope, -1: none; keys attended to, 0: all */
     float scale, unused;
 } Layer;
 
 typedef struct {
     int64_t layers, width, heads, kv_heads, head_dim, mlp_width;
-    int64_t rotated;                          /* most of a rope's */
-    int64_t activation, qk_norm_full, half, eight, ropes;
+    int64_t rotated;                          /* maximum over ropes */
+    int64_t activation, qk_norm_full, half, int8_activations, ropes;
     int64_t cache_kind, block_size, n_blocks, threads;
     float eps, softcap;
     const Layer *layer;
@@ -50,27 +50,27 @@ typedef struct {
     uint16_t *k_scale, *v_scale;              /* of a cache in int8: one bfloat16 for each entry */
 } Model;
 
-typedef struct {          /* of a thinned sequence: pages of each head of each layer, and how many entries it holds */
-    const int64_t *table, *held;              /* (layers, G, stride), (layers, G); NULL: the sequence is whole */
+typedef struct {          /* of a sequence with evicted entries: pages and entries of each head of each layer */
+    const int64_t *table, *count;             /* (layers, G, stride), (layers, G); NULL: nothing is evicted */
     int64_t stride;
-} Thin;
+} EvictedPages;
 
 typedef struct {
-    int64_t rows, ready, table_stride, line_stride;
+    int64_t rows, n_logits, table_stride, ancestor_stride;
     float *x;                                 /* (rows, D): embeddings in, hidden states before the norm out */
-    const int64_t *position, *place, *slot;   /* per row; place: which of the sequence's cache it takes */
-    const int64_t *root, *line;               /* of drafted rows, NULL without any: see attention.h; root -1: not one */
+    const int64_t *position, *entry, *slot;   /* per row; entry: index in the sequence's cache that it is written to */
+    const int64_t *root, *ancestors;          /* of draft rows, see attention.h; NULL: none; root -1: not a draft */
     const int64_t *table;                     /* of blocks, by slot */
-    const Thin *thin;                         /* per row, NULL if no sequence is; its rows stand alone */
-    int32_t *position_of;                     /* place in its sequence of each entry of each page */
-    float *weight_of;                         /* tokens that each stands for; NULL: one each */
-    const int64_t *ready_row;                 /* rows whose logits are wanted */
-    float *logits;                            /* (ready, V) */
+    const EvictedPages *evicted;              /* per row, NULL if no sequence has any; such a row is a task by itself */
+    int32_t *position_of;                     /* position in its sequence of each entry of each page */
+    float *weight_of;                         /* number of merged tokens of each entry; NULL: one each */
+    const int64_t *logit_row;                 /* rows whose logits are computed */
+    float *logits;                            /* (n_logits, V) */
 } Step;
 
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 INLINE __mmask16 tail16(int64_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
 INLINE __mmask32 tail32(int64_t left) { return left >= 32 ? 0xffffffffu : (__mmask32)((1u << left) - 1); }
@@ -139,7 +139,7 @@ INLINE __m512 load_scales(const Matrix *m, const void *base, int64_t at, __mmask
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)base + at));
 }
 
-/* Of sixteen groups of an output's codes from g on, taken as unsigned: the scales, and what a code of zero stands for. */
+/* Scales of sixteen groups of an output's codes from g on, and the value of code 0 (codes taken as unsigned). */
 INLINE void scales_at(const Matrix *m, int64_t o, int64_t g, __m512 *scale, __m512 *zero) {
     __mmask16 mask = tail16(m->groups - g);
     __m512 base = m->zero ? load_scales(m, m->zero, o * m->groups + g, mask) : _mm512_setzero_ps();
@@ -190,7 +190,7 @@ INLINE void transpose16(const __m512 *from, __m512 *to) {
 INLINE __m512 exp16(__m512 x) {
     const __m512 low = _mm512_set1_ps(-87.3f), high = _mm512_set1_ps(88.3f);
     __mmask16 zero = _mm512_cmp_ps_mask(x, low, _CMP_LT_OQ);
-    x = _mm512_min_ps(high, _mm512_max_ps(low, x));    /* in this order a NaN in x comes through */
+    x = _mm512_min_ps(high, _mm512_max_ps(low, x));    /* in this order a NaN in x propagates */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -209,13 +209,13 @@ INLINE __m512 tanh16(__m512 x) {              /* 1 - 2 / (exp(2x) + 1) */
     return _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, one)));
 }
 
-/* Threads meet here many times per step: they spin, and yield when somebody is long in coming. */
+/* A barrier that threads wait at many times per step: they spin, and yield after a while. */
 typedef struct {
     int waiting __attribute__((aligned(64)));
-    unsigned round __attribute__((aligned(64)));    /* wraps after some days of decoding: only equality is asked */
+    unsigned round __attribute__((aligned(64)));    /* wraps after some days of decoding: only equality matters */
 } Barrier;
 
-static void meet(Barrier *b, int threads) {
+static void barrier_wait(Barrier *b, int threads) {
     if (threads == 1) return;
     unsigned round = __atomic_load_n(&b->round, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&b->waiting, 1, __ATOMIC_ACQ_REL) == threads) {

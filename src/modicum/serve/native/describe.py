@@ -63,7 +63,7 @@ class Description:
             activation=ACTIVATIONS.index(c.activation),
             qk_norm_full=c.qk_norm == "full",
             half=model.dtype == torch.bfloat16,
-            eight=eight,
+            int8_activations=eight,
             ropes=len(tables),
             cache_kind=native.INT8 if storage.form.native == "int8" else KINDS[storage.form.dtype],
             block_size=storage.block_size,

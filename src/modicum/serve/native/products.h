@@ -1,40 +1,40 @@
-/* y = x W^T for few to some dozen rows x, W read once per block of rows, in the order it lies in memory.
+/* y = x W^T for up to some dozen rows x, W read once per block of rows, in memory order.
  *
- * One accumulator per (output, row) runs over all inputs, whatever the number of rows: a row's result does not depend
- * on its company. One row reads W row by row; more rows take blocks of four outputs by four rows, which is
- * what the registers hold. Prefetching far ahead matters more than anything else here.
+ * One accumulator per (output, row) runs over all inputs, whatever the number of rows: results are batch-invariant. One
+ * row reads W row by row; more rows take blocks of four outputs by four rows, which fit the registers. Prefetching far
+ * ahead matters more than anything else here.
  */
 #pragma once
 #include "tiles.h"
 
-#define NEAR 2048         /* bytes ahead into the second cache, one row; further is slower: see docs/performance.md */
-#define NEAR_CODES 8192   /* the same for codes */
-#define FAR 16384         /* bytes ahead where codes are decoded (half of it for nibbles) */
-/* So that what meets fits the first cache: of few rows two times four outputs at a time, and so many bytes of each; of
- * more rows, which come from the second cache in any case, four outputs. */
-#define QUADS 2
-#define FEW 32
-#define DEEP_FEW 2048
-#define DEEP_MANY 3072
+#define PREFETCH_NEAR 2048         /* bytes ahead into L2, one row; further is slower: see docs/log/kernels.md */
+#define PREFETCH_NEAR_CODES 8192   /* the same for codes */
+#define PREFETCH_FAR 16384         /* bytes ahead where codes are decoded (half of it for nibbles) */
+/* The working set must fit in L1: for few rows, blocks of two times four outputs with this many bytes of each; for more
+ * rows, which come from L2 in any case, four outputs. */
+#define BLOCK_QUADS 2
+#define FEW_ROWS 32
+#define BLOCK_BYTES_FEW 2048
+#define BLOCK_BYTES_MANY 3072
 
 #define EACH_M UNROLL for (int m = 0; m < M; m++)
 #define EACH_N UNROLL for (int n = 0; n < N; n++)
-#define ARGS const char *w, int64_t ldw, const Act *a, int64_t at, const float *scale, const float *zero, \
+#define ARGS const char *w, int64_t ldw, const Activations *a, int64_t at, const float *scale, const float *zero, \
              const char *next, int64_t from, int64_t to, __m512 *out
-/* AHEAD: bytes, or how many rows from `next` on to fetch. More of them at once than a core has misses in flight would
- * hold up the products, so the blocks of rows share what lies ahead. */
-#define FETCH(m, at) do { if (AHEAD > 4) _mm_prefetch(w + (at) + AHEAD, _MM_HINT_T1); \
+/* AHEAD: bytes, or number of rows from `next` on to prefetch. More at once than a core has misses in flight would stall
+ * the products, so prefetches are spread over all row blocks. */
+#define PREFETCH(m, at) do { if (AHEAD > 4) _mm_prefetch(w + (at) + AHEAD, _MM_HINT_T1); \
                           else if ((m) < AHEAD) _mm_prefetch(next + (m) * ldw + (at), _MM_HINT_T1); } while (0)
 
-/* Kernels: to M outputs times N rows from `at` on, one vector each that is still to be summed, inputs from .. to - 1 are
- * added. (Those of codes take all inputs, and start themselves.) */
+/* Kernels: add inputs from .. to - 1 to M outputs times N rows from `at` on, one vector each that is summed later.
+ * (Those of codes take all inputs, and initialise the vectors.) */
 INLINE void float_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const float *x = (const float *)a->data + at * a->stride;
     (void)scale, (void)zero, (void)next;
     for (int64_t k = from; k < to; k += 16) {
         __mmask16 mask = tail16(to - k);
         __m512 wv[4];
-        EACH_M { wv[m] = _mm512_maskz_loadu_ps(mask, (const float *)(w + m * ldw) + k); FETCH(m, 4 * k); }
+        EACH_M { wv[m] = _mm512_maskz_loadu_ps(mask, (const float *)(w + m * ldw) + k); PREFETCH(m, 4 * k); }
         EACH_N { __m512 xv = _mm512_load_ps(x + n * a->stride + k);
                  EACH_M out[n * M + m] = _mm512_fmadd_ps(wv[m], xv, out[n * M + m]); }
     }
@@ -47,7 +47,7 @@ INLINE void widening_kernel(const int M, const int N, const int AHEAD, ARGS) {
     for (int64_t k = from; k < to; k += 16) {
         __mmask16 mask = tail16(to - k);
         __m512 wv[4];
-        EACH_M { wv[m] = load_as_float(w + m * ldw, k, BFLOAT16, mask); FETCH(m, 2 * k); }
+        EACH_M { wv[m] = load_as_float(w + m * ldw, k, BFLOAT16, mask); PREFETCH(m, 2 * k); }
         EACH_N { __m512 xv = _mm512_load_ps(x + n * a->stride + k);
                  EACH_M out[n * M + m] = _mm512_fmadd_ps(wv[m], xv, out[n * M + m]); }
     }
@@ -57,24 +57,25 @@ INLINE void widening_kernel(const int M, const int N, const int AHEAD, ARGS) {
 INLINE void half_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const uint16_t *x = (const uint16_t *)a->data + at * a->stride;
     (void)scale, (void)zero, (void)next;
-    int64_t whole = to / 32 * 32;
-    for (int64_t k = from; k < whole; k += 32) {
+    int64_t even_end = to / 32 * 32;
+    for (int64_t k = from; k < even_end; k += 32) {
         __m512bh wv[4];
-        EACH_M { wv[m] = (__m512bh)_mm512_loadu_si512(w + m * ldw + 2 * k); FETCH(m, 2 * k); }
+        EACH_M { wv[m] = (__m512bh)_mm512_loadu_si512(w + m * ldw + 2 * k); PREFETCH(m, 2 * k); }
         EACH_N { __m512bh xv = (__m512bh)_mm512_load_si512(x + n * a->stride + k);
                  EACH_M out[n * M + m] = _mm512_dpbf16_ps(out[n * M + m], wv[m], xv); }
     }
-    if (whole < to) EACH_M {
-        __m512bh wv = (__m512bh)_mm512_maskz_loadu_epi16(tail32(to - whole), w + m * ldw + 2 * whole);
+    if (even_end < to) EACH_M {
+        __m512bh wv = (__m512bh)_mm512_maskz_loadu_epi16(tail32(to - even_end), w + m * ldw + 2 * even_end);
         EACH_N out[n * M + m] = _mm512_dpbf16_ps(out[n * M + m], wv,
-                                                 (__m512bh)_mm512_load_si512(x + n * a->stride + whole));
+                                                 (__m512bh)_mm512_load_si512(x + n * a->stride + even_end));
     }
 }
 #endif
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
-/* What zero points (and the 128 that makes a signed code unsigned) add: zero[m, g] times the sums of x's codes. */
-INLINE void start_from_zeros(const int M, const int N, const Act *a, int64_t at, const float *zero, __m512 *out) {
+/* Contribution of zero points (and of the 128 that makes a signed code unsigned): zero[m, g] times the code sums. */
+INLINE void start_from_zeros(const int M, const int N, const Activations *a, int64_t at, const float *zero,
+                             __m512 *out) {
     int64_t G = padded_groups(a->groups);
     EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
     for (int64_t g = 0; g < a->groups; g += 16)
@@ -94,14 +95,14 @@ INLINE void byte_kernel(const int M, const int N, const int AHEAD, ARGS) {
     start_from_zeros(M, N, a, at, zero, out);
 #define BYTES(LOAD) do { \
         __m512i wv[4]; \
-        EACH_M { wv[m] = _mm512_xor_si512(LOAD, _mm512_set1_epi8((char)0x80)); FETCH(m, k); } \
+        EACH_M { wv[m] = _mm512_xor_si512(LOAD, _mm512_set1_epi8((char)0x80)); PREFETCH(m, k); } \
         EACH_N { __m512i h = _mm512_loadu_si512(x + n * a->stride + k); \
                  __m512i l = _mm512_loadu_si512(x + n * a->stride + plane + k); \
                  EACH_M { high[n * M + m] = _mm512_dpbusd_epi32(high[n * M + m], wv[m], h); \
                           low[n * M + m] = _mm512_dpbusd_epi32(low[n * M + m], wv[m], l); } } \
     } while (0)
 #define EACH_START EACH_M EACH_N high[n * M + m] = low[n * M + m] = _mm512_setzero_si512()
-    if (a->group == 32 && a->groups > 1) {    /* two groups to a vector: four codes are summed in a lane, so each half */
+    if (a->group == 32 && a->groups > 1) {    /* two groups per vector: four codes are summed in a lane, so each half */
         const __m512i of_lane = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);  /* has one scale */
         for (int64_t g = 0, k = 0; k < a->in; g += 2, k += 64) {
             __m512i high[8], low[8];
@@ -119,7 +120,7 @@ INLINE void byte_kernel(const int M, const int N, const int AHEAD, ARGS) {
     for (int64_t g = 0; g < a->groups; g++) {
         __m512i high[8], low[8];
         EACH_START;
-        int64_t end = least(a->in, (g + 1) * a->group);
+        int64_t end = min_i64(a->in, (g + 1) * a->group);
         int64_t k = g * a->group;
         for (; k + 64 <= end; k += 64) BYTES(_mm512_loadu_si512(w + m * ldw + k));
         if (k < end) BYTES(_mm512_maskz_loadu_epi8(tail64(end - k), w + m * ldw + k));    /* x is 0 past its end */
@@ -133,19 +134,19 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
     int64_t plane = (a->stride - 64) / 2, G = padded_groups(a->groups);
     const int8_t *x = (const int8_t *)a->data + at * a->stride;
     const __m512i low_bits = _mm512_set1_epi8(15);
-    /* Which of the groups in 128 inputs each lane of eight inputs belongs to. */
+    /* The group, of those in 128 inputs, of each lane of eight inputs. */
     const __m512i lane = _mm512_mullo_epi32(_mm512_set1_epi32(8), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
                                                                                     11, 12, 13, 14, 15));
     const __m512i of_lane = a->group >= 128 ? _mm512_setzero_si512()
                                             : _mm512_srlv_epi32(lane, _mm512_set1_epi32(a->group == 64 ? 6 : 5));
     start_from_zeros(M, N, a, at, zero, out);
-    /* Every `wait` vectors the scales move on by `move` groups (a division here would cost more than the products). */
-    const int64_t wait = most(1, a->group / 128), move = a->group < 128 ? 128 / a->group : 1;
-    int64_t g = 0, waited = 0, k = 0;
+    /* Every `interval` vectors the scales advance by `move` groups (a division would cost more than the products). */
+    const int64_t interval = max_i64(1, a->group / 128), move = a->group < 128 ? 128 / a->group : 1;
+    int64_t g = 0, elapsed = 0, k = 0;
 #define NIBBLES(LOAD) do { \
         __m512i even[4], odd[4]; \
         __m512 s[4]; \
-        EACH_M { __m512i b = LOAD; FETCH(m, k / 2); \
+        EACH_M { __m512i b = LOAD; PREFETCH(m, k / 2); \
                  even[m] = _mm512_and_si512(b, low_bits); \
                  odd[m] = _mm512_and_si512(_mm512_srli_epi16(b, 4), low_bits); \
                  s[m] = _mm512_permutexvar_ps(of_lane, _mm512_loadu_ps(scale + m * G + g)); } \
@@ -157,33 +158,33 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
                           h = _mm512_dpbusd_epi32(h, odd[m], ho), l = _mm512_dpbusd_epi32(l, odd[m], lo); \
                           __m512i both = _mm512_add_epi32(_mm512_slli_epi32(h, 8), l); \
                           out[n * M + m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), s[m], out[n * M + m]); } } \
-        if (++waited == wait) waited = 0, g += move; \
+        if (++elapsed == interval) elapsed = 0, g += move; \
     } while (0)
     for (; k + 128 <= a->in; k += 128) NIBBLES(_mm512_loadu_si512(w + m * ldw + k / 2));
     if (k < a->in) NIBBLES(_mm512_maskz_loadu_epi8(tail64((a->in - k) / 2), w + m * ldw + k / 2));
 }
 #endif
 
-/* Blocks of results, into y[row * ldy + output]. Few rows: up to LINE / N outputs, one after the other as they lie in
- * memory, so that their sums are taken together. More rows: four outputs times N rows from `at` on.
+/* Blocks of results, into y[row * ldy + output]. Few rows: up to LANES / N outputs, one after the other in memory
+ * order, so that their sums are taken together. More rows: four outputs times N rows from `at` on.
  */
-#define LINE 16
-#define TURNS 64          /* at most so many blocks of rows */
-typedef struct {           /* what stays the same from block to block */
-    const Act *a;
+#define LANES 16
+#define MAX_ROW_BLOCKS 64
+typedef struct {           /* constant over the blocks */
+    const Activations *a;
     int64_t ldw, ldy, from, to, outs;
     const float *scale, *zero;
-} Job;
-#define BLOCK_ARGS const Job *j, const char *w, int64_t at, const char *next, __m512 *carry, float *y
+} BlockJob;
+#define BLOCK_ARGS const BlockJob *j, const char *w, int64_t at, const char *next, __m512 *carry, float *y
 typedef void (*Block)(BLOCK_ARGS);
 
 #define STREAM(KERNEL, N, AHEAD) \
     static void KERNEL##_stream##N(BLOCK_ARGS) { \
-        __m512 v[LINE]; \
-        float total[LINE]; \
+        __m512 v[LANES]; \
+        float total[LANES]; \
         int64_t G = padded_groups(j->a->groups), outs = j->outs, ldw = j->ldw; \
         (void)carry; \
-        for (int64_t i = 0; i < LINE; i++) v[i] = _mm512_setzero_ps(); \
+        for (int64_t i = 0; i < LANES; i++) v[i] = _mm512_setzero_ps(); \
         for (int64_t m = 0; m < outs; m++) \
             KERNEL(1, N, AHEAD, w + m * ldw, ldw, j->a, at, j->scale + m * G, j->zero + m * G, next, j->from, j->to, \
                    v + m * N); \
@@ -192,10 +193,10 @@ typedef void (*Block)(BLOCK_ARGS);
     }
 #define BLOCK(KERNEL, NAME, M, N, AHEAD, PART) \
     static void KERNEL##_##NAME(BLOCK_ARGS) { \
-        __m512 v[LINE]; \
+        __m512 v[LANES]; \
         int64_t ldy = j->ldy, from = PART ? j->from : 0, to = PART ? j->to : j->a->in; \
         (void)carry; \
-        UNROLL for (int i = 0; i < LINE; i++) v[i] = PART && from > 0 && i < M * N ? carry[i] : _mm512_setzero_ps(); \
+        UNROLL for (int i = 0; i < LANES; i++) v[i] = PART && from > 0 && i < M * N ? carry[i] : _mm512_setzero_ps(); \
         KERNEL(M, N, AHEAD, w, j->ldw, j->a, at, j->scale, j->zero, next, from, to, v); \
         if (PART && to < j->a->in) { \
             UNROLL for (int i = 0; i < M * N; i++) carry[i] = v[i]; \
@@ -207,8 +208,8 @@ typedef void (*Block)(BLOCK_ARGS);
         if (N > 2) _mm_storeu_ps(y + 2 * ldy, _mm512_extractf32x4_ps(total, 2)); \
         if (N > 3) _mm_storeu_ps(y + 3 * ldy, _mm512_extractf32x4_ps(total, 3)); \
     }
-/* [streamed; four outputs and fetching 0, 1, 2, 4 rows; the same of a part of the inputs][rows - 1] */
-enum { STREAMED = 0, FETCHING = 1, IN_PARTS = 4 };
+/* [streamed; four outputs and prefetching 0, 1, 2, 4 rows; the same over a part of the inputs][rows - 1] */
+enum { STREAMED = 0, PREFETCHING = 1, SPLIT_INPUTS = 4 };
 #define BLOCKS(KERNEL, PRE, PART) \
     BLOCK(KERNEL, PRE##1, 4, 1, 0, PART) BLOCK(KERNEL, PRE##2, 4, 2, 0, PART) BLOCK(KERNEL, PRE##3, 4, 3, 0, PART) \
     BLOCK(KERNEL, PRE##4, 4, 4, 0, PART) BLOCK(KERNEL, PRE##far1, 4, 4, 1, PART) \
@@ -217,14 +218,15 @@ enum { STREAMED = 0, FETCHING = 1, IN_PARTS = 4 };
     {KERNEL##_##PRE##1, KERNEL##_##PRE##2, KERNEL##_##PRE##3, KERNEL##_##PRE##4}, {0, 0, 0, KERNEL##_##PRE##far1}, \
     {0, 0, 0, KERNEL##_##PRE##far2}, {0, 0, 0, KERNEL##_##PRE##far4}
 #define FAMILY(KERNEL) \
-    STREAM(KERNEL, 1, NEAR) STREAM(KERNEL, 2, NEAR) STREAM(KERNEL, 3, NEAR) STREAM(KERNEL, 4, NEAR) \
-    BLOCKS(KERNEL, all, 0) BLOCKS(KERNEL, part, 1) \
+    STREAM(KERNEL, 1, PREFETCH_NEAR) STREAM(KERNEL, 2, PREFETCH_NEAR) \
+    STREAM(KERNEL, 3, PREFETCH_NEAR) STREAM(KERNEL, 4, PREFETCH_NEAR) \
+    BLOCKS(KERNEL, all, 0) BLOCKS(KERNEL, k_block, 1) \
     static const Block KERNEL##_blocks[9][4] = { \
         {KERNEL##_stream1, KERNEL##_stream2, KERNEL##_stream3, KERNEL##_stream4}, \
-        TABLE(KERNEL, all), TABLE(KERNEL, part)};
+        TABLE(KERNEL, all), TABLE(KERNEL, k_block)};
 /* Two rows at a time where each needs two accumulators per output; never in parts. */
 #define PAIR_FAMILY(KERNEL) \
-    STREAM(KERNEL, 1, NEAR_CODES) STREAM(KERNEL, 2, NEAR_CODES) BLOCK(KERNEL, 1, 4, 1, 0, 0) \
+    STREAM(KERNEL, 1, PREFETCH_NEAR_CODES) STREAM(KERNEL, 2, PREFETCH_NEAR_CODES) BLOCK(KERNEL, 1, 4, 1, 0, 0) \
     BLOCK(KERNEL, 2, 4, 2, 0, 0) BLOCK(KERNEL, far1, 4, 2, 1, 0) BLOCK(KERNEL, far2, 4, 2, 2, 0) \
     BLOCK(KERNEL, far4, 4, 2, 4, 0) \
     static const Block KERNEL##_blocks[9][4] = {{KERNEL##_stream1, KERNEL##_stream2, 0, 0}, \
@@ -242,7 +244,7 @@ PAIR_FAMILY(nibble_kernel)
 
 /* Scales and zero points of output o as floats. */
 static void read_scales(const Matrix *m, int64_t o, float *scale, float *zero) {
-    for (int64_t g = 0; g < m->groups; g += 16) {    /* places past the groups meet codes that are 0 */
+    for (int64_t g = 0; g < m->groups; g += 16) {    /* scales past the last group multiply codes that are 0 */
         __m512 s, z;
         scales_at(m, o, g, &s, &z);
         _mm512_store_ps(scale + g, s);
@@ -250,35 +252,35 @@ static void read_scales(const Matrix *m, int64_t o, float *scale, float *zero) {
     }
 }
 
-/* Where one scale is a whole row's, products with bfloat16 are with the codes themselves, and their sums are scaled. */
-INLINE int scaled_after(const Matrix *m) { return m->kind == INT8 && m->groups == 1; }
+/* With one scale per row, bfloat16 products use the codes themselves, and the sums are scaled. */
+INLINE int scale_after_sum(const Matrix *m) { return m->kind == INT8 && m->groups == 1; }
 
 #ifdef __AVX512BF16__
-/* Codes of a row as bfloat16, exactly and without their scale, which the sums get. */
+/* Codes of a row as bfloat16, exactly and without their scale, which is applied to the sums. */
 static void widen_bytes(const uint8_t *row, int64_t in, uint16_t *to) {
     for (int64_t k = 0; k < in; k += 32) {
         __m256i codes = _mm256_maskz_loadu_epi8(tail32(in - k), row + k);
         __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
         __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
         _mm512_mask_storeu_epi16(to + k, tail32(in - k), (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        _mm_prefetch((const char *)row + FAR + k, _MM_HINT_T1);
+        _mm_prefetch((const char *)row + PREFETCH_FAR + k, _MM_HINT_T1);
     }
 }
 
-/* A group of nibbles has sixteen values: they are looked up. */
+/* A group of nibbles has sixteen possible values: a table look-up. */
 static void look_up_nibbles(const Matrix *m, const uint8_t *row, const float *scale, const float *zero, uint16_t *to) {
     const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int64_t g = 0; g < m->groups; g++) {
         __m512i values = _mm512_castsi256_si512(narrow(_mm512_fmadd_ps(codes, _mm512_set1_ps(scale[g]),
                                                                        _mm512_set1_ps(zero[g]))));
-        for (int64_t k = g * m->group, end = least(m->in, k + m->group); k < end; k += 32) {
-            int64_t bytes = least(16, (end - k) / 2);
+        for (int64_t k = g * m->group, end = min_i64(m->in, k + m->group); k < end; k += 32) {
+            int64_t bytes = min_i64(16, (end - k) / 2);
             __m128i some = _mm_maskz_loadu_epi8(tail16(bytes), row + k / 2);
             __m512i pair = _mm512_cvtepu8_epi32(some);    /* low nibble to the low word, high nibble to the high one */
             pair = _mm512_and_si512(_mm512_or_si512(pair, _mm512_slli_epi32(pair, 12)), _mm512_set1_epi32(0x000f000f));
             _mm512_mask_storeu_epi16(to + k, tail32(end - k), _mm512_permutexvar_epi16(pair, values));
         }
-        _mm_prefetch((const char *)row + FAR / 2 + g * m->group / 2, _MM_HINT_T1);
+        _mm_prefetch((const char *)row + PREFETCH_FAR / 2 + g * m->group / 2, _MM_HINT_T1);
     }
 }
 #endif
@@ -287,12 +289,12 @@ static void look_up_nibbles(const Matrix *m, const uint8_t *row, const float *sc
 static void decode(const Matrix *m, int64_t o, const float *scale, const float *zero, int64_t as, void *to) {
     const uint8_t *row = (const uint8_t *)m->weight + o * row_bytes(m);
 #ifdef __AVX512BF16__
-    if (as == BFLOAT16 && scaled_after(m)) { widen_bytes(row, m->in, to); return; }
+    if (as == BFLOAT16 && scale_after_sum(m)) { widen_bytes(row, m->in, to); return; }
     if (as == BFLOAT16 && m->kind == INT4) { look_up_nibbles(m, row, scale, zero, to); return; }
 #endif
     for (int64_t g = 0; g < m->groups; g++) {
         __m512 step = _mm512_set1_ps(scale[g]), start = _mm512_set1_ps(zero[g]);
-        for (int64_t k = g * m->group, end = least(m->in, k + m->group); k < end; k += 16) {
+        for (int64_t k = g * m->group, end = min_i64(m->in, k + m->group); k < end; k += 16) {
             __mmask16 mask = tail16(end - k);
             __m512 w;
             if (m->kind == INT8) {
@@ -310,55 +312,58 @@ static void decode(const Matrix *m, int64_t o, const float *scale, const float *
 }
 
 typedef struct {
-    float *scale, *zero;   /* of WIDE outputs */
-    char *weight;          /* LINE decoded outputs, or WIDE turned ones */
-    __m512 *carry;         /* sums of QUADS times four outputs and all rows, between one part of the inputs and the next */
-} Decoded;
+    float *scale, *zero;   /* of TILE_OUTPUTS outputs */
+    char *weight;          /* LANES decoded outputs, or TILE_OUTPUTS transposed ones */
+    __m512 *carry;         /* partial sums of BLOCK_QUADS times four outputs and all rows, between blocks of inputs */
+} DecodeScratch;
 
-static void blocks(const Matrix *m, const Act *a, int64_t first, int64_t last, float *y, int64_t ldy,
-                   const Decoded *room) {
-    const int coded = m->kind == INT8 || m->kind == INT4, direct = a->shape == AS_BYTES || a->shape == AS_NIBBLES;
+static void blocks(const Matrix *m, const Activations *a, int64_t first, int64_t last, float *y, int64_t ldy,
+                   const DecodeScratch *scratch) {
+    const int coded = m->kind == INT8 || m->kind == INT4;
+    const int direct = a->format == AS_BYTE_PLANES || a->format == AS_NIBBLE_PLANES;
     const Block (*kernels)[4] = !coded && m->kind == BFLOAT16 ? widening_kernel_blocks : float_kernel_blocks;
-    int64_t bytes = coded && !direct ? (a->shape == AS_HALF ? 2 : 4) * m->in : row_bytes(m);
+    int64_t bytes = coded && !direct ? (a->format == AS_BFLOAT16 ? 2 : 4) * m->in : row_bytes(m);
     int64_t G = padded_groups(m->groups), width = direct ? 2 : 4;
 #ifdef __AVX512BF16__
-    if (a->shape == AS_HALF) kernels = half_kernel_blocks;
+    if (a->format == AS_BFLOAT16) kernels = half_kernel_blocks;
 #ifdef __AVX512VNNI__
-    if (a->shape == AS_BYTES) kernels = byte_kernel_blocks;
-    if (a->shape == AS_NIBBLES) kernels = nibble_kernel_blocks;
+    if (a->format == AS_BYTE_PLANES) kernels = byte_kernel_blocks;
+    if (a->format == AS_NIBBLE_PLANES) kernels = nibble_kernel_blocks;
 #endif
 #endif
-    const int streaming = a->rows < (direct ? 3 : 4), few = a->rows <= FEW;
-    const int64_t quads = few && !coded ? QUADS : 1, deep = (few ? DEEP_FEW : DEEP_MANY) / (a->shape == AS_HALF ? 2 : 4);
-    /* Of four outputs ahead, how many the blocks of rows before this one have fetched: they share the work. */
-    const int64_t turns = (a->rows + width - 1) / width, full = most(1, a->rows / width);
-    int fetched[TURNS + 1];
-    for (int64_t t = 0; t <= turns; t++) fetched[t] = coded && !direct ? 0 : (int)(4 * least(t, full) / full);
+    const int streaming = a->rows < (direct ? 3 : 4), few = a->rows <= FEW_ROWS;
+    const int64_t quads = few && !coded ? BLOCK_QUADS : 1;
+    const int64_t block_inputs = (few ? BLOCK_BYTES_FEW : BLOCK_BYTES_MANY) / (a->format == AS_BFLOAT16 ? 2 : 4);
+    /* Of four outputs ahead, how many the earlier row blocks have prefetched. */
+    const int64_t row_blocks = (a->rows + width - 1) / width, full = max_i64(1, a->rows / width);
+    int fetched[MAX_ROW_BLOCKS + 1];
+    for (int64_t t = 0; t <= row_blocks; t++) fetched[t] = coded && !direct ? 0 : (int)(4 * min_i64(t, full) / full);
     for (int64_t o = first, M; o < last; o += M) {
         const int streamed = streaming || last - o < 4;
-        M = streamed ? least(last - o, LINE / least(width, a->rows)) : last - o < 4 * quads ? 4 : 4 * quads;
+        M = streamed ? min_i64(last - o, LANES / min_i64(width, a->rows)) : last - o < 4 * quads ? 4 : 4 * quads;
         const char *w = (const char *)m->weight + o * row_bytes(m);
         if (coded) for (int64_t i = 0; i < M; i++) {
-            read_scales(m, o + i, room->scale + i * G, room->zero + i * G);
-            if (!direct) decode(m, o + i, room->scale + i * G, room->zero + i * G,
-                                a->shape == AS_HALF ? BFLOAT16 : FLOAT32, room->weight + i * bytes);
+            read_scales(m, o + i, scratch->scale + i * G, scratch->zero + i * G);
+            if (!direct) decode(m, o + i, scratch->scale + i * G, scratch->zero + i * G,
+                                a->format == AS_BFLOAT16 ? BFLOAT16 : FLOAT32, scratch->weight + i * bytes);
         }
-        if (coded && !direct) w = room->weight;
-        const int64_t part = streamed || coded ? a->in : deep;
+        if (coded && !direct) w = scratch->weight;
+        const int64_t k_block = streamed || coded ? a->in : block_inputs;
         const int64_t outs = streamed ? M : 4;
-        for (int64_t from = 0; from < a->in; from += part) {
-            Job job = {a, bytes, ldy, from, least(a->in, from + part), outs, room->scale, room->zero};
-            for (int64_t t = 0, n = 0; t < turns; t++, n += width) {
-                int more = streamed ? 0 : fetched[t + 1] - fetched[t];
-                int way = streamed ? STREAMED : FETCHING + (more < 4 ? more : 3) + (part < a->in ? IN_PARTS : 0);
-                Block block = kernels[way][least(width, a->rows - n) - 1];
+        for (int64_t from = 0; from < a->in; from += k_block) {
+            BlockJob job = {a, bytes, ldy, from, min_i64(a->in, from + k_block), outs, scratch->scale, scratch->zero};
+            for (int64_t t = 0, n = 0; t < row_blocks; t++, n += width) {
+                int n_prefetch = streamed ? 0 : fetched[t + 1] - fetched[t];
+                int variant = streamed ? STREAMED : PREFETCHING + (n_prefetch < 4 ? n_prefetch : 3)
+                                                    + (k_block < a->in ? SPLIT_INPUTS : 0);
+                Block block = kernels[variant][min_i64(width, a->rows - n) - 1];
                 for (int64_t i = 0; i < M; i += outs)
                     block(&job, w + i * bytes, n, w + (i + 8 + fetched[t]) * bytes,
-                          room->carry + (QUADS * t + i / 4) * LINE, y + n * ldy + o + i - first);
+                          scratch->carry + (BLOCK_QUADS * t + i / 4) * LANES, y + n * ldy + o + i - first);
             }
         }
     }
-    const int scaled = a->shape == AS_HALF && scaled_after(m);
+    const int scaled = a->format == AS_BFLOAT16 && scale_after_sum(m);
     for (int64_t n = 0; n < a->rows; n++) {
         if (scaled) for (int64_t o = first; o < last; o += 16) {
             __mmask16 mask = tail16(last - o);
@@ -371,28 +376,28 @@ static void blocks(const Matrix *m, const Act *a, int64_t first, int64_t last, f
 }
 
 /* y[n * ldy + o - first] for outputs first .. last - 1 and all rows of `a`. */
-static void product(const Matrix *m, const Act *a, int64_t first, int64_t last, float *y, int64_t ldy,
-                    const Decoded *room) {
+static void product(const Matrix *m, const Activations *a, int64_t first, int64_t last, float *y, int64_t ldy,
+                    const DecodeScratch *scratch) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
-    if (a->shape == AS_EIGHTS || a->shape == AS_NIBBLE_EIGHTS)
-        tiles(m, a, first, last, y, ldy, room->scale, room->zero, (int8_t *)room->weight);
+    if (a->format == AS_INT8 || a->format == AS_INT8_SPLIT)
+        tiles(m, a, first, last, y, ldy, scratch->scale, scratch->zero, (int8_t *)scratch->weight);
     else
 #endif
-    blocks(m, a, first, last, y, ldy, room);
+    blocks(m, a, first, last, y, ldy, scratch);
     if (m->bias) for (int64_t n = 0; n < a->rows; n++)
         for (int64_t o = 0; o < last - first; o++) y[n * ldy + o] += m->bias[first + o];
 }
 
-/* This thread's outputs of a matrix: one run of them, since prefetching pays within a run. */
-INLINE void share(int64_t n, int id, int threads, int64_t *first, int64_t *last) {
-    int64_t lines = (n + LINE - 1) / LINE;
-    *first = least(n, lines * id / threads * LINE), *last = least(n, lines * (id + 1) / threads * LINE);
+/* This thread's outputs of a matrix: one contiguous range, since prefetching pays within a range. */
+INLINE void thread_range(int64_t n, int id, int threads, int64_t *first, int64_t *last) {
+    int64_t lines = (n + LANES - 1) / LANES;
+    *first = min_i64(n, lines * id / threads * LANES), *last = min_i64(n, lines * (id + 1) / threads * LANES);
 }
 
-/* Bring the beginning of this thread's share nearer while it waits for the others. */
-static void announce(const Matrix *m, int id, int threads) {
+/* Prefetch the beginning of this thread's range while it waits for the others. */
+static void prefetch_weights(const Matrix *m, int id, int threads) {
     int64_t first, last, bytes = row_bytes(m);
-    share(m->out, id, threads, &first, &last);
+    thread_range(m->out, id, threads, &first, &last);
     const char *from = (const char *)m->weight + first * bytes;
-    for (int64_t i = 0; i < least(FAR, (last - first) * bytes); i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
+    for (int64_t i = 0; i < min_i64(PREFETCH_FAR, (last - first) * bytes); i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
 }
