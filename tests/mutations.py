@@ -68,8 +68,8 @@ MUTATIONS = (
     Mutation(
         "whole documents are cut where transforms add tokens",
         "data/stream.py",
-        "if room > 0 and (self.packing.splits or not fitted):",
-        "if room > 0:",
+        "if free > 0 and (self.packing.splits or not fitted):",
+        "if free > 0:",
         "data/test_training_ports.py::test_what_transforms_add_pushes_whole_documents_into_the_next_row",
     ),
     Mutation(
@@ -302,8 +302,8 @@ MUTATIONS = (
     Mutation(
         "a control group's limit is taken for what is left of it",
         "budget/machine.py",
-        "rooms = [max(0, limit - used) for limit, used in _memory_groups(Path(root))]",
-        "rooms = [limit for limit, used in _memory_groups(Path(root))]",
+        "headroom = [max(0, limit - used) for limit, used in _memory_groups(Path(root))]",
+        "headroom = [limit for limit, used in _memory_groups(Path(root))]",
         "budget/test_machine.py::test_a_container_sees_its_limit_and_what_is_left_of_it",
     ),
     # laws and evaluation
