@@ -4,7 +4,7 @@
 
 The dual potentials f, g give the gradient: d OT / d a_i = f_i up to a constant, since the weights sum to 1. `exact`
 solves the linear program (hundreds of points), `sinkhorn` the one with entropy, in the log domain (Cuturi 2013,
-arXiv:1306.0895), with the bias taken out where `debiased` is asked for (Feydy et al. 2019, arXiv:1810.08278).
+arXiv:1306.0895). Its cost keeps the bias of the entropy.
 """
 
 from __future__ import annotations
