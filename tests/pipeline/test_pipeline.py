@@ -243,6 +243,7 @@ def _figures(folder: Path) -> dict[str, object]:
         "steps",
         "model",
         "adapter",
+        "base",
         "stats",
         "queries_per_second",
         "training_seconds",
