@@ -83,7 +83,6 @@ NOT_YET: dict[str, set[str]] = {
     "src/modicum/cli/show.py": {"found"},
     "src/modicum/compress/yardstick.py": {"yardsticks"},
     "src/modicum/core/registry.py": {"room"},
-    "src/modicum/data/curate.py": {"books"},
     "src/modicum/data/readers.py": {"places"},
     "src/modicum/data/shards.py": {"told"},
     "src/modicum/evaluate/": {"asked", "found", "place", "places", "road", "room", "said", "share", "shares"},

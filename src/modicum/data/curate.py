@@ -76,10 +76,6 @@ class Curation:
             raise CorruptError(f"{path} is damaged ({error}); delete it and curate again") from None
 
     @property
-    def books(self) -> dict[str, Any]:
-        return self.stats
-
-    @property
     def domains(self) -> list[str]:
         return sorted(self.stats["splits"]["train"]["domains"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ import torch
 from modicum.budget import Cost
 from modicum.budget.meter import resident_now
 from modicum.budget.trace import trace
-from modicum.core import registry
 from modicum.core.errors import UserError
 from modicum.core.files import fingerprint
 from modicum.data.stream import Batch
@@ -29,11 +27,11 @@ from modicum.pipeline.plan import Planner
 from modicum.pipeline.stage import Input
 from modicum.pipeline.worker import trim_allocator
 from modicum.retrieve.encoders import Encoder, make_encoder
+from modicum.train import forecast
 from modicum.train.config import TrainConfig
 from modicum.train.engine import TrainEngine
 from modicum.train.forecast import blank, phases, step_cost
 from modicum.train.forecast import step as train_step
-from modicum.train.forms import with_form
 
 BATCH = 3  # requests that the plan times together
 DEEP = 3  # layers of the shallow models that a deep one is traced by
@@ -94,19 +92,10 @@ def training_cost(
 
 
 def checkpoint_bytes(shape: DecoderConfig, config: TrainConfig) -> float:
-    """Bytes of one checkpoint: the trained weights, in float32 where masters stand behind bf16 ones, and the state that
-    the optimizer says it has."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def work() -> None:
-        model = with_form(blank(shape), config)
-        shapes.update({name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad})
-
-    trace(work)
-    choice = config.choice("optimizer")
-    state: Cost = registry.load("optimizer", choice.method).cls.cost(choice.config(), shapes)
-    each = 4 if config.masters or config.dtype == "float32" else 2
-    return sum(map(math.prod, shapes.values())) * each + state.peak_bytes
+    """Bytes of one checkpoint of a model of this shape, made without data."""
+    made: list[float] = []
+    trace(lambda: made.append(forecast.checkpoint_bytes(blank(shape), config)))
+    return made[0]
 
 
 def fits(shape: DecoderConfig, config: TrainConfig) -> bool:

@@ -109,14 +109,17 @@ def planned_flops(engine: TrainEngine, begin: int, end: int, samples: int = 256)
 
 
 def checkpoint_bytes(model: nn.Module, config: TrainConfig) -> float:
-    """Bytes of one checkpoint: the trained weights in float32, the optimizer's state by its own forecast, averages."""
+    """Bytes of one checkpoint: the trained weights, in float32 where masters stand behind bf16 ones, the optimizer's
+    state by its own forecast, and the averages, in float32. Reads no value: `model` may be one without data."""
     model = with_form(model, config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     choice = config.choice("optimizer")
     state = registry.load("optimizer", choice.method).cls.cost(choice.config(), shapes).peak_bytes
-    weights = 4 * sum(math.prod(shape) for shape in shapes.values())
-    averaged = config.choice("averaging").method != registry.port("averaging").baseline
-    return float(weights * (2 if averaged else 1) + state)
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    each = 4 if config.masters or config.dtype == "float32" else 2
+    if config.choice("averaging").method != registry.port("averaging").baseline:
+        each += 4
+    return float(each * numbers + state)
 
 
 def run_flops(model: nn.Module, config: TrainConfig) -> float:

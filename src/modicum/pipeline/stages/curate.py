@@ -123,7 +123,7 @@ class Curate(Stage[Section]):
                 "documents_out": b["documents_out"],
                 "seconds": b["seconds"],
             }
-            for b in made.books["steps"]
+            for b in made.stats["steps"]
         ]
         drops: dict[str, int] = {}
         for by_reason in made.drops.values():
@@ -131,11 +131,11 @@ class Curate(Stage[Section]):
                 drops[reason] = drops.get(reason, 0) + n
         return {
             "folder": str(made.folder),
-            "documents_in": made.books["steps"][0]["documents_in"],
+            "documents_in": made.stats["steps"][0]["documents_in"],
             "documents_out": made.count("documents") + made.count("documents", "heldout"),
             "steps": steps,
             "drops": dict(sorted(drops.items(), key=lambda item: -item[1])),
-            "domains": made.books["splits"]["train"]["domains"],
+            "domains": made.stats["splits"]["train"]["domains"],
             "tokens_train": made.count("tokens"),
             "tokens_heldout": made.count("tokens", "heldout"),
             "vocab_size": made.tokenizer().vocab_size,
