@@ -123,15 +123,37 @@ def transformers(folder: Path, size: Size, form: str) -> Columns:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
-    def run(prompt: int, tokens: int) -> float:
+    def run(prompt: int, tokens: int) -> list[float]:
+        """The moments of the start and of each token's arrival."""
         ids = torch.arange(1, prompt + 1)[None]
         options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-        return seconds_of(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+        arrivals = Arrivals()
+        with torch.inference_mode():
+            model.generate(ids, attention_mask=torch.ones_like(ids), streamer=arrivals, **options)
+        return arrivals.moments
 
     def decode() -> float:
-        return size.tokens / (run(size.prompt, size.tokens + 1) - run(size.prompt, 1))
+        _, first, *_, last = run(size.prompt, size.tokens + 1)
+        return size.tokens / (last - first)
 
-    return {f"decode {form}": decode, f"prefill {form}": lambda: size.prefill / run(size.prefill, 1)}
+    def prefill() -> float:
+        start, first = run(size.prefill, 1)
+        return size.prefill / (first - start)
+
+    return {f"decode {form}": decode, f"prefill {form}": prefill}
+
+
+class Arrivals:
+    """A streamer for `generate`, which gives it the prompt, then each token."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.moments.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
