@@ -5,7 +5,7 @@ import pytest
 
 from modicum.core import registry
 from modicum.core.errors import UserError
-from modicum.laws import transport
+from modicum.data import transport
 from modicum.laws.forms import cmr, precog, projektor
 
 

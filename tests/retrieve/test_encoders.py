@@ -10,6 +10,7 @@ from retrieve_toys import TEXTS, random_llama
 
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.registry import build
+from modicum.data.latent import Latent
 from modicum.data.tokenizer import Tokenizer
 from modicum.retrieve.encoders import (
     DecoderEncoder,
@@ -22,7 +23,6 @@ from modicum.retrieve.encoders import (
 from modicum.retrieve.indexes import Index, open_index
 from modicum.retrieve.indexes.exact import Exact
 from modicum.retrieve.indexes.hnsw import HNSW
-from modicum.retrieve.latent import Latent
 from modicum.retrieve.measure import measure
 from modicum.retrieve.whiten import Whitener
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from modicum.retrieve.bm25 import tokenize
+from modicum.data.terms import tokenize
 
 SUPPORT = 0.7  # fraction of a sentence's content words that a source must contain
 

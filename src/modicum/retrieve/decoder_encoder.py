@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from modicum.core.errors import CorruptError, UserError, unknown
+from modicum.data.latent import Latent
 from modicum.retrieve.encoder import Encoder, unit
-from modicum.retrieve.latent import Latent
 from modicum.retrieve.passages import grouped
 from modicum.retrieve.whiten import Whitener
 

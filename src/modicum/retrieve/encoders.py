@@ -11,10 +11,10 @@ import numpy as np
 
 from modicum.core.errors import MissingExtra, UserError, unknown
 from modicum.core.files import read_json
+from modicum.data.latent import Latent
 from modicum.model import sources
 from modicum.retrieve.decoder_encoder import DecoderEncoder
 from modicum.retrieve.encoder import Encoder, fingerprint, unit
-from modicum.retrieve.latent import Latent
 from modicum.retrieve.plain_sentence import PlainSentence
 
 __all__ = [

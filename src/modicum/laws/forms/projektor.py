@@ -4,7 +4,7 @@
     beyond:                V(N, p) = [ log(N / N0) V(N1, p) - log(N / N1) V(N0, p) ] / log(N1 / N0)
 
 p are the shares of the sources (they sum to 1, so the last one is left out), OT(p) the optimal-transport distance of
-the mixture to held-out text of the target (`laws.transport`), a column `transport` of the rows. The second step has no
+the mixture to held-out text of the target (`data.transport`), a column `transport` of the rows. The second step has no
 parameters: it goes straight on in the logarithm of the size. `select` follows the gradient to the best shares, down
 where V is a loss.
 
@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from modicum.core.errors import UserError
+from modicum.data.transport import project_simplex
 from modicum.laws.fit import Fit, Prediction
 from modicum.laws.forms import Law
 from modicum.laws.table import Runs, as_table, to_columns
-from modicum.laws.transport import project_simplex
 
 CLAIM = {"figure": "better selection than scaling-law baselines", "where": "abstract", "scale": "CIFAR-10, 3 sources"}
 FARTHEST = 8.0  # times the larger of the two sizes
@@ -128,7 +128,7 @@ class Projektor(Law):
         """The best shares (M, in the order of `fit.extra["sources"]`) at a size, by projected gradient.
 
         transport(shares) gives the distance of the mixture to the target and its gradient, as
-        `laws.transport.mixture_cost`.
+        `data.transport.mixture_cost`.
         """
         sign = -1.0 if self.target == "loss" else 1.0
         count = len(fit.extra["sources"])

@@ -1,4 +1,4 @@
-"""Latent semantic analysis: a text's term counts, projected onto the main directions of the passages' counts.
+"""Latent semantic analysis: a text's term counts, projected onto the main directions of the texts' counts.
 
 Shape letters: N passages, V terms, D latent directions.
 
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from modicum.core.errors import UserError
-from modicum.retrieve.bm25 import tokenize
+from modicum.data.terms import tokenize
 
 SAMPLE = 50_000  # passages the directions are computed from
 TERMS = 32_768  # terms kept, those in most passages first
