@@ -29,28 +29,55 @@ def exact(cost_AB: np.ndarray, a_A: np.ndarray, b_B: np.ndarray) -> tuple[float,
     rows = kron(eye_array(n), np.ones((1, m))), kron(np.ones((1, n)), eye_array(m))
     from scipy.sparse import vstack
 
-    found = linprog(
+    solution = linprog(
         cost_AB.ravel(), A_eq=vstack(rows).tocsr(), b_eq=np.concatenate([a_A, b_B]), bounds=(0, None), method="highs"
     )
-    if not found.success:
-        raise ValueError(f"the transport problem was not solved: {found.message}")
-    f_A = found.eqlin.marginals[:n]
-    return float(found.fun), f_A - float(f_A @ a_A)
+    if not solution.success:
+        raise ValueError(f"the transport problem was not solved: {solution.message}")
+    f_A = solution.eqlin.marginals[:n]
+    return float(solution.fun), f_A - float(f_A @ a_A)
+
+
+def potentials(
+    cost_AB: np.ndarray, a_A: np.ndarray, b_B: np.ndarray, *, epsilon: float = 0.01, iterations: int = 2000
+) -> tuple[np.ndarray, np.ndarray]:
+    """Potentials f_A and g_B of the entropic problem; `epsilon` is in units of the cost. Unlike those of the linear
+    program they are unique up to one constant."""
+    log_a, log_b = np.log(np.maximum(a_A, 1e-300)), np.log(np.maximum(b_B, 1e-300))
+    f_A, g_B = np.zeros(len(a_A)), np.zeros(len(b_B))
+    for _ in range(iterations):
+        f_A = soft_transform(cost_AB, g_B, log_b, epsilon)
+        new_B = soft_transform(cost_AB.T, f_A, log_a, epsilon)
+        moved = float(np.abs(new_B - g_B).max())
+        g_B = new_B
+        if moved < 1e-7 * max(epsilon, 1e-12):
+            break
+    return f_A, g_B
+
+
+def soft_transform(cost_AB: np.ndarray, g_B: np.ndarray, log_b: np.ndarray, epsilon: float) -> np.ndarray:
+    """f_A = -epsilon logsumexp_j((g_j - c_ij) / epsilon + log b_j): the potential of any points from the other side's.
+
+    At the optimum it gives back f of the points that were solved with, so it extends f to points that were not.
+    """
+    f_A: np.ndarray = -epsilon * logsumexp((g_B - cost_AB) / epsilon + log_b, axis=1)
+    return f_A
+
+
+def calibrated(f_A: np.ndarray) -> np.ndarray:
+    """What the cost changes by when mass moves to point i evenly from all others: f_i - mean of the other f.
+
+    For equal weights (Just et al. 2023, arXiv:2305.00054, section 3.2).
+    """
+    return (len(f_A) * f_A - f_A.sum()) / (len(f_A) - 1)
 
 
 def sinkhorn(
     cost_AB: np.ndarray, a_A: np.ndarray, b_B: np.ndarray, *, epsilon: float = 0.01, iterations: int = 2000
 ) -> tuple[float, np.ndarray]:
     """Cost <P, C> of the entropic plan and its potential f_A, centred. `epsilon` is in units of the cost."""
+    f_A, g_B = potentials(cost_AB, a_A, b_B, epsilon=epsilon, iterations=iterations)
     log_a, log_b = np.log(np.maximum(a_A, 1e-300)), np.log(np.maximum(b_B, 1e-300))
-    f_A, g_B = np.zeros(len(a_A)), np.zeros(len(b_B))
-    for _ in range(iterations):
-        f_A = -epsilon * logsumexp((g_B - cost_AB) / epsilon + log_b, axis=1)
-        new_B = -epsilon * logsumexp((f_A[:, None] - cost_AB) / epsilon + log_a[:, None], axis=0)
-        moved = float(np.abs(new_B - g_B).max())
-        g_B = new_B
-        if moved < 1e-7 * max(epsilon, 1e-12):
-            break
     plan_AB = np.exp((f_A[:, None] + g_B - cost_AB) / epsilon + log_a[:, None] + log_b)
     return float((plan_AB * cost_AB).sum()), f_A - float(f_A @ a_A)
 
