@@ -154,7 +154,7 @@ def test_adapted_folder_is_the_trained_model(place: Path, tmp_path: Path, name: 
 def test_a_model_folder_gives_equal_logits(place: Path, tmp_path: Path, name: str) -> None:
     model = load_model(place / "model", dtype=torch.float32)
     attach.attach(model, {"layers.*": "int8"})
-    made = attach.attach(model, dict.fromkeys(attach.places(model, FORMS[name]), FORMS[name]))
+    made = attach.attach(model, dict.fromkeys(attach.target_modules(model, FORMS[name]), FORMS[name]))
     with torch.no_grad():
         for form in made.values():
             if name == "increlora":
@@ -228,7 +228,7 @@ def test_forecasts_of_training_memory(choice: str) -> None:
     config = TrainConfig(steps=10, sequence_length=128, batch_sequences=8, optimizer="adamw:weight_decay=0")
 
     def adapted(model: Decoder) -> Decoder:
-        attach.attach(model, dict.fromkeys(attach.places(model, choice), choice))
+        attach.attach(model, dict.fromkeys(attach.target_modules(model, choice), choice))
         return model
 
     def work() -> None:

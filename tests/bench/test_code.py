@@ -120,9 +120,12 @@ def test_words_do_not_count_and_strings_do(tmp_path: Path) -> None:
     assert made('"""One."""\n\nx = 2\nt = """\n# a\n"""\n') != first
 
 
-def test_native_sources_are_behind_what_the_engine_measures() -> None:
-    names = {path.name for path in code.method_files("kv", "snapkv")}
-    assert {"snapkv.py", "engine.py", "step.c", "kv.py"} <= names
+def test_what_decides_is_the_method_its_bench_and_what_they_import() -> None:
+    names = {path.relative_to(registry.ROOT).as_posix() for path in code.method_files("kv", "snapkv")}
+    assert {"serve/kv/snapkv.py", "serve/kv/__init__.py", "bench/ports/kv.py", "bench/training.py"} <= names
+    assert "train/loop.py" not in names, "behind bench/training.py: with the loop every record would always be stale"
+    stored = {path.name for path in code.method_files("linear", "int8")}
+    assert "_linear_stored.py" in stored, "the bench's private helper"
 
 
 def test_baselines_are_measured_once_per_lab(tmp_path: Path) -> None:

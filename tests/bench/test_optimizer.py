@@ -50,7 +50,7 @@ def test_the_tuning_seed_is_not_reported_and_its_cost_is(monkeypatch):
         return real(bench, choice, seed, factor, decay)
 
     monkeypatch.setattr(optimizer, "_run", counted)
-    monkeypatch.setattr(optimizer, "_found", {})
+    monkeypatch.setattr(optimizer, "_tuned", {})
     settings = _settings(rates=(1.0, 3.0), decays=(0.3,), widen=0)
     choice = Choice("optimizer", "adamw")
     first, again = (optimizer.measure(choice, seed, settings).metrics for seed in (0, 1))
@@ -64,7 +64,7 @@ def test_the_tuning_seed_is_not_reported_and_its_cost_is(monkeypatch):
 
 def test_a_decay_that_was_given_is_kept(monkeypatch):
     decays = []
-    monkeypatch.setattr(optimizer, "_found", {})
+    monkeypatch.setattr(optimizer, "_tuned", {})
     monkeypatch.setattr(optimizer, "search", lambda bits, rates, given, widen: decays.append(given) or (1.0, None, 0))
     settings = _settings(decays=(0.0, 0.1))
     for knobs, expected in (({}, (0.0, 0.1)), ({"weight_decay": 0.3}, ())):

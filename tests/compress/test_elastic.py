@@ -1,10 +1,7 @@
 """Models in blocks: what lies where in the file, loading to a size, growing and shrinking, the measured order."""
 
-import importlib.metadata
 import json
 import shutil
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,6 @@ import torch
 from modicum.compress import calibration
 from modicum.compress.run import compress
 from modicum.compress.stacking import cut, sort_blocks
-from modicum.core import registry
 from modicum.core.errors import CorruptError, UserError
 from modicum.data.tokenizer import Tokenizer
 from modicum.model import attach, elastic
@@ -46,7 +42,7 @@ def stacked(plain: Path) -> Path:
 
 
 def held(model: Decoder) -> dict[str, int]:
-    return {name: form.held for name, form in elastic.elastic_forms(model).items()}
+    return {name: form.loaded for name, form in elastic.elastic_forms(model).items()}
 
 
 def output(model: Decoder) -> torch.Tensor:
@@ -72,7 +68,7 @@ def test_any_size_is_a_prefix_and_never_more_than_asked(stacked: Path, plain: Pa
     full = load_model(stacked)
     everything = elastic.nbytes(full)
     found = elastic.elastic_forms(full)
-    least = everything - sum((f.held - 1) * f.block_nbytes(0) for f in found.values())
+    least = everything - sum((f.loaded - 1) * f.block_nbytes(0) for f in found.values())
     before: dict[str, int] = {}
     errors = []
     reference = output(load_model(plain / "model")).float()
@@ -161,8 +157,8 @@ def test_bits_embeddings_and_the_figures(plain: Path, tmp_path: Path) -> None:
     model = load_model(tmp_path / "five")
     layers = {name: form for name, form in elastic.elastic_forms(model).items() if name != "embed.form"}
     weights = sum(f.in_features * f.out_features for f in layers.values())
-    assert 4.5 < 8 * sum(f.held * f.block_nbytes(0) for f in layers.values()) / weights <= 5
-    assert elastic.elastic_forms(model)["embed.form"].held == 3 and model.lm_head is model.embed.form
+    assert 4.5 < 8 * sum(f.loaded * f.block_nbytes(0) for f in layers.values()) / weights <= 5
+    assert elastic.elastic_forms(model)["embed.form"].loaded == 3 and model.lm_head is model.embed.form
     lost = norm = 0.0
     source = load_model(plain / "model")
     for name, form in elastic.elastic_forms(model).items():
@@ -258,7 +254,7 @@ PLUGIN = """
             return codes.view(torch.int8).view(shape).float() * scale.view(torch.float32)[:, None]
 
         def dense(self):
-            held = sum(self.block_weight(i) for i in range(self.held))
+            held = sum(self.block_weight(i) for i in range(self.loaded))
             return (held if self.partial_sum is None else self.partial_sum).to(self.dtype)
 
         def forward(self, x):
@@ -267,24 +263,9 @@ PLUGIN = """
 
 
 @pytest.fixture
-def halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def halves(install_plugin) -> None:
     """Another any-size form, of blocks of unequal size, as another distribution would install it."""
-    (tmp_path / "halves_plugin.py").write_text(textwrap.dedent(PLUGIN))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    entry = importlib.metadata.EntryPoint("linear/halves", "halves_plugin", "modicum.methods")
-    real = importlib.metadata.entry_points
-    monkeypatch.setattr(
-        importlib.metadata,
-        "entry_points",
-        lambda **chosen: (*real(**chosen), entry) if chosen.get("group") == "modicum.methods" else real(**chosen),
-    )
-    registry.methods.cache_clear()
-    registry.load.cache_clear()
-    yield
-    sys.modules.pop("halves_plugin", None)
-    monkeypatch.undo()
-    registry.methods.cache_clear()
-    registry.load.cache_clear()
+    install_plugin("modicum.methods:linear/halves", "halves_plugin", PLUGIN)
 
 
 def test_a_second_elastic_method_needs_nothing_but_its_file(halves: None, plain: Path, tmp_path: Path) -> None:

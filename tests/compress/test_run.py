@@ -1,4 +1,4 @@
-"""Compressing a stored model: what is written, how large it is, how near it stays; yardsticks."""
+"""Compressing a stored model: what is written, how large it is, how near it stays; general-purpose compressors."""
 
 import json
 import lzma
@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modicum.compress.general_purpose import compressor_bits
 from modicum.compress.run import compress, weight_bytes
-from modicum.compress.yardstick import yardsticks
 from modicum.core.errors import UserError
 from modicum.data.document import Document, write_documents
 from modicum.data.tokenizer import Tokenizer
@@ -123,28 +123,28 @@ def test_compressing_twice_and_other_mistakes(stored, tmp_path: Path) -> None:
         compress(folder, "int8", folder)
 
 
-def test_yardsticks_are_those_programs() -> None:
+def test_general_purpose_compressors_are_those_programs() -> None:
     def lines(first: int, last: int) -> str:
         return " ".join(f"line {i} says {i * i % 97} and {i % 13}" for i in range(first, last))
 
     text, train = lines(0, 2000), [lines(n, n + 200) for n in range(0, 4000, 200)]
-    found = yardsticks(text.encode(), train)
+    found = compressor_bits(text.encode(), train)
     assert list(found) == ["xz -9", "zstd -19", "zstd -19, dictionary"]
     assert found["xz -9"] == 8 * len(lzma.compress(text.encode(), preset=9)) / len(text)
     assert found["zstd -19, dictionary"] < found["zstd -19"] < 8
     if shutil.which("xz"):
         done = subprocess.run(["xz", "-9", "-c"], input=text.encode(), capture_output=True, check=True)
         assert found["xz -9"] == pytest.approx(8 * len(done.stdout) / len(text), rel=0.01)
-    assert yardsticks([text]) == {k: found[k] for k in ("xz -9", "zstd -19")}
-    assert "zstd -19, dictionary" not in yardsticks([text], ["too little"])
+    assert compressor_bits([text]) == {k: found[k] for k in ("xz -9", "zstd -19")}
+    assert "zstd -19, dictionary" not in compressor_bits([text], ["too little"])
     with pytest.raises(UserError, match="no text"):
-        yardsticks([])
+        compressor_bits([])
 
 
 def test_incompressible_text_costs_its_entropy() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = bytes(torch.randint(0, 256, (50_000,), generator=generator, dtype=torch.uint8).tolist())
-    assert all(8.0 <= bits < 8.05 for bits in yardsticks(noise).values())
+    assert all(8.0 <= bits < 8.05 for bits in compressor_bits(noise).values())
 
 
 def test_verb(stored, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

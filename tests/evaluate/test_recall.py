@@ -25,7 +25,7 @@ def tokenizer() -> Tokenizer:
 def _stream(tokenizer: Tokenizer, text: float = 0.3, **more: object) -> RecallStream:
     words = tokenizer.encode("plain words of a corpus that recalls nothing at all", specials=False)
     corpus = MemoryDocuments({"text": [(words * 9, 1)] * 40})
-    config = RecallConfig(lengths=(64, 128), shares=(0.5, 0.5), text=text)
+    config = RecallConfig(lengths=(64, 128), fractions=(0.5, 0.5), text=text)
     return RecallStream(config, tokenizer, corpus, sequence_length=128, total=2048, seed=3, **more)  # type: ignore[arg-type]
 
 
@@ -76,8 +76,8 @@ def test_a_stopped_run_goes_on(tokenizer: Tokenizer) -> None:
 
 
 def test_refusals(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="shares"):
-        RecallConfig(lengths=(64,), shares=(0.5, 0.5))
+    with pytest.raises(UserError, match="fractions"):
+        RecallConfig(lengths=(64,), fractions=(0.5, 0.5))
     with pytest.raises(UserError, match="divide"):
         RecallStream(RecallConfig(), tokenizer, None, sequence_length=1000, total=1e4)
     with pytest.raises(UserError, match="corpus"):

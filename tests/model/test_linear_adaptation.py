@@ -106,10 +106,10 @@ class Block(nn.Module):
 
 def test_compacters_share_their_slow_matrices_and_train_the_norms() -> None:
     model = nn.Sequential(Block(), Block())
-    picked = attach.places(model, "compacter:bottleneck=8")
+    picked = attach.target_modules(model, "compacter:bottleneck=8")
     assert picked == ["0.o_proj", "0.down_proj", "1.o_proj", "1.down_proj"]
-    assert attach.places(model, "compacter++:bottleneck=8") == ["0.down_proj", "1.down_proj"]
-    assert len(attach.places(model, "lora")) == 6
+    assert attach.target_modules(model, "compacter++:bottleneck=8") == ["0.down_proj", "1.down_proj"]
+    assert len(attach.target_modules(model, "lora")) == 6
     made = attach.attach(model, dict.fromkeys(picked[1:], "compacter:bottleneck=8"))
     first = made["0.down_proj"].slow
     with torch.no_grad():
@@ -134,14 +134,14 @@ def test_compacter_goes_into_the_sublayers_of_hugging_face_models() -> None:
 
     size = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     bert = transformers.BertModel(transformers.BertConfig(**size))
-    assert attach.places(bert, "compacter++") == ["encoder.layer.0.output.dense"]
+    assert attach.target_modules(bert, "compacter++") == ["encoder.layer.0.output.dense"]
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
-    assert attach.places(gpt2, "compacter") == ["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"]
-    attach.attach(gpt2, dict.fromkeys(attach.places(gpt2, "compacter"), "compacter:bottleneck=8"))
+    assert attach.target_modules(gpt2, "compacter") == ["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"]
+    attach.attach(gpt2, dict.fromkeys(attach.target_modules(gpt2, "compacter"), "compacter:bottleneck=8"))
     norms = [n for n, p in gpt2.named_parameters() if p.requires_grad and "ln_" in n]
     assert len(norms) == 6
     with pytest.raises(UserError, match=r"down_proj.*name its layers"):
-        attach.places(nn.Sequential(nn.Linear(4, 4)), "compacter++")
+        attach.target_modules(nn.Sequential(nn.Linear(4, 4)), "compacter++")
 
 
 # --- increlora -----------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from modicum.core import registry
 from modicum.core.errors import CorruptError, UserError
 from modicum.model import attach, form_state
 from modicum.model.linear.dense import Dense
@@ -334,26 +331,8 @@ PLUGIN = '''
 
 
 @pytest.fixture
-def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A third-party form, installed as another distribution would: through an entry point."""
-    import importlib.metadata
-
-    (tmp_path / "gatedtoy_plugin.py").write_text(textwrap.dedent(PLUGIN))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    entry = importlib.metadata.EntryPoint("linear/gatedtoy", "gatedtoy_plugin", "modicum.methods")
-    real = importlib.metadata.entry_points
-    monkeypatch.setattr(
-        importlib.metadata,
-        "entry_points",
-        lambda **chosen: (*real(**chosen), entry) if chosen.get("group") == "modicum.methods" else real(**chosen),
-    )
-    registry.methods.cache_clear()
-    registry.load.cache_clear()
-    yield
-    sys.modules.pop("gatedtoy_plugin", None)
-    monkeypatch.undo()
-    registry.methods.cache_clear()
-    registry.load.cache_clear()
+def plugin(install_plugin) -> None:
+    install_plugin("modicum.methods:linear/gatedtoy", "gatedtoy_plugin", PLUGIN)
 
 
 def test_a_form_may_share_change_and_refuse_to_merge(plugin: None) -> None:

@@ -92,7 +92,7 @@ def test_blocks_come_off_and_go_on_unchanged() -> None:
     form = fitted("bitstack:rank=2,blocks=4", gaussian(OUT, IN))
     whole, top = form.dense(), form.block_3.clone()
     form.set_layout({"blocks": 3})
-    assert form.held == 3 and form.available == 4 and not hasattr(form, "block_3")
+    assert form.loaded == 3 and form.available == 4 and not hasattr(form, "block_3")
     without = form.dense()
     form.set_layout({"blocks": 4})
     form.block_3.copy_(top)
@@ -106,10 +106,10 @@ def test_blocks_come_off_and_go_on_unchanged() -> None:
 def test_bits_are_shared_by_the_layers_attached_together() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 128))
     forms = attach.attach(model, {"*": "bitstack:rank=2,blocks=8,bits=5"})
-    held = sum(f.held * f.block_nbytes(0) for f in forms.values())
+    held = sum(f.loaded * f.block_nbytes(0) for f in forms.values())
     weights = 64 * 64 + 64 * 128
     assert 8 * held / weights <= 5 < 8 * (held + max(f.block_nbytes(0) for f in forms.values())) / weights
-    counts = [f.held for f in forms.values()]
+    counts = [f.loaded for f in forms.values()]
     assert max(counts) - min(counts) <= 1 and [f.available for f in forms.values()] == counts
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import sys
-import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,20 +40,10 @@ TOKENS = torch.arange(24)[None] * 31 % 97
 
 
 @pytest.fixture
-def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "gated_plugin.py").write_text(textwrap.dedent(PLUGIN))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    entry = importlib.metadata.EntryPoint("gated", "gated_plugin", "modicum.mixers")
-    real = importlib.metadata.entry_points
-    monkeypatch.setattr(
-        importlib.metadata,
-        "entry_points",
-        lambda **chosen: (entry,) if chosen.get("group") == "modicum.mixers" else real(**chosen),
-    )
+def gated(install_plugin) -> Iterator[None]:
+    install_plugin("modicum.mixers:gated", "gated_plugin", PLUGIN)
     mixers.mixers.cache_clear()
     yield
-    sys.modules.pop("gated_plugin", None)
-    monkeypatch.undo()
     mixers.mixers.cache_clear()
     mixers.load.cache_clear()
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pipeline_toys
 import pytest
 
-from modicum.core import registry
 from modicum.data.curate import CurateConfig, curate
 from modicum.pipeline.recipe import parse
 from modicum.pipeline.stage import Input, Inputs, load_stage
@@ -44,24 +40,8 @@ class Scaled8(Int8):
 
 
 @pytest.fixture
-def form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "scaled_eight.py").write_text(FORM)
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    real = importlib.metadata.entry_points
-    entry = importlib.metadata.EntryPoint("linear/scaled8", "scaled_eight", "modicum.methods")
-    monkeypatch.setattr(
-        importlib.metadata,
-        "entry_points",
-        lambda **k: [*real(**k), entry] if k.get("group") == "modicum.methods" else real(**k),
-    )
-    for cache in (registry.methods, registry.load):
-        cache.cache_clear()
-    yield tmp_path / "site" / "seen.txt"
-    monkeypatch.undo()
-    sys.modules.pop("scaled_eight", None)
-    for cache in (registry.methods, registry.load):
-        cache.cache_clear()
+def form(install_plugin) -> Path:
+    return install_plugin("modicum.methods:linear/scaled8", "scaled_eight", FORM) / "seen.txt"
 
 
 def test_a_form_that_is_calibrated_sees_the_corpus(tmp_path: Path, form: Path) -> None:

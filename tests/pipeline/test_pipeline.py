@@ -199,7 +199,7 @@ def test_a_plan_over_the_budget_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "make_plan", lambda recipe: bill)
     recipe = parse({"corpus": str(tmp_path / "a.txt")}, ["budget.memory=2GiB"])
     with pytest.raises(BudgetError, match=r"3\.00 GiB of memory, the budget is 2\.00 GiB"):
-        run.run_recipe(recipe, tmp_path / "out", say=lambda line: None)
+        run.run_recipe(recipe, tmp_path / "out", notify=lambda line: None)
     assert not (tmp_path / "out").exists()
 
 

@@ -50,7 +50,7 @@ def test_continued_goes_on_with_new_data_and_scores_old_and_new(tmp_path: Path) 
         "new.steps=[normalise]",
     ]
     recipe = load("continued", [*overrides, "score.bytes=4kB", "old.max_bytes=null", "new.max_bytes=null"])
-    run = run_recipe(recipe, tmp_path / "run", say=lambda line: None)
+    run = run_recipe(recipe, tmp_path / "run", notify=lambda line: None)
     rows = {(r["model"], r["corpus"]): r for r in _figures(run.folder, "score")["rows"]}
     assert set(rows) == {(m, c) for m in ("cosine", "rewarmed", "constant", "resumed") for c in ("old", "new")}
     for before, after in (("cosine", "rewarmed"), ("constant", "resumed")):  # the new text is learnt
@@ -69,7 +69,7 @@ def test_qlora_adapts_over_a_quantised_base_and_evaluates_it(tmp_path: Path) -> 
     overrides = [f"corpus={notes}", f"adapt.model={model}", "curate.heldout=0.3", "curate.vocab_size=400"]
     overrides += ["adapt.tokens=4ktok", "adapt.sequence_length=128", "adapt.batch_tokens=512", "adapt.pairs=60"]
     overrides += ["adapt.heldout_pairs=8", "evaluate.bytes=4kB", "adapt.lr=2e-2"]
-    run = run_recipe(load("qlora", overrides), tmp_path / "run", say=lambda line: None)
+    run = run_recipe(load("qlora", overrides), tmp_path / "run", notify=lambda line: None)
     adapted = _figures(run.folder, "adapt")
     assert adapted["after"] < adapted["before"]
     forms = attach.forms(load_model(adapted["folder"]))

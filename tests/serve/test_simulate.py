@@ -136,8 +136,8 @@ def test_loads_add_up() -> None:
     """The sums of a step, counted one product at a time."""
     works = [(0, 4), (10, 3), (20, 1), (7, 1)]
     load = Load.of(works)
-    assert load.tokens == 9 and load.pieces == 2 and load.decodes == 2
-    assert load.held == 21 + 8 and load.reach == 13
+    assert load.tokens == 9 and load.chunks == 2 and load.decodes == 2
+    assert load.cached == 21 + 8 and load.reach == 13
     exact = sum(start + i + 1 for start, n in works if n > 1 for i in range(n))  # query-key products
     assert load.pairs + load.late_pairs == pytest.approx(exact, rel=0.1)
 

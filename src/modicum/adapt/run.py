@@ -230,5 +230,5 @@ def _attach(model: Decoder, spec: AdaptSpec) -> dict[str, LinearForm]:
     if spec.base is not None:
         attach.attach(model, {"layers.*": spec.base})
     generator = torch.Generator().manual_seed(spec.seed)
-    targets = spec.targets or attach.places(model, spec.form)
+    targets = spec.targets or attach.target_modules(model, spec.form)
     return attach.attach(model, dict.fromkeys(targets, spec.form), generator=generator)

@@ -38,16 +38,16 @@ def in_body(small: Decoder, width: int, layers: int, seed: int = 0) -> Decoder:
     )
     if not plain or any(name.endswith("bias") for name, _ in small.named_parameters()):
         raise UserError("only a decoder of the plain Llama kind (RMSNorm, gated, no biases, no windows) fits a body")
-    heads, share = width // c.head_dim, c.heads // c.kv_heads
-    if width < c.width or layers < c.layers or width % (c.head_dim * share):
+    heads, group = width // c.head_dim, c.heads // c.kv_heads
+    if width < c.width or layers < c.layers or width % (c.head_dim * group):
         raise UserError(
             f"a body of width={width} and layers={layers} does not hold {c.width} and {c.layers} with heads of "
-            f"{c.head_dim}, {share} to a KV head; give a larger width, a multiple of {c.head_dim * share}"
+            f"{c.head_dim}, {group} to a KV head; give a larger width, a multiple of {c.head_dim * group}"
         )
     mlp = max(c.mlp_width, -(-int(width * 2.75) // 64) * 64)
     ratio = c.width / width  # the same numbers have this share of their mean square among so many zeros
     shape = dataclasses.replace(
-        c, width=width, layers=layers, heads=heads, kv_heads=heads // share, mlp_width=mlp, norm_eps=c.norm_eps * ratio
+        c, width=width, layers=layers, heads=heads, kv_heads=heads // group, mlp_width=mlp, norm_eps=c.norm_eps * ratio
     )
     large = Decoder(shape, torch.Generator().manual_seed(seed)).to(small.dtype)
     d, q, kv, f = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.mlp_width

@@ -138,8 +138,8 @@ def _knobs(config: ast.ClassDef | None, tree: ast.Module, text: str) -> tuple[Kn
 
 
 def _inherited(name: str, tree: ast.Module, text: str) -> tuple[Knob, ...]:
-    found = _class(name, tree, text)
-    return _knobs(*found) if found else ()
+    parent = _class(name, tree, text)
+    return _knobs(*parent) if parent else ()
 
 
 def _class(name: str, tree: ast.Module, text: str) -> tuple[ast.ClassDef, ast.Module, str] | None:
@@ -163,9 +163,9 @@ def _class(name: str, tree: ast.Module, text: str) -> tuple[ast.ClassDef, ast.Mo
 def _module_file(module: str) -> Path | None:
     """The file of a module of this package, without importing it; None for others."""
     top, *rest = module.split(".")
-    place = registry.ROOT.joinpath(*rest)
-    found = [p for p in (place.with_suffix(".py"), place / "__init__.py") if p.exists()]
-    return found[0] if top == registry.ROOT.name and found else None
+    base = registry.ROOT.joinpath(*rest)
+    files = [p for p in (base.with_suffix(".py"), base / "__init__.py") if p.exists()]
+    return files[0] if top == registry.ROOT.name and files else None
 
 
 def _type(node: ast.expr) -> str:
@@ -181,9 +181,9 @@ def _literal(name: str, tree: ast.Module, text: str) -> tuple[str, ...]:
     """The words that the file's public class, its own or inherited, gives `name`."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name != "Config" and not node.name.startswith("_"):
-            found = _words(name, node, tree, text)
-            if found is not None:
-                return found
+            value_words = _words(name, node, tree, text)
+            if value_words is not None:
+                return value_words
     return ()
 
 
@@ -195,8 +195,8 @@ def _words(name: str, cls: ast.ClassDef, tree: ast.Module, text: str) -> tuple[s
             value = node.value  # type: ignore[attr-defined]
             return tuple(sorted(str(n.value) for n in ast.walk(value) if isinstance(n, ast.Constant)))
     for base in cls.bases:
-        found = _class(ast.unparse(base), tree, text)
-        words = _words(name, *found) if found else None
+        parent = _class(ast.unparse(base), tree, text)
+        words = _words(name, *parent) if parent else None
         if words is not None:
             return words
     return None

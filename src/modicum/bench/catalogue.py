@@ -35,8 +35,8 @@ def stale(home: Path) -> list[Path]:
     """Generated files that differ from what registry and evidence say now, and pages of dropped ports."""
     files = generate(home)
     wrong = [p for p, text in files.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
-    place = home / PLACE
-    return wrong + sorted(p for p in (*place.glob("*.md"), *place.glob("plots/*.svg")) if p not in files)
+    target = home / PLACE
+    return wrong + sorted(p for p in (*target.glob("*.md"), *target.glob("plots/*.svg")) if p not in files)
 
 
 def write(home: Path) -> list[Path]:

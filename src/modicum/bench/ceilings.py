@@ -36,9 +36,9 @@ def measure(device: str = "cpu", seconds: float = 0.25) -> dict[str, float]:
 
     numbers = (256 if cuda else 16) * 2**20
     source, target = (torch.zeros(numbers, dtype=torch.float32, device=device) for _ in range(2))
-    found = {"copy_bytes_per_s": _rate(lambda: target.copy_(source), 2 * 4 * numbers, seconds, sync)}
+    rates = {"copy_bytes_per_s": _rate(lambda: target.copy_(source), 2 * 4 * numbers, seconds, sync)}
     size = 8192 if cuda else 1024
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        found[f"matmul_{name}_flop_per_s"] = _rate(lambda a=a, b=b: a @ b, 2 * size**3, seconds, sync)
-    return found
+        rates[f"matmul_{name}_flop_per_s"] = _rate(lambda a=a, b=b: a @ b, 2 * size**3, seconds, sync)
+    return rates

@@ -1,11 +1,12 @@
 """Which files decide what a method's measurement gives, as a hash: what says that a record is stale.
 
-Those are the files that the method's file, the `__init__` of its port's package and the port's bench import within
-modicum, and what these import in turn, read as text. Docstrings, comments and blank lines are left out of the hash:
-rewording one changes no figure. C sources beside a package that is reached count as well.
+Those are the method's file, the `__init__` of its port's package, the port's bench with its private helpers, and the
+files that these import within modicum, read as text. Docstrings, comments and blank lines are left out of the hash:
+rewording one changes no figure. C sources beside a package that is imported count as well.
 
-Not seen: modules that are looked up by a name made at run time (a family by its file, the method that another port's
-default names), and other distributions, whose versions stand in the record.
+What lies deeper (the training loop, the engine, the data stream) does not count: with it every record would be stale
+after every commit. Tests hold its results; who changes them on purpose measures anew. Not seen either: modules that are
+looked up by a name made at run time, and other distributions, whose versions stand in the record.
 """
 
 from __future__ import annotations
@@ -25,32 +26,41 @@ NATIVE = (".c", ".h", ".cu", ".cpp")
 
 def bench_hash(port: str) -> str:
     """16 hex digits over a bench's file and the private helpers beside it that it reaches."""
-    path = bench_path(port)
-    return _hash(p for p in reach([path]) if p.parent == path.parent and p.name != "__init__.py")
+    return _hash(_bench_files(port))
 
 
 def code_hash(port: str, method: str) -> str:
-    """16 hex digits over every file that decides what measuring this method gives."""
+    """16 hex digits over the files that decide what measuring this method gives."""
     return _hash(method_files(port, method))
 
 
+def _bench_files(port: str) -> set[Path]:
+    path = bench_path(port)
+    return {p for p in reach([path]) if p.parent == path.parent and p.name != "__init__.py"}
+
+
 def method_files(port: str, method: str) -> set[Path]:
-    """The files that a method, the halves it brings, its port's package and its bench reach."""
+    """The files of a method, of the halves it brings, of its port and its bench, and those that they import."""
     halves = [(port, method), *((half.port, half.method) for half in compose.brings(port, method))]
     own = [source(registry.methods(p)[key]) for p, key in halves]
-    return reach([*own, registry.port(port).path / "__init__.py", bench_path(port)])
+    roots = {p for p in (*own, registry.port(port).path / "__init__.py", *_bench_files(port)) if p.exists()}
+    return roots.union(*(_imported(path) for path in roots))
 
 
 def reach(files: Iterable[Path]) -> set[Path]:
     """`files` that exist, and all files of modicum that they import, directly or not."""
-    found: set[Path] = set()
+    reached: set[Path] = set()
     todo = [f for f in files if f.exists()]
     while todo:
         path = todo.pop()
-        if path not in found:
-            found.add(path)
-            todo += _read(path, path.stat().st_mtime_ns)[1] if path.suffix == ".py" else ()
-    return found
+        if path not in reached:
+            reached.add(path)
+            todo += _imported(path)
+    return reached
+
+
+def _imported(path: Path) -> tuple[Path, ...]:
+    return _read(path, path.stat().st_mtime_ns)[1] if path.suffix == ".py" else ()
 
 
 def _hash(files: Iterable[Path]) -> str:
@@ -115,5 +125,5 @@ def _modules(path: Path, level: int, module: str, names: tuple[str, ...]) -> Ite
     else:
         return
     folders = [start.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
-    for place in [*folders, *(folders[-1] / name for name in names)]:
-        yield from (p for p in (place / "__init__.py", place.with_suffix(".py")) if p.is_file())
+    for candidate in [*folders, *(folders[-1] / name for name in names)]:
+        yield from (p for p in (candidate / "__init__.py", candidate.with_suffix(".py")) if p.is_file())

@@ -44,14 +44,14 @@ def checks(info: PortInfo) -> list[Check]:
     if not path.exists():
         raise UserError(f"port {info.name} has no conformance suite; write {path} with functions check_SOMETHING(key)")
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = [
+    cases = [
         Check(info.name, n.name, (ast.get_docstring(n) or "").split("\n")[0])
         for n in tree.body
         if isinstance(n, ast.FunctionDef) and n.name.startswith("check_")
     ]
-    if not found:
+    if not cases:
         raise UserError(f"{path} holds no function named check_SOMETHING")
-    return found
+    return cases
 
 
 def check(port: str, name: str, key: str) -> None:

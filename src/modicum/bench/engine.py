@@ -91,8 +91,8 @@ def measure(
 
     rows: dict[tuple[str, str], Row] = {}
     workers: list[Worker] = []
-    with tempfile.TemporaryDirectory(prefix="modicum-bench-") as place, contextlib.ExitStack() as stack:
-        folder = Path(place) / "model"
+    with tempfile.TemporaryDirectory(prefix="modicum-bench-") as scratch, contextlib.ExitStack() as stack:
+        folder = Path(scratch) / "model"
         size, shape, kept = _prepare(size, model, folder, seed)
         skipped = {k: why for k, why in engine_peers.absent().items() if not engines or k in engines}
         for job in [*_jobs(kept, folder, skipped, engines), *more]:
@@ -131,7 +131,7 @@ def measure(
     return {
         "rows": [row.as_dict() | {"ratio": _ratio(row, rows)} for row in rows.values()],
         "ceilings": best,
-        "share_of_read": _shares(rows, shape, best["read_bytes_per_s"]),
+        "share_of_read": _fractions_of_read(rows, shape, best["read_bytes_per_s"]),
         "checks": checks,
         "skipped": skipped,
         "native": native.reason(),
@@ -172,7 +172,7 @@ def _prepare(size: Size, model: str | None, folder: Path, seed: int) -> tuple[Si
 def _jobs(kept: str | None, folder: Path, skipped: dict[str, str], engines: list[str] | None) -> list[Job]:
     """Who is measured in what forms. Writes the files for llama.cpp; where that cannot be, it is skipped."""
     own = [kept, kept + EIGHT] if kept else []
-    found = [Job("modicum", f"{COLUMNS}:modicum", (*FORMS, *own)), Job(BASE, f"{COLUMNS}:transformers", ("bf16",))]
+    jobs = [Job("modicum", f"{COLUMNS}:modicum", (*FORMS, *own)), Job(BASE, f"{COLUMNS}:transformers", ("bf16",))]
     if "llama.cpp" not in skipped and (not engines or "llama.cpp" in engines):
         try:
             _write_gguf(folder)
@@ -180,8 +180,8 @@ def _jobs(kept: str | None, folder: Path, skipped: dict[str, str], engines: list
             skipped["llama.cpp"] = str(error)
         else:
             forms = [*engine_peers.GGUF_TYPES, *own[:1]]
-            found += [Job("llama.cpp", "modicum.bench.engine_peers:llama_cpp", (form,)) for form in forms]
-    return [job for job in found if not engines or job.engine in engines]
+            jobs += [Job("llama.cpp", "modicum.bench.engine_peers:llama_cpp", (form,)) for form in forms]
+    return [job for job in jobs if not engines or job.engine in engines]
 
 
 def _write_gguf(folder: Path) -> None:
@@ -205,11 +205,11 @@ def _ratio(row: Row, rows: dict[tuple[str, str], Row]) -> float | None:
     return row.median / base.median if base else None
 
 
-def _shares(rows: dict[tuple[str, str], Row], shape: DecoderConfig, read: float) -> dict[str, float]:
+def _fractions_of_read(rows: dict[tuple[str, str], Row], shape: DecoderConfig, read: float) -> dict[str, float]:
     """Of a decoded token's bytes of weights over its time, the share of the rate at which memory is read."""
     from modicum.model.attach import attach
 
-    shares = {}
+    fractions = {}
     for form, (choice, _) in FORMS.items():
         row = rows.get(("modicum", f"decode {form}"))
         if row is None:
@@ -222,8 +222,8 @@ def _shares(rows: dict[tuple[str, str], Row], shape: DecoderConfig, read: float)
             t.nbytes for t in model.lm_head.state_dict().values()
         )
         row.bytes = total
-        shares[form] = total * row.median / read
-    return shares
+        fractions[form] = total * row.median / read
+    return fractions
 
 
 def identical(path: str, knobs: dict[str, Any]) -> dict[str, Any]:
@@ -240,12 +240,12 @@ def identical(path: str, knobs: dict[str, Any]) -> dict[str, Any]:
     ones = torch.ones_like(ids)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
-        said = theirs.generate(ids, attention_mask=ones, max_new_tokens=size.tokens, do_sample=False, pad_token_id=0)
+        output = theirs.generate(ids, attention_mask=ones, max_new_tokens=size.tokens, do_sample=False, pad_token_id=0)
         want = theirs(ids).logits[0, -1]
     params = SamplingParams(temperature=0, max_tokens=size.tokens, ignore_eos=True)
     cache = f"{4 * (size.prompt + size.tokens)}tok"
     engine = Engine(load_model(folder, dtype=torch.float32), None, EngineConfig(cache=cache))
-    same = engine.generate([ids[0].tolist()], params)[0].tokens == said[0, size.prompt :].tolist()
+    same = engine.generate([ids[0].tolist()], params)[0].tokens == output[0, size.prompt :].tolist()
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     with torch.inference_mode():
         errors = {
@@ -288,14 +288,14 @@ def _logits(folder: Path, size: Size, form: str) -> torch.Tensor:
     return caught[0][0].float()
 
 
-def append(found: dict[str, Any], path: Path, seed: int) -> None:
+def append(result: dict[str, Any], path: Path, seed: int) -> None:
     """One line per column of each engine: a format of its own, beside the ports' records."""
-    size, machine = found["size"], record.machine()
+    size, machine = result["size"], record.machine()
     axes = {
         "quality": {"metric": "tokens_per_s", "better": "higher", "unit": "tokens/s"},
         "cost": {"metric": "spread", "better": "lower", "unit": ""},
     }
-    for row in found["rows"]:
+    for row in result["rows"]:
         metrics = {"tokens_per_s": row["tokens_per_s"], "spread": row["spread"]}
         metrics |= {} if row["ratio"] is None else {"ratio": row["ratio"]}
         record.append_line(
@@ -307,12 +307,12 @@ def append(found: dict[str, Any], path: Path, seed: int) -> None:
                 "knobs": {"column": row["column"]},
                 "baseline": BASE,
                 "seed": seed,
-                "run": fingerprint([size, found["model"]["name"], machine, record.commit()]),
+                "run": fingerprint([size, result["model"]["name"], machine, record.commit()]),
                 "scale": size,
                 "budget": {},
-                "model": found["model"],
+                "model": result["model"],
                 "data": {"name": "token ids in order"},
-                "metrics": metrics | found["ceilings"],
+                "metrics": metrics | result["ceilings"],
                 "seconds": 0.0,
                 "peak_bytes": 0.0,
                 "flops": 0.0,

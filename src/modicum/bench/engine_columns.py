@@ -48,8 +48,8 @@ class Pairs(Drafter):
         self.nodes = nodes
 
     def propose(self, tokens: Sequence[int], budget: int) -> Tree:
-        place = np.arange(min(self.nodes, budget))
-        return Tree(self.vocab_size - 1 - place, np.where(place % 2, place - 1, -1))
+        node = np.arange(min(self.nodes, budget))
+        return Tree(self.vocab_size - 1 - node, np.where(node % 2, node - 1, -1))
 
 
 def load_in(folder: Path, form: str) -> Decoder:
@@ -61,8 +61,8 @@ def load_in(folder: Path, form: str) -> Decoder:
     if form not in FORMS:
         return load_model(folder.parent / SOURCE, keep_quantized=True)
     model = load_model(folder)
-    if places := FORMS[form][0]:
-        attach(model, places)
+    if targets := FORMS[form][0]:
+        attach(model, targets)
     return model
 
 
@@ -110,12 +110,12 @@ def modicum(folder: Path, size: Size, form: str) -> Columns:
         return (drafting.counters["steps"] - 1) / seconds
 
     many = [[i + 1] * size.prompt for i in range(size.requests)]
-    found: Columns = {f"decode {form}": decode, f"prefill {form}": prefill}
-    found[f"{size.drafts} drafts {form}"] = checked
+    columns: Columns = {f"decode {form}": decode, f"prefill {form}": prefill}
+    columns[f"{size.drafts} drafts {form}"] = checked
     if form == "bf16":
-        found[f"{size.requests} at once bf16"] = lambda: together(many)
-        found["one by one bf16"] = lambda: together(many[:1])
-    return found
+        columns[f"{size.requests} at once bf16"] = lambda: together(many)
+        columns["one by one bf16"] = lambda: together(many[:1])
+    return columns
 
 
 def transformers(folder: Path, size: Size, form: str) -> Columns:

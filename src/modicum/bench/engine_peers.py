@@ -18,10 +18,10 @@ GGUF_TYPES = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}  # how a form is w
 
 def absent() -> dict[str, str]:
     """Engines that cannot take part here, and why."""
-    found = {"openvino": "openvino-genai reads only models exported by optimum-intel, which is not part of the extra"}
+    reasons = {"openvino": "openvino-genai reads only models exported by optimum-intel, which is not part of the extra"}
     if importlib.util.find_spec("llama_cpp") is None:
-        found["llama.cpp"] = "llama_cpp not installed; to add: pip install 'modicum[peers]'"
-    return found
+        reasons["llama.cpp"] = "llama_cpp not installed; to add: pip install 'modicum[peers]'"
+    return reasons
 
 
 def llama_cpp(folder: Path, size: Size, form: str) -> Columns:

@@ -150,8 +150,8 @@ class Worker:
         except subprocess.TimeoutExpired:
             return f"closed its output and gave no answer within {self.limit:g} s"
         self._errors.seek(0)
-        said = self._errors.read().decode(errors="replace").strip().splitlines()
-        tail = f": {said[-1].strip()[:160]}" if said else ""
+        errors = self._errors.read().decode(errors="replace").strip().splitlines()
+        tail = f": {errors[-1].strip()[:160]}" if errors else ""
         if code < 0:
             return f"its process was ended by signal {-code} ({signal.Signals(-code).name}){tail}"
         return f"its process ended with exit code {code}{tail}"
@@ -162,8 +162,8 @@ class Worker:
 
 def _find(target: str) -> Callable[..., Any]:
     module, _, name = target.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return found
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def _reason(error: Exception) -> str:

@@ -17,13 +17,13 @@ KNOBS, MEASURED = 10, 6  # lines of a screen for knobs and for settings measured
 RUNS = "shows that it runs"  # what a measurement of tier smoke says, and all it says
 
 
-def comparisons(found: list[Record]) -> list[list[Record]]:
+def comparisons(records: list[Record]) -> list[list[Record]]:
     """Records lab by lab, those that hold the baseline: the highest tier first, in it the newest.
 
     A lab gives way to a newer one of the same settings (the bench's source apart) that holds all of its choices.
     """
     groups: dict[str, list[Record]] = {}
-    for record in found:
+    for record in records:
         groups.setdefault(record.lab.id, []).append(record)
     based = [g for g in groups.values() if any(r.choice == r.baseline for r in g)]
     based.sort(key=lambda g: (labs.TIERS.index(g[0].lab.tier), g[-1].time), reverse=True)
@@ -35,9 +35,9 @@ def comparisons(found: list[Record]) -> list[list[Record]]:
     return kept
 
 
-def of_method(found: list[Record], key: str) -> list[tuple[list[Record], list[Row]]]:
+def of_method(records: list[Record], key: str) -> list[tuple[list[Record], list[Row]]]:
     """Each lab's records and the rows of one method in them; labs without the method are left out."""
-    tables = [(group, [row for part in stats.compare(group) for row in part]) for group in comparisons(found)]
+    tables = [(group, [row for part in stats.compare(group) for row in part]) for group in comparisons(records)]
     own = [(group, [row for row in rows if row.method == key]) for group, rows in tables]
     return [(group, rows) for group, rows in own if rows]
 
@@ -90,7 +90,7 @@ def measured_text(row: Row) -> str:
     return f"{text}; {verdict(row)}"
 
 
-def screen(card: Card, found: list[tuple[list[Record], list[Row]]], most: int = 40) -> list[str]:
+def screen(card: Card, comparisons_of_method: list[tuple[list[Record], list[Row]]], most: int = 40) -> list[str]:
     """A method on one screen of at most `most` lines: card, knobs, capabilities, claim, what was measured, where it is.
 
     The card gives way first: its equation and its first words stay, the rest is in the file that the last line names.
@@ -110,8 +110,8 @@ def screen(card: Card, found: list[tuple[list[Record], list[Row]]], most: int = 
     if card.claim:
         tail.append(_short(f"claim     {claim_text(card.claim)}"))
     measured = []
-    if found:  # the highest tier and in it the newest lab; the page has the others
-        group, rows = found[0]
+    if comparisons_of_method:  # the highest tier and in it the newest lab; the page has the others
+        group, rows = comparisons_of_method[0]
         measured = [_short(f"{row.choice}: {measured_text(row)}") for row in rows[:MEASURED]]
         seeds = ", ".join(str(s) for s in sorted({r.seed for r in group}))
         model = common([r.model for r in group]).get("name") or group[0].lab.inputs.get("model", {}).get("name", "")
@@ -125,9 +125,9 @@ def screen(card: Card, found: list[tuple[list[Record], list[Row]]], most: int = 
     tail += [("measured  " if i == 0 else " " * 10) + line for i, line in enumerate(measured)]
     tail.append(f"file      {card.path}")
     body = card.text.splitlines()
-    room = most - len(tail) - (len(knobs) + 1 if knobs else 0) - 1
-    if len(body) > room:
-        body = [*body[: room - 1], "  ... the rest of the card is in the file"]
+    left = most - len(tail) - (len(knobs) + 1 if knobs else 0) - 1
+    if len(body) > left:
+        body = [*body[: left - 1], "  ... the rest of the card is in the file"]
     return [*body, "", *([*knobs, ""] if knobs else []), *tail]
 
 
@@ -152,11 +152,11 @@ def change_text(row: Row) -> str:
     return text
 
 
-def percent(share: float) -> str:
+def percent(fraction: float) -> str:
     """`+3.1%`, with a true minus sign."""
-    if share == 0:
+    if fraction == 0:
         return "±0%"
-    digits = f"{share * 100:+.2g}" if abs(share) < 1 else f"{share * 100:+.0f}"
+    digits = f"{fraction * 100:+.2g}" if abs(fraction) < 1 else f"{fraction * 100:+.0f}"
     return digits.replace("-", "−") + "%"
 
 

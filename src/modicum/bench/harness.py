@@ -120,14 +120,14 @@ def pick(port: str, given: list[str]) -> list[Choice]:
         for key, info in registry.methods(port).items():
             if not_measurable(info):
                 continue
-            found = [f"{key}:{knobs}" for knobs in read_card(info).sweep] or [key]
+            swept = [f"{key}:{knobs}" for knobs in read_card(info).sweep] or [key]
             try:
-                for text in found:
+                for text in swept:
                     Choice.parse(port, text).config()
             except UserError as error:  # it cannot do without knobs of the user's own
                 log.warning("left out: %s", error)
             else:
-                given = given + found
+                given = given + swept
     choices = [Choice.parse(port, g) for g in given]
     for choice in choices:
         choice.config()  # a wrong knob is refused before anything is measured

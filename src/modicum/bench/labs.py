@@ -57,7 +57,7 @@ class Lab:
         """The lab of settings as typed. Raises `UserError` if data or model are not there."""
         scale = plain(scale)
         inputs = {"data": data_of(data)} | ({"model": model_of(model)} if model else {})
-        sums = {name: found["checksum"] for name, found in inputs.items()}
+        sums = {name: given["checksum"] for name, given in inputs.items()}
         device = "cuda" if device.startswith("cuda") else "cpu"
         name = fingerprint([port, tier, device, bench, scale, budget, sums])
         return cls(id=name, port=port, tier=tier, device=device, bench=bench, scale=scale, budget=budget, inputs=inputs)
@@ -65,7 +65,7 @@ class Lab:
     @property
     def settings(self) -> str:
         """What the person who measured chose: equal for labs that differ in the bench's source alone."""
-        sums = {name: found["checksum"] for name, found in self.inputs.items()}
+        sums = {name: given["checksum"] for name, given in self.inputs.items()}
         return fingerprint([self.port, self.tier, self.device, self.scale, self.budget, sums])
 
 
@@ -127,8 +127,8 @@ def data_of(given: str | None) -> dict[str, str]:
     if given is None or name == "python" or not path.exists():  # `find` says what is wrong with a wrong path
         files = {unit.id: Path(unit.path) for unit in find(name, ReadConfig())}
     else:
-        found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        files = {p.relative_to(path if path.is_dir() else path.parent).as_posix(): p for p in found}
+        paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        files = {p.relative_to(path if path.is_dir() else path.parent).as_posix(): p for p in paths}
     return {"name": path.name or name, "checksum": _content(files)}
 
 
@@ -148,16 +148,16 @@ def lab_path(folder: Path, name: str) -> Path:
     return folder / "labs" / f"{name}.json"
 
 
-def share(folder: Path, lab: Lab, values: dict[str, Any]) -> dict[str, str]:
+def intern(folder: Path, lab: Lab, values: dict[str, Any]) -> dict[str, str]:
     """Put the lab and `values` into its file, those that are not there yet; returns the short name of each."""
     names = {key: _name(value) for key, value in values.items()}
     path = lab_path(folder, lab.id)
     with _locked(path.parent):
-        held = read_json(path) if path.exists() else asdict(lab) | {"shared": {}}
-        new = {names[key]: value for key, value in values.items() if names[key] not in held["shared"]}
+        entry = read_json(path) if path.exists() else asdict(lab) | {"shared": {}}
+        new = {names[key]: value for key, value in values.items() if names[key] not in entry["shared"]}
         if new or not path.exists():
-            held["shared"] |= new
-            write_json(path, held)
+            entry["shared"] |= new
+            write_json(path, entry)
     return names
 
 
@@ -167,9 +167,9 @@ def read(folder: Path, name: str) -> tuple[Lab, dict[str, Any]]:
     if not path.exists():
         raise CorruptError(f"{path} is missing: records refer to it; restore it, or remove them and measure again")
     try:
-        held = read_json(path)
-        shared = held.pop("shared")
-        lab = Lab(**held)
+        entry = read_json(path)
+        shared = entry.pop("shared")
+        lab = Lab(**entry)
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptError(f"{path} is not a lab ({error}); restore it") from None
     if lab.schema != SCHEMA:

@@ -50,16 +50,16 @@ def rows_of(info: PortInfo, evidence: Path) -> list[dict[str, Any]]:
             top = max((labs.TIERS.index(r.tier) for r in have.values()), default=-1)
             if labs.TIERS.index(row.tier) >= top:
                 have.setdefault(row.choice, row)
-    found = []
+    rows = []
     for key, card in cards.items():
         about = _about(info, key, card)
         if reason := not_measurable(registry.methods(info.name)[key]):
-            found.append(about | {"verdict": "not measurable here", "why": reason})
+            rows.append(about | {"verdict": "not measurable here", "why": reason})
         elif key not in measured:
-            found.append(about | {"verdict": "not measured yet"})
+            rows.append(about | {"verdict": "not measured yet"})
         else:
-            found += [about | _figures(row) for row in measured[key].values()]
-    return found
+            rows += [about | _figures(row) for row in measured[key].values()]
+    return rows
 
 
 def _about(info: PortInfo, key: str, card: Card) -> dict[str, Any]:
@@ -78,22 +78,22 @@ def _about(info: PortInfo, key: str, card: Card) -> dict[str, Any]:
 def _figures(row: Row) -> dict[str, Any]:
     """Tier smoke shows that it runs: no figure of it is printed."""
     quality, cost = row.axes["quality"], row.axes["cost"]
-    said = verdict(row)
-    found: dict[str, Any] = {"choice": row.choice, "tier": row.tier, "seeds": len(row.seeds)}
-    found["verdict"] = next((name for start, name in VERDICTS if said.startswith(start)), said)
+    outcome = verdict(row)
+    cells: dict[str, Any] = {"choice": row.choice, "tier": row.tier, "seeds": len(row.seeds)}
+    cells["verdict"] = next((name for start, name in VERDICTS if outcome.startswith(start)), outcome)
     if row.tier == "smoke":
-        return found
-    if said != found["verdict"]:
-        found["why"] = said
-    found["quality"] = f"{words(quality['metric'])} {spread_text(row.quality, quality['unit'])}"
-    found["cost"] = f"{words(cost['metric'])} {spread_text(row.cost, cost['unit'])}"
+        return cells
+    if outcome != cells["verdict"]:
+        cells["why"] = outcome
+    cells["quality"] = f"{words(quality['metric'])} {spread_text(row.quality, quality['unit'])}"
+    cells["cost"] = f"{words(cost['metric'])} {spread_text(row.cost, cost['unit'])}"
     if change := change_text(row):
-        found["change"] = change
+        cells["change"] = change
         assert row.difference is not None and row.quality_ratio is not None
-        share = row.difference.mean / abs(row.quality.mean / row.quality_ratio)
-        found["gain"] = round(share if quality["better"] == "higher" else -share, 6)
+        relative = row.difference.mean / abs(row.quality.mean / row.quality_ratio)
+        cells["gain"] = round(relative if quality["better"] == "higher" else -relative, 6)
     if ratio := ratio_text(row):
-        found["ratio"] = ratio
+        cells["ratio"] = ratio
         assert row.cost_ratio is not None
-        found["saving"] = round(row.cost_ratio if cost["better"] == "lower" else 1 / row.cost_ratio, 6)
-    return found
+        cells["saving"] = round(row.cost_ratio if cost["better"] == "lower" else 1 / row.cost_ratio, 6)
+    return cells

@@ -29,7 +29,7 @@ def own_methods(port: str) -> dict[str, Card]:
     return {k: read_card(i) for k, i in registry.methods(port).items() if i.path is not None}
 
 
-def port_files(info: PortInfo, place: Path, evidence: Path) -> dict[Path, str]:
+def port_files(info: PortInfo, folder: Path, evidence: Path) -> dict[Path, str]:
     """A port's page, and its plot if there is evidence."""
     cards = own_methods(info.name)
     lines = [
@@ -37,7 +37,7 @@ def port_files(info: PortInfo, place: Path, evidence: Path) -> dict[Path, str]:
         "",
         f"# Port {info.name}",
         "",
-        f"{sentence(info.summary)} Room [{info.room}](../{info.room}.md); baseline `{info.baseline}`.",
+        f"{sentence(info.summary)} Room [{info.package_name}](../{info.package_name}.md); baseline `{info.baseline}`.",
         "",
         "```sh",
         f"modicum ls {info.name}",
@@ -56,8 +56,8 @@ def port_files(info: PortInfo, place: Path, evidence: Path) -> dict[Path, str]:
     lines += [*measured, "## Methods", ""]
     for key, card in cards.items():
         lines += [f"### {key}" + (" (baseline)" if key == info.baseline else ""), "", *_card(card)]
-    files = {place / f"{info.name}.md": "\n".join(lines).rstrip() + "\n"}
-    return files | {place / "plots" / name: svg for name, svg in pictures.items()}
+    files = {folder / f"{info.name}.md": "\n".join(lines).rstrip() + "\n"}
+    return files | {folder / "plots" / name: svg for name, svg in pictures.items()}
 
 
 def _source(info: PortInfo) -> str:
@@ -148,7 +148,7 @@ def index() -> str:
     ]
     for info in registry.ports().values():
         lines.append(
-            f"| [{info.name}]({info.name}.md) | [{info.room}](../{info.room}.md) | "
+            f"| [{info.name}]({info.name}.md) | [{info.package_name}](../{info.package_name}.md) | "
             f"{cell(info.summary)} | {info.baseline} | {', '.join(own_methods(info.name))} |"
         )
     return "\n".join(lines) + "\n"

@@ -41,8 +41,8 @@ def front(rows: list[Row]) -> list[Row]:
 
 
 def axis_title(axis: dict[str, str]) -> str:
-    told = not axis["unit"] or axis["unit"] in axis["metric"].split("_")
-    unit = "" if told else f" ({axis['unit']})"
+    named = not axis["unit"] or axis["unit"] in axis["metric"].split("_")
+    unit = "" if named else f" ({axis['unit']})"
     return f"{axis['metric'].replace('_', ' ')}{unit}, {axis['better']} is better"
 
 
@@ -175,8 +175,8 @@ def svg(port: str, rows: list[Row], width: int = 640, height: int = 360) -> str:
 def _range(spreads: list[Any]) -> tuple[float, float]:
     low = min(s.mean - (s.std or 0) for s in spreads)
     high = max(s.mean + (s.std or 0) for s in spreads)
-    room = (high - low) * 0.12 or abs(high) * 0.1 or 1.0
-    return low - room, high + room
+    margin = (high - low) * 0.12 or abs(high) * 0.1 or 1.0
+    return low - margin, high + margin
 
 
 def ticks(low: float, high: float) -> list[float]:

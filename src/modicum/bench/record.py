@@ -73,7 +73,7 @@ def append(folder: Path, record: Record) -> Path:
     """Add a record to its method's file in the evidence folder, and what is new of its settings to its lab's."""
     fields = json.loads(json.dumps(asdict(record), ensure_ascii=False, default=_plain))
     del fields["lab"]
-    names = labs.share(folder, record.lab, {key: fields[key] for key in SHARED})
+    names = labs.intern(folder, record.lab, {key: fields[key] for key in SHARED})
     path = record_path(folder, record.lab.port, record.method)
     append_line(path, {"lab": record.lab.id} | fields | names)
     return path
@@ -104,7 +104,7 @@ def read(folder: Path, port: str) -> list[Record]:
     Lines that are not JSON (cut by a kill) are left out. Raises `CorruptError` for a record of another schema, with
     fields missing or whose lab's file lacks what it refers to.
     """
-    found: dict[tuple[str, str, str, int], Record] = {}
+    records: dict[tuple[str, str, str, int], Record] = {}
     known: dict[str, tuple[Lab, dict[str, Any]]] = {}
     for path in sorted((folder / port).glob("*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -113,9 +113,9 @@ def read(folder: Path, port: str) -> list[Record]:
             except json.JSONDecodeError:
                 continue
             record = _joined(folder, fields, known, f"{path}:{number}")
-            found.pop(record.identity(), None)
-            found[record.identity()] = record
-    return sorted(found.values(), key=lambda record: record.time)
+            records.pop(record.identity(), None)
+            records[record.identity()] = record
+    return sorted(records.values(), key=lambda record: record.time)
 
 
 def _joined(folder: Path, fields: dict[str, Any], known: dict[str, tuple[Lab, dict[str, Any]]], where: str) -> Record:
@@ -182,13 +182,13 @@ def _git(folder: Path | None, *words: str) -> str | None:
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of what a figure depends on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in ("modicum", "torch", "numpy", "transformers", "faiss-cpu"):
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def cpu_name() -> str:

@@ -88,9 +88,9 @@ def _protocol(info: PortInfo, baseline: ast.Module) -> str:
             for item in node.body:
                 if isinstance(item, ast.FunctionDef) and not item.name.startswith("_") and item.name not in own:
                     returns = f" -> {ast.unparse(item.returns)}" if item.returns else ""
-                    says = (ast.get_docstring(item) or "").split("\n")[0]
+                    summary = (ast.get_docstring(item) or "").split("\n")[0]
                     lines += textwrap.wrap(
-                        f"def {item.name}({ast.unparse(item.args)}){returns}: {says}", 100, subsequent_indent="    "
+                        f"def {item.name}({ast.unparse(item.args)}){returns}: {summary}", 100, subsequent_indent="    "
                     )
     if not lines:
         return ""
@@ -122,7 +122,7 @@ def in_checkout(port: str, key: str) -> Made:
         )
     made = Made(
         info.path / f"{python_name(key)}.py",
-        home / "tests" / info.room / f"test_{python_name(key)}.py",
+        home / "tests" / info.package_name / f"test_{python_name(key)}.py",
         f"{info.package}.{python_name(key)}",
     )
     _write(made, render(info, key, made.module), {})
@@ -138,17 +138,17 @@ def plugin(port: str, key: str, folder: Path) -> Made:
         raise UserError(f"{folder} exists and is not an empty folder; --to takes a new one")
     package = f"modicum_{python_name(key)}"
     module = f"{package}.{python_name(key)}"
-    place = folder / "src" / package
+    target = folder / "src" / package
     others = {
         folder / "pyproject.toml": _PYPROJECT.substitute(
             name=package.replace("_", "-"), port=port, key=key, package=package, module=module
         ),
-        place / "__init__.py": f'"""The {port} method {key} for modicum."""\n',
+        target / "__init__.py": f'"""The {port} method {key} for modicum."""\n',
         folder / "README.md": f"# {key}\n\nA {port} method for modicum.\n\n    pip install -e .\n"
         f"    modicum check {port} {key}\n    modicum bench {port} {key}\n",
     }
     made = Made(
-        place / f"{python_name(key)}.py",
+        target / f"{python_name(key)}.py",
         folder / "tests" / f"test_{python_name(key)}.py",
         module,
         tuple(others),

@@ -29,7 +29,7 @@ class Stale:
 
 def choices_of(port: str, old: list[Stale], fits: Callable[[Lab], bool]) -> list[Choice]:
     """The choices whose lab `fits`; those whose knobs are no longer there are left out, with a warning."""
-    found = []
+    choices = []
     for entry in old:
         if fits(entry.lab):
             try:
@@ -38,26 +38,28 @@ def choices_of(port: str, old: list[Stale], fits: Callable[[Lab], bool]) -> list
             except UserError as error:
                 log.warning("left out: %s", error)
             else:
-                found.append(choice)
-    return found
+                choices.append(choice)
+    return choices
 
 
-def missing(found: list[Record], choices: list[Choice], seeds: list[int], fits: Callable[[Lab], bool]) -> list[Choice]:
+def missing(
+    records: list[Record], choices: list[Choice], seeds: list[int], fits: Callable[[Lab], bool]
+) -> list[Choice]:
     """Those of `choices` that stand, with all of `seeds`, in no lab that `fits`, made by whatever code."""
-    held: dict[str, set[tuple[str, int]]] = {}
-    for record in found:
+    measured: dict[str, set[tuple[str, int]]] = {}
+    for record in records:
         if fits(record.lab):
-            held.setdefault(record.lab.id, set()).add((record.choice, record.seed))
-    return [c for c in choices if not any({(str(c), s) for s in seeds} <= pairs for pairs in held.values())]
+            measured.setdefault(record.lab.id, set()).add((record.choice, record.seed))
+    return [c for c in choices if not any({(str(c), s) for s in seeds} <= pairs for pairs in measured.values())]
 
 
-def stale(found: list[Record]) -> list[Stale]:
+def stale(records: list[Record]) -> list[Stale]:
     """Per choice, tier and device: its newest lab, if a record there was not made by today's code.
 
     Older labs of the same tier and device are history. Methods that are no longer there are left out.
     """
     groups: dict[tuple[str, str, str], list[Record]] = {}
-    for record in found:
+    for record in records:
         if record.method in registry.methods(record.lab.port):
             groups.setdefault((record.choice, record.lab.tier, record.lab.device), []).append(record)
     today = functools.cache(code.code_hash)

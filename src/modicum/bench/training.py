@@ -119,9 +119,9 @@ class Bench:
         """Batches of the corpus, or of `documents`, for a run of `tokens` with `methods`."""
         if documents is None:
             documents = self._tokens()
-        held = documents if isinstance(documents, MemoryDocuments) else memory(documents, self.tokenizer)
+        memory_documents = documents if isinstance(documents, MemoryDocuments) else memory(documents, self.tokenizer)
         config = self.config(seed, tokens=tokens, **methods)
-        stream: Stream = config.stream(held, total=tokens or self.total)
+        stream: Stream = config.stream(memory_documents, total=tokens or self.total)
         return stream
 
     def _tokens(self) -> MemoryDocuments:
@@ -179,18 +179,20 @@ class Bench:
 
 def memory(documents: Iterable[Document], tokenizer: Tokenizer) -> MemoryDocuments:
     """Documents encoded as shards hold them: start, text, end; with their metadata, and scores if they have any."""
-    held: dict[str, list[tuple[list[int], int]]] = {}
+    domains: dict[str, list[tuple[list[int], int]]] = {}
     metadata: dict[str, list[list[int]]] = {}
     quality: dict[str, list[float]] = {}
     rows = list(documents)
     sites = list(dict.fromkeys(d.site for d in rows))
-    told = dict(zip(sites, tokenizer.encode_batch([METADATA.format(s) for s in sites], specials=False), strict=True))
+    site_ids = dict(
+        zip(sites, tokenizer.encode_batch([METADATA.format(s) for s in sites], specials=False), strict=True)
+    )
     for document, ids in zip(rows, tokenizer.encode_batch([d.text for d in rows], specials=False), strict=True):
-        held.setdefault(document.domain, []).append(([tokenizer.start_id, *ids, tokenizer.eos_id], 1))
-        metadata.setdefault(document.domain, []).append(told[document.site])
+        domains.setdefault(document.domain, []).append(([tokenizer.start_id, *ids, tokenizer.eos_id], 1))
+        metadata.setdefault(document.domain, []).append(site_ids[document.site])
         score = document.quality
         quality.setdefault(document.domain, []).append(math.nan if score is None else score)
-    return MemoryDocuments(held, metadata=metadata, quality=quality, reserved=tokenizer.reserved)
+    return MemoryDocuments(domains, metadata=metadata, quality=quality, reserved=tokenizer.reserved)
 
 
 @functools.lru_cache(maxsize=2)

@@ -148,9 +148,9 @@ def _cut(model: str, size: str, out: Path, as_json: bool) -> None:
 
 
 def _compressors(folder: Path) -> dict[str, float]:
-    from modicum.compress.yardstick import yardsticks
+    from modicum.compress.general_purpose import compressor_bits
     from modicum.data.document import read_documents
 
-    return yardsticks(
+    return compressor_bits(
         (d.text for d in read_documents(folder, "heldout")), (d.text for d in read_documents(folder, "train"))
     )

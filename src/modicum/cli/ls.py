@@ -28,7 +28,7 @@ def ls(
         return
     for name, infos in listing.items():
         info = registry.port(name)
-        print(f"{name}: {info.summary}  ({info.room})")
+        print(f"{name}: {info.summary}  ({info.package_name})")
         for key, method in infos.items():
             print(f"  {key + (' *' if key == info.baseline else ''):<18} {method.summary}")
     print("\n* baseline    modicum show PORT KEY for one method's card and knobs")

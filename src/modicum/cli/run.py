@@ -26,5 +26,5 @@ def run(
     made = load(recipe, overrides or [])
     folder = out or Path("runs") / made.name
     check_folder(folder)
-    done = run_recipe(made, folder, say=lambda line: print(line, file=sys.stderr, flush=True))
+    done = run_recipe(made, folder, notify=lambda line: print(line, file=sys.stderr, flush=True))
     print(report.as_json(done) if as_json else report.as_text(done))

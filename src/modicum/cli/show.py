@@ -38,7 +38,7 @@ def show(
                 json.dumps(
                     {
                         "port": port,
-                        "room": info.room,
+                        "room": info.package_name,
                         "baseline": info.baseline,
                         "path": str(info.path),
                         "protocol": text,
@@ -56,7 +56,7 @@ def show(
     if key not in known:
         raise unknown(f"{port} method", key, known, f"Type: modicum ls {port}")
     card = cards.read_card(known[key])
-    found = figures.of_method(record.read(record.folder(evidence), port), key)
+    measured = figures.of_method(record.read(record.folder(evidence), port), key)
     if as_json:
         print(
             json.dumps(
@@ -71,14 +71,14 @@ def show(
                     "measured": [
                         vars(group[0].lab)
                         | {"rows": [row.as_dict() | {"verdict": figures.verdict(row)} for row in rows]}
-                        for group, rows in found
+                        for group, rows in measured
                     ],
                 },
                 indent=2,
             )
         )
         return
-    print("\n".join(figures.screen(card, found)))
+    print("\n".join(figures.screen(card, measured)))
 
 
 def _knobs(knobs: Sequence[Knob]) -> None:
@@ -99,12 +99,12 @@ def _stage(key: str | None, as_json: bool) -> None:
 
     if key not in stages():
         raise unknown("stage", key or "", stages(), "Type: modicum ls stages")
-    found = stages()[key]
-    knobs = fields(found.path, "Section")
+    stage = stages()[key]
+    knobs = fields(stage.path, "Section")
     if as_json:
-        rows = {"stage": key, "card": found.card, "path": str(found.path), "keys": [vars(k) for k in knobs]}
+        rows = {"stage": key, "card": stage.card, "path": str(stage.path), "keys": [vars(k) for k in knobs]}
         print(json.dumps(rows, indent=2))
         return
-    print(f"{found.card}\n")
+    print(f"{stage.card}\n")
     _knobs(knobs)
-    print(f"file      {found.path}")
+    print(f"file      {stage.path}")

@@ -142,7 +142,7 @@ def compress(
         sort_blocks(model, forms, tokens_NT[:sequences], events=events)
         choices = {name: plan[matched[name]] if name in matched else embeddings for name in forms}
         elastic.trim(forms, {name: bits_of(Choice.parse("linear", form).config()) for name, form in choices.items()})
-        beyond = {name: range(1, form.held) for name, form in forms.items()}
+        beyond = {name: range(1, form.loaded) for name, form in forms.items()}
         least = elastic.nbytes(model) - sum(forms[name].block_nbytes(i) for name in forms for i in beyond[name])
     tally.close()
     save_model(model, folder, source)
@@ -189,7 +189,7 @@ class _Tally:
         norm = _square(weight_OI)
         if isinstance(form, Elastic):
             left = weight_OI.float()
-            lost = [_square(left := left - form.block_weight(i)) for i in range(form.held)]
+            lost = [_square(left := left - form.block_weight(i)) for i in range(form.loaded)]
         else:
             lost = [
                 sum(
@@ -201,7 +201,7 @@ class _Tally:
 
     def close(self) -> None:
         for name, form, norm, losses in self.noted:
-            lost = losses[getattr(form, "held", 1) - 1]
+            lost = losses[getattr(form, "loaded", 1) - 1]
             self.modules += 1
             self.bytes += form.nbytes()
             self.lost, self.norm = self.lost + lost, self.norm + norm

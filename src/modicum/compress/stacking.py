@@ -35,14 +35,14 @@ def sort_blocks(
     """
     names = list(forms)
     ordered: list[tuple[str, int, float]] = [(name, 0, math.nan) for name in names]
-    levels = max(form.held for form in forms.values())
-    total = sum(form.held - 1 for form in forms.values())
+    levels = max(form.loaded for form in forms.values())
+    total = sum(form.loaded - 1 for form in forms.values())
     try:
         for form in forms.values():
             form.partial_sum = form.block_weight(0)
         with (events or Events()).progress("sort blocks", total, "block") as progress:
             for level in range(1, levels):
-                deeper = [name for name in names if forms[name].held > level]
+                deeper = [name for name in names if forms[name].loaded > level]
                 losses: dict[str, float] = {}
                 for name in deeper:
                     form, before = forms[name], forms[name].partial_sum
@@ -64,7 +64,7 @@ def sort_blocks(
     for rank, (name, _, _) in enumerate(ordered):
         order[name].append(rank)
     for name, form in forms.items():
-        form.set_layout({"blocks": form.held, "available": form.held, "order": order[name]})
+        form.set_layout({"blocks": form.loaded, "available": form.loaded, "order": order[name]})
     return ordered
 
 

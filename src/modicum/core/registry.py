@@ -88,7 +88,7 @@ class PortInfo:
     of_room: str = ""  # of a plug-in's port
 
     @property
-    def room(self) -> str:
+    def package_name(self) -> str:
         return self.of_room or self.package.split(".")[1]
 
 
@@ -126,7 +126,7 @@ def ports() -> dict[str, PortInfo]:
             raise UserError(f"port {entry.name!r} of a plug-in is not there: {entry.value}; install it again")
         packages.append((Path(spec.origin), entry.value, entry.name.partition("/")[0]))
     by_name: dict[str, PortInfo] = {}
-    for path, package, room in packages:
+    for path, package, name in packages:
         head = _first_line(path)
         if head and head[0]:
             if head[1] in by_name:
@@ -136,7 +136,7 @@ def ports() -> dict[str, PortInfo]:
             if not baseline:
                 raise UserError(f'port {head[1]!r} in {path} names no baseline; add BASELINE = "KEY"')
             several = bool(_SEVERAL.search(text))
-            by_name[head[1]] = PortInfo(head[1], head[2], package, path.parent, baseline[1], several, room)
+            by_name[head[1]] = PortInfo(head[1], head[2], package, path.parent, baseline[1], several, name)
     return dict(sorted(by_name.items()))
 
 

@@ -39,20 +39,20 @@ Document = list[tuple[str, str]]  # (given, learnt), one after another
 
 @dataclass(frozen=True, kw_only=True)
 class RecallConfig:
-    """lengths: tokens of a row, one after another over the run, for `shares` of it (the last ends it).
+    """lengths: tokens of a row, one after another over the run, for `fractions` of it (the last ends it).
     text: share of the rows that hold the corpus instead, from the second length on. copies: share of the
     documents that are lists."""
 
     lengths: tuple[int, ...] = (64, 256, 1024)
-    shares: tuple[float, ...] = (0.5, 0.25, 0.25)
+    fractions: tuple[float, ...] = (0.5, 0.25, 0.25)
     text: float = 0.15
     copies: float = 0.25
 
     def __post_init__(self) -> None:
-        if len(self.lengths) != len(self.shares) or not self.lengths or abs(sum(self.shares) - 1) > 1e-6:
+        if len(self.lengths) != len(self.fractions) or not self.lengths or abs(sum(self.fractions) - 1) > 1e-6:
             raise UserError(
-                f"recall: lengths={list(self.lengths)} and shares={list(self.shares)} must be lists of one size, "
-                "and the shares must add up to 1"
+                f"recall: lengths={list(self.lengths)} and fractions={list(self.fractions)} must be lists of one size, "
+                "and the fractions must add up to 1"
             )
         if min(self.lengths) < 32:
             raise UserError(f"recall: lengths={list(self.lengths)} must each be at least 32 tokens")
@@ -128,7 +128,7 @@ class RecallStream:
     @property
     def length(self) -> int:
         """Tokens of a row now."""
-        ends = np.cumsum(self.config.shares)
+        ends = np.cumsum(self.config.fractions)
         phase = int(np.searchsorted(ends, self.done / self.total, side="right"))
         return self.config.lengths[min(phase, len(ends) - 1)]
 

@@ -258,7 +258,7 @@ def settle(model: nn.Module) -> dict[str, LinearForm]:
     return forms(model)
 
 
-def places(model: nn.Module, choice: Any) -> list[str]:
+def target_modules(model: nn.Module, choice: Any) -> list[str]:
     """The linear layers of `model` that the paper of a form puts it into, by its patterns; heads are left alone.
 
     Raises `UserError` where there is none.
@@ -266,10 +266,10 @@ def places(model: nn.Module, choice: Any) -> list[str]:
     picked = Choice.parse("linear", choice)
     cls = _class(picked)
     names = [name for name in linears(model) if not name.endswith(HEADS)]
-    matched = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in cls.places)]
+    matched = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in cls.target_modules)]
     if not matched:
         raise UserError(
-            f"the form {picked.method!r} goes into {', '.join(cls.places)}, which this model has not; "
+            f"the form {picked.method!r} goes into {', '.join(cls.target_modules)}, which this model has not; "
             "name its layers yourself"
         )
     return matched

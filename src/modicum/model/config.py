@@ -183,13 +183,13 @@ class DecoderConfig(_LayerFields):
         for name in {name for differing in self.overrides for name in differing}:
             if name not in LAYER_FIELDS:
                 raise unknown("field of a layer", name, LAYER_FIELDS)
-        flat, found = self._flat(), self.per_layer
+        flat, layers = self._flat(), self.per_layer
         # One spelling for one shape: what all layers share is said flatly, what one has like the rest is not repeated.
         for name in {name for differing in self.overrides for name in differing}:
-            if name != "rope" and all(getattr(layer, name) == getattr(found[0], name) for layer in found):
-                flat[name] = getattr(found[0], name)
+            if name != "rope" and all(getattr(layer, name) == getattr(layers[0], name) for layer in layers):
+                flat[name] = getattr(layers[0], name)
                 object.__setattr__(self, name, flat[name])
-        differ = tuple({n: getattr(layer, n) for n in LAYER_FIELDS if getattr(layer, n) != flat[n]} for layer in found)
+        differ = tuple({n: getattr(layer, n) for n in LAYER_FIELDS if getattr(layer, n) != flat[n]} for layer in layers)
         object.__setattr__(self, "overrides", differ if any(differ) else ())
 
     def _flat(self) -> dict[str, Any]:
@@ -330,9 +330,9 @@ def sized(
         if vocab_size * width * (1 if tied else 2) > 1.5 * parameters:
             break
         heads = width // (64 if width >= 256 else 32)
-        share = next((s for s in (2, 3) if heads >= 4 and heads % s == 0), 1)
+        group = next((s for s in (2, 3) if heads >= 4 and heads % s == 0), 1)
         one, two = (
-            llama_like(vocab_size, width, n, heads, heads // share, context_length=context_length, tied=tied, **more)
+            llama_like(vocab_size, width, n, heads, heads // group, context_length=context_length, tied=tied, **more)
             for n in (1, 2)
         )
         per_layer = two.parameters() - one.parameters()
@@ -340,7 +340,7 @@ def sized(
         for layers in {max(1, math.floor(guess)), max(1, math.ceil(guess))}:
             count = one.parameters() + (layers - 1) * per_layer
             badness = 8 * abs(math.log(count / parameters)) + abs(math.log(width / layers / aspect))
-            badness += 0.3 * (heads >= 4 and share == 1)
+            badness += 0.3 * (heads >= 4 and group == 1)
             if best is None or badness < best[0]:
                 best = (
                     badness,
@@ -349,7 +349,7 @@ def sized(
                         width,
                         layers,
                         heads,
-                        heads // share,
+                        heads // group,
                         context_length=context_length,
                         tied=tied,
                         **more,

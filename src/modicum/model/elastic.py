@@ -41,9 +41,9 @@ def block_bytes(forms_of: Mapping[str, Elastic], blocks: Mapping[str, int]) -> i
     return sum(form.block_nbytes(i) for name, form in forms_of.items() for i in range(blocks[name]))
 
 
-def ranking(forms_of: Mapping[str, Elastic], held: bool = False) -> list[tuple[str, int]]:
+def ranking(forms_of: Mapping[str, Elastic], loaded: bool = False) -> list[tuple[str, int]]:
     """(module, block) of every available (or held) block, the most useful first."""
-    counts = {name: form.held if held else form.available for name, form in forms_of.items()}
+    counts = {name: form.loaded if loaded else form.available for name, form in forms_of.items()}
     blocks = [(name, i) for name, n in counts.items() for i in range(n)]
     if all(len(form.order) >= counts[name] for name, form in forms_of.items()):
         return sorted(blocks, key=lambda block: forms_of[block[0]].order[block[1]])
@@ -59,7 +59,7 @@ def block_items(model: nn.Module) -> dict[str, Item]:
     """The held blocks as a file keeps them, by tensor name, the most useful first."""
     forms_of = elastic_forms(model)
     items: dict[str, Item] = {}
-    for name, i in ranking(forms_of, held=True):
+    for name, i in ranking(forms_of, loaded=True):
         block: Tensor = getattr(forms_of[name], f"block_{i}")
         items[f"{name}.block_{i}"] = (f"{name}.block_{i}", tuple(block.shape), block.dtype, block.detach)
     return items
@@ -90,16 +90,16 @@ class Resized:
     dropped_bytes: int
 
 
-def fitting(forms_of: Mapping[str, Elastic], room: float | None, what: str, held: bool = False) -> dict[str, int]:
-    """How many available (or held) blocks of each form fit into `room` bytes, the most useful first.
+def fitting(forms_of: Mapping[str, Elastic], budget: float | None, what: str, loaded: bool = False) -> dict[str, int]:
+    """How many available (or held) blocks of each form fit into `budget` bytes, the most useful first.
 
     Raises `UserError` with `what` if not one of each does.
     """
     wanted = dict.fromkeys(forms_of, 0)
     taken = 0
-    for name, i in ranking(forms_of, held):
+    for name, i in ranking(forms_of, loaded):
         taken += forms_of[name].block_nbytes(i)
-        if room is not None and taken > room:
+        if budget is not None and taken > budget:
             break
         wanted[name] = i + 1
     if not all(wanted.values()):
@@ -121,7 +121,7 @@ def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> R
             f"the model of {folder} is of one size only; make one of any size with: modicum "
             "compress MODEL --form bitstack --calibration TEXT --out STACK"
         )
-    fixed = nbytes(model) - block_bytes(forms_of, {name: form.held for name, form in forms_of.items()})
+    fixed = nbytes(model) - block_bytes(forms_of, {name: form.loaded for name, form in forms_of.items()})
     least = fixed + block_bytes(forms_of, dict.fromkeys(forms_of, 1))
     whole = fixed + block_bytes(forms_of, {name: form.available for name, form in forms_of.items()})
     wanted = fitting(
@@ -132,10 +132,10 @@ def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> R
     )
     read = dropped = 0
     for name, form in forms_of.items():
-        if wanted[name] < form.held:
-            dropped += sum(form.block_nbytes(i) for i in range(wanted[name], form.held))
+        if wanted[name] < form.loaded:
+            dropped += sum(form.block_nbytes(i) for i in range(wanted[name], form.loaded))
             form.set_layout({"blocks": wanted[name]})
-    missing = [(name, i) for name, i in ranking(forms_of) if forms_of[name].held <= i < wanted[name]]
+    missing = [(name, i) for name, i in ranking(forms_of) if forms_of[name].loaded <= i < wanted[name]]
     if missing:
         if not path.exists():
             raise CorruptError(f"{folder} describes blocks but lacks {BLOCKS_FILE}; write the folder again")
@@ -144,7 +144,7 @@ def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> R
                 read += _read(file, name, i, forms_of[name])
     return Resized(
         nbytes(model),
-        sum(form.held for form in forms_of.values()),
+        sum(form.loaded for form in forms_of.values()),
         sum(form.available for form in forms_of.values()),
         read,
         dropped,
@@ -153,8 +153,8 @@ def resize(model: nn.Module, folder: str | Path, size: float | None = None) -> R
 
 def _read(file: SafetensorsFile, name: str, i: int, form: Elastic) -> int:
     tensor = f"{name}.block_{i}"
-    told = tensor in file.names and (file.shape(tensor), file.dtype(tensor))
-    if told != ((form.block_nbytes(i),), torch.uint8):
+    complete = tensor in file.names and (file.shape(tensor), file.dtype(tensor))
+    if complete != ((form.block_nbytes(i),), torch.uint8):
         raise CorruptError(f"{file.path} has no block {tensor} of {form.block_nbytes(i)} bytes; write the folder again")
     value = file.read(tensor)
     form.set_layout({"blocks": i + 1})
@@ -168,7 +168,7 @@ def trim(forms_of: Mapping[str, Elastic], bits: Mapping[str, float | None]) -> N
     bits: by module. Modules of the same number share it: it is their mean.
     """
     for wanted in {value for value in bits.values() if value is not None}:
-        mine = {name: form for name, form in forms_of.items() if bits[name] == wanted and form.held}
+        mine = {name: form for name, form in forms_of.items() if bits[name] == wanted and form.loaded}
         weights = sum(form.in_features * form.out_features for form in mine.values())
         least = 8 * block_bytes(mine, dict.fromkeys(mine, 1)) / max(weights, 1)
         drop(
@@ -179,8 +179,8 @@ def trim(forms_of: Mapping[str, Elastic], bits: Mapping[str, float | None]) -> N
         )
 
 
-def drop(forms_of: Mapping[str, Elastic], room: float, what: str) -> None:
-    """Keep the most useful blocks that take at most `room` bytes, and forget that there were others."""
-    for name, n in fitting(forms_of, room, what, held=True).items():
+def drop(forms_of: Mapping[str, Elastic], budget: float, what: str) -> None:
+    """Keep the most useful blocks that take at most `budget` bytes, and forget that there were others."""
+    for name, n in fitting(forms_of, budget, what, loaded=True).items():
         form = forms_of[name]
         form.set_layout({"blocks": n, "available": n, "order": form.order[:n]})

@@ -49,25 +49,25 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.place, self.parallel = config.per_layer[layer].norm_place, config.per_layer[layer].parallel
+        self.norm_place, self.parallel = config.per_layer[layer].norm_place, config.per_layer[layer].parallel
         self.attention = mixers.load(config.per_layer[layer].mixer)(config, layer)
         self.mlp = MLP(config, layer)
-        if self.place in ("pre", "sandwich", "after"):
+        if self.norm_place in ("pre", "sandwich", "after"):
             self.attention_norm, self.mlp_norm = make_norm(config), make_norm(config)
-        if self.place in ("output", "sandwich"):
+        if self.norm_place in ("output", "sandwich"):
             self.attention_out_norm, self.mlp_out_norm = make_norm(config), make_norm(config)
 
     def forward(self, x_BTD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
         x = x_BTD
         if self.parallel:
             return x + self.attention(self.attention_norm(x), rotation, attend) + self.mlp(self.mlp_norm(x))
-        if self.place == "pre":
+        if self.norm_place == "pre":
             x = x + self.attention(self.attention_norm(x), rotation, attend)
             return x + self.mlp(self.mlp_norm(x))
-        if self.place == "output":
+        if self.norm_place == "output":
             x = x + self.attention_out_norm(self.attention(x, rotation, attend))
             return x + self.mlp_out_norm(self.mlp(x))
-        if self.place == "sandwich":
+        if self.norm_place == "sandwich":
             x = x + self.attention_out_norm(self.attention(self.attention_norm(x), rotation, attend))
             return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
         x = self.attention_norm(x + self.attention(x, rotation, attend))

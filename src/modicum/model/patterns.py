@@ -28,8 +28,8 @@ from modicum.model.families import write_config
 @functools.cache
 def pattern(choice: str) -> AttentionPattern:
     """The pattern of a `LayerConfig.attention`; equal texts give one object, so that masks can be shared."""
-    found: AttentionPattern = registry.build("attention", choice)
-    return found
+    built: AttentionPattern = registry.build("attention", choice)
+    return built
 
 
 def fields_of(choice: Any) -> dict[str, Any]:

@@ -159,10 +159,10 @@ def subject_shape(planner: Planner, model: Input) -> DecoderConfig:
 def subject_model(planner: Planner, model: Input, dtype: str) -> Decoder:
     """The subject, loaded once for all stages; whoever changes it makes a copy."""
     folder = subject(planner, model)
-    found: Decoder = planner.object(
+    loaded: Decoder = planner.object(
         f"{folder} in {dtype}", lambda: load_model(folder, dtype=training.torch_dtype(dtype))
     )
-    return found
+    return loaded
 
 
 def forward_seconds(planner: Planner, model: Input, dtype: str, rows: int, length: int) -> float:
@@ -225,8 +225,8 @@ def encoder(planner: Planner, model: str) -> tuple[Encoder, Cost]:
         seconds = time.perf_counter() - began
         return made, Cost(seconds=seconds, peak_bytes=max(resident_now() - before, 0))
 
-    found: tuple[Encoder, Cost] = planner.object(f"encoder {model}", load)
-    return found
+    loaded: tuple[Encoder, Cost] = planner.object(f"encoder {model}", load)
+    return loaded
 
 
 def batch_seconds(planner: Planner, model: Input, dtype: str, prompt: int, answer: int, knobs: dict[str, Any]) -> float:

@@ -61,13 +61,13 @@ def examples(
     return shown + [example for example, _ in zip(bare, range(limit - wanted), strict=False)]
 
 
-def _ranked(found: Iterable[T], seed: int) -> list[T]:
+def _ranked(items: Iterable[T], seed: int) -> list[T]:
     """In an order that their text and the seed alone decide."""
 
     def rank(one: T) -> bytes:
         return hashlib.blake2b(f"{seed}/{one}".encode("utf-8", "surrogatepass")).digest()
 
-    return sorted(found, key=rank)
+    return sorted(items, key=rank)
 
 
 def _alternate(first: Iterator[T], second: Iterator[T]) -> Iterator[T]:
@@ -103,15 +103,15 @@ class _Asker:
                 self.subset.append(row)
                 self.titled.setdefault((passage.source, passage.title), row)
 
-    def fact(self, asked: Question) -> Example | None:
-        row = self.titled.get((asked.document, asked.evidence))
-        return None if row is None else self._example(asked.id, asked.question, asked.answers[0], row)
+    def fact(self, question: Question) -> Example | None:
+        row = self.titled.get((question.document, question.evidence))
+        return None if row is None else self._example(question.id, question.question, question.answers[0], row)
 
-    def pair(self, asked: Pair) -> Example | None:
-        answer = " ".join(shorten(asked.answer.split("\n\n")[0], ANSWER).split())
-        for row in self.rows.get(asked.id.rpartition("?")[0], []):
-            if _contains(self.searcher.passages[row].text, asked.answer):
-                return self._example(asked.id, asked.question, answer, row)
+    def pair(self, pair: Pair) -> Example | None:
+        answer = " ".join(shorten(pair.answer.split("\n\n")[0], ANSWER).split())
+        for row in self.rows.get(pair.id.rpartition("?")[0], []):
+            if _contains(self.searcher.passages[row].text, pair.answer):
+                return self._example(pair.id, pair.question, answer, row)
         return None
 
     def _example(self, id: str, question: str, answer: str, row: int) -> Example | None:

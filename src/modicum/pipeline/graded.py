@@ -28,22 +28,22 @@ def graded(
 ) -> dict[str, Any]:
     """Held-out questions, closed book and with retrieved passages, by the model before it was adapted and after:
     {role: figures}; empty where the corpus gives none."""
-    asked = draw(questions(curation.documents("heldout")), section.questions, context.recipe.seed)
-    if not asked:
+    drawn = draw(questions(curation.documents("heldout")), section.questions, context.recipe.seed)
+    if not drawn:
         return {}
     searcher = Searcher(inputs["index"]["folder"])
-    gold = _with_gold(asked, searcher)
+    gold = _with_gold(drawn, searcher)
     made = {}
     for variant in variants:
         if variant["role"] == "compressed":
             continue
-        result = _asked(section, context, variant, gold, searcher)
+        result = _grade(section, context, variant, gold, searcher)
         made[variant["role"]] = {"model": variant["name"]} | result.as_dict(rows=True)
-        context.events.emit("graded", **made[variant["role"]] | {"rows": len(asked)})
+        context.events.emit("graded", **made[variant["role"]] | {"rows": len(drawn)})
     return made
 
 
-def _asked(
+def _grade(
     section: Section, context: Context, variant: dict[str, Any], gold: Sequence[grading.Item], searcher: Searcher
 ) -> grading.Graded:
     """The questions put to one variant, whose model is freed on return."""
@@ -60,9 +60,9 @@ def _asked(
     )
 
 
-def _with_gold(asked: Sequence[Question], searcher: Searcher) -> list[grading.Item]:
+def _with_gold(drawn: Sequence[Question], searcher: Searcher) -> list[grading.Item]:
     """The questions with the ids of the passages that hold their answers."""
     ids: dict[tuple[str, str], list[str]] = {}
     for passage in searcher.passages:
         ids.setdefault((passage.source, passage.title), []).append(passage.id)
-    return [grading.Item(q.id, q.question, q.answers, tuple(ids.get((q.document, q.evidence), ()))) for q in asked]
+    return [grading.Item(q.id, q.question, q.answers, tuple(ids.get((q.document, q.evidence), ()))) for q in drawn]

@@ -30,7 +30,7 @@ def folder_of(model: str) -> Path:
     return find_folder(model)
 
 
-def with_models(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
+def with_models(recipe: Recipe, notify: Callable[[str], None]) -> Recipe:
     """The recipe as it can be run here: its models are present, or its fallback is applied and said in one line."""
     for key, model in named(recipe).items():
         try:
@@ -38,7 +38,7 @@ def with_models(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
         except ModicumError as error:
             if not recipe.fallback:
                 raise UserError(f"{key}={model}: {error}") from None
-            say(f"{key}={model} cannot be had here ({error}); going on with the recipe's fallback: {_text(recipe)}")
+            notify(f"{key}={model} cannot be had here ({error}); going on with the recipe's fallback: {_text(recipe)}")
             return overridden(recipe, recipe.fallback)
     return recipe
 

@@ -1,4 +1,4 @@
-"""The bill of a recipe, before anything is spent.
+"""The cost estimate of a recipe, before anything is spent.
 
 Each stage's `plan` returns its `Cost` and its decisions (sizes the stage must then keep to).
 The fixed part comes from running a miniature of the recipe (`pipeline.rehearse`). On top of it, memory comes from
@@ -33,7 +33,7 @@ class Planner:
     recipe: Recipe
     machine: dict[str, Any]
     scratch: Path  # a folder for measuring, removed afterwards
-    say: Callable[[str], None] = lambda line: None
+    notify: Callable[[str], None] = lambda line: None
     name: str = ""  # of the stage that is planned now
     decisions: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage
     fixed: dict[str, Cost] = field(default_factory=dict)  # by stage's key: what it takes on a miniature
@@ -59,15 +59,15 @@ class Planner:
         return self.objects[name]
 
 
-def plan_here(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def plan_here(recipe: Recipe, notify: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Plan every stage in this process: {"machine", "stages": {name: {cost, decisions, basis}}, "total"}."""
     from modicum.pipeline.rehearse import fixed_costs
 
     began = time.monotonic()
-    say("plan: fixed cost of every stage, once per machine")
+    notify("plan: fixed cost of every stage, once per machine")
     with tempfile.TemporaryDirectory(prefix="modicum-plan-") as scratch:
         planner = Planner(
-            recipe, machine.describe(), Path(scratch), say, fixed=fixed_costs(recipe), kept=Memo.of_machine()
+            recipe, machine.describe(), Path(scratch), notify, fixed=fixed_costs(recipe), kept=Memo.of_machine()
         )
         return _plan_stages(planner, began)
 
@@ -78,7 +78,7 @@ def _plan_stages(planner: Planner, began: float) -> dict[str, Any]:
     entries, recipe = planner.recipe.entries, planner.recipe
     for number, entry in enumerate(entries):
         name = entry.name
-        planner.say(f"plan: {name} ({number + 2} of {len(entries) + 1}, {time.monotonic() - began:.0f} s so far)")
+        planner.notify(f"plan: {name} ({number + 2} of {len(entries) + 1}, {time.monotonic() - began:.0f} s so far)")
         planner.name = name
         made = entry.stage.plan(recipe.section(name), recipe.inputs(name, planner.decisions), planner)
         cost = _above(planner.fixed[entry.key], made.cost)
@@ -109,16 +109,16 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         env=environment(),
     )
     try:
-        told = json.loads(done.stdout.strip().splitlines()[-1])
+        reply = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
         if done.returncode in (130, -2):
             raise KeyboardInterrupt from None
         raise ModicumError(f"planning ended with exit code {done.returncode}; what it said stands above") from None
-    if "error" in told:
-        error = UserError(told["error"])
-        error.exit_code = told["exit_code"]
+    if "error" in reply:
+        error = UserError(reply["error"])
+        error.exit_code = reply["exit_code"]
         raise error
-    return told
+    return reply
 
 
 def require_fits(recipe: Recipe, plan: dict[str, Any], folder: str | Path) -> None:
@@ -179,7 +179,7 @@ def main() -> int:
 
         torch.set_num_threads(recipe.threads)
     try:
-        plan = plan_here(recipe, say=lambda line: print(line, file=sys.stderr, flush=True))
+        plan = plan_here(recipe, notify=lambda line: print(line, file=sys.stderr, flush=True))
     except ModicumError as error:
         print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
         return 0

@@ -101,28 +101,28 @@ class Recipe(Strict):
         entry = self.entry(name)
         before = self.entries[: self.entries.index(entry)]
         stage, needed = entry.stage, entry.stage.needed(self.section(name))
-        found: dict[str, list[str]] = {}
+        by_kind: dict[str, list[str]] = {}
         for kind in dict.fromkeys((*needed, *stage.optional, *stage.named)):
             given = [e.name for e in before if kind in e.stage.gives]
-            found[kind] = [n for n in given if n in entry.sources]
-            if len(found[kind]) > 1 and kind not in stage.several:
-                names = " and ".join(found[kind])
+            by_kind[kind] = [n for n in given if n in entry.sources]
+            if len(by_kind[kind]) > 1 and kind not in stage.several:
+                names = " and ".join(by_kind[kind])
                 raise UserError(f"{name} reads one {kind}, and from names {names}; leave one of them out")
-            if not found[kind] and kind in needed:
+            if not by_kind[kind] and kind in needed:
                 if not given:
                     raise _ungiven(name, kind)
-                found[kind] = given if kind in stage.several else given[-1:]
-            elif not found[kind] and kind in stage.optional:
-                found[kind] = [n for n in given if self._alike(n, found)][-1:]
-        unused = [s for s in entry.sources if not any(s in given for given in found.values())]
+                by_kind[kind] = given if kind in stage.several else given[-1:]
+            elif not by_kind[kind] and kind in stage.optional:
+                by_kind[kind] = [n for n in given if self._alike(n, by_kind)][-1:]
+        unused = [s for s in entry.sources if not any(s in given for given in by_kind.values())]
         if unused:
-            allowed = [e.name for e in before if set(found) & set(e.stage.gives)]
+            allowed = [e.name for e in before if set(by_kind) & set(e.stage.gives)]
             raise unknown(f"{name}.from:", unused[0], allowed, "It names stages above whose results this one reads")
-        return found
+        return by_kind
 
-    def _alike(self, name: str, found: Mapping[str, list[str]]) -> bool:
+    def _alike(self, name: str, by_kind: Mapping[str, list[str]]) -> bool:
         """Whether a stage reads the same artefacts as `found`, of the kinds that both read."""
-        return all(found.get(kind, given) == given for kind, given in self.sources(name).items())
+        return all(by_kind.get(kind, given) == given for kind, given in self.sources(name).items())
 
     def inputs(self, name: str, values: Mapping[str, Mapping[str, Any]]) -> Inputs:
         """The stage's artefacts; values: figures or decisions by stage."""
@@ -208,19 +208,19 @@ def _general() -> list[str]:
 
 def _short(data: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     """(name, key, section) of the stages of a recipe with one section each."""
-    found = []
+    names = []
     for key in in_order():
         section = data.pop(key, {} if load_stage(key).default else None)
         if section is not None:
-            found.append((key, key, _mapping(section, key)))
-    return found
+            names.append((key, key, _mapping(section, key)))
+    return names
 
 
 def _listed(given: Any, where: str) -> list[tuple[str, str, dict[str, Any]]]:
     """The same for a list: `- KEY`, `- KEY: {...}`, and `as: NAME` beside it."""
     if not isinstance(given, list) or not given:
         raise UserError(f"{where}: stages must be a list such as [{{curate: {{}}}}, {{pretrain: {{}}, as: base}}]")
-    found: list[tuple[str, str, dict[str, Any]]] = []
+    listed: list[tuple[str, str, dict[str, Any]]] = []
     for item in given:
         item = {item: None} if isinstance(item, str) else item
         keys = [k for k in item if k != "as"] if isinstance(item, dict) else []
@@ -232,10 +232,10 @@ def _listed(given: Any, where: str) -> list[tuple[str, str, dict[str, Any]]]:
         name = str(item.get("as") or key)
         if not _NAME.fullmatch(name) or name in _general():
             raise UserError(f"{where}: as: {name!r} is no name for a stage; use letters, digits, - and _")
-        if name in (n for n, _, _ in found):
+        if name in (n for n, _, _ in listed):
             raise UserError(f"{where}: two stages are called {name!r}; give one another name with as: NAME")
-        found.append((name, key, _mapping(item[keys[0]], name)))
-    return found
+        listed.append((name, key, _mapping(item[keys[0]], name)))
+    return listed
 
 
 def _mapping(section: Any, name: str) -> dict[str, Any]:
@@ -247,13 +247,13 @@ def _mapping(section: Any, name: str) -> dict[str, Any]:
 def _override(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     """Set a key; in a recipe with a list, that of the stage called `keys[0]`, where null takes the stage out."""
     if "stages" in data and keys[0] not in _general() and isinstance(data["stages"], list):
-        for place, item in enumerate(data["stages"]):
+        for index, item in enumerate(data["stages"]):
             item = {item: None} if isinstance(item, str) else item
             key = next((k for k in item if k != "as"), "") if isinstance(item, dict) else ""
             if key and keys[0] == (item.get("as") or key):
-                data["stages"][place] = item
+                data["stages"][index] = item
                 if len(keys) == 1 and value is None:
-                    del data["stages"][place]
+                    del data["stages"][index]
                 else:
                     _set(item, [key, *keys[1:]], value, override)
                 return
@@ -282,12 +282,12 @@ def _validate(model: type[S], data: dict[str, Any], where: str, name: str = "") 
 
 def _explain(error: pydantic.ValidationError, model: type[BaseModel], where: str, name: str) -> ModicumError:
     first = error.errors()[0]
-    place = [p for p in first["loc"] if isinstance(p, str) and not p.startswith("function-")]
+    path = [p for p in first["loc"] if isinstance(p, str) and not p.startswith("function-")]
     head = [name] if name else []
-    dotted = ".".join([*head, *place])
+    dotted = ".".join([*head, *path])
     if first["type"] == "extra_forbidden":
-        fields = functools.reduce(_inner, place[:-1], model).model_fields
-        return unknown(f"key in {where}:", dotted, [".".join([*head, *place[:-1], k]) for k in fields])
+        fields = functools.reduce(_inner, path[:-1], model).model_fields
+        return unknown(f"key in {where}:", dotted, [".".join([*head, *path[:-1], k]) for k in fields])
     return UserError(f"{where}: {dotted}={first['input']!r} is not valid: {first['msg']}")
 
 

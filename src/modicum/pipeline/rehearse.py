@@ -81,9 +81,9 @@ def _walk(recipe: Recipe) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="modicum-rehearsal-") as folder:
         corpus = Path(folder) / "corpus"
         for module in MODULES:
-            found = inspect.getsourcefile(__import__(module, fromlist=["_"]))
-            if found:
-                write_text(corpus / f"{module}.py", Path(found).read_text(encoding="utf-8"))
+            file = inspect.getsourcefile(__import__(module, fromlist=["_"]))
+            if file:
+                write_text(corpus / f"{module}.py", Path(file).read_text(encoding="utf-8"))
         small, decisions = miniature(recipe, corpus)
         run = Run(Path(folder) / "run")
         write_text(run.folder / "run.yaml", resolved(small))

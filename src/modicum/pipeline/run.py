@@ -27,18 +27,18 @@ class StageFailed(ModicumError):
         self.exit_code = exit_code
 
 
-def run_recipe(recipe: Recipe, folder: str | Path, say: Callable[[str], None] = print) -> Run:
+def run_recipe(recipe: Recipe, folder: str | Path, notify: Callable[[str], None] = print) -> Run:
     """Carry out `recipe` in `folder` and return the run. Raises `ModicumError` where it cannot go on."""
     run = Run(Path(folder).resolve())
     fresh = not run.folder.exists()
     try:
         with run.lock("run"):
-            recipe = with_models(recipe, say)
+            recipe = with_models(recipe, notify)
             stages = [entry.name for entry in recipe.entries]
             _require_inputs(recipe, stages)
             deadline = Deadline(recipe.budget.time)
-            plan = _plan(recipe, run, say)
-            _walk(recipe, run, stages, plan, deadline, say)
+            plan = _plan(recipe, run, notify)
+            _walk(recipe, run, stages, plan, deadline, notify)
     finally:
         if fresh and [p.name for p in run.folder.iterdir()] == [".run.lock"]:  # refused: leave nothing behind
             (run.folder / ".run.lock").unlink()
@@ -60,12 +60,12 @@ def _require_inputs(recipe: Recipe, stages: list[str]) -> None:
 
 
 def _walk(
-    recipe: Recipe, run: Run, stages: list[str], plan: dict[str, Any], deadline: Deadline, say: Callable[[str], None]
+    recipe: Recipe, run: Run, stages: list[str], plan: dict[str, Any], deadline: Deadline, notify: Callable[[str], None]
 ) -> None:
     for name in stages:
         record = run.done(name)
         if record and record["fingerprint"] == stage_fingerprint(recipe, name):
-            say(f"{name}: done already, {seconds_text(record['measured']['seconds'])}")
+            notify(f"{name}: done already, {seconds_text(record['measured']['seconds'])}")
             continue
         if deadline.passed:
             raise StageFailed(
@@ -73,14 +73,14 @@ def _walk(
                 "finished stages are kept, the same command goes on",
                 1,
             )
-        _run_stage(run, name, plan, deadline, say)
+        _run_stage(run, name, plan, deadline, notify)
     _write_ledger(run, stages, plan)
     from modicum.pipeline.report import write_report
 
     write_report(run)
 
 
-def _plan(recipe: Recipe, run: Run, say: Callable[[str], None]) -> dict[str, Any]:
+def _plan(recipe: Recipe, run: Run, notify: Callable[[str], None]) -> dict[str, Any]:
     """The plan on disk if it was made for this very recipe, else a new one."""
     text = resolved(recipe)
     path = run.folder / "plan.json"
@@ -89,21 +89,21 @@ def _plan(recipe: Recipe, run: Run, say: Callable[[str], None]) -> dict[str, Any
         try:
             return read_json(path)
         except ValueError:
-            say("plan.json cannot be read; planning again")
-    say("plan: measuring this machine")
+            notify("plan.json cannot be read; planning again")
+    notify("plan: measuring this machine")
     started = time.perf_counter()
     plan = planning.make_plan(recipe)
     planning.require_fits(recipe, plan, run.folder)
     write_json(path, plan)
     write_text(run.folder / "run.yaml", text)
     Events(run.folder / "events.jsonl", "plan").emit("plan", seconds=time.perf_counter() - started, plan=plan)
-    say(planning.bill_text(plan))
+    notify(planning.bill_text(plan))
     return plan
 
 
-def _run_stage(run: Run, name: str, plan: dict[str, Any], deadline: Deadline, say: Callable[[str], None]) -> None:
+def _run_stage(run: Run, name: str, plan: dict[str, Any], deadline: Deadline, notify: Callable[[str], None]) -> None:
     planned = plan["stages"].get(name, {}).get("cost", {})
-    say(f"{name}: planned {seconds_text(planned.get('seconds', 0))}")
+    notify(f"{name}: planned {seconds_text(planned.get('seconds', 0))}")
     arguments = [str(run.folder), name, str(deadline.left), str(os.getpid())]
     command = [sys.executable, "-m", "modicum.pipeline.worker", *arguments]
     process = subprocess.Popen(command, env=environment())
@@ -117,8 +117,8 @@ def _run_stage(run: Run, name: str, plan: dict[str, Any], deadline: Deadline, sa
     if code != 0:
         failed = run.stage(name) / "failed.json"
         if failed.is_file():
-            told = read_json(failed)
-            raise StageFailed(f"{name}: {told['message']}", told["exit_code"])
+            failure = read_json(failed)
+            raise StageFailed(f"{name}: {failure['message']}", failure["exit_code"])
         if code == DISK_FULL:
             raise StageFailed(
                 f"{name}: the disk is full where {run.folder} is; free space, and the same command "

@@ -33,10 +33,10 @@ def methods(port: str) -> Any:
     """The same for any number of methods: one, or a list of them."""
 
     def check(value: Any) -> Any:
-        found = [value] if isinstance(value, str | dict) else value
-        for one in found if isinstance(found, list) else ():
+        values = [value] if isinstance(value, str | dict) else value
+        for one in values if isinstance(values, list) else ():
             Choice.parse(port, one).config()
-        return found
+        return values
 
     return Annotated[list[str | dict[str, Any]], BeforeValidator(check)]
 

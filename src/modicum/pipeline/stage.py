@@ -51,20 +51,20 @@ class Input:
 class Inputs(Mapping[str, Input]):
     """A stage's artefacts by kind: `inputs["corpus"]` is the last one named, `inputs.all("corpus")` every one."""
 
-    def __init__(self, found: Mapping[str, Sequence[Input]]):
-        self._found = {kind: list(given) for kind, given in found.items() if given}
+    def __init__(self, inputs: Mapping[str, Sequence[Input]]):
+        self._inputs = {kind: list(given) for kind, given in inputs.items() if given}
 
     def __getitem__(self, kind: str) -> Input:
-        return self._found[kind][-1]
+        return self._inputs[kind][-1]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
+        return iter(self._inputs)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._inputs)
 
     def all(self, kind: str) -> list[Input]:
-        return self._found.get(kind, [])
+        return self._inputs.get(kind, [])
 
 
 @dataclass(frozen=True)
@@ -180,11 +180,11 @@ class StageInfo:
 @functools.cache
 def stages() -> dict[str, StageInfo]:
     """Every stage by key, sorted; nothing is imported."""
-    found = {}
+    classes = {}
     for path in sorted(HERE.glob("*.py")):
         if not path.name.startswith("_"):
             key, summary = _head(path)
-            found[key] = StageInfo(key, summary, f"modicum.pipeline.stages.{path.stem}", path)
+            classes[key] = StageInfo(key, summary, f"modicum.pipeline.stages.{path.stem}", path)
     for entry in importlib.metadata.entry_points(group=GROUP):
         try:
             spec = importlib.util.find_spec(entry.value)
@@ -192,10 +192,10 @@ def stages() -> dict[str, StageInfo]:
             spec = None
         if spec is None or spec.origin is None:
             raise UserError(f"the stage {entry.name!r} of {entry.value} is not there; install its package again")
-        if entry.name in found:
-            raise UserError(f"stage {entry.name!r} of {entry.value} is already taken by {found[entry.name].module}")
-        found[entry.name] = StageInfo(entry.name, _head(Path(spec.origin))[1], entry.value, Path(spec.origin))
-    return dict(sorted(found.items()))
+        if entry.name in classes:
+            raise UserError(f"stage {entry.name!r} of {entry.value} is already taken by {classes[entry.name].module}")
+        classes[entry.name] = StageInfo(entry.name, _head(Path(spec.origin))[1], entry.value, Path(spec.origin))
+    return dict(sorted(classes.items()))
 
 
 def _head(path: Path) -> tuple[str, str]:
@@ -233,8 +233,8 @@ def load_stage(key: str) -> Stage[Any]:
 def section_of(key: str) -> type[Strict]:
     """The model of a stage's part of a recipe."""
     load_stage(key)
-    found: type[Strict] = importlib.import_module(stages()[key].module).Section
-    return found
+    section: type[Strict] = importlib.import_module(stages()[key].module).Section
+    return section
 
 
 def in_order() -> list[str]:

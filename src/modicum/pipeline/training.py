@@ -51,7 +51,7 @@ def training_stream(section: Pretrain, curation: Curation, total: float, seed: i
     if p.recall is not None:
         from modicum.evaluate.recall import RecallConfig, RecallStream
 
-        knobs = p.recall.model_dump(exclude={"vocabulary"}) | {"shares": tuple(p.recall.shares)}
+        knobs = p.recall.model_dump(exclude={"vocabulary"}) | {"fractions": tuple(p.recall.fractions)}
         config = RecallConfig(**knobs | {"lengths": tuple(min(n, p.sequence_length) for n in p.recall.lengths)})
         return RecallStream(
             config,
@@ -61,8 +61,8 @@ def training_stream(section: Pretrain, curation: Curation, total: float, seed: i
             total=total,
             seed=seed,
         )
-    told = TrainConfig(steps=1, sequence_length=p.sequence_length, seed=seed, **methods(p))
-    return told.stream(curation.shards("train"), total=total)
+    one_step = TrainConfig(steps=1, sequence_length=p.sequence_length, seed=seed, **methods(p))
+    return one_step.stream(curation.shards("train"), total=total)
 
 
 def heldout_stream(section: Pretrain, curation: Curation) -> Stream:
@@ -105,8 +105,8 @@ def dtype_of(recipe: Recipe) -> str:
     """What models run in unless a stage says otherwise: what the recipe pretrains in, or bf16."""
     from modicum.pipeline.stages.pretrain import Section
 
-    found = recipe.first(Section)
-    return found.dtype if found else "bf16"
+    section = recipe.first(Section)
+    return section.dtype if section else "bf16"
 
 
 def dtype_named(name: str | None, stage: str) -> str:
@@ -117,5 +117,5 @@ def dtype_named(name: str | None, stage: str) -> str:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, DTYPES[name])
-    return found
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype

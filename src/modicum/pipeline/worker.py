@@ -99,17 +99,17 @@ def main(folder: str, name: str, seconds: str, parent: str) -> int:
             )
             events.emit("stage_end", measured=measured)
         except ModicumError as error:
-            return _say(failed, str(error), error.exit_code)
+            return _fail(failed, str(error), error.exit_code)
         except KeyboardInterrupt:
             return 130
         except (OSError, MemoryError) as error:
             if not isinstance(error, MemoryError) and error.errno != errno.ENOSPC:
                 traceback.print_exc()
-            return _say(failed, _system(error), 2)
+            return _fail(failed, _system(error), 2)
     return 0
 
 
-def _say(failed: Path, message: str, exit_code: int) -> int:
+def _fail(failed: Path, message: str, exit_code: int) -> int:
     """Leave the reason for the run to read; where not even that can be written, say so by the exit code."""
     try:
         write_json(failed, {"message": message, "exit_code": exit_code})

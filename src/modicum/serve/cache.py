@@ -68,9 +68,9 @@ class Cache:
             most = min(most, sample.request.context - self.policy.tail)
         if sample.scored:  # the tokens from the prompt's last one on are computed: their logits are what is asked for
             most = min(most, prompt - 1)
-        found = self.blocks.find(sample.names[: max(0, most) // P])
-        job.hit = len(found) * P
-        job.revived = sum(self.blocks.references[b] == 0 for b in found)
+        hits = self.blocks.find(sample.names[: max(0, most) // P])
+        job.hit = len(hits) * P
+        job.revived = sum(self.blocks.references[b] == 0 for b in hits)
 
     def load(self, sample: Sample) -> None:
         """Give an admitted sequence a slot and the blocks that `look_up` promised."""
@@ -83,17 +83,17 @@ class Cache:
         sample.published, sample.coded = len(sample.blocks), sample.job.hit
         self.table.hold(sample.slot, 0, sample.blocks)
 
-    def room(self, sample: Sample, n: int) -> bool:
+    def has_room(self, sample: Sample, n: int) -> bool:
         """Blocks or pages for `n` more tokens; False if there are too few, and then none is taken."""
         try:
             if sample.pages is not None:
                 self.storage.grow(sample.pages, n, self.pages)
             else:
-                held = len(sample.blocks)
-                more = -(-(sample.job.computed + n) // self.block_size) - held
+                owned = len(sample.blocks)
+                more = -(-(sample.job.computed + n) // self.block_size) - owned
                 if more > 0:
                     new = self.blocks.take(more)
-                    self.table.hold(sample.slot, held, new)
+                    self.table.hold(sample.slot, owned, new)
                     sample.blocks += new
                     sample.job.own += more
         except OutOfBlocks:
@@ -148,8 +148,8 @@ class Cache:
             return True
         layers = range(self.storage.layers)
         allowed_LG = torch.tensor([sample.policy.allowed(layer, job.computed) for layer in layers])
-        held_LG = job.computed if sample.pages is None else sample.pages.count_LG
-        if bool((held_LG <= allowed_LG + (0 if ended else P)).all()):
+        count_LG = job.computed if sample.pages is None else sample.pages.count_LG
+        if bool((count_LG <= allowed_LG + (0 if ended else P)).all()):
             return True
         lifted = []
         for layer in layers:

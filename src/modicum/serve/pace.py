@@ -1,11 +1,11 @@
 """How long a step of the engine takes, from what is in it: a small nonnegative linear model.
 
-A step computes *pieces* (n tokens of a prompt, of which `start` are cached) and *decodes* (one token each).
+A step computes *chunks* (n tokens of a prompt, of which `start` are cached) and *decodes* (one token each).
 Sums over these describe it (`Load`), and the seconds are a nonnegative combination of them:
 
     seconds = a0 + a1 tokens + sum_k bk min(tokens, k)        what every token passes through; few are dearer
-            + c1 pieces + c2 pairs + c3 late_pairs + c4 reach   attention of pieces (late: behind cached tokens)
-            + d1 decodes + d2 held                              attention of decodes: context that is read
+            + c1 chunks + c2 pairs + c3 late_pairs + c4 reach   attention of chunks (late: behind cached tokens)
+            + d1 decodes + d2 cached                            attention of decodes: context that is read
 
 The coefficients are fitted to measured steps so that the *relative* errors are small (each row is divided by
 its seconds), with nonnegative least squares, so that the model never promises time back for more work. The
@@ -32,26 +32,26 @@ TERMS = (
     "step",
     "tokens",
     *(f"first {k} tokens" for k in KNEES),
-    "pieces",
+    "chunks",
     "pairs",
     "late pairs",
     "reach",
     "decodes",
-    "held",
+    "cached",
 )
-FORMAT = 1
+FORMAT = 2
 
 
 class Load(NamedTuple):
-    """Sums over the sequences of a step. `pairs` counts query-key products, `reach` and `held` keys read."""
+    """Sums over the sequences of a step. `pairs` counts query-key products, `reach` and `cached` keys read."""
 
     tokens: int = 0
-    pieces: int = 0
-    pairs: float = 0.0  # of pieces from a prompt's start
-    late_pairs: float = 0.0  # of pieces behind cached tokens
+    chunks: int = 0
+    pairs: float = 0.0  # of chunks from a prompt's start
+    late_pairs: float = 0.0  # of chunks behind cached tokens
     reach: int = 0
     decodes: int = 0
-    held: int = 0
+    cached: int = 0
 
     def plus(self, start: int, n: int) -> Load:
         """With `n` more tokens of a sequence that has `start` tokens cached."""

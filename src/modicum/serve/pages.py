@@ -44,8 +44,8 @@ class Pages:
 
     def numbers(self) -> list[int]:
         """All pages held."""
-        held_LGN = torch.arange(self.table_LGN.shape[2]) < self.pages_LG[:, :, None]
-        return [int(p) for p in self.table_LGN[held_LGN].tolist()]
+        used_LGN = torch.arange(self.table_LGN.shape[2]) < self.pages_LG[:, :, None]
+        return [int(p) for p in self.table_LGN[used_LGN].tolist()]
 
     def slack(self, block_size: int) -> int:
         """Tokens that can be appended without a new page."""
@@ -181,8 +181,8 @@ class Storage:
             wider = torch.zeros((*pages.table_LGN.shape[:2], width), dtype=torch.int64)
             wider[:, :, : pages.table_LGN.shape[2]] = pages.table_LGN
             pages.table_LGN = wider
-        place = torch.arange(pages.table_LGN.shape[2])
-        new = (place >= pages.pages_LG[:, :, None]) & (place < (pages.pages_LG + more_LG)[:, :, None])
+        slot = torch.arange(pages.table_LGN.shape[2])
+        new = (slot >= pages.pages_LG[:, :, None]) & (slot < (pages.pages_LG + more_LG)[:, :, None])
         pages.table_LGN[new] = numbers
         pages.pages_LG = pages.pages_LG + more_LG
 

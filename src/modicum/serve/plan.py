@@ -111,20 +111,22 @@ class AttentionPlan:
     def segments(self) -> list[Segment]:
         plain = [w for w in self.works if not by_policy(w)]
         single = [w for w in plain if w.n == 1 and w.tree is None]
-        found = [Segment(some, BLOCKS) for some in self._alike([w for w in single if w.sample.pages is None])]
-        found += [Segment(list(some), PAGES) for some in _neighbours([w for w in single if w.sample.pages is not None])]
-        found += [Segment(some, BLOCKS) for some in self._alike([w for w in plain if w.tree is not None])]
+        result = [Segment(some, BLOCKS) for some in self._alike([w for w in single if w.sample.pages is None])]
+        result += [
+            Segment(list(some), PAGES) for some in _neighbours([w for w in single if w.sample.pages is not None])
+        ]
+        result += [Segment(some, BLOCKS) for some in self._alike([w for w in plain if w.tree is not None])]
         for w in plain:
             if w.n > 1 and w.tree is None:
                 source = PAGES if w.sample.pages is not None else BLOCKS if w.start else FRESH
-                found.append(Segment([w], source))
+                result.append(Segment([w], source))
         for w in self.own:  # single tokens on whole caches are rare, and computed one by one
             if w.n > 1 or w.sample.pages is None:
-                found.append(Segment([w], PAGES if w.sample.pages is not None else BLOCKS, w.sample.policy))
+                result.append(Segment([w], PAGES if w.sample.pages is not None else BLOCKS, w.sample.policy))
         shared = [w for w in self.own if w.n == 1 and w.sample.pages is not None]
         for _, group in itertools.groupby(shared, lambda w: id(w.sample.policy)):
-            found += [Segment(some, PAGES, some[0].sample.policy) for some in _neighbours(list(group))]
-        return found
+            result += [Segment(some, PAGES, some[0].sample.policy) for some in _neighbours(list(group))]
+        return result
 
     def _alike(self, works: Sequence[Work]) -> list[list[Work]]:
         """Neighbours of one number of rows, whose numbers of blocks are within a factor of two, or eight blocks."""

@@ -77,7 +77,7 @@ class Drafting:
             tree: Tree = sample.drafter.propose(sample.tokens, each)
             if len(tree) and int(layout(tree).depth_X.max()) > deepest:
                 tree = _within(tree, deepest)
-            if len(tree) and not cache.room(sample, 1 + len(tree)):
+            if len(tree) and not cache.has_room(sample, 1 + len(tree)):
                 tree = tree.first(job.capacity - w.start - 1)
             if len(tree):
                 w.tree, w.n = tree, 1 + len(tree)

@@ -54,7 +54,7 @@ def reserve(state: State, plan: Plan) -> list[Work]:
         sample = state.samples[id]
         if sample.policy is not None and (left := sample.request.context - sample.job.computed) > 0:
             n = min(n, left)  # a step ends where the policy compresses; the rest comes in the next one
-        while not state.cache.room(sample, n):
+        while not state.cache.has_room(sample, n):
             late = run.pop()[0] if run else id
             state.preempt(state.samples[late])
             if late == id:

@@ -33,13 +33,13 @@ TIMERS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: for one t
 Works = list[tuple[int, int]]  # (cached tokens, tokens to compute) of each sequence
 
 
-class _Told(Scheduler):
-    """Plans what it is told."""
+class _Scripted(Scheduler):
+    """Gives `next_plan`."""
 
-    told = Plan()
+    next_plan = Plan()
 
     def plan(self, state: State) -> Plan:
-        return self.told
+        return self.next_plan
 
 
 def compositions(count: int, config: EngineConfig, longest: int, capacity: int, seed: int = 0) -> list[Works]:
@@ -50,31 +50,31 @@ def compositions(count: int, config: EngineConfig, longest: int, capacity: int, 
     def between(low: int, high: int) -> int:
         return round(math.exp(rng.uniform(math.log(low), math.log(max(low, high)))))
 
-    found = []
+    result = []
     for i in range(count):
         works: Works = []
         kind = i % 4  # decodes, pieces, and both twice
-        tokens, room = config.max_batch_tokens, capacity
+        tokens, free = config.max_batch_tokens, capacity
         if kind != 0:
             most = between(2, tokens)
             for _ in range(rng.choice((1, 1, 1, 2, 4))):
                 n = min(between(2, most), longest - 2, tokens)
                 start = 0 if rng.random() < 0.5 else between(1, longest - n - 1)
-                if n < 2 or start + n + 2 * config.block_size > room:
+                if n < 2 or start + n + 2 * config.block_size > free:
                     break
                 works.append((start, n))
-                tokens, room = tokens - n, room - start - n - 2 * config.block_size
+                tokens, free = tokens - n, free - start - n - 2 * config.block_size
         if kind != 1:
             typical = between(1, longest - 2)
             for _ in range(between(1, config.max_sequences - len(works))):
                 start = min(longest - 2, max(1, round(typical * math.exp(rng.gauss(0, 0.5)))))
-                if tokens < 1 or start + 2 * config.block_size > room:
+                if tokens < 1 or start + 2 * config.block_size > free:
                     break
                 works.append((start, 1))
-                tokens, room = tokens - 1, room - start - 2 * config.block_size
+                tokens, free = tokens - 1, free - start - 2 * config.block_size
         if works:
-            found.append(works)
-    return found
+            result.append(works)
+    return result
 
 
 def timer(name: str) -> Callable[[], float]:
@@ -94,7 +94,7 @@ def time_step(engine: Engine, works: Works, clock: Callable[[], float] = time.pe
     What is cached is not computed before: its place is taken, and holds whatever is there.
     """
     scheduler = engine.scheduler
-    assert isinstance(scheduler, _Told)
+    assert isinstance(scheduler, _Scripted)
     vocab = engine.model.config.vocab_size
     requests = [
         Request([(7 * i + j) % vocab for j in range(start + n)], SamplingParams(temperature=0, ignore_eos=True))
@@ -106,10 +106,10 @@ def time_step(engine: Engine, works: Works, clock: Callable[[], float] = time.pe
             sample = request.sequences[0]
             engine.cache.load(sample)
             scheduler.commit(Plan(((sample.id, 1),)))
-            if start and not engine.cache.room(sample, start):
+            if start and not engine.cache.has_room(sample, start):
                 raise ModicumError(f"a step of {works} does not fit the cache")
             scheduler.advance(sample.id, start, 0)
-        scheduler.told = Plan(tuple((r.sequences[0].id, n) for r, (_, n) in zip(requests, works, strict=True)))
+        scheduler.next_plan = Plan(tuple((r.sequences[0].id, n) for r, (_, n) in zip(requests, works, strict=True)))
         began = clock()
         updates = engine.step()
         seconds = clock() - began
@@ -118,7 +118,7 @@ def time_step(engine: Engine, works: Works, clock: Callable[[], float] = time.pe
             raise ModicumError(f"a step could not be timed: {fault or 'not all of it was computed'}")
         return seconds
     finally:
-        scheduler.told = Plan()
+        scheduler.next_plan = Plan()
         for request in requests:
             engine.abort(request.id)
 
@@ -138,7 +138,7 @@ def calibrate(
     engine, clock = Engine(model, None, config), timer(by)
     if engine.policy.drops or engine.watches:
         raise UserError(f"kv={config.kv}: the simulator knows whole caches only; choose kv=full")
-    engine.scheduler = _Told(
+    engine.scheduler = _Scripted(
         None, config.block_size, engine.blocks.n_blocks, config.max_batch_tokens, config.max_sequences
     )
     rng, every = random.Random(seed), engine.blocks.take(engine.blocks.n_blocks)
@@ -156,9 +156,9 @@ def calibrate(
                 progress(1)
     order = rng.sample(range(len(loads)), len(loads))
     cut = round(len(order) * HELD_OUT)
-    held, used = order[:cut], order[cut:]
-    found = fit([loads[j] for j in used for _ in range(PASSES)], taken[used].ravel())
-    wrong = errors(found, [loads[j] for j in held], np.median(taken[held], axis=1))
+    heldout, used = order[:cut], order[cut:]
+    fitted = fit([loads[j] for j in used for _ in range(PASSES)], taken[used].ravel())
+    wrong = errors(fitted, [loads[j] for j in heldout], np.median(taken[heldout], axis=1))
     shape = model.config
     about: dict[str, Any] = {
         "model": f"{shape.layers} layers of {shape.width}, {shape.heads}/{shape.kv_heads} heads",
@@ -166,7 +166,7 @@ def calibrate(
         "machine": cpu_name() if model.device.type == "cpu" else str(model.device),
         "timer": by,
         "steps": len(used),
-        "held_out": len(held),
+        "held_out": len(heldout),
         "error_median": float(np.median(wrong)),
         "error_p90": float(np.quantile(wrong, 0.9)),
         "error_max": float(wrong.max()),
@@ -177,7 +177,7 @@ def calibrate(
         "bytes_per_token": engine.storage.block_bytes // config.block_size,
     }
     engine.close()
-    return StepTime(found.coefficients, found.spread, about)
+    return StepTime(fitted.coefficients, fitted.spread, about)
 
 
 def play(engine: Engine, trace: Trace, seed: int = 0, slo: SLO | None = None, by: str = "wall") -> Played | None:

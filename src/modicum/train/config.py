@@ -26,7 +26,7 @@ DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp3
 
 def training_ports() -> dict[str, registry.PortInfo]:
     """The ports whose methods act in the training loop, by name."""
-    return {name: info for name, info in registry.ports().items() if info.room == "train"}
+    return {name: info for name, info in registry.ports().items() if info.package_name == "train"}
 
 
 def run_ports() -> dict[str, registry.PortInfo]:
@@ -113,9 +113,9 @@ class TrainConfig(Spec):
             for port, value in self.methods.items()
             for one in (several(value) if ports[port].several else [value])
         ]
-        found = compose.complete(given)
-        taken = {choice.port for choice in found}
-        return (*found, *(self._default(n) for n, i in ports.items() if n not in taken and not i.several))
+        completed = compose.complete(given)
+        taken = {choice.port for choice in completed}
+        return (*completed, *(self._default(n) for n, i in ports.items() if n not in taken and not i.several))
 
     @classmethod
     def _default(cls, port: str) -> Choice:
@@ -123,8 +123,8 @@ class TrainConfig(Spec):
 
     def choice(self, port: str) -> Choice:
         """The method of a port that takes one."""
-        (found,) = self.choices(port)
-        return found
+        (chosen,) = self.choices(port)
+        return chosen
 
     def choices(self, port: str) -> list[Choice]:
         return [choice for choice in self.chosen if choice.port == port]
@@ -190,8 +190,8 @@ class TrainConfig(Spec):
         """Every setting, methods with their own defaults: what a checkpoint records."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "methods"}
         for port, info in run_ports().items():
-            found = [choice.resolved() for choice in self.choices(port)]
-            plain[port] = found if info.several else found[0]
+            resolved = [choice.resolved() for choice in self.choices(port)]
+            plain[port] = resolved if info.several else resolved[0]
         plain["form"] = None if self.form is None else Choice.parse("linear", self.form).resolved()
         plain["targets"] = None if self.targets is None else list(self.targets)
         plain["batch_sequences"], plain["batch_tokens"] = self.sequences, self.step_tokens
@@ -235,14 +235,14 @@ def several(value: Any) -> Sequence[Any]:
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Knobs that differ, with their two values; a method's knobs are named `optimizer.beta1`."""
-    found: dict[str, tuple[Any, Any]] = {}
+    changed: dict[str, tuple[Any, Any]] = {}
     for key in dict.fromkeys([*before, *after]):
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found |= {f"{key}.{k}": v for k, v in changes(old, new).items()}
+            changed |= {f"{key}.{k}": v for k, v in changes(old, new).items()}
         elif _listed(old) != _listed(new):
-            found[key] = (old, new)
-    return found
+            changed[key] = (old, new)
+    return changed
 
 
 def _listed(value: Any) -> Any:
@@ -252,19 +252,19 @@ def _listed(value: Any) -> Any:
 
 def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any], folder: Any) -> dict[str, tuple[Any, Any]]:
     """The allowed changes between a checkpoint's knobs and today's. Raises `UserError` naming the others."""
-    found = changes(before, {name: value for name, value in after.items() if name in before})
+    changed = changes(before, {name: value for name, value in after.items() if name in before})
     free = {name for name, one in options(TrainConfig).items() if one.metadata.get("resumable")} | {
         "mixture",
         "packing",
     }
-    strict = {k: v for k, v in found.items() if k.split(".")[0] not in free}
+    strict = {k: v for k, v in changed.items() if k.split(".")[0] not in free}
     if strict:
-        told = "; ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in strict.items())
+        described = "; ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in strict.items())
         raise UserError(
-            f"the run in {folder} cannot go on with other knobs: {told}. Give the old ones, or "
+            f"the run in {folder} cannot go on with other knobs: {described}. Give the old ones, or "
             f"another folder. These may change: {', '.join(sorted(free))}"
         )
-    return found
+    return changed
 
 
 def members(
@@ -274,29 +274,29 @@ def members(
 
     form=False: without its linear form, which then is attached by somebody else.
     """
-    found = [compose.member(choice.port, choice) for choice in config.chosen]
+    members = [compose.member(choice.port, choice) for choice in config.chosen]
     if form and config.form is not None:
-        found.append(compose.member("linear", config.form))
-        found.append(compose.setting(f"form={config.form}", requires={"trainable"}))
+        members.append(compose.member("linear", config.form))
+        members.append(compose.setting(f"form={config.form}", requires={"trainable"}))
     for name, one in (callbacks or {}).items():
         label = getattr(one, "label", name)
-        found.append(compose.Member(label, one.provides, one.requires, one.conflicts))
+        members.append(compose.Member(label, one.provides, one.requires, one.conflicts))
     rows = config.sequences // world
     whole = {"requires": {"step_gradients"}}
     if (config.micro_batch or rows) < rows:
         label = f"micro_batch={config.micro_batch} (gradient accumulation)"
-        found.append(compose.setting(label, **whole, remedy=f"set micro_batch={rows}"))
+        members.append(compose.setting(label, **whole, remedy=f"set micro_batch={rows}"))
     if config.clip > 0:
-        found.append(compose.setting(f"clip={config.clip}", **whole, remedy="set clip=0"))
+        members.append(compose.setting(f"clip={config.clip}", **whole, remedy="set clip=0"))
     if config.dtype != "float32" and config.masters and world == 1:
         remedy = "set masters=false or dtype=float32"
-        found.append(compose.setting("masters=true (float32 master weights)", **whole, remedy=remedy))
+        members.append(compose.setting("masters=true (float32 master weights)", **whole, remedy=remedy))
     if config.compile:
-        found.append(compose.setting("compile=true", provides={"compile"}, remedy="set compile=false"))
+        members.append(compose.setting("compile=true", provides={"compile"}, remedy="set compile=false"))
     if world > 1:
         label = f"{world} processes (FSDP2)"
-        found.append(compose.setting(label, provides={"fsdp"}, remedy="run it in one process"))
-    return found
+        members.append(compose.setting(label, provides={"fsdp"}, remedy="run it in one process"))
+    return members
 
 
 def check_stream(config: TrainConfig, stream: Any) -> None:
@@ -304,13 +304,13 @@ def check_stream(config: TrainConfig, stream: Any) -> None:
     chosen otherwise than by default."""
     for port in ("order", "transform"):
         wanted = [c for c in config.choices(port) if c.method != registry.port(port).baseline]
-        found = [c for c in getattr(stream, "choices", ()) if c.port == port]
-        if wanted and [c.resolved() for c in found] != [c.resolved() for c in wanted]:
-            told, have = (", ".join(map(str, choices)) or "none" for choices in (wanted, found))
+        present = [c for c in getattr(stream, "choices", ()) if c.port == port]
+        if wanted and [c.resolved() for c in present] != [c.resolved() for c in wanted]:
+            names, have = (", ".join(map(str, choices)) or "none" for choices in (wanted, present))
             by = [c for c in config.chosen if any(half in wanted for half in compose.brings(c.port, c.method))]
             why = f", which {by[0].port} {by[0].method!r} brings along," if by else ""
             raise UserError(
-                f"the run has {port}={told}{why} and its stream was built with {port}={have}: build it with "
+                f"the run has {port}={names}{why} and its stream was built with {port}={have}: build it with "
                 f"`config.stream(documents)`, as pretraining does, or choose another method"
             )
 

@@ -194,13 +194,13 @@ class Trainer(TrainEngine):
                 if stopped:
                     break
                 try:
-                    told = self.step()
+                    report = self.step()
                 except EndOfData:
                     self._save(last_saved)
                     raise
                 if progress:
                     heldout = {} if self.heldout_loss is None else {"held-out": self.heldout_loss}
-                    progress.update(config.step_tokens, loss=told["loss"], **heldout)
+                    progress.update(config.step_tokens, loss=report["loss"], **heldout)
                 if self._due(config.eval_every) and self.steps_done < total:
                     self._evaluate()
                 if self._due(config.checkpoint_every) and self.steps_done < total:
@@ -253,7 +253,7 @@ class Trainer(TrainEngine):
             part.after_step(self)
         seconds = time.perf_counter() - began
         self.seconds += seconds
-        told = {
+        report = {
             "step": self.steps_done,
             "tokens": self.tokens,
             "loss": loss,
@@ -262,15 +262,15 @@ class Trainer(TrainEngine):
             "tokens_per_second": round(config.step_tokens / seconds, 1),
             "seconds": round(self.seconds, 4),
         }
-        told |= {name: float(self.ranks.sum(value)) / max(count, 1) for name, value in metrics.items()}
-        self.events.emit("train", **told)
-        return told
+        report |= {name: float(self.ranks.sum(value)) / max(count, 1) for name, value in metrics.items()}
+        self.events.emit("train", **report)
+        return report
 
     def _next_batch(self) -> Any:
-        place = self.stream.state()
+        state = self.stream.state()
         batch = self.stream.next_batch(self.config.sequences)
         if len(batch) < self.config.sequences:  # a short last batch is left for a run that has more data
-            self.stream.load_state(place)
+            self.stream.load_state(state)
             raise EndOfData(
                 f"the data ended after {self.tokens} of {self.config.total_tokens} tokens; "
                 "allow more epochs, or ask for fewer tokens"
@@ -289,8 +289,8 @@ class Trainer(TrainEngine):
     def _evaluate(self) -> None:
         if self.heldout is None:
             return
-        share = self.config.micro_batch or max(self.config.sequences // self.ranks.world, 1)
-        source = batches_of(self.heldout, share * self.ranks.world, self.config.eval_sequences)
+        rows = self.config.micro_batch or max(self.config.sequences // self.ranks.world, 1)
+        source = batches_of(self.heldout, rows * self.ranks.world, self.config.eval_sequences)
         self.heldout_loss = whole_loss(self.whole, source, self.device, self.ranks)
         self.events.emit("heldout", step=self.steps_done, tokens=self.tokens, loss=self.heldout_loss)
 

@@ -42,14 +42,14 @@ PHRASES = (
 )
 
 
-def plant(clean: Sequence[Document], share: float, seed: int) -> list[Document]:
+def plant(clean: Sequence[Document], fraction: float, seed: int) -> list[Document]:
     """`clean` with planted documents among them, in a random order.
 
     share: bytes of each kind of planted documents, of the bytes of the clean ones; messy ones take a clean one's place.
     A planted document's meta says its kind (`planted`), and of a copy, which document it is one `of`.
     """
     rng = np.random.default_rng([seed, 17])
-    wanted = share * sum(d.nbytes for d in clean)
+    wanted = fraction * sum(d.nbytes for d in clean)
     short = [d for d in clean if d.nbytes <= LONGEST]
     foreign = _alphabet(rng)
     messy = {d.id: _messy(d, rng) for d in _some(short, wanted, rng)}
@@ -106,7 +106,7 @@ def _messy(document: Document, rng: np.random.Generator) -> Document:
     return dataclasses.replace(document, text=text, meta=document.meta | {"planted": "messy"})
 
 
-def found(pool: Sequence[Document], kept: Sequence[Document]) -> dict[str, float]:
+def recovered(pool: Sequence[Document], kept: Sequence[Document]) -> dict[str, float]:
     """What became of the pool, by `kept`, the documents that are left: shares of the documents of each kind.
 
     found_KIND: planted documents that are gone. Of a pair of duplicates either may go, so a planted copy counts as

@@ -56,7 +56,7 @@ class Case:
 
     name: str
     fit: Columns
-    held: Columns
+    heldout: Columns
     chance: float | None = None
     together: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -66,10 +66,10 @@ def cases(protocol: str, folder: Path) -> list[Case]:
     """All cases of a protocol whose tables lie in the folder. Raises UserError where there are none."""
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
-    found = [case for make in PROTOCOLS[protocol] for case in make(folder)]
-    if not found:
+    result = [case for make in PROTOCOLS[protocol] for case in make(folder)]
+    if not result:
         raise UserError(f"{folder} holds none of the run tables of protocol={protocol}; see bench/ports/_law_tables.py")
-    return found
+    return result
 
 
 def _read(folder: Path, name: str) -> dict[str, np.ndarray] | None:
@@ -271,8 +271,8 @@ def pythia_curves(folder: Path) -> Iterator[Case]:
         }
         early = tokens <= tokens.max() / 3
         last = _pick(rows, at & large & early)["score"][-1:]
-        fit, held = _pick(rows, at & (small | (large & early))), _pick(rows, at & large & ~early)
-        yield Case(task, fit, held, chance, extra={"last": last})
+        fit, late = _pick(rows, at & (small | (large & early))), _pick(rows, at & large & ~early)
+        yield Case(task, fit, late, chance, extra={"last": last})
 
 
 # text -----------------------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ def score(
             same += int((p_TV.argmax(-1) == logp_TV.argmax(-1)).sum())
         else:
             made.append(logp_TV.half())
-    found = {"bits_per_byte": nats / math.log(2) / max(1, size)}
+    scores = {"bits_per_byte": nats / math.log(2) / max(1, size)}
     if against is not None:
-        places = tokens_BT.shape[0] * (tokens_BT.shape[1] - 1)
-        found |= {"kl": kl / places, "top1": same / places}
-    return found, made
+        positions = tokens_BT.shape[0] * (tokens_BT.shape[1] - 1)
+        scores |= {"kl": kl / positions, "top1": same / positions}
+    return scores, made

@@ -81,11 +81,11 @@ def _tuned(settings: Settings, choice: str, start: float) -> float:
 
 def tune(loss: Callable[[float], float], start: float, factor: float = 2.0, most: int = 8) -> float:
     """The rate of least `loss` among start x factor^k: from `start` downhill until it rises on both sides."""
-    found = {0: loss(start)}
-    while len(found) < most:
-        best = min(found, key=lambda k: found[k])
-        after = next((k for k in (best - 1, best + 1) if k not in found), None)
+    losses = {0: loss(start)}
+    while len(losses) < most:
+        best = min(losses, key=lambda k: losses[k])
+        after = next((k for k in (best - 1, best + 1) if k not in losses), None)
         if after is None:
             break
-        found[after] = loss(start * factor**after)
-    return start * factor ** min(found, key=lambda k: found[k])
+        losses[after] = loss(start * factor**after)
+    return start * factor ** min(losses, key=lambda k: losses[k])

@@ -21,6 +21,8 @@ from modicum.core import registry
 from modicum.core.choice import Choice
 
 AXES = Axes(quality=Axis("bits_per_token"), cost=Axis("held_bytes", "lower", "bytes"))
+MODEL = "smollm2"
+TIER = "laptop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,10 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     scale: Scale = settings.scale
     bench, model = training.pretrained(settings, seed)
     start = time.perf_counter()
-    followed = kv.play(model, kv.pieces(bench, scale, seed), scale, "full", choice)
+    followed = kv.play(model, kv.chunks(bench, scale, seed), scale, "full", choice)
     seconds = time.perf_counter() - start
     truth = _plain(scale, settings.data, settings.model, settings.device, seed)
-    after = [held for i, held in enumerate(followed.held) if i % scale.answer == scale.answer - 1]
+    after = [size for i, size in enumerate(followed.cache_bytes) if i % scale.answer == scale.answer - 1]
     return Measurement(
         metrics={
             "bits_per_token": sum(followed.nats) / len(followed.nats) / math.log(2),
@@ -62,4 +64,4 @@ def _plain(scale: Scale, data: str | None, model_name: str | None, device: str, 
     """What the plain cache finds most likely at every place."""
     bench, model = training.pretrained(Settings(scale=scale, data=data, model=model_name, device=device), seed)
     baseline = registry.port("cacheform").baseline
-    return tuple(kv.play(model, kv.pieces(bench, scale, seed), scale, "full", baseline).best)
+    return tuple(kv.play(model, kv.chunks(bench, scale, seed), scale, "full", baseline).best)

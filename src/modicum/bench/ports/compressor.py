@@ -127,5 +127,5 @@ def _original(settings: Settings, domain: str, seed: int) -> tuple[Tensor, list[
     rows_BT = _linear_score.sequences(texts, bench.tokenizer, scale.score_sequences, scale.score_length, seed)
     decoded = (bench.tokenizer.decode(row[1:].tolist()) for row in rows_BT)
     sizes = [max(1, len(text.encode("utf-8", "surrogatepass"))) for text in decoded]
-    found, against = _linear_score.score(model.to(torch.bfloat16).float(), rows_BT, bench.tokenizer)
-    return rows_BT, sizes, found["bits_per_byte"], against
+    scores, against = _linear_score.score(model.to(torch.bfloat16).float(), rows_BT, bench.tokenizer)
+    return rows_BT, sizes, scores["bits_per_byte"], against

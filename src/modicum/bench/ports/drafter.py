@@ -1,6 +1,6 @@
 """drafter: tokens that a forward pass gives, and seconds per token, one sequence at a time.
 
-Prompts are pieces of held-out text, answers are generated greedily and at a temperature, with drafts in every step;
+Prompts are chunks of held-out text, answers are generated greedily and at a temperature, with drafts in every step;
 the axes' figures are the greedy ones. Greedy text of a small model repeats itself, which flatters drafts; sampled
 text does so less; and with `forced` the continuation of the held-out text itself is said, which no model's habits
 touch. `same` is the share of answers that equal those without drafts. `seconds_pays` lets the engine leave drafts out
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from modicum.bench import training
 from modicum.bench.body import in_body
 from modicum.bench.measurement import Axes, Axis, Measurement, Settings
-from modicum.bench.ports.kv import pieces
+from modicum.bench.ports.kv import chunks
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
@@ -69,7 +69,7 @@ class Play:
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     scale: Scale = settings.scale
     bench, model = _pretrained(settings)
-    rows = tuple(tuple(row) for row in pieces(bench, settings.scale, seed))
+    rows = tuple(tuple(row) for row in chunks(bench, settings.scale, seed))
     greedy = play(model, rows, scale, choice, seed, 0.0)
     sampled = play(model, rows, scale, choice, seed, scale.temperature)
     forced = play(model, rows, scale, choice, seed, 0.0, forced=True)
@@ -116,7 +116,7 @@ def _plain(
     """Answers without drafts, greedy and sampled."""
     settings = Settings(scale=scale, data=data, model=model_name, device=device)
     bench, model = _pretrained(settings)
-    rows = tuple(tuple(row) for row in pieces(bench, settings.scale, seed))
+    rows = tuple(tuple(row) for row in chunks(bench, settings.scale, seed))
     baseline = Choice("drafter", registry.port("drafter").baseline)
     plays = [play(model, rows, scale, baseline, seed, t) for t in (0.0, scale.temperature)]
     return plays[0].answers, plays[1].answers

@@ -51,15 +51,15 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     start = time.perf_counter()
     index.build(((ids[i : i + BLOCK], vectors_ND[i : i + BLOCK]) for i in range(0, len(ids), BLOCK)), settings.budget)
     built = time.perf_counter() - start
-    found = measuring.measure(index, queries_QD, truth_QK, batch=1)
+    result = measuring.measure(index, queries_QD, truth_QK, batch=1)
     metrics = {
-        "recall_at_10": found[f"recall@{K}"],
-        "queries_per_second": found["queries_per_second"],
-        "index_bytes": found["memory_bytes"],
-        "disk_bytes": found["disk_bytes"],
+        "recall_at_10": result[f"recall@{K}"],
+        "queries_per_second": result["queries_per_second"],
+        "index_bytes": result["memory_bytes"],
+        "disk_bytes": result["disk_bytes"],
         "build_seconds": built,
     }
-    return Measurement(metrics=metrics, cost=Cost(seconds=built, disk_bytes=found["disk_bytes"]), data=data)
+    return Measurement(metrics=metrics, cost=Cost(seconds=built, disk_bytes=result["disk_bytes"]), data=data)
 
 
 @functools.lru_cache(maxsize=2)
@@ -136,10 +136,10 @@ def _semantic(source: str | None, corpus_bytes: int, dimensions: int, limit: int
 
 def paragraphs(text: str, size: int = 320) -> list[str]:
     """Pieces of about `size` characters, cut at line ends."""
-    pieces, piece = [], ""
+    chunks, chunk = [], ""
     for line in text.splitlines(keepends=True):
-        piece += line
-        if len(piece) >= size:
-            pieces.append(piece)
-            piece = ""
-    return [*pieces, piece] if piece.strip() else pieces
+        chunk += line
+        if len(chunk) >= size:
+            chunks.append(chunk)
+            chunk = ""
+    return [*chunks, chunk] if chunk.strip() else chunks

@@ -78,12 +78,12 @@ class Watched(Engine):
 
     def __init__(self, model: Decoder, config: EngineConfig):
         super().__init__(model, None, config)
-        self.held: list[int] = []  # bytes before each token
+        self.cache_bytes: list[int] = []  # bytes before each token
         runner = self.runner
 
         class Noting(Runner):
             def __call__(noting, plan: AttentionPlan, rows: Sequence[int]) -> Tensor | None:
-                self.held += [self.cache.held_bytes] * len(rows)
+                self.cache_bytes += [self.cache.held_bytes] * len(rows)
                 return super().__call__(plan, rows)
 
         self.runner = Noting(*runner.backends)
@@ -95,21 +95,21 @@ class Followed:
 
     nats: list[float]
     best: list[int]
-    held: list[int]
+    cache_bytes: list[int]
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     scale: Scale = settings.scale
     bench, model = training.pretrained(settings, seed, "bfloat16")
     start = time.perf_counter()
-    followed = play(model, pieces(bench, scale, seed), scale, choice)
+    followed = play(model, chunks(bench, scale, seed), scale, choice)
     seconds = time.perf_counter() - start
     truth = _full(scale, settings.data, settings.model, settings.device, seed)
-    after = [held for i, held in enumerate(followed.held) if i % scale.answer == scale.answer - 1]
+    after = [size for i, size in enumerate(followed.cache_bytes) if i % scale.answer == scale.answer - 1]
     metrics = {
         "bits_per_token": sum(followed.nats) / len(followed.nats) / math.log(2),
         "held_bytes": sum(after) / len(after),
-        "peak_held_bytes": max(followed.held),
+        "peak_held_bytes": max(followed.cache_bytes),
         "agreement": sum(a == b for a, b in zip(followed.best, truth, strict=True)) / len(truth),
     }
     if scale.questions:
@@ -128,7 +128,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
 
 def recall(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, seed: int) -> dict[str, float]:
     """Right answers of each task, and mean bytes held before an answer's last token, task by task and of all."""
-    asked = {
+    questions = {
         "needle": f"needle:length={scale.words}",
         "multikey": f"multikey:length={scale.words},keys={scale.keys}",
         "copy": f"copy:length={scale.copied}",
@@ -136,9 +136,9 @@ def recall(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, 
     # A model that repeats what it is asked to says nothing of random tokens: heads are measured on a list it copies.
     ((given, copied),) = list_and_copy(Random(PROBE_SEED), model.config.context_length // 2)
     probe = tuple(bench.tokenizer.encode(given + copied, specials=False))
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     every: list[int] = []
-    for name, task_choice in asked.items():
+    for name, task_choice in questions.items():
         task = registry.build("task", task_choice)
         docs = list(task.docs("test", scale.questions, seed))
         requests = [task.requests(doc, ())[0] for doc in docs]
@@ -154,10 +154,10 @@ def recall(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, 
             text = bench.tokenizer.decode(engine.generate([prompt], params)[0].tokens)
             cut = min((text.index(s) for s in request.stop if s in text), default=len(text))
             grades.append(task.grade(doc, [text[:cut]])["accuracy"])
-            last.append(engine.held[-1])
-        found |= {name: sum(grades) / len(grades), f"{name}_held_bytes": sum(last) / len(last)}
+            last.append(engine.cache_bytes[-1])
+        scores |= {name: sum(grades) / len(grades), f"{name}_held_bytes": sum(last) / len(last)}
         every += last
-    return found | {"held_bytes": sum(every) / len(every), "peak_held_bytes": float(max(every))}
+    return scores | {"held_bytes": sum(every) / len(every), "peak_held_bytes": float(max(every))}
 
 
 def stream(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, seed: int) -> dict[str, float]:
@@ -173,20 +173,20 @@ def stream(model: Decoder, bench: training.Bench, scale: Scale, choice: Choice, 
     start = int(torch.randint(len(text), (1,), generator=fixtures.seeded(seed)))
     tokens = (text[start:] + text * (length // len(text) + 1))[:length]
     followed = follow(Watched(model, _engine_config(scale, choice, length + 1)), [tokens], scale.prompt)
-    nats, held = followed.nats, followed.held
-    tenth, middle = length // 10 // T * T or T, len(held) // 2
+    nats, sizes = followed.nats, followed.cache_bytes
+    tenth, middle = length // 10 // T * T or T, len(sizes) // 2
     rows_BT = torch.tensor(tokens[-tenth:]).view(-1, T)
     with torch.inference_mode():
-        pieces = [
+        starts = [
             float(torch.nn.functional.cross_entropy(model(row[None])[0, :-1].float(), row[1:])) for row in rows_BT
         ]
     return {
         "stream_tokens": float(length),
         "stream_bits_first": sum(nats[:tenth]) / tenth / math.log(2),
         "stream_bits_last": sum(nats[-tenth:]) / tenth / math.log(2),
-        "stream_bits_last_in_pieces": sum(pieces) / len(pieces) / math.log(2),
-        "stream_held_bytes": float(max(held)),
-        "stream_held_growth": float(max(held[middle:]) - max(held[:middle])),
+        "stream_bits_last_in_pieces": sum(starts) / len(starts) / math.log(2),
+        "stream_held_bytes": float(max(sizes)),
+        "stream_held_growth": float(max(sizes[middle:]) - max(sizes[:middle])),
     }
 
 
@@ -209,10 +209,10 @@ def _full(scale: Scale, data: str | None, model_name: str | None, device: str, s
     """What the full cache finds most likely at every place."""
     settings = Settings(scale=scale, data=data, model=model_name, device=device)
     bench, model = training.pretrained(settings, seed, "bfloat16")
-    return tuple(play(model, pieces(bench, scale, seed), scale, registry.port("kv").baseline).best)
+    return tuple(play(model, chunks(bench, scale, seed), scale, registry.port("kv").baseline).best)
 
 
-def pieces(bench: training.Bench, scale: Scale, seed: int) -> list[list[int]]:
+def chunks(bench: training.Bench, scale: Scale, seed: int) -> list[list[int]]:
     """Held-out text in pieces of prompt + answer tokens; the seed picks where they begin."""
     text = [t for d in bench.corpus.heldout for t in bench.tokenizer.encode(d.text, specials=False)]
     length = scale.prompt + scale.answer
@@ -238,4 +238,4 @@ def follow(engine: Watched, rows: list[list[int]], prompt: int) -> Followed:
     params = SamplingParams(temperature=0, logprobs=1)
     requests = [Request(row[:prompt], params, (row[prompt:],), token_by_token=True) for row in rows]
     scores = [t for output in engine.outputs(requests, ahead=1) for t in output.completions[0].logprobs]
-    return Followed([-t.logprob for t in scores], [t.top[0][0] for t in scores], engine.held)
+    return Followed([-t.logprob for t in scores], [t.top[0][0] for t in scores], engine.cache_bytes)

@@ -74,16 +74,16 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     runs, data = _table(settings.data, scale, seed)
     names = {n: getattr(scale, n) for n in ("parameters", "tokens", "loss", "run") if getattr(scale, n)}
     start = time.perf_counter()
-    found = backtest(runs, names, scale.cut, law=adapted(choice, None)[0], by=scale.by, seed=seed)
+    result = backtest(runs, names, scale.cut, law=adapted(choice, None)[0], by=scale.by, seed=seed)
     seconds = time.perf_counter() - start
     metrics = {
-        "error": found["error"],
-        "bias": found["bias"],
-        "coverage_95": found["coverage"],
-        "interval_width": found["width"],
+        "error": result["error"],
+        "bias": result["bias"],
+        "coverage_95": result["coverage"],
+        "interval_width": result["width"],
         "fit_seconds": seconds,
-        "fitted_runs": found["fitted_runs"],
-        "held_out": found["held_out"],
+        "fitted_runs": result["fitted_runs"],
+        "held_out": result["held_out"],
     }
     return Measurement(metrics=metrics, cost=Cost(seconds=seconds), data=data)
 
@@ -111,19 +111,19 @@ def published(choice: Choice, seed: int, settings: Settings) -> Measurement:
     refused = 0
     for case in cases:
         try:
-            found = predicted(choice, case, scale.part, seed)
+            per_run = predicted(choice, case, scale.part, seed)
         except UserError as reason:
             refused += 1
             if case.chance is None or scale.protocol not in SETS or "chance" not in str(reason):
                 continue
-            found = stays(case)
-        rows += found
+            per_run = stays(case)
+        rows += per_run
         if scale.protocol in ("loss", "batch"):
-            metrics[f"error_{case.name.replace(' ', '_')}"] = float(np.mean([abs(r["error"]) for r in found]))
+            metrics[f"error_{case.name.replace(' ', '_')}"] = float(np.mean([abs(r["error"]) for r in per_run]))
         if case.extra.get("last"):
             last = case.extra["last"][0]
             metrics["last_value_points"] = metrics.get("last_value_points", 0.0) + sum(
-                abs(last - r["truth"]) for r in found
+                abs(last - r["truth"]) for r in per_run
             )
     if not rows:
         raise UserError(
@@ -159,7 +159,7 @@ def published(choice: Choice, seed: int, settings: Settings) -> Measurement:
 def predicted(choice: Choice, case: tables.Case, part: float, seed: int) -> list[dict[str, Any]]:
     """Truth and prediction of each held-out row, in the case's own measure."""
     _, law = adapted(choice, case)
-    fit, held = dict(case.fit), dict(case.held)
+    fit, heldout = dict(case.fit), dict(case.heldout)
     score = "score" in fit
     if law.target == "loss" and score:
         fit |= {"loss": [max(1 - v, 1e-3) for v in fit["score"]]}
@@ -170,27 +170,27 @@ def predicted(choice: Choice, case: tables.Case, part: float, seed: int) -> list
         fit = finished(fit)
     if not law.checkpoints:
         fit.pop("decay_left", None)
-    said = law.predict(law.fit(fit, seed), held)
-    found = []
-    truths = held["score"] if score else held["loss"]
-    for truth, mean, low, high in zip(truths, said.mean, said.low, said.high, strict=True):
+    predictions = law.predict(law.fit(fit, seed), heldout)
+    errors = []
+    truths = heldout["score"] if score else heldout["loss"]
+    for truth, mean, low, high in zip(truths, predictions.mean, predictions.low, predictions.high, strict=True):
         if law.target == "loss" and score:
             mean, low, high = 1 - mean, 1 - high, 1 - low
         error = (mean - truth) if score else (mean / truth - 1)
-        found.append({"truth": float(truth), "error": float(error), "low": float(low), "high": float(high)})
-    for i, row in enumerate(found):
-        row |= {"model": float(held["parameters"][i]) if "parameters" in held else 0.0}
-    return found
+        errors.append({"truth": float(truth), "error": float(error), "low": float(low), "high": float(high)})
+    for i, row in enumerate(errors):
+        row |= {"model": float(heldout["parameters"][i]) if "parameters" in heldout else 0.0}
+    return errors
 
 
 def stays(case: tables.Case) -> list[dict[str, Any]]:
     """A task that small models answer at chance, which laws of scores refuse, is predicted to stay there."""
-    found = []
-    for i, truth in enumerate(case.held["score"]):
+    errors = []
+    for i, truth in enumerate(case.heldout["score"]):
         chance = float(case.chance or 0)
         row = {"truth": float(truth), "error": chance - float(truth), "low": chance - 0.1, "high": chance + 0.1}
-        found.append(row | {"model": float(case.held["parameters"][i])})
-    return found
+        errors.append(row | {"model": float(case.heldout["parameters"][i])})
+    return errors
 
 
 def seen(fit: tables.Columns, part: float, seed: int) -> tables.Columns:
@@ -218,13 +218,18 @@ def merged(cases: list[tables.Case]) -> Any:
     for name in dict.fromkeys(case.together for case in cases):
         group = [case for case in cases if case.together == name]
         fit = {n: [v for case in group for v in case.fit[n]] for n in group[0].fit}
-        models = dict.fromkeys(group[0].held["flops"])
+        models = dict.fromkeys(group[0].heldout["flops"])
         scores = [
-            [float(v) for case in group for v, f in zip(case.held["score"], case.held["flops"], strict=True) if f == at]
+            [
+                float(v)
+                for case in group
+                for v, f in zip(case.heldout["score"], case.heldout["flops"], strict=True)
+                if f == at
+            ]
             for at in models
         ]
-        held = {"flops": list(models), "score": [float(np.mean(s)) for s in scores], "parameters": list(models)}
-        yield tables.Case(name, fit, held, None, name)
+        heldout = {"flops": list(models), "score": [float(np.mean(s)) for s in scores], "parameters": list(models)}
+        yield tables.Case(name, fit, heldout, None, name)
 
 
 def set_error(rows: list[dict[str, Any]]) -> float:

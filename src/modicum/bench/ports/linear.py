@@ -88,7 +88,9 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         formed = _linear_stored.formed(choice, seed, settings)
     else:
         formed = copy.deepcopy(model)
-        attach.attach(formed, dict.fromkeys(attach.places(model, choice), choice), generator=fixtures.seeded(seed))
+        attach.attach(
+            formed, dict.fromkeys(attach.target_modules(model, choice), choice), generator=fixtures.seeded(seed)
+        )
     forms = attach.forms(formed)
     weights = sum(form.in_features * form.out_features for form in forms.values())
     metrics = {
@@ -145,8 +147,8 @@ def _adapted(choice: str, seed: int, settings: Settings, factor: float) -> tuple
     _, model = training.pretrained(settings, 0 if settings.model else seed)
     bench = training.Bench.of(dataclasses.replace(settings, scale=short))
     _, new = domains(bench.corpus, scale)
-    places = dict.fromkeys(attach.places(model, Choice.parse("linear", choice)), choice)
-    attach.attach(model, places, generator=fixtures.seeded(seed))
+    targets = dict.fromkeys(attach.target_modules(model, Choice.parse("linear", choice)), choice)
+    attach.attach(model, targets, generator=fixtures.seeded(seed))
     attach.freeze(model)
     stream = bench.stream(seed, [d for d in bench.corpus.train if d.domain == new])
     result = bench.train(model, seed, stream, rate=factor * scale.adapt_rate, tokens=scale.adapt_tokens)

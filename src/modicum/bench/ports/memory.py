@@ -63,23 +63,23 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     model = bench.model(seed)
     record = bench.model_record(model)
     result = bench.train(model, seed, memory=[choice])
-    told = {"choice": str(choice), "seed": seed, "scale": asdict(settings.scale), "device": settings.device}
+    job = {"choice": str(choice), "seed": seed, "scale": asdict(settings.scale), "device": settings.device}
     done = subprocess.run(
-        [sys.executable, "-m", __name__], input=json.dumps(told), capture_output=True, text=True, check=False
+        [sys.executable, "-m", __name__], input=json.dumps(job), capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise ModicumError(f"measuring a step of memory/{choice} failed: {done.stderr.strip().splitlines()[-1:]}")
-    found = json.loads(done.stdout)
+    reply = json.loads(done.stdout)
     metrics = {
         "bits_per_byte": bench.bits(model),
         "train_seconds": result.seconds,
         "train_loss": result.loss,
         "tokens": result.tokens,
-        **found,
+        **reply,
     }
     return Measurement(
         metrics=metrics,
-        cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens, peak_bytes=found["peak_bytes"]),
+        cost=Cost(seconds=result.seconds, flops=result.flops, tokens=result.tokens, peak_bytes=reply["peak_bytes"]),
         model=record,
         data=bench.corpus.record,
     )
@@ -97,17 +97,17 @@ def worker(choice: str, seed: int, scale: Scale, device: str) -> dict[str, float
     plain, gradient = _step(None, seed, scale, device, steps=0), _step(choice, seed, scale, device, steps=0)
     error = torch.linalg.vector_norm(gradient["flat"] - plain["flat"]) / torch.linalg.vector_norm(plain["flat"])
     del plain, gradient
-    held: list[dict[str, Any]] = []
-    peak, _ = _peak(lambda: held.append(_step(choice, seed, scale, device, scale.steps)), device)
+    saved: list[dict[str, Any]] = []
+    peak, _ = _peak(lambda: saved.append(_step(choice, seed, scale, device, scale.steps)), device)
     shape, config = _shape(scale), _config(choice, seed, scale, device)
     planned = step_cost(lambda: blank(shape), config, shape.vocab_size).peak_bytes
-    found = {
+    result = {
         "peak_bytes": peak,
         "planned_bytes": float(planned),
-        "step_seconds": held[0]["seconds"],
+        "step_seconds": saved[0]["seconds"],
         "gradient_error": float(error),
     }
-    return found | (_loss(choice, seed, scale, device) if scale.loss_tokens else {})
+    return result | (_loss(choice, seed, scale, device) if scale.loss_tokens else {})
 
 
 def _shape(scale: Scale) -> Any:
@@ -209,11 +209,11 @@ def _loss(choice: str, seed: int, scale: Scale, device: str) -> dict[str, float]
         with around:
             loss.cross_entropy(h_1ND, targets_1N, model.head)[0].backward()
 
-    found: dict[str, float] = {}
+    losses: dict[str, float] = {}
     for name, naive in (("loss", False), ("naive_loss", True)):
         model.zero_grad(set_to_none=True)
-        found[f"{name}_bytes"], found[f"{name}_seconds"] = _peak(lambda naive=naive: once(naive), device)  # type: ignore[misc]
-    return found
+        losses[f"{name}_bytes"], losses[f"{name}_seconds"] = _peak(lambda naive=naive: once(naive), device)  # type: ignore[misc]
+    return losses
 
 
 def _peak(work: Callable[[], Any], device: str) -> tuple[float, float]:
@@ -232,5 +232,5 @@ def _peak(work: Callable[[], Any], device: str) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.stdin.read())
-    print(json.dumps(worker(asked["choice"], asked["seed"], Scale(**asked["scale"]), asked["device"])))
+    job = json.loads(sys.stdin.read())
+    print(json.dumps(worker(job["choice"], job["seed"], Scale(**job["scale"]), job["device"])))

@@ -65,7 +65,7 @@ class Gauge(Callback):
         self.bytes = max(self.bytes, trainer.optimizer.state_bytes())
 
 
-_found: dict[tuple[str, Settings], Tuned] = {}
+_tuned: dict[tuple[str, Settings], Tuned] = {}
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
@@ -98,24 +98,24 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
 def tune(choice: Choice, settings: Settings) -> Tuned:
     """The method's best rate and decay on the tuning seed; remembered, as every reported seed asks."""
     key = (str(choice), settings)
-    if key not in _found:
+    if key not in _tuned:
         scale, bench = settings.scale, training.Bench.of(settings)
         spent = []
 
         def bits(factor: float, decay: float | None) -> float:
             try:
-                found, result, _ = _run(bench, choice, scale.tuning_seed, factor, decay)
+                bits_per_byte, result, _ = _run(bench, choice, scale.tuning_seed, factor, decay)
             except UserError:
                 raise
             except ModicumError:  # it diverged at this rate
                 return math.inf
             spent.append(result.seconds)
-            return found
+            return bits_per_byte
 
         own = "weight_decay" not in choice.knobs and hasattr(choice.config(), "weight_decay")
         factor, decay, runs = search(bits, scale.rates, scale.decays if own else (), scale.widen)
-        _found[key] = Tuned(factor, decay, runs, sum(spent))
-    return _found[key]
+        _tuned[key] = Tuned(factor, decay, runs, sum(spent))
+    return _tuned[key]
 
 
 def search(
@@ -149,8 +149,8 @@ def search(
         runs += 1
     factor, chosen = min(tried, key=lambda point: tried[point])
     if not math.isfinite(tried[factor, chosen]):
-        told = ", ".join(f"{f:g}" for f in sorted({f for f, _ in tried}))
-        raise UserError(f"training diverged at every rate tried ({told} times the scale's); lower --scale rate")
+        listed = ", ".join(f"{f:g}" for f in sorted({f for f, _ in tried}))
+        raise UserError(f"training diverged at every rate tried ({listed} times the scale's); lower --scale rate")
     return factor, chosen, runs
 
 

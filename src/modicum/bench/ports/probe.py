@@ -41,25 +41,25 @@ QUICK = Scale(models=4, items=20, budget=200)
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     scale: Scale = settings.scale
     if settings.model:
-        return asked(choice, seed, settings)
+        return ask(choice, seed, settings)
     probe = registry.build("probe", choice)
     start, graded = time.perf_counter(), []
-    found: dict[bool, list[bool]] = {True: [], False: []}
+    verdicts: dict[bool, list[bool]] = {True: [], False: []}
     for i, effect in itertools.product(range(scale.models), (True, False)):
         items, grade, budget = probe.simulate(np.random.default_rng([seed, i, effect]), effect)
         report = probe.run(items, grade, budget, seed)
-        found[effect].append(report.found)
+        verdicts[effect].append(report.found)
         graded.append(report.graded)
     metrics = {
-        "detected": float(np.mean(found[True])),
-        "false_alarms": float(np.mean(found[False])),
+        "detected": float(np.mean(verdicts[True])),
+        "false_alarms": float(np.mean(verdicts[False])),
         "graded": float(np.mean(graded)),
     }
     data = {"name": "simulated models", "checksum": fingerprint([scale.models, seed])}
     return Measurement(metrics=metrics, cost=Cost(seconds=time.perf_counter() - start), data=data)
 
 
-def asked(choice: Choice, seed: int, settings: Settings) -> Measurement:
+def ask(choice: Choice, seed: int, settings: Settings) -> Measurement:
     from modicum.data.tokenizer import Tokenizer
     from modicum.evaluate import probes
     from modicum.evaluate.answer import Answerer

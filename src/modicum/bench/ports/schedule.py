@@ -86,19 +86,19 @@ def onward(bench: training.Bench, choice: Choice, seed: int) -> dict[str, float]
     old, new = names[-1], names[0]
     tokens = bench.total // 2
     model = bench.model(seed)
-    found = {}
+    bits = {}
     for domain, more in ((old, cls.FIRST), (new, cls.LATER)):
         schedule = Choice("schedule", choice.method, choice.knobs | more)
         documents = clean(bench.settings.data, bench.scale, domain, bench.tokenizer)
         stream = bench.stream(seed, documents, tokens=tokens, schedule=schedule)
         bench.train(model, seed, stream, tokens=tokens, schedule=schedule)
-        found[domain] = bench.bits(model, bench.corpus.heldout_texts(old))
+        bits[domain] = bench.bits(model, bench.corpus.heldout_texts(old))
     fresh = bench.bits(model, bench.corpus.heldout_texts(new))
     return {
-        "onward_bits_per_byte": statistics.fmean((found[new], fresh)),
-        "onward_old_bits_per_byte": found[new],
+        "onward_bits_per_byte": statistics.fmean((bits[new], fresh)),
+        "onward_old_bits_per_byte": bits[new],
         "onward_new_bits_per_byte": fresh,
-        "onward_before_bits_per_byte": found[old],
+        "onward_before_bits_per_byte": bits[old],
     }
 
 

@@ -36,6 +36,7 @@ from modicum.serve.traces import Trace
 
 AXES = Axes(quality=Axis("rate", "higher", "1/s"), cost=Axis("tokens_per_second", "higher", "1/s"))
 LIMITS: set[str] = set()
+TIER = "laptop"
 AT_ONCE = 1e9  # requests per second
 
 
@@ -89,7 +90,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     guess, _run = search(simulated, len(trace), slo, 1.0, 0.02)
     start = guess if 0 < guess < np.inf else 1.0
     rate, best = search(on_engine, len(trace), slo, start, scale.tolerance, 1.15)
-    found = best.report(slo) if best else {}
+    report = best.report(slo) if best else {}
     return Measurement(
         metrics={
             # No more than what is done when everything waits: a short trace can be over before a queue forms.
@@ -102,7 +103,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
             "preemptions": at_once.preemptions,
         }
         | {
-            name: float(found.get(name, -1.0))
+            name: float(report.get(name, -1.0))
             for name in ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "tbt_p50", "tbt_p99", "goodput")
         },
         cost=Cost(seconds=at_once.seconds, tokens=int(trace.output_N.sum())),

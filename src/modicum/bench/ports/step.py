@@ -66,7 +66,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         "megabytes_per_second": before / 1e6 / max(seconds, 1e-9),
         "kept_share": sum(d.nbytes for d in kept) / before,
         "dropped_documents": sum(isinstance(item, Drop) for item in out),
-        **_dirty.found(pool, kept),
+        **_dirty.recovered(pool, kept),
     }
     if choice.method == registry.port("step").baseline:
         other = bench.model(seed)

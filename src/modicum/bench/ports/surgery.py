@@ -59,9 +59,9 @@ class Curve(Callback):
 
     def __init__(self, bench: training.Bench):
         scale: Any = bench.scale
-        self.points, self.found = scale.curve_points, [(0.0, float("inf"))]
-        held = training.memory(bench.corpus.heldout, bench.tokenizer)
-        stream = Stream(held, sequence_length=scale.sequence_length, seed=0, epochs=1)
+        self.points, self.curve = scale.curve_points, [(0.0, float("inf"))]
+        heldout = training.memory(bench.corpus.heldout, bench.tokenizer)
+        stream = Stream(heldout, sequence_length=scale.sequence_length, seed=0, epochs=1)
         self.batches = list(batches_of(stream, 16, scale.curve_sequences))
 
     def after_step(self, trainer: Any) -> None:
@@ -69,15 +69,15 @@ class Curve(Callback):
         done, total = trainer.steps_done, trainer.config.total_steps
         if done == total or done * self.points // total > (done - 1) * self.points // total:
             began = time.perf_counter()
-            self.found.append((trainer.flops, mean_loss(trainer.model, self.batches)))
+            self.curve.append((trainer.flops, mean_loss(trainer.model, self.batches)))
             trainer.seconds -= time.perf_counter() - began  # the step's own time is what counts
 
     def reaches(self, loss: float) -> float:
         """FLOPs at which the curve first falls to `loss`, between points by a straight line; inf if never."""
-        for (before, high), (after, low) in zip(self.found, self.found[1:], strict=False):
+        for (before, high), (after, low) in zip(self.curve, self.curve[1:], strict=False):
             if low <= loss:
-                share = 0.0 if high == float("inf") else (high - loss) / max(high - low, 1e-12)
-                return before + share * (after - before)
+                fraction = 0.0 if high == float("inf") else (high - loss) / max(high - low, 1e-12)
+                return before + fraction * (after - before)
         return float("inf")
 
 
@@ -85,15 +85,15 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     bench = training.Bench.of(settings)
     record = bench.model_record(bench.model(seed))
     dense = _dense(settings, seed)
-    budget, target = dense[1].flops, dense[2].found[-1][1]
+    budget, target = dense[1].flops, dense[2].curve[-1][1]
     more: dict[str, float] = {}
     if choice == DENSE:
         layers = _depth(settings)
         model, result, curve = dense if layers == bench.scale.layers else _shallow(settings, seed, layers, budget)
         more = {"deep_bits_per_byte": bench.bits(dense[0]), "baseline_layers": float(layers)}
         for name in ("fewer", "longer"):
-            if share := getattr(bench.scale, name):
-                other, _, _ = _run(bench, DENSE, seed, int(share * bench.total))
+            if fraction := getattr(bench.scale, name):
+                other, _, _ = _run(bench, DENSE, seed, int(fraction * bench.total))
                 more[f"{name}_bits_per_byte"] = bench.bits(other)
     else:
         model, result, curve = _run(bench, choice, seed, equal_tokens(bench, choice, budget))

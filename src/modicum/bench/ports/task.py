@@ -86,21 +86,21 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         result = bench.train(model, seed, bench.stream(seed, texts, packing="concat:mask=true"))
         kind, spent = "small decoder, trained on the task", Cost(seconds=result.seconds, flops=result.flops)
     start = time.perf_counter()
-    (found,) = run_tasks(
+    (scores,) = run_tasks(
         model, bench.tokenizer, [str(choice)], limit=scale.examples, seed=seed, events=fixtures.Quiet()
     )
     seconds = time.perf_counter() - start
-    figures = {name: figure["value"] for name, figure in found.figures.items()}
+    figures = {name: figure["value"] for name, figure in scores.figures.items()}
     metrics = {
-        "score": found.value,
-        "stderr": found.figures[found.metric]["stderr"],
+        "score": scores.value,
+        "stderr": scores.figures[scores.metric]["stderr"],
         **figures,
-        "seconds_per_document": seconds / len(found.rows),
+        "seconds_per_document": seconds / len(scores.rows),
     }
-    checksum = fingerprint([row["id"] for row in found.rows])
+    checksum = fingerprint([row["id"] for row in scores.rows])
     return Measurement(
         metrics=metrics,
         cost=Cost(seconds=spent.seconds + seconds, flops=spent.flops),
         model=fixtures.model_record(model, kind),
-        data={"name": f"{choice}, seed {seed}", "checksum": checksum, "documents": len(found.rows)},
+        data={"name": f"{choice}, seed {seed}", "checksum": checksum, "documents": len(scores.rows)},
     )

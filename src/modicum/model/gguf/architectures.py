@@ -122,9 +122,9 @@ KEYS = {
 
 def architecture(config: DecoderConfig) -> Architecture:
     """The architecture of a model's family. Raises `UserError` where llama.cpp has none."""
-    for found in ARCHITECTURES:
-        if config.family in found.families:
-            return found
+    for candidate in ARCHITECTURES:
+        if config.family in candidate.families:
+            return candidate
     known = ", ".join(sorted(f for a in ARCHITECTURES for f in a.families))
     raise UserError(f"GGUF has no architecture for the family {config.family}; families that can be written: {known}")
 
@@ -188,14 +188,14 @@ def graph_scale(config: DecoderConfig, arch: Architecture) -> float:
 
 def notes(config: DecoderConfig, arch: Architecture) -> list[str]:
     """Where the file says less than the model can, in words."""
-    found = []
+    lines = []
     if (length := _context(config, arch)) < config.context_length:
-        found.append(
+        lines.append(
             f"context_length {length} instead of {config.context_length}: llama.cpp's {arch.name} knows no window"
         )
     if config.activation == "gelu":
-        found.append("llama.cpp computes GELU by its tanh approximation")
-    return found
+        lines.append("llama.cpp computes GELU by its tanh approximation")
+    return lines
 
 
 def local_rope(config: DecoderConfig) -> Rope:
@@ -216,42 +216,42 @@ def _context(config: DecoderConfig, arch: Architecture) -> int:
 def metadata(config: DecoderConfig) -> dict[str, Any]:
     """Keys and values that describe the shape, without vocabulary and types."""
     arch = require(config)
-    found: dict[str, Any] = {key: getattr(config, name) for key, name in KEYS.items()}
-    found["context_length"] = _context(config, arch)
-    found["attention.layer_norm_epsilon" if config.norm == "layer" else "attention.layer_norm_rms_epsilon"] = float(
+    values: dict[str, Any] = {key: getattr(config, name) for key, name in KEYS.items()}
+    values["context_length"] = _context(config, arch)
+    values["attention.layer_norm_epsilon" if config.norm == "layer" else "attention.layer_norm_rms_epsilon"] = float(
         config.norm_eps
     )
     if config.position == "rope":
-        found |= _rope(config)
+        values |= _rope(config)
     if arch.name == "gptneox":
-        found["use_parallel_residual"] = config.parallel
+        values["use_parallel_residual"] = config.parallel
     for key, value in (("attn", config.attention_softcap), ("final", config.logit_softcap)):
         if value is not None:
-            found[f"{key}_logit_softcapping"] = float(value)
+            values[f"{key}_logit_softcapping"] = float(value)
     if _slides(arch) and (sizes := {layer.window for layer in config.per_layer if layer.window}):
         if len(sizes) > 1:
             raise UserError(f"GGUF has one size of window, this model has {sorted(sizes)}")
-        found["attention.sliding_window"] = sizes.pop()
-        found["attention.sliding_window_pattern"] = [bool(layer.window) for layer in config.per_layer]
-    if arch.name == "gemma2" and "attention.sliding_window" not in found:
+        values["attention.sliding_window"] = sizes.pop()
+        values["attention.sliding_window_pattern"] = [bool(layer.window) for layer in config.per_layer]
+    if arch.name == "gemma2" and "attention.sliding_window" not in values:
         raise UserError("llama.cpp's gemma2 has a sliding window in every other layer, this model has none")
-    return {"general.architecture": arch.name} | {f"{arch.name}.{key}": value for key, value in found.items()}
+    return {"general.architecture": arch.name} | {f"{arch.name}.{key}": value for key, value in values.items()}
 
 
 def _rope(config: DecoderConfig) -> dict[str, Any]:
     rope, options = config.rope, config.rope.options
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "rope.dimension_count": int(config.head_dim * rope.fraction),
         "rope.freq_base": float(rope.theta),
     }
     if config.family == "gemma3":
-        found["rope.freq_base_swa"] = float(local_rope(config).theta)
+        values["rope.freq_base_swa"] = float(local_rope(config).theta)
     original = options.get("original_max_position_embeddings") or config.context_length
     if rope.kind == "linear":
-        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(options["factor"])}
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(options["factor"])}
     elif rope.kind == "yarn":
         factor = options.get("factor") or config.context_length / original
-        found |= {
+        values |= {
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": float(factor),
             "rope.scaling.original_context_length": original,
@@ -260,12 +260,12 @@ def _rope(config: DecoderConfig) -> dict[str, Any]:
         }
     elif rope.kind == "longrope":
         factor = frequencies(rope, config.head_dim, config.context_length)[1]
-        found |= {
+        values |= {
             "rope.scaling.type": "longrope",
             "rope.scaling.original_context_length": original,
             "rope.scaling.attn_factor": float(factor),
         }
-    return found
+    return values
 
 
 def rope_tensors(config: DecoderConfig) -> dict[str, Tensor]:
@@ -288,13 +288,13 @@ def rope_tensors(config: DecoderConfig) -> dict[str, Tensor]:
 
 def plan(arch: Architecture, config: DecoderConfig, names: Iterable[str]) -> dict[str, Rule]:
     """GGUF's name -> rule with layer numbers, for those whose parameters are all among `names`."""
-    have, found = set(names), {}
+    have, sources = set(names), {}
     for rule in arch.rules:
         for layer in range(config.layers if "*" in rule.theirs else 1):
             theirs, *ours = (name.replace("*", str(layer)) for name in (rule.theirs, *rule.ours))
             if all(name in have for name in ours):
-                found[theirs] = Rule(theirs, tuple(ours))
-    return found
+                sources[theirs] = Rule(theirs, tuple(ours))
+    return sources
 
 
 def to_gguf(arch: Architecture, config: DecoderConfig, rule: Rule, parameters: list[Tensor]) -> Tensor:

@@ -35,7 +35,7 @@ class LinearForm(Method, LinearModule):
     """
 
     conflicts: ClassVar[frozenset[str]] = frozenset({"fsdp"})
-    places: ClassVar[tuple[str, ...]] = ("*",)  # where its paper puts it: globs over module names
+    target_modules: ClassVar[tuple[str, ...]] = ("*",)  # where its paper puts it: globs over module names
     fit_error: ClassVar[float | None] = 0.0  # largest ||dense() - W|| / ||W|| after `fit`; None: it starts afresh
 
     def forward(self, x: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def check_any_number_of_blocks_is_a_weight(key: str) -> None:
     for form in _attached(key, _model()).values():
         if not isinstance(form, Elastic):
             continue
-        blocks, whole = form.held, form.dense().clone()
+        blocks, whole = form.loaded, form.dense().clone()
         assert form.available == blocks > 1
         stored = [getattr(form, f"block_{i}").clone() for i in range(blocks)]
         assert [block.nbytes for block in stored] == [form.block_nbytes(i) for i in range(blocks)]

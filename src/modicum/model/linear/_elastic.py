@@ -21,7 +21,7 @@ class Elastic(LinearForm):
     weight are kept, over all layers together.
     """
 
-    held: int = 0  # blocks that are here
+    loaded: int = 0  # blocks that are here
     available: int = 0  # blocks that the model's folder has
     order: list[int]  # position of each block among the blocks of all layers, the most useful first; [] before that
     partial_sum: Tensor | None = None  # stands for the weight, if set: whoever tries sums of blocks sets it
@@ -42,16 +42,16 @@ class Elastic(LinearForm):
         raise NotImplementedError
 
     def layout(self) -> dict[str, Any]:
-        return {"blocks": self.held} | ({"order": self.order[: self.held]} if self.order else {})
+        return {"blocks": self.loaded} | ({"order": self.order[: self.loaded]} if self.order else {})
 
     def set_layout(self, layout: dict[str, Any]) -> None:
         """Hold `blocks` blocks: those above go, new ones are empty, the others stay as they are."""
         n = int(layout["blocks"])
-        for i in range(n, self.held):
+        for i in range(n, self.loaded):
             delattr(self, f"block_{i}")
-        for i in range(self.held, n):
+        for i in range(self.loaded, n):
             self.register_buffer(f"block_{i}", self._like.new_empty(self.block_nbytes(i), dtype=torch.uint8))
-        self.held, self.available = n, int(layout.get("available", max(n, self.available)))
+        self.loaded, self.available = n, int(layout.get("available", max(n, self.available)))
         self.order = list(layout.get("order", getattr(self, "order", [])))
 
 

@@ -97,8 +97,8 @@ def pack(codes_NI: Tensor, bits: int) -> Tensor:
     planes, shift = [], 0
     for width in PLANES[bits]:
         fields = (codes_NI >> shift & (2**width - 1)).unflatten(1, (-1, 8 // width))
-        places = torch.arange(8 // width, dtype=torch.uint8, device=codes_NI.device) * width
-        planes.append((fields << places).sum(-1, dtype=torch.uint8))
+        shifts = torch.arange(8 // width, dtype=torch.uint8, device=codes_NI.device) * width
+        planes.append((fields << shifts).sum(-1, dtype=torch.uint8))
         shift += width
     return torch.cat(planes, 1)
 
@@ -109,7 +109,7 @@ def unpack(packed_NP: Tensor, bits: int) -> Tensor:
     codes = torch.zeros(packed_NP.shape[0], inputs, dtype=torch.uint8, device=packed_NP.device)
     for width in PLANES[bits]:
         plane = packed_NP[:, start : start + inputs * width // 8]
-        places = torch.arange(8 // width, dtype=torch.uint8, device=packed_NP.device) * width
-        codes |= (plane[..., None] >> places & (2**width - 1)).flatten(1) << shift
+        shifts = torch.arange(8 // width, dtype=torch.uint8, device=packed_NP.device) * width
+        codes |= (plane[..., None] >> shifts & (2**width - 1)).flatten(1) << shift
         start, shift = start + plane.shape[1], shift + width
     return codes

@@ -92,7 +92,7 @@ class BitStack(QuantisedForm, Elastic):
             scale_I = norm_I / norm_I.mean() + 1e-3  # a channel that was silent keeps some weight
         self.scale.copy_(scale_I)
         left_OI = weight_OI.to(self.scale.device, torch.float32) * self.scale.float()
-        for i in range(self.held):
+        for i in range(self.loaded):
             factors = [x.to(FACTOR).flatten().view(torch.uint8) for x in magnitudes(left_OI.abs(), self.config.rank)]
             block = torch.cat([*factors, pack(left_OI >= 0).flatten()])
             getattr(self, f"block_{i}").copy_(block)
@@ -126,7 +126,7 @@ class BitStack(QuantisedForm, Elastic):
             return (self.partial_sum if rows is None else self.partial_sum[rows]).to(dtype)
         n_rows = self.out_features if rows is None else rows.numel()
         total = torch.zeros(n_rows, self.in_features, device=self.scale.device)
-        for i in range(self.held):
+        for i in range(self.loaded):
             total += self._block(i, rows)
         return (total / self.scale.float()).to(dtype)
 

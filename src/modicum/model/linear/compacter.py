@@ -74,7 +74,7 @@ class Config:
 
 class Compacter(Adapter):
     provides = frozenset({"adapter", "fit", "trainable"})
-    places = ATTENTION + FEED_FORWARD
+    target_modules = ATTENTION + FEED_FORWARD
     config: Config
 
     def __init__(self, config: Config, shape: LinearShape, base: LinearForm):

@@ -36,4 +36,4 @@ class Config(compacter.Config):
 
 class CompacterPP(compacter.Compacter):
     provides = frozenset({"adapter", "fit", "trainable"})
-    places = compacter.FEED_FORWARD
+    target_modules = compacter.FEED_FORWARD

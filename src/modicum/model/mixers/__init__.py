@@ -57,12 +57,14 @@ class Mixer(nn.Module):
 def mixers() -> dict[str, str]:
     """The module of every mixer by name; nothing is imported."""
     files = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if not p.name.startswith("_"))
-    found = {name: f"{__name__}.{name}" for name in files}
+    modules = {name: f"{__name__}.{name}" for name in files}
     for entry in importlib.metadata.entry_points(group="modicum.mixers"):
-        if entry.name in found:
-            raise UserError(f"mixer {entry.name!r} of {entry.value} is already taken by {found[entry.name]}; rename it")
-        found[entry.name] = entry.value
-    return found
+        if entry.name in modules:
+            raise UserError(
+                f"mixer {entry.name!r} of {entry.value} is already taken by {modules[entry.name]}; rename it"
+            )
+        modules[entry.name] = entry.value
+    return modules
 
 
 @functools.cache

@@ -50,10 +50,10 @@ def lead(figures: Mapping[str, Any], model: Mapping[str, Any], known: Mapping[st
         parts.append(f"has a loss of {a['after']:.2f} on held-out answers (before: {a['before']:.2f})")
     smallest = _smallest(figures)
     subject = known["answers"].removesuffix(", adapted")
-    said = f"After {spent}, {subject} {' and '.join(parts)}." if parts else ""
+    text = f"After {spent}, {subject} {' and '.join(parts)}." if parts else ""
     if smallest:  # the answers are those of the model before it was compressed
-        said += f" Compressed to {smallest['name']}, which was not asked, it takes {bytes_text(smallest['bytes'])}."
-    return said.strip()
+        text += f" Compressed to {smallest['name']}, which was not asked, it takes {bytes_text(smallest['bytes'])}."
+    return text.strip()
 
 
 def evaluated(figures: Mapping[str, Any]) -> list[Card]:
@@ -63,7 +63,7 @@ def evaluated(figures: Mapping[str, Any]) -> list[Card]:
 
 def evaluated_lines(figures: Mapping[str, Any], known: Mapping[str, str]) -> list[str]:
     """An evaluation for the terminal."""
-    asked = [
+    questions = [
         f"{known[role]}, {ARMS[arm]}: exact match {f['exact']['value']:.0%} "
         f"[{f['exact']['low']:.0%}, {f['exact']['high']:.0%}], token F1 {f['f1']['value']:.2f} "
         f"[{f['f1']['low']:.2f}, {f['f1']['high']:.2f}] on {g['questions']} held-out questions"
@@ -75,8 +75,8 @@ def evaluated_lines(figures: Mapping[str, Any], known: Mapping[str, str]) -> lis
         f"{v['tokens_per_second']:.0f} tokens/s"
         for v in figures["variants"]
     ]
-    others = ", ".join(f"{k} {v:.3f}" for k, v in figures["yardsticks"].items())
-    return [*asked, *scored, f"general-purpose compressors on the same text: {others}"]
+    others = ", ".join(f"{k} {v:.3f}" for k, v in figures["compressors"].items())
+    return [*questions, *scored, f"general-purpose compressors on the same text: {others}"]
 
 
 def _answers(figures: Mapping[str, Any]) -> Card | None:

@@ -35,15 +35,15 @@ def line(name: str, x: list[Any], y: list[Any], color: str, **more: Any) -> dict
 
 def graded(figures: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any] | None:
     """Exact match and token F1 of every model, closed book and grounded, with 95% intervals."""
-    found = figures.get("graded")
-    if not found:
+    grades = figures.get("graded")
+    if not grades:
         return None
     traces = []
     for colour, arm, label in ((GREY, "closed", "closed book"), (BLUE, "retrieved", "grounded")):
         bars = [
             (f"{names[role]}<br>{title}", g["figures"][arm][figure])
             for figure, title in (("exact", "exact match"), ("f1", "token F1"))
-            for role, g in found.items()
+            for role, g in grades.items()
         ]
         traces.append(
             {
@@ -66,19 +66,19 @@ def graded(figures: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
 def adapting(run: Run, stage: str) -> dict[str, Any] | None:
     """The loss on answers while the model is adapted, and on held-out ones before and after."""
     steps = {e["tokens"]: e["loss"] for e in read_events(run.folder / "events.jsonl", "train", stage)}
-    held = {e["tokens"]: e["loss"] for e in read_events(run.folder / "events.jsonl", "heldout", stage)}
+    heldout = {e["tokens"]: e["loss"] for e in read_events(run.folder / "events.jsonl", "heldout", stage)}
     if len(steps) < 2:
         return None
-    xs, ys = sorted(steps), sorted(held)
+    xs, ys = sorted(steps), sorted(heldout)
     traces = [line("training answers", xs, [steps[x] for x in xs], BLUE)]
-    if held:
-        traces.append(line("held-out answers", ys, [held[x] for x in ys], ORANGE, mode="lines+markers"))
+    if heldout:
+        traces.append(line("held-out answers", ys, [heldout[x] for x in ys], ORANGE, mode="lines+markers"))
     return figure(traces, "tokens", "loss (nats per answer token)", height=260)
 
 
 def loss_curve(run: Run, stage: str) -> dict[str, Any] | None:
     steps = {e["tokens"]: e for e in read_events(run.folder / "events.jsonl", "train", stage)}
-    held = {e["tokens"]: e for e in read_events(run.folder / "events.jsonl", "heldout", stage)}
+    heldout = {e["tokens"]: e for e in read_events(run.folder / "events.jsonl", "heldout", stage)}
     if not steps:
         return None
     xs = sorted(steps)
@@ -90,9 +90,9 @@ def loss_curve(run: Run, stage: str) -> dict[str, Any] | None:
         line("training loss", xs, [steps[x]["loss"] for x in xs], BLUE, opacity=0.3, showlegend=False),
         line("training loss (smoothed)", xs, smooth, BLUE),
     ]
-    if held:
-        ys = sorted(held)
-        traces.append(line("held-out loss", ys, [held[x]["loss"] for x in ys], ORANGE, mode="lines+markers"))
+    if heldout:
+        ys = sorted(heldout)
+        traces.append(line("held-out loss", ys, [heldout[x]["loss"] for x in ys], ORANGE, mode="lines+markers"))
     top = sorted(steps[x]["loss"] for x in xs)[int(len(xs) * 0.97)]
     return figure(traces, "tokens", "loss (nats per token)", yaxis={"range": [min(smooth) * 0.95, top * 1.02]})
 
@@ -147,7 +147,7 @@ def law(figures: Mapping[str, Any], main: Mapping[str, Any] | None) -> dict[str,
 
 def compression(figures: Mapping[str, Any]) -> dict[str, Any]:
     variants = figures["variants"]
-    yard = figures["yardsticks"]
+    compressors = figures["compressors"]
     colours = [BLUE, GREEN, ORANGE, RED, "#8a63c9", "#b59b2a"]
     traces: list[dict[str, Any]] = [
         {
@@ -165,7 +165,7 @@ def compression(figures: Mapping[str, Any]) -> dict[str, Any]:
         for i, v in enumerate(variants)
     ]
     widest = max(v["bytes"] for v in variants) / 1e6 * 1.15
-    for i, (name, value) in enumerate(yard.items()):
+    for i, (name, value) in enumerate(compressors.items()):
         traces.append(
             line(
                 name,

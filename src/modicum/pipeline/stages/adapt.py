@@ -95,7 +95,7 @@ class Adapt(Stage[Section]):
         curate, seed, dtype = inputs["corpus"], planner.recipe.seed, str(section.dtype)
         config, model = _config(section, seed), _base(section, inputs)
         shape = costs.subject_shape(planner, model)
-        told, cost = _training_cost(planner, config, model)
+        trained, cost = _training_cost(planner, config, model)
         trim_allocator()  # what the planner's process holds unused would hide what this stage takes
         before = resident_now()
         tokenizer = Tokenizer.load(costs.subject(planner, model))
@@ -113,8 +113,8 @@ class Adapt(Stage[Section]):
         made = prepare([*sides.heldout, *sides.train], tokenizer, config.sequence_length)
         packed = config.stream(made.documents(), epochs=1, total=None) if made.examples else None
         rows = packed.count_rows() / len(made.examples) if packed else 1.0
-        passes = 2 * section.heldout_pairs * rows / told.micro  # before and after
-        scored = passes * costs.forward_seconds(planner, model, dtype, told.micro, config.sequence_length)
+        passes = 2 * section.heldout_pairs * rows / trained.micro  # before and after
+        scored = passes * costs.forward_seconds(planner, model, dtype, trained.micro, config.sequence_length)
         return StagePlan(
             Cost(
                 **cost.as_dict()
@@ -125,7 +125,7 @@ class Adapt(Stage[Section]):
                 }
             ),
             {key: model[key] for key in ("model", "shape", "sample")} | {"published": section.model is not None},
-            f"{told.config.total_steps} steps of {told.config.step_tokens} tokens at {told.seconds:.2f} s, "
+            f"{trained.config.total_steps} steps of {trained.config.step_tokens} tokens at {trained.seconds:.2f} s, "
             "memory traced",
         )
 
@@ -259,7 +259,7 @@ def _training_cost(planner: Planner, config: AdaptSpec, model: Input) -> tuple[_
             made = make()
             if config.base is not None:
                 attach.attach(made, {"layers.*": config.base})
-            attach.attach(made, dict.fromkeys(config.targets or attach.places(made, config.form), config.form))
+            attach.attach(made, dict.fromkeys(config.targets or attach.target_modules(made, config.form), config.form))
             attach.freeze(made)
             return made
 

@@ -53,7 +53,7 @@ class Compress(Stage[Section]):
         model = inputs["model"]
         shape = costs.subject_shape(planner, model)
         weights = shape.parameters()
-        stored = seconds = largest = held = 0.0
+        stored = seconds = largest = peak = 0.0
         dense: list[float] = []
         for form in section.forms:
             choice = Choice.parse("linear", form)
@@ -68,7 +68,7 @@ class Compress(Stage[Section]):
                 once = SEQUENCES * costs.forward_seconds(planner, model, training.dtype_of(planner.recipe), 1, LENGTH)
                 seconds += once * (1 + (blocks - 1) * MATRICES * shape.layers)
                 inputs_read = 2 * ROWS * (3 * shape.width + shape.mlp_width) * shape.layers
-                held = max(held, inputs_read, 4 * weights if blocks > 1 else 0)
+                peak = max(peak, inputs_read, 4 * weights if blocks > 1 else 0)
         seconds += stored / WRITTEN
         matrix = max(shape.vocab_size, shape.mlp_width) * shape.width  # fitted in float32, compared with what it became
         return StagePlan(
@@ -76,7 +76,7 @@ class Compress(Stage[Section]):
                 parameters=weights,
                 disk_bytes=stored,
                 seconds=seconds,
-                peak_bytes=weights * 2 + largest + 8 * matrix + held,
+                peak_bytes=weights * 2 + largest + 8 * matrix + peak,
             ),
             {"variants": 1 + len(section.forms), "dense_seconds": dense},
             f"each form fitted to a matrix of {TIMED}×{TIMED}",
@@ -121,7 +121,7 @@ def _seconds_per_weight(choice: Choice) -> tuple[float, float, int]:
         (form,) = attach.attach(layer, {"0": choice}, calibration=inputs).values()
         middle = time.perf_counter()
         form.dense()
-        fit, unpack, blocks = middle - began, time.perf_counter() - middle, getattr(form, "held", 1)
+        fit, unpack, blocks = middle - began, time.perf_counter() - middle, getattr(form, "loaded", 1)
     return fit / TIMED**2, unpack / TIMED**2, blocks
 
 

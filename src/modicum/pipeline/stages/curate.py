@@ -85,11 +85,11 @@ class Curate(Stage[Section]):
         fixed = planner.fixed.get(self.key, Cost())
         tokens = {split: made.count("tokens", split) for split in ("train", "heldout")}
         scale = total / size
-        held = TEXT * (min(group * processes, total) - small * processes)
+        peak = TEXT * (min(group * processes, total) - small * processes)
         cost = Cost(
             tokens=(tokens["train"] + tokens["heldout"]) * scale,
             seconds=max(alone.seconds - fixed.seconds, 0.0) * scale,
-            peak_bytes=max(alone.peak_bytes - fixed.peak_bytes, 0.0) + max(held, 0),
+            peak_bytes=max(alone.peak_bytes - fixed.peak_bytes, 0.0) + max(peak, 0),
             disk_bytes=_bytes(made) * scale,
         )
         return StagePlan(

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from modicum.budget import Cost, Meter
 from modicum.budget.meter import resident_now
+from modicum.compress.general_purpose import compressor_bits
 from modicum.compress.run import weight_bytes
-from modicum.compress.yardstick import yardsticks
 from modicum.core.choice import Choice
 from modicum.data.curate import Curation
 from modicum.data.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ class Evaluate(Stage[Section]):
         with Meter() as meter:  # the compressors on the sample; their dictionary takes longer the more text there is
             trim_allocator()
             resident = resident_now()
-            yardsticks(texts, _training_texts(sample, TIMED_TEXT))
+            compressor_bits(texts, _training_texts(sample, TIMED_TEXT))
         text = sample.count("bytes")
         more = max(min(DICTIONARY_TEXT, text / curate["sample_share"]) / max(min(TIMED_TEXT, text), 1), 1)
         rows = max(BATCH_TOKENS // length, 1)
@@ -148,7 +148,7 @@ class Evaluate(Stage[Section]):
         figures = {
             "variants": rows,
             "names": gains.names(inputs["model"].values),
-            "yardsticks": yardsticks(texts, _training_texts(curation)),
+            "compressors": compressor_bits(texts, _training_texts(curation)),
             "documents": len(texts),
             "text_bytes": sum(len(t.encode()) for t in texts),
             "graded": graded(section, inputs, context, curation, variants),
@@ -233,10 +233,10 @@ def _scored(
             trim_allocator()
 
         began = time.perf_counter()
-        found = score(model, tokenizer, texts, length, advance)
+        result = score(model, tokenizer, texts, length, advance)
     seconds = time.perf_counter() - began
     rate = {"tokens_per_second": _speed(model, section.speed_tokens, section.engine)}
-    row = variant | found.as_dict() | {"seconds": seconds, "bytes": variant["bytes"]} | rate
+    row = variant | result.as_dict() | {"seconds": seconds, "bytes": variant["bytes"]} | rate
     return row, model.config.flops_per_token(length)
 
 

@@ -61,28 +61,28 @@ class Ground(Stage[Section]):
         reading = (time.perf_counter() - began) / curate["sample_share"]
         count = min(section.passages or 1e18, len(everything) / curate["sample_share"])
         encoder, load = costs.encoder(planner, named)
-        found = everything[:: max(len(everything) // MOST, 1)][: int(count)]  # of all documents
-        longest = max(found, key=lambda p: len(p.text))
-        asked = min(section.queries / count, 1.0)
+        passages = everything[:: max(len(everything) // MOST, 1)][: int(count)]  # of all documents
+        longest = max(passages, key=lambda p: len(p.text))
+        fraction = min(section.queries / count, 1.0)
         seconds: list[float] = []
         peaks: list[float] = []
-        sizes = [min(FIRST, len(found))]
+        sizes = [min(FIRST, len(passages))]
         trim_allocator()
         resident = resident_now()
         with contextlib.redirect_stderr(io.StringIO()), Meter() as first:  # first calls take longer
             if encoder.kind == "sentence-transformers":  # whose memory the longest passages decide, which go first
                 encoder.encode([f"{longest.text} {n}" for n in range(min(int(count), BATCH))])
             else:
-                _measure(found[:FIRST], encoder, section, seed, 4, scratch / "0")
+                _measure(passages[:FIRST], encoder, section, seed, 4, scratch / "0")
         while len(seconds) < len(sizes):
             size, folder = sizes[-1], scratch / f"{len(sizes)}"
             with contextlib.redirect_stderr(io.StringIO()), Meter() as meter:
-                _measure(found[:size], encoder, section, seed, max(round(asked * size), 4), folder)
+                _measure(passages[:size], encoder, section, seed, max(round(fraction * size), 4), folder)
             seconds.append(meter.seconds)
             peaks.append(max(meter.peak_bytes - resident, 0.0))
             if len(sizes) == 1:
                 bigger = max(int(TIMED / max(meter.seconds, 1e-3) * size), 4 * size)
-                sizes.append(max(min(bigger, MOST, len(found)), min(size + 1, len(found))))
+                sizes.append(max(min(bigger, MOST, len(passages)), min(size + 1, len(passages))))
         rate = max(seconds[-1] - seconds[0], 0.2 * seconds[-1]) / max(sizes[-1] - sizes[0], 1)
         more = 1.0 if encoder.kind == "sentence-transformers" else max(1.0, min(count, BATCH) / sizes[-1])
         return StagePlan(
@@ -96,10 +96,10 @@ class Ground(Stage[Section]):
         )
 
     def run(self, section: Section, inputs: Inputs, context: Context) -> dict[str, Any]:
-        found = _passages(Curation.load(inputs["corpus"]["folder"]), section.passages)
+        passages = _passages(Curation.load(inputs["corpus"]["folder"]), section.passages)
         encoder = make_encoder(section.encoder or inputs["model"]["folder"])
         result = _measure(
-            found,
+            passages,
             encoder,
             section,
             context.recipe.seed,
@@ -108,7 +108,7 @@ class Ground(Stage[Section]):
             events=context.events,
             examples=4,
         )
-        by_id = {p.id: p for p in found}
+        by_id = {p.id: p for p in passages}
         metrics = {name: {mode: _flat(m) for mode, m in result[name].items()} for name in ("withheld", "as_is")}
         examples = [
             {
@@ -124,7 +124,7 @@ class Ground(Stage[Section]):
         return {
             "folder": str(context.folder / "as_is"),
             "encoder": section.encoder,
-            "passages": len(found),
+            "passages": len(passages),
             "queries": result["queries"],
             "metrics": metrics,
             "examples": examples,
@@ -152,7 +152,7 @@ def _passages(curation: Curation, limit: int | None) -> list[Passage]:
 
 
 def _measure(
-    found: list[Passage], encoder: Encoder, section: Section, seed: int, queries: int, folder: Path, **more: Any
+    passages: list[Passage], encoder: Encoder, section: Section, seed: int, queries: int, folder: Path, **more: Any
 ) -> Any:
     """Known-item figures {"as_is", "withheld"} over `found`, with both indexes in `folder`.
 
@@ -161,10 +161,10 @@ def _measure(
     """
     knobs: dict[str, Any] = {"encoder": encoder, "index": section.index, "folder": folder} | more
     _remember(encoder)
-    _, rows, _ = known_items(found, queries, seed)
-    asked = set(rows)
-    bare = [p if i in asked else replace(p, summary="") for i, p in enumerate(found)]
-    as_is = known_item(found, variants=("as_is",), limit=queries, seed=seed, **knobs)
+    _, rows, _ = known_items(passages, queries, seed)
+    query_rows = set(rows)
+    bare = [p if i in query_rows else replace(p, summary="") for i, p in enumerate(passages)]
+    as_is = known_item(passages, variants=("as_is",), limit=queries, seed=seed, **knobs)
     withheld = known_item(bare, variants=("withheld",), limit=None, seed=seed, **knobs)
     return {**as_is, "withheld": withheld["withheld"], "examples": as_is["examples"] | withheld["examples"]}
 

@@ -67,8 +67,8 @@ class Predict(Stage[Section]):
         decided = recipe.entry(str(section.of)).stage.plan(main, inputs, planner).decisions
         shape = load_config(decided["model"]) if decided["model"] else llama_like(**decided["shape"])
         cost, proxies = Cost(), []
-        for share, token_share in zip(section.parameters, section.tokens, strict=True):
-            small = shape if main.model else _smaller(main, shape, share, curate["vocab_size"])
+        for fraction, token_share in zip(section.parameters, section.tokens, strict=True):
+            small = shape if main.model else _smaller(main, shape, fraction, curate["vocab_size"])
             tokens = max(token_share * decided["tokens"], 20 * main.batch_tokens)
             config = training.train_config(main, small, tokens, recipe.seed)
             cost = cost.then(costs.training_cost(planner, small, config, masked=training.masked(main)))
@@ -148,7 +148,7 @@ class Predict(Stage[Section]):
         )
 
 
-def _smaller(section: pretrain.Section, shape: DecoderConfig, share: float, vocab_size: int) -> DecoderConfig:
+def _smaller(section: pretrain.Section, shape: DecoderConfig, fraction: float, vocab_size: int) -> DecoderConfig:
     """The shape whose parameters outside the embedding are nearest to `share` of the main one's, of
     those that the methods take."""
 
@@ -157,9 +157,9 @@ def _smaller(section: pretrain.Section, shape: DecoderConfig, share: float, voca
 
     sizes = [(w, n) for w in range(32, shape.width + 1, 32) for n in range(1, shape.layers + 1) if 16 <= w / n <= 96]
     made = [training.shape_of(section, *s, vocab_size) for s in sizes or [(32, 1)]]
-    made.sort(key=lambda c: abs(body(c) / body(shape) - share))
-    told = training.train_config(section, shape, section.batch_tokens, 0)
-    return next((c for c in made if costs.fits(c, told)), made[0])
+    made.sort(key=lambda c: abs(body(c) / body(shape) - fraction))
+    config = training.train_config(section, shape, section.batch_tokens, 0)
+    return next((c for c in made if costs.fits(c, config)), made[0])
 
 
 def _law(given: Any, vocabulary: int) -> Choice:

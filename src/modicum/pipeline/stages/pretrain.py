@@ -65,7 +65,7 @@ class Recall(Strict):
     """Rows of the playground's recall tasks beside the corpus, growing longer (evaluate.recall)."""
 
     lengths: list[int] = [64, 256, 1024]  # tokens of a row, one after another over the run
-    shares: list[float] = [0.5, 0.25, 0.25]  # of the run, for each length
+    fractions: list[float] = [0.5, 0.25, 0.25]  # of the run, for each length
     text: float = Field(0.15, ge=0, lt=1)  # share of the rows that hold the corpus
     copies: float = Field(0.25, ge=0, lt=1)  # share of the documents that are a list and its copy
     vocabulary: Bytes = 2.0 * 2**20  # such text among what the tokenizer is trained on

@@ -74,8 +74,8 @@ class Score(Stage[Section]):
         rows: list[dict[str, Any]] = []
         tokens = flops = 0.0
         for model in inputs.all("model"):
-            for corpus, found in texts.items():
-                made, per_token = _scored(section, context, model["folder"], f"{model.name} on {corpus}", found)
+            for corpus, documents in texts.items():
+                made, per_token = _scored(section, context, model["folder"], f"{model.name} on {corpus}", documents)
                 base = first.setdefault(corpus, made)
                 change, error = _paired(made, base, context.recipe.seed)
                 rows.append({"model": model.name, "corpus": corpus, "change": change, "change_stderr": error})

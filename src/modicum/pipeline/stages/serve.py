@@ -78,7 +78,7 @@ class Serve(Stage[Section]):
         tokenizer = Tokenizer.load(folder)
         model = load_model(folder, dtype=training.DTYPES[str(section.dtype)])
         engine = Engine(model, tokenizer, engine_config(section.engine, cache=CACHE))
-        asked = section.questions or questions_of(searcher, context.recipe.seed)
+        questions = section.questions or questions_of(searcher, context.recipe.seed)
         answers = []
         with BackgroundServer(engine, ServerConfig(port=0)) as server:
             generate = openai_generator(
@@ -88,8 +88,8 @@ class Serve(Stage[Section]):
                 frequency_penalty=REPETITION,  # as graded questions are asked
             )
             budget = min(engine.max_length - section.max_tokens, section.prompt_tokens)
-            with context.events.progress("ask", len(asked), "questions") as progress:
-                for question in asked:
+            with context.events.progress("ask", len(questions), "questions") as progress:
+                for question in questions:
                     answer = ask(
                         question,
                         searcher,

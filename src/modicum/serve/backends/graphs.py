@@ -118,8 +118,8 @@ class StaticAttend:
         if window is not None and width < N:
             column_BW = column_BW + (position_B1 + 1 - window).clamp(min=0) // P
         blocks = self.table_BN.gather(1, column_BW.clamp(max=N - 1)).flatten()
-        place_BS = (column_BW[:, :, None] * P + torch.arange(P, device=like.device)).flatten(1)
-        seen_BS = visible(position_B1, place_BS, window)
+        slot_BS = (column_BW[:, :, None] * P + torch.arange(P, device=like.device)).flatten(1)
+        seen_BS = visible(position_B1, slot_BS, window)
         mask_BS = torch.zeros(seen_BS.shape, dtype=like.dtype, device=like.device)
         return blocks, mask_BS.masked_fill_(~seen_BS, float("-inf"))[None, :, None]
 

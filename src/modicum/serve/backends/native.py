@@ -44,9 +44,9 @@ class Native:
         native.coalesce(
             [
                 t
-                for found in coded
-                if found and found[0] in (native.INT8, native.INT4)
-                for t in found[1:]
+                for codes in coded
+                if codes and codes[0] in (native.INT8, native.INT4)
+                for t in codes[1:]
                 if t is not None
             ]
         )

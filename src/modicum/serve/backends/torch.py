@@ -208,17 +208,17 @@ class PlannedAttend:
         self, layer: int, i: int, segment: Segment, q_GBRTE: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
         if segment.source == PAGES:
-            k_GBSE, v_GBSE, position_GBS, held_GBS, _ = self._pages[i].entries(layer)
+            k_GBSE, v_GBSE, position_GBS, kept_GBS, _ = self._pages[i].entries(layer)
         else:
-            held = self._held(layer, segment.works[0])
-            k_GBSE, v_GBSE, position_GBS = held.k_GSE[:, None], held.v_GSE[:, None], held.position_GS[:, None]
-            held_GBS = torch.ones_like(position_GBS, dtype=torch.bool)
+            kept = self._kept(layer, segment.works[0])
+            k_GBSE, v_GBSE, position_GBS = kept.k_GSE[:, None], kept.v_GSE[:, None], kept.position_GS[:, None]
+            kept_GBS = torch.ones_like(position_GBS, dtype=torch.bool)
         assert segment.policy is not None
         k_GBSE, v_GBSE = k_GBSE.to(q_GBRTE.dtype), v_GBSE.to(q_GBRTE.dtype)
-        given = (q_GBRTE, k_GBSE, v_GBSE, self._at[i], position_GBS, held_GBS)
+        given = (q_GBRTE, k_GBSE, v_GBSE, self._at[i], position_GBS, kept_GBS)
         return segment.policy.attend(layer, *given, scale=scale, softcap=softcap)
 
-    def _held(self, layer: int, w: Work) -> Entries:
+    def _kept(self, layer: int, w: Work) -> Entries:
         """What a sequence holds in a layer, this step's tokens included."""
         if w.sample.pages is None:
             return self.storage.entries_of_blocks(layer, w.sample.blocks, w.start + w.n)
@@ -243,7 +243,7 @@ class PlannedAttend:
         def mark(w: Work) -> None:
             q_GRTE = q_HTE[:, w.at : w.at + w.n].unflatten(0, (k_GTE.shape[0], -1))
             how = {"window": window, "scale": scale, "softcap": softcap}
-            w.sample.policy.mark(layer, received(q_GRTE, self._held(layer, w), w.start, **how))  # type: ignore[arg-type]
+            w.sample.policy.mark(layer, received(q_GRTE, self._kept(layer, w), w.start, **how))  # type: ignore[arg-type]
 
         faults = self.plan.faults
         for works, show in ((self.plan.observers, observe), (self.plan.marked, mark)):
@@ -273,9 +273,9 @@ class _Pages:
         s, table_GBN = self.storage, self.table_LGBN[layer]
         k_GBSE, v_GBSE = (x.pages(table_GBN).flatten(2, 3) for x in (s.k, s.v))
         position_GBS = s.position_AP[table_GBN].flatten(2)
-        held_GBS = torch.arange(k_GBSE.shape[2], device=s.device) < self.count_LGB[layer][:, :, None]
+        kept_GBS = torch.arange(k_GBSE.shape[2], device=s.device) < self.count_LGB[layer][:, :, None]
         weight_GBS = None if s.weight_AP is None else s.weight_AP[table_GBN].flatten(2)
-        return k_GBSE, v_GBSE, position_GBS, held_GBS, weight_GBS
+        return k_GBSE, v_GBSE, position_GBS, kept_GBS, weight_GBS
 
 
 def _seen(segment: Segment, offset_BS: Tensor, window: int | None, pattern: AttentionPattern | None) -> Tensor:

@@ -161,7 +161,7 @@ class KVPolicy(Method):
         v_GBSE: Tensor,
         at_BT: Tensor,
         position_GBS: Tensor,
-        held_GBS: Tensor,
+        kept_GBS: Tensor,
         *,
         scale: float,
         softcap: float | None,

@@ -109,14 +109,14 @@ class LMInfinite(KVPolicy):
         v_GBSE: Tensor,
         at_BT: Tensor,
         position_GBS: Tensor,
-        held_GBS: Tensor,
+        kept_GBS: Tensor,
         *,
         scale: float,
         softcap: float | None,
     ) -> Tensor:
         G, B, R, T, E = q_GBRTE.shape
         at_BT1, sinks, angles = at_BT[:, :, None], self.config.sinks, self.angles[layer]
-        seen_GBTS = held_GBS[:, :, None] & self.pattern.allowed(at_BT1, position_GBS[:, :, None])
+        seen_GBTS = kept_GBS[:, :, None] & self.pattern.allowed(at_BT1, position_GBS[:, :, None])
         first_GBF = position_GBS[:, :, :sinks]
         turn_GBF = self.early(first_GBF) - first_GBF
         beyond_GBTF = at_BT1 + turn_GBF[:, :, None] - self.ceiling  # how much too far

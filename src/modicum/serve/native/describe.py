@@ -84,9 +84,9 @@ class Description:
 
     def _note(self, matrix: native.Matrix, module: Any) -> None:
         """Remember a matrix whose weight lies in a file's pages."""
-        found = None if module is None else stored(module)
-        if found and is_mapped(found[1]):
-            self.mapped.append((matrix, found[1], found[1].detach()))
+        codes = None if module is None else stored(module)
+        if codes and is_mapped(codes[1]):
+            self.mapped.append((matrix, codes[1], codes[1].detach()))
 
     def _floats(self, tensor: Tensor) -> int:
         kept = tensor.detach().float().contiguous()
@@ -102,9 +102,9 @@ class Description:
     def _matrix(self, module: Any) -> native.Matrix:
         if module is None:
             return native.Matrix()
-        found = stored(module)
-        assert found is not None
-        kind, weight, scale, zero = found
+        codes = stored(module)
+        assert codes is not None
+        kind, weight, scale, zero = codes
         out, group, groups = module.out_features, 0, 0
         if scale is not None:
             group, groups = module.group, module.n_groups

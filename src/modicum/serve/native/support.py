@@ -59,13 +59,17 @@ def unserved(model: Decoder, cache: torch.dtype) -> str | None:
         if wrong:
             return words
     for name, module in model.named_modules():
-        held = isinstance(module, nn.Linear | LinearForm)
-        if held and name.endswith((".q", ".k", ".v", ".o", ".gate", ".up", ".down", "lm_head")) and not stored(module):
+        linear = isinstance(module, nn.Linear | LinearForm)
+        if (
+            linear
+            and name.endswith((".q", ".k", ".v", ".o", ".gate", ".up", ".down", "lm_head"))
+            and not stored(module)
+        ):
             return f"{name} is {type(module).__name__}"
     for i, block in enumerate(model.layers):
         if c.gated and isinstance(block, Block):
             gate, up = block.mlp.gate, block.mlp.up
-            kinds = {(type(m), getattr(m, "group", 0), found[0] if (found := stored(m)) else None) for m in (gate, up)}
+            kinds = {(type(m), getattr(m, "group", 0), codes[0] if (codes := stored(m)) else None) for m in (gate, up)}
             if len(kinds) > 1:
                 return f"gate and up of layer {i} are held differently"
     return None
@@ -76,6 +80,6 @@ def unserved_in_eight(model: Decoder) -> str | None:
         return "a processor without VNNI and bfloat16 products"
     if model.dtype != torch.bfloat16:
         return f"a model in {str(model.dtype).removeprefix('torch.')}, not in bfloat16 (--dtype bfloat16)"
-    if not any((found := stored(m)) and found[0] in (native.INT8, native.INT4) for m in model.modules()):
+    if not any((codes := stored(m)) and codes[0] in (native.INT8, native.INT4) for m in model.modules()):
         return "no int8 or int4 matrix (--form int8)"
     return None

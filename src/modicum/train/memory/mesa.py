@@ -180,20 +180,20 @@ class Mesa(MemorySaver):
         return known if known is None or known.shape == t.shape else known.reshaped(t.shape)
 
     @torch.no_grad()
-    def _pack(self, place: str, t: Tensor, grouped: Grouped) -> Packed:
+    def _pack(self, name: str, t: Tensor, grouped: Grouped) -> Packed:
         view, rows, rest, shape = grouped
         low, high = (
             view.amin(rows, keepdim=True).amin(rest).float(),
             view.amax(rows, keepdim=True).amax(rest).float(),
         )
         seen = torch.stack([high - low, low])
-        before = self.estimates.get(place)
+        before = self.estimates.get(name)
         if before is not None and before.shape == seen.shape:
             before = before.to(seen.device)
             seen = torch.lerp(seen, before, self.config.decay)
-            self.estimates[place] = torch.where(seen.isfinite(), seen, before)  # a step that overflowed is forgotten
+            self.estimates[name] = torch.where(seen.isfinite(), seen, before)  # a step that overflowed is forgotten
         else:
-            self.estimates[place] = seen.nan_to_num(0.0, 0.0, 0.0)
+            self.estimates[name] = seen.nan_to_num(0.0, 0.0, 0.0)
         return Packed(view, t, seen.view(2, *shape), self._generator if self.config.stochastic else None)
 
     def after_step(self, trainer: Any) -> None:
@@ -203,13 +203,13 @@ class Mesa(MemorySaver):
             flat = trainer.ranks.sum(flat) / trainer.ranks.world
             parts = flat.split([e.numel() for e in self.estimates.values()])
             shaped = zip(self.estimates.items(), parts, strict=True)
-            self.estimates = {place: part.view_as(e).clone() for (place, e), part in shaped}
+            self.estimates = {name: part.view_as(e).clone() for (name, e), part in shaped}
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.estimates)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.estimates = {place: value.to(torch.float32, copy=True) for place, value in state.items()}
+        self.estimates = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
 
 
 # A view; its dim of rows and the other dims of a group (reducing rows first is ten times faster); the estimates' shape.
@@ -272,12 +272,12 @@ def watched(model: nn.Module) -> dict[str, nn.Module]:
     """By name, what keeps activations: in the repeated layers all kinds, elsewhere norms."""
     inside = {id(m) for block in parallel.blocks(model) for m in block.modules()}
     kinds = (*LINEARS, *ACTIVATIONS, *NORMS, MLP, Mixer)
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     forms: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if isinstance(module, kinds) and (id(module) in inside or isinstance(module, NORMS)):
             if not name.startswith(forms):  # a form is one layer, whatever it is made of
-                found[name] = module
+                modules[name] = module
             if isinstance(module, LinearForm):
                 forms = (*forms, f"{name}.")
-    return found
+    return modules

@@ -247,10 +247,10 @@ class UL2(Objective):
         takens_BT = taken_BT.cumsum(1) - taken_BT.long()  # tokens taken out before here
         lefts_BT = at_T - takens_BT
         prefix_B = 1 + kept_B + spans_B
-        place_BT = torch.where(taken_BT, prefix_B[:, None] + takens_BT + span_BT, 1 + lefts_BT + span_BT)
+        target_BT = torch.where(taken_BT, prefix_B[:, None] + takens_BT + span_BT, 1 + lefts_BT + span_BT)
         off = T + 1  # a column for what is not there
-        place_BT = torch.where(inside_BT, place_BT, off)
-        asked_BT = torch.where(opens_BT, 1 + lefts_BT + span_BT - 1, off)
+        target_BT = torch.where(inside_BT, target_BT, off)
+        question_BT = torch.where(opens_BT, 1 + lefts_BT + span_BT - 1, off)
         answer_BT = torch.where(opens_BT, prefix_B[:, None] + takens_BT + span_BT - 1, off)
         last_B = torch.where(sequential_B, off, prefix_B + noise_B + spans_B)
 
@@ -262,9 +262,9 @@ class UL2(Objective):
         mode_B = vocab_size - self.marks + mode_B
         end_B = vocab_size - 1 - spans_B
 
-        def laid(fill: int, token: Tensor, asked: Tensor, answer: Tensor, end: Tensor) -> Tensor:
+        def laid(fill: int, token: Tensor, question: Tensor, answer: Tensor, end: Tensor) -> Tensor:
             row = torch.full((B, T + 2), fill, dtype=torch.int64, device=device)
-            row.scatter_(1, place_BT, token).scatter_(1, asked_BT, asked).scatter_(1, answer_BT, answer)
+            row.scatter_(1, target_BT, token).scatter_(1, question_BT, question).scatter_(1, answer_BT, answer)
             return row.scatter_(1, last_B[:, None], end[:, None])[:, : T + 1]
 
         full = laid(0, tokens_BT.gather(1, source_BT), mark_BT, mark_BT, end_B)
@@ -306,7 +306,7 @@ def spread(noise_B: Tensor, kept_B: Tensor, spans_B: Tensor, first_BT: Tensor, s
     part_BT = cut(noise_B, spans_B, first_BT)
     kept_part_BT = cut(kept_B, spans_B + 1, second_BT)
     sizes_BT = torch.zeros_like(part_BT).scatter_add_(1, kept_part_BT, (at_T < kept_B[:, None]).long())
-    place_BT = at_T + sizes_BT.cumsum(1).gather(1, part_BT)  # after the kept parts up to its own
-    place_BT = torch.where(at_T < noise_B[:, None], place_BT, T).clamp_max(T)
+    target_BT = at_T + sizes_BT.cumsum(1).gather(1, part_BT)  # after the kept parts up to its own
+    target_BT = torch.where(at_T < noise_B[:, None], target_BT, T).clamp_max(T)
     mask = torch.zeros(B, T + 1, dtype=torch.bool, device=first_BT.device)
-    return mask.scatter_(1, place_BT, True)[:, :T]
+    return mask.scatter_(1, target_BT, True)[:, :T]

@@ -16,7 +16,7 @@ DICTIONARY_BYTES = 112_640  # the default of the zstd command line tool
 _SAMPLE, _SAMPLES = 4096, 8192
 
 
-def yardsticks(
+def compressor_bits(
     text: Iterable[str] | bytes, train: Iterable[str] | None = None, *, dictionary_bytes: int = DICTIONARY_BYTES
 ) -> dict[str, float]:
     """Bits per byte of `text`, as one stream, under xz -9, zstd -19, and zstd -19 with a dictionary.
