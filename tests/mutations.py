@@ -352,8 +352,8 @@ MUTATIONS = (
     Mutation(
         "binomial noise of few items is forgotten",
         "laws/curve.py",
-        "np.sqrt(1 + share_N * (1 - share_N) / items_N / (2 * self.config.noise**2))",
-        "np.ones_like(share_N * items_N)",
+        "np.sqrt(1 + inner_N * (1 - inner_N) / items_N / (2 * self.config.noise**2))",
+        "np.ones_like(inner_N * items_N)",
         "laws/test_forms.py::test_end_to_end_equation_and_binomial_intervals",
     ),
     Mutation(

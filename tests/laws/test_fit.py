@@ -94,6 +94,15 @@ def test_objective_gradient(single):
             assert np.allclose(given[:, f], numeric, rtol=1e-3, atol=1e-3)
 
 
+def test_upper_limits_touch_nothing_below_and_slope_back_above():
+    prior = estimate.Prior(np.zeros(2), np.full(2, np.inf), np.array([1.0, np.inf]))
+    phi = np.array([[0.9, 50.0], [1.3, 0.0], [4.0, -1.0]])
+    assert np.allclose(prior.value(phi), [0, 4.5, 450]) and np.allclose(prior.gradient(phi)[:, 1], 0)
+    shift = np.array([1e-6, 0])
+    numeric = (prior.value(phi + shift) - prior.value(phi - shift)) / 2e-6
+    assert np.allclose(prior.gradient(phi)[:, 0], numeric, rtol=1e-4)
+
+
 def test_counted_runs_equal_repeated_rows():
     """The bootstrap's weights against a table in which the runs really are repeated."""
     law = registry.build("law", "chinchilla")

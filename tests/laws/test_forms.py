@@ -194,6 +194,7 @@ def family(rng, noise=0.002, within=0.002, bump=0.0, sizes=(1e8, 2e8, 4e8), a=40
     return rows
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # an exponent that nothing determines must not overflow
 def test_checkpoints_beat_final_losses():
     """Plain fits, without priors: seven runs of noisy single losses, one row each or fifty."""
     rng = np.random.default_rng(0)

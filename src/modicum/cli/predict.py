@@ -69,7 +69,7 @@ def predict(
     flops = units.parse(budget, "flops") if budget else None
     table = rename(read_runs(runs), _pairs(columns, "--columns parameters=params"))
     fit = method.fit(table, seed)
-    said = method.predict(fit, points, level) if points else None
+    predictions = method.predict(fit, points, level) if points else None
     best = method.optimum(fit, flops, level) if flops else None
     offers = _offers(method, fit, points, buy, level) if buy else []
     parts = left_out(table, leave_out, law=law, level=level, seed=seed) if leave_out else None
@@ -92,8 +92,8 @@ def predict(
             "covariance": fit.covariance_QQ.tolist(),
             "residual": fit.residual,
         }
-        if said:
-            result["predictions"] = [point | row for point, row in zip(points, said.rows(), strict=True)]
+        if predictions:
+            result["predictions"] = [point | row for point, row in zip(points, predictions.rows(), strict=True)]
         if best:
             result["optimum"] = best.as_dict()
         if offers:
@@ -107,8 +107,8 @@ def predict(
     print(f"{law}: {fit.points} rows of {fit.runs} runs, mean residual {fit.residual:.2%}, spread by {fit.method}")
     for name, value in fit.parameters.items():
         print(f"  {name:<8} {value:.5g}  ± {spread[name]:.2g}")
-    if said:
-        for point, row in zip(points, said.rows(), strict=True):
+    if predictions:
+        for point, row in zip(points, predictions.rows(), strict=True):
             where = ", ".join(f"{k} {v:.4g}" for k, v in point.items())
             print(
                 f"at {where}: {method.target} {row['mean']:.4f}, {level:.0%} of such runs within "

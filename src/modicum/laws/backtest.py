@@ -10,7 +10,7 @@ from modicum.core import registry
 from modicum.core.errors import UserError, unknown
 from modicum.laws.table import Runs, as_table, rename, to_columns
 
-HELD = ("final", "curve")
+HELDOUT = ("final", "curve")
 CURVE_SHARE = 0.3  # of the largest run's tokens: the part of its curve that is predicted
 
 
@@ -23,34 +23,34 @@ def backtest(
     by: str = "flops",
     level: float = 0.95,
     seed: int = 0,
-    held: str = "final",
+    heldout: str = "final",
 ) -> dict[str, Any]:
     """Fit on the share `cut` of the runs that are smallest in `by`, predict the rest.
 
     columns: names in the table for `parameters`, `tokens`, `loss`, `run`, `final` where they differ. by: a column the
-    law reads, or flops, parameters or tokens. cut: a share in (0, 1), or above 1 an absolute value of `by`. held:
+    law reads, or flops, parameters or tokens. cut: a share in (0, 1), or above 1 an absolute value of `by`. heldout:
     "final" predicts each larger run's finished loss; "curve" the last 30% of their tokens, every row, from rows of the
     smaller runs (Choshen et al. 2024, arXiv:2410.11840: one end point is a noisy measure of a law). Returns counts,
     `bias` and `error` (mean and mean absolute error: relative for a loss, in points of the score or in nats else),
     `coverage` of the interval, `width` (its mean width), and one row per held-out measurement.
     """
-    if held not in HELD:
-        raise unknown("held", held, HELD)
+    if heldout not in HELDOUT:
+        raise unknown("heldout", heldout, HELDOUT)
     method = registry.build("law", law)
     given = rename(to_columns(table), columns or {})
     rows = as_table(given, list(dict.fromkeys([*method.reads, by])), target=method.target)
     largest_R = np.array([rows[by][rows["run"] == r].max() for r in range(int(rows["run"].max()) + 1)])
     limit = float(np.quantile(largest_R, cut)) if cut <= 1 else cut
     small_N = (largest_R <= limit)[rows["run"]]
-    held_N = ~small_N & rows["final"]
-    if held == "curve":
-        held_N = ~small_N & (rows["tokens"] >= (1 - CURVE_SHARE) * _end(rows))
-    if not small_N.any() or not held_N.any():
+    heldout_N = ~small_N & rows["final"]
+    if heldout == "curve":
+        heldout_N = ~small_N & (rows["tokens"] >= (1 - CURVE_SHARE) * _end(rows))
+    if not small_N.any() or not heldout_N.any():
         raise UserError(
-            f"cut={cut} leaves {int(small_N.sum())} rows to fit and {int(held_N.sum())} to predict; "
+            f"cut={cut} leaves {int(small_N.sum())} rows to fit and {int(heldout_N.sum())} to predict; "
             f"{by} runs from {largest_R.min():.3g} to {largest_R.max():.3g}"
         )
-    return {"law": str(law), "cut": limit} | predicted(method, given, small_N, held_N, level, seed)
+    return {"law": str(law), "cut": limit} | predicted(method, given, small_N, heldout_N, level, seed)
 
 
 def _end(rows: dict[str, np.ndarray]) -> np.ndarray:
@@ -76,10 +76,10 @@ def leave_out(
     final_N = as_table(given, method.reads, target=method.target)["final"]
     parts, refused = {}, {}
     for label in dict.fromkeys(labels_N):
-        held_N = (labels_N == label) & final_N
-        if held_N.any() and (labels_N != label).any():
+        heldout_N = (labels_N == label) & final_N
+        if heldout_N.any() and (labels_N != label).any():
             try:
-                parts[label] = predicted(method, given, labels_N != label, held_N, level, seed)
+                parts[label] = predicted(method, given, labels_N != label, heldout_N, level, seed)
             except UserError as error:
                 refused[label] = str(error)
     if len(parts) < 2 and refused:
@@ -97,22 +97,22 @@ def leave_out(
 
 
 def predicted(
-    method: Any, given: dict[str, Any], fit_N: np.ndarray, held_N: np.ndarray, level: float, seed: int
+    method: Any, given: dict[str, Any], fit_N: np.ndarray, heldout_N: np.ndarray, level: float, seed: int
 ) -> dict[str, Any]:
-    """Fit on the rows `fit_N` of a table, predict the rows `held_N`."""
+    """Fit on the rows `fit_N` of a table, predict the rows `heldout_N`."""
     fit = method.fit({name: _rows(column, fit_N) for name, column in given.items()}, seed)
-    held = {name: _rows(column, held_N) for name, column in given.items()}
-    truth = as_table(held, method.reads, target=method.target)
-    said = method.predict(fit, held, level)
+    heldout = {name: _rows(column, heldout_N) for name, column in given.items()}
+    truth = as_table(heldout, method.reads, target=method.target)
+    prediction = method.predict(fit, heldout, level)
     rows = [
         {**{n: float(truth[n][i]) for n in method.reads if n in truth}, method.target: float(truth[method.target][i])}
         | row
-        for i, row in enumerate(said.rows())
+        for i, row in enumerate(prediction.rows())
     ]
     return {
         "fitted_rows": int(fit_N.sum()),
         "fitted_runs": fit.runs,
-        "held_out": int(held_N.sum()),
+        "held_out": int(heldout_N.sum()),
         "method": fit.method,
         "parameters": fit.parameters,
         "level": level,

@@ -29,6 +29,7 @@ class CurveLaw(Law):
     """Base of the laws that are curves; see the module for what a form has to say."""
 
     coordinates: ClassVar[tuple[str, ...]]
+    upper: ClassVar[dict[str, float]] = {}  # largest sensible value of a coordinate; see estimate.Prior
     example: ClassVar[dict[str, float]]  # parameters that runs of 1e7 to 1e9 parameters determine: conformance
     small_example: ClassVar[dict[str, float]]  # a plausible law of runs of about 1e6 parameters and tokens
 
@@ -110,8 +111,8 @@ class CurveLaw(Law):
         rows = np.arange(len(theta_KP))
         before, here, after = (loss_KG[rows, middle + shift] for shift in (-1, 0, 1))
         bend = before - 2 * here + after
-        found = log_n_G[middle] + step * np.where(bend > 0, (before - after) / (2 * np.maximum(bend, 1e-300)), 0)
-        return np.exp(np.where(near == middle, found, log_n_G[near]))
+        best = log_n_G[middle] + step * np.where(bend > 0, (before - after) / (2 * np.maximum(bend, 1e-300)), 0)
+        return np.exp(np.where(near == middle, best, log_n_G[near]))
 
     # What is common -------------------------------------------------------------------------------
 
@@ -167,8 +168,8 @@ class CurveLaw(Law):
         starts_SP = self.starts(x)
         rest = np.log([self.config.gap, self.config.noise, self.config.noise])
         starts_KF = np.column_stack([starts_SP, np.tile(rest, (len(starts_SP), 1))])
-        found_KF, value_K = estimate.minimise(problem, starts_KF)
-        best_F = found_KF[value_K.argmin()]
+        best_KF, value_K = estimate.minimise(problem, starts_KF)
+        best_F = best_KF[value_K.argmin()]
         rng = np.random.default_rng(seed)
         by_bootstrap = self.config.interval == "bootstrap" or (
             self.config.interval == "auto" and n_runs >= self.config.bootstrap_from
@@ -178,14 +179,14 @@ class CurveLaw(Law):
         else:
             draws_KF = estimate.sample_posterior(problem, best_F, rng, n_draws=self.config.draws)
         draws_KP = draws_KF[:, :n_coordinates]
-        found = self.to_parameters(best_F[None, :n_coordinates], reference)
+        best = self.to_parameters(best_F[None, :n_coordinates], reference)
         drawn = self.to_parameters(draws_KP, reference)
         mean_KR, deviation_KN = problem.residuals(best_F[None])
         residual_KN = mean_KR if problem.single else mean_KR[:, problem.run_N] + deviation_KN
         return Fit(
             law=type(self).__module__.rsplit(".", 1)[-1],
             target=self.target,
-            parameters={k: float(v[0]) for k, v in found.items()},
+            parameters={k: float(v[0]) for k, v in best.items()},
             covariance_QQ=np.cov(np.stack(list(drawn.values()))),
             best_P=best_F[:n_coordinates],
             draws_KP=draws_KP,
@@ -205,8 +206,8 @@ class CurveLaw(Law):
 
     def _spread(self, score_N: np.ndarray, items_N: np.ndarray) -> np.ndarray:
         """How much wider a score of few items is than `noise` alone: sqrt(1 + binomial variance / (2 noise^2))."""
-        share_N = score_N.clip(0.05, 0.95)
-        return np.sqrt(1 + share_N * (1 - share_N) / items_N / (2 * self.config.noise**2))
+        inner_N = score_N.clip(0.05, 0.95)
+        return np.sqrt(1 + inner_N * (1 - inner_N) / items_N / (2 * self.config.noise**2))
 
     def _problem(self, x: Table) -> estimate.Problem:
         mean_P, sd_P = self.priors(x)
@@ -214,7 +215,10 @@ class CurveLaw(Law):
             sd_P = np.full_like(sd_P, np.inf)
         # The gap is known to within a factor of seven, the scales to within a factor of four (95%).
         rest = np.log([self.config.gap, self.config.noise, self.config.noise])
-        prior = estimate.Prior(np.concatenate([mean_P, rest]), np.concatenate([sd_P, [1.0, 0.7, 0.7]]))
+        upper = [self.upper.get(name, np.inf) for name in self.coordinates]
+        prior = estimate.Prior(
+            np.concatenate([mean_P, rest]), np.concatenate([sd_P, [1.0, 0.7, 0.7]]), np.array([*upper, *[np.inf] * 3])
+        )
         return estimate.Problem(self.curve, self.gradient, x, prior, self.config.delta, self.config.per_run)
 
     def curve_at(self, fit: Fit, points: Runs) -> np.ndarray:

@@ -33,6 +33,7 @@ from modicum.laws.table import Table
 
 Curve = Callable[[np.ndarray, Table], np.ndarray]  # (theta_KP, rows) -> log loss, score or change, KN
 Gradient = Callable[[np.ndarray, Table], np.ndarray]  # (theta_KP, rows) -> d curve / d theta_KNP
+WALL = 0.1  # width of the fall above a coordinate's upper limit
 
 
 def huber(r: np.ndarray, delta: float) -> np.ndarray:
@@ -64,10 +65,24 @@ def draw_noise(scale_K: np.ndarray, delta: float, rng: np.random.Generator) -> n
 
 @dataclass(frozen=True)
 class Prior:
-    """Normal priors on the fitted coordinates; an infinite sd is no prior."""
+    """Normal priors on the fitted coordinates; an infinite sd is no prior.
+
+    upper_F: above it the density falls steeply, below it is untouched. Without a prior nothing else stops the exponent
+    of a term that the data do not need: it grows until the term's prefactor overflows.
+    """
 
     mean_F: np.ndarray
     sd_F: np.ndarray
+    upper_F: np.ndarray | float = np.inf
+
+    def value(self, phi_KF: np.ndarray) -> np.ndarray:
+        """Negative log density (K), without its constant."""
+        above_KF = np.maximum(phi_KF - self.upper_F, 0) / WALL
+        value_K: np.ndarray = 0.5 * (((phi_KF - self.mean_F) / self.sd_F) ** 2 + above_KF**2).sum(1)
+        return value_K
+
+    def gradient(self, phi_KF: np.ndarray) -> np.ndarray:
+        return (phi_KF - self.mean_F) / self.sd_F**2 + np.maximum(phi_KF - self.upper_F, 0) / WALL**2
 
 
 @dataclass
@@ -122,7 +137,7 @@ class Problem:
     def _value(
         self, phi_KF: np.ndarray, mean_KR: np.ndarray, deviation_KN: np.ndarray, counts_KR: np.ndarray | None
     ) -> np.ndarray:
-        total_K = 0.5 * (((phi_KF - self.prior.mean_F) / self.prior.sd_F) ** 2).sum(1)
+        total_K = self.prior.value(phi_KF)
         for column, misfit_K, number in self._scales(mean_KR, deviation_KN, counts_KR):
             log_scale_K = phi_KF[:, column]
             total_K = total_K + misfit_K * np.exp(-log_scale_K) + number * log_norm(log_scale_K, self.delta)
@@ -132,11 +147,11 @@ class Problem:
         """(coordinate, misfit_K, number of observations) of the two scales."""
         p = self.n_coordinates
         counts = np.ones((1, self.n_runs)) if counts_KR is None else counts_KR
-        found = [(p + 1, (huber(mean_KR, self.delta) * counts).sum(1), counts.sum(1))]
+        scales = [(p + 1, (huber(mean_KR, self.delta) * counts).sum(1), counts.sum(1))]
         if not self.single:
             within_KR = self._mean(huber(deviation_KN, self.delta)) * self.degrees_R
-            found.append((p + 2, (within_KR * counts).sum(1), (self.degrees_R * counts).sum(1)))
-        return found
+            scales.append((p + 2, (within_KR * counts).sum(1), (self.degrees_R * counts).sum(1)))
+        return scales
 
     def value_and_gradient(
         self, phi_KF: np.ndarray, counts_KR: np.ndarray | None = None
@@ -157,7 +172,7 @@ class Problem:
                 back_KN = (back_KR / self.size_R)[:, self.run_N] + pull_KN * (counts * self.degrees_R / self.size_R)[
                     :, self.run_N
                 ]
-            gradient_KF = (phi_KF - self.prior.mean_F) / self.prior.sd_F**2
+            gradient_KF = self.prior.gradient(phi_KF)
             gradient_KF[:, : p + 1] -= np.einsum("kn,knf->kf", back_KN, self._jacobian(phi_KF))
             step = 1e-5
             for column, misfit_K, number in self._scales(mean_KR, deviation_KN, counts_KR):
@@ -206,7 +221,8 @@ def minimise(
     """
     phi = starts_KF.astype(float).copy()
     value, slope = problem.value_and_gradient(phi, counts_KR)
-    inverse = np.linalg.inv(problem.information(phi) + 1e-9 * np.eye(phi.shape[1]))
+    # Coordinates are logarithms: where the data say nothing, a first step of a factor of e^10 is enough.
+    inverse = np.linalg.inv(problem.information(phi) + 1e-2 * np.eye(phi.shape[1]))
     still = np.zeros(len(phi), dtype=int)  # iterations without progress
     for _ in range(iterations):
         live = np.flatnonzero(still < 3)
@@ -259,7 +275,7 @@ def sample_posterior(
     free = np.diag(information) > 1e-12
     information = information[np.ix_(free, free)]
     values, vectors = np.linalg.eigh(information)
-    scatter = vectors / np.sqrt(np.maximum(values, 1e-12))
+    scatter = vectors / np.sqrt(np.maximum(values, 0.1))  # where nothing is known: within a factor of e^3, not of e^1e6
     n_free = int(free.sum())
     phi_KF = np.tile(best_F, (walkers, 1))
     phi_KF[:, free] += rng.normal(size=(walkers, n_free)) @ scatter.T

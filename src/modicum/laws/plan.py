@@ -66,8 +66,8 @@ def buy(
     gain_N = covariance_N**2 / (own_N + spread)
     outside = law.drift_at(fit, {name: [column[0]] for name, column in points.items()})[0]
     now = float(target_K.var() + spread + outside**2)
-    said = law.predict(fit, {name: [column[0]] for name, column in points.items()}, level)
-    width = float(said.high[0] - said.low[0])
+    prediction = law.predict(fit, {name: [column[0]] for name, column in points.items()}, level)
+    width = float(prediction.high[0] - prediction.low[0])
     after_N = np.sqrt(np.maximum(now - gain_N, 0) / now)
     order = np.argsort(after_N, kind="stable")
     return [
@@ -82,9 +82,11 @@ def affordable(fit: Fit, flops: float) -> list[dict[str, float]]:
     if not {"parameters", "tokens"} <= fit.range.keys():
         raise UserError(f"the law {fit.law!r} does not read parameters and tokens; name the runs: --buy parameters=...")
     grids = [np.geomspace(low / 2, 4 * high, 7) for low, high in (fit.range["parameters"], fit.range["tokens"])]
-    found = [{"parameters": float(n), "tokens": float(d)} for n in grids[0] for d in grids[1] if 6 * n * d <= flops]
-    if not found:
+    candidates = [
+        {"parameters": float(n), "tokens": float(d)} for n in grids[0] for d in grids[1] if 6 * n * d <= flops
+    ]
+    if not candidates:
         raise UserError(
             f"{flops:.3g} FLOPs afford no run near those fitted; the cheapest takes {6 * grids[0][0] * grids[1][0]:.3g}"
         )
-    return found
+    return candidates

@@ -83,18 +83,18 @@ def figure(
         marker={"color": GREY, "size": 7, "line": {"color": "white", "width": 1}},
     )
     if ahead is not None:
-        said = law.predict(fit, points if points is not None else {}, level)
+        predicted = law.predict(fit, points if points is not None else {}, level)
         chart.add_scatter(
             x=across(ahead),
-            y=said.mean,
+            y=predicted.mean,
             mode="markers",
             name=f"predicted, {level:.0%} interval",
             marker={"color": BLUE, "size": 10, "symbol": "diamond"},
             error_y={
                 "type": "data",
                 "symmetric": False,
-                "array": said.high - said.mean,
-                "arrayminus": said.mean - said.low,
+                "array": predicted.high - predicted.mean,
+                "arrayminus": predicted.mean - predicted.low,
                 "color": BLUE,
             },
         )

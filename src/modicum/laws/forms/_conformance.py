@@ -26,23 +26,23 @@ def _runs(law: Law, noise: float, seed: int) -> tuple[dict[str, Any], dict[str, 
     return law.simulate(np.random.default_rng(seed), noise=noise)
 
 
-def _scored(law: Law, fit: Fit, held: dict[str, Any], level: float = 0.95) -> dict[str, float]:
-    truth = as_table(held, law.reads, target=law.target)[law.target]
-    said = law.predict(fit, held, level).rows()
-    return figures([row | {law.target: float(t)} for row, t in zip(said, truth, strict=True)], law.target)
+def _scored(law: Law, fit: Fit, heldout: dict[str, Any], level: float = 0.95) -> dict[str, float]:
+    truth = as_table(heldout, law.reads, target=law.target)[law.target]
+    result = law.predict(fit, heldout, level).rows()
+    return figures([row | {law.target: float(t)} for row, t in zip(result, truth, strict=True)], law.target)
 
 
 def check_recovers_its_own_data(key: str) -> None:
     """Noise-free runs: the parameters (of a curve), and larger runs within a per cent or a point."""
     law = _law(key)
     runs, far = _runs(law, 0.0, 0)
-    found = law.fit(runs)
+    fit = law.fit(runs)
     if isinstance(law, CurveLaw):
         for name, truth in law.example.items():
-            assert abs(np.log(found.parameters[name] / truth)) < 0.15, (
-                f"{name}: fitted {found.parameters[name]:.4g}, generated with {truth:.4g}"
+            assert abs(np.log(fit.parameters[name] / truth)) < 0.15, (
+                f"{name}: fitted {fit.parameters[name]:.4g}, generated with {truth:.4g}"
             )
-    error = _scored(law, found, far)["worst"]
+    error = _scored(law, fit, far)["worst"]
     assert error < (0.01 if isinstance(law, CurveLaw) else 0.05), f"noise-free data: larger runs are off by {error:.2%}"
 
 
@@ -50,14 +50,16 @@ def check_truth_within_spread(key: str) -> None:
     """The interval of noisy runs holds the truth of most of the larger ones."""
     law = _law(key)
     runs, far = _runs(law, 0.01, 1)
-    found = law.fit(runs, seed=3)
+    fit = law.fit(runs, seed=3)
     if isinstance(law, CurveLaw):
-        sd = dict(zip(found.parameters, np.sqrt(np.diag(found.covariance_QQ)), strict=True))
+        sd = dict(zip(fit.parameters, np.sqrt(np.diag(fit.covariance_QQ)), strict=True))
         for name, truth in law.example.items():
-            off = abs(found.parameters[name] - truth) / sd[name]
+            off = abs(fit.parameters[name] - truth) / sd[name]
             assert np.isfinite(sd[name]) and sd[name] > 0 and off < 4, f"{name} is {off:.1f} standard deviations off"
-    held = _scored(law, found, far)
-    assert held["coverage"] >= 0.75, f"the 95% interval held the noise-free truth in {held['coverage']:.0%} of cases"
+    heldout = _scored(law, fit, far)
+    assert heldout["coverage"] >= 0.75, (
+        f"the 95% interval held the noise-free truth in {heldout['coverage']:.0%} of cases"
+    )
 
 
 def check_gradient(key: str) -> None:
@@ -95,8 +97,8 @@ def check_parameters_round_trip(key: str) -> None:
 def check_interval(key: str) -> None:
     law = _law(key)
     runs, far = _runs(law, 0.01, 2)
-    found = law.fit(runs)
-    narrow, wide = law.predict(found, far, 0.5), law.predict(found, far, 0.95)
+    fit = law.fit(runs)
+    narrow, wide = law.predict(fit, far, 0.5), law.predict(fit, far, 0.95)
     assert ((wide.low <= narrow.low) & (narrow.low < narrow.high) & (narrow.high <= wide.high)).all(), (
         "levels are not nested"
     )
@@ -105,9 +107,9 @@ def check_interval(key: str) -> None:
         return
     points = law.toy_points()
     near, further = {n: v[-1:] for n, v in points.items()}, {n: 100 * v[-1:] for n, v in points.items()}
-    sd = [float(np.std(law.sample(found, at))) for at in (near, further)]
+    sd = [float(np.std(law.sample(fit, at))) for at in (near, further)]
     assert sd[1] > sd[0] or law.target == "score", "the interval does not widen with the distance from the fitted runs"
-    assert law.drift_at(found, further)[0] > law.drift_at(found, near)[0]
+    assert law.drift_at(fit, further)[0] > law.drift_at(fit, near)[0]
 
 
 def check_few_runs_suffice(key: str) -> None:
@@ -126,8 +128,8 @@ def check_few_runs_suffice(key: str) -> None:
         clean, error = law.value(example, points), 0.006 * rng.normal(size=4)
         given = clean * np.exp(error) if law.target == "loss" else clean + error
         given = np.clip(given, 0, 1) if law.target == "score" else given
-        found = law.fit({n: v[:3] for n, v in (points | {law.target: given}).items()}, seed)
-        answer = law.predict(found, {n: v[3:] for n, v in points.items()})
+        fit = law.fit({n: v[:3] for n, v in (points | {law.target: given}).items()}, seed)
+        answer = law.predict(fit, {n: v[3:] for n, v in points.items()})
         inside.append(bool(answer.low[0] <= given[3] <= answer.high[0]))
         assert (answer.high - answer.low)[0] < max(answer.mean[0], 1), "the interval says nothing"
     assert sum(inside) >= 6, f"the 95% interval from three runs held the truth {sum(inside)} times of 8"
@@ -148,10 +150,10 @@ def check_deterministic_and_order_free(key: str) -> None:
 def check_stored_fit_predicts_the_same(key: str) -> None:
     law = _law(key)
     runs, far = _runs(law, 0.005, 5)
-    found = law.fit(runs)
-    assert found.target == law.target
-    again = Fit.from_dict(json.loads(json.dumps(found.as_dict())))
-    assert np.array_equal(law.predict(found, far).low, law.predict(again, far).low), (
+    fit = law.fit(runs)
+    assert fit.target == law.target
+    again = Fit.from_dict(json.loads(json.dumps(fit.as_dict())))
+    assert np.array_equal(law.predict(fit, far).low, law.predict(again, far).low), (
         "a fit read back from JSON predicts something else"
     )
 
@@ -159,20 +161,20 @@ def check_stored_fit_predicts_the_same(key: str) -> None:
 def check_optimum(key: str) -> None:
     law = _law(key)
     runs, _ = _runs(law, 0.002, 6)
-    found = law.fit(runs)
+    fit = law.fit(runs)
     flops = 1e19
     if not isinstance(law, CurveLaw) or set(law.reads) != {"parameters", "tokens"} or law.target != "loss":
         try:
-            law.optimum(found, flops)
+            law.optimum(fit, flops)
         except UserError:
             return
         raise AssertionError("a law that does not give loss by parameters and tokens cannot split a budget")
-    best = law.optimum(found, flops)
+    best = law.optimum(fit, flops)
     assert np.isclose(6 * best.parameters * best.tokens, flops), "the optimum does not spend the budget"
     assert best.parameters_interval[0] <= best.parameters <= best.parameters_interval[1]
     sizes = best.parameters * np.array([0.5, 0.8, 1.0, 1.25, 2.0])
     split = as_table({"parameters": sizes, "tokens": flops / 6 / sizes}, law.reads, target=None)
-    loss = law.value(found.parameters, split)
+    loss = law.value(fit.parameters, split)
     assert loss.argmin() == 2, f"at equal FLOPs another size is better: {dict(zip(sizes, loss, strict=True))}"
 
 
@@ -181,8 +183,10 @@ def check_families_can_be_left_out(key: str) -> None:
     runs, _ = _runs(law, 0.01, 9)
     size = len(next(iter(runs.values())))
     labels = runs.get("family") or [f"family {i % 3}" for i in range(size)]
-    said = leave_out(dict(runs) | {"family": labels}, law=key if getattr(law, "config", None) is None else _choice(key))
-    assert np.isfinite(said["error"]) and len(said["parts"]) >= 2
+    result = leave_out(
+        dict(runs) | {"family": labels}, law=key if getattr(law, "config", None) is None else _choice(key)
+    )
+    assert np.isfinite(result["error"]) and len(result["parts"]) >= 2
 
 
 def _choice(key: str) -> Any:

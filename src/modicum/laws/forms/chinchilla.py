@@ -47,6 +47,7 @@ class Chinchilla(CurveLaw):
     columns: ClassVar[tuple[str, ...]] = ("parameters", "tokens")
     size: ClassVar[str] = "parameters"  # the column that counts the parameters
     coordinates: ClassVar[tuple[str, ...]] = ("log E", "log A/N0^alpha", "log B/D0^beta", "log alpha", "log beta")
+    upper = {"log alpha": float(np.log(10)), "log beta": float(np.log(10))}
     example = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
     small_example = {"E": 1.8, "A": 60.0, "B": 200.0, "alpha": 0.35, "beta": 0.34}
 
@@ -63,10 +64,10 @@ class Chinchilla(CurveLaw):
 
     def gradient(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
         terms = self._terms(theta_KP, x)
-        share_3KN = np.exp(terms - np.logaddexp(np.logaddexp(terms[0], terms[1]), terms[2]))
-        by_alpha = -share_3KN[1] * np.exp(theta_KP[:, 3:4]) * np.log(x[self.size])
-        by_beta = -share_3KN[2] * np.exp(theta_KP[:, 4:5]) * np.log(x["tokens"])
-        return np.stack([share_3KN[0], share_3KN[1], share_3KN[2], by_alpha, by_beta], axis=2)
+        part_3KN = np.exp(terms - np.logaddexp(np.logaddexp(terms[0], terms[1]), terms[2]))
+        by_alpha = -part_3KN[1] * np.exp(theta_KP[:, 3:4]) * np.log(x[self.size])
+        by_beta = -part_3KN[2] * np.exp(theta_KP[:, 4:5]) * np.log(x["tokens"])
+        return np.stack([part_3KN[0], part_3KN[1], part_3KN[2], by_alpha, by_beta], axis=2)
 
     def priors(self, x: Table) -> tuple[np.ndarray, np.ndarray]:
         third = np.log(x["loss"]).mean() - np.log(3)
@@ -77,16 +78,16 @@ class Chinchilla(CurveLaw):
         )
 
     def starts(self, x: Table) -> np.ndarray:
-        loss_N, found = x["loss"], []
+        loss_N, starts = x["loss"], []
         for alpha in np.geomspace(0.1, 1.5, 12):
             for beta in np.geomspace(0.1, 1.5, 12):
                 basis_N3 = np.stack([np.ones_like(loss_N), x[self.size] ** -alpha, x["tokens"] ** -beta], axis=1)
                 solution, misfit = nnls(basis_N3 / loss_N[:, None], np.ones_like(loss_N))
                 solution = np.log(np.maximum(solution, 1e-3 * loss_N.mean()))
-                found.append((misfit, [*solution, np.log(alpha), np.log(beta)]))
-        found.sort(key=lambda item: item[0])
+                starts.append((misfit, [*solution, np.log(alpha), np.log(beta)]))
+        starts.sort(key=lambda item: item[0])
         mean_P, _ = self.priors(x)
-        return np.array([theta for _, theta in found[:8]] + [mean_P[:5]])
+        return np.array([theta for _, theta in starts[:8]] + [mean_P[:5]])
 
     def to_parameters(self, theta_KP: np.ndarray, reference: dict[str, float]) -> dict[str, np.ndarray]:
         alpha, beta = np.exp(theta_KP[:, 3]), np.exp(theta_KP[:, 4])

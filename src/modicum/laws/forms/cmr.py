@@ -1,9 +1,9 @@
 """cmr: how large a share of domain text continual pretraining may hold before general ability suffers.
 
-    domain loss    dL(T) = a1 T^s1 + b1                     changes against the model before, T in units of 0.2 billion
-    tokens general loss   dL(T) = a2 T^s2 + a3 T^s3 + b2           rises first, falls later: two powers feasible
-    dL_general(T_max) <= epsilon             at the end of all tokens that may be spent critical       the largest
-    feasible domain share;       over T:  R(T) = a4 T^s4 + b3
+    domain loss    dL(T) = a1 T^s1 + b1                 change against the model before; T in units of 0.2 Gtok
+    general loss   dL(T) = a2 T^s2 + a3 T^s3 + b2       rises first, falls later: two powers
+    feasible       dL_general(T_max) <= epsilon         at the end of all tokens that may be spent
+    critical       the largest feasible domain fraction; over T:  R(T) = a4 T^s4 + b3
 
 The general curve is fitted for each ratio (`ratio` is the DOMAIN share), the exponents on a grid and ordered by
 construction, the linear part solved exactly, since two powers are ill-conditioned. Between ratios the change is
@@ -122,23 +122,23 @@ class Cmr(Law):
         """
         ratios = np.array([c["ratio"] for c in fit.extra["curves"]])
         t = np.array([tokens / self.config.unit])
-        found = [
+        crossings = [
             crossing(ratios, self._changes(fit, t, draw)[:, 0], self.config.epsilon) for draw in (None, *range(DRAWS))
         ]
-        low, high = np.quantile(found[1:], [(1 - level) / 2, (1 + level) / 2])
-        censored = float(found[0] <= ratios[0] or found[0] >= ratios[-1])
-        return {"ratio": found[0], "low": float(low), "high": float(high), "censored": censored}
+        low, high = np.quantile(crossings[1:], [(1 - level) / 2, (1 + level) / 2])
+        censored = float(crossings[0] <= ratios[0] or crossings[0] >= ratios[-1])
+        return {"ratio": crossings[0], "low": float(low), "high": float(high), "censored": censored}
 
     def curve(self, fit: Fit, tokens: list[float]) -> dict[str, float]:
         """R(T) = a4 T^s4 + b3 through the critical ratios at several T, by least squares on a grid of s4."""
         t_N = np.array(tokens) / self.config.unit
         r_N = np.array([self.critical_ratio(fit, d)["ratio"] for d in tokens])
-        found = []
+        fits = []
         for power in np.linspace(-1.5, 1.0, 51)[np.abs(np.linspace(-1.5, 1.0, 51)) > 1e-9]:
             basis = np.stack([t_N**power, np.ones_like(t_N)], axis=1)
             solved = np.linalg.lstsq(basis, r_N, rcond=None)[0]
-            found.append((float(((basis @ solved - r_N) ** 2).sum()), power, *solved))
-        _, power, scale, offset = min(found)
+            fits.append((float(((basis @ solved - r_N) ** 2).sum()), power, *solved))
+        _, power, scale, offset = min(fits)
         return {"a4": float(scale), "s4": float(power), "b3": float(offset)}
 
     def simulate(self, rng: np.random.Generator, *, noise: float = 0.0) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -81,9 +81,9 @@ class Cod(Law):
             members = labels_I == label
             mean_M = rates_IM[members].mean(0)
             items = np.full(len(flops_M), float(members.sum()))
-            found = law.fit({"flops": flops_M, "score": mean_M, "items": items}, seed)
-            if self._rises(law, found, flops_M, int(members.sum())):
-                kept.append((label, int(members.sum()), found))
+            fitted = law.fit({"flops": flops_M, "score": mean_M, "items": items}, seed)
+            if self._rises(law, fitted, flops_M, int(members.sum())):
+                kept.append((label, int(members.sum()), fitted))
         if not kept:
             raise UserError(
                 f"none of {int(labels_I.max()) + 1} clusters of items rises with compute; the models are at chance, "
@@ -114,7 +114,7 @@ class Cod(Law):
             knobs=dataclasses.asdict(self.config),
             extra={
                 "weights": weight_C.tolist(),
-                "curves": [found.as_dict() for _, _, found in kept],
+                "curves": [fitted.as_dict() for _, _, fitted in kept],
                 "knots": knots_2K.tolist(),
                 "mapped_to": float(subset_M.max()),
                 "map_spread": float(max(np.abs(mapped_M - full_M).std(), self.config.map_error)),
@@ -122,10 +122,10 @@ class Cod(Law):
             },
         )
 
-    def _rises(self, law: curve.EndToEnd, found: Fit, flops_M: np.ndarray, size: int) -> bool:
-        ends = law.value(found.parameters, {"flops": flops_M[[0, -1]]})
-        error = np.sqrt(0.25 / size + found.residual**2)
-        p = found.parameters
+    def _rises(self, law: curve.EndToEnd, fitted: Fit, flops_M: np.ndarray, size: int) -> bool:
+        ends = law.value(fitted.parameters, {"flops": flops_M[[0, -1]]})
+        error = np.sqrt(0.25 / size + fitted.residual**2)
+        p = fitted.parameters
         return bool(p["b"] > 0.1 and p["c"] < 1 and ends[1] - ends[0] > 2 * min(error, 0.05))
 
     def predict(self, fit: Fit, points: Runs, level: float = 0.95) -> Prediction:
@@ -137,11 +137,11 @@ class Cod(Law):
         subset_N = np.zeros(len(flops["flops"]))
         drawn_KN = np.zeros((2000, len(subset_N)))
         shared_K = rng.normal(size=2000)
-        for weight, found in zip(fit.extra["weights"], fits, strict=True):
-            values_KN = law.curve_at(found, flops)
+        for weight, fitted in zip(fit.extra["weights"], fits, strict=True):
+            values_KN = law.curve_at(fitted, flops)
             subset_N += weight * values_KN.mean(0)
             some_KN = values_KN[rng.integers(len(values_KN), size=2000)]
-            drawn_KN += weight * (some_KN + shared_K[:, None] * law.drift_at(found, flops))
+            drawn_KN += weight * (some_KN + shared_K[:, None] * law.drift_at(fitted, flops))
         drawn_KN = to_full(np.clip(drawn_KN, 0, 1))
         noise_K = rng.normal(size=2000) * np.hypot(fit.extra["map_spread"], self.config.noise / 2)
         low_N, high_N = fit.interval(np.clip(drawn_KN + noise_K[:, None], 0, 1), level)

@@ -131,8 +131,8 @@ class FineLine(Law):
             "tokens": [*tokens, *tokens[:early]],
             "score": np.clip([*small, *large[:early]] + noise * rng.normal(size=16 + early), 0, 1),
         }
-        held = {"parameters": [3e9] * (16 - early), "tokens": tokens[early:], "score": large[early:]}
-        return rows, held
+        heldout = {"parameters": [3e9] * (16 - early), "tokens": tokens[early:], "score": large[early:]}
+        return rows, heldout
 
 
 def curve(table: dict[str, np.ndarray], size: float, after: float) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +164,7 @@ def dynamics(runs: Runs, *, chance: float, after: float = 2e9) -> dict[str, Any]
     sizes = np.unique(table["parameters"])
     top = curve(table, sizes[-1], after)
     error = float(np.sqrt(max(chance * (1 - chance), 1e-4) / float(np.median(table["items"]))))
-    found = []
+    curves = []
     for size in sizes:
         tokens, score = curve(table, size, after)
         shared = np.intersect1d(tokens, top[0])
@@ -172,8 +172,8 @@ def dynamics(runs: Runs, *, chance: float, after: float = 2e9) -> dict[str, Any]
         above = np.flatnonzero(score > chance + 2 * error)
         onset = float(tokens[above[0]]) if len(above) else None
         slope = float(np.polyfit(np.log(tokens[above[0] :]), score[above[0] :], 1)[0]) if len(above) > 2 else None
-        found.append({"parameters": float(size), "agreement": agrees, "onset": onset, "slope": slope})
-    return {"chance": chance, "sizes": found}
+        curves.append({"parameters": float(size), "agreement": agrees, "onset": onset, "slope": slope})
+    return {"chance": chance, "sizes": curves}
 
 
 def coupling(a: np.ndarray, b: np.ndarray) -> float:

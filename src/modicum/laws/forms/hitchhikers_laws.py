@@ -4,7 +4,7 @@
 
 A procedure over `chinchilla`'s curve: (1) rows are all checkpoints after the first `cut` tokens of each run (10
 billion in the authors' code) and the first `cut_share` of it, not final losses only; (2) the measure is the mean
-absolute relative error over the last 30% of the largest run's curve (`backtest(held="curve")`), beside the spread of
+absolute relative error over the last 30% of the largest run's curve (`backtest(heldout="curve")`), beside the spread of
 equal runs (`seed_floor`); (3) a new family needs one run: `transfer` takes alpha and A from a stored fit of another
 family (`modicum predict --save`) and fits E, B and beta alone; both must count parameters alike.
 
@@ -68,11 +68,11 @@ class HitchhikersLaws(Chinchilla):
         """Which rows (N) the procedure keeps."""
         end_R = np.zeros(int(table["run"].max()) + 1)
         np.maximum.at(end_R, table["run"], table["tokens"])
-        share_N = table["tokens"] / end_R[table["run"]]
+        progress_N = table["tokens"] / end_R[table["run"]]
         c = self.config
         decays = bool((table["decay_left"] > 0).any())
         cut_share = (0.5 if decays else 0.0) if c.cut_share is None else c.cut_share
-        used_N: np.ndarray = (table["tokens"] > c.cut) & (share_N > cut_share) & (share_N <= c.upto + 1e-9)
+        used_N: np.ndarray = (table["tokens"] > c.cut) & (progress_N > cut_share) & (progress_N <= c.upto + 1e-9)
         return used_N
 
     def fit(self, runs: Runs, seed: int = 0) -> Fit:
@@ -91,7 +91,9 @@ class HitchhikersLaws(Chinchilla):
         problem = super()._problem(x)
         p = problem.prior
         if problem.n_runs >= self.config.plain_from and not self.config.transfer:
-            problem.prior = Prior(p.mean_F, np.concatenate([[3.0, 3.0, 3.0, 1.0, 1.0], p.sd_F[5:]]).clip(p.sd_F))
+            problem.prior = Prior(
+                p.mean_F, np.concatenate([[3.0, 3.0, 3.0, 1.0, 1.0], p.sd_F[5:]]).clip(p.sd_F), p.upper_F
+            )
         elif self.config.transfer:
             other = read_fit(self.config.transfer)
             alpha = other.parameters["alpha"]
@@ -99,7 +101,7 @@ class HitchhikersLaws(Chinchilla):
             mean_F[1] = np.log(other.parameters["A"]) - alpha * np.log(self._size_unit)
             mean_F[3] = np.log(alpha)
             sd_F[[1, 3]] = TIGHT
-            problem.prior = Prior(mean_F, sd_F)
+            problem.prior = Prior(mean_F, sd_F, p.upper_F)
         return problem
 
     def reference_of(self, table: Table) -> dict[str, float]:

@@ -65,19 +65,19 @@ class Onset(Chinchilla):
 
     def gradient(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
         terms = self._terms(theta_KP, x)
-        share_3KN = np.exp(terms - np.logaddexp(np.logaddexp(terms[0], terms[1]), terms[2]))
+        part_3KN = np.exp(terms - np.logaddexp(np.logaddexp(terms[0], terms[1]), terms[2]))
         floor_K1, log_head_K1, log_shift_K1 = self._shift(theta_KP)
         log_z_KN = np.logaddexp(np.log(x["tokens"]), log_shift_K1)
-        young_KN = share_3KN[2] * np.exp(log_shift_K1 - log_z_KN)  # share of the token term, times D0 / (D + D0)
+        young_KN = part_3KN[2] * np.exp(log_shift_K1 - log_z_KN)  # share of the token term, times D0 / (D + D0)
         beta_K1, start = np.exp(theta_KP[:, 4:5]), np.log(self.config.vocabulary)
         ratio_K1 = np.where(start - floor_K1 > start / 20, floor_K1 / np.exp(log_head_K1), 0.0)
-        by_beta = young_KN * (theta_KP[:, 2:3] - log_head_K1) - share_3KN[2] * beta_K1 * log_z_KN
-        by_alpha = -share_3KN[1] * np.exp(theta_KP[:, 3:4]) * np.log(x[self.size])
+        by_beta = young_KN * (theta_KP[:, 2:3] - log_head_K1) - part_3KN[2] * beta_K1 * log_z_KN
+        by_alpha = -part_3KN[1] * np.exp(theta_KP[:, 3:4]) * np.log(x[self.size])
         return np.stack(
             [
-                share_3KN[0] - young_KN * ratio_K1,
-                share_3KN[1],
-                share_3KN[2] - young_KN,
+                part_3KN[0] - young_KN * ratio_K1,
+                part_3KN[1],
+                part_3KN[2] - young_KN,
                 by_alpha,
                 by_beta,
                 -young_KN * beta_K1,

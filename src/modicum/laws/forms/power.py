@@ -42,6 +42,7 @@ class Power(CurveLaw):
     config: Config
     columns = ("flops",)
     coordinates = ("log E", "log A/x0^gamma", "log gamma")
+    upper = {"log gamma": float(np.log(10))}
     example = {"E": 1.8, "A": 1500.0, "gamma": 0.17}
     small_example = {"E": 1.8, "A": 470.0, "gamma": 0.17}
 
@@ -56,8 +57,8 @@ class Power(CurveLaw):
     def gradient(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
         log_x, gamma_K1 = np.log(x[self.config.x]), np.exp(theta_KP[:, 2:3])
         falling_KN = theta_KP[:, 1:2] - gamma_K1 * log_x
-        share_KN = np.exp(falling_KN - np.logaddexp(theta_KP[:, 0:1], falling_KN))
-        return np.stack([1 - share_KN, share_KN, -share_KN * gamma_K1 * log_x], axis=2)
+        part_KN = np.exp(falling_KN - np.logaddexp(theta_KP[:, 0:1], falling_KN))
+        return np.stack([1 - part_KN, part_KN, -part_KN * gamma_K1 * log_x], axis=2)
 
     def priors(self, x: Table) -> tuple[np.ndarray, np.ndarray]:
         half = np.log(x["loss"]).mean() - np.log(2)
@@ -68,13 +69,13 @@ class Power(CurveLaw):
         )
 
     def starts(self, x: Table) -> np.ndarray:
-        loss_N, found = x["loss"], []
+        loss_N, starts = x["loss"], []
         for gamma in np.geomspace(0.03, 1.5, 40):
             basis_N2 = np.stack([np.ones_like(loss_N), x[self.config.x] ** -gamma], axis=1)
             solution, misfit = nnls(basis_N2 / loss_N[:, None], np.ones_like(loss_N))
-            found.append((misfit, [*np.log(np.maximum(solution, 1e-3 * loss_N.mean())), np.log(gamma)]))
-        found.sort(key=lambda item: item[0])
-        return np.array([theta for _, theta in found[:6]] + [self.priors(x)[0]])
+            starts.append((misfit, [*np.log(np.maximum(solution, 1e-3 * loss_N.mean())), np.log(gamma)]))
+        starts.sort(key=lambda item: item[0])
+        return np.array([theta for _, theta in starts[:6]] + [self.priors(x)[0]])
 
     def to_parameters(self, theta_KP: np.ndarray, reference: dict[str, float]) -> dict[str, np.ndarray]:
         gamma = np.exp(theta_KP[:, 2])

@@ -119,11 +119,11 @@ class Precog(Law):
             residual_K = y_M[keep] - base - z_MF[keep] @ weight
             apart_K = apart_NM[i, keep]
             near = np.argsort(apart_K, kind="stable")[: state.neighbours]
-            share = 1 / (apart_K[near] + 0.05)
-            share /= share.sum()
-            moved = float(share @ residual_K[near])
+            nearness = 1 / (apart_K[near] + 0.05)
+            nearness /= nearness.sum()
+            moved = float(nearness @ residual_K[near])
             mean_N[i] = base + z_NF[i] @ weight + moved
-            spread_N[i] = 0.3 + np.sqrt(float(share @ (residual_K[near] - moved) ** 2))
+            spread_N[i] = 0.3 + np.sqrt(float(nearness @ (residual_K[near] - moved) ** 2))
         return mean_N, spread_N
 
     def predict(self, fit: Fit, points: Runs, level: float = 0.95) -> Prediction:
@@ -187,11 +187,11 @@ def baselines(runs: Runs) -> dict[str, float]:
 
 def _numbers(given: dict[str, Any]) -> list[list[float]]:
     rows = len(next(iter(given.values())))
-    found = []
+    columns = []
     for name in NUMBERS:
         column = [float("nan") if v is None else float(v) for v in given.get(name, [None] * rows)]
-        found.append([float(np.log10(v)) if name in ("parameters", "tokens") and v > 0 else v for v in column])
-    return [[v if np.isfinite(v) else float("nan") for v in row] for row in zip(*found, strict=True)]
+        columns.append([float(np.log10(v)) if name in ("parameters", "tokens") and v > 0 else v for v in column])
+    return [[v if np.isfinite(v) else float("nan") for v in row] for row in zip(*columns, strict=True)]
 
 
 def _counts(given: dict[str, Any]) -> np.ndarray:

@@ -73,7 +73,7 @@ class ScalingLawsUnraveled(CurveLaw):
         s_KN = np.exp(theta_KP[:, 2:3] - power_K1 * np.log(x["steps"]))
         return n_KN, s_KN, theta_KP[:, 4:5] - np.log(x["batch_tokens"]), power_K1, np.exp(theta_KP[:, 5:6])
 
-    def _share(self, log_loss: np.ndarray, log_batch: np.ndarray, slope: np.ndarray) -> np.ndarray:
+    def _batch_ratio(self, log_loss: np.ndarray, log_batch: np.ndarray, slope: np.ndarray) -> np.ndarray:
         """B_crit / B at a loss."""
         return np.exp(np.clip(log_batch - slope * (log_loss - np.log(self.config.at_loss)), -700, 700))
 
@@ -83,13 +83,13 @@ class ScalingLawsUnraveled(CurveLaw):
         high_KN = low_KN + 8.0
         at_KN = (low_KN + high_KN) / 2
         for i in range(HALVINGS + NEWTON):
-            share_KN = self._share(at_KN, log_batch_KN, slope_K1)
-            term_KN, loss_KN = s_KN * (1 + share_KN) ** power_K1, np.exp(at_KN)
+            ratio_KN = self._batch_ratio(at_KN, log_batch_KN, slope_K1)
+            term_KN, loss_KN = s_KN * (1 + ratio_KN) ** power_K1, np.exp(at_KN)
             miss_KN = loss_KN - n_KN - term_KN
             low_KN, high_KN = np.where(miss_KN < 0, at_KN, low_KN), np.where(miss_KN < 0, high_KN, at_KN)
             middle_KN = (low_KN + high_KN) / 2
             # Near the root Newton's step doubles the digits; one that leaves the bracket is replaced by a halving.
-            slope_KN = loss_KN + term_KN * power_K1 * slope_K1 * share_KN / (1 + share_KN)
+            slope_KN = loss_KN + term_KN * power_K1 * slope_K1 * ratio_KN / (1 + ratio_KN)
             step_KN = at_KN - miss_KN / slope_KN
             near = (step_KN >= low_KN) & (step_KN <= high_KN) if i >= HALVINGS - 1 else False
             at_KN = np.where(near, step_KN, middle_KN)
@@ -98,15 +98,15 @@ class ScalingLawsUnraveled(CurveLaw):
     def gradient(self, theta_KP: np.ndarray, x: Table) -> np.ndarray:
         n_KN, s_KN, log_batch_KN, power_K1, slope_K1 = self._parts(theta_KP, x)
         log_loss_KN = self.curve(theta_KP, x)
-        share_KN = self._share(log_loss_KN, log_batch_KN, slope_K1)
-        step_KN = s_KN * (1 + share_KN) ** power_K1
-        by_batch_KN = step_KN * power_K1 * share_KN / (1 + share_KN)  # d right / d log share
+        ratio_KN = self._batch_ratio(log_loss_KN, log_batch_KN, slope_K1)
+        step_KN = s_KN * (1 + ratio_KN) ** power_K1
+        by_batch_KN = step_KN * power_K1 * ratio_KN / (1 + ratio_KN)  # d right / d log share
         above_KN = log_loss_KN - np.log(self.config.at_loss)
         direct = [
             n_KN,
             -n_KN * np.exp(theta_KP[:, 1:2]) * np.log(x["parameters"]),
             step_KN,
-            step_KN * power_K1 * (np.log1p(share_KN) - np.log(x["steps"])),
+            step_KN * power_K1 * (np.log1p(ratio_KN) - np.log(x["steps"])),
             by_batch_KN,
             -by_batch_KN * slope_K1 * above_KN,
         ]
@@ -132,18 +132,18 @@ class ScalingLawsUnraveled(CurveLaw):
         )
 
     def starts(self, x: Table) -> np.ndarray:
-        loss_N, found = x["loss"], []
+        loss_N, starts = x["loss"], []
         for a_n in (0.04, 0.07, 0.11, 0.17):
             for a_s in (0.35, 0.6, 1.0):
                 for batch in (-3.0, -1.0, 0.5, 2.0):
                     for slope in (2.5, 5.0, 9.0):
-                        share_N = self._share(np.log(loss_N), batch - np.log(x["batch_tokens"]), np.array(slope))
-                        basis_N2 = np.stack([x["parameters"] ** -a_n, (x["steps"] / (1 + share_N)) ** -a_s], axis=1)
-                        found_2, misfit = nnls(basis_N2 / loss_N[:, None], np.ones_like(loss_N))
-                        n, s = np.log(np.maximum(found_2, 1e-3 * loss_N.mean()))
-                        found.append((misfit, [n, np.log(a_n), s, np.log(a_s), batch, np.log(slope)]))
-        found.sort(key=lambda item: item[0])
-        return np.array([theta for _, theta in found[:6]] + [self.priors(x)[0]])
+                        ratio_N = self._batch_ratio(np.log(loss_N), batch - np.log(x["batch_tokens"]), np.array(slope))
+                        basis_N2 = np.stack([x["parameters"] ** -a_n, (x["steps"] / (1 + ratio_N)) ** -a_s], axis=1)
+                        terms_2, misfit = nnls(basis_N2 / loss_N[:, None], np.ones_like(loss_N))
+                        n, s = np.log(np.maximum(terms_2, 1e-3 * loss_N.mean()))
+                        starts.append((misfit, [n, np.log(a_n), s, np.log(a_s), batch, np.log(slope)]))
+        starts.sort(key=lambda item: item[0])
+        return np.array([theta for _, theta in starts[:6]] + [self.priors(x)[0]])
 
     def to_parameters(self, theta_KP: np.ndarray, reference: dict[str, float]) -> dict[str, np.ndarray]:
         a_n, a_s = np.exp(theta_KP[:, 1]), np.exp(theta_KP[:, 3])
@@ -184,12 +184,12 @@ class ScalingLawsUnraveled(CurveLaw):
 
     def runs(self, flops: float) -> list[RunSpec]:
         """Four sizes at five batches each, the rate constant: iso-loss points of several batches show B_crit."""
-        share = flops / 20
-        found = []
+        run_flops = flops / 20
+        specs = []
         for i in range(4):
-            size = np.sqrt(share / 120) / 2**i
-            tokens = share / (6 * size)
-            found += [
+            size = np.sqrt(run_flops / 120) / 2**i
+            tokens = run_flops / (6 * size)
+            specs += [
                 RunSpec(
                     parameters=float(size),
                     tokens=float(tokens),
@@ -200,7 +200,7 @@ class ScalingLawsUnraveled(CurveLaw):
                 )
                 for steps in (500, 1000, 2000, 4000, 8000)
             ]
-        return found
+        return specs
 
     def critical_batch(self, parameters: dict[str, float], loss: float) -> float:
         """B_crit in tokens at a loss: a run of this batch takes twice the fewest steps and twice the fewest tokens."""

@@ -93,10 +93,10 @@ class SuperficialAlignment(CurveLaw):
         sizes = np.array([0, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000], float)
         return {"examples": np.repeat(scale * sizes, 2)}
 
-    def examples_to_reach(self, parameters: dict[str, float], share: float = 0.9) -> float:
+    def examples_to_reach(self, parameters: dict[str, float], fraction: float = 0.9) -> float:
         """Examples after which `share` of the whole gain from 0 to unlimited examples is reached (bounded form)."""
         if self.config.form == "power":
             raise UserError("the unbounded form has no end to reach; fit form=bounded")
-        if not 0 < share < 1:
-            raise UserError(f"share={share} must lie between 0 and 1")
-        return float((1 - share) ** (-1 / parameters["b"]) - 1)
+        if not 0 < fraction < 1:
+            raise UserError(f"fraction={fraction} must lie between 0 and 1")
+        return float((1 - fraction) ** (-1 / parameters["b"]) - 1)

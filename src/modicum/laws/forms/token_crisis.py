@@ -120,12 +120,12 @@ def excess(runs: Runs) -> list[dict[str, Any]]:
     }
     if not single:
         raise UserError("no run saw each of its tokens once; excess is measured beside such a run of equal tokens")
-    found = []
+    costs = []
     for rows, end in zip(rows_R, ends, strict=True):
         key = (table["parameters"][end], table["tokens"][end])
         if table["unique_tokens"][end] < table["tokens"][end] and key in single:
             best = rows[np.argmin(table["loss"][rows])]
-            found.append(
+            costs.append(
                 {
                     "parameters": float(key[0]),
                     "epochs": float(table["tokens"][end] / table["unique_tokens"][end]),
@@ -134,4 +134,4 @@ def excess(runs: Runs) -> list[dict[str, Any]]:
                     "rose": float(table["loss"][end] - table["loss"][best]),
                 }
             )
-    return found
+    return costs

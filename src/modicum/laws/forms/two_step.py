@@ -116,11 +116,11 @@ class TwoStep(Law):
         draws_KN = first.sample(loss, points)
         curve_KN = first.curve_at(loss, points)
         mean_N = second.predict(score, {"task_loss": np.exp(np.median(curve_KN, axis=0))}, level).mean
-        rng, said = np.random.default_rng(fit.seed + 2), []
+        rng, drawn = np.random.default_rng(fit.seed + 2), []
         for k in rng.integers(len(draws_KN), size=100):  # what the score may be at each loss that it may have
             some_KN = second.sample(score, {"task_loss": draws_KN[k]})
-            said.append(some_KN[rng.integers(len(some_KN), size=8)])
-        low_N, high_N = fit.interval(np.concatenate(said), level)
+            drawn.append(some_KN[rng.integers(len(some_KN), size=8)])
+        low_N, high_N = fit.interval(np.concatenate(drawn), level)
         return Prediction(mean_N, np.minimum(low_N, mean_N), np.maximum(high_N, mean_N), level)
 
     def simulate(self, rng: np.random.Generator, *, noise: float = 0.0) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -137,6 +137,6 @@ class TwoStep(Law):
 
 
 def _stacked(a_QQ: np.ndarray, b_QQ: np.ndarray) -> np.ndarray:
-    found_QQ = np.zeros((len(a_QQ) + len(b_QQ),) * 2)
-    found_QQ[: len(a_QQ), : len(a_QQ)], found_QQ[len(a_QQ) :, len(a_QQ) :] = a_QQ, b_QQ
-    return found_QQ
+    joint_QQ = np.zeros((len(a_QQ) + len(b_QQ),) * 2)
+    joint_QQ[: len(a_QQ), : len(a_QQ)], joint_QQ[len(a_QQ) :, len(a_QQ) :] = a_QQ, b_QQ
+    return joint_QQ
