@@ -15,11 +15,17 @@ def predict(
     runs: Annotated[
         Path | None,
         typer.Argument(
-            help="Run records: .jsonl, .csv or .parquet with parameters, tokens and loss, or a score "
-            "(and run, final if several rows belong to one run)."
+            help="Run records: a run directory (or a folder of them), or .jsonl, .csv or .parquet with parameters, "
+            "tokens and loss, or a score (and run, final if several rows belong to one run)."
         ),
     ] = None,
-    law: Annotated[str, typer.Option(help="Form of law, with knobs: chinchilla, power:x=tokens, ...")] = "chinchilla",
+    law: Annotated[
+        str | None,
+        typer.Option(
+            help="Form of law, with knobs: chinchilla, power:x=tokens, ... [default: chinchilla; onset for run "
+            "directories]"
+        ),
+    ] = None,
     at: Annotated[
         list[str] | None, typer.Option(help="Point to predict: parameters=1e9,tokens=2e10 (repeat for more).")
     ] = None,
@@ -27,7 +33,7 @@ def predict(
     columns: Annotated[
         str, typer.Option(help="Names in the table where they differ: parameters=params,loss=val_loss.")
     ] = "",
-    level: Annotated[float, typer.Option(help="Share of new runs the interval should hold.")] = 0.95,
+    level: Annotated[float, typer.Option(help="Fraction of new runs that the interval covers.")] = 0.95,
     cut: Annotated[
         float | None,
         typer.Option(help="Back-test: fit on this share of the runs (smallest FLOPs first), predict the rest."),
@@ -52,14 +58,15 @@ def predict(
 ) -> None:
     """Fit a scaling law to run records; predict a larger run and the best use of a budget."""
     from modicum.budget import units
+    from modicum.cli._runs import clean, pairs, read, suited
     from modicum.core import registry
     from modicum.core.files import write_text
     from modicum.laws.backtest import backtest
     from modicum.laws.backtest import leave_out as left_out
-    from modicum.laws.table import read_runs, rename
+    from modicum.laws.table import rename
 
-    method = registry.build("law", law)
     if runs_for is not None:
+        method = registry.build("law", law or "chinchilla")
         specs = [spec.as_dict() for spec in method.runs(units.parse(runs_for, "flops"))]
         print("\n".join(map(json.dumps, specs)))
         return
@@ -67,7 +74,10 @@ def predict(
         raise UserError("give run records, for example runs.csv; or --runs-for 1e17flop to see which to make")
     points = _points(at or [])
     flops = units.parse(budget, "flops") if budget else None
-    table = rename(read_runs(runs), _pairs(columns, "--columns parameters=params"))
+    table = rename(read(runs), pairs(columns, "--columns parameters=params"))
+    choice = suited(law, table)
+    law, method = str(choice), registry.build("law", choice)
+    table = clean(table, method.target)
     fit = method.fit(table, seed)
     predictions = method.predict(fit, points, level) if points else None
     best = method.optimum(fit, flops, level) if flops else None
@@ -161,24 +171,14 @@ def _offers(
     return ranked(method, fit, points[0], candidates, level)
 
 
-def _pairs(text: str, example: str) -> dict[str, str]:
-    pairs = {}
-    for item in text.split(","):
-        if item.strip():
-            name, equals, value = item.partition("=")
-            if not equals or not value.strip():
-                raise UserError(f"{item.strip()!r} is not NAME=VALUE; write for example {example}")
-            pairs[name.strip()] = value.strip()
-    return pairs
-
-
 def _points(texts: list[str]) -> list[dict[str, float]]:
     from modicum.budget import units
+    from modicum.cli._runs import pairs
 
     points = []
     for text in texts:
         point = {}
-        for name, value in _pairs(text, "--at parameters=1e9,tokens=2e10").items():
+        for name, value in pairs(text, "--at parameters=1e9,tokens=2e10").items():
             kind = name if name in ("tokens", "flops") else None
             quantity = units.kind_of(value)
             if quantity is None or quantity[0] not in ("number", kind):
