@@ -193,7 +193,7 @@ BAD = [
         "/v1/chat/completions",
         {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]},
         400,
-        "unsupported_parameter",
+        "missing_required_parameter",
     ),
     (
         "/v1/chat/completions",

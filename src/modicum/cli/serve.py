@@ -161,7 +161,7 @@ def serve(
 def _print_address(server: Server, engine: Engine) -> None:
     """Print the model, the cache and the address."""
     from modicum.budget.units import bytes_text
-    from modicum.serve.api import LOOPBACK
+    from modicum.serve.guard import LOOPBACK
 
     settings, stats, grounding = server.settings, engine.stats(), server.api.grounding
     key = ' -H "Authorization: Bearer $MODICUM_API_KEY"' if settings.api_key else ""

@@ -6,33 +6,31 @@ Handlers run in one event loop; the engine in its worker's thread, which `serve.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hmac
-import ipaddress
-import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from modicum.core.errors import BudgetError, UserError
+from modicum.core.errors import BudgetError
+from modicum.serve import tools
+from modicum.serve.answers import Format, usage
+from modicum.serve.embeddings import Embedder, EmbeddingsBody, embeddings
 from modicum.serve.grounding import MAX_PASSAGES, Grounding, Messages
+from modicum.serve.guard import guarded, http_error
 from modicum.serve.metrics import Metrics
 from modicum.serve.request import Completion, InvalidRequest, Request, SamplingParams, Update, collect
-from modicum.serve.schema import ApiError, ChatBody, CompletionBody, Format, SearchBody, parse_body, usage
-from modicum.serve.ticket import ClientGone, EventStream, Ticket, watched
-from modicum.serve.worker import QueueFull, Stopping, Worker
+from modicum.serve.schema import ApiError, ChatBody, CompletionBody, SearchBody, parse_body
+from modicum.serve.ticket import EventStream, Ticket, watched
+from modicum.serve.tools import CallStream, ToolFormat
+from modicum.serve.worker import Worker
 
-log = logging.getLogger("modicum.serve")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-Handler = Callable[[HttpRequest], Awaitable[Response]]
+ToolNames = tuple[ToolFormat, list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +54,17 @@ class ServerConfig:
 class Api:
     """The handlers."""
 
-    def __init__(self, worker: Worker, config: ServerConfig, grounding: Grounding | None = None):
-        self.worker, self.config, self.grounding = worker, config, grounding
+    def __init__(
+        self,
+        worker: Worker,
+        config: ServerConfig,
+        grounding: Grounding | None = None,
+        embedder: Embedder | None = None,
+    ):
+        self.worker, self.config, self.grounding, self.embedder = worker, config, grounding, embedder
         self.metrics = Metrics(worker)
         self.tokenizer = worker.engine.tokenizer
+        self.tool_format = tools.format_of(self.tokenizer.template)
         self.started = int(time.time())
 
     def app(self) -> Starlette:
@@ -68,86 +73,23 @@ class Api:
             ("/v1/models/{model:path}", self.model, "GET"),
             ("/v1/completions", self.completions, "POST"),
             ("/v1/chat/completions", self.chat, "POST"),
+            ("/v1/embeddings", self.embeddings, "POST"),
             ("/v1/search", self.search, "POST"),
+            ("/openapi.json", self.description, "GET"),
             ("/metrics", self.figures, "GET"),
             ("/health", self.health, "GET"),
         ]
         if self.config.ui:
             routes.append(("/", self.page, "GET"))
         return Starlette(
-            routes=[Route(path, self._guarded(path, handler), methods=[method]) for path, handler, method in routes],
-            exception_handlers={HTTPException: self._http_error},
+            routes=[
+                Route(
+                    path, guarded(path, handler, self.config.host, self.config.api_key, self.metrics), methods=[method]
+                )
+                for path, handler, method in routes
+            ],
+            exception_handlers={HTTPException: http_error(self.metrics)},
         )
-
-    def _guarded(self, path: str, handler: Handler) -> Handler:
-        async def run(request: HttpRequest) -> Response:
-            try:
-                self._check_host(request)
-                if path.startswith("/v1"):
-                    self._authorise(request)
-                response = await handler(request)
-            except ApiError as error:
-                response = JSONResponse(error.body, error.status)
-            except InvalidRequest as error:
-                response = _error(400, str(error), param=error.param, code=error.code)
-            except QueueFull as error:
-                response = _error(429, str(error), "rate_limit_error", code="rate_limit_exceeded")
-                response.headers["retry-after"] = "1"
-            except Stopping as error:
-                response = _error(503, str(error), "server_error", code="service_unavailable")
-            except UserError as error:  # a chat template that refuses the messages
-                response = _error(400, str(error))
-            except (ClientGone, ClientDisconnect):
-                self.metrics.aborted.inc()
-                response = _error(499, "the client went away")
-            except Exception as error:
-                log.exception("a handler failed")
-                response = _error(500, f"{type(error).__name__}: {error}", "server_error", code="internal_error")
-            self.metrics.requests.labels(path, str(response.status_code)).inc()
-            return response
-
-        return run
-
-    async def _http_error(self, request: HttpRequest, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        self.metrics.requests.labels("other", str(error.status_code)).inc()
-        allowed = (error.headers or {}).get("Allow", "")
-        if error.status_code == 405:
-            message = f"{request.method} is not allowed on {request.url.path}; use {allowed}"
-        elif request.url.path == "/":
-            message = "there is no chat page here; start the server with --ui, or see /v1/models"
-        else:
-            message = f"there is no {request.url.path} here; see /v1/models, /v1/completions, /v1/chat/completions"
-        return _error(error.status_code, message, headers=dict(error.headers or {}))
-
-    def _check_host(self, request: HttpRequest) -> None:
-        """On loopback without a key, refuse foreign host names: a web page whose name is pointed at this machine
-        (DNS rebinding) could otherwise read the answers, and the index, through the user's browser."""
-        if self.config.api_key is not None or self.config.host not in LOOPBACK:
-            return
-        host = (request.url.hostname or "").rstrip(".").lower()
-        if host == "localhost" or host.endswith(".localhost"):
-            return
-        with contextlib.suppress(ValueError):
-            ipaddress.ip_address(host)
-            return
-        raise ApiError(
-            403,
-            f"this server is local and does not answer to the host name {host!r}; use localhost or an address, "
-            "or start it with --api-key if a proxy is in front of it",
-            code="host_not_allowed",
-        )
-
-    def _authorise(self, request: HttpRequest) -> None:
-        key = self.config.api_key
-        given = request.headers.get("authorization", "")
-        if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            raise ApiError(
-                401,
-                "wrong or missing API key; send the header Authorization: Bearer KEY",
-                "authentication_error",
-                code="invalid_api_key",
-            )
 
     async def page(self, request: HttpRequest) -> Response:
         from modicum.serve import ui
@@ -157,6 +99,11 @@ class Api:
     async def health(self, request: HttpRequest) -> Response:
         ok = self.worker.accepting
         return JSONResponse({"status": "ok" if ok else "stopping", "model": self.config.model}, 200 if ok else 503)
+
+    async def description(self, request: HttpRequest) -> Response:
+        from modicum.serve.openapi import describe
+
+        return JSONResponse(describe())
 
     async def figures(self, request: HttpRequest) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -170,6 +117,7 @@ class Api:
             "max_model_len": self.worker.engine.max_length,
             "adapter": self.config.adapter,
             "search": self.grounding.card() if self.grounding else None,
+            "embeddings": self.embedder.name if self.embedder else None,
         }
 
     async def models(self, request: HttpRequest) -> Response:
@@ -203,7 +151,7 @@ class Api:
         params, prompts = body.params(), body.prompts()
         tokens = await asyncio.to_thread(lambda: [self._encode(p, "prompt", True) for p in prompts])
         echoes = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts] if body.echo else []
-        return await self._answer(request, body, tokens, params, chat=False, echoes=echoes)
+        return await self._answer(request, body, tokens, body.drawn(params), n=params.n, echoes=echoes)
 
     async def chat(self, request: HttpRequest) -> Response:
         body: ChatBody = parse_body(await self._body(request), ChatBody)
@@ -214,10 +162,32 @@ class Api:
         if body.search_wanted:
             messages, sources = await asyncio.to_thread(self._ground, messages, body.search_k, params.max_tokens)
 
-        def encode() -> list[int]:
-            return self._encode(self.tokenizer.chat(messages), "messages", False)
+        callable_tools, must_call = body.callable_tools()
+        if callable_tools and self.tool_format is None:
+            raise InvalidRequest("the chat template of this model has no tools; leave them out", "tools", "no_tools")
+        if must_call:
+            assert self.tool_format is not None
+            token_id = self.tokenizer.backend.token_to_id(self.tool_format.start)
+            params = replace(params, structured=tools.forced(callable_tools, self.tool_format, token_id))
+        known = (self.tool_format, tools.names_of(callable_tools)) if self.tool_format and callable_tools else None
 
-        return await self._answer(request, body, [await asyncio.to_thread(encode)], params, chat=True, sources=sources)
+        def encode() -> list[int]:
+            more = {"tools": callable_tools} if callable_tools else {}
+            return self._encode(self.tokenizer.chat(messages, **more), "messages", False)
+
+        prompt = await asyncio.to_thread(encode)
+        return await self._answer(request, body, [prompt], params, n=params.n, sources=sources, tools=known)
+
+    async def embeddings(self, request: HttpRequest) -> Response:
+        body: EmbeddingsBody = parse_body(await self._body(request), EmbeddingsBody)
+        if self.embedder is not None and body.model not in (self.embedder.name, self.config.model):
+            raise ApiError(
+                404,
+                f"the model {body.model!r} does not exist here; this server embeds by {self.embedder.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        return JSONResponse(await asyncio.to_thread(embeddings, self.embedder, body))
 
     def _ground(
         self, messages: Messages, k: int | None, max_tokens: int | None
@@ -263,12 +233,16 @@ class Api:
         body: CompletionBody | ChatBody,
         prompts: list[list[int]],
         params: SamplingParams,
-        chat: bool,
+        n: int,
         echoes: list[str] | None = None,
         sources: list[dict[str, Any]] | None = None,
+        tools: ToolNames | None = None,
     ) -> Response:
-        ticket = Ticket(self.worker, [Request(p, params) for p in prompts])
-        form = Format(chat, self.config.model, self.tokenizer)
+        requests = [Request(p, params) for p in prompts]
+        if params.structured is not None:  # compiling a grammar may take a second
+            await asyncio.to_thread(self.worker.engine.grammars.matcher, params.structured)
+        ticket = Ticket(self.worker, requests)
+        form = Format(isinstance(body, ChatBody), self.config.model, self.tokenizer, tools)
         if body.stream:
             events = self._events(ticket, form, body.usage_wanted, echoes or [], sources)
             return EventStream(ticket, events, self.metrics)
@@ -279,9 +253,9 @@ class Api:
         outputs = collect(ticket.requests, heard)
         choices: list[tuple[int, Completion]] = []
         for i, output in enumerate(outputs):
-            for c in output.completions:
+            for index, c in enumerate(best(output.completions, n, body.logprobs)):
                 c.text = (echoes[i] if echoes else "") + c.text
-                choices.append((i * params.n + c.index, c))
+                choices.append((i * n + index, c))
         self._observe(ticket.requests)
         used = usage(
             sum(o.prompt_tokens for o in outputs),
@@ -300,6 +274,7 @@ class Api:
     ) -> AsyncIterator[dict[str, Any]]:
         index_of = {r.id: i for i, r in enumerate(ticket.requests)}
         offsets: dict[int, int] = {}
+        pending: dict[int, CallStream] = {}
         tokens = 0
         blank = {"usage": None} if with_usage else {}
         if sources is not None:  # first, so that a client can show them while the prompt is computed
@@ -310,10 +285,15 @@ class Api:
             index = request * ticket.requests[request].params.n + update.index
             first = index not in offsets
             text = (echoes[request] if first and echoes else "") + update.text
+            if form.tools is not None:
+                text = pending.setdefault(index, CallStream(form.tools[0])).push(text)
             tokens += len(update.tokens)
             offset = offsets.setdefault(index, 0)
-            if first or text or update.logprobs or update.finish:
-                yield form.chunk(index, text, update.logprobs, update.finish, first, offset) | blank
+            finish = None if form.tools is not None else update.finish
+            if first or text or update.logprobs or finish:
+                yield form.chunk(index, text, update.logprobs, finish, first, offset) | blank
+            if form.tools is not None and update.finish:
+                yield form.calls(index, pending[index].kept, update.finish) | blank
             offsets[index] = offset + len(text)
         self._observe(ticket.requests)
         if with_usage:
@@ -337,13 +317,16 @@ class Api:
                     self.metrics.per_token.observe((s.last_token - s.first_token) / (completion_tokens - 1))
 
 
-def _error(
-    status: int,
-    message: str,
-    kind: str = "invalid_request_error",
-    *,
-    param: str | None = None,
-    code: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> JSONResponse:
-    return JSONResponse(ApiError(status, message, kind, param, code).body, status, headers)
+def best(completions: list[Completion], n: int, logprobs: int | bool | None) -> list[Completion]:
+    """The `n` completions of the highest mean log-probability of a token, best first; all of `n` as they are."""
+    if len(completions) == n:
+        return completions
+
+    def mean(completion: Completion) -> float:
+        return sum(t.logprob for t in completion.logprobs) / max(1, len(completion.logprobs))
+
+    chosen = sorted(completions, key=mean, reverse=True)[:n]
+    for completion in chosen:
+        if logprobs is None:
+            completion.logprobs = []
+    return chosen

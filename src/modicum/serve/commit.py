@@ -67,6 +67,8 @@ def _emit(state: State, sample: Sample, token: int, logprob: Any, now: float) ->
         state.start_siblings(sample)
     if sample.penalties is not None:
         sample.penalties.add(token)
+    if sample.matcher is not None:
+        sample.matcher.advance(token)
     if token in sample.stops:
         update.finish = "stop"
     else:
@@ -74,6 +76,8 @@ def _emit(state: State, sample: Sample, token: int, logprob: Any, now: float) ->
             update.text = sample.stream.push(token)
             if sample.stream.stopped is not None:
                 update.finish = "stop"
+        if update.finish is None and sample.matcher is not None and sample.matcher.finished:
+            update.finish = "stop"
         if update.finish is None and len(sample.tokens) >= sample.limit:
             update.finish = "length"
     if update.finish:

@@ -63,6 +63,8 @@ class Engine(State):
         """Raise `InvalidRequest` for a request that cannot be served. Safe from any thread."""
         most = min(self.max_length, self.cache.capacity)
         check_request(request, most, self.model.config.vocab_size, self.tokenizer is not None)
+        if request.params.structured is not None:
+            self.grammars.matcher(request.params.structured)
 
     def add(self, request: Request) -> int:
         """Queue a request; returns its id. Raises `InvalidRequest` for one that cannot be served."""
@@ -80,6 +82,8 @@ class Engine(State):
                 follow(sample, at_once=not (request.token_by_token or watched))
             if text:
                 sample.stream = TextStream(self.tokenizer, params.stop, prompt)
+            if params.structured is not None:
+                sample.matcher = self.grammars.matcher(params.structured)
             if params.penalised:
                 sample.penalties = Penalties(prompt, (), vocab, self.model.device)
             sample.policy = self.policy.begin(request.context) if watched else None

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from modicum.core.errors import UserError
 
@@ -33,6 +33,19 @@ class InvalidRequest(UserError):
         self.param, self.code = param, code
 
 
+@dataclass(frozen=True)
+class StructuredOutput:
+    """What an answer must match from its first character to its last.
+
+    value: a JSON schema as text, a regex, choices as a JSON list of texts, or a Lark grammar. param: the request's
+    field that asked for it, for messages.
+    """
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    value: str
+    param: str = "structured"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen and when a sequence ends. Raises `InvalidRequest` for impossible values.
@@ -43,6 +56,7 @@ class SamplingParams:
     the model's own distribution (before penalties and temperature). max_tokens=None: up to the context's end.
     repetition_penalty divides positive logits of every token seen, prompt included (Keskar et al. 2019,
     arXiv:1909.05858); presence and frequency penalties subtract, for generated tokens (OpenAI's definition).
+    With `structured` only tokens that can still lead to a match are chosen, and the sequence ends with the match.
     """
 
     max_tokens: int | None = 128
@@ -60,6 +74,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -102,7 +117,8 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """The token is the largest logit and nothing else is asked for."""
-        return self.greedy and not self.penalised and self.logprobs is None and not self.logit_bias
+        changed = self.penalised or self.logit_bias or self.structured is not None
+        return self.greedy and not changed and self.logprobs is None
 
 
 @dataclass(slots=True)
@@ -236,6 +252,13 @@ def check_request(request: Request, most: int, vocab: int, has_tokenizer: bool) 
         raise InvalidRequest(f"the prompt holds token ids outside 0 to {vocab - 1}", "prompt")
     if any(not 0 <= t < vocab for t in (*params.logit_bias, *params.stop_token_ids)):
         raise InvalidRequest(f"logit_bias or stop_token_ids hold token ids outside 0 to {vocab - 1}", "logit_bias")
+    if params.structured is not None and (not has_tokenizer or request.continuations):
+        raise InvalidRequest(
+            "structured output needs a tokenizer, which this engine has not"
+            if not has_tokenizer
+            else "continuations are given and cannot be structured; leave one of both out",
+            params.structured.param,
+        )
     if params.stop and not has_tokenizer:
         raise InvalidRequest("stop strings need a tokenizer; this engine has none", "stop")
 
@@ -264,6 +287,7 @@ class Sample:
     policy: Any = None
     drafter: Any = None
     penalties: Penalties | None = None
+    matcher: Any = None  # a `structured.Matcher`: where it stands in its grammar
     finish: str | None = None
     first_token: float | None = None
     last_token: float | None = None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from modicum.serve.request import Sample, SamplingParams, TokenLogprob
+from modicum.serve.structured import masked
 
 CANDIDATES = 1024  # first try for top_p; a row whose nucleus is larger makes the batch sort everything
 
@@ -112,7 +113,8 @@ def _nucleus(scaled_RV: Tensor, params: Sequence[SamplingParams], top_p_R: Tenso
 
 
 def _adjusted(logits_BV: Tensor, samples: Sequence[Sample]) -> Tensor:
-    """Logits after penalties and bias; the same tensor if nobody asks for either."""
+    """Logits after grammars, penalties and bias; the same tensor if nobody asks for any."""
+    logits_BV = masked(logits_BV, samples)
     rows = [i for i, s in enumerate(samples) if s.penalties is not None]
     biased = [i for i, s in enumerate(samples) if s.params.logit_bias]
     if not rows and not biased:

@@ -1,4 +1,4 @@
-"""What the OpenAI-compatible server reads and writes: request bodies, answers, errors.
+"""What the OpenAI-compatible server reads: request bodies, and the errors it answers bad ones with.
 
 Bodies are checked strictly (a number is not a string); a field that is unknown, or known but not
 served, is refused by name rather than passed over. Fields that only concern the operator of a hosted
@@ -8,13 +8,13 @@ service (user, metadata, store, ...) are accepted and unused.
 from __future__ import annotations
 
 import json
-import time
-import uuid
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from modicum.serve.request import Completion, InvalidRequest, SamplingParams, TokenLogprob
+from modicum.serve import tools
+from modicum.serve.request import InvalidRequest, SamplingParams, StructuredOutput
 
 UNUSED = frozenset(
     (
@@ -47,18 +47,43 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {}  # field: the values that ask for nothing
 
 
-class StreamOptions(_Body):
+class StructuredOptions(Body):
+    """vLLM's `structured_outputs`: exactly one of these."""
+
+    json_: dict[str, Any] | bool | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def wanted(self) -> StructuredOutput:
+        given = {
+            "json": None if self.json_ is None else json.dumps(self.json_),
+            "regex": self.regex,
+            "choice": None if self.choice is None else json.dumps(self.choice),
+            "grammar": self.grammar,
+        }
+        set_ = [(kind, value) for kind, value in given.items() if value is not None]
+        if len(set_) != 1 or self.choice == [] or "" in (self.choice or ()):
+            raise InvalidRequest(
+                "structured_outputs takes one of json, regex, choice (texts, none empty) and grammar",
+                "structured_outputs",
+            )
+        kind, value = set_[0]
+        return StructuredOutput(kind, value, "structured_outputs")  # type: ignore[arg-type]
+
+
+class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class _Sampling(_Body):
+class _Sampling(Body):
     """What both kinds of completion have in common; None means the default."""
 
     model: str
@@ -79,10 +104,15 @@ class _Sampling(_Body):
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    structured_outputs: StructuredOptions | None = None
 
     @property
     def usage_wanted(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def structured(self) -> StructuredOutput | None:
+        """What the answer must match."""
+        return None if self.structured_outputs is None else self.structured_outputs.wanted()
 
     def _params(self, logprobs: int | None, max_tokens: int | None) -> SamplingParams:
         given = {
@@ -113,6 +143,7 @@ class _Sampling(_Body):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=logprobs,
             max_tokens=max_tokens,
+            structured=self.structured(),
         )
 
 
@@ -125,11 +156,17 @@ class CompletionBody(_Sampling):
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": (None, "")}
 
     def params(self) -> SamplingParams:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise InvalidRequest("best_of is not served beyond n; leave it out", "best_of")
+        if self.best_of is not None and (self.best_of < (self.n or 1) or self.stream):
+            raise InvalidRequest(f"best_of={self.best_of} must be n or more, and cannot be streamed", "best_of")
         if self.echo and self.logprobs is not None:
             raise InvalidRequest("echo together with logprobs is not served; ask for one of them", "echo")
         return self._params(self.logprobs, 16 if self.max_tokens is None else self.max_tokens)
+
+    def drawn(self, params: SamplingParams) -> SamplingParams:
+        """What is sampled: `best_of` answers with their log-probabilities, of which the best `n` are given."""
+        if self.best_of is None or self.best_of == params.n:
+            return params
+        return replace(params, n=self.best_of, logprobs=params.logprobs or 0)
 
     def prompts(self) -> list[str | list[int]]:
         prompt = self.prompt
@@ -140,7 +177,7 @@ class CompletionBody(_Sampling):
         return list(prompt)
 
 
-class Part(_Body):
+class Part(Body):
     type: Literal["text"]
     text: str
 
@@ -158,8 +195,32 @@ class Message(BaseModel):
         return (self.model_extra or {}) | {"role": self.role, "content": text}
 
 
-class SearchOptions(_Body):
+class SearchOptions(Body):
     k: int | None = None
+
+
+class JsonSchema(Body):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Function(Body):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
 
 
 class ChatBody(_Sampling):
@@ -168,13 +229,13 @@ class ChatBody(_Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=tools.MOST_TOOLS)
+    tool_choice: str | dict[str, Any] | None = None
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tools": (None, []),
         "functions": (None, []),
-        "tool_choice": (None, "none", "auto"),
         "function_call": (None, "none", "auto"),
-        "response_format": (None, {"type": "text"}),
         "audio": (None,),
         "modalities": (None, ["text"]),
         "prediction": (None,),
@@ -190,6 +251,30 @@ class ChatBody(_Sampling):
     def search_k(self) -> int | None:
         return self.search.k if isinstance(self.search, SearchOptions) else None
 
+    def structured(self) -> StructuredOutput | None:
+        form, wanted = self.response_format, super().structured()
+        if form is None or form.type == "text":
+            return wanted
+        if wanted is not None:
+            raise InvalidRequest("give response_format or structured_outputs, not both", "response_format")
+        if form.type == "json_object":
+            return StructuredOutput("json", '{"type": "object"}', "response_format")
+        if form.json_schema is None or form.json_schema.schema_ is None:
+            raise InvalidRequest("response_format of type json_schema needs json_schema.schema", "response_format")
+        return StructuredOutput("json", json.dumps(form.json_schema.schema_), "response_format")
+
+    def callable_tools(self) -> tuple[list[dict[str, Any]], bool]:
+        """The tools that the answer may call, and whether it must call one."""
+        given = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        if not given:
+            if self.tool_choice not in (None, "none", "auto"):
+                raise InvalidRequest("tool_choice needs tools", "tool_choice")
+            return [], False
+        chosen, must_call = tools.pick(given, self.tool_choice)
+        if must_call and self.structured() is not None:
+            raise InvalidRequest("tool_choice cannot demand a call of a structured answer", "tool_choice")
+        return [dict(tool) for tool in chosen], must_call
+
     def params(self) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs=true", "top_logprobs")
@@ -197,12 +282,12 @@ class ChatBody(_Sampling):
         return self._params((self.top_logprobs or 0) if self.logprobs else None, limit)
 
 
-class SearchBody(_Body):
+class SearchBody(Body):
     query: str
     k: int | None = None
 
 
-def parse_body(data: bytes, kind: type[_Body]) -> Any:
+def parse_body(data: bytes, kind: type[Body]) -> Any:
     """Raises `ApiError` (400) that names the field and what is wrong with it."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
@@ -233,102 +318,3 @@ def parse_body(data: bytes, kind: type[_Body]) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
-
-
-def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
-
-
-class Format:
-    """Answers of one endpoint: `chat` or legacy completion, whole or in chunks."""
-
-    def __init__(self, chat: bool, model: str, tokenizer: Any):
-        self.chat, self.model, self.tokenizer = chat, model, tokenizer
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-
-    def _shell(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }
-
-    def whole(
-        self,
-        completions: list[tuple[int, Completion]],
-        used: dict[str, Any],
-        sources: list[dict[str, Any]] | None = None,
-    ) -> dict[str, Any]:
-        """`completions` with the index each choice gets; `sources` of a grounded answer."""
-        choices = []
-        for index, c in completions:
-            choice: dict[str, Any] = {
-                "index": index,
-                "finish_reason": c.finish,
-                "logprobs": self.logprobs(c.logprobs),
-            }
-            if self.chat:
-                choice["message"] = {"role": "assistant", "content": c.text, "refusal": None}
-            else:
-                choice["text"] = c.text
-            choices.append(choice)
-        extra: dict[str, Any] = {"usage": used} | ({} if sources is None else {"sources": sources})
-        return self._shell("chat.completion" if self.chat else "text_completion", choices) | extra
-
-    def chunk(
-        self,
-        index: int,
-        text: str,
-        logprobs: list[TokenLogprob],
-        finish: str | None,
-        first: bool = False,
-        offset: int = 0,
-    ) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "index": index,
-            "finish_reason": finish,
-            "logprobs": self.logprobs(logprobs, offset),
-        }
-        if self.chat:
-            choice["delta"] = {"role": "assistant", "content": text} if first else {"content": text} if text else {}
-        else:
-            choice["text"] = text
-        return self._shell("chat.completion.chunk" if self.chat else "text_completion", [choice])
-
-    def last(self, used: dict[str, Any]) -> dict[str, Any]:
-        return self._shell("chat.completion.chunk" if self.chat else "text_completion", []) | {"usage": used}
-
-    def logprobs(self, entries: list[TokenLogprob], offset: int = 0) -> dict[str, Any] | None:
-        if not entries:
-            return None
-        if self.chat:
-            return {
-                "content": [
-                    self._entry(e.token, e.logprob) | {"top_logprobs": [self._entry(t, p) for t, p in e.top]}
-                    for e in entries
-                ],
-                "refusal": None,
-            }
-        tokens = [self._text(e.token) for e in entries]
-        offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
-        return {
-            "tokens": tokens,
-            "token_logprobs": [e.logprob for e in entries],
-            "text_offset": offsets,
-            "top_logprobs": [{self._text(t): p for t, p in e.top} for e in entries],
-        }
-
-    def _text(self, token: int) -> str:
-        return str(self.tokenizer.decode([token], skip_special=False))
-
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}

@@ -19,6 +19,7 @@ import uvicorn
 
 from modicum.core.errors import ModicumError, UserError
 from modicum.serve.api import Api, ServerConfig
+from modicum.serve.embeddings import Embedder
 from modicum.serve.engine import Engine
 from modicum.serve.grounding import Grounding
 from modicum.serve.worker import Worker
@@ -43,13 +44,19 @@ def listen(config: ServerConfig) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn, which on its way out lets the engine finish what it can within `drain` seconds."""
 
-    def __init__(self, engine: Engine, config: ServerConfig, grounding: Grounding | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServerConfig,
+        grounding: Grounding | None = None,
+        embedder: Embedder | None = None,
+    ):
         if engine.tokenizer is None:
             raise UserError("the server needs a tokenizer; load the engine from a folder that has a tokenizer.json")
         self.settings = config
         self.socket = listen(config)
         self.worker = Worker(engine, config.max_queue)
-        self.api = Api(self.worker, config, grounding)
+        self.api = Api(self.worker, config, grounding, embedder)
         super().__init__(
             uvicorn.Config(
                 self.api.app(),
@@ -88,8 +95,14 @@ class Server(uvicorn.Server):
 class BackgroundServer:
     """A server in a thread, for a program that also talks to it; a context manager."""
 
-    def __init__(self, engine: Engine, config: ServerConfig | None = None, grounding: Grounding | None = None):
-        self.server = Server(engine, config or ServerConfig(port=0), grounding)
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServerConfig | None = None,
+        grounding: Grounding | None = None,
+        embedder: Embedder | None = None,
+    ):
+        self.server = Server(engine, config or ServerConfig(port=0), grounding, embedder)
         self.url = self.server.url
         self._thread = threading.Thread(target=self.server.serve_until_stopped, daemon=True, name="modicum-server")
 

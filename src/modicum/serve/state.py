@@ -6,6 +6,7 @@ The phases are `serve.schedule` (which sequences run, and room for them), `serve
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from modicum.serve.propose import COUNTERS as DRAFT_COUNTERS
 from modicum.serve.propose import Drafting, make_drafter
 from modicum.serve.request import Request, Sample, Update
 from modicum.serve.schedulers import Job, Plan
+from modicum.serve.structured import Grammars
 from modicum.serve.work import Work
 
 log = logging.getLogger("modicum.serve")
@@ -63,6 +65,11 @@ class State:
         self.hinted: list[Job] = []  # waiting ones whose prefix hits the scheduler has been told
         self.counters = dict.fromkeys((*COUNTERS, *DRAFT_COUNTERS, "failures"), 0)
         self.drafting = Drafting(drafter, config) if drafter is not None else None
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Compiles structured outputs; made with the first request for one."""
+        return Grammars(self.tokenizer, self.model.config.vocab_size)
 
     @property
     def watches(self) -> bool:
