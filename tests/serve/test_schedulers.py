@@ -154,7 +154,7 @@ def test_an_admission_leaves_the_reserve_to_those_that_run() -> None:
 def test_step_times_are_learnt_from_the_clock() -> None:
     """The base times what was committed; an idle gap and a step that was changed afterwards do not count."""
     scheduler = SarathiServe(ServeConfig(tbt=0.05, first=16), 16, 1000, 512, 64)
-    truth = _pace(step=2e-3, tokens=1e-4, held=1e-6)
+    truth = _pace(step=2e-3, tokens=1e-4, cached=1e-6)
     rng, now, id = random.Random(0), 0.0, 0
     for _ in range(400):
         if rng.random() < 0.3 or not scheduler.jobs:

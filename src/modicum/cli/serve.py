@@ -38,6 +38,9 @@ Ui = Annotated[bool, _page("--ui", help="Serve a chat page at /.")]
 IndexFolder = Annotated[
     str | None, _page("--index", help="A folder made by `modicum index`: chats can cite its passages.")
 ]
+EncoderName = Annotated[
+    str | None, _page("--encoder", help="Serve /v1/embeddings by this encoder: a folder or a known name, e.g. minilm.")
+]
 Passages = Annotated[int, _page(help="Passages retrieved for a question, unless the request says how many.")]
 
 Form = Annotated[str | None, _weights(help="Quantize the layers' weights to this form, e.g. int8 or int4.")]
@@ -81,6 +84,7 @@ def serve(
     ui: Ui = False,
     index: IndexFolder = None,
     passages: Passages = 3,
+    encoder: EncoderName = None,
     form: Form = None,
     adapter: Adapter = None,
     size: Size = None,
@@ -103,6 +107,7 @@ def serve(
     activation_bits: ActivationBits = 16,
 ) -> None:
     """Serve a model over an OpenAI-compatible API, with a chat page if asked for (--ui)."""
+    from modicum.cli._embedding import EncoderEmbedder
     from modicum.cli._grounding import IndexGrounding
     from modicum.cli._local import served_decoder
     from modicum.core.errors import UserError
@@ -132,6 +137,7 @@ def serve(
     if drain < 0 or max_queue < 1:
         raise UserError(f"--drain {drain} must not be negative and --max-queue {max_queue} must be at least 1")
     grounding = IndexGrounding(index, passages, device=device) if index else None
+    embedder = EncoderEmbedder(encoder, device=device) if encoder else None
     folder = find_folder(model)
     tokenizer = Tokenizer.load(folder)
     engine = Engine(served_decoder(folder, form, adapter, size, dtype, device), tokenizer, config)
@@ -150,6 +156,7 @@ def serve(
             drain=drain,
         ),
         grounding,
+        embedder,
     )
     _print_address(server, engine)
     if grounding:

@@ -29,7 +29,8 @@ Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
 def guarded(path: str, handler: Handler, host: str, api_key: str | None, metrics: Metrics) -> Handler:
-    """The handler behind the checks of a server that listens on `host`, with its exceptions as answers; counts what it answered."""
+    """The handler behind the checks of a server that listens on `host`, with its
+    exceptions as answers; counts what it answered."""
 
     async def run(request: HttpRequest) -> Response:
         try:
