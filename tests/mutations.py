@@ -36,6 +36,42 @@ class Mutation:
 
 
 MUTATIONS = (
+    # serve: structured outputs, tool calls
+    Mutation(
+        "samples of one request share the place in their grammar",
+        "serve/structured.py",
+        "return self._compiled[wanted].copy()",
+        "return self._compiled[wanted]",
+        "serve/test_structured.py::test_neighbours_say_what_they_say_alone_and_every_sample_has_its_own_place",
+    ),
+    Mutation(
+        "the mask of one row falls on another",
+        "serve/structured.py",
+        "logits_BV[rows] = logits_BV[rows]",
+        "logits_BV[: len(rows)] = logits_BV[: len(rows)]",
+        "serve/test_structured.py::test_neighbours_say_what_they_say_alone_and_every_sample_has_its_own_place",
+    ),
+    Mutation(
+        "greedy answers are free of their grammar",
+        "serve/request.py",
+        "self.penalised or self.logit_bias or self.structured is not None",
+        "self.penalised or self.logit_bias",
+        "serve/test_structured.py::test_each_kind_and_greedy",
+    ),
+    Mutation(
+        "the start of a tool call is shown before it is known to be one",
+        "serve/tools.py",
+        "at = len(self.kept) - longest",
+        "at = len(self.kept)",
+        "serve/test_tools.py::test_calls_are_read_back",
+    ),
+    Mutation(
+        "best_of gives the least likely",
+        "serve/api.py",
+        "key=mean, reverse=True",
+        "key=mean",
+        "serve/test_tools.py::test_best_of_gives_the_likeliest",
+    ),
     # data: orders, transforms, packings; train: averaging
     Mutation(
         "documents of equal quality come as they are stored",
