@@ -461,3 +461,44 @@ def test_verb_with_data_and_engine_options(tokenizer, tmp_path, monkeypatch):
     for words, match in ((("--tasks", "piqa"), "piqa.parquet"), (("--tasks", "choice"), "choice.parquet")):
         failed = invoke(*words)
         assert isinstance(failed.exception, UserError) and match in str(failed.exception)
+
+
+def test_mqar_and_phone_book_and_sets_ask_what_can_be_known():
+    task, found = docs("mqar:pairs=6,queries=3,length=60")
+    for doc in found:
+        text = task.text(doc)
+        pairs = dict(p.split(" = ") for p in doc["prompt"].split(". ")[:6])
+        requests = task.requests(doc, [])
+        assert len(requests) == 3 and len(pairs) == len(set(pairs.values())) == 6
+        keys = [r.prompt.split()[-2] for r in requests]
+        assert len(set(keys)) == 3 and all(text.startswith(r.prompt) for r in requests)
+        right = [f" {pairs[key]}" for key in keys]
+        assert all(text[len(r.prompt) :].startswith(a + ".") for r, a in zip(requests, right, strict=True))
+        assert task.grade(doc, right) == {"accuracy": 1, "all": 1}
+        assert task.grade(doc, [right[0], " no", right[2]]) == {"accuracy": pytest.approx(2 / 3), "all": 0}
+        assert 55 <= len(doc["prompt"].replace("=", "").split()) <= 70 and task.chance(doc) == 1 / 6
+    for distinct in ("false", "true"):
+        _, found = docs(f"phone-book:entries=12,digits=5,distinct={distinct}")
+        for doc in found:
+            *lines, last = doc["prompt"].split("\n")
+            book = dict(line.split(": ") for line in lines)
+            assert len(book) == len(set(book.values())) == 12 and len(doc["answer"]) == 5
+            assert book[last.removeprefix("The number of ").removesuffix(" is")] == doc["answer"]
+            if distinct == "true":
+                assert len({n.split()[0] for n in book}) == len({n.split()[1] for n in book}) == 12
+    _, found = docs("phone-book:entries=5,depth=0")
+    assert all(d["prompt"].split(":")[0] in d["prompt"].split("\n")[-1] for d in found)
+    task, found = docs("set-disjointness:first=4,second=30")
+    for doc in found:
+        first, second = (part.split(": ")[1].split(", ") for part in doc["prompt"].split(". ")[:2])
+        second[-1] = second[-1].split(".")[0]
+        assert (len(first), len(second)) == (4, 30) and set(first) & set(second) == {doc["answer"]}
+        assert task.chance(doc) == 0.25
+    task, found = docs("set-disjointness:answer=decide", 60)
+    yes = 0
+    for doc in found:
+        first, second = (part.split(": ")[1].split(", ") for part in doc["prompt"].split(". ")[:2])
+        second[-1] = second[-1].split(".")[0]
+        assert (len(set(first) & set(second)) == 1) == (doc["answer"] == "yes")
+        yes += doc["answer"] == "yes"
+    assert 18 <= yes <= 42 and task.chance(found[0]) == 0.5

@@ -40,6 +40,54 @@ def print_touched(overlap: dict[str, Any]) -> None:
         print(f"  item {hit['item']} in {hit['document']}, {where}: {hit['text'][:60]!r}")
 
 
+def beside_harness(model: str, results: Sequence[Any], dtype: str | None) -> list[dict[str, Any]]:
+    from modicum.evaluate.harness import compared
+    from modicum.model.folder import find_folder
+
+    return compared(find_folder(model), results, dtype or "float32")
+
+
+def print_harness(rows: Sequence[dict[str, Any]]) -> None:
+    from modicum.evaluate.run import short
+
+    if not rows:
+        return
+    print("\nbeside lm-evaluation-harness (transformers), on the same items:")
+    table(
+        [
+            (
+                "task",
+                "items",
+                "acc",
+                "its",
+                "acc_norm",
+                "its",
+                "items apart",
+                "nats apart, mean",
+                "most",
+                "items/s",
+                "its",
+            )
+        ]
+        + [
+            (
+                short(r["task"]),
+                str(r["items"]),
+                f"{r['acc']:.4f}",
+                f"{r['acc_harness']:.4f}",
+                f"{r['acc_norm']:.4f}",
+                f"{r['acc_norm_harness']:.4f}",
+                f"{r['acc_items_apart']}, {r['acc_norm_items_apart']}",
+                f"{r['nats_apart_mean']:.2g}",
+                f"{r['nats_apart_most']:.2g}",
+                f"{r['items_per_second']:.1f}" if r["items_per_second"] else "kept",
+                f"{r['items_per_second_harness']:.1f}",
+            )
+            for r in rows
+        ]
+    )
+
+
 def claim(task: str) -> dict[str, str]:
     """What was published of a task, from its card."""
     from modicum.bench.card import read_card
@@ -57,7 +105,7 @@ def record(result: Any) -> dict[str, Any]:
 def print_figures(results: Sequence[Any]) -> None:
     from modicum.evaluate.run import short
 
-    rows = [("task", "figure", "value", "standard error", "items", "items/s", "published")]
+    rows = [("task", "figure", "value", "standard error", "chance", "items", "items/s", "published")]
     for r in results:
         rate = r.items_per_second
         for name, f in r.figures.items():
@@ -68,6 +116,7 @@ def print_figures(results: Sequence[Any]) -> None:
                     name + " *" * main,
                     f"{f['value']:.4f}",
                     f"{f['stderr']:.4f}" if f["stderr"] == f["stderr"] else "",
+                    f"{f['chance']:.4f}" if "chance" in f else "",
                     str(f["documents"]),
                     f"{rate:.1f}" if main and rate else "",
                     claim(r.task).get("figure", "") if main else "",

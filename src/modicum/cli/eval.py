@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,11 +20,13 @@ def eval(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Tasks with knobs, separated by commas: piqa,needle,copy:length=64,choice:file=F.jsonl,lm-eval:TASK."
+            help="Tasks with knobs, separated by commas: piqa,needle,copy:length=64,choice:file=F.jsonl,lm-eval:TASK; "
+            "base: a suite of fifteen; @FILE: a list of your own, one a line."
         ),
     ] = "",
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the tasks' files: piqa.parquet, arc_easy.jsonl and so on.")
+        list[Path] | None,
+        typer.Option(help="Folder of the tasks' files: piqa.parquet, arc_easy.jsonl and so on; repeat for more."),
     ] = None,
     text: Annotated[
         list[str] | None,
@@ -55,6 +58,19 @@ def eval(
     probe: Annotated[
         str | None,
         typer.Option(help="Probe the multiple-choice tasks: cbod, formatspread:formats=40; modicum ls probe."),
+    ] = None,
+    harness: Annotated[
+        bool,
+        typer.Option(help="Have lm-evaluation-harness answer the same items with transformers, and compare them."),
+    ] = False,
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            help="How written answers are made: vote:n=5, best-of-n, scale-tts, greedy:think=true; modicum ls solver."
+        ),
+    ] = None,
+    solver_budget: Annotated[
+        int | None, typer.Option(help="Tokens that --solver may generate for an item (default: no limit).")
     ] = None,
     probe_budget: Annotated[int, typer.Option(help="Gradings that --probe may spend on each task.")] = 3000,
     template: Annotated[
@@ -95,7 +111,7 @@ def eval(
     from modicum.core import registry
     from modicum.core.choice import Choice
 
-    names = [with_file(name, data) for name in split_tasks(tasks)]
+    names = [with_file(name, data or []) for name in split_tasks(tasks)]
     if not names and not text:
         raise UserError(
             "nothing to evaluate; give --tasks (for example needle,copy:length=64) or --text FOLDER. "
@@ -104,11 +120,20 @@ def eval(
     for name in names:  # refuse a mistyped task before a model is loaded
         if not name.startswith("lm-eval:"):
             Choice.parse("task", name).config()
-    if probe:
-        Choice.parse("probe", probe).config()
+    for port, choice in (("probe", probe), ("solver", solver)):
+        if choice:
+            Choice.parse(port, choice).config()
     for source in text or []:
         if not Path(source).exists() and not source.startswith(("hub:", "python")):
             raise UserError(f"--text {source}: no such folder or file")
+    if harness:
+        from modicum.evaluate.harness import check
+
+        check(names)
+        if shots or text or against or form or adapter:
+            raise UserError(
+                "--harness compares zero-shot tasks of a plain model; leave --shots, --text, --against, ... out"
+            )
     first_side = Side(model, form, adapter, kv, cache_form, drafter, activation_bits, size, dtype)
     sides = [first_side] if against is None else [first_side, first_side.other(against)]
     from modicum.cli import _eval as show
@@ -162,6 +187,8 @@ def eval(
             engine=config,
             batch_tokens=batch_tokens,
             include_path=include_path,
+            solver=solver,
+            solver_budget=solver_budget,
         )
         if probe:
             probed[str(side)] = show.probed(
@@ -186,9 +213,12 @@ def eval(
             items.write(table, samples)
         if page:
             items.page(table, page)
+    beside = show.beside_harness(model, found[0], dtype) if harness else []
     touched = [show.contaminated(result, contamination) for result in found[0] if result.items] if contamination else []
     if as_json:
         record: dict[str, Any] = {"model": labels[0], "results": [show.record(r) for r in found[0]]}
+        if beside:
+            record["harness"] = beside
         if touched:
             record["contamination"] = touched
         if rows:
@@ -199,6 +229,7 @@ def eval(
     else:
         show.print_figures(found[0])
     if not as_json:
+        show.print_harness(beside)
         for said in touched:
             show.print_touched(said)
         for path in filter(None, (samples, page)):
@@ -248,30 +279,47 @@ class Side:
         return f"{self.model}:{said}" if said else self.model
 
 
-def with_file(name: str, data: Path | None) -> str:
-    """The task with its file in the folder `data`, if it reads one and none is named."""
+def with_file(name: str, data: Sequence[Path]) -> str:
+    """The task with its file in the first of the folders `data` that has one, if it reads one and none is named.
+
+    The file is called as the task, or begins with its name where only one does: truthfulqa_mc1.parquet.
+    """
     from modicum.core import registry
 
     key, _, knobs = name.partition(":")
-    if data is None or name.startswith("lm-eval:") or key not in registry.methods("task") or "file=" in knobs:
+    if not data or name.startswith("lm-eval:") or key not in registry.methods("task") or "file=" in knobs:
         return name
     if "file" not in {f.name for f in dataclasses.fields(registry.load("task", key).config)}:
         return name
-    if not data.is_dir():
-        raise UserError(f"--data {data} is no folder; give the one that holds the tasks' files")
     stems = list(dict.fromkeys((key, key.replace("-", "_"))))
-    files = [data / f"{stem}{suffix}" for stem in stems for suffix in (".parquet", ".jsonl", ".ndjson")]
-    file = next((f for f in files if f.is_file()), None)
-    if file is None:
-        raise UserError(f"{data} has no file for {key}; it would be {files[0].name} or {files[1].name}, or name file=")
+    endings = (".parquet", ".jsonl", ".ndjson")
+    for folder in data:
+        if not folder.is_dir():
+            raise UserError(f"--data {folder} is no folder; give the one that holds the tasks' files")
+        exact = [file for s in stems for e in endings if (file := folder / f"{s}{e}").is_file()]
+        longer = [file for s in stems for e in endings for file in sorted(folder.glob(f"{s}_*{e}"))]
+        if exact or len(longer) == 1:
+            file = (exact or longer)[0]
+            break
+    else:
+        wanted = data[0] / stems[-1]
+        raise UserError(
+            f"{', '.join(map(str, data))} has no file for {key}; it would be {wanted}.parquet or {wanted}.jsonl, "
+            "or name file="
+        )
     return f"{name}{',' if knobs else ':'}file={file}"
 
 
 def split_tasks(text: str) -> list[str]:
-    """`needle,copy:length=64,digits=2,lm-eval:arc` into tasks: a part with "=" but no ":" is a knob."""
+    """`base,needle,copy:length=64,digits=2,lm-eval:arc` into tasks, suites spelt out: "=" without ":" is a knob."""
+    from modicum.evaluate import suites
+
     names: list[str] = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         head, equals, _ = part.partition("=")
+        if part.startswith("@") or part in suites.names():
+            names += suites.tasks(part)
+            continue
         if equals and ":" not in head and names and ":" in names[-1]:
             names[-1] += f",{part}"
         else:

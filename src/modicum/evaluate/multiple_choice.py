@@ -156,6 +156,9 @@ class MultipleChoice(Task):
             "bits_per_byte": float(-nats[right] / math.log(2) / scores[right].nbytes),
         }
 
+    def chance(self, doc: Doc) -> float:
+        return 1 / len(doc["choices"])
+
     def text(self, doc: Doc) -> str:
         prompt = doc["before"][doc["answer"]] if "before" in doc else doc["prompt"]
         return f"{prompt}{self.delimiter}{doc['choices'][doc['answer']]}"

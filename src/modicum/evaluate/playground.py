@@ -123,7 +123,14 @@ class Playground(Task):
         prompt = "\n\n".join([self.text(shot) for shot in shots] + [doc["prompt"]])
         # a word of the lists is at most four tokens even of a byte-level vocabulary of a thousand
         words = max(self.answer_words, len(doc["answer"].split()))
-        return [Generate(prompt, 4 * words + 4, ("\n", "."), lead(prompt))]
+        return [Generate(prompt, 4 * words + 4, ("\n", "."), lead(prompt), self.steps(doc))]
+
+    def steps(self, doc: Doc) -> tuple[str, ...]:
+        """An outline of sub-problems, for solvers (`tasks.Generate.steps`)."""
+        return ()
+
+    def extract(self, reply: str) -> str:
+        return " ".join(normal(reply))
 
     def grade(self, doc: Doc, replies: Sequence[Any]) -> dict[str, float]:
         """accuracy: the whole answer is right. words: the share of its words that are, place by place."""

@@ -20,6 +20,7 @@ from modicum.evaluate.compare import clustered_error
 from modicum.evaluate.kept import Kept, model_fingerprint
 from modicum.evaluate.lm import document_nats, summarise
 from modicum.evaluate.score import BATCH_TOKENS, context_limit
+from modicum.evaluate.solving import Engined, Solving
 from modicum.evaluate.tasks import Doc, Task
 from modicum.serve.config import EngineConfig
 
@@ -76,6 +77,8 @@ def run_tasks(
     batch_tokens: int = BATCH_TOKENS,
     keep: str | Path | Kept | None = None,
     include_path: str | Path | None = None,
+    solver: str | None = None,
+    solver_budget: int | None = None,
     events: Events | None = None,
 ) -> list[TaskResult]:
     """Evaluate `model` on tasks named as on the command line: "needle", "copy:length=512", "lm-eval:TASK".
@@ -86,12 +89,18 @@ def run_tasks(
     template, where the tokenizer has one), "always" (choices too) or "none". engine: how the model is served meanwhile
     (KV policy, drafter, eight-bit activations). batch_tokens: of one forward pass of texts (`loglikelihood_rolling`).
     keep: a JSONL file (or an open `Kept`) of finished items. include_path: folder of lm-eval's own YAML tasks.
+    solver: how written answers are made (`evaluate.solvers`: "vote:n=5"), with at most `solver_budget` generated tokens
+    an item; the figures then hold `tokens` and `generations` of an item.
     """
     kept, events = keep if isinstance(keep, Kept) else Kept(keep), events or Events()
     ours = [(name, registry.build("task", name)) for name in tasks if not name.startswith(LM_EVAL)]
     name_of_model = model_fingerprint(model, tokenizer)
     answerer = Answerer(model, tokenizer, engine, prefix=prefix, template=template)
     common = ["item with replies", name_of_model, *answerer.settings]
+    method = None
+    if solver is not None:
+        method = Solving(registry.build("solver", solver), Engined(answerer), solver_budget)
+        common += ["solver", Choice.parse("solver", solver).resolved(), solver_budget]
     training = model.training
     found: dict[str, TaskResult] = {}
     try:
@@ -99,7 +108,7 @@ def run_tasks(
             own = getattr(task.config, "shots", None)
             drawn = seed if shot_seed is None else shot_seed
             asked = (limit, shots if own is None else own, seed, drawn)
-            found[name] = _run(task, name, answerer, common, asked, kept, events)
+            found[name] = _run(task, name, answerer, common, asked, kept, events, method)
         theirs = [name.removeprefix(LM_EVAL) for name in tasks if name.startswith(LM_EVAL)]
         if theirs:
             from modicum.evaluate.lm_eval import run_lm_eval
@@ -133,6 +142,7 @@ def _run(
     settings: tuple[int | None, int, int, int],
     kept: Kept,
     events: Events,
+    solving: Solving | None = None,
 ) -> TaskResult:
     """`settings`: limit, shots, seed of the questions and of the examples."""
     limit, shots, seed, shot_seed = settings
@@ -157,6 +167,10 @@ def _run(
         progress.resume_at(len(docs) - len(todo))
         encoded = [[answerer.encode(request) for request in requests] for _, requests, _ in todo]
         longest = max((e.longest for some in encoded for e in some), default=0)
+        if solving is None:
+            answers = answerer.replies(enumerate(encoded), longest)
+        else:
+            answers = solving.replies([(i, requests) for i, (_, requests, _) in enumerate(todo)], task.extract, seed)
         if task.whole and longest > context_limit(answerer.model):
             limit = context_limit(answerer.model)
             raise UserError(
@@ -164,9 +178,13 @@ def _run(
                 "other questions; ask for shorter ones"
             )
         last = time.perf_counter()
-        for done, (i, replies) in enumerate(answerer.replies(enumerate(encoded), longest), 1):
+        for done, (i, replies) in enumerate(answers, 1):
             doc, _, key = todo[i]
-            figures = task.grade(doc, replies)
+            costs: dict[str, float] = {}
+            if solving is not None:
+                costs = solving.costs(replies)
+                replies = [s.text for s in replies]
+            figures = task.grade(doc, replies) | costs
             total += figures[task.metric]
             now = time.perf_counter()
             # Items are answered together: an item's seconds are those since the one before it was finished.
@@ -182,10 +200,14 @@ def _run(
         | ({} if cluster is None else {"cluster": cluster})
         for (doc, requests, _), cluster in zip(asked, clusters, strict=True)
     ]
+    figures = clustered(task.aggregate(figures_of), figures_of, clusters)
+    guesses = [guess for doc, _, _ in asked if (guess := task.chance(doc)) is not None]
+    if len(guesses) == len(asked):
+        figures[task.metric] = figures[task.metric] | {"chance": sum(guesses) / len(guesses)}
     result = TaskResult(
         name,
         task.metric,
-        clustered(task.aggregate(figures_of), figures_of, clusters),
+        figures,
         [row | figures for row, figures in zip(about, figures_of, strict=True)],
         [
             items.item(doc, requests, kept[key], row, task.metric)

@@ -26,12 +26,14 @@ class Generate:
 
     lead: how the answer's sentence begins. Where a chat template makes the prompt a user's message, the
     assistant's begins with this, so that it goes on as the plain prompt would.
+    steps: an outline of sub-problems for solvers that take one; `{0}` stands for the first one's answer.
     """
 
     prompt: str
     max_new_tokens: int
     stop: tuple[str, ...] = ("\n",)
     lead: str = ""
+    steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,14 @@ class Task(Method):
     @abstractmethod
     def grade(self, doc: Doc, replies: Sequence[Reply]) -> dict[str, float]:
         """Figures for one document; `metric` is among them."""
+
+    def chance(self, doc: Doc) -> float | None:
+        """What a guess among the answers that are named scores on average in `metric`; None where nothing is named."""
+        return None
+
+    def extract(self, reply: str) -> str:
+        """The answer in a reply, by which replies are compared (votes); "" where it holds none."""
+        return " ".join(reply.lower().split())
 
     @abstractmethod
     def text(self, doc: Doc) -> str:

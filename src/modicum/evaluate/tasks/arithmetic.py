@@ -10,10 +10,12 @@ differences may be negative, more than two terms.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from random import Random
 
 from modicum.evaluate.playground import Playground, PlaygroundConfig
+from modicum.evaluate.tasks import Doc
 
 SWEEP = {"digits": (1, 2)}
 
@@ -49,6 +51,18 @@ class Arithmetic(Playground):
                 total, product = total + product, number if sign == "+" else -number
         text = str(numbers[0]) + "".join(f" {s} {n}" for s, n in zip(signs, numbers[1:], strict=True))
         return f"{self._written(text)} =", self._written(str(total + product))
+
+    def steps(self, doc: Doc) -> tuple[str, ...]:
+        """One operation each, products first; `{0}` stands for the first one's result."""
+        line = doc["prompt"].removesuffix(" =")
+        parts = re.findall(r"\d+|[-+*]", line.replace(" ", "")) if self.config.spaced else line.split()
+        steps: list[str] = []
+        for signs in ("*", "+-"):
+            while (at := next((i for i in range(1, len(parts), 2) if parts[i] in signs), None)) is not None:
+                left, sign, right = (p if p.startswith("{") else self._written(p) for p in parts[at - 1 : at + 2])
+                parts[at - 1 : at + 2] = [f"{{{len(steps)}}}"]
+                steps.append(f"{left} {sign} {right} =")
+        return tuple(steps)
 
     def _number(self, rng: Random) -> int:
         size = rng.randint(1, self.config.digits)

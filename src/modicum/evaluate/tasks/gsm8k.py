@@ -49,6 +49,9 @@ class Gsm8k(WrittenTask):
         solved = solution if "####" in solution else f"{solution}\n#### {answers[0]}"
         return Written(prompt, answers, f" {solved.strip()}")
 
+    def extract(self, reply: str) -> str:
+        return last_number(reply) or ""
+
     def mark(self, reply: str, doc: Doc) -> dict[str, float]:
         wanted = {number_in(a) or a for a in doc["answers"]}
         said, strict = last_number(reply), STRICT.search(reply)

@@ -46,6 +46,9 @@ class MathWordProblems(WrittenTask):
         found = super().docs(split, None if wanted else limit, seed)
         yield from itertools.islice((d for d in found if not wanted or d["extra"] == wanted), limit)
 
+    def extract(self, reply: str) -> str:
+        return last_number(reply) or ""
+
     def mark(self, reply: str, doc: Doc) -> dict[str, float]:
         wanted, said = {number_in(a) or a for a in doc["answers"]}, last_number(reply)
         letter = reply.strip()[:1].upper() if not wanted & {number_in(a) for a in doc["answers"]} else ""

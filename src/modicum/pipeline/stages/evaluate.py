@@ -43,6 +43,8 @@ PROMPT = 128  # tokens that a variant reads before it writes, to say how fast it
 
 class Section(Strict):
     tasks: list[method("task")] = []  # type: ignore[valid-type]
+    solver: method("solver") | None = None  # type: ignore[valid-type]  # how written answers of the tasks are made
+    solver_budget: int | None = Field(None, ge=1)  # tokens that it may generate for an item
     engine: EngineKnobs = {}  # that answers, as in `serve`: whatever is served can be evaluated
     bytes: Bytes = 400_000.0  # held-out text scored by each variant of the model
     sequence_length: int | None = Field(None, ge=16)  # of a window; None: what the recipe pretrains with, or 256
@@ -282,6 +284,8 @@ def _tasks(section: Section, inputs: Inputs, context: Context) -> dict[str, Any]
         Tokenizer.load(folder),
         [str(Choice.parse("task", t)) for t in section.tasks],
         engine=engine_config(section.engine) if section.engine else None,
+        solver=str(Choice.parse("solver", section.solver)) if section.solver else None,
+        solver_budget=section.solver_budget,
         keep=context.folder / "items.jsonl",
         events=context.events,
     )
