@@ -125,6 +125,23 @@ def print_figures(results: Sequence[Any]) -> None:
     table(rows)
 
 
+def curves(points: Sequence[dict[str, Any]]) -> str:
+    """A line for each checkpoint, a column for the main figure of each task."""
+    from modicum.evaluate.checkpoints import curves as of_tasks
+    from modicum.evaluate.run import short
+
+    columns = list(of_tasks(points))
+    rows = [["step", "tokens", *(f"{short(task)} {figure}" for task, figure, _ in columns)]]
+    for i, point in enumerate(points):
+        cells = [
+            f"{value:.4f}" + (f" ± {error:.4f}" if error == error else "")
+            for value, error in ((values[i][1], values[i][2]) for _, _, values in columns)
+        ]
+        rows.append([str(point["step"]), f"{point['tokens']:,.0f}", *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
 def print_pairs(labels: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     from modicum.evaluate.run import short
 

@@ -59,6 +59,10 @@ def eval(
         str | None,
         typer.Option(help="Probe the multiple-choice tasks: cbod, formatspread:formats=40; modicum ls probe."),
     ] = None,
+    checkpoints: Annotated[
+        bool,
+        typer.Option(help="MODEL is a training run: score every checkpoint it kept, as curves (--page FILE.html)."),
+    ] = False,
     harness: Annotated[
         bool,
         typer.Option(help="Have lm-evaluation-harness answer the same items with transformers, and compare them."),
@@ -126,6 +130,8 @@ def eval(
     for source in text or []:
         if not Path(source).exists() and not source.startswith(("hub:", "python")):
             raise UserError(f"--text {source}: no such folder or file")
+    if checkpoints and (against or probe or form or adapter or size or samples or harness):
+        raise UserError("--checkpoints scores a run's steps as they are; leave --against, --probe, --form, ... out")
     if harness:
         from modicum.evaluate.harness import check
 
@@ -150,6 +156,11 @@ def eval(
     kept = Kept(out / "items.jsonl")
 
     def run(side: Side) -> list[TaskResult]:
+        folder = find_folder(side.model)
+        decoder = served_decoder(folder, side.form, side.adapter, side.size, side.dtype, device)
+        return answered(side, decoder, Tokenizer.load(folder))
+
+    def answered(side: Side, decoder: Any, tokenizer: Tokenizer) -> list[TaskResult]:
         config = serving(
             kv=side.kv,
             cache_form=side.cache_form,
@@ -158,9 +169,6 @@ def eval(
             cache=cache,
             max_batch_tokens=batch_tokens,
         )
-        folder = find_folder(side.model)
-        tokenizer = Tokenizer.load(folder)
-        decoder = served_decoder(folder, side.form, side.adapter, side.size, side.dtype, device)
         results = [
             run_text(
                 decoder,
@@ -201,6 +209,17 @@ def eval(
         return results + [over_seeds(group) for group in zip(*draws, strict=True)]
 
     probed: dict[str, list[dict[str, Any]]] = {}
+    if checkpoints:
+        from modicum.evaluate import checkpoints as kept_steps
+
+        points = [
+            kept_steps.row(step, answered(first_side, step.load(dtype, device), Tokenizer.load(step.model)))
+            for step in kept_steps.find(model)
+        ]
+        if page:
+            kept_steps.page(points, page, f"{model}: scores of its checkpoints")
+        print(json.dumps({"run": model, "checkpoints": points}, indent=2) if as_json else show.curves(points))
+        return
     found = [run(side) for side in sides]
     if probe:
         print(json.dumps(probed, indent=2) if as_json else "\n".join(show.probe_lines(probed)))

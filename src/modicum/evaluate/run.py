@@ -96,7 +96,7 @@ def run_tasks(
     ours = [(name, registry.build("task", name)) for name in tasks if not name.startswith(LM_EVAL)]
     name_of_model = model_fingerprint(model, tokenizer)
     answerer = Answerer(model, tokenizer, engine, prefix=prefix, template=template)
-    common = ["item with replies", name_of_model, *answerer.settings]
+    common: list[Any] = ["item with replies", name_of_model, *answerer.settings]
     method = None
     if solver is not None:
         method = Solving(registry.build("solver", solver), Engined(answerer), solver_budget)
@@ -200,14 +200,14 @@ def _run(
         | ({} if cluster is None else {"cluster": cluster})
         for (doc, requests, _), cluster in zip(asked, clusters, strict=True)
     ]
-    figures = clustered(task.aggregate(figures_of), figures_of, clusters)
+    scores = clustered(task.aggregate(figures_of), figures_of, clusters)
     guesses = [guess for doc, _, _ in asked if (guess := task.chance(doc)) is not None]
     if len(guesses) == len(asked):
-        figures[task.metric] = figures[task.metric] | {"chance": sum(guesses) / len(guesses)}
+        scores[task.metric] = scores[task.metric] | {"chance": sum(guesses) / len(guesses)}
     result = TaskResult(
         name,
         task.metric,
-        figures,
+        scores,
         [row | figures for row, figures in zip(about, figures_of, strict=True)],
         [
             items.item(doc, requests, kept[key], row, task.metric)

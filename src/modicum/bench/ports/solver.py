@@ -38,7 +38,7 @@ SLOW, FAST = "w", "d"  # control words: worked, direct
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
-    tokens: int = 2_500_000
+    tokens: int = 1_500_000
     width: int = 128
     layers: int = 2
     sequence_length: int = 96
@@ -106,8 +106,8 @@ def drawn(rng: Random, scale: Scale) -> list[int]:
 
 def problem(terms: Sequence[int], scale: Scale) -> Problem:
     steps = [f"{terms[0]}{terms[1]:+d}="] + [f"{{{i}}}{term:+d}=" for i, term in enumerate(terms[2:])]
-    room = 16 * scale.terms * (scale.digits + 2)
-    return Problem(f"{written(terms)}=", room, (".",), extract=result_of, steps=tuple(steps), layout=layout)
+    most = 16 * scale.terms * (scale.digits + 2)
+    return Problem(f"{written(terms)}=", most, (".",), extract=result_of, steps=tuple(steps), layout=layout)
 
 
 def layout(question: str, steps: Sequence[tuple[str, str]], step: str) -> str:

@@ -7,6 +7,7 @@ run in one batch, counts every generated token, and stops an attempt at its toke
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ def solve(
     def advance(i: int, replies: list[Reply] | None) -> None:
         pending.pop(i, None)
         try:
-            call = attempts[i].send(replies) if replies is not None else next(attempts[i])  # type: ignore[arg-type]
+            call = attempts[i].send(replies) if replies is not None else next(attempts[i])
         except StopIteration as end:
             results[i].text = end.value
             return
@@ -144,8 +145,6 @@ def solve(
 
 def fitted(call: Call, problem: Problem, left: int | None) -> Call | None:
     """The call with its limits filled in, within `left` tokens; None where nothing is left."""
-    import dataclasses
-
     most = problem.max_new_tokens if call.max_new_tokens is None else call.max_new_tokens
     n = call.n
     if left is not None:

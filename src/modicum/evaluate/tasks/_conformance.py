@@ -39,7 +39,9 @@ def _replies(task: Task, doc: Doc, right: bool) -> list[Any]:
                 ends = [before + c for before, c in zip(request.before, request.choices, strict=True)]
             else:
                 ends = list(request.choices)
-            best = max((i for i, c in enumerate(ends) if solved.endswith(c)), key=lambda i: len(ends[i]))
+            # A single choice may stand anywhere in the text: its likelihood is wanted, not a comparison.
+            last = [i for i, c in enumerate(ends) if solved.endswith(c) or len(ends) == 1]
+            best = max(last, key=lambda i: len(ends[i]))
             replies.append(
                 [
                     LogLikelihood(-0.1 if (i == best) == right else -200.0, (i == best) == right, 1, len(c.encode()))
@@ -76,7 +78,8 @@ def check_requests(key: str) -> None:
         assert plain, "a document must ask for something"
         for request in plain:
             assert isinstance(request, Generate | Choose), f"{request!r} is no request"
-            assert request.prompt and request.prompt == request.prompt.rstrip(" "), (
+            assert request.prompt or isinstance(request, Choose), "there is nothing to answer"
+            assert request.prompt == request.prompt.rstrip(" "), (
                 "a prompt must not end with a space: the tokens of the answer would differ from the text's"
             )
             if isinstance(request, Generate):
