@@ -84,7 +84,8 @@ def measured_text(row: Row) -> str:
     text = f"{words(quality['metric'])} {spread_text(row.quality, quality['unit'])}"
     if change := change_text(row):
         text += f", {change}"
-    text += f"; {words(cost['metric'])} {spread_text(row.cost, cost['unit'])}"
+    unit = "" if cost["unit"] == cost["metric"] else cost["unit"]
+    text += f"; {words(cost['metric'])} {spread_text(row.cost, unit)}"
     if ratio := ratio_text(row):
         text += f", {ratio}"
     return f"{text}; {verdict(row)}"
@@ -112,7 +113,7 @@ def screen(card: Card, comparisons_of_method: list[tuple[list[Record], list[Row]
     measured = []
     if comparisons_of_method:  # the highest tier and in it the newest lab; the page has the others
         group, rows = comparisons_of_method[0]
-        measured = [_short(f"{row.choice}: {measured_text(row)}") for row in rows[:MEASURED]]
+        measured = [_short(f"{row.choice}: {measured_text(row)}", WIDTH - 10) for row in rows[:MEASURED]]
         seeds = ", ".join(str(s) for s in sorted({r.seed for r in group}))
         model = common([r.model for r in group]).get("name") or group[0].lab.inputs.get("model", {}).get("name", "")
         measured.append(
@@ -131,8 +132,8 @@ def screen(card: Card, comparisons_of_method: list[tuple[list[Record], list[Row]
     return [*body, "", *([*knobs, ""] if knobs else []), *tail]
 
 
-def _short(line: str) -> str:
-    return line if len(line) <= WIDTH else line[: WIDTH - 3].rstrip() + "..."
+def _short(line: str, width: int = WIDTH) -> str:
+    return line if len(line) <= width else line[: width - 3].rstrip() + "..."
 
 
 def ratio_text(row: Row) -> str:

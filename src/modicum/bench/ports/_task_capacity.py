@@ -48,7 +48,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     tokenizer = Tokenizer.train((d.text for d in documents[:2000]), VOCABULARY)
     shape = llama_like(tokenizer.vocab_size, WIDTH, LAYERS, context_length=2 * LENGTH)
     model = Decoder(shape, fixtures.seeded(seed)).to(settings.device)
-    held = training.memory(documents, tokenizer)
+    stored = training.memory(documents, tokenizer)
     tokens = sum(len(ids) for ids in tokenizer.encode_batch([d.text for d in documents])) + len(documents)
     config = TrainConfig(
         tokens=tokens,
@@ -60,7 +60,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         device=settings.device,
         packing="concat:mask=true",
     )
-    result = train(model, config.stream(held, total=tokens), config, None, events=Events(None), label="")
+    result = train(model, config.stream(stored, total=tokens), config, None, events=Events(None), label="")
     model.float().eval()
     start = time.perf_counter()
     metrics = figures(model, tokenizer, name, seed, "")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from modicum.evaluate.solvers import Attempt, Call, Problem, Solver
 
-SWEEP = {"think": (False, True)}
+SWEEP = ("think=True",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from modicum.evaluate.solvers import Attempt, Call, Problem, Reply, Solver
 
-SWEEP = ("n=5", "n=5,think=true")
+SWEEP = ("n=5", "n=5,think=True")
 
 
 @dataclass(frozen=True, kw_only=True)

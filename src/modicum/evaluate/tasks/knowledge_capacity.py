@@ -33,7 +33,7 @@ CLAIM = {
     "where": "results 1 and 3",
     "scale": "1M to 0.5B parameters, 10K to 10M people",
 }
-SWEEP = {"style": ("short",), "people": (150, 600, 2400)}
+SWEEP = {"style": ("short",), "people": (150, 600, 1200)}
 
 
 @dataclass(frozen=True, kw_only=True)
