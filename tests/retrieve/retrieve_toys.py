@@ -37,3 +37,16 @@ def random_llama(folder: Path, context: int = 64) -> Path:
     ).save_pretrained(folder)
     tokenizer.save(folder)
     return folder
+
+
+def plain_modules(folder: Path) -> None:
+    """Declare a transformer with mean pooling, as sentence-transformers does."""
+    import json
+
+    kinds = ("Transformer", "Pooling")
+    modules = [
+        {"idx": i, "path": p, "type": f"sentence_transformers.models.{kinds[i]}"} for i, p in enumerate(("", "1_P"))
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_P").mkdir()
+    (folder / "1_P" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))

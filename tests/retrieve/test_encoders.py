@@ -6,20 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from retrieve_toys import TEXTS, random_llama
+from retrieve_toys import TEXTS, plain_modules, random_llama
 
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.registry import build
 from modicum.data.latent import Latent
 from modicum.data.tokenizer import Tokenizer
-from modicum.retrieve.encoders import (
-    DecoderEncoder,
-    SentenceTransformerEncoder,
-    load_encoder,
-    make_encoder,
-    parse_knobs,
-    unit,
-)
+from modicum.retrieve.encoders import load_encoder, make_encoder, unit
+from modicum.retrieve.encoders.decoder import Config, DecoderEncoder
+from modicum.retrieve.encoders.sentence_transformers import SentenceTransformer
 from modicum.retrieve.indexes import Index, open_index
 from modicum.retrieve.indexes.exact import Exact
 from modicum.retrieve.indexes.hnsw import HNSW
@@ -51,6 +46,10 @@ def bert(tmp_path_factory):
     return folder
 
 
+def decoder_encoder(folder, **knobs):
+    return DecoderEncoder(Config(model=str(folder), **knobs))
+
+
 def naive_pool(folder, texts, layers, sif):
     """Hidden states by transformers, one text at a time, averaged in float64."""
     from transformers import LlamaForCausalLM
@@ -75,13 +74,13 @@ def naive_pool(folder, texts, layers, sif):
 @pytest.mark.parametrize("layers", [(-1,), (0, -1), (1,)])
 @pytest.mark.parametrize("batch_tokens", [8, 4096])
 def test_pooling_agrees_with_transformers(decoder, layers, batch_tokens):
-    encoder = DecoderEncoder(decoder, layers=layers, sif=1e-2, batch_tokens=batch_tokens, latent=0)
+    encoder = decoder_encoder(decoder, layers=layers, sif=1e-2, batch_tokens=batch_tokens, latent=0)
     encoder.count(TEXTS)
     assert np.allclose(encoder.pool(TEXTS), naive_pool(decoder, TEXTS, layers, 1e-2), atol=2e-5)
 
 
 def test_final_vectors_are_whitened_and_do_not_depend_on_the_company(decoder):
-    encoder = DecoderEncoder(decoder)
+    encoder = decoder_encoder(decoder)
     encoder.count(TEXTS)
     encoder.fit([encoder.pool(TEXTS)])
     together = encoder.encode(TEXTS)
@@ -114,7 +113,7 @@ def test_whitening_fewer_vectors_than_dimensions_stays_finite():
 def test_saved_encoder_gives_the_same_vectors(kind, request, tmp_path):
     folder = request.getfixturevalue(kind)
     encoder = make_encoder(str(folder))
-    assert isinstance(encoder, DecoderEncoder if kind == "decoder" else SentenceTransformerEncoder)
+    assert isinstance(encoder, DecoderEncoder if kind == "decoder" else SentenceTransformer)
     encoder.count(TEXTS)
     encoder.fit([encoder.pool(TEXTS)])
     encoder.save(tmp_path / "encoder")
@@ -149,9 +148,9 @@ def test_wrong_encoders_get_one_clear_line(decoder, tmp_path):
             make_encoder(spec)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="layer"):
-        DecoderEncoder(decoder, layers=(3,))
+        decoder_encoder(decoder, layers=(3,))
     with pytest.raises(UserError, match="not fitted"):
-        DecoderEncoder(decoder).encode(["x"])
+        decoder_encoder(decoder).encode(["x"])
 
 
 # vector indexes: what conformance does not ask ------------------------------------------------------------------
@@ -252,23 +251,54 @@ def test_latent_terms_survive_saving_and_odd_texts():
     assert not latent(["zzz", ""]).any()
     for texts in ([], [""], ["one text alone"]):
         assert Latent(4).fit(texts)(["one text", ""]).shape[0] == 2
-    with pytest.raises(UserError, match="lsa:512"):
-        make_encoder("lsa:many")
+    with pytest.raises(UserError, match="dims"):
+        make_encoder("lsa:dims=many")
 
 
 def test_early_layers_spare_the_rest(decoder):
-    encoder = DecoderEncoder(decoder, layers=(0, 1), latent=0)
+    encoder = decoder_encoder(decoder, layers=(0, 1), latent=0)
     encoder.count(TEXTS)
     expected = naive_pool(decoder, TEXTS, (0, 1), 1e-3)
     del encoder._decoder.layers[1].attention  # would fail if it were run
     assert np.allclose(encoder.pool(TEXTS), expected, atol=2e-5)
 
 
-def test_encoder_knobs_are_read_and_checked(decoder):
-    encoder = make_encoder(str(decoder), **parse_knobs("layers=[0,1],max_tokens=20"))
+def test_encoder_knobs_are_the_registrys(decoder):
+    encoder = make_encoder(f"decoder:model={decoder},layers=[0,1],max_tokens=20")
     assert encoder.layers == (0, 1) and encoder.max_tokens == 20
-    with pytest.raises(UserError, match="Did you mean 'layers'"):
-        make_encoder(str(decoder), **parse_knobs("layer=[0]"))
-    for text in ("layers", "a=b=c,", "[1"):
-        with pytest.raises(UserError, match="KNOB=VALUE"):
-            parse_knobs(text)
+    for spec, message in (
+        (f"decoder:model={decoder},layer=[0]", "Did you mean 'layers'"),
+        (f"decoder:model={decoder},layers=[]", "takes no hidden state"),
+        ("decoder:layers=[0]", "model"),
+        ("lsa:dims=0", "dims"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_encoder(spec)
+
+
+def test_an_encoder_cut_to_layers_and_dimensions_is_the_model_cut(bert, tmp_path):
+    """`layers` and `dims` against a model that was saved with fewer layers, its vectors cut, then of length 1."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    torch.manual_seed(1)
+    words = len((bert / "vocab.txt").read_text().split("\n"))
+    shape = dict(vocab_size=words, hidden_size=16, num_attention_heads=2, intermediate_size=32)
+    deep = BertModel(BertConfig(num_hidden_layers=3, **shape)).eval()
+    shallow = BertModel(BertConfig(num_hidden_layers=2, **shape)).eval()
+    shallow.load_state_dict({k: v for k, v in deep.state_dict().items() if "layer.2" not in k})
+    for name, model in (("deep", deep), ("shallow", shallow)):
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / name)
+        plain_modules(tmp_path / name)
+    texts = [t for t in TEXTS if t]
+    cut = make_encoder(f"sentence-transformers:model={tmp_path / 'deep'},layers=2,dims=6,unit=false").encode(texts)
+    whole = make_encoder(f"sentence-transformers:model={tmp_path / 'shallow'},unit=false").encode(texts)
+    assert cut.shape == (len(texts), 6) and np.allclose(cut, whole[:, :6], atol=1e-6)
+    of_length_1 = make_encoder(f"sentence-transformers:model={tmp_path / 'deep'},layers=2,dims=6").encode(texts)
+    assert np.allclose(of_length_1, unit(whole[:, :6]), atol=1e-6)  # cut first, then the length
+    tokens = make_encoder(f"sentence-transformers:model={tmp_path / 'shallow'},unit=false").tokens(texts)
+    assert np.allclose([t.mean(0) for t in tokens], whole, atol=1e-6)
+    with pytest.raises(UserError, match="layers=4"):
+        make_encoder(f"sentence-transformers:model={tmp_path / 'deep'},layers=4")
+    with pytest.raises(UserError, match="one vector for a text"):
+        make_encoder("lsa").tokens(texts)

@@ -14,8 +14,9 @@ from retrieve_toys import TEXTS
 
 from modicum.core.errors import MissingExtra
 from modicum.model import sources
-from modicum.retrieve.encoders import SentenceTransformerEncoder, make_encoder, unit
-from modicum.retrieve.plain_sentence import PlainSentence
+from modicum.retrieve.encoders import make_encoder, unit
+from modicum.retrieve.encoders._plain import PlainSentence
+from modicum.retrieve.encoders.sentence_transformers import SentenceTransformer
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 LONG = [*TEXTS, "a file of the dog " * 40, "  the cat  "]
@@ -87,7 +88,7 @@ def test_only_what_says_more_needs_the_library(tmp_path: Path, monkeypatch: pyte
     plain, other = made(tmp_path, "mean"), made(tmp_path / "max", "max")
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     encoder = make_encoder(str(plain))
-    assert isinstance(encoder, SentenceTransformerEncoder)
+    assert isinstance(encoder, SentenceTransformer)
     assert encoder.encode(TEXTS).shape == (len(TEXTS), 16)
     with pytest.raises(MissingExtra, match=r"modicum\[encoders\]"):
         make_encoder(str(other))

@@ -1,7 +1,6 @@
 """The saved folder (build, resume, search, damage), known items and judged queries, grounded answers, verbs."""
 
 import json
-import re
 import threading
 from dataclasses import replace
 
@@ -9,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hashed_words import INFO, HashedWords
 from retrieve_toys import random_llama
 from typer.testing import CliRunner
 
 from modicum.budget.budget import Budget, Deadline
+from modicum.core import registry
 from modicum.core.errors import BudgetError, CorruptError, ModicumError, UserError
 from modicum.retrieve import ground, search
-from modicum.retrieve.encoders import Encoder, unit
 from modicum.retrieve.known_item import evaluate_qrels, known_item, known_items, read_collection
 from modicum.retrieve.passages import Passage, Passages, indexed_text, write_passages
 from modicum.retrieve.search import Searcher, build_index
@@ -43,32 +43,11 @@ def corpus() -> list[Passage]:
     return rows
 
 
-class HashedWords(Encoder):
-    """Real if humble: words hashed to 64 signed places. Counts what it pools."""
-
-    kind, model = "hashed-words", "none"
-
-    def __init__(self) -> None:
-        self.pooled = 0
-
-    def pool(self, texts):
-        self.pooled += len(texts)
-        out = np.zeros((len(texts), 64), np.float32)
-        for i, text in enumerate(texts):
-            for word in re.findall("[a-z]+", text.lower()):
-                h = sum(ord(c) * 31**j for j, c in enumerate(word))
-                out[i, h % 64] += 1 if h // 64 % 2 else -1
-        return out
-
-    def finish(self, pooled_NE):
-        return unit(pooled_NE)
-
-
-@pytest.fixture(autouse=True)
-def _known_encoder(monkeypatch):
-    from modicum.retrieve import encoders
-
-    monkeypatch.setitem(encoders.KINDS, "hashed-words", lambda model, device="cpu": HashedWords())
+@pytest.fixture(autouse=True, scope="module")
+def _known_encoder():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.methods("encoder"), "hashed-words", INFO)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -209,19 +188,21 @@ def test_known_item_is_easier_with_the_sentence_in_place():
     result = known_item(corpus(), encoder=HashedWords(), k=10)
     assert result["queries"] == 100 and result["ambiguous"] == 0
     for mode in ("bm25", "dense", "fused"):
-        as_is, withheld = result["as_is"][mode], result["withheld"][mode]
-        assert as_is["mrr@10"]["mean"] >= withheld["mrr@10"]["mean"]
+        as_is, without_query_text = result["as_is"][mode], result["without_query_text"][mode]
+        assert as_is["mrr@10"]["mean"] >= without_query_text["mrr@10"]["mean"]
         assert as_is["recall@1"]["mean"] <= as_is["recall@5"]["mean"] <= as_is["recall@10"]["mean"]
-        assert 0 <= withheld["mrr@10"]["error"] < 0.1
+        assert 0 <= without_query_text["mrr@10"]["error"] < 0.1
     assert result["as_is"]["bm25"]["mrr@10"]["mean"] > 0.9
-    assert len(result["examples"]["withheld"]) == 5
+    assert len(result["examples"]["without_query_text"]) == 5
 
 
-def test_withheld_really_withholds():
+def test_without_query_text_really_withholds():
     passage = corpus()[0]
-    assert passage.summary in indexed_text(passage) and passage.summary not in indexed_text(passage, withheld=True)
+    assert passage.summary in indexed_text(passage) and passage.summary not in indexed_text(
+        passage, without_query_text=True
+    )
     bare = Passage(id="x", text="no summary here", source="s", title="t")
-    assert indexed_text(bare, withheld=True) == indexed_text(bare) == "t\nno summary here"
+    assert indexed_text(bare, without_query_text=True) == indexed_text(bare) == "t\nno summary here"
 
 
 def test_ambiguous_and_short_sentences_are_no_queries():
@@ -438,12 +419,10 @@ def test_a_model_folder_encodes_and_answers(tmp_path, run):
         "--out",
         out,
         "--encoder",
-        model,
+        f"decoder:model={model},latent=4,layers=[1]",
         "--index",
         "hnsw:M=4",
         "--json",
-        "--encoder-knobs",
-        "latent=4,layers=[1]",
     )
     assert made.exit_code == 0, made.output
     header = json.loads(made.stdout)

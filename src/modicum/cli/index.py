@@ -19,12 +19,12 @@ def index(
     out: Annotated[str, typer.Option("--out", help="Folder to write.")],
     encoder: Annotated[
         str | None,
-        typer.Option(help="A model folder, known name or hub id for dense vectors, or lsa for none; else BM25 alone."),
+        typer.Option(
+            help="For dense vectors: a model's folder, known name or hub id, or KEY:knob=value such as lsa:dims=256 "
+            "(modicum show encoder). BM25 alone if left out."
+        ),
     ] = None,
     method: Annotated[str, typer.Option("--index", help="Vector index: exact, or hnsw:M=32.")] = "exact",
-    knobs: Annotated[
-        str | None, typer.Option("--encoder-knobs", help="Such as layers=[0,1],latent_weight=0.5.")
-    ] = None,
     device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
     memory: Annotated[str | None, typer.Option(help="Refuse vectors that need more memory, e.g. 2GiB.")] = None,
     time: Annotated[str | None, typer.Option(help="Stop encoding after this time, keep the work: 10m.")] = None,
@@ -34,7 +34,7 @@ def index(
     from modicum.budget import units
     from modicum.budget.budget import Budget, Deadline
     from modicum.core.choice import Choice
-    from modicum.retrieve.encoders import make_encoder, parse_knobs
+    from modicum.retrieve.encoders import make_encoder
     from modicum.retrieve.search import build_index
     from modicum.retrieve.sources import read_passages
 
@@ -42,7 +42,7 @@ def index(
     choice = Choice.parse("index", method)
     choice.config()  # a wrong knob is refused before anything is read
     skipped: dict[str, int] = {}
-    made = make_encoder(encoder, device=device, **parse_knobs(knobs)) if encoder else None
+    made = make_encoder(encoder, device=device) if encoder else None
     header = build_index(
         read_passages(source, skipped),
         out,

@@ -220,7 +220,7 @@ def encoder(planner: Planner, model: str) -> tuple[Encoder, Cost]:
         before = resident_now()
         began = time.perf_counter()
         made = make_encoder(model)
-        if made.kind == "sentence-transformers":  # the others see all texts before they encode one
+        if not made.fitted:  # the others see all texts before they encode one
             made.encode_queries(["what the first call loads"])
         seconds = time.perf_counter() - began
         return made, Cost(seconds=seconds, peak_bytes=max(resident_now() - before, 0))

@@ -1,8 +1,8 @@
 """Evaluating a search: known items of one's own passages, and collections with judged queries.
 
 Known-item search: the query is the first sentence of a docstring, the wanted document its passage. With the sentence
-in the passage ("as_is") an exact match exists; with the sentence removed before indexing ("withheld") the search has
-to match other words, so the figure is free of leakage.
+in the passage ("as_is") an exact match exists; with the sentence removed before indexing ("without_query_text") the
+search has to match other words, so the figure is free of leakage.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def known_item(
     seed: int = 0,
     folder: str | Path | None = None,
     device: str = "cpu",
-    variants: Sequence[str] = ("as_is", "withheld"),
+    variants: Sequence[str] = ("as_is", "without_query_text"),
     as_is: Searcher | None = None,
     examples: int = 5,
     events: Events | None = None,
@@ -49,8 +49,8 @@ def known_item(
     or a temporary one. `as_is`: an index of the same passages that exists already, to save building it.
     """
     for name in variants:
-        if name not in ("as_is", "withheld"):
-            raise UserError(f"variant {name!r} is not as_is or withheld")
+        if name not in ("as_is", "without_query_text"):
+            raise UserError(f"variant {name!r} is not as_is or without_query_text")
     queries, wanted, left_out = known_items(passages, limit, seed)
     relevant = [{row: 1.0} for row in wanted]
     result: dict[str, Any] = {"passages": len(passages), "queries": len(queries), "ambiguous": left_out, "k": k}
@@ -58,7 +58,7 @@ def known_item(
         for variant in variants:
             if variant == "as_is" and as_is is not None:
                 searcher = as_is
-                if len(as_is) != len(passages) or as_is.manifest["withheld"]:
+                if len(as_is) != len(passages) or as_is.manifest["without_query_text"]:
                     raise UserError(f"{as_is.folder} does not index these {len(passages)} passages as they are")
             else:
                 index_folder = Path(folder or temporary) / variant
@@ -67,7 +67,7 @@ def known_item(
                     index_folder,
                     encoder=encoder,
                     index=index,
-                    withheld=variant == "withheld",
+                    without_query_text=variant == "without_query_text",
                     device=device,
                     events=events,
                 )

@@ -23,13 +23,13 @@ COLUMNS = tuple(f.name for f in fields(Passage))
 T = TypeVar("T")
 
 
-def indexed_text(passage: Passage, *, withheld: bool = False) -> str:
+def indexed_text(passage: Passage, *, without_query_text: bool = False) -> str:
     """The text of a passage that is indexed: its title and text.
 
-    withheld: the body in place of the text, which is the text without its first sentence; a passage that has no
-    summary sentence has nothing to withhold.
+    without_query_text: the body in place of the text, which is the text without its first sentence; a passage
+    that has no summary sentence stays whole.
     """
-    text = passage.body if withheld and passage.summary else passage.text
+    text = passage.body if without_query_text and passage.summary else passage.text
     return f"{passage.title}\n{text}" if passage.title else text
 
 

@@ -33,7 +33,7 @@ from modicum.retrieve.encoders import Encoder, load_encoder, make_encoder
 from modicum.retrieve.indexes import Hits, Index, open_index
 from modicum.retrieve.passages import Passage, Passages, grouped, indexed_text, write_passages
 
-FORMAT = 1
+FORMAT = 2
 MODES = ("bm25", "dense", "fused")
 SHARD = 512  # passages encoded between two saves
 MAKE = "modicum index SOURCE --out FOLDER"
@@ -52,9 +52,9 @@ def build_index(
     passages: Iterable[Passage],
     out: str | Path,
     *,
-    encoder: Encoder | str | None = None,
+    encoder: Encoder | str | Choice | None = None,
     index: str | dict[str, Any] | Choice = "exact",
-    withheld: bool = False,
+    without_query_text: bool = False,
     k1: float = 1.5,
     b: float = 0.75,
     device: str = "cpu",
@@ -64,13 +64,14 @@ def build_index(
 ) -> dict[str, Any]:
     """Index a stream of passages into folder `out` and return its manifest.
 
-    encoder: None for BM25 alone. withheld: index title and body without the summary sentence (for evaluation).
+    encoder: None for BM25 alone. without_query_text: index title and body without the summary
+    sentence (for evaluation).
     Interrupted, the same call goes on after the last finished shard; a deadline stops it between two shards.
     Raises `UserError` for no passages or a repeated id, `BudgetError` when the vectors exceed the memory budget.
     """
     out, choice = Path(out), Choice.parse("index", index)
     choice.config()
-    if isinstance(encoder, str):
+    if encoder is not None and not isinstance(encoder, Encoder):
         encoder = make_encoder(encoder, device=device)
     work = out.with_name(f".{out.name}.work")
     begun = work.exists()
@@ -84,7 +85,7 @@ def build_index(
             work,
             encoder,
             choice,
-            withheld,
+            without_query_text,
             {"k1": k1, "b": b},
             budget or Budget(),
             deadline or Deadline(None),
@@ -109,7 +110,7 @@ def _build(
     work: Path,
     encoder: Encoder | None,
     choice: Choice,
-    withheld: bool,
+    without_query_text: bool,
     lexical: dict[str, float],
     budget: Budget,
     deadline: Deadline,
@@ -124,7 +125,7 @@ def _build(
         "format": FORMAT,
         "passages": count,
         "passages_sha256": digest.hexdigest(),
-        "withheld": withheld,
+        "without_query_text": without_query_text,
         "bm25": lexical,
         "index": None,
         "encoder": None,
@@ -133,12 +134,14 @@ def _build(
     dense: Index = build("index", choice)
     if encoder is not None:
         header |= {"index": choice.resolved(), "encoder": encoder.settings()}
-        key = fingerprint([digest.hexdigest(), header["encoder"], withheld, SHARD])
-        for width in _pool_shards(encoder, rows, work / "vectors", key, withheld, deadline, events):
+        key = fingerprint([digest.hexdigest(), header["encoder"], without_query_text, SHARD])
+        for width in _pool_shards(encoder, rows, work / "vectors", key, without_query_text, deadline, events):
             budget.require(dense.cost(count, width), f"an index of {count} vectors")  # before the long work
         encoder.fit(_shards(work / "vectors"))
     with atomic_directory(out) as staged:
-        BM25.build((indexed_text(p, withheld=withheld) for p in rows), **lexical).save(staged / "bm25")
+        BM25.build((indexed_text(p, without_query_text=without_query_text) for p in rows), **lexical).save(
+            staged / "bm25"
+        )
         if encoder is not None:
             dense.build(_blocks(encoder, work / "vectors"), budget)
             dense.save(staged / "dense")
@@ -162,7 +165,13 @@ def _hashed(passages: Iterable[Passage], digest: Any) -> Iterator[Passage]:
 
 
 def _pool_shards(
-    encoder: Encoder, rows: Passages, folder: Path, key: str, withheld: bool, deadline: Deadline, events: Events
+    encoder: Encoder,
+    rows: Passages,
+    folder: Path,
+    key: str,
+    without_query_text: bool,
+    deadline: Deadline,
+    events: Events,
 ) -> Iterator[int]:
     """One file of pooled vectors per `SHARD` passages; those of an earlier attempt with the same key are kept.
 
@@ -173,7 +182,7 @@ def _pool_shards(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         write_json(state, {"key": key})
-    encoder.count(indexed_text(p, withheld=withheld) for p in rows)
+    encoder.count(indexed_text(p, without_query_text=without_query_text) for p in rows)
     with events.progress("encode", len(rows), "passages") as progress:
         for i, group in enumerate(grouped(rows, SHARD)):
             path = folder / f"{i:06d}.npy"
@@ -185,7 +194,7 @@ def _pool_shards(
                     f"the deadline stopped the encoding at {i * SHARD} of {len(rows)} passages; they "
                     "are kept, and the same command goes on from there with more time"
                 )
-            pooled_NE = encoder.pool([indexed_text(p, withheld=withheld) for p in group])
+            pooled_NE = encoder.pool([indexed_text(p, without_query_text=without_query_text) for p in group])
             with atomic_file(path) as file:
                 np.save(file, pooled_NE)
             progress.update(len(group))

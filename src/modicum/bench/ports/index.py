@@ -56,6 +56,8 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         "recall_at_10": result[f"recall@{K}"],
         "queries_per_second": result["queries_per_second"],
         "index_bytes": result["memory_bytes"],
+        "resident_bytes": result["resident_bytes"],
+        "p99_seconds": result["p99_seconds"],
         "disk_bytes": result["disk_bytes"],
         "build_seconds": built,
     }

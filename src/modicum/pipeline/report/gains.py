@@ -143,7 +143,7 @@ def _speed(figures: Mapping[str, Any]) -> Card | None:
 
 def search(figures: Mapping[str, Any]) -> list[Card]:
     metrics = figures["metrics"]
-    by_mode = metrics.get("withheld") or next(iter(metrics.values()))
+    by_mode = metrics.get("without_query_text") or next(iter(metrics.values()))
     mode = max(by_mode, key=lambda m: by_mode[m]["mrr"])
     return [
         {

@@ -70,7 +70,7 @@ class Ground(Stage[Section]):
         trim_allocator()
         resident = resident_now()
         with contextlib.redirect_stderr(io.StringIO()), Meter() as first:  # first calls take longer
-            if encoder.kind == "sentence-transformers":  # whose memory the longest passages decide, which go first
+            if not encoder.fitted:  # whose memory the longest passages decide, which go first
                 encoder.encode([f"{longest.text} {n}" for n in range(min(int(count), BATCH))])
             else:
                 _measure(passages[:FIRST], encoder, section, seed, 4, scratch / "0")
@@ -84,7 +84,7 @@ class Ground(Stage[Section]):
                 bigger = max(int(TIMED / max(meter.seconds, 1e-3) * size), 4 * size)
                 sizes.append(max(min(bigger, MOST, len(passages)), min(size + 1, len(passages))))
         rate = max(seconds[-1] - seconds[0], 0.2 * seconds[-1]) / max(sizes[-1] - sizes[0], 1)
-        more = 1.0 if encoder.kind == "sentence-transformers" else max(1.0, min(count, BATCH) / sizes[-1])
+        more = 1.0 if not encoder.fitted else max(1.0, min(count, BATCH) / sizes[-1])
         return StagePlan(
             Cost(
                 seconds=load.seconds + reading + rate * count,
@@ -109,7 +109,9 @@ class Ground(Stage[Section]):
             examples=4,
         )
         by_id = {p.id: p for p in passages}
-        metrics = {name: {mode: _flat(m) for mode, m in result[name].items()} for name in ("withheld", "as_is")}
+        metrics = {
+            name: {mode: _flat(m) for mode, m in result[name].items()} for name in ("without_query_text", "as_is")
+        }
         examples = [
             {
                 "query": e["query"],
@@ -119,7 +121,7 @@ class Ground(Stage[Section]):
                     for h in e["hits"]
                 ],
             }
-            for e in result["examples"]["withheld"]
+            for e in result["examples"]["without_query_text"]
         ]
         return {
             "folder": str(context.folder / "as_is"),
@@ -154,10 +156,10 @@ def _passages(curation: Curation, limit: int | None) -> list[Passage]:
 def _measure(
     passages: list[Passage], encoder: Encoder, section: Section, seed: int, queries: int, folder: Path, **more: Any
 ) -> Any:
-    """Known-item figures {"as_is", "withheld"} over `found`, with both indexes in `folder`.
+    """Known-item figures {"as_is", "without_query_text"} over `found`, with both indexes in `folder`.
 
-    as_is: every passage as it is, the index that is served. withheld: the passages asked for lack the sentence that
-    asks; all others are as they are, so that only the former are encoded again.
+    as_is: every passage as it is, the index that is served. without_query_text: the wanted passages lack the sentence
+    that is the query; all others are as they are, so that only the former are encoded again.
     """
     knobs: dict[str, Any] = {"encoder": encoder, "index": section.index, "folder": folder} | more
     _remember(encoder)
@@ -165,13 +167,17 @@ def _measure(
     query_rows = set(rows)
     bare = [p if i in query_rows else replace(p, summary="") for i, p in enumerate(passages)]
     as_is = known_item(passages, variants=("as_is",), limit=queries, seed=seed, **knobs)
-    withheld = known_item(bare, variants=("withheld",), limit=None, seed=seed, **knobs)
-    return {**as_is, "withheld": withheld["withheld"], "examples": as_is["examples"] | withheld["examples"]}
+    without = known_item(bare, variants=("without_query_text",), limit=None, seed=seed, **knobs)
+    return {
+        **as_is,
+        "without_query_text": without["without_query_text"],
+        "examples": as_is["examples"] | without["examples"],
+    }
 
 
 def _remember(encoder: Encoder) -> None:
     """Let an encoder whose vectors depend on nothing but the text encode each text once."""
-    if encoder.kind != "sentence-transformers" or "pool" in vars(encoder):
+    if encoder.fitted or "pool" in vars(encoder):
         return
     pool = encoder.pool
     seen: dict[str, np.ndarray] = {}

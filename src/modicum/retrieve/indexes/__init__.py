@@ -1,8 +1,8 @@
 """port index: nearest-neighbour search by inner product, with streaming builds, updates and subsets.
 
-Shape letters: N vectors, Q queries, K results, D dimensions. Encoders give unit vectors, so the inner product
-is the cosine. An index on disk is a folder: `index.json` (method, knobs, checksums) and the method's own files,
-none of them pickled.
+Shape letters: N vectors, Q queries, K results, D dimensions. Where encoders give vectors of length 1, the inner
+product is the cosine. An index on disk is a folder: `index.json` (method, knobs, checksums) and the method's own
+files, none of them pickled.
 
 A method's module sets `TOY` to settings under which it is exhaustive, hence exact, on some hundred vectors.
 """
@@ -166,7 +166,11 @@ class Index(registry.Method):
 
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes that a search reads: vectors, links, ids; memory-mapped ones count too."""
+        """Bytes that a search may read: vectors, links, ids; those on disk count too."""
+
+    def resident_bytes(self) -> int:
+        """Bytes that must be in memory while it searches: all of them, unless the method keeps some on disk."""
+        return self.nbytes()
 
     @abstractmethod
     def _build(self, stream: Iterator[Block]) -> None:

@@ -1,103 +1,87 @@
-"""A language model as an encoder, with a head in closed form.
+"""decoder: hidden states of a language model, with a head in closed form.
 
 Shape letters: N texts, B batch, T tokens, D width of the model, E dimensions of pooled vectors, V vocabulary.
+
+    v(s) = sum_t w(t) h_t / sum_t w(t)        w(t) = sif / (sif + p(t))        p from the passages
+    u(s) = [sqrt(1 - a) * unit(W (v(s) - mean)),  sqrt(a) * unit(latent(s))]          a = latent_weight
+
+so that the inner product of two texts is a weighted mean of two cosines: of their hidden states, and of
+their words in latent semantic space (see `data.latent`). The weights are SIF's (Arora et al. 2017,
+ICLR), the removal of common components is Mu and Viswanath's (2018, arXiv:1702.01417), whitening and
+the mix of a low and a high layer are WhiteningBERT's (Huang et al. 2021, arXiv:2104.01767). Nothing is
+trained. Departs from them: every h_t is scaled to length 1 first, so that the few states of huge norm do
+not dominate; a start token is put in front and left out of the average; the latent terms are added, which
+give most of the quality with a small model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
-from modicum.core.errors import CorruptError, UserError, unknown
+from modicum.core.errors import CorruptError, unknown
 from modicum.data.latent import Latent
-from modicum.retrieve.encoder import Encoder, unit
+from modicum.retrieve.encoders import Encoder, unit
 from modicum.retrieve.passages import grouped
 from modicum.retrieve.whiten import Whitener
 
 SMALL = 100_000_000  # parameters
 
 
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: str  # a folder or a known name such as smollm2
+    # 0: the embeddings, i: the output of layer i, -1: the state after the final norm; layers above the highest one
+    # named are not computed. None: (0, 1) below `SMALL` parameters, where upper layers add nothing, and (1, -1) above.
+    layers: tuple[int, ...] | None = None
+    sif: Annotated[float, Field(gt=0)] = 1e-3  # weight of frequent tokens: smaller, less
+    whiten: float = 1.0  # 0: centre only, 1: whiten fully
+    remove: Annotated[int, Field(ge=0)] = 0  # leading common components removed
+    dims: Annotated[int, Field(ge=1)] = 512  # most dimensions kept of the hidden states
+    latent: Annotated[int, Field(ge=0)] = 512  # latent directions; 0: the hidden states alone
+    latent_weight: Annotated[float, Field(ge=0, le=1)] = 0.6  # 0: hidden states alone, 1: latent terms alone
+    max_tokens: Annotated[int, Field(ge=1)] = 512  # texts are truncated to so many
+    batch_tokens: Annotated[int, Field(ge=1)] = 8192  # padded tokens of one forward pass
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and not self.layers:
+            raise ValueError("layers=[] takes no hidden state; write for example layers=[1,-1]")
+
+
+SWEEP = ("model=smollm2",)
+
+
 class DecoderEncoder(Encoder):
-    """Hidden states of a decoder, averaged with frequency weights, whitened on the passages, beside their latent terms.
+    config: Config
+    fitted = True
 
-        v(s) = sum_t w(t) h_t / sum_t w(t)        w(t) = sif / (sif + p(t))        p from the passages
-        u(s) = [sqrt(1 - a) * unit(W (v(s) - mean)),  sqrt(a) * unit(latent(s))]          a = latent_weight
-
-    so that the inner product of two texts is a weighted mean of two cosines: of their hidden states, and of
-    their words in latent semantic space (see `Latent`). The weights are SIF's (Arora et al. 2017,
-    ICLR), the removal of common components is Mu and Viswanath's (2018, arXiv:1702.01417), whitening and
-    the mix of a low and a high layer are WhiteningBERT's (Huang et al. 2021, arXiv:2104.01767). Nothing is
-    trained. Departs from them: every h_t is scaled to length 1 first, so that the few states of huge norm do
-    not dominate; a start token is put in front and left out of the average; the latent terms are added, which
-    give most of the quality with a small model.
-
-    layers: 0 is the embeddings, i the output of layer i, -1 the state after the final norm; layers above the highest
-    one named are not computed. None takes (0, 1) below `SMALL` parameters, where the upper layers were found to add
-    nothing, and (1, -1) from there on. latent: number of latent directions, 0 for the hidden states alone.
-    latent_weight: their weight. dims: most dimensions kept of the hidden states. Texts are truncated to `max_tokens`.
-    `batch_tokens` bounds the padded tokens of one forward pass.
-    """
-
-    kind = "decoder"
-
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        layers: Sequence[int] | None = None,
-        sif: float = 1e-3,
-        whiten: float = 1.0,
-        remove: int = 0,
-        dims: int = 512,
-        latent: int = 512,
-        latent_weight: float = 0.6,
-        max_tokens: int = 512,
-        batch_tokens: int = 8192,
-        device: str = "cpu",
-    ):
+    def __init__(self, config: Any, device: str = "cpu"):
         import torch
 
         from modicum.data.tokenizer import Tokenizer
         from modicum.model.folder import find_folder, load_model
 
-        self.model = str(model)
-        model_folder = find_folder(self.model)
+        super().__init__(config, device)
+        model_folder = find_folder(config.model)
         self.tokenizer = Tokenizer.load(model_folder)
         self._decoder = load_model(model_folder, dtype=torch.float32 if device == "cpu" else None, device=device).eval()
-        config = self._decoder.config
-        depth = config.layers
+        depth = self._decoder.config.layers
+        layers = config.layers
         if layers is None:
             layers = (0, 1) if sum(p.numel() for p in self._decoder.parameters()) < SMALL else (1, -1)
         for layer in layers:
             if not -1 <= layer <= depth:
-                raise unknown("layer", layer, range(-1, depth + 1), f"{model} has {depth} layers; -1 is the last state")
-        if not layers:
-            raise UserError("layers=() takes no hidden state; write for example layers=(1, -1)")
-        self.layers, self.sif, self.batch_tokens = tuple(layers), sif, batch_tokens
-        self.max_tokens = min(max_tokens, config.context_length - 1)
-        if not 0 <= latent_weight <= 1:
-            raise UserError(
-                f"latent_weight={latent_weight} is not between 0 (hidden states alone) and 1 (latent terms alone)"
-            )
-        self.whitener, self.latent_weight = Whitener(power=whiten, remove=remove, dims=dims), latent_weight
-        self.latent = Latent(latent if latent_weight else 0)
-        self.counts_V = np.zeros(config.vocab_size, np.int64)
-
-    def settings(self) -> dict[str, Any]:
-        return super().settings() | {
-            "layers": list(self.layers),
-            "sif": self.sif,
-            "whiten": self.whitener.power,
-            "remove": self.whitener.remove,
-            "dims": self.whitener.dims,
-            "latent": self.latent.wanted,
-            "latent_weight": self.latent_weight,
-            "max_tokens": self.max_tokens,
-            "batch_tokens": self.batch_tokens,
-        }
+                allowed = range(-1, depth + 1)
+                raise unknown("layer", layer, allowed, f"{config.model} has {depth} layers; -1 is the last state")
+        self.layers = tuple(layers)
+        self.max_tokens = min(config.max_tokens, self._decoder.config.context_length - 1)
+        self.whitener = Whitener(power=config.whiten, remove=config.remove, dims=config.dims)
+        self.latent = Latent(config.latent if config.latent_weight else 0)
+        self.counts_V = np.zeros(self._decoder.config.vocab_size, np.int64)
 
     def _tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         # Cut characters first: a text of megabytes would be tokenized for its first max_tokens only.
@@ -114,7 +98,7 @@ class DecoderEncoder(Encoder):
     def weights(self) -> np.ndarray:
         """weights_V, float32; a token never counted has the largest weight, 1."""
         p_V = self.counts_V / max(int(self.counts_V.sum()), 1)
-        return (self.sif / (self.sif + p_V)).astype(np.float32)
+        return (self.config.sif / (self.config.sif + p_V)).astype(np.float32)
 
     def pool(self, texts: Sequence[str]) -> np.ndarray:
         import torch
@@ -147,7 +131,7 @@ class DecoderEncoder(Encoder):
         """Indices of texts that have tokens, alike in length, at most `batch_tokens` with padding."""
         batch: list[int] = []
         for i in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: lengths[i]):
-            if batch and (len(batch) + 1) * (lengths[i] + 1) > self.batch_tokens:
+            if batch and (len(batch) + 1) * (lengths[i] + 1) > self.config.batch_tokens:
                 yield batch
                 batch = []
             batch.append(i)
@@ -184,7 +168,11 @@ class DecoderEncoder(Encoder):
         hidden_NE, latent_NE = unit(self.whitener(pooled_NE[:, : self._hidden])), pooled_NE[:, self._hidden :]
         if not latent_NE.shape[1]:
             return hidden_NE
-        return unit(np.hstack([(1 - self.latent_weight) ** 0.5 * hidden_NE, self.latent_weight**0.5 * unit(latent_NE)]))
+        return unit(
+            np.hstack(
+                [(1 - self.config.latent_weight) ** 0.5 * hidden_NE, self.config.latent_weight**0.5 * unit(latent_NE)]
+            )
+        )
 
     def state(self) -> dict[str, np.ndarray]:
         return {"counts": self.counts_V} | self.whitener.state() | self.latent.state()
@@ -192,7 +180,7 @@ class DecoderEncoder(Encoder):
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         if state["counts"].shape != self.counts_V.shape:
             raise CorruptError(
-                f"the encoder's statistics are for {state['counts'].shape[0]} tokens, {self.model} has "
+                f"the encoder's statistics are for {state['counts'].shape[0]} tokens, {self.config.model} has "
                 f"{len(self.counts_V)}; build the index again"
             )
         self.counts_V = state["counts"].copy()

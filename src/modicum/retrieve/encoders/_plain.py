@@ -11,11 +11,13 @@ Shape letters: N texts, B batch, T tokens, D width of the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from modicum.core.errors import UserError
 
 _MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
@@ -23,7 +25,7 @@ _MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 class PlainSentence:
     """`PlainSentence.open(folder)` is None for a folder that declares more than a transformer and one pooling."""
 
-    def __init__(self, folder: Path, pooling: str, max_tokens: int | None, device: str):
+    def __init__(self, folder: Path, pooling: str, max_tokens: int | None, device: str, layers: int | None = None):
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
 
@@ -35,25 +37,50 @@ class PlainSentence:
         finally:
             if shown:
                 logging.enable_progress_bar()
+        if layers is not None:
+            stack = getattr(getattr(self._model, "encoder", None), "layer", None)
+            if stack is None or layers > len(stack):
+                depth = "an unknown number of" if stack is None else len(stack)
+                raise UserError(f"layers={layers} does not cut {folder}, which has {depth} layers; leave layers out")
+            del stack[layers:]
         self._pooling, self._device = pooling, device
         most = (max_tokens, getattr(self._model.config, "max_position_embeddings", None))
         self._max_tokens = min([n for n in most if n] or [512])
 
     @classmethod
-    def open(cls, folder: str | Path, device: str) -> PlainSentence | None:
+    def open(cls, folder: str | Path, device: str, layers: int | None = None) -> PlainSentence | None:
         folder = Path(folder)
-        shape = _plain(folder) if (folder / "modules.json").is_file() else None
-        return None if shape is None else cls(folder, *shape, device)
+        shape = plain_shape(folder) if (folder / "modules.json").is_file() else None
+        return None if shape is None else cls(folder, *shape, device, layers)
 
     def encode(self, texts: Sequence[str], batch: int) -> np.ndarray:
         """vectors_ND, float32, as pooled: not of length 1."""
+        vectors_ND = np.empty((len(texts), self._model.config.hidden_size), np.float32)
+        for rows, h_BTD, mask_BT in self._states(texts, batch):
+            if self._pooling == "cls":
+                pooled_BD = h_BTD[:, 0]
+            else:
+                mask_BT1 = mask_BT[..., None].float()
+                pooled_BD = (h_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1e-9)
+            vectors_ND[rows] = pooled_BD.cpu().numpy()
+        return vectors_ND
+
+    def tokens(self, texts: Sequence[str], batch: int) -> list[np.ndarray]:
+        """states_TD of every text, float32, special tokens included."""
+        states: list[np.ndarray] = [np.empty((0, 0), np.float32)] * len(texts)
+        for rows, h_BTD, mask_BT in self._states(texts, batch):
+            for row, h_TD, mask_T in zip(rows, h_BTD, mask_BT, strict=True):
+                states[row] = h_TD[mask_T.bool()].cpu().numpy()
+        return states
+
+    def _states(self, texts: Sequence[str], batch: int) -> Iterator[tuple[list[int], Any, Any]]:
+        """(rows, h_BTD, mask_BT), texts alike in length together: little padding."""
         import torch
 
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # alike in length: little padding
-        vectors_ND = np.empty((len(texts), self._model.config.hidden_size), np.float32)
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         with torch.inference_mode():
-            for at in range(0, len(order), batch):
-                rows = order[at : at + batch]
+            for start in range(0, len(order), batch):
+                rows = order[start : start + batch]
                 inputs = self._tokenizer(
                     [texts[i].strip() for i in rows],
                     padding=True,
@@ -61,17 +88,10 @@ class PlainSentence:
                     max_length=self._max_tokens,
                     return_tensors="pt",
                 ).to(self._device)
-                h_BTD = self._model(**inputs).last_hidden_state.float()
-                if self._pooling == "cls":
-                    pooled_BD = h_BTD[:, 0]
-                else:
-                    mask_BT1 = inputs["attention_mask"][..., None].float()
-                    pooled_BD = (h_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1e-9)
-                vectors_ND[rows] = pooled_BD.cpu().numpy()
-        return vectors_ND
+                yield rows, self._model(**inputs).last_hidden_state.float(), inputs["attention_mask"]
 
 
-def _plain(folder: Path) -> tuple[str, int | None] | None:
+def plain_shape(folder: Path) -> tuple[str, int | None] | None:
     """(pooling, most tokens) of a folder that is a transformer, one pooling and at most a normalisation."""
     modules = _read(folder / "modules.json")
     kinds = [str(m.get("type", "")).rpartition(".")[2] for m in modules] if isinstance(modules, list) else []

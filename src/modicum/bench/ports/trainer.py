@@ -1,0 +1,229 @@
+"""trainer: nDCG@10 on articles that were not trained on, after equal steps from one raw encoder, against the seconds.
+
+Questions and passages of half of the articles train, those of the other half are searched: a folder of corpus, queries
+and qrels (--data), or the documented functions of the Python installation, whose docstrings' first sentences are the
+queries. The raw encoder (`student.Student`) is made of the training texts alone, the same for every method; the seed
+draws batches. Negatives are BM25's. The teacher is `minilm`, which has seen such collections, as a teacher may: by the
+cosine of its vectors for pairs, by MaxSim over its token states within a batch; `teacher_ndcg_at_10` says what there
+is to learn. Beside the whole vectors stands what is left of them at half the layers and a quarter of the dimensions.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
+from modicum.budget import Cost
+from modicum.core import registry
+from modicum.core.choice import Choice
+from modicum.core.files import fingerprint
+from modicum.retrieve import metrics
+from modicum.retrieve.bm25 import BM25
+from modicum.retrieve.encoders import make_encoder, unit
+from modicum.retrieve.indexes import top_rows
+from modicum.retrieve.known_item import read_collection, read_judgements
+from modicum.retrieve.pairs import Pairs, max_sim, split_by_article, with_negatives, with_scores
+from modicum.retrieve.sources import read_passages
+from modicum.retrieve.student import Student
+from modicum.retrieve.trainers import RetrieverTrainer
+from modicum.retrieve.training import Training, train
+
+AXES = Axes(quality=Axis("ndcg_at_10", "higher"), cost=Axis("train_seconds", "lower", "s"))
+TIER = "laptop"
+TEACHER = "minilm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    width: int = 192
+    layers: int = 4
+    vocabulary: int = 6000
+    max_tokens: int = 96
+    steps: int = 150
+    batch: int = 16
+    lr: float = 5e-4
+    negatives: int = 12
+    pairs: int = 2000  # most training queries
+    queries: int = 600  # most test queries
+    teacher_scale: float = 20.0  # what the teacher's cosines are multiplied by
+    late_scale: float = 2.0  # what its MaxSim scores (sums of cosines) are multiplied by
+
+
+QUICK = Scale(width=32, layers=2, vocabulary=700, max_tokens=48, steps=4, batch=4, pairs=60, queries=40)
+
+
+@dataclass(frozen=True)
+class Material:
+    """Training pairs with negatives, and the test: texts, and for each query the rows of its passages."""
+
+    pairs: Pairs
+    passages: list[str]
+    queries: list[str]
+    relevant: list[dict[int, float]]
+    record: dict[str, Any]
+
+
+def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
+    scale: Scale = settings.scale
+    data = material(settings.data, scale)
+    needs = registry.load("trainer", choice.method).cls.needs
+    pairs = taught(settings.data, scale) if needs or "margin-mse" in str(choice) else data.pairs
+    knobs = {f.name for f in dataclasses.fields(registry.load("trainer", choice.method).config)}
+    scales = {k: getattr(scale, k) for k in ("teacher_scale", "late_scale") if k in knobs and k not in choice.knobs}
+    student = copy.deepcopy(raw(settings.data, scale))
+    picked = Choice("trainer", choice.method, choice.knobs | scales)
+    trainer: RetrieverTrainer = registry.build("trainer", picked, pairs)
+    before = quality(student, trainer, data)
+    recipe = Training(steps=scale.steps, batch=scale.batch, lr=scale.lr, seed=seed)
+    result = train(student, trainer, recipe)
+    found = quality(student, trainer, data)
+    return Measurement(
+        metrics={
+            **found,
+            "raw_ndcg_at_10": before["ndcg_at_10"],
+            "bm25_ndcg_at_10": lexical(settings.data, scale),
+            **({"teacher_ndcg_at_10": teacher_ndcg(settings.data, scale)} if needs else {}),
+            "loss": result.loss,
+            "train_seconds": result.seconds,
+            "steps": float(result.steps),
+        },
+        cost=Cost(seconds=result.seconds),
+        data=data.record,
+        model={"name": "raw encoder", "parameters": sum(p.numel() for p in student.parameters())},
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def material(source: str | None, scale: Scale) -> Material:
+    """Half of the articles for training, the other half for the test."""
+    if source and (Path(source) / "qrels.parquet").is_file():
+        folder = Path(source)
+        rows = list(read_collection(folder / "corpus.parquet"))
+        row_of = {p.id: i for i, p in enumerate(rows)}
+        _, queries, grades = read_judgements(folder / "queries.parquet", folder / "qrels.parquet")
+        texts, articles = [p.text for p in rows], [p.title or p.id for p in rows]
+        judged = [{row_of[d]: g for d, g in g_of.items() if d in row_of and g > 0} for g_of in grades]
+    else:
+        rows = [p for p in read_passages(source or "python") if p.summary][: 2 * (scale.pairs + scale.queries)]
+        texts, articles = [p.body for p in rows], [p.source.partition(":")[0] for p in rows]
+        queries, judged = [p.summary for p in rows], [{i: 1.0} for i in range(len(rows))]
+    test_P = split_by_article(articles, 0.5)
+    rng = np.random.default_rng(0)
+    own = [(q, next(iter(j))) for q, j in zip(queries, judged, strict=True) if j]
+    kept = [j for j in judged if j]
+    order = rng.permutation(len(own)).tolist()
+    training = [i for i in order if not test_P[own[i][1]]][: scale.pairs]
+    test = [i for i in order if all(test_P[r] for r in kept[i])][: scale.queries]
+    here = {r: i for i, r in enumerate(np.flatnonzero(~test_P).tolist())}
+    there = {r: i for i, r in enumerate(np.flatnonzero(test_P).tolist())}
+    pairs = Pairs(
+        [own[i][0] for i in training],
+        [texts[r] for r in here],
+        np.array([here[own[i][1]] for i in training]),
+        articles_Q=[articles[own[i][1]] for i in training],
+    )
+    pairs = with_negatives(pairs, BM25.build(pairs.passages).search, scale.negatives)
+    record = {
+        "name": Path(source).name if source else "python",
+        "train_queries": len(training),
+        "test_queries": len(test),
+        "test_passages": len(there),
+        "checksum": fingerprint([texts, queries]),
+    }
+    relevant = [{there[r]: g for r, g in kept[i].items()} for i in test]
+    return Material(pairs, [texts[r] for r in there], [own[i][0] for i in test], relevant, record)
+
+
+@functools.lru_cache(maxsize=2)
+def raw(source: str | None, scale: Scale) -> Student:
+    pairs = material(source, scale).pairs
+    shape: dict[str, Any] = dict(width=scale.width, layers=scale.layers, heads=max(1, scale.width // 48))
+    texts = [*pairs.queries, *pairs.passages]
+    return Student.new(texts, vocabulary=scale.vocabulary, max_tokens=scale.max_tokens, **shape)
+
+
+@functools.lru_cache(maxsize=2)
+def taught(source: str | None, scale: Scale) -> Pairs:
+    """The training pairs with the teacher's scores, and its token states for MaxSim."""
+    pairs = material(source, scale).pairs
+    teacher = make_encoder(TEACHER)
+    passages = [_head(p, scale) for p in pairs.passages]
+    passages_PD, queries_QD = teacher.encode(passages), teacher.encode_queries(pairs.queries)
+    row_of = {text: r for r, text in enumerate(pairs.passages)}
+    query_of = {text: q for q, text in enumerate(pairs.queries)}
+
+    def score(query: str, texts: list[str]) -> list[float]:
+        return (passages_PD[[row_of[t] for t in texts]] @ queries_QD[query_of[query]]).tolist()
+
+    tokens_P = [t.astype(np.float16) for t in teacher.tokens(passages)]
+    tokens_Q = [t.astype(np.float16) for t in teacher.tokens(pairs.queries, "query")]
+
+    def late(query_B: np.ndarray, rows_P: np.ndarray) -> np.ndarray:
+        docs = [tokens_P[r].astype(np.float32) for r in rows_P]
+        return np.stack([max_sim(tokens_Q[q].astype(np.float32), docs) for q in query_B])
+
+    return replace(with_scores(pairs, score), late=late)
+
+
+def _head(text: str, scale: Scale) -> str:
+    """What the student can read of a passage, so that the teacher judges no more."""
+    return " ".join(text.split()[: scale.max_tokens])
+
+
+def quality(student: Student, trainer: RetrieverTrainer, data: Material) -> dict[str, float]:
+    """nDCG@10 and MRR@10 of the test queries, whole and cut."""
+    layers, dims = max(1, student.depth // 2), max(1, student.width // 4)
+    passages, queries = pooled(student, data.passages, layers), pooled(student, data.queries, layers)
+    cuts = {
+        "": (0, student.width),
+        "_half_layers": (1, student.width),
+        "_quarter_dims": (0, dims),
+        "_both_cut": (1, dims),
+    }
+    found: dict[str, float] = {}
+    for name, (which, width) in cuts.items():
+        x_PD, q_QD = passages[which][:, :width], queries[which][:, :width]
+        if trainer.unit:
+            x_PD, q_QD = unit(x_PD), unit(q_QD)
+        ids_QK, _ = top_rows(np.ascontiguousarray(q_QD), np.ascontiguousarray(x_PD), 10)
+        found[f"ndcg_at_10{name}"] = float(metrics.ndcgs(ids_QK, data.relevant).mean())
+        if not name:
+            found["mrr_at_10"] = float(metrics.reciprocal_ranks(ids_QK, data.relevant).mean())
+    return found
+
+
+def pooled(student: Student, texts: Sequence[str], layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of the last layer and of layer `layers`."""
+    import torch
+
+    last, shallow = np.empty((len(texts), student.width), np.float32), np.empty((len(texts), student.width), np.float32)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    student.eval()
+    with torch.inference_mode():
+        for start in range(0, len(order), 64):
+            rows = order[start : start + 64]
+            states = student([texts[i] for i in rows])
+            last[rows], shallow[rows] = states.pooled().numpy(), states.pooled(layers - 1).numpy()
+    return last, shallow
+
+
+@functools.lru_cache(maxsize=2)
+def lexical(source: str | None, scale: Scale) -> float:
+    data = material(source, scale)
+    return float(metrics.ndcgs(BM25.build(data.passages).search(data.queries, 10).ids_QK, data.relevant).mean())
+
+
+@functools.lru_cache(maxsize=2)
+def teacher_ndcg(source: str | None, scale: Scale) -> float:
+    data, teacher = material(source, scale), make_encoder(TEACHER)
+    passages_PD = teacher.encode([_head(p, scale) for p in data.passages])
+    ids_QK, _ = top_rows(teacher.encode_queries(data.queries), passages_PD, 10)
+    return float(metrics.ndcgs(ids_QK, data.relevant).mean())
