@@ -84,10 +84,10 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     before = quality(student, trainer, data)
     recipe = Training(steps=scale.steps, batch=scale.batch, lr=scale.lr, seed=seed)
     result = train(student, trainer, recipe)
-    found = quality(student, trainer, data)
+    figures = quality(student, trainer, data)
     return Measurement(
         metrics={
-            **found,
+            **figures,
             "raw_ndcg_at_10": before["ndcg_at_10"],
             "bm25_ndcg_at_10": lexical(settings.data, scale),
             **({"teacher_ndcg_at_10": teacher_ndcg(settings.data, scale)} if needs else {}),
@@ -188,16 +188,16 @@ def quality(student: Student, trainer: RetrieverTrainer, data: Material) -> dict
         "_quarter_dims": (0, dims),
         "_both_cut": (1, dims),
     }
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for name, (which, width) in cuts.items():
         x_PD, q_QD = passages[which][:, :width], queries[which][:, :width]
         if trainer.unit:
             x_PD, q_QD = unit(x_PD), unit(q_QD)
         ids_QK, _ = top_rows(np.ascontiguousarray(q_QD), np.ascontiguousarray(x_PD), 10)
-        found[f"ndcg_at_10{name}"] = float(metrics.ndcgs(ids_QK, data.relevant).mean())
+        figures[f"ndcg_at_10{name}"] = float(metrics.ndcgs(ids_QK, data.relevant).mean())
         if not name:
-            found["mrr_at_10"] = float(metrics.reciprocal_ranks(ids_QK, data.relevant).mean())
-    return found
+            figures["mrr_at_10"] = float(metrics.reciprocal_ranks(ids_QK, data.relevant).mean())
+    return figures
 
 
 def pooled(student: Student, texts: Sequence[str], layers: int) -> tuple[np.ndarray, np.ndarray]:
