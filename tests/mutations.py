@@ -36,6 +36,28 @@ class Mutation:
 
 
 MUTATIONS = (
+    # serve: adapters in one batch
+    Mutation(
+        "prefixes of one adapter are found by another",
+        "serve/engine.py",
+        "sample.salt = self.adapters.salt(request.adapter)",
+        "pass",
+        "serve/test_adapters.py::test_prefixes_of_one_adapter_are_not_anothers",
+    ),
+    Mutation(
+        "an adapter that is loaded again under its name finds its old prefixes",
+        "serve/adapters.py",
+        "secrets.token_bytes(16)",
+        "name.encode()",
+        "serve/test_adapters.py::test_prefixes_of_one_adapter_are_not_anothers",
+    ),
+    Mutation(
+        "the rows of a batch go through the first one's adapter",
+        "serve/adapters.py",
+        "if len(groups) == 1:",
+        "if groups:",
+        "serve/test_adapters.py::test_each_sequence_goes_through_its_own",
+    ),
     # serve: structured outputs, tool calls
     Mutation(
         "samples of one request share the place in their grammar",

@@ -45,6 +45,13 @@ Passages = Annotated[int, _page(help="Passages retrieved for a question, unless 
 
 Form = Annotated[str | None, _weights(help="Quantize the layers' weights to this form, e.g. int8 or int4.")]
 Adapter = Annotated[str | None, _weights(help="A LoRA adapter folder in PEFT format.")]
+Adapters = Annotated[
+    list[str] | None,
+    _weights("--adapters", help="NAME=FOLDER, repeatable: adapters served beside the model, chosen by their names."),
+]
+RuntimeAdapters = Annotated[
+    bool, _weights("--runtime-adapters", help="Let clients load and unload adapters: /v1/load_lora_adapter.")
+]
 Size = Annotated[str | None, _weights(help="Weight-memory limit for a BitStack model, e.g. 24MiB.")]
 Dtype = Annotated[str | None, _weights(help="float32, bfloat16 or float16; default: as stored.")]
 
@@ -87,6 +94,8 @@ def serve(
     encoder: EncoderName = None,
     form: Form = None,
     adapter: Adapter = None,
+    adapters: Adapters = None,
+    runtime_adapters: RuntimeAdapters = False,
     size: Size = None,
     dtype: Dtype = None,
     cache: Cache = "auto",
@@ -107,6 +116,7 @@ def serve(
     activation_bits: ActivationBits = 16,
 ) -> None:
     """Serve a model over an OpenAI-compatible API, with a chat page if asked for (--ui)."""
+    from modicum.adapt.peft_format import load_peft
     from modicum.cli._embedding import EncoderEmbedder
     from modicum.cli._grounding import IndexGrounding
     from modicum.cli._local import served_decoder
@@ -141,6 +151,11 @@ def serve(
     folder = find_folder(model)
     tokenizer = Tokenizer.load(folder)
     engine = Engine(served_decoder(folder, form, adapter, size, dtype, device), tokenizer, config)
+    for entry in adapters or ():
+        adapter_name, _, adapter_folder = entry.partition("=")
+        if not adapter_name or not adapter_folder:
+            raise UserError(f"--adapters {entry} is not NAME=FOLDER, such as --adapters support=runs/support/adapter")
+        engine.add_adapter(adapter_name, adapter_folder, load_peft)
     if grounding:
         grounding.use(tokenizer, engine.max_length)
     server = Server(
@@ -149,6 +164,7 @@ def serve(
             model=name or Path(model).resolve().name,
             adapter=Path(adapter).resolve().name if adapter else None,
             ui=ui,
+            runtime_adapters=runtime_adapters,
             host=host,
             port=port,
             api_key=api_key,
@@ -157,6 +173,7 @@ def serve(
         ),
         grounding,
         embedder,
+        load_peft,
     )
     _print_address(server, engine)
     if grounding:

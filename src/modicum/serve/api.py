@@ -6,6 +6,7 @@ Handlers run in one event loop; the engine in its worker's thread, which `serve.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -19,13 +20,22 @@ from starlette.routing import Route
 
 from modicum.core.errors import BudgetError
 from modicum.serve import tools
+from modicum.serve.adapters import Attach
 from modicum.serve.answers import Format, usage
 from modicum.serve.embeddings import Embedder, EmbeddingsBody, embeddings
 from modicum.serve.grounding import MAX_PASSAGES, Grounding, Messages
 from modicum.serve.guard import guarded, http_error
 from modicum.serve.metrics import Metrics
 from modicum.serve.request import Completion, InvalidRequest, Request, SamplingParams, Update, collect
-from modicum.serve.schema import ApiError, ChatBody, CompletionBody, SearchBody, parse_body
+from modicum.serve.schema import (
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    LoadAdapterBody,
+    SearchBody,
+    UnloadAdapterBody,
+    parse_body,
+)
 from modicum.serve.ticket import EventStream, Ticket, watched
 from modicum.serve.tools import CallStream, ToolFormat
 from modicum.serve.worker import Worker
@@ -38,6 +48,7 @@ class ServerConfig:
     """port 0 takes any free one. max_body in bytes, drain in seconds; api_key guards everything under /v1.
 
     adapter: the name of the adapter that is part of the model, for clients to show. ui: serve the chat page at /.
+    runtime_adapters: clients may load and unload adapters, from any folder that this process can read.
     """
 
     model: str = "model"
@@ -46,6 +57,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    runtime_adapters: bool = False
     max_body: int = 8 << 20
     max_queue: int = 256
     drain: float = 10.0
@@ -60,8 +72,10 @@ class Api:
         config: ServerConfig,
         grounding: Grounding | None = None,
         embedder: Embedder | None = None,
+        put_on: Attach | None = None,
     ):
         self.worker, self.config, self.grounding, self.embedder = worker, config, grounding, embedder
+        self.put_on = put_on
         self.metrics = Metrics(worker)
         self.tokenizer = worker.engine.tokenizer
         self.tool_format = tools.format_of(self.tokenizer.template)
@@ -79,6 +93,11 @@ class Api:
             ("/metrics", self.figures, "GET"),
             ("/health", self.health, "GET"),
         ]
+        if self.config.runtime_adapters and self.put_on is not None:
+            routes += [
+                ("/v1/load_lora_adapter", self.load_adapter, "POST"),
+                ("/v1/unload_lora_adapter", self.unload_adapter, "POST"),
+            ]
         if self.config.ui:
             routes.append(("/", self.page, "GET"))
         return Starlette(
@@ -120,21 +139,47 @@ class Api:
             "embeddings": self.embedder.name if self.embedder else None,
         }
 
+    def _adapter_card(self, name: str) -> dict[str, Any]:
+        return self._card() | {"id": name, "parent": self.config.model, "adapter": name}
+
     async def models(self, request: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        adapters = [self._adapter_card(name) for name in list(self.worker.engine.adapters.served)]
+        return JSONResponse({"object": "list", "data": [self._card(), *adapters]})
 
     async def model(self, request: HttpRequest) -> Response:
-        self._known(request.path_params["model"])
-        return JSONResponse(self._card())
+        name = self._known(request.path_params["model"])
+        return JSONResponse(self._card() if name is None else self._adapter_card(name))
 
-    def _known(self, name: str) -> None:
-        if name != self.config.model:
-            raise ApiError(
-                404,
-                f"the model {name!r} does not exist here; this server has {self.config.model!r}",
-                param="model",
-                code="model_not_found",
-            )
+    def _known(self, name: str) -> str | None:
+        """The adapter of that name, None for the model itself."""
+        adapters = list(self.worker.engine.adapters.served)
+        if name == self.config.model:
+            return None
+        if name in adapters:
+            return name
+        here = ", ".join(map(repr, [self.config.model, *adapters]))
+        raise ApiError(
+            404,
+            f"the model {name!r} does not exist here; this server has {here}",
+            param="model",
+            code="model_not_found",
+        )
+
+    async def load_adapter(self, request: HttpRequest) -> Response:
+        body: LoadAdapterBody = parse_body(await self._body(request), LoadAdapterBody)
+        if body.lora_name == self.config.model:
+            raise InvalidRequest(f"{body.lora_name!r} is the model's own name; choose another", "lora_name")
+        engine, put_on = self.worker.engine, self.put_on
+        assert put_on is not None
+        add = functools.partial(engine.add_adapter, body.lora_name, body.lora_path, put_on)
+        await asyncio.to_thread(self.worker.run, add)
+        return JSONResponse(self._adapter_card(body.lora_name))
+
+    async def unload_adapter(self, request: HttpRequest) -> Response:
+        body: UnloadAdapterBody = parse_body(await self._body(request), UnloadAdapterBody)
+        remove = functools.partial(self.worker.engine.remove_adapter, body.lora_name)
+        await asyncio.to_thread(self.worker.run, remove)
+        return JSONResponse({"id": body.lora_name, "object": "model", "deleted": True})
 
     async def _body(self, request: HttpRequest) -> bytes:
         limit, parts, size = self.config.max_body, [], 0
@@ -238,11 +283,11 @@ class Api:
         sources: list[dict[str, Any]] | None = None,
         tools: ToolNames | None = None,
     ) -> Response:
-        requests = [Request(p, params) for p in prompts]
+        requests = [Request(p, params, adapter=self._known(body.model)) for p in prompts]
         if params.structured is not None:  # compiling a grammar may take a second
             await asyncio.to_thread(self.worker.engine.grammars.matcher, params.structured)
         ticket = Ticket(self.worker, requests)
-        form = Format(isinstance(body, ChatBody), self.config.model, self.tokenizer, tools)
+        form = Format(isinstance(body, ChatBody), body.model, self.tokenizer, tools)
         if body.stream:
             events = self._events(ticket, form, body.usage_wanted, echoes or [], sources)
             return EventStream(ticket, events, self.metrics)

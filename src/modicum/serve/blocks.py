@@ -25,10 +25,13 @@ class OutOfBlocks(ModicumError):
     """More blocks are requested than are free; the engine preempts and tries again."""
 
 
-def chain(tokens: Sequence[int], block_size: int, names: list[bytes]) -> list[bytes]:
-    """Extend `names` (of the first full blocks of `tokens`) to all full blocks; returns `names`."""
+def chain(tokens: Sequence[int], block_size: int, names: list[bytes], salt: bytes = b"") -> list[bytes]:
+    """Extend `names` (of the first full blocks of `tokens`) to all full blocks; returns `names`.
+
+    salt: sets the names of equal tokens apart, where something else than tokens decides their keys and values.
+    """
     for start in range(len(names) * block_size, len(tokens) - block_size + 1, block_size):
-        digest = hashlib.blake2b(names[-1] if names else b"", digest_size=16)
+        digest = hashlib.blake2b(names[-1] if names else salt, digest_size=16)
         digest.update(array("q", tokens[start : start + block_size]).tobytes())
         names.append(digest.digest())
     return names

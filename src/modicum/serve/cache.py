@@ -62,7 +62,7 @@ class Cache:
     def look_up(self, sample: Sample) -> None:
         """Note in a waiting job what the prefix cache holds of it now."""
         P, job, prompt = self.block_size, sample.job, len(sample.request.prompt)
-        chain(sample.tokens, P, sample.names)
+        chain(sample.tokens, P, sample.names, sample.salt)
         most = job.length - 1
         if self.policy.tail > 1:  # the prompt's tail is observed, also when generated tokens follow it by now
             most = min(most, sample.request.context - self.policy.tail)
@@ -129,7 +129,7 @@ class Cache:
         full = (sample.job.computed if self.recent is None else sample.coded) // self.block_size
         if not self.finds or sample.pages is not None or full <= sample.published:
             return
-        chain(sample.tokens, self.block_size, sample.names)
+        chain(sample.tokens, self.block_size, sample.names, sample.salt)
         for i in range(sample.published, full):
             self.blocks.publish(sample.blocks[i], sample.names[i])
         sample.published = full

@@ -23,6 +23,7 @@ import torch
 
 from modicum.core.errors import ModicumError, UserError
 from modicum.model.decoder import Decoder
+from modicum.serve.adapters import Attach
 from modicum.serve.config import EngineConfig
 from modicum.serve.penalties import Penalties
 from modicum.serve.request import (
@@ -63,6 +64,8 @@ class Engine(State):
         """Raise `InvalidRequest` for a request that cannot be served. Safe from any thread."""
         most = min(self.max_length, self.cache.capacity)
         check_request(request, most, self.model.config.vocab_size, self.tokenizer is not None)
+        if request.adapter is not None and request.adapter not in self.adapters:
+            raise InvalidRequest(f"there is no adapter {request.adapter!r} here", "model", "model_not_found")
         if request.params.structured is not None:
             self.grammars.matcher(request.params.structured)
 
@@ -80,6 +83,7 @@ class Engine(State):
             sample = Sample(request, i, job, list(prompt), stops, limit, random.Random(f"{request.seed}/{i}"))
             if request.continuations:
                 follow(sample, at_once=not (request.token_by_token or watched))
+            sample.salt = self.adapters.salt(request.adapter)
             if text:
                 sample.stream = TextStream(self.tokenizer, params.stop, prompt)
             if params.structured is not None:
@@ -213,6 +217,7 @@ class Engine(State):
         trees = drafting.propose(works, self.cache) if drafting is not None and drafts else []
         plan = self.plan(works)
         rows, at = rows_to_check(works)
+        self.adapters.route(works)
         logits_RV = self.runner(plan, rows)
         if trees and logits_RV is not None and not math.isfinite(float(logits_RV.sum())):
             # Perhaps a guess no one asked for: the step is done again without any, and nothing of them stays.
@@ -220,6 +225,7 @@ class Engine(State):
             drafting.withdraw(trees, self.cache)
             plan = self.plan(arrange(works))
             rows, at = rows_to_check(works)
+            self.adapters.route(works)
             logits_RV = self.runner(plan, rows)
         elif drafting is not None and (drafts or any(w.n > 1 for w in works)):
             drafting.learn(works, rows, logits_RV, self.runner)
@@ -228,6 +234,17 @@ class Engine(State):
         if drafting is not None:
             tokens = self.counters["generated_tokens"] - before
             drafting.note(works, drafts, time.perf_counter() - start, tokens)
+
+    def add_adapter(self, name: str, folder: str, put_on: Attach) -> None:
+        """Serve an adapter of a folder, which `put_on` attaches to the model, beside those that are there."""
+        self.adapters.add(name, folder, put_on)
+
+    def remove_adapter(self, name: str) -> None:
+        """Raises `UserError` for an unknown adapter and for one that requests at work use."""
+        users = sum(r.adapter == name for r in self.requests.values())
+        if users:
+            raise UserError(f"{users} requests use the adapter {name!r}; remove it when they have ended")
+        self.adapters.remove(name)
 
     def close(self) -> None:
         """Abort everything and forget the prefix cache."""

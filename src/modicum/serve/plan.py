@@ -108,6 +108,11 @@ class AttentionPlan:
         return max((layout(w.tree).line_XD.shape[1] for w in self.trees if w.tree is not None), default=0)
 
     @functools.cached_property
+    def adapted(self) -> bool:
+        """Whether rows go through adapters."""
+        return any(w.sample.request.adapter is not None for w in self.works)
+
+    @functools.cached_property
     def segments(self) -> list[Segment]:
         plain = [w for w in self.works if not by_policy(w)]
         single = [w for w in plain if w.n == 1 and w.tree is None]

@@ -190,6 +190,8 @@ class Request:
     after the prompt (and of the most likely token at each of its places). A continuation is computed in one pass,
     or, with `token_by_token` and where a KV policy drops or observes entries, as if it were generated.
 
+    `adapter`: the name of the engine's adapter that its tokens go through.
+
     `compress_at`: how many of the prompt's tokens are a context that a KV policy compresses before it has seen the
     rest, a question say; None: all of them.
     """
@@ -199,6 +201,7 @@ class Request:
     continuations: tuple[Sequence[int], ...] = ()
     token_by_token: bool = False
     compress_at: int | None = None
+    adapter: str | None = None
     id: int = field(default_factory=lambda: next(_ids))
     arrival: float = field(default_factory=time.monotonic)
     detokenize: bool = True
@@ -282,6 +285,7 @@ class Sample:
     blocks: list[int] = field(default_factory=list)
     pages: Pages | None = None  # in place of blocks once a KV policy thinned the cache
     names: list[bytes] = field(default_factory=list)
+    salt: bytes = b""  # of `names`: its adapter's
     published: int = 0
     coded: int = 0  # tokens in codes, where a cache form keeps the latest ones as they are
     policy: Any = None

@@ -282,6 +282,17 @@ class ChatBody(_Sampling):
         return self._params((self.top_logprobs or 0) if self.logprobs else None, limit)
 
 
+class LoadAdapterBody(Body):
+    """vLLM's body of /v1/load_lora_adapter."""
+
+    lora_name: str = Field(pattern=r"^[^/\s]{1,96}$")
+    lora_path: str = Field(min_length=1)
+
+
+class UnloadAdapterBody(Body):
+    lora_name: str
+
+
 class SearchBody(Body):
     query: str
     k: int | None = None

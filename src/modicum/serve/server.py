@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from modicum.core.errors import ModicumError, UserError
+from modicum.serve.adapters import Attach
 from modicum.serve.api import Api, ServerConfig
 from modicum.serve.embeddings import Embedder
 from modicum.serve.engine import Engine
@@ -50,13 +51,14 @@ class Server(uvicorn.Server):
         config: ServerConfig,
         grounding: Grounding | None = None,
         embedder: Embedder | None = None,
+        put_on: Attach | None = None,
     ):
         if engine.tokenizer is None:
             raise UserError("the server needs a tokenizer; load the engine from a folder that has a tokenizer.json")
         self.settings = config
         self.socket = listen(config)
         self.worker = Worker(engine, config.max_queue)
-        self.api = Api(self.worker, config, grounding, embedder)
+        self.api = Api(self.worker, config, grounding, embedder, put_on)
         super().__init__(
             uvicorn.Config(
                 self.api.app(),
@@ -101,8 +103,9 @@ class BackgroundServer:
         config: ServerConfig | None = None,
         grounding: Grounding | None = None,
         embedder: Embedder | None = None,
+        put_on: Attach | None = None,
     ):
-        self.server = Server(engine, config or ServerConfig(port=0), grounding, embedder)
+        self.server = Server(engine, config or ServerConfig(port=0), grounding, embedder, put_on)
         self.url = self.server.url
         self._thread = threading.Thread(target=self.server.serve_until_stopped, daemon=True, name="modicum-server")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from modicum.model.decoder import Decoder
 from modicum.model.patterns import set_attention
+from modicum.serve.adapters import Adapters
 from modicum.serve.backends.choose import make_runner
 from modicum.serve.cache import Cache
 from modicum.serve.config import (
@@ -59,6 +60,7 @@ class State:
         self.storage, self.blocks, self.pages = self.cache.storage, self.cache.blocks, self.cache.pages
         self.max_length = longest(config, shape, self.policy, self.cache.capacity)
         self.eos = frozenset(tokenizer.stop_ids if tokenizer is not None else shape.eos_ids)
+        self.adapters = Adapters(model)
         self.samples: dict[int, Sample] = {}
         self.requests: dict[int, Request] = {}
         self.clock: Callable[[], float] = time.monotonic  # that of the requests' arrivals

@@ -12,7 +12,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from modicum.core.errors import ModicumError
 from modicum.serve.engine import Engine
@@ -20,6 +21,7 @@ from modicum.serve.request import Request, Update
 
 log = logging.getLogger("modicum.serve")
 Sink = Callable[[list[Update]], None]
+T = TypeVar("T")
 
 
 class QueueFull(ModicumError):
@@ -66,6 +68,15 @@ class Worker:
         """Drop a request: its sink is not called again once this has been carried out."""
         self._commands.put(("abort", request_id, None))
 
+    def run(self, action: Callable[[], T]) -> T:
+        """The result of `action`, carried out between two steps; raises what it raises, or `Stopping`."""
+        done: Future[T] = Future()
+        with self._lock:
+            if not self.accepting:
+                raise Stopping("the server is shutting down")
+            self._commands.put(("run", action, done))
+        return done.result()
+
     def close(self, timeout: float = 0.0) -> None:
         """Refuse new requests, give those at work `timeout` seconds, end the rest with an error."""
         with self._lock:
@@ -92,6 +103,8 @@ class Worker:
                 kind, value, sink = self._commands.get()
                 if kind == "add":
                     self._call(value.id, sink, [Update(value.id, 0, finish="error", error=message)])
+                elif kind == "run":
+                    sink.set_exception(Stopping(message))
             for id, sink in list(self._sinks.items()):
                 self._call(id, sink, [Update(id, 0, finish="error", error=message)])
             self._sinks.clear()
@@ -116,6 +129,11 @@ class Worker:
             elif kind == "abort":
                 self._forget(value)
                 self.engine.abort(value)
+            elif kind == "run":
+                try:
+                    sink.set_result(value())
+                except Exception as error:
+                    sink.set_exception(error)
 
     def _forget(self, id: int) -> None:
         self._sinks.pop(id, None)

@@ -150,6 +150,8 @@ class Graphs:
     def cannot(self, plan: AttentionPlan) -> str | None:
         if self.failed:
             return self.failed
+        if plan.adapted:
+            return "rows with adapters"
         if plan.watched or plan.own:
             return "a policy that looks at the step, or attends in its own way"
         if plan.trees or plan.evicted or any(w.n > 1 for w in plan.works):

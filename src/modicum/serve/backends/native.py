@@ -63,6 +63,8 @@ class Native:
         self._finalizers: list[weakref.finalize] = []
 
     def cannot(self, plan: AttentionPlan) -> str | None:
+        if plan.adapted:
+            return "rows with adapters"
         if plan.watched:
             return "a policy looks at queries or weights"
         if plan.own:
