@@ -62,6 +62,19 @@ def test_it_learns_and_a_finished_run_returns_at_once(tmp_path, dtype, masters):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_was_trained_is_trained_again(tmp_path, dtype):
+    """Hooks of the first run that stayed on the model would take the second run's gradients."""
+    model, first = _run(tmp_path / "a", steps=4, dtype=dtype)
+    start = [p.detach().clone() for p in model.parameters()]
+    _, second = _run(tmp_path / "b", model=model, steps=4, dtype=dtype, lr=5e-3)
+    copy = decoder().to(getattr(torch, dtype))
+    for p, q in zip(copy.parameters(), start, strict=True):
+        p.data.copy_(q)
+    _, fresh = _run(tmp_path / "c", model=copy, steps=4, dtype=dtype, lr=5e-3)
+    assert second.loss == fresh.loss < first.loss
+
+
 @pytest.mark.parametrize("micro", [1, 3, 8])
 def test_accumulation_is_exact(micro):
     whole, parts = (Trainer(decoder(), None, config(dtype="float32", micro_batch=m)) for m in (8, micro))

@@ -125,6 +125,11 @@ class TrainEngine:
         if optimizer_state is not None:
             self.optimizer.load_state_dict(optimizer_state)
 
+    def release(self) -> None:
+        """Take off the model what collects its gradients."""
+        if self.masters:
+            self.masters.release()
+
     def write_back(self) -> None:
         """Put changed `named` weights into the model (bf16 follows its masters)."""
         if self.masters:

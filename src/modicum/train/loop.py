@@ -95,7 +95,7 @@ def train(
     CorruptError (no checkpoint is whole), ModicumError (loss not finite), KeyboardInterrupt after Ctrl-C or
     SIGTERM, once the checkpoint is written.
     """
-    return Trainer(
+    trainer = Trainer(
         model,
         stream,
         config,
@@ -105,7 +105,11 @@ def train(
         heldout=heldout,
         parts=parts,
         label=label,
-    ).run()
+    )
+    try:
+        return trainer.run()
+    finally:
+        trainer.release()  # the model may be trained again
 
 
 class Trainer(TrainEngine):
