@@ -1,6 +1,7 @@
 """A soak: clients of all habits on a small cache while steps fail and threads die; nothing may leak or hang.
 
-`pytest tests/serve/test_soak.py` runs seconds of it, `pytest -m slow tests/serve/test_soak.py` ten minutes.
+Answers go through adapters, keep to grammars, are drafted ahead or lose entries of their caches; some bodies make no
+sense. `pytest tests/serve/test_soak.py` runs seconds of it, `pytest -m slow tests/serve/test_soak.py` an hour.
 """
 
 from __future__ import annotations
@@ -10,19 +11,48 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+import torch
 from serve_tools import assert_clean, engine
 
+from modicum.model import attach
+from modicum.model.decoder import Decoder
+from modicum.model.linear import LinearForm
 from modicum.serve.request import Request, SamplingParams
 from modicum.serve.server import BackgroundServer, ServerConfig
 
 CLIENTS = 6
 PATIENCE = 60.0  # seconds after which an answer counts as stuck
+ENGINES: dict[str, dict[str, Any]] = {
+    "sarathi-serve, drafts": {"scheduler": "sarathi-serve:tbt=0.05", "drafter": "prompt-lookup"},
+    "fcfs, chunks": {"chunked_prefill": True},
+    "snapkv": {"kv": "snapkv:budget=48,window=8"},
+}
+FORMS: list[dict[str, Any]] = [
+    {"choice": ["yes", "no", "perhaps"]},
+    {"regex": "[a-d]{2,30}"},
+    {"json": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 6}},
+]
+SENSELESS: list[dict[str, Any]] = [
+    {"prompt": []},
+    {"prompt": [1 << 40]},
+    {"prompt": {"a": 1}},
+    {"max_tokens": -1},
+    {"n": 10**9},
+    {"temperature": "warm"},
+    {"stop": [""]},
+    {"logit_bias": {"x": 1}},
+    {"structured_outputs": {"regex": "(("}},
+    {"structured_outputs": {"json": {"type": "objekt"}}},
+    {"no such field": 1},
+    {"model": "large"},
+]
 FLAT = 24 << 20  # bytes by which the process may differ between its second fifth and its last
 
 
@@ -36,14 +66,27 @@ def _body(rng: random.Random) -> dict[str, Any]:
     length = rng.randint(90, 200) if long else rng.randint(1, 30)
     shared = [7] * (length // 2) if rng.random() < 0.5 else []
     prompt = shared + [rng.randrange(1, 400) for _ in range(length - len(shared))]
+    senseless = rng.choice(SENSELESS) if rng.random() < 0.1 else {}
+    form = {"structured_outputs": rng.choice(FORMS)} if rng.random() < 0.3 else {}
     return {
-        "model": "tiny",
+        "model": rng.choice(("tiny", "tiny", "red")),
         "prompt": prompt,
         "max_tokens": rng.randint(1, 50 if long else 20),
         "ignore_eos": True,
         "temperature": rng.choice((0.0, 1.0)),
         "n": rng.choice((1, 1, 1, 2)),
+        **form,
+        **senseless,
     }
+
+
+def _red(model: Decoder, folder: str) -> Mapping[str, LinearForm]:
+    """An adapter that changes what is said."""
+    made = attach.attach(model, {"*.down": "lora:rank=2"}, generator=torch.Generator().manual_seed(1))
+    for form in made.values():
+        for parameter in form.trainable():
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
+    return made
 
 
 def _client(number: int, url: str, end: float, counts: Counter[str], faults: list[str]) -> None:
@@ -69,7 +112,9 @@ def _client(number: int, url: str, end: float, counts: Counter[str], faults: lis
                             else:
                                 if status == 200 and "[DONE]" not in text and "error" not in text:
                                     faults.append(f"a stream ended in its middle: {text[-200:]}")
-                    if status == 200 and '"error"' not in text:
+                    if 400 <= status < 500 and any(v in SENSELESS for v in ({k: x} for k, x in body.items())):
+                        counts["refused"] += 1
+                    elif status == 200 and '"error"' not in text:
                         counts[habit] += 1
                     elif "soak" in text:
                         counts["failed on purpose"] += 1
@@ -96,8 +141,9 @@ def _dying(worker: Any, counts: Counter[str]) -> None:
     raise Fault("soak: a worker thread dies")
 
 
-def soak(seconds: float, scheduler: str) -> dict[str, Any]:
-    made = engine(cache="640tok", max_batch_tokens=128, max_sequences=12, scheduler=scheduler, max_length=256)
+def soak(seconds: float, kind: str) -> dict[str, Any]:
+    made = engine(cache="640tok", max_batch_tokens=128, max_sequences=12, max_length=256, **ENGINES[kind])
+    made.add_adapter("red", "", _red)
     process, rss, counts, faults = psutil.Process(), [], Counter[str](), []
     runner, fail = made.runner, threading.Event()
 
@@ -167,23 +213,24 @@ def soak(seconds: float, scheduler: str) -> dict[str, Any]:
     }
 
 
-def _hold(figures: dict[str, Any], capsys: pytest.CaptureFixture[str], scheduler: str) -> None:
+def _check(figures: dict[str, Any], capsys: pytest.CaptureFixture[str], kind: str) -> None:
     with capsys.disabled():
-        print(f"\nsoak {scheduler}: " + ", ".join(f"{k} {v}" for k, v in figures.items() if k != "faults"))
+        print(f"\nsoak {kind}: " + ", ".join(f"{k} {v}" for k, v in figures.items() if k != "faults"))
     assert not figures["faults"], figures["faults"][:5]
     assert figures["stuck"] == 0 and figures["blocks held at the end"] == 0 and figures["engine lives"]
     assert figures["growth"] < FLAT, f"memory grew by {figures['growth'] / 2**20:.1f} MiB"
     assert figures["threads that died"] and figures["steps that raised"] and figures["listener raised"]
-    assert figures["preemptions"] and figures["cached tokens"] and figures["failed on purpose"]
+    assert figures["preemptions"] and figures["cached tokens"] and figures["failed on purpose"] and figures["refused"]
     assert all(figures[habit] for habit in ("whole", "stream", "leave", "give up"))
 
 
 def test_soak_of_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    _hold(soak(10.0, "sarathi-serve:tbt=0.05"), capsys, "sarathi-serve")
+    kind = "sarathi-serve, drafts"
+    _check(soak(10.0, kind), capsys, kind)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("scheduler", ["sarathi-serve:tbt=0.05"])
-def test_soak_of_ten_minutes(scheduler: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _hold(soak(600.0, scheduler), capsys, scheduler)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", list(ENGINES))
+def test_soak_of_an_hour(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _check(soak(1200.0, kind), capsys, kind)
