@@ -32,7 +32,7 @@ PATIENCE = 60.0  # seconds after which an answer counts as stuck
 ENGINES: dict[str, dict[str, Any]] = {
     "sarathi-serve, drafts": {"scheduler": "sarathi-serve:tbt=0.05", "drafter": "prompt-lookup"},
     "fcfs, chunks": {"chunked_prefill": True},
-    "snapkv": {"kv": "snapkv:budget=48,window=8"},
+    "snapkv": {"kv": "snapkv:budget=48,window=8", "cache": "400tok"},
 }
 FORMS: list[dict[str, Any]] = [
     {"choice": ["yes", "no", "perhaps"]},
@@ -142,7 +142,8 @@ def _dying(worker: Any, counts: Counter[str]) -> None:
 
 
 def soak(seconds: float, kind: str) -> dict[str, Any]:
-    made = engine(cache="640tok", max_batch_tokens=128, max_sequences=12, max_length=256, **ENGINES[kind])
+    limits = {"cache": "640tok", "max_batch_tokens": 128, "max_sequences": 12, "max_length": 256}
+    made = engine(**(limits | ENGINES[kind]))
     made.add_adapter("red", "", _red)
     process, rss, counts, faults = psutil.Process(), [], Counter[str](), []
     runner, fail = made.runner, threading.Event()

@@ -10,6 +10,7 @@ import jsonschema
 import numpy as np
 import openai
 import pytest
+import torch
 from serve_tools import assert_clean, tiny, tokenizer
 
 from modicum.serve import tools
@@ -229,3 +230,29 @@ def test_a_mark_that_is_a_token_is_written_as_one() -> None:
     assert wanted.value.startswith("start: <[17]> call") and '"maxItems": 1' in wanted.value
     with pytest.raises(InvalidRequest):
         tools.pick([CLOCK], {"type": "function"})
+
+
+@pytest.mark.parametrize("most", [0, 3])
+def test_an_echoed_prompt_has_its_logprobs(client: openai.OpenAI, server: BackgroundServer, most: int) -> None:
+    engine = server.server.worker.engine
+    prompts = [engine.tokenizer.encode(text) for text in ("The cache holds keys", "emoji and def f(x)")]
+    answer = client.completions.create(
+        model="tiny",
+        prompt=prompts,
+        echo=True,
+        logprobs=1,
+        max_tokens=most,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        given = choice.logprobs
+        with torch.no_grad():
+            logits_TV = engine.model(torch.tensor([prompt]))[0].float().log_softmax(-1)
+        want = [float(logits_TV[i, token]) for i, token in enumerate(prompt[1:])]
+        assert given.token_logprobs[0] is None and given.top_logprobs[0] is None
+        assert given.token_logprobs[1 : len(prompt)] == pytest.approx(want, abs=1e-4)
+        assert len(given.tokens) == len(prompt) + most and choice.text.startswith(engine.tokenizer.decode(prompt))
+        likeliest = [max(top, key=top.get) for top in given.top_logprobs[1 : len(prompt)]]
+        assert likeliest == [engine.tokenizer.decode([int(i)], skip_special=False) for i in logits_TV[:-1].argmax(-1)]
+    assert answer.usage.prompt_tokens == sum(map(len, prompts))

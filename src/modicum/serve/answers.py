@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -113,9 +114,9 @@ class Format:
         offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
         return {
             "tokens": tokens,
-            "token_logprobs": [e.logprob for e in entries],
+            "token_logprobs": [None if math.isnan(e.logprob) else e.logprob for e in entries],
             "text_offset": offsets,
-            "top_logprobs": [{self._text(t): p for t, p in e.top} for e in entries],
+            "top_logprobs": [{self._text(t): p for t, p in e.top} if e.top else None for e in entries],
         }
 
     def _text(self, token: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +20,12 @@ from starlette.routing import Route
 from modicum.core.errors import BudgetError
 from modicum.serve import tools
 from modicum.serve.adapters import Attach
-from modicum.serve.answers import Format, usage
 from modicum.serve.embeddings import Embedder, EmbeddingsBody, embeddings
 from modicum.serve.grounding import MAX_PASSAGES, Grounding, Messages
 from modicum.serve.guard import guarded, http_error
 from modicum.serve.metrics import Metrics
-from modicum.serve.request import Completion, InvalidRequest, Request, SamplingParams, Update, collect
+from modicum.serve.request import InvalidRequest
+from modicum.serve.respond import Call, Responder
 from modicum.serve.schema import (
     ApiError,
     ChatBody,
@@ -36,11 +35,7 @@ from modicum.serve.schema import (
     UnloadAdapterBody,
     parse_body,
 )
-from modicum.serve.ticket import EventStream, Ticket, watched
-from modicum.serve.tools import CallStream, ToolFormat
 from modicum.serve.worker import Worker
-
-ToolNames = tuple[ToolFormat, list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +72,7 @@ class Api:
         self.worker, self.config, self.grounding, self.embedder = worker, config, grounding, embedder
         self.put_on = put_on
         self.metrics = Metrics(worker)
+        self.responder = Responder(worker, self.metrics)
         self.tokenizer = worker.engine.tokenizer
         self.tool_format = tools.format_of(self.tokenizer.template)
         self.started = int(time.time())
@@ -196,7 +192,10 @@ class Api:
         params, prompts = body.params(), body.prompts()
         tokens = await asyncio.to_thread(lambda: [self._encode(p, "prompt", True) for p in prompts])
         echoes = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts] if body.echo else []
-        return await self._answer(request, body, tokens, body.drawn(params), n=params.n, echoes=echoes)
+        drawn = body.drawn(params)
+        n = 0 if body.max_tokens == 0 else params.n
+        call = Call(body=body, adapter=self._known(body.model), prompts=tokens, params=drawn, n=n, echoes=echoes)
+        return await self.responder.answer(request, call)
 
     async def chat(self, request: HttpRequest) -> Response:
         body: ChatBody = parse_body(await self._body(request), ChatBody)
@@ -221,7 +220,16 @@ class Api:
             return self._encode(self.tokenizer.chat(messages, **more), "messages", False)
 
         prompt = await asyncio.to_thread(encode)
-        return await self._answer(request, body, [prompt], params, n=params.n, sources=sources, tools=known)
+        call = Call(
+            body=body,
+            adapter=self._known(body.model),
+            prompts=[prompt],
+            params=params,
+            n=params.n,
+            sources=sources,
+            tools=known,
+        )
+        return await self.responder.answer(request, call)
 
     async def embeddings(self, request: HttpRequest) -> Response:
         body: EmbeddingsBody = parse_body(await self._body(request), EmbeddingsBody)
@@ -271,107 +279,3 @@ class Api:
                 f"{param} holds half a surrogate pair at character {error.start}; it is no text", param
             ) from None
         return list(self.tokenizer.encode(prompt, add_special=add_special))
-
-    async def _answer(
-        self,
-        request: HttpRequest,
-        body: CompletionBody | ChatBody,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        n: int,
-        echoes: list[str] | None = None,
-        sources: list[dict[str, Any]] | None = None,
-        tools: ToolNames | None = None,
-    ) -> Response:
-        requests = [Request(p, params, adapter=self._known(body.model)) for p in prompts]
-        if params.structured is not None:  # compiling a grammar may take a second
-            await asyncio.to_thread(self.worker.engine.grammars.matcher, params.structured)
-        ticket = Ticket(self.worker, requests)
-        form = Format(isinstance(body, ChatBody), body.model, self.tokenizer, tools)
-        if body.stream:
-            events = self._events(ticket, form, body.usage_wanted, echoes or [], sources)
-            return EventStream(ticket, events, self.metrics)
-        heard: dict[int, list[Update]] = {r.id: [] for r in ticket.requests}
-        async with watched(ticket, request.receive):
-            async for update in ticket.updates():
-                heard[update.request].append(update)
-        outputs = collect(ticket.requests, heard)
-        choices: list[tuple[int, Completion]] = []
-        for i, output in enumerate(outputs):
-            for index, c in enumerate(best(output.completions, n, body.logprobs)):
-                c.text = (echoes[i] if echoes else "") + c.text
-                choices.append((i * n + index, c))
-        self._observe(ticket.requests)
-        used = usage(
-            sum(o.prompt_tokens for o in outputs),
-            sum(o.completion_tokens for o in outputs),
-            sum(o.cached_tokens for o in outputs),
-        )
-        return JSONResponse(form.whole(choices, used, sources))
-
-    async def _events(
-        self,
-        ticket: Ticket,
-        form: Format,
-        with_usage: bool,
-        echoes: list[str],
-        sources: list[dict[str, Any]] | None,
-    ) -> AsyncIterator[dict[str, Any]]:
-        index_of = {r.id: i for i, r in enumerate(ticket.requests)}
-        offsets: dict[int, int] = {}
-        pending: dict[int, CallStream] = {}
-        tokens = 0
-        blank = {"usage": None} if with_usage else {}
-        if sources is not None:  # first, so that a client can show them while the prompt is computed
-            yield form.chunk(0, "", [], None, first=True) | {"sources": sources} | blank
-            offsets[0] = 0
-        async for update in ticket.updates():
-            request = index_of[update.request]
-            index = request * ticket.requests[request].params.n + update.index
-            first = index not in offsets
-            text = (echoes[request] if first and echoes else "") + update.text
-            if form.tools is not None:
-                text = pending.setdefault(index, CallStream(form.tools[0])).push(text)
-            tokens += len(update.tokens)
-            offset = offsets.setdefault(index, 0)
-            finish = None if form.tools is not None else update.finish
-            if first or text or update.logprobs or finish:
-                yield form.chunk(index, text, update.logprobs, finish, first, offset) | blank
-            if form.tools is not None and update.finish:
-                yield form.calls(index, pending[index].kept, update.finish) | blank
-            offsets[index] = offset + len(text)
-        self._observe(ticket.requests)
-        if with_usage:
-            yield form.last(
-                usage(
-                    sum(len(r.prompt) for r in ticket.requests),
-                    tokens,
-                    sum(r.cached for r in ticket.requests),
-                )
-            )
-
-    def _observe(self, requests: list[Request]) -> None:
-        for request in requests:
-            for s in request.sequences:
-                if s.first_token is None or s.last_token is None:
-                    continue
-                completion_tokens = len(s.tokens) - len(request.prompt)
-                self.metrics.first_token.observe(s.first_token - request.arrival)
-                self.metrics.whole.observe(s.last_token - request.arrival)
-                if completion_tokens > 1:
-                    self.metrics.per_token.observe((s.last_token - s.first_token) / (completion_tokens - 1))
-
-
-def best(completions: list[Completion], n: int, logprobs: int | bool | None) -> list[Completion]:
-    """The `n` completions of the highest mean log-probability of a token, best first; all of `n` as they are."""
-    if len(completions) == n:
-        return completions
-
-    def mean(completion: Completion) -> float:
-        return sum(t.logprob for t in completion.logprobs) / max(1, len(completion.logprobs))
-
-    chosen = sorted(completions, key=mean, reverse=True)[:n]
-    for completion in chosen:
-        if logprobs is None:
-            completion.logprobs = []
-    return chosen

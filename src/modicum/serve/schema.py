@@ -158,8 +158,10 @@ class CompletionBody(_Sampling):
     def params(self) -> SamplingParams:
         if self.best_of is not None and (self.best_of < (self.n or 1) or self.stream):
             raise InvalidRequest(f"best_of={self.best_of} must be n or more, and cannot be streamed", "best_of")
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("echo together with logprobs is not served; ask for one of them", "echo")
+        if self.echo and self.logprobs is not None and self.logprobs > 1:
+            raise InvalidRequest("of an echoed prompt only the likeliest token is named; write logprobs=1", "logprobs")
+        if self.max_tokens == 0 and self.echo:  # nothing is sampled: the prompt is scored, or given back
+            return self._params(self.logprobs, 1)
         return self._params(self.logprobs, 16 if self.max_tokens is None else self.max_tokens)
 
     def drawn(self, params: SamplingParams) -> SamplingParams:
