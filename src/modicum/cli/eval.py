@@ -109,6 +109,7 @@ def eval(
     out: Annotated[
         Path, typer.Option(help="Folder where finished items are kept; the same command goes on from there.")
     ] = Path("evaluations"),
+    evidence: Annotated[Path | None, typer.Option(help="Append the figures to eval.jsonl in this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Evaluate a model: tasks on the serving engine, bits per byte of text, lm-eval tasks; or two models, paired."""
@@ -233,6 +234,11 @@ def eval(
         if page:
             items.page(table, page)
     beside = show.beside_harness(model, found[0], dtype) if harness else []
+    if evidence is not None:
+        from modicum.bench import evaluated
+
+        settings = {"limit": limit, "shots": shots, "seed": seed, "template": template, "dtype": dtype or "as stored"}
+        evaluated.append(found[0], evidence, model=labels[0], settings=settings, harness=beside)
     touched = [show.contaminated(result, contamination) for result in found[0] if result.items] if contamination else []
     if as_json:
         record: dict[str, Any] = {"model": labels[0], "results": [show.record(r) for r in found[0]]}

@@ -4,7 +4,7 @@ r"""citing: which result a mathematical text refers to: the form of CaseHOLD, of
 
 Statements are the bodies of lemmas, propositions and theorems with a \label; a question is a sentence elsewhere with
 one \ref to such a statement. Wrong choices are the `wrong` statements nearest to the right one by TF-IDF that the
-sentences around do not cite. A text that repeats five words in a row of the right statement is left out: the words would
+sentences around do not cite. A text that repeats five words in a row of the right statement is left out, as they would
 give it away. Splits go by the statement: none that train questions cite is cited in the test. A row of the file: id and
 text; the part of the id before its last colon names the chapter that references without a chapter mean.
 
