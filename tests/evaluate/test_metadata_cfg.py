@@ -12,7 +12,7 @@ SPEC = "metadata-cfg:depth=3,labels=2,symbols=3,vocabulary=6,prompt=4"
 
 
 def test_metadata_stand_before_a_share_of_the_training_texts():
-    task = registry.build("task", f"{SPEC},metadata_depth=2,share=0.5")
+    task = registry.build("task", f"{SPEC},metadata_depth=2,fraction=0.5")
     train = list(task.docs("train", 200, 0))
     named = [d for d in train if d["metadata"]]
     assert 70 < len(named) < 130

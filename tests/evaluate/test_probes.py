@@ -60,11 +60,11 @@ def test_cbod_counts_pairs():
     report = registry.build("probe", "cbod").run(items, grade, 60)
     drop = report.figures["drop_1"]
     assert drop["value"] == pytest.approx(5 / 30)
-    assert drop["p"] == pytest.approx(2 * (1 + 7) / 2**7) and not report.found  # 0.125: too few pairs to say
+    assert drop["p"] == pytest.approx(2 * (1 + 7) / 2**7) and not report.detected  # 0.125: too few pairs to say
     improved = registry.build("probe", "cbod").run(
         items, lambda asked: [Graded(a.prompt != plain[a.item.id], (0, 0)) for a in asked], 60
     )
-    assert improved.figures["drop_1"]["value"] < 0 and not improved.found  # significant, but a gain is no overfitting
+    assert improved.figures["drop_1"]["value"] < 0 and not improved.detected  # a gain
 
 
 # formatspread
@@ -128,7 +128,7 @@ def test_order_of_the_chain_on_a_planted_family():
     items, grade, budget = probe.simulate(np.random.default_rng(0), True)
     report = probe.run(items, grade, budget)
     f = {n: report.figures[n]["value"] for n in downstream_elusive.CHAIN}
-    assert f["log_p_vocab"] > 0.9 > f["p_choices"] >= f["accuracy"] and report.found
+    assert f["log_p_vocab"] > 0.9 > f["p_choices"] >= f["accuracy"] and report.detected
 
 
 def test_gradings_are_kept(tmp_path):

@@ -189,7 +189,7 @@ def probed(
     from modicum.evaluate.kept import model_fingerprint
     from modicum.evaluate.multiple_choice import MultipleChoice
 
-    method, found = registry.build("probe", probe), []
+    method, probe_reports = registry.build("probe", probe), []
     answerer = Answerer(model, tokenizer, config)
     grade = probes.grader(answerer, kept, [model_fingerprint(model, tokenizer), *answerer.settings])
     for name in tasks:
@@ -197,19 +197,25 @@ def probed(
         if not isinstance(task, MultipleChoice):
             raise UserError(f"--probe asks multiple-choice tasks with a file, {name} is none; for example arc-easy")
         report = method.run(probes.items_of(task.docs("test", limit, seed)), grade, budget, seed)
-        found.append(
-            {"task": name, "probe": probe, "verdict": report.verdict, "found": report.found, "graded": report.graded}
+        probe_reports.append(
+            {
+                "task": name,
+                "probe": probe,
+                "verdict": report.verdict,
+                "detected": report.detected,
+                "graded": report.graded,
+            }
             | {"figures": report.figures, "rows": report.rows}
         )
-    return found
+    return probe_reports
 
 
 def probe_lines(probed: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     from modicum.evaluate.run import short
 
     for model, reports in probed.items():
-        for said in reports:
-            yield f"{model}, {short(said['task'])}: {said['verdict']}; {said['graded']} gradings"
-            for name, figure in said["figures"].items():
+        for entry in reports:
+            yield f"{model}, {short(entry['task'])}: {entry['verdict']}; {entry['graded']} gradings"
+            for name, figure in entry["figures"].items():
                 more = f", p {figure['p']:.3g}" if "p" in figure else ""
                 yield f"  {name:<16} {figure['value']:.4f}  ({figure['low']:.4f} to {figure['high']:.4f}){more}"

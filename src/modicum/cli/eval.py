@@ -221,42 +221,52 @@ def eval(
             kept_steps.page(points, page, f"{model}: scores of its checkpoints")
         print(json.dumps({"run": model, "checkpoints": points}, indent=2) if as_json else show.curves(points))
         return
-    found = [run(side) for side in sides]
+    results_by_side = [run(side) for side in sides]
     if probe:
         print(json.dumps(probed, indent=2) if as_json else "\n".join(show.probe_lines(probed)))
         return
     labels = [str(side) for side in sides]
-    rows = compare(*found) if len(found) == 2 else []
+    rows = compare(*results_by_side) if len(results_by_side) == 2 else []
     if samples or page:
-        table = [row for label, results in zip(labels, found, strict=True) for row in items.table(results, label)]
+        table = [
+            row for label, results in zip(labels, results_by_side, strict=True) for row in items.table(results, label)
+        ]
         if samples:
             items.write(table, samples)
         if page:
             items.page(table, page)
-    beside = show.beside_harness(model, found[0], dtype) if harness else []
+    beside = show.beside_harness(model, results_by_side[0], dtype) if harness else []
     if evidence is not None:
         from modicum.bench import evaluated
 
         settings = {"limit": limit, "shots": shots, "seed": seed, "template": template, "dtype": dtype or "as stored"}
-        evaluated.append(found[0], evidence, model=labels[0], settings=settings, harness=beside)
-    touched = [show.contaminated(result, contamination) for result in found[0] if result.items] if contamination else []
+        evaluated.append(results_by_side[0], evidence, model=labels[0], settings=settings, harness=beside)
+    touched = (
+        [show.contaminated(result, contamination) for result in results_by_side[0] if result.items]
+        if contamination
+        else []
+    )
     if as_json:
-        record: dict[str, Any] = {"model": labels[0], "results": [show.record(r) for r in found[0]]}
+        record: dict[str, Any] = {"model": labels[0], "results": [show.record(r) for r in results_by_side[0]]}
         if beside:
             record["harness"] = beside
         if touched:
             record["contamination"] = touched
         if rows:
-            record |= {"against": labels[1], "against_results": [show.record(r) for r in found[1]], "paired": rows}
+            record |= {
+                "against": labels[1],
+                "against_results": [show.record(r) for r in results_by_side[1]],
+                "paired": rows,
+            }
         print(json.dumps(record, indent=2))
     elif rows:
         show.print_pairs(labels, rows)
     else:
-        show.print_figures(found[0])
+        show.print_figures(results_by_side[0])
     if not as_json:
         show.print_harness(beside)
-        for said in touched:
-            show.print_touched(said)
+        for description in touched:
+            show.print_touched(description)
         for path in filter(None, (samples, page)):
             print(f"items: {path}")
 
@@ -300,8 +310,8 @@ class Side:
     def __str__(self) -> str:
         default = Side("")
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}
-        said = ",".join(f"{k}={v}" for k, v in own.items() if v != getattr(default, k))
-        return f"{self.model}:{said}" if said else self.model
+        description = ",".join(f"{k}={v}" for k, v in own.items() if v != getattr(default, k))
+        return f"{self.model}:{description}" if description else self.model
 
 
 def with_file(name: str, data: Sequence[Path]) -> str:

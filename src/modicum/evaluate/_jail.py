@@ -43,14 +43,14 @@ def landlock(readable: list[str], writable: list[str]) -> bool:
     for paths, allowed in ((readable, READ), (writable, rights)):
         for path in paths:
             try:
-                place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except OSError:
                 continue
             own = allowed if os.path.isdir(path) else allowed & (1 << 0 | 1 << 1 | 1 << 2)
-            rule = ctypes.create_string_buffer(own.to_bytes(8, "little") + place.to_bytes(4, "little"), 12)
+            rule = ctypes.create_string_buffer(own.to_bytes(8, "little") + descriptor.to_bytes(4, "little"), 12)
             if libc.syscall(LANDLOCK_ADD, handle, 1, rule, 0):
                 fail(f"landlock rule for {path}")
-            os.close(place)
+            os.close(descriptor)
     return libc.syscall(LANDLOCK_RESTRICT, handle, 0) == 0
 
 

@@ -82,9 +82,9 @@ class Answerer:
 
     def encode(self, request: Generate | Choose) -> Encoded:
         """Raises UserError for an empty choice, and for token ids that the model does not know."""
-        found = self._generate(request) if isinstance(request, Generate) else self._choose(request)
-        check_ids(self.model, max(max(ids, default=0) for ids in (*found.contexts, *found.continuations)))
-        return found
+        result = self._generate(request) if isinstance(request, Generate) else self._choose(request)
+        check_ids(self.model, max(max(ids, default=0) for ids in (*result.contexts, *result.continuations)))
+        return result
 
     def _generate(self, request: Generate) -> Encoded:
         if self.template != "none":
@@ -119,36 +119,36 @@ class Answerer:
         owner: dict[int, tuple[Any, int, list[int]]] = {}  # request -> document, which of its requests, which choices
         texts: dict[Any, list[Sequence[str]]] = {}
         left: dict[Any, int] = {}
-        said: dict[Any, list[Any]] = {}
+        replies_of: dict[Any, list[Any]] = {}
 
         def requests() -> Iterator[Request]:
             for key, encoded in documents:
-                said[key] = [None] * len(encoded)
+                replies_of[key] = [None] * len(encoded)
                 texts[key] = [getattr(e.request, "choices", ()) for e in encoded]
-                asked = [(i, r, choices) for i, e in enumerate(encoded) for r, choices in self._requests(e, engine)]
-                left[key] = len(asked)
-                owner.update((r.id, (key, i, choices)) for i, r, choices in asked)
-                yield from (r for _, r, _ in asked)
+                numbered = [(i, r, choices) for i, e in enumerate(encoded) for r, choices in self._requests(e, engine)]
+                left[key] = len(numbered)
+                owner.update((r.id, (key, i, choices)) for i, r, choices in numbered)
+                yield from (r for _, r, _ in numbered)
 
         for output in engine.outputs(requests(), AHEAD * engine.config.max_sequences):
             key, i, choices = owner.pop(output.request)
             if choices:
-                said[key][i] = said[key][i] or [None] * len(texts[key][i])
+                replies_of[key][i] = replies_of[key][i] or [None] * len(texts[key][i])
                 for choice, completion in zip(choices, output.completions, strict=True):
-                    said[key][i][choice] = _likelihood(completion, texts[key][i][choice])
+                    replies_of[key][i][choice] = _likelihood(completion, texts[key][i][choice])
             else:
-                said[key][i] = output.text
+                replies_of[key][i] = output.text
             left[key] -= 1
             if not left[key]:
                 del left[key], texts[key]
-                yield key, said.pop(key)
+                yield key, replies_of.pop(key)
 
     def answers(self, requests: Sequence[Generate | Choose]) -> list[Any]:
         """The replies to `requests`, in their order."""
         encoded = [self.encode(request) for request in requests]
         longest = max((e.longest for e in encoded), default=0)
-        found = dict(self.replies(((i, [e]) for i, e in enumerate(encoded)), longest))
-        return [found[i][0] for i in range(len(encoded))]
+        result = dict(self.replies(((i, [e]) for i, e in enumerate(encoded)), longest))
+        return [result[i][0] for i in range(len(encoded))]
 
     def engine(self, longest: int) -> Engine:
         """One whose cache holds a sequence of `longest` tokens, and a few steps' worth."""

@@ -53,14 +53,14 @@ def short_answer(question: str, reply: str) -> str:
     sentence = _LABEL.sub("", first_sentence(lines[0])[0]).strip() if lines else ""
     words = sentence.split()
     plain = [squad_normal(word) for word in words]
-    asked = set(squad_normal(question).split())
-    echo = asked | _FUNCTION_WORDS | _VERBS | {""}
+    question_words = set(squad_normal(question).split())
+    echo = question_words | _FUNCTION_WORDS | _VERBS | {""}
     start = 0
-    for place, word in enumerate(plain):
+    for position, word in enumerate(plain):
         if word not in echo:
             break
         if word in _VERBS:
-            start = place + 1
+            start = position + 1
     if not start or start == len(words):
         return sentence
     while start < len(words) - 1 and words[start].lower() in _AFTER_VERB:
@@ -68,7 +68,7 @@ def short_answer(question: str, reply: str) -> str:
     end = len(words)
     while end > start + 1 and plain[end - 1] in echo:
         end -= 1
-    tail = set(plain[end:]) & asked
+    tail = set(plain[end:]) & question_words
     return " ".join(words[start : end if tail else len(words)])
 
 
@@ -80,23 +80,23 @@ def grade(question: str, reply: str, answers: Sequence[str]) -> dict[str, float]
     """
     if not answers:
         raise UserError(f"{question!r} has no accepted answer, so a reply to it cannot be graded; give one or more")
-    said, whole = squad_normal(short_answer(question, reply)), squad_normal(_CITATION.sub("", reply))
+    extracted, whole = squad_normal(short_answer(question, reply)), squad_normal(_CITATION.sub("", reply))
     wanted = [squad_normal(answer) for answer in answers]
     return {
-        "exact": float(said in wanted),
-        "f1": max(word_f1(said, w) for w in wanted),
+        "exact": float(extracted in wanted),
+        "f1": max(word_f1(extracted, w) for w in wanted),
         "contains": float(any(f" {w} " in f" {whole} " for w in wanted if w)),
     }
 
 
 def figures(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """{figure: {value, low, high}} with 95% intervals: Wilson's for fractions of questions, bootstrap for F1."""
-    found = {}
+    scores = {}
     for name in FIGURES:
         values = [row[name] for row in rows]
         bounds = bootstrap(values) if name == "f1" else wilson(int(sum(values)), len(values))
-        found[name] = {"value": float(np.mean(values)), "low": bounds[0], "high": bounds[1]}
-    return found
+        scores[name] = {"value": float(np.mean(values)), "low": bounds[0], "high": bounds[1]}
+    return scores
 
 
 def comparisons(arms: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict[str, Any]]:

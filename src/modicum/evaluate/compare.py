@@ -109,10 +109,10 @@ def paired(a_N: Sequence[float], b_N: Sequence[float], clusters_N: Sequence[Any]
     if a.shape != b.shape or not len(a):
         raise UserError(f"a paired comparison needs the same items of both models; got {len(a)} and {len(b)}")
     difference = a - b
-    said = _verdict(float(difference.mean()), clustered_error(difference, clusters_N), difference)
+    verdict = _verdict(float(difference.mean()), clustered_error(difference, clusters_N), difference)
     if clusters_N is None and set(np.unique(a)) | set(np.unique(b)) <= {0.0, 1.0}:
-        said |= {"p": mcnemar(a.tolist(), b.tolist())["p"]}
-    return said
+        verdict |= {"p": mcnemar(a.tolist(), b.tolist())["p"]}
+    return verdict
 
 
 def paired_ratio(
@@ -132,11 +132,11 @@ def paired_ratio(
         index = {label: i for i, label in enumerate(dict.fromkeys(clusters_N))}
         where = [index[label] for label in clusters_N]
         a, b, size = (np.bincount(where, v, len(index)) for v in (a, b, size))
-    rng, found = np.random.default_rng(seed), []
+    rng, resampled = np.random.default_rng(seed), []
     for _ in range(resamples if len(a) > 1 else 0):
         picked = rng.integers(len(a), size=len(a))
-        found.append((a[picked].sum() - b[picked].sum()) / size[picked].sum())
-    stderr = float(np.std(found, ddof=1)) if found else math.nan
+        resampled.append((a[picked].sum() - b[picked].sum()) / size[picked].sum())
+    stderr = float(np.std(resampled, ddof=1)) if resampled else math.nan
     return _verdict(float((a.sum() - b.sum()) / size.sum()), stderr, difference)
 
 
@@ -179,9 +179,9 @@ def compare(results_a: Sequence[Any], results_b: Sequence[Any]) -> list[dict[str
                 bits_a, bits_b, size = (
                     [float(pair[i][key]) for pair in pairs] for i, key in ((0, "bits"), (1, "bits"), (0, "bytes"))
                 )
-                said = paired_ratio(bits_a, bits_b, size, clusters_N=clusters)
+                verdict = paired_ratio(bits_a, bits_b, size, clusters_N=clusters)
             elif all(name in x and name in y for x, y in pairs):
-                said = paired([x[name] for x, _ in pairs], [y[name] for _, y in pairs], clusters)
+                verdict = paired([x[name] for x, _ in pairs], [y[name] for _, y in pairs], clusters)
             else:
                 continue
             rows.append(
@@ -191,7 +191,7 @@ def compare(results_a: Sequence[Any], results_b: Sequence[Any]) -> list[dict[str
                     "main": name == a.metric,
                     "a": a.figures[name]["value"],
                     "b": b.figures[name]["value"],
-                    **said,
+                    **verdict,
                 }
             )
     main = [row for row in rows if row["main"]]

@@ -61,8 +61,8 @@ def find(items: Mapping[str, str], documents: Iterable[tuple[str, str]], n: int 
                     owners.append(id_)
     hits: list[Hit] = []
     for name, text in documents:
-        found = words_of(text)
-        folded = [w for w, _, _ in found]
+        item_words = words_of(text)
+        folded = [w for w, _, _ in item_words]
         for size, grams in index.items():
             open_: dict[str, list[int]] = {}  # item -> [first, last] word of the run that goes on
             for i in range(len(folded) - size + 1):
@@ -72,14 +72,14 @@ def find(items: Mapping[str, str], documents: Iterable[tuple[str, str]], n: int 
                         run[1] = i + size - 1
                     else:
                         if run is not None:
-                            hits.append(_hit(id_, name, text, found, run))
+                            hits.append(_hit(id_, name, text, item_words, run))
                         open_[id_] = [i, i + size - 1]
-            hits += [_hit(id_, name, text, found, run) for id_, run in open_.items()]
+            hits += [_hit(id_, name, text, item_words, run) for id_, run in open_.items()]
     return hits
 
 
-def _hit(id_: str, name: str, text: str, found: Sequence[tuple[str, int, int]], run: Sequence[int]) -> Hit:
-    start, end = found[run[0]][1], found[run[1]][2]
+def _hit(id_: str, name: str, text: str, item_words: Sequence[tuple[str, int, int]], run: Sequence[int]) -> Hit:
+    start, end = item_words[run[0]][1], item_words[run[1]][2]
     return Hit(id_, name, start, end, run[1] - run[0] + 1, text[start:end])
 
 
@@ -100,7 +100,7 @@ def report(scores: Mapping[str, float], items: Mapping[str, str], hits: Sequence
         "clean": [v for id_, v in scores.items() if id_ not in touched],
         "touched": [v for id_, v in scores.items() if id_ in touched],
     }
-    said: dict[str, Any] = {
+    summary: dict[str, Any] = {
         name: {
             "value": float(np.mean(values)) if values else None,
             "items": len(values),
@@ -108,9 +108,9 @@ def report(scores: Mapping[str, float], items: Mapping[str, str], hits: Sequence
         }
         for name, values in parts.items()
     }
-    clean = said["clean"]["value"]
-    said["gap"] = None if clean is None else said["all"]["value"] - clean
-    return said | {"too_short": too_short(items), "hits": [hit.as_dict() for hit in hits]}
+    clean = summary["clean"]["value"]
+    summary["gap"] = None if clean is None else summary["all"]["value"] - clean
+    return summary | {"too_short": too_short(items), "hits": [hit.as_dict() for hit in hits]}
 
 
 def text_of(row: Mapping[str, Any]) -> str:

@@ -136,15 +136,15 @@ def random_grammar(
 
 def sentences(grammar: Grammar, labels: tuple[int, ...]) -> dict[tuple[int, ...], float]:
     """Every sentence and its probability, by enumeration: for small grammars, and tests."""
-    found: dict[tuple[int, ...], float] = {(0,): 1.0}
+    distribution: dict[tuple[int, ...], float] = {(0,): 1.0}
     for sets, label in zip(grammar.levels, labels, strict=True):
         grown: dict[tuple[int, ...], float] = {}
-        for symbols, p in found.items():
+        for symbols, p in distribution.items():
             for picked in itertools.product(*(sets[label][s] for s in symbols)):
                 text = tuple(c for _, children in picked for c in children)
                 grown[text] = grown.get(text, 0.0) + p * float(np.prod([q for q, _ in picked]))
-        found = grown
-    return found
+        distribution = grown
+    return distribution
 
 
 def describe(grammar: Grammar) -> dict[str, Any]:

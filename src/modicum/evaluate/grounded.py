@@ -60,7 +60,7 @@ def items(questions: Iterable[Question]) -> list[Item]:
 
 def run(
     engine: Any,
-    asked: Sequence[Item],
+    graded_items: Sequence[Item],
     searcher: Searcher,
     *,
     arms: Sequence[str] = ("closed", "retrieved"),
@@ -71,16 +71,16 @@ def run(
     events: Events | None = None,
 ) -> Graded:
     """Ask `engine` (one with a tokenizer) every question in every arm and grade the replies; greedy, so repeatable."""
-    if not asked:
+    if not graded_items:
         raise UserError("there is no question to grade; give one or more with accepted answers")
     check_arms(arms)
     budget = ground.prompt_budget_for(k) if prompt_budget is None else prompt_budget
-    prompts, shown = compose_arms(asked, searcher, arms, k, mode, budget, counter(engine))
-    said: dict[str, list[str]] = {}
+    prompts, shown = compose_arms(graded_items, searcher, arms, k, mode, budget, counter(engine))
+    texts_of: dict[str, list[str]] = {}
     for arm in arms:
-        with (events or Events()).progress(f"ask {arm}", len(asked), "questions") as bar:
-            said[arm] = replies(engine, prompts[arm], greedy_params(max_tokens), progress=bar.update)
-    return grade(asked, said, shown, {arm: _mean_tokens(engine, prompts[arm]) for arm in arms})
+        with (events or Events()).progress(f"ask {arm}", len(graded_items), "questions") as bar:
+            texts_of[arm] = replies(engine, prompts[arm], greedy_params(max_tokens), progress=bar.update)
+    return grade(graded_items, texts_of, shown, {arm: _mean_tokens(engine, prompts[arm]) for arm in arms})
 
 
 def check_arms(arms: Sequence[str]) -> None:
@@ -92,7 +92,7 @@ def check_arms(arms: Sequence[str]) -> None:
 
 
 def compose_arms(
-    asked: Sequence[Item],
+    graded_items: Sequence[Item],
     searcher: Searcher,
     arms: Sequence[str],
     k: int,
@@ -104,7 +104,7 @@ def compose_arms(
     prompts: dict[str, list[Messages]] = {arm: [] for arm in arms}
     shown: list[list[str]] = []
     row_of = {id: row for row, id in enumerate(searcher.passages.ids())} if "gold" in arms else {}
-    for item in asked:
+    for item in graded_items:
         if "closed" in arms:
             prompts["closed"].append(ground.closed_book(item.question))
         if "retrieved" in arms:
@@ -119,19 +119,21 @@ def compose_arms(
 
 
 def grade(
-    asked: Sequence[Item],
-    said: Mapping[str, Sequence[str]],
+    graded_items: Sequence[Item],
+    texts_of: Mapping[str, Sequence[str]],
     shown: Sequence[Sequence[str]] = (),
     prompt_tokens: Mapping[str, float] | None = None,
 ) -> Graded:
     """Figures of replies by arm, in the order of `asked`; arms are compared later minus earlier."""
     graded = {
-        arm: [answers.grade(item.question, reply, item.answers) for item, reply in zip(asked, texts, strict=True)]
-        for arm, texts in said.items()
+        arm: [
+            answers.grade(item.question, reply, item.answers) for item, reply in zip(graded_items, texts, strict=True)
+        ]
+        for arm, texts in texts_of.items()
     }
-    known = [bool(set(item.gold) & set(ids)) for item, ids in zip(asked, shown, strict=False) if item.gold]
+    known = [bool(set(item.gold) & set(ids)) for item, ids in zip(graded_items, shown, strict=False) if item.gold]
     return Graded(
-        questions=len(asked),
+        questions=len(graded_items),
         figures={arm: answers.figures(rows) for arm, rows in graded.items()},
         paired=answers.comparisons(graded),
         recall=sum(known) / len(known) if known else None,
@@ -139,11 +141,11 @@ def grade(
         rows=[
             {"id": item.id, "question": item.question, "answers": list(item.answers)}
             | {
-                arm: {"reply": said[arm][i], "short": answers.short_answer(item.question, said[arm][i])}
+                arm: {"reply": texts_of[arm][i], "short": answers.short_answer(item.question, texts_of[arm][i])}
                 | graded[arm][i]
-                for arm in said
+                for arm in texts_of
             }
-            for i, item in enumerate(asked)
+            for i, item in enumerate(graded_items)
         ],
     )
 

@@ -104,8 +104,10 @@ def pairs(rows: Sequence[Item], a: str, b: str) -> list[tuple[Item, Item]]:
             raise unknown("model", name, names, "These are in the item table")
     of_a, of_b = ({(r["task"], r["id"]): r for r in rows if r["model"] == name} for name in (a, b))
     if missing := sorted(of_a.keys() ^ of_b.keys()):
-        said = ", ".join(f"{task} {id_}" for task, id_ in missing[:5])
-        raise UserError(f"{len(missing)} items were asked of one model only ({said}); evaluate both on the same items")
+        listing = ", ".join(f"{task} {id_}" for task, id_ in missing[:5])
+        raise UserError(
+            f"{len(missing)} items were asked of one model only ({listing}); evaluate both on the same items"
+        )
     return [(of_a[key], of_b[key]) for key in of_a]
 
 

@@ -106,8 +106,8 @@ class ModicumLM(LM):
                     "do_sample: false in the task's generation_kwargs"
                 )
             stops = [[s["until"]] if isinstance(s.get("until"), str) else list(s.get("until") or []) for s in settings]
-            room = int(self.model.config.context_length) - 1
-            budgets = [min(int(s.get("max_gen_toks", self.max_new_tokens)), max(room // 2, 1)) for s in settings]
+            most_tokens = int(self.model.config.context_length) - 1
+            budgets = [min(int(s.get("max_gen_toks", self.max_new_tokens)), max(most_tokens // 2, 1)) for s in settings]
             return self.answerer.answers(
                 [Generate(a[0], budget, tuple(stop)) for a, budget, stop in zip(arguments, budgets, stops, strict=True)]
             )
@@ -159,7 +159,7 @@ def run_lm_eval(
             kept=kept,
             fingerprint_of_model=fingerprint_of_model,
         )
-        said = evaluate(
+        outcome = evaluate(
             lm=adapter,
             task_dict=loaded,
             limit=limit,
@@ -167,15 +167,15 @@ def run_lm_eval(
             bootstrap_iters=1000,
             apply_chat_template=chat,
         )
-        if said is None:
+        if outcome is None:
             raise UserError(f"lm-eval gave no result for {name}")
-        members = said["samples"]
+        members = outcome["samples"]
         for member, samples in members.items():
             figures: dict[str, dict[str, float]] = {}
-            for key, value in said["results"][member].items():
+            for key, value in outcome["results"][member].items():
                 figure, _, which = key.partition(",")
                 if isinstance(value, int | float) and not figure.endswith("_stderr") and which:
-                    error = said["results"][member].get(f"{figure}_stderr,{which}")
+                    error = outcome["results"][member].get(f"{figure}_stderr,{which}")
                     figures[figure] = {
                         "value": float(value),
                         "documents": len(samples),

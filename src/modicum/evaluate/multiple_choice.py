@@ -98,26 +98,26 @@ class MultipleChoice(Task):
     def docs(self, split: str, limit: int | None, seed: int) -> Iterator[Doc]:
         for number, row in rows_of(self.config, split, limit, seed):
             where = f"{self.config.file}, row {number}"
-            asked = self.question(row, where)
-            if not isinstance(asked.choices, list | tuple) or len(asked.choices) < 2:
-                raise UserError(f"{where}: the choices are {asked.choices!r}; they must be a list of two or more texts")
-            choices = [str(choice) for choice in asked.choices]
+            posed = self.question(row, where)
+            if not isinstance(posed.choices, list | tuple) or len(posed.choices) < 2:
+                raise UserError(f"{where}: the choices are {posed.choices!r}; they must be a list of two or more texts")
+            choices = [str(choice) for choice in posed.choices]
             doc = {
                 "id": str(row.get("id", number)),
-                "prompt": asked.prompt,
+                "prompt": posed.prompt,
                 "choices": choices,
-                "answer": index_of(asked.answer, choices, where),
+                "answer": index_of(posed.answer, choices, where),
             }
             form = getattr(self.config, "form", "cloze")
-            if form != "cloze" and not asked.before:
+            if form != "cloze" and not posed.before:
                 listed = "".join(f"{chr(ord('A') + i)}. {choice}\n" for i, choice in enumerate(choices))
-                head, last = self._split(asked.prompt)
+                head, last = self._split(posed.prompt)
                 doc |= {"prompt": f"{head}\n{listed}{last}"}
                 if form == "letters":
                     doc |= {"choices": [chr(ord("A") + i) for i in range(len(choices))]}
-            if asked.cluster is not None:
-                doc |= {"cluster": asked.cluster}
-            yield doc | ({"before": asked.before} if asked.before else {})
+            if posed.cluster is not None:
+                doc |= {"cluster": posed.cluster}
+            yield doc | ({"before": posed.before} if posed.before else {})
 
     @staticmethod
     def _split(prompt: str) -> tuple[str, str]:
@@ -131,8 +131,8 @@ class MultipleChoice(Task):
         before = "".join(self.text(shot) + "\n\n" for shot in shots)
         choices = tuple(self.delimiter + choice for choice in doc["choices"])
         own = tuple(before + text for text in doc.get("before", ()))
-        asked = [Choose(before + doc["prompt"], choices, own)]
-        return asked + ([Choose(NOTHING, choices)] if getattr(self.config, "pmi", False) else [])
+        posed = [Choose(before + doc["prompt"], choices, own)]
+        return posed + ([Choose(NOTHING, choices)] if getattr(self.config, "pmi", False) else [])
 
     def grade(self, doc: Doc, replies: Sequence[Any]) -> dict[str, float]:
         scores, right = replies[0], doc["answer"]

@@ -79,14 +79,14 @@ def scatter(rng: Random, facts: Sequence[str], n_words: int, depths: Sequence[fl
     filler = [sentence(rng) for _ in range(max(0, round((n_words - own) / 7)))]
     if depths is None:
         facts = rng.sample(list(facts), len(facts))
-        places = sorted(rng.randint(0, len(filler)) for _ in facts)
+        positions = sorted(rng.randint(0, len(filler)) for _ in facts)
     else:
-        places = [round(depth * len(filler)) for depth in depths]
+        positions = [round(depth * len(filler)) for depth in depths]
     out: list[str] = []
     done = 0
-    for place, fact in sorted(zip(places, facts, strict=True), key=lambda item: item[0]):
-        out += [*filler[done:place], fact]
-        done = place
+    for position, fact in sorted(zip(positions, facts, strict=True), key=lambda item: item[0]):
+        out += [*filler[done:position], fact]
+        done = position
     return " ".join(out + filler[done:])
 
 

@@ -52,14 +52,14 @@ def sample(source: str = "python", seed: int = 0) -> list[str]:
 
 def effect(form: str, before: LMScore, after: LMScore, bits_per_weight: float) -> Effect:
     """Of two scores of the same documents."""
-    said = paired_ratio(list(after.nats_N), list(before.nats_N), list(before.bytes_N))
+    paired_change = paired_ratio(list(after.nats_N), list(before.nats_N), list(before.bytes_N))
     base = before.nats / before.bytes
     return Effect(
         form,
         before.bits_per_byte,
         after.bits_per_byte,
         after.bits_per_byte / before.bits_per_byte - 1,
-        said["stderr"] / base,
+        paired_change["stderr"] / base,
         bits_per_weight,
     )
 
@@ -84,7 +84,7 @@ def alternatives(
     from modicum.model import attach
     from modicum.model.folder import load_model
 
-    found: list[Effect] = []
+    effects: list[Effect] = []
     for form in ALTERNATIVES:
         if form == worse.form:
             continue
@@ -94,10 +94,10 @@ def alternatives(
         bits = 8 * sum(f.nbytes() for f in made.values()) / sum(f.in_features * f.out_features for f in made.values())
         if bits <= worse.bits_per_weight:
             continue
-        found.append(effect(form, before, score(model, tokenizer, texts), bits))
-        if not found[-1].hurts:
+        effects.append(effect(form, before, score(model, tokenizer, texts), bits))
+        if not effects[-1].hurts:
             break
-    return found
+    return effects
 
 
 def advice(worse: Effect, others: Sequence[Effect]) -> list[str]:

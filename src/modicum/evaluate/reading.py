@@ -38,27 +38,27 @@ def read_items(folder: str | Path, limit: int | None = None, *, split: str = "te
     for row in read_rows(folder / "qrels.parquet"):
         if pick(row, "relevance", "qrels.parquet") > 0:
             relevant[pick(row, "query_id", "qrels.parquet")].append(pick(row, "doc_id", "qrels.parquet"))
-    found = []
+    rows = []
     for row in read_rows(folder / "queries.parquet"):
         answers = tuple(dict.fromkeys(str(a) for a in pick(row, "answers", "queries.parquet")))
         gold = tuple(relevant.get(row["id"], ()))
         if answers and gold and split == SPLITS[_number(f"dev{row['id']}") / 2**64 >= DEV]:
-            found.append(Item(str(row["id"]), pick(row, "text", "queries.parquet"), answers, gold))
-    if not found:
+            rows.append(Item(str(row["id"]), pick(row, "text", "queries.parquet"), answers, gold))
+    if not rows:
         raise UserError(
             f"{folder} has no question with an answer and a relevant passage; its answers may be empty lists"
         )
-    found.sort(key=lambda item: _number(f"{seed}/{item.id}"))
-    return found[:limit]
+    rows.sort(key=lambda item: _number(f"{seed}/{item.id}"))
+    return rows[:limit]
 
 
 def open_index(folder: str | Path, cache: str | Path, encoder: str | None, events: Events | None = None) -> Searcher:
     """An index of the folder's passages under `cache`, built where there is none of these passages and this encoder."""
     corpus = Path(folder) / "corpus.parquet"
-    place = Path(cache) / f"index-{fingerprint([sha256(corpus), encoder])}"
-    if not (place / "manifest.json").is_file():
-        build_index(read_collection(corpus), place, encoder=encoder, events=events)
-    return Searcher(place)
+    index_folder = Path(cache) / f"index-{fingerprint([sha256(corpus), encoder])}"
+    if not (index_folder / "manifest.json").is_file():
+        build_index(read_collection(corpus), index_folder, encoder=encoder, events=events)
+    return Searcher(index_folder)
 
 
 def checksums(folder: str | Path) -> dict[str, str]:

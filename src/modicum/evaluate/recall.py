@@ -67,13 +67,13 @@ def facts_and_questions(rng: Random, tokens: int) -> Document:
     words = rng.choice((1, 1, 2))
     drawn = rng.sample(NOUNS, n * (1 + words))
     pairs = [(drawn[i], " ".join(drawn[n + i * words : n + (i + 1) * words])) for i in range(n)]
-    asked = [
+    questions = [
         (f" The secret of {key} is" if rng.random() < 0.6 else f" The secrets of {key} :", f" {value}.")
         for key, value in rng.sample(pairs, n)
     ]
-    room = int(WORDS * tokens) - sum(len((q + a).split()) for q, a in asked)
-    text = scatter(rng, [f"The secret of {key} is {value}." for key, value in pairs], max(room, 1))
-    return [(text + asked[0][0], asked[0][1]), *asked[1:]]
+    left = int(WORDS * tokens) - sum(len((q + a).split()) for q, a in questions)
+    text = scatter(rng, [f"The secret of {key} is {value}." for key, value in pairs], max(left, 1))
+    return [(text + questions[0][0], questions[0][1]), *questions[1:]]
 
 
 def list_and_copy(rng: Random, tokens: int) -> Document:
@@ -150,12 +150,12 @@ class RecallStream:
         texts: list[Document] = []
         of_row: list[int] = []
         for row in range(rows):
-            room = T
-            while room > 16:  # guessed sizes; a row may end up a little over or under
-                size = max(32, int(min(0.97 * room, T * rng.uniform(0.4, 0.97))))  # the last one fills the row
+            left = T
+            while left > 16:  # guessed sizes; a row may end up a little over or under
+                size = max(32, int(min(0.97 * left, T * rng.uniform(0.4, 0.97))))  # the last one fills the row
                 texts.append(document(rng, size, self.config.copies))
                 of_row.append(row)
-                room -= size
+                left -= size
         flat = [part for text in texts for pair in text for part in pair]
         ids_of = iter(self.tokenizer.encode_batch(flat, specials=False))
         spans: list[list[Tokens]] = [[] for _ in range(rows)]

@@ -63,7 +63,7 @@ def rows_of(config: FileConfig, split: str, limit: int | None, seed: int) -> Ite
     rows = list(enumerate(read_rows(config.file)))
     present = dict.fromkeys(str(v) for _, row in rows if (v := row.get(config.split_column)) is not None)
     if present:
-        wanted: str | None = _asked(config, list(present))
+        wanted: str | None = _wanted_split(config, list(present))
         if split == "train":
             wanted = next((s for s in EXAMPLES if s in present and s != wanted), None)
         rows = [(n, row) for n, row in rows if row.get(config.split_column) in (None, wanted)] if wanted else []
@@ -77,7 +77,7 @@ def rows_of(config: FileConfig, split: str, limit: int | None, seed: int) -> Ite
     yield from rows[:limit]
 
 
-def _asked(config: FileConfig, present: list[str]) -> str:
+def _wanted_split(config: FileConfig, present: list[str]) -> str:
     if config.split is not None:
         if config.split not in present:
             raise unknown(f"split of {config.file}", config.split, present, "Choose one with split=NAME")

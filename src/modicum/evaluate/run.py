@@ -50,8 +50,8 @@ class TaskResult:
 
     @property
     def items_per_second(self) -> float | None:
-        asked = len(self.rows) - self.resumed
-        return asked / self.seconds if asked and self.seconds else None
+        answered = len(self.rows) - self.resumed
+        return answered / self.seconds if answered and self.seconds else None
 
     @property
     def value(self) -> float:
@@ -102,13 +102,13 @@ def run_tasks(
         method = Solving(registry.build("solver", solver), Engined(answerer), solver_budget)
         common += ["solver", Choice.parse("solver", solver).resolved(), solver_budget]
     training = model.training
-    found: dict[str, TaskResult] = {}
+    results: dict[str, TaskResult] = {}
     try:
         for name, task in ours:
             own = getattr(task.config, "shots", None)
             drawn = seed if shot_seed is None else shot_seed
-            asked = (limit, shots if own is None else own, seed, drawn)
-            found[name] = _run(task, name, answerer, common, asked, kept, events, method)
+            drawing = (limit, shots if own is None else own, seed, drawn)
+            results[name] = _run(task, name, answerer, common, drawing, kept, events, method)
         theirs = [name.removeprefix(LM_EVAL) for name in tasks if name.startswith(LM_EVAL)]
         if theirs:
             from modicum.evaluate.lm_eval import run_lm_eval
@@ -123,13 +123,13 @@ def run_tasks(
                 include_path=include_path,
                 fingerprint_of_model=name_of_model,
             ):
-                found[result.task] = result
+                results[result.task] = result
     finally:
         model.train(training)
     return [
         result
         for name in tasks
-        for key, result in found.items()
+        for key, result in results.items()
         if key == name or (name.startswith(LM_EVAL) and key.startswith(f"{name}/"))
     ]
 
@@ -151,7 +151,7 @@ def _run(
         raise UserError(f"the task {name} gave no documents; look at its limit, split and file")
     examples = list(task.docs("train", shots + 1, shot_seed)) if shots else []
     common = [*common, task.version, Choice.parse("task", name).resolved(), shots, seed, shot_seed]
-    asked = []
+    planned = []
     for doc in docs:
         own = [e for e in examples if e["id"] != doc["id"]][:shots]
         if len(own) < shots:
@@ -160,8 +160,8 @@ def _run(
                 "for them, such as train"
             )
         requests = task.requests(doc, own)
-        asked.append((doc, requests, fingerprint([common, doc["id"], [asdict(r) for r in requests]])))
-    todo = [item for item in asked if item[2] not in kept]
+        planned.append((doc, requests, fingerprint([common, doc["id"], [asdict(r) for r in requests]])))
+    todo = [item for item in planned if item[2] not in kept]
     start, total = time.perf_counter(), 0.0
     with events.progress(short(name), len(docs), "items") as progress:
         progress.resume_at(len(docs) - len(todo))
@@ -193,16 +193,16 @@ def _run(
             )
             last = now
             progress.update(1, **{task.metric: total / done})
-    figures_of = [kept[key]["figures"] for _, _, key in asked]
-    clusters = [doc.get("cluster") for doc, _, _ in asked]
+    figures_of = [kept[key]["figures"] for _, _, key in planned]
+    clusters = [doc.get("cluster") for doc, _, _ in planned]
     about = [
         {"id": doc["id"], "asked": fingerprint([task.version, [asdict(r) for r in requests]])[:12]}
         | ({} if cluster is None else {"cluster": cluster})
-        for (doc, requests, _), cluster in zip(asked, clusters, strict=True)
+        for (doc, requests, _), cluster in zip(planned, clusters, strict=True)
     ]
     scores = clustered(task.aggregate(figures_of), figures_of, clusters)
-    guesses = [guess for doc, _, _ in asked if (guess := task.chance(doc)) is not None]
-    if len(guesses) == len(asked):
+    guesses = [guess for doc, _, _ in planned if (guess := task.chance(doc)) is not None]
+    if len(guesses) == len(planned):
         scores[task.metric] = scores[task.metric] | {"chance": sum(guesses) / len(guesses)}
     result = TaskResult(
         name,
@@ -211,7 +211,7 @@ def _run(
         [row | figures for row, figures in zip(about, figures_of, strict=True)],
         [
             items.item(doc, requests, kept[key], row, task.metric)
-            for (doc, requests, key), row in zip(asked, about, strict=True)
+            for (doc, requests, key), row in zip(planned, about, strict=True)
         ],
         len(docs) - len(todo),
         time.perf_counter() - start if todo else 0.0,

@@ -99,14 +99,14 @@ def run(
         close_fds=True,
     )
     try:
-        said, ended = _talk(child, given, start + seconds, output_bytes)
+        received, ended = _talk(child, given, start + seconds, output_bytes)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         shutil.rmtree(folder, ignore_errors=True)
     took = time.monotonic() - start
-    text = said.decode("utf-8", "replace")
+    text = received.decode("utf-8", "replace")
     if "isolation: " in text and f"\n{word}\n" not in text and ended == "end":
         raise UserError(
             f"model-written code cannot be isolated here ({text.strip().splitlines()[-1]}); leave code tasks out, or "
@@ -128,14 +128,14 @@ def _talk(child: subprocess.Popen[bytes], given: bytes, until: float, output_byt
     assert child.stdin is not None and child.stdout is not None
     os.set_blocking(child.stdout.fileno(), False)
     os.set_blocking(child.stdin.fileno(), False)
-    said, sent = b"", 0
+    received, sent = b"", 0
     with selectors.DefaultSelector() as ready:
         ready.register(child.stdout, selectors.EVENT_READ)
         ready.register(child.stdin, selectors.EVENT_WRITE)
         while True:
             left = until - time.monotonic()
             if left <= 0:
-                return said, "time"
+                return received, "time"
             for key, _ in ready.select(min(left, 0.5)):
                 if key.fileobj is child.stdin:
                     try:
@@ -150,7 +150,7 @@ def _talk(child: subprocess.Popen[bytes], given: bytes, until: float, output_byt
                     continue
                 part = os.read(child.stdout.fileno(), 65536)
                 if not part:
-                    return said, "end"
-                said += part
-                if len(said) > output_bytes:
-                    return said[:output_bytes], "output"
+                    return received, "end"
+                received += part
+                if len(received) > output_bytes:
+                    return received[:output_bytes], "output"

@@ -64,15 +64,15 @@ def score_rows(
         for picked in _batches(rows, batch_tokens):
             width = max(len(rows[i][0]) for i in picked) - 1
             tokens_BT = torch.full((len(picked), width), pad_id, dtype=torch.long)
-            target_S, place_S, sizes = [], [], []
+            target_S, position_S, sizes = [], [], []
             for b, i in enumerate(picked):
                 tokens, scored = rows[i]
                 tokens_BT[b, : len(tokens) - 1] = torch.tensor(tokens[:-1], dtype=torch.long)
-                place_S.append(torch.arange(len(tokens) - 1 - scored, len(tokens) - 1) + b * width)
+                position_S.append(torch.arange(len(tokens) - 1 - scored, len(tokens) - 1) + b * width)
                 target_S.append(torch.tensor(tokens[len(tokens) - scored :], dtype=torch.long))
                 sizes.append(scored)
             h_BTD = model.hidden(tokens_BT.to(model.device))
-            h_SD = h_BTD.reshape(-1, h_BTD.shape[-1])[torch.cat(place_S).to(h_BTD.device)]
+            h_SD = h_BTD.reshape(-1, h_BTD.shape[-1])[torch.cat(position_S).to(h_BTD.device)]
             nats_S, greedy_S = chosen(model, h_SD, torch.cat(target_S).to(h_BTD.device))
             for i, nats, greedy in zip(picked, nats_S.cpu().split(sizes), greedy_S.cpu().split(sizes), strict=True):
                 results[i] = nats.double().numpy(), greedy.numpy()

@@ -51,18 +51,18 @@ class WrittenTask(Task):
     def docs(self, split: str, limit: int | None, seed: int) -> Iterator[Doc]:
         for number, row in rows_of(self.config, split, limit, seed):
             where = f"{self.config.file}, row {number}"
-            asked = self.question(row, where)
-            answers = [str(a) for a in asked.answers]
+            written = self.question(row, where)
+            answers = [str(a) for a in written.answers]
             if not answers:
                 raise UserError(f"{where}: there is no accepted answer; every row needs one")
             doc = {
                 "id": str(row.get("id", number)),
-                "prompt": asked.prompt,
+                "prompt": written.prompt,
                 "answers": answers,
-                "solved": asked.solved or f" {answers[0]}",
-                "extra": asked.extra,
+                "solved": written.solved or f" {answers[0]}",
+                "extra": written.extra,
             }
-            yield doc | ({} if asked.cluster is None else {"cluster": asked.cluster})
+            yield doc | ({} if written.cluster is None else {"cluster": written.cluster})
 
     def requests(self, doc: Doc, shots: Sequence[Doc]) -> list[Any]:
         before = self.description + "".join(s["prompt"] + s["solved"] + self.delimiter for s in shots)
@@ -78,8 +78,8 @@ class WrittenTask(Task):
 def extra_of(row: dict[str, Any]) -> dict[str, Any]:
     """The column `extra` as a mapping, which files hold as JSON text."""
     extra = row.get("extra")
-    found = json.loads(extra) if isinstance(extra, str) and extra else extra
-    return found if isinstance(found, dict) else {}
+    parsed = json.loads(extra) if isinstance(extra, str) and extra else extra
+    return parsed if isinstance(parsed, dict) else {}
 
 
 def number_in(text: str) -> str | None:
@@ -94,5 +94,5 @@ def number_in(text: str) -> str | None:
 
 def last_number(text: str) -> str | None:
     """The last number of a text, as it is compared."""
-    found = NUMBER.findall(text)
-    return number_in(found[-1]) if found else None
+    matches = NUMBER.findall(text)
+    return number_in(matches[-1]) if matches else None

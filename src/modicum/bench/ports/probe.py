@@ -48,7 +48,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     for i, effect in itertools.product(range(scale.models), (True, False)):
         items, grade, budget = probe.simulate(np.random.default_rng([seed, i, effect]), effect)
         report = probe.run(items, grade, budget, seed)
-        verdicts[effect].append(report.found)
+        verdicts[effect].append(report.detected)
         graded.append(report.graded)
     metrics = {
         "detected": float(np.mean(verdicts[True])),
@@ -77,7 +77,7 @@ def ask(choice: Choice, seed: int, settings: Settings) -> Measurement:
     grade = probes.grader(Answerer(model, Tokenizer.load(folder)), Kept(), [str(folder)])
     start = time.perf_counter()
     report = registry.build("probe", choice).run(items, grade, scale.budget, seed)
-    metrics: dict[str, Any] = {"found": float(report.found), "graded": float(report.graded)}
+    metrics: dict[str, Any] = {"found": float(report.detected), "graded": float(report.graded)}
     for name, figure in report.figures.items():
         metrics[name] = figure["value"]
         metrics |= {f"{name}_low": figure["low"], f"{name}_high": figure["high"]}

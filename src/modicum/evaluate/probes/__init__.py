@@ -60,10 +60,10 @@ Grader = Callable[[Sequence[Asked]], list[Graded]]
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """figures: {name: {value, low, high}}; found: whether the effect that the probe looks for is there."""
+    """figures: {name: {value, low, high}}; detected: whether the effect that the probe looks for is there."""
 
     figures: dict[str, dict[str, float]]
-    found: bool
+    detected: bool
     verdict: str
     graded: int
     rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
@@ -98,9 +98,9 @@ def ask(item: Item, question: str | None = None) -> Asked:
 def grader(answerer: Answerer, kept: Kept, common: Sequence[Any]) -> Grader:
     """Gradings by a model: requests already in `kept` (under `common`, which names the model) are not asked again."""
 
-    def grade(asked: Sequence[Asked]) -> list[Graded]:
-        keys = [fingerprint(["probe", *common, a.prompt, a.choices, a.item.right]) for a in asked]
-        todo = {key: a for key, a in zip(keys, asked, strict=True) if key not in kept}
+    def grade(prompts: Sequence[Asked]) -> list[Graded]:
+        keys = [fingerprint(["probe", *common, a.prompt, a.choices, a.item.right]) for a in prompts]
+        todo = {key: a for key, a in zip(keys, prompts, strict=True) if key not in kept}
         replies = answerer.answers([Choose(a.prompt, a.choices) for a in todo.values()])
         for (key, a), reply in zip(todo.items(), replies, strict=True):
             nats = [float(s.nats) for s in reply]
@@ -114,10 +114,10 @@ def grader(answerer: Answerer, kept: Kept, common: Sequence[Any]) -> Grader:
 
 def items_of(rows: Iterable[dict[str, Any]]) -> list[Item]:
     """Items of a multiple-choice task's documents ({id, prompt, choices, answer}), the question alone."""
-    found = []
+    items = []
     for row in rows:
         question = row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:").strip()
-        found.append(Item(str(row["id"]), question, tuple(row["choices"]), int(row["answer"])))
-    if not found:
+        items.append(Item(str(row["id"]), question, tuple(row["choices"]), int(row["answer"])))
+    if not items:
         raise UserError("there are no multiple-choice items to probe; give a task such as arc-easy")
-    return found
+    return items

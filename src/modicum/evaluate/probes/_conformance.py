@@ -21,9 +21,9 @@ class Counted:
     def __init__(self, grade: Grader):
         self.grade, self.count = grade, 0
 
-    def __call__(self, asked: Sequence[Asked]) -> list[Graded]:
-        self.count += len(asked)
-        return self.grade(asked)
+    def __call__(self, prompts: Sequence[Asked]) -> list[Graded]:
+        self.count += len(prompts)
+        return self.grade(prompts)
 
 
 def _run(key: str, seed: int, effect: bool) -> tuple[Report, int, int]:
@@ -34,9 +34,9 @@ def _run(key: str, seed: int, effect: bool) -> tuple[Report, int, int]:
 
 def check_keeps_its_budget(key: str) -> None:
     for seed in range(3):
-        report, asked, budget = _run(key, seed, True)
-        assert asked <= budget, f"{asked} gradings were asked for, the budget is {budget}"
-        assert report.graded == asked, f"the report says {report.graded} gradings, there were {asked}"
+        report, spent, budget = _run(key, seed, True)
+        assert spent <= budget, f"{spent} gradings were asked for, the budget is {budget}"
+        assert report.graded == spent, f"the report says {report.graded} gradings, there were {spent}"
 
 
 def check_same_seed_same_report(key: str) -> None:
@@ -45,13 +45,13 @@ def check_same_seed_same_report(key: str) -> None:
 
 
 def check_finds_what_is_planted(key: str) -> None:
-    found = [_run(key, seed, True)[0].found for seed in range(10)]
-    assert sum(found) >= 8, f"the planted effect was found in {sum(found)} of 10 simulated models"
+    detections = [_run(key, seed, True)[0].detected for seed in range(10)]
+    assert sum(detections) >= 8, f"the planted effect was found in {sum(detections)} of 10 simulated models"
 
 
 def check_false_alarms(key: str) -> None:
-    found = [_run(key, seed, False)[0].found for seed in range(100, 140)]
-    assert sum(found) <= 5, f"{sum(found)} of 40 models without the effect raised an alarm; 5% are allowed"
+    detections = [_run(key, seed, False)[0].detected for seed in range(100, 140)]
+    assert sum(detections) <= 5, f"{sum(detections)} of 40 models without the effect raised an alarm; 5% are allowed"
 
 
 def check_figures_have_intervals(key: str) -> None:
@@ -63,9 +63,9 @@ def check_figures_have_intervals(key: str) -> None:
 
 def check_too_small_a_budget_is_refused(key: str) -> None:
     items, grade, _ = _probe(key).simulate(np.random.default_rng(0), True)
-    for asked, budget in (([], 1000), (items, 0)):
+    for prompts, budget in (([], 1000), (items, 0)):
         try:
-            _probe(key).run(asked, grade, budget, 0)
+            _probe(key).run(prompts, grade, budget, 0)
         except (UserError, ValueError):
             continue
-        raise AssertionError(f"{len(asked)} items and a budget of {budget} were accepted")
+        raise AssertionError(f"{len(prompts)} items and a budget of {budget} were accepted")

@@ -119,11 +119,11 @@ class Cbod(Probe):
         corrected = holm([p for _, p, _ in tests])
         for (name, _, _), p in zip(tests, corrected, strict=True):
             figures[name] |= {"p": p}
-        found = any(p < 0.05 and gap > 0 for p, (_, _, gap) in zip(corrected, tests, strict=True))
+        detected = any(p < 0.05 and gap > 0 for p, (_, _, gap) in zip(corrected, tests, strict=True))
         best = int(np.argmin(corrected))
-        said = "overfit" if found else "no sign of overfitting"
-        verdict = f"{said} to the wording (drop {tests[best][2]:+.1%}, p {corrected[best]:.2g})"
-        return Report(figures=figures, found=found, verdict=verdict, graded=spent, rows=rows)
+        summary = "overfit" if detected else "no sign of overfitting"
+        verdict = f"{summary} to the wording (drop {tests[best][2]:+.1%}, p {corrected[best]:.2g})"
+        return Report(figures=figures, detected=detected, verdict=verdict, graded=spent, rows=rows)
 
     def _given(self) -> dict[str, str] | None:
         if self.config.rewriter == "rules":
@@ -140,14 +140,14 @@ class Cbod(Probe):
         knows = {i.id: bool(rng.random() < 0.4) for i in items}
         exact = {i.id: ask(i).prompt for i in items if effect and rng.random() < 0.1}
 
-        def grade(asked: Sequence[Asked]) -> list[Graded]:
-            found = []
-            for a in asked:
+        def grade(prompts: Sequence[Asked]) -> list[Graded]:
+            rows = []
+            for a in prompts:
                 luck = rng.random() < 0.25
                 flip = rng.random() < 0.03
                 right = (knows[a.item.id] != flip) or bool(luck and not knows[a.item.id] and rng.random() < 0.1)
-                found.append(Graded(right or exact.get(a.item.id) == a.prompt, (0.0,) * 4))
-            return found
+                rows.append(Graded(right or exact.get(a.item.id) == a.prompt, (0.0,) * 4))
+            return rows
 
         return items, grade, 2000
 

@@ -63,8 +63,8 @@ class DownstreamElusive(Probe):
         whole = [group for group in by_id.values() if len(group) == models][: budget // models]
         if not whole:
             raise UserError(f"a budget of {budget} gradings covers no item under all {models} models")
-        asked = [ask(item) for group in whole for item in group]
-        graded = grade(asked)
+        prompts = [ask(item) for group in whole for item in group]
+        graded = grade(prompts)
         rows, wrong = [], []
         for g, group in enumerate(whole):
             scores = [chain(graded[g * models + m].nats, group[m].right) for m in range(models)]
@@ -86,17 +86,17 @@ class DownstreamElusive(Probe):
             zip(("low", "high"), map(float, np.quantile(drawn, [0.025, 0.975])), strict=True)
         )
         figures["wrong_with_right"] = {"value": float(np.median(wrong)), "low": min(wrong), "high": max(wrong)}
-        found = figures["lost"]["low"] > 0.05
+        detected = figures["lost"]["low"] > 0.05
         verdict = (
             f"median correlation with scale falls from {figures['log_p_vocab']['value']:.2f} (log p) to "
-            f"{figures['accuracy']['value']:.2f} (accuracy)" + ("" if found else ": no clear loss")
+            f"{figures['accuracy']['value']:.2f} (accuracy)" + ("" if detected else ": no clear loss")
         )
         ids = [group[0].id for group in whole]
         return Report(
             figures=figures,
-            found=bool(found),
+            detected=bool(detected),
             verdict=verdict,
-            graded=len(asked),
+            graded=len(prompts),
             rows=[{"id": i} | row for i, row in zip(ids, rows, strict=True)],
         )
 
@@ -117,15 +117,15 @@ class DownstreamElusive(Probe):
         ]
         ease = {str(i): float(rng.uniform(-1, 1)) for i in range(80)}
 
-        def grade(asked: Sequence[Asked]) -> list[Graded]:
-            found = []
-            for a in asked:
+        def grade(prompts: Sequence[Asked]) -> list[Graded]:
+            rows = []
+            for a in prompts:
                 scale = float(np.log10(a.item.compute or 1)) + 0.05 * float(rng.normal())
                 right = -12 + ease[a.item.id] + 0.4 * scale
                 wrong = rng.normal(size=3) * 1.5 + right if effect else -9.5 - 0.4 * scale + 0.02 * rng.normal(size=3)
                 # without the effect accuracy flips once, in the middle of the range: it follows scale like the rest
-                found.append(Graded(bool(right > max(wrong)), (right, *map(float, wrong))))
-            return found
+                rows.append(Graded(bool(right > max(wrong)), (right, *map(float, wrong))))
+            return rows
 
         return items, grade, len(items)
 
@@ -133,14 +133,14 @@ class DownstreamElusive(Probe):
 def chain(nats: Sequence[float], right: int) -> dict[str, float]:
     """The scores of one item under one model, from whole-choice log-likelihoods in nats."""
     values = np.asarray(nats, dtype=float)
-    share = np.exp(values - values.max())
-    share /= share.sum()
-    others = np.delete(share, right)
+    weights = np.exp(values - values.max())
+    weights /= weights.sum()
+    others = np.delete(weights, right)
     return {
         "log_p_vocab": float(values[right]),
-        "log_p_choices": float(np.log(max(share[right], 1e-300))),
-        "p_choices": float(share[right]),
-        "brier": float(((share - (np.arange(len(share)) == right)) ** 2).sum()),
+        "log_p_choices": float(np.log(max(weights[right], 1e-300))),
+        "p_choices": float(weights[right]),
+        "brier": float(((weights - (np.arange(len(weights)) == right)) ** 2).sum()),
         "accuracy": float(values.argmax() == right),
         "p_wrong": float(others.max()),
     }

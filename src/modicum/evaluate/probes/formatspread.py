@@ -160,15 +160,15 @@ class FormatSpread(Probe):
             "median": {"value": float(np.median(means)), "low": float(means.min()), "high": float(means.max())},
             "noise": {"value": float(np.median(noise)), "low": 0.0, "high": float(np.quantile(noise, 0.95))},
         }
-        found, most = spread > figures["noise"]["high"], figures["noise"]["high"]
+        detected, most = spread > figures["noise"]["high"], figures["noise"]["high"]
         verdict = (
-            f"formats differ by {spread:.1%}, {'more' if found else 'no more'} than the {most:.1%} of chance alone"
+            f"formats differ by {spread:.1%}, {'more' if detected else 'no more'} than the {most:.1%} of chance alone"
         )
         rows = []
         for i in seen:
             hits, count = int(sum(right[i])), len(right[i])
             rows.append({"format": repr(arms[i]), "items": count, "right": hits, "mean": hits / count})
-        return Report(figures=figures, found=found, verdict=verdict, graded=spent, rows=rows)
+        return Report(figures=figures, detected=detected, verdict=verdict, graded=spent, rows=rows)
 
     def _noise(
         self, order: Sequence[Item], right: list[list[bool]], seen: list[int], rng: np.random.Generator
@@ -186,24 +186,24 @@ class FormatSpread(Probe):
         mean = won.sum() / count.sum()
         chance = (won + mean) / (count + 1)
         sizes = [len(right[i]) for i in seen]
-        found = []
+        rows = []
         for _ in range(200):
             drawn = rng.random((len(seen), n)) < chance
             means = np.array([drawn[k, :size].mean() for k, size in enumerate(sizes)])
-            found.append(drawn[means.argmax()].mean() - drawn[means.argmin()].mean())
-        return np.array(found)
+            rows.append(drawn[means.argmax()].mean() - drawn[means.argmin()].mean())
+        return np.array(rows)
 
     def simulate(self, rng: np.random.Generator, effect: bool) -> tuple[list[Item], Grader, int]:
         """A model that answers by content with some noise, or one that loses 40 points where choices are numbered 1."""
         items = [Item(str(i), f"question {i}", ("a", "b", "c", "d"), int(rng.integers(4))) for i in range(150)]
         skill = {i.id: float(rng.beta(2, 2)) for i in items}
 
-        def grade(asked: Sequence[Asked]) -> list[Graded]:
-            found: list[Graded] = []
-            for a in asked:
+        def grade(prompts: Sequence[Asked]) -> list[Graded]:
+            rows: list[Graded] = []
+            for a in prompts:
                 penalty = 0.4 if effect and any(ch.isdigit() for ch in a.choices[0]) else 0.0
-                found.append(Graded(bool(rng.random() < skill[a.item.id] - penalty), (0.0,) * 4))
-            return found
+                rows.append(Graded(bool(rng.random() < skill[a.item.id] - penalty), (0.0,) * 4))
+            return rows
 
         return items, grade, 1500
 

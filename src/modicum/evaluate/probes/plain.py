@@ -33,17 +33,17 @@ class Plain(Probe):
         right = [g.right for g in grade([ask(item) for item in picked])]
         low, high = wilson(sum(right), len(right))
         chance = float(np.mean([1 / len(item.choices) for item in picked]))
-        found = low > chance
+        detected = low > chance
         figures = {"score": {"value": float(np.mean(right)), "low": low, "high": high}}
-        verdict = f"{'above' if found else 'not above'} chance ({chance:.0%})"
-        return Report(figures=figures, found=found, verdict=verdict, graded=len(picked))
+        verdict = f"{'above' if detected else 'not above'} chance ({chance:.0%})"
+        return Report(figures=figures, detected=detected, verdict=verdict, graded=len(picked))
 
     def simulate(self, rng: np.random.Generator, effect: bool) -> tuple[list[Item], Grader, int]:
         items = [Item(str(i), f"question {i}", ("a", "b", "c", "d"), int(rng.integers(4))) for i in range(200)]
         rate = 0.45 if effect else 0.25
 
-        def grade(asked: Sequence[Asked]) -> list[Graded]:
-            return [Graded(bool(rng.random() < rate), (0.0,) * 4) for _ in asked]
+        def grade(prompts: Sequence[Asked]) -> list[Graded]:
+            return [Graded(bool(rng.random() < rate), (0.0,) * 4) for _ in prompts]
 
         assert sign_test(0, 0) == 1
         return items, grade, 200

@@ -86,9 +86,9 @@ class Task(Method):
 
     def aggregate(self, rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
         """For each figure its mean and the standard error of the mean over documents."""
-        found = {}
+        figures = {}
         for name in rows[0] if rows else ():
             values = np.array([row[name] for row in rows], dtype=float)
             spread = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-            found[name] = {"value": float(values.mean()), "stderr": spread, "documents": len(values)}
-        return found
+            figures[name] = {"value": float(values.mean()), "stderr": spread, "documents": len(values)}
+        return figures

@@ -29,8 +29,8 @@ def _replies(task: Task, doc: Doc, right: bool) -> list[Any]:
         if isinstance(request, Generate):
             rest = task.text(doc)
             rest = rest[len(request.prompt) :] if rest.startswith(request.prompt) else rest
-            places = [rest.find(s) for s in request.stop if s and rest.find(s) >= 0]
-            replies.append(rest[: min(places)] if places else rest)
+            ends_at = [rest.find(s) for s in request.stop if s and rest.find(s) >= 0]
+            replies.append(rest[: min(ends_at)] if ends_at else rest)
             if not right:
                 replies[-1] = " nothing of the kind"
         else:
@@ -120,10 +120,10 @@ def check_aggregate(key: str) -> None:
     doc = _docs(task, limit=1)[0]
     right, wrong = (task.grade(doc, _replies(task, doc, r)) for r in (True, False))
     rows = [right] * 3 + [wrong] * 7
-    found = task.aggregate(rows)[task.metric]
+    figure = task.aggregate(rows)[task.metric]
     values = np.array([row[task.metric] for row in rows])
-    assert np.isclose(found["value"], 0.3), f"3 of 10 right gives {found}"
-    assert np.isclose(found["stderr"], values.std(ddof=1) / np.sqrt(10)), f"the standard error is {found['stderr']}"
+    assert np.isclose(figure["value"], 0.3), f"3 of 10 right gives {figure}"
+    assert np.isclose(figure["stderr"], values.std(ddof=1) / np.sqrt(10)), f"the standard error is {figure['stderr']}"
 
 
 def check_training_text(key: str) -> None:

@@ -35,13 +35,13 @@ class Copa(MultipleChoice):
     delimiter = "  "
 
     def question(self, row: dict[str, Any], where: str) -> Question:
-        asked = str(first(row, ("question",), where)).strip()
+        query = str(first(row, ("question",), where)).strip()
         if "premise" in row:
-            premise, kind = str(row["premise"]).strip(), asked
+            premise, kind = str(row["premise"]).strip(), query
             choices = [row["choice1"], row["choice2"]]
         else:
-            ending = next((e for e in ENDINGS if asked.endswith(e)), None)
-            premise, kind = (asked.removesuffix(ending).strip(), ENDINGS[ending]) if ending else (asked, "effect")
+            ending = next((e for e in ENDINGS if query.endswith(e)), None)
+            premise, kind = (query.removesuffix(ending).strip(), ENDINGS[ending]) if ending else (query, "effect")
             choices = first(row, ("choices",), where)
         word = "because" if kind == "cause" else "therefore"
         small = [str(c)[:1].lower() + str(c)[1:] for c in choices]

@@ -52,21 +52,21 @@ class Coqa(WrittenTask):
     max_new_tokens = 48
 
     def question(self, row: dict[str, Any], where: str) -> Written:
-        story, asked = first(row, ("context", "story"), where), first(row, ("prompt", "question"), where)
+        story, query = first(row, ("context", "story"), where), first(row, ("prompt", "question"), where)
         turns = extra_of(row).get("history", [])
-        place = _TURN.search(str(row.get("id", "")))
-        if place:  # the whole conversation may stand in the row: only what came before may be shown
-            turns = turns[: int(place[1])]
+        turn_match = _TURN.search(str(row.get("id", "")))
+        if turn_match:  # the whole conversation may stand in the row: only what came before may be shown
+            turns = turns[: int(turn_match[1])]
         before = "".join(f"Q: {t['question']}\n\nA: {t['answer']}\n\n" for t in turns)
         answers = first(row, ("references", "answer"), where)
         answers = answers if isinstance(answers, list) else [answers]
-        return Written(f"{story}\n\n{before}Q: {asked}\n\nA:", answers, cluster=fingerprint(str(story)))
+        return Written(f"{story}\n\n{before}Q: {query}\n\nA:", answers, cluster=fingerprint(str(story)))
 
     def mark(self, reply: str, doc: Doc) -> dict[str, float]:
-        said, wanted = squad_normal(reply), [squad_normal(a) for a in doc["answers"]]
+        given, wanted = squad_normal(reply), [squad_normal(a) for a in doc["answers"]]
         sets = [wanted[:i] + wanted[i + 1 :] for i in range(len(wanted))] if len(wanted) > 1 else [wanted]
         return {
-            "f1": float(np.mean([max(word_f1(said, w) for w in others) for others in sets])),
-            "em": float(np.mean([max(float(said == w) for w in others) for others in sets])),
-            "unparsed": float(not said),
+            "f1": float(np.mean([max(word_f1(given, w) for w in others) for others in sets])),
+            "em": float(np.mean([max(float(given == w) for w in others) for others in sets])),
+            "unparsed": float(not given),
         }

@@ -38,17 +38,17 @@ class Drop(WrittenTask):
     stop = (".",)
 
     def question(self, row: dict[str, Any], where: str) -> Written:
-        passage, asked = first(row, ("context", "passage"), where), first(row, ("prompt", "question"), where)
+        passage, query = first(row, ("context", "passage"), where), first(row, ("prompt", "question"), where)
         answers = first(row, ("references", "answer"), where)
         answers = answers if isinstance(answers, list) else [answers]
-        return Written(f"{passage} {asked}", answers, cluster=fingerprint(str(passage)))
+        return Written(f"{passage} {query}", answers, cluster=fingerprint(str(passage)))
 
     def mark(self, reply: str, doc: Doc) -> dict[str, float]:
-        said, wanted = _normal(reply), [_normal(a) for a in doc["answers"]]
+        given, wanted = _normal(reply), [_normal(a) for a in doc["answers"]]
         return {
-            "f1": max(word_f1(said, w) for w in wanted),
-            "em": float(said in wanted),
-            "unparsed": float(not said),
+            "f1": max(word_f1(given, w) for w in wanted),
+            "em": float(given in wanted),
+            "unparsed": float(not given),
         }
 
 

@@ -53,12 +53,12 @@ class GenerateTask(Task):
         return [Generate(before + doc["prompt"], self.config.max_new_tokens, stops)]
 
     def grade(self, doc: Doc, replies: Sequence[Any]) -> dict[str, float]:
-        said = squad_normal(replies[0])
+        given = squad_normal(replies[0])
         wanted = [squad_normal(answer) for answer in doc["answers"]]
         return {
-            "accuracy": float(said in wanted),
-            "f1": max(word_f1(said, w) for w in wanted),
-            "contains": float(any(f" {w} " in f" {said} " for w in wanted if w)),
+            "accuracy": float(given in wanted),
+            "f1": max(word_f1(given, w) for w in wanted),
+            "contains": float(any(f" {w} " in f" {given} " for w in wanted if w)),
         }
 
     def text(self, doc: Doc) -> str:
@@ -69,9 +69,9 @@ def squad_normal(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def word_f1(said: str, wanted: str) -> float:
+def word_f1(given: str, wanted: str) -> float:
     """Harmonic mean of precision and recall of words, counted with multiplicity."""
-    a, b = said.split(), wanted.split()
+    a, b = given.split(), wanted.split()
     if not a or not b:
         return float(a == b)
     common = sum((Counter(a) & Counter(b)).values())

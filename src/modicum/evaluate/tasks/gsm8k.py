@@ -54,9 +54,9 @@ class Gsm8k(WrittenTask):
 
     def mark(self, reply: str, doc: Doc) -> dict[str, float]:
         wanted = {number_in(a) or a for a in doc["answers"]}
-        said, strict = last_number(reply), STRICT.search(reply)
+        given, strict = last_number(reply), STRICT.search(reply)
         return {
-            "accuracy": float(said in wanted),
+            "accuracy": float(given in wanted),
             "strict": float(strict is not None and number_in(strict[1]) in wanted),
-            "unparsed": float(said is None),
+            "unparsed": float(given is None),
         }

@@ -48,15 +48,15 @@ class Lambada(Task):
         return [Choose(before + doc["prompt"], (f" {doc['word']}",))]
 
     def grade(self, doc: Doc, replies: Sequence[Any]) -> dict[str, float]:
-        (said,) = replies[0]
-        return {"acc": float(said.greedy), "nats": -said.nats}
+        (score,) = replies[0]
+        return {"acc": float(score.greedy), "nats": -score.nats}
 
     def aggregate(self, rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-        found = super().aggregate(rows)
-        nats = found["nats"]
+        summary = super().aggregate(rows)
+        nats = summary["nats"]
         value = math.exp(min(nats["value"], 700.0))
         spread = {"value": value, "stderr": value * nats["stderr"], "documents": nats["documents"]}
-        return found | {"perplexity": spread}
+        return summary | {"perplexity": spread}
 
     def text(self, doc: Doc) -> str:
         return f"{doc['prompt']} {doc['word']}"

@@ -43,13 +43,13 @@ class MathWordProblems(WrittenTask):
 
     def docs(self, split: str, limit: int | None, seed: int) -> Iterator[Doc]:
         wanted = self.config.collection
-        found = super().docs(split, None if wanted else limit, seed)
-        yield from itertools.islice((d for d in found if not wanted or d["extra"] == wanted), limit)
+        candidates = super().docs(split, None if wanted else limit, seed)
+        yield from itertools.islice((d for d in candidates if not wanted or d["extra"] == wanted), limit)
 
     def extract(self, reply: str) -> str:
         return last_number(reply) or ""
 
     def mark(self, reply: str, doc: Doc) -> dict[str, float]:
-        wanted, said = {number_in(a) or a for a in doc["answers"]}, last_number(reply)
+        wanted, given = {number_in(a) or a for a in doc["answers"]}, last_number(reply)
         letter = reply.strip()[:1].upper() if not wanted & {number_in(a) for a in doc["answers"]} else ""
-        return {"accuracy": float(said in wanted or letter in wanted), "unparsed": float(said is None and not letter)}
+        return {"accuracy": float(given in wanted or letter in wanted), "unparsed": float(given is None and not letter)}

@@ -68,5 +68,5 @@ class Mbpp(WrittenTask):
         if "def " not in code and "lambda" not in code and "class " not in code:
             return {"accuracy": 0.0, "unparsed": 1.0}
         tests = [doc["extra"]["setup"], *doc["extra"]["tests"]]
-        found = sandbox.run(code, tests, seconds=self.config.seconds, unsafe=self.config.unsafe)
-        return {"accuracy": float(found.passed), "unparsed": 0.0}
+        verdict = sandbox.run(code, tests, seconds=self.config.seconds, unsafe=self.config.unsafe)
+        return {"accuracy": float(verdict.passed), "unparsed": 0.0}

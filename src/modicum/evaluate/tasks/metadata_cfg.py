@@ -3,7 +3,7 @@
     {metadata} {words of the sentence}.        metadata: `metadata_depth` labels, then masks; or masks alone
 
 Each of `depth` levels of the grammar uses one of several sets of rules, chosen by a label of its own; the labels are
-the text's hidden meaning. Trained with the labels in front of `share` of the texts (and masks before the rest, so that
+the text's hidden meaning. With the labels before `fraction` of the training texts (and masks before the rest, so that
 the model also knows the plain form), does a model continue a plain text better? Known for certain: `accuracy` is
 whether prompt and continuation are a sentence of the grammar under some labels; `gap` how many nats per word the
 model's loss of the true rest lies above that of the best possible model, which sums over all labels it cannot see
@@ -46,7 +46,7 @@ class Config(PlaygroundConfig):
     vocabulary: int = 20  # words
     grammar: int = 0  # seed of the grammar
     metadata_depth: int = 2  # labels that the metadata names, from the top level on
-    share: float = 0.5  # of the training texts that have metadata
+    fraction: float = 0.5  # of the training texts that have metadata
     shown: bool = False  # metadata before the test prompts too
     prompt: int = 6  # words of a sentence that are given
 
@@ -55,7 +55,9 @@ class Config(PlaygroundConfig):
         self.require(1 <= self.depth <= 5 and 1 <= self.labels <= 8, "depth must lie in 1 to 5, labels in 1 to 8")
         self.require(2 <= self.vocabulary <= len(NOUNS), f"vocabulary must lie in 2 to {len(NOUNS)}")
         self.require(0 <= self.metadata_depth <= self.depth, "metadata_depth must lie in 0 to depth")
-        self.require(0 <= self.share <= 1 and 1 <= self.prompt < 2**self.depth, "share a share, prompt below 2^depth")
+        self.require(
+            0 <= self.fraction <= 1 and 1 <= self.prompt < 2**self.depth, "fraction a fraction, prompt below 2^depth"
+        )
 
 
 TOY = Config(examples=20, labels=1, vocabulary=60, symbols=12, rules=6, prompt=7)
@@ -86,7 +88,7 @@ class MetadataCfg(Playground):
 
     def docs(self, split: str, limit: int | None, seed: int) -> Any:
         for doc in super().docs(split, limit, seed):
-            named = self._draw < self.config.share if split == "train" else self.config.shown
+            named = self._draw < self.config.fraction if split == "train" else self.config.shown
             yield doc | {"metadata": self._named if named else "", "labels": self._labels}
 
     def requests(self, doc: Doc, shots: Sequence[Doc]) -> list[Any]:
@@ -96,21 +98,21 @@ class MetadataCfg(Playground):
 
     def grade(self, doc: Doc, replies: Sequence[Any]) -> dict[str, float]:
         given = doc["prompt"].split()[self.config.depth :]
-        (said,) = replies[1]
+        (score,) = replies[1]
         rest = [NOUNS.index(w) for w in doc["answer"].split()]
         known = tuple(doc["labels"]) if self.config.shown and self.config.metadata_depth == self.config.depth else None
         best = self.grammar.nats([*map(NOUNS.index, given), *rest], known)[len(given) :]
         return {
             "accuracy": float(self.grammatical([*given, *normal(replies[0])])),
-            "gap": (-said.nats - float(best.sum())) / len(best),
+            "gap": (-score.nats - float(best.sum())) / len(best),
         }
 
     def grammatical(self, words: Sequence[str]) -> bool:
         """Whether words are a whole sentence of the grammar under some labels."""
-        places = {word: i for i, word in enumerate(NOUNS[: self.config.vocabulary])}
-        if not all(word in places for word in words):
+        symbol_of = {word: i for i, word in enumerate(NOUNS[: self.config.vocabulary])}
+        if not all(word in symbol_of for word in words):
             return False
-        symbols = [places[word] for word in words]
+        symbols = [symbol_of[word] for word in words]
         every = self.grammar.labels()
         return any(self.grammar.joint(symbols, one)[len(symbols), -1] > 0 for one in every)
 

@@ -47,5 +47,5 @@ class Mmlu(MultipleChoice):
 
     def docs(self, split: str, limit: int | None, seed: int) -> Iterator[Doc]:
         wanted = self.config.subject
-        found = super().docs(split, None if wanted else limit, seed)
-        yield from itertools.islice((d for d in found if not wanted or d["cluster"] == wanted), limit)
+        candidates = super().docs(split, None if wanted else limit, seed)
+        yield from itertools.islice((d for d in candidates if not wanted or d["cluster"] == wanted), limit)

@@ -46,10 +46,10 @@ class Multikey(Playground):
         words = rng.sample(NOUNS, 2 * n)
         keys, values = words[:n], words[n:]
         facts = [f"The secret of {k} is {v}." for k, v in zip(keys, values, strict=True)]
-        asked = rng.sample(range(n), self.config.queries)
+        queried = rng.sample(range(n), self.config.queries)
         text = scatter(rng, facts, self.config.length)
-        questions = " | ".join(keys[i] for i in asked)
-        return f"{text} The secrets of {questions} :", " | ".join(values[i] for i in asked)
+        questions = " | ".join(keys[i] for i in queried)
+        return f"{text} The secrets of {questions} :", " | ".join(values[i] for i in queried)
 
     def requests(self, doc: Doc, shots: Sequence[Doc]) -> list[Any]:
         """One request per query, the earlier answers given."""

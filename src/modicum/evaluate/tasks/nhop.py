@@ -43,6 +43,6 @@ class NHop(Playground):
         words = rng.sample(NOUNS, size * n)
         chains = [words[size * i : size * (i + 1)] for i in range(n)]
         facts = [f"From {a} go to {b}." for chain in chains for a, b in itertools.pairwise(chain)]
-        asked = rng.choice(chains)
+        queried = rng.choice(chains)
         steps = "1 step" if self.config.hops == 1 else f"{self.config.hops} steps"
-        return f"{scatter(rng, facts, self.config.length)} From {asked[0]} after {steps} comes", asked[-1]
+        return f"{scatter(rng, facts, self.config.length)} From {queried[0]} after {steps} comes", queried[-1]

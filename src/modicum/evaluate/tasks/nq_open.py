@@ -41,14 +41,14 @@ class NqOpen(WrittenTask):
     def question(self, row: dict[str, Any], where: str) -> Written:
         answers = first(row, ("references", "answer"), where)
         answers = answers if isinstance(answers, list) else [answers]
-        asked = str(first(row, ("prompt", "question"), where)).rstrip("?")
-        return Written(f"Q: {asked}?\nA:", answers)
+        query = str(first(row, ("prompt", "question"), where)).rstrip("?")
+        return Written(f"Q: {query}?\nA:", answers)
 
     def mark(self, reply: str, doc: Doc) -> dict[str, float]:
-        said, wanted = squad_normal(reply), [squad_normal(a) for a in doc["answers"]]
+        given, wanted = squad_normal(reply), [squad_normal(a) for a in doc["answers"]]
         return {
-            "accuracy": float(said in wanted),
-            "f1": max(word_f1(said, w) for w in wanted),
-            "contains": float(any(f" {w} " in f" {said} " for w in wanted if w)),
-            "unparsed": float(not said),
+            "accuracy": float(given in wanted),
+            "f1": max(word_f1(given, w) for w in wanted),
+            "contains": float(any(f" {w} " in f" {given} " for w in wanted if w)),
+            "unparsed": float(not given),
         }

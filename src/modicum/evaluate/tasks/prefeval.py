@@ -76,27 +76,29 @@ class PrefEval(MultipleChoice):
         self._exchanges = exchanges
         seen: set[str] = set()
         for doc in super().docs(split, None, seed):
-            said = repr((doc["prompt"].partition("\n")[0], doc["prompt"].rpartition("User:")[2]))
-            if said not in seen and (limit is None or len(seen) < limit):
-                seen.add(said)
+            utterance = repr((doc["prompt"].partition("\n")[0], doc["prompt"].rpartition("User:")[2]))
+            if utterance not in seen and (limit is None or len(seen) < limit):
+                seen.add(utterance)
                 yield doc
 
     def question(self, row: dict[str, Any], where: str) -> Question:
-        preference, asked = (str(pick(row, name, where)) for name in ("preference", "question"))
+        preference, request = (str(pick(row, name, where)) for name in ("preference", "question"))
         options = [str(o) for o in first(row, ("options", "choices"), where)]
-        rng = random.Random(f"{row.get('id')}/{preference}/{asked}")
+        rng = random.Random(f"{row.get('id')}/{preference}/{request}")
         order = rng.sample(range(len(options)), len(options))
         between = rng.sample(self._exchanges, self.config.filler) if self.config.filler else []
         talk = [(preference, NOTED), *between]
         if self.config.strategy == "remind":
-            asked += REMINDER
+            request += REMINDER
         elif self.config.strategy == "retrieve":
-            quoted = "\n".join(f"- {said}" for said in relevant(asked, [said for said, _ in talk], QUOTED))
-            asked = f"Earlier I said:\n{quoted}\n{asked}"
-        lines = "".join(f"User: {said}\nAssistant: {reply}\n" for said, reply in talk)
+            quoted = "\n".join(
+                f"- {utterance}" for utterance in relevant(request, [utterance for utterance, _ in talk], QUOTED)
+            )
+            request = f"Earlier I said:\n{quoted}\n{request}"
+        lines = "".join(f"User: {utterance}\nAssistant: {reply}\n" for utterance, reply in talk)
         topic = row.get("topic")
         return Question(
-            f"{lines}User: {asked}\nAssistant:",
+            f"{lines}User: {request}\nAssistant:",
             [options[i] for i in order],
             order.index(0),
             None if topic is None else str(topic),
@@ -105,13 +107,13 @@ class PrefEval(MultipleChoice):
 
 def read_exchanges(path: str) -> list[tuple[str, str]]:
     """(what the user said, what the system answered) of every dialogue of a file, in order."""
-    found = []
+    pairs = []
     for row in read_rows(path):
         lines = [line for line in str(pick(row, "text", path)).splitlines() if line.strip()]
-        for said, answer in itertools.pairwise(lines):
-            if said.startswith("User:") and answer.startswith("System:"):
-                found.append((said[5:].strip(), answer[7:].strip()))
-    return found
+        for utterance, answer in itertools.pairwise(lines):
+            if utterance.startswith("User:") and answer.startswith("System:"):
+                pairs.append((utterance[5:].strip(), answer[7:].strip()))
+    return pairs
 
 
 def relevant(query: str, texts: list[str], count: int) -> list[str]:

@@ -32,9 +32,9 @@ class SocialIQA(MultipleChoice):
     config: Config
 
     def question(self, row: dict[str, Any], where: str) -> Question:
-        asked = f"{row.get('context') or ''} {first(row, ('question',), where)}".strip()
+        query = f"{row.get('context') or ''} {first(row, ('question',), where)}".strip()
         if "answerA" in row:
             choices, answer = [row[f"answer{letter}"] for letter in "ABC"], int(row["label"]) - 1
         else:
             choices, answer = first(row, ("choices",), where), first(row, ("answer",), where)
-        return Question(f"Q: {asked}\nA:", choices, answer)
+        return Question(f"Q: {query}\nA:", choices, answer)
