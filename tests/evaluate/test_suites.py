@@ -93,7 +93,9 @@ def test_the_harness_gives_the_same_item_by_item(folder, tmp_path, monkeypatch):
         assert row["acc_items_apart"] == row["acc_norm_items_apart"] == 0 and row["acc"] == row["acc_harness"]
     (line,) = (tmp_path / "e" / "eval.jsonl").read_text().splitlines()
     kept = json.loads(line)
-    assert next(r["task"] for r in kept["results"]) == "arc-easy:file=arc_easy.jsonl" and str(folder) not in line
+    assert (
+        next(r["task"] for r in kept["results"]) == "arc-easy:file=arc_easy.jsonl" and str(folder / "arc") not in line
+    )
     assert kept["harness"][1]["acc"] == record["harness"][1]["acc"] and len(kept["results"][0]["file"]["sha256"]) == 64
     assert kept["seconds"] == pytest.approx(sum(r["seconds"] for r in kept["results"])) and kept["seconds"] > 0
 

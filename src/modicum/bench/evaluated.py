@@ -30,7 +30,7 @@ def append(
     from modicum.evaluate.run import short
 
     path = evidence / "eval.jsonl"
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "task": short(result.task),
             "metric": result.metric,
