@@ -16,6 +16,7 @@ from train_toys import losses as curve
 
 from modicum.core.errors import UserError
 from modicum.core.events import Events
+from modicum.model import native
 from modicum.train import loss as losses
 from modicum.train.config import check_combination
 from modicum.train.loop import train
@@ -63,14 +64,27 @@ print(json.dumps(found))
 """
 
 
+def real_steps(*names: str, kernels: bool) -> dict[str, list[float]]:
+    """Planned and measured bytes by savers."""
+    more = os.environ | {"MODICUM_NATIVE": "1" if kernels else "0"}
+    out = subprocess.run(
+        [sys.executable, "-c", REAL_STEPS, *names], capture_output=True, text=True, check=True, env=more
+    )
+    return json.loads(out.stdout)
+
+
 def test_forecasts_are_the_real_peaks() -> None:
-    names = ["", "recompute", "mesa", "cce"]
-    out = subprocess.run([sys.executable, "-c", REAL_STEPS, *names], capture_output=True, text=True, check=True)
-    found = json.loads(out.stdout)
+    found = real_steps("", "recompute", "mesa", "cce", kernels=False)
     for name, (planned, real) in found.items():
         assert real == pytest.approx(planned, rel=0.15), name
     plain = found[""][1]
     assert found["recompute"][1] < 0.9 * plain and found["mesa"][1] < 0.9 * plain and found["cce"][1] < plain
+
+
+@pytest.mark.skipif(native.library() is None, reason=native.reason())
+def test_kernels_stay_below_the_forecast_of_the_layers_as_written() -> None:
+    ((planned, real),) = real_steps("", kernels=True).values()
+    assert real < 0.85 * planned
 
 
 def test_recomputed_layers_give_the_same_gradients_bit_for_bit() -> None:

@@ -288,7 +288,7 @@ def _logits(folder: Path, size: Size, form: str) -> torch.Tensor:
     return caught[0][0].float()
 
 
-def append(result: dict[str, Any], path: Path, seed: int) -> None:
+def append(result: dict[str, Any], path: Path, seed: int, *, bench: str = "engine", base: str = BASE) -> None:
     """One line per column of each engine: a format of its own, beside the ports' records."""
     size, machine = result["size"], record.machine()
     axes = {
@@ -298,14 +298,15 @@ def append(result: dict[str, Any], path: Path, seed: int) -> None:
     for row in result["rows"]:
         metrics = {"tokens_per_s": row["tokens_per_s"], "spread": row["spread"]}
         metrics |= {} if row["ratio"] is None else {"ratio": row["ratio"]}
+        metrics |= {"losses": row["losses"]} if "losses" in row else {}
         record.append_line(
             path,
             {
-                "port": "engine",
+                "port": bench,
                 "method": row["engine"],
                 "choice": f"{row['engine']}: {row['column']}",
                 "knobs": {"column": row["column"]},
-                "baseline": BASE,
+                "baseline": base,
                 "seed": seed,
                 "run": fingerprint([size, result["model"]["name"], machine, record.commit()]),
                 "scale": size,

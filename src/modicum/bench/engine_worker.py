@@ -73,7 +73,8 @@ class EngineFailed(Exception):
 class Worker:
     """A running worker. `columns`: what it can time; `skipped`: form to why not; `broken`: those that are bugs."""
 
-    def __init__(self, job: Job, folder: Path, size: Size, threads: int, limit: float):
+    def __init__(self, job: Job, folder: Path, size: Any, threads: int, limit: float):
+        """size: a dataclass of plain values, what the job's target takes."""
         self.job, self.limit = job, limit
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
         self._process = subprocess.Popen(
@@ -85,7 +86,8 @@ class Worker:
         )
         self._buffer = b""
         try:
-            ready = self._ask({"job": asdict(job), "folder": str(folder), "size": asdict(size)})
+            kind = f"{type(size).__module__}:{type(size).__name__}"
+            ready = self._ask({"job": asdict(job), "folder": str(folder), "kind": kind, "size": asdict(size)})
         except BaseException:
             self.close()
             raise
@@ -194,7 +196,7 @@ def main() -> None:
 
 
 def _prepare(request: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    job, size = request["job"], Size(**request["size"])
+    job, size = request["job"], _find(request["kind"])(**request["size"])
     make, skipped, broken = _find(job["target"]), {}, []
     for form in job["forms"]:
         try:

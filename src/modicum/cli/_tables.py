@@ -88,3 +88,25 @@ def engine(result: dict[str, Any]) -> None:
         if eight := checks["eight_bit_logit_error"]:
             errors = ", ".join(f"{name} {error:.2g}" for name, error in eight.items())
             print(f"logit error of activations in eight bits: {errors}")
+
+
+def train(result: dict[str, Any]) -> None:
+    """The results of `bench train`."""
+    from modicum.bench.train import loss_distance
+
+    columns = ("engine", "training", "tokens/s", "spread", "ratio", "loss of the first step", "of the last")
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in sorted(result["rows"], key=lambda r: (r["column"], -r["tokens_per_s"])):
+        ratio = "—" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        figures = (f"{row['tokens_per_s']:.0f}", f"{row['spread']:.0%}", ratio)
+        table.add_row(row["engine"], row["column"], *figures, *(f"{row['losses'][i]:.5f}" for i in (0, -1)))
+    for name, why in result["skipped"].items():
+        table.add_row(name, f"left out: {why}", *"—————")
+    counts = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in result["model"]["parameters"].items())
+    size = result["size"]
+    print(f"parameters: {counts} ({result['model']['name']}); rows of {size['length']} tokens, bfloat16")
+    Console(width=130, highlight=False).print(table)
+    far = ", ".join(f"{task} {distance:.1e}" for task, distance in loss_distance(result).items())
+    print(f"largest relative distance of losses from the decoder as written: {far or 'not measured'}")
+    print(f"bfloat16 products at {result['ceilings']['matmul_bfloat16_flop_per_s'] / 1e9:.0f} GFLOP/s")
+    print(f"kernels: {result['native']}; threads: {result['threads']}")

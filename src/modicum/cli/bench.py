@@ -12,7 +12,7 @@ import typer
 
 
 def bench(
-    port: Annotated[str, typer.Argument(help="A port, all, or engine: serving speed beside other engines.")],
+    port: Annotated[str, typer.Argument(help="A port, all, or engine or train: speed beside other programs.")],
     method: Annotated[
         list[str] | None,
         typer.Argument(metavar="[METHOD]...", help="Methods, KEY or KEY:knob=value,...; all of the port if left out."),
@@ -30,7 +30,7 @@ def bench(
         str | None,
         typer.Option(help="A model folder, name or hub id; proxy: a small one made here [default: the bench's]."),
     ] = None,
-    limit: Annotated[str, typer.Option(help="bench engine: time an engine has for each measurement.")] = "5m",
+    limit: Annotated[str, typer.Option(help="bench engine, train: time for each measurement.")] = "5m",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     evidence: Annotated[Path | None, typer.Option(help="Folder of the records [default: evidence/].")] = None,
     resume: Annotated[
@@ -57,10 +57,10 @@ def bench(
     from modicum.core.errors import ModicumError, UserError
     from modicum.core.events import Progress
 
-    if port == "engine":
+    if port in ("engine", "train"):
         if plot or data or budget or scale or resume or missing or stale:
-            raise UserError("bench engine takes METHOD (whom to measure), --model, --limit, --quick and --json")
-        engine(
+            raise UserError(f"bench {port} takes METHOD (whom to measure), --model, --limit, --quick and --json")
+        (engine if port == "engine" else train)(
             method or [],
             parse_seeds(seeds)[0],
             quick=quick,
@@ -204,6 +204,40 @@ def engine(
         print(json.dumps(measured, indent=2))
         return
     tables.engine(measured)
+
+
+def train(
+    names: list[str],
+    seed: int,
+    *,
+    quick: bool,
+    evidence: Path | None,
+    as_json: bool,
+    model: str | None = None,
+    limit: float = 300.0,
+) -> None:
+    """`bench train`: modicum's training step beside others', as tables on the terminal or as JSON."""
+    from modicum.bench import engine as bench_engine
+    from modicum.bench import record
+    from modicum.bench import train as bench_train
+    from modicum.cli import _tables as tables
+
+    if model is None and not quick:
+        model = "smollm2"
+    result = bench_train.measure(
+        bench_train.QUICK if quick else bench_train.Size(),
+        engines=names or None,
+        model=None if model == "proxy" else model,
+        limit=limit,
+        progress=lambda text: print(text, file=sys.stderr),
+    )
+    if not quick:
+        path = record.folder(evidence) / "train.jsonl"
+        bench_engine.append(result, path, seed, bench="train", base="the fastest of the others")
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    tables.train(result)
 
 
 def every_port(**options: Any) -> None:

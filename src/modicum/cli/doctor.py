@@ -23,6 +23,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
     lines.append(("gpu", ", ".join(machine["gpus"]) or "none: everything runs on the CPU"))
     lines.append(("bfloat16", report["bfloat16"]))
     lines.append(("serving kernels", report["native"]))
+    lines.append(("training kernels", report["training_kernels"]))
     lines.append(("cuda graphs", report["cuda_graphs"]))
     lines.append(("versions", ", ".join(f"{k} {v}" for k, v in report["versions"].items())))
     for device, rates in report["ceilings"].items():
@@ -58,6 +59,7 @@ def examine() -> dict:
 
     from modicum.bench import ceilings, record
     from modicum.budget.machine import memory_available
+    from modicum.model import native as training_kernels
     from modicum.serve import native
     from modicum.serve.backends import graphs
 
@@ -76,6 +78,7 @@ def examine() -> dict:
         "disk_free_bytes": disk,
         "bfloat16": bfloat16(rates["cpu"]),
         "native": native.reason(),
+        "training_kernels": training_kernels.reason(),
         "cuda_graphs": graphs.reason(),
         "versions": record.versions(),
         "extras": extras(),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modicum.model import fused
 from modicum.model.attention import ALL, AttentionPattern
 from modicum.model.attention.causal import Causal
 from modicum.model.attention.causal import Config as CausalConfig
@@ -139,6 +140,15 @@ class DenseAttend:
         self.documents_BT, self.mask_BT = documents_BT, mask_BT
         self._masks: dict[tuple[int | None, AttentionPattern | None], Tensor | None] = {}
         self._blocks: dict[AttentionPattern, Attend] = {}
+        self._first: dict[int | None, Tensor | None] = {}
+
+    def first_keys(self, T: int, window: int | None) -> Tensor | None:
+        """The first key that each query sees of those up to itself (`fused.first_keys`); None if that is not all."""
+        if self.mask_BT is not None:
+            return None
+        if window not in self._first:
+            self._first[window] = fused.first_keys(T, window, self.documents_BT)
+        return self._first[window]
 
     def __call__(
         self,
@@ -154,6 +164,10 @@ class DenseAttend:
     ) -> Tensor:
         T = q_BHTE.shape[2]
         window = None if window is None or window >= T else window
+        if pattern is None and softcap is None and fused.ready(q_BHTE) and q_BHTE.shape[2] == k_BGSE.shape[2]:
+            first_BT = self.first_keys(T, window)
+            if first_BT is not None:
+                return fused.attend(q_BHTE, k_BGSE, v_BGSE, first_BT, scale)
         if pattern is not None and self.documents_BT is None and self.mask_BT is None:
             if pattern not in self._blocks:
                 self._blocks[pattern] = pattern_attend(pattern, q_BHTE.device)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modicum.model import mixers
+from modicum.model import fused, mixers, sublayers
 from modicum.model.attend import Attend
 from modicum.model.config import DecoderConfig
 from modicum.model.mixers import Rotation
@@ -40,7 +40,10 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.gated:
-            return self.down(self.act(self.gate(x_BTD)) * self.up(x_BTD))
+            gate_BTF, up_BTF = self.gate(x_BTD), self.up(x_BTD)
+            if self.act is F.silu and fused.ready(gate_BTF) and up_BTF.dtype == gate_BTF.dtype:
+                return self.down(fused.swiglu(gate_BTF, up_BTF))
+            return self.down(self.act(gate_BTF) * up_BTF)
         return self.down(self.act(self.up(x_BTD)))
 
 
@@ -62,6 +65,8 @@ class Block(nn.Module):
         if self.parallel:
             return x + self.attention(self.attention_norm(x), rotation, attend) + self.mlp(self.mlp_norm(x))
         if self.norm_place == "pre":
+            if (whole := sublayers.run(self, x, rotation, attend)) is not None:
+                return whole
             x = x + self.attention(self.attention_norm(x), rotation, attend)
             return x + self.mlp(self.mlp_norm(x))
         if self.norm_place == "output":

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from modicum.model import fused
 from modicum.model.config import DecoderConfig
 
 
@@ -25,6 +26,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = 1.0 + self.weight.float() if self.plus_one else self.weight
+        if fused.ready(x):
+            return fused.norm(x, weight, self.eps)
         if x.device.type == "cpu" and torch.is_grad_enabled():
             return _RMSNorm.apply(x, weight, self.eps)
         return _rms_norm(x, weight, self.eps)

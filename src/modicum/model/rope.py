@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from modicum.core.errors import UserError
+from modicum.model import fused, native
 from modicum.model.config import Rope
 
 
@@ -112,21 +113,23 @@ class RopeTable:
 
 def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate dimension pairs (i, i + R/2) of each head; dimensions from R on pass unchanged."""
-    return _Rotate.apply(x_BHTD, cos, sin)
+    return _Rotate.apply(x_BHTD, cos, sin, fused.can_rotate(x_BHTD, cos))
 
 
 class _Rotate(torch.autograd.Function):
     """Its backward pass turns back by the same angles and needs nothing of the input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, kernels: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
+        ctx.kernels = kernels
+        return native.rotate(x, cos, sin) if kernels else _turned(x, cos, sin, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, sin, -1), None, None
+        turned = native.rotate(grad, cos, sin, -1.0) if ctx.kernels else _turned(grad, cos, sin, -1)
+        return turned, None, None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

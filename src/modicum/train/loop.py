@@ -28,6 +28,7 @@ from modicum.budget.meter import resident_peak
 from modicum.core.errors import CorruptError, ModicumError
 from modicum.core.events import Events, count_text
 from modicum.data.stream import EndOfData
+from modicum.model import native
 from modicum.train.callback import Callback
 from modicum.train.checkpoint import Checkpoints, Saved
 from modicum.train.config import TrainConfig, check_stream, refuse_changes
@@ -175,6 +176,8 @@ class Trainer(TrainEngine):
             self.parameter_steps = state.get("parameter_steps", 0.0)
             self.recent.extend(state["recent"])
             self.stream.load_state(state["stream"])
+        if self.device.type == "cpu" and self.config.dtype == "bfloat16":
+            self.events.emit("kernels", native=native.reason())
         for part in self.parts.values():
             part.start(self)
         return saved

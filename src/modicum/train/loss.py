@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modicum.model import fused, native
+
 CPU_BYTES, CPU_ROWS = 8 << 20, 128  # slices that stay in a CPU's cache, with rows enough for its matrix product
+KERNEL_BYTES, KERNEL_ROWS = 16 << 20, 256  # the same where kernels make the gradient in one pass
 CUDA_BYTES = 512 << 20
 NO_LOSS = -100  # a target without loss, as in torch.nn.functional.cross_entropy
 Head = Callable[[Tensor], Tensor]
@@ -72,17 +75,22 @@ def sliced(
         learnt = (targets_N != NO_LOSS).nonzero()[:, 0]  # most rows carry no loss: they need no logits either
         h_ND, targets_N = h_ND[learnt], targets_N[learnt]
     vocabulary, weights = (h_ND.shape[1], []) if head is None else _probe(head, h_ND)
-    rows = slice_rows(vocabulary, h_ND.device, logits_bytes)
+    kernels = fused.ready(h_ND)
+    rows = slice_rows(vocabulary, h_ND.device, logits_bytes, kernels=kernels)
     if not torch.is_grad_enabled():
         slices = zip(h_ND.split(rows), targets_N.split(rows), strict=True)
         return torch.stack([_slice_loss(h, t, head)[0] for h, t in slices]).sum(), count
-    return _Sliced.apply(h_ND, targets_N, head, rows, *weights), count
+    if kernels and len(targets_N) and int(targets_N.max()) >= vocabulary:
+        raise IndexError(f"target {int(targets_N.max())} is outside of the {vocabulary} logits")
+    return _Sliced.apply(h_ND, targets_N, head, rows, kernels, *weights), count
 
 
-def slice_rows(vocabulary: int, device: torch.device, logits_bytes: int | None = None) -> int:
+def slice_rows(vocabulary: int, device: torch.device, logits_bytes: int | None = None, *, kernels: bool = False) -> int:
     """Rows of logits at a time: what `logits_bytes` hold in float32, or by default what runs fast here."""
     if logits_bytes is not None:
         return max(1, logits_bytes // (4 * vocabulary))
+    if kernels:  # two copies in half precision
+        return max(KERNEL_ROWS, KERNEL_BYTES // (2 * vocabulary))
     if device.type == "cpu":
         return max(CPU_ROWS, CPU_BYTES // (4 * vocabulary))
     return max(CPU_ROWS, CUDA_BYTES // (4 * vocabulary))
@@ -103,7 +111,9 @@ class _Sliced(torch.autograd.Function):
     """d loss / d logits = softmax - onehot(target), pushed through the head slice by slice."""
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, targets_N: Tensor, head: Head | None, rows: int, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, h_ND: Tensor, targets_N: Tensor, head: Head | None, rows: int, kernels: bool, *weights: Tensor
+    ) -> Tensor:
         total = torch.zeros((), device=h_ND.device)
         grad_h = torch.empty_like(h_ND)
         grads: list[Tensor] = []
@@ -113,11 +123,8 @@ class _Sliced(torch.autograd.Function):
             with torch.enable_grad():
                 x = h_ND[part].detach().requires_grad_()
                 # A view, because hooks of module trackers cannot stand on a leaf that autograd.grad asks for.
-                loss, logits, logp, columns, valid = _slice_loss(x.view_as(x), targets_N[part], head)
+                loss, logits, delta = _slice_gradient(x.view_as(x), targets_N[part], head, kernels)
             total += loss
-            delta = logp.exp_()
-            delta.scatter_add_(1, columns, torch.full_like(columns, -1, dtype=delta.dtype))
-            delta.mul_(valid)  # a masked fill takes ten times as long
             if head is None:
                 grad_h[part] = delta
                 continue
@@ -125,7 +132,7 @@ class _Sliced(torch.autograd.Function):
             if not grads:
                 grads = [g.float() if several else g for g in more]  # float32 while summing over slices
             else:
-                torch._foreach_add_(grads, [g.float() for g in more])
+                _add(grads, more)
         ctx.grads = [grad_h, *(g.to(w.dtype) for g, w in zip(grads, weights, strict=True))]
         return total
 
@@ -133,7 +140,30 @@ class _Sliced(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> Any:
         grad_h, *grads = (g * outer[0].to(g.dtype) for g in ctx.grads)
         del ctx.grads
-        return grad_h, None, None, None, *grads
+        return grad_h, None, None, None, None, *grads
+
+
+def _slice_gradient(h_ND: Tensor, targets_N: Tensor, head: Head | None, kernels: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss sum of one slice, its logits, the loss's gradient in them."""
+    if kernels:
+        logits = h_ND if head is None else head(h_ND)
+        with torch.no_grad():
+            loss_N, delta = native.cross_entropy(logits, targets_N)
+        return loss_N.sum(), logits, delta
+    loss, logits, logp, columns, valid = _slice_loss(h_ND, targets_N, head)
+    delta = logp.exp_()
+    delta.scatter_add_(1, columns, torch.full_like(columns, -1, dtype=delta.dtype))
+    delta.mul_(valid)  # a masked fill takes ten times as long
+    return loss, logits, delta
+
+
+def _add(totals: list[Tensor], more: list[Tensor]) -> None:
+    """Add to float32 sums; in one pass where a kernel may."""
+    for total, one in zip(totals, more, strict=True):
+        if native.can_accumulate(total, one):
+            native.accumulate(total, one)
+        else:
+            total += one.float()
 
 
 def _probe(head: Head, h_ND: Tensor) -> tuple[int, list[Tensor]]:

@@ -37,6 +37,19 @@ class LinearShape:
         )
 
 
+@dataclass(frozen=True)
+class Products:
+    """A forward pass that is x W^T, or x W^T + scale (x A^T) B^T, and nothing else."""
+
+    weight_OI: Tensor
+    down_RI: Tensor | None = None
+    up_OR: Tensor | None = None
+    scale: float = 1.0
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.weight_OI, self.down_RI, self.up_OR) if t is not None]
+
+
 class LinearModule(nn.Module):
     """A linear layer that is not yet any: its shape and its bias."""
 
@@ -75,6 +88,10 @@ class LinearModule(nn.Module):
     def bias_value(self) -> Tensor | None:
         """The layer's bias, wherever it is kept."""
         return self.bias
+
+    def products(self) -> Products | None:
+        """The forward pass as matrix products that may be computed together with others'; None if it is more."""
+        return None
 
     def nbytes(self) -> int:
         """Bytes of the state as stored, a base included; a tensor shared within the form counts once."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modicum.model.linear import LinearForm, LinearShape
+from modicum.model.linear._module import Products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,9 @@ class Dense(LinearForm):
 
     def dense(self) -> Tensor:
         return self.weight
+
+    def products(self) -> Products | None:
+        return Products(self.weight) if self.bias is None else None
 
     def rows(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.weight)

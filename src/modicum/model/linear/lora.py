@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from modicum.model.linear import LinearForm, LinearShape, check_rank
 from modicum.model.linear._adapter import Adapter
+from modicum.model.linear._module import Products
 
 CLAIM = {
     "figure": "on par with or better than full fine-tuning with 10,000x fewer trained parameters",
@@ -64,6 +65,12 @@ class Lora(Adapter):
         y = self.base(x)
         x = F.dropout(x.to(self.A.dtype), self.config.dropout, self.training)
         return y + (self.scaling * F.linear(F.linear(x, self.A), self.B)).to(y.dtype)
+
+    def products(self) -> Products | None:
+        base = self.base.products()
+        if base is None or base.down_RI is not None or (self.training and self.config.dropout):
+            return None
+        return Products(base.weight_OI, self.A, self.B, self.scaling)
 
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
         return self.A, self.B, self.scaling

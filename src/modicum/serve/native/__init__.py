@@ -1,11 +1,7 @@
-"""CPU kernels in C: compiled once per machine, stored in the user's cache, loaded by ctypes.
+"""CPU kernels in C: compiled once per machine (`core.compiled`), loaded by ctypes.
 
 `library()` returns the loaded kernels or None, `reason()` why there are none: nothing here raises, since
-everything also runs without them (`serve.backends`). The compiled file is named by a hash of the sources, the
-compiler and the processor's features, so that a cache used by several machines, or an upgrade, stays consistent.
-
-Environment: MODICUM_NATIVE=0 turns the kernels off; CC names the compiler; MODICUM_HOME or XDG_CACHE_HOME
-moves the cache.
+everything also runs without them (`serve.backends`). MODICUM_NATIVE=0 turns the kernels off.
 """
 
 from __future__ import annotations
@@ -13,22 +9,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
-import os
 import platform
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from modicum.core.files import cache_home
+from modicum.core import compiled
+from modicum.core.compiled import abilities
 
-HERE = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+SOURCE = Path(__file__).parent / "step.c"
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
 USEFUL = ("avx512_bf16", "avx512_vnni")
 I64, F32, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -96,18 +88,6 @@ class Step(ctypes.Structure):
     ]
 
 
-@functools.cache
-def abilities() -> frozenset[str]:
-    """Feature flags of this processor."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(
-                (frozenset(line.split(":")[1].split()) for line in file if line.startswith("flags")), frozenset()
-            )
-    except OSError:
-        return frozenset()
-
-
 def processor() -> tuple[str, ...]:
     """The features of this processor that the kernels use."""
     return tuple(flag for flag in (*NEEDED, *USEFUL) if flag in abilities())
@@ -119,22 +99,22 @@ def multiplies_in_eight_bits() -> bool:
 
 
 def library() -> ctypes.CDLL | None:
-    return _load(os.environ.get("MODICUM_NATIVE", "1"))[0]
+    return _load(compiled.wanted())[0]
 
 
 def reason() -> str:
     """One line: which kernels are in use, or why none."""
-    return _load(os.environ.get("MODICUM_NATIVE", "1"))[1]
+    return _load(compiled.wanted())[1]
 
 
 @functools.cache
 def _load(wanted: str) -> tuple[ctypes.CDLL | None, str]:
-    if wanted.lower() in ("0", "no", "off", "false"):
+    if wanted.lower() in compiled.OFF:
         return None, f"off (MODICUM_NATIVE={wanted})"
     missing = [flag for flag in NEEDED if flag not in processor()]
     if platform.system() != "Linux" or missing:
         return None, f"none for this processor ({'lacks ' + ', '.join(missing) if missing else platform.system()})"
-    compiler = os.environ.get("CC") or next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
+    compiler = compiled.compiler()
     if compiler is None:
         return None, "no C compiler found; install gcc or clang, or name one in CC"
     try:
@@ -143,8 +123,7 @@ def _load(wanted: str) -> tuple[ctypes.CDLL | None, str]:
 
         loaded = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return None, f"{compiler} could not build them: {output[0] if output else type(error).__name__}"
+        return None, f"{compiler} could not build them: {compiled.failure(error)}"
     loaded.modicum_open.restype = POINTER
     loaded.modicum_open.argtypes = (ctypes.POINTER(Model),)
     loaded.modicum_close.argtypes = (POINTER,)
@@ -157,46 +136,14 @@ def _load(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     return loaded, f"AVX-512 ({', '.join(f for f in USEFUL if f in processor()) or 'plain'}), {path}"
 
 
-def folder() -> Path:
-    return cache_home() / "native"
-
-
 def build(compiler: str) -> Path:
     """The path of the shared library, compiled if this machine does not have it. Raises OSError, SubprocessError."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-    directory = folder()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no writable home: a private temporary folder
-        directory = Path(tempfile.gettempdir()) / f"modicum-{os.getuid()}"
-        directory.mkdir(mode=0o700, exist_ok=True)
-        if directory.stat().st_uid != os.getuid():
-            raise
-    path = directory / f"step-{stamp(version)}.so"
-    if not path.exists():
-        descriptor, temporary = tempfile.mkstemp(suffix=".so", dir=directory)
-        os.close(descriptor)
-        try:
-            subprocess.run(
-                [compiler, *FLAGS, str(HERE / "step.c"), "-o", temporary, "-lm"],
-                capture_output=True,
-                text=True,
-                timeout=300,
-                check=True,
-            )
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-    return path
+    return compiled.build(compiler, SOURCE, abilities())
 
 
 def stamp(version: str) -> str:
     """Names the compiled sources: -march=native may use any of the processor's features."""
-    digest = hashlib.sha256(repr((version, FLAGS, sorted(abilities()), platform.machine())).encode())
-    for source in sorted([*HERE.glob("*.h"), *HERE.glob("*.c")]):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return digest.hexdigest()[:24]
+    return compiled.stamp(version, SOURCE.parent, abilities())
 
 
 def use_large_pages(tensors: Iterable[tuple[int, int]]) -> None:
