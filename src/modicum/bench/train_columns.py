@@ -180,10 +180,10 @@ def _transformers(folder: Path, size: Size, task: str, *, compiled: bool, half: 
     def step(number: int) -> float:
         tokens, total = tokens_of(size, rows, vocabulary, number), 0.0
         for start in range(0, rows, micro):
-            part = tokens[start : start + micro]
+            inputs, targets = (t[start : start + micro].contiguous() for t in (tokens[:, :-1], tokens[:, 1:]))
             with torch.autocast("cpu", torch.bfloat16, enabled=not half):
-                out = forward(input_ids=part[:, :-1], labels=part[:, 1:], shift_labels=part[:, 1:], use_cache=False)
-            loss = out.loss * (len(part) / rows)
+                out = forward(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False)
+            loss = out.loss * (len(inputs) / rows)
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(list(named.values()), CLIP)
