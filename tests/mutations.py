@@ -576,6 +576,56 @@ MUTATIONS = (
         "if work.exists() and not path.exists():",
         "compress/test_walk.py::test_other_settings_begin_anew",
     ),
+    # model: kernels of a training step
+    Mutation(
+        "a window of the kernels sees one key too many",
+        "model/fused.py",
+        "index_1T - (window - 1)",
+        "index_1T - window",
+        "model/test_fused.py::test_attention",
+    ),
+    Mutation(
+        "queries' gradients are turned on instead of back",
+        "model/sublayers.py",
+        "native.rotate(part, cos, sin, -1.0, out=part)",
+        "native.rotate(part, cos, sin, out=part)",
+        "model/test_fused.py::test_a_model_has_the_same_gradients",
+    ),
+    Mutation(
+        "the gradient that passes beside a norm is lost",
+        "model/sublayers.py",
+        "add=grad if needs_x else None",
+        "add=None",
+        "model/test_fused.py::test_a_model_has_the_same_gradients",
+    ),
+    Mutation(
+        "keys get the gradient of one of the heads that share them",
+        "model/native/attention.h",
+        "for (int64_t h = g * group; h < (g + 1) * group; h++)",
+        "for (int64_t h = (g + 1) * group - 1; h < (g + 1) * group; h++)",
+        "model/test_fused.py::test_attention",
+    ),
+    Mutation(
+        "the norm's eps is left out",
+        "model/native/rows.h",
+        "/ (float)D + eps)",
+        "/ (float)D)",
+        "model/test_fused.py::test_norm",
+    ),
+    Mutation(
+        "an update's factor is forgotten in its gradient",
+        "model/sublayers.py",
+        "ranks] * scale if",
+        "ranks] if",
+        "model/test_fused.py::test_a_model_has_the_same_gradients",
+    ),
+    Mutation(
+        "queries of a document see the one before it",
+        "model/native/attention.h",
+        "return between(s->first[n], (int32_t)key - (vi){0}, s->query[n]);",
+        "return between((vi){0}, (int32_t)key - (vi){0}, s->query[n]);",
+        "model/test_fused.py::test_attention",
+    ),
 )
 
 

@@ -37,11 +37,11 @@ class Size:
     models: tuple[str, ...] = ("5M", "20M")
     vocab: int = 8192
     length: int = 512
-    rows: int = 32
+    rows: int = 8
     micro: int = 8
-    adapter_rows: int = 8
-    adapter_micro: int = 4
-    rounds: int = 4
+    adapter_rows: int = 2
+    adapter_micro: int = 2
+    rounds: int = 3
 
 
 LOSSES: dict[str, list[float]] = {}
