@@ -32,6 +32,12 @@ def curate(
     heldout: Annotated[float, typer.Option(help="Fraction of the text to hold out from training.")] = 0.02,
     limit: Annotated[str | None, typer.Option(help="Read about this much of each source, e.g. 10MB.")] = None,
     text_field: Annotated[str, typer.Option(help="Field or column of JSONL and Parquet files with the text.")] = "text",
+    encoder: Annotated[
+        str | None, typer.Option(help="Encoder for steps that embed text, such as minilm; default: LSA of a sample.")
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Models for the step preselect, between commas, the weakest first.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
     processes: Annotated[int | None, typer.Option(help="Worker processes; default: all cores.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as JSON.")] = False,
@@ -45,6 +51,7 @@ def curate(
     from modicum.data.curate import STEPS, CurateConfig
     from modicum.data.curate import curate as run
     from modicum.data.readers import ReadConfig
+    from modicum.pipeline.signals import makers
 
     most = None if limit is None else int(units.parse(limit, "bytes"))
     config = CurateConfig(
@@ -54,6 +61,7 @@ def curate(
         tokenizer=tokenizer,
         heldout=heldout,
         read=ReadConfig(limit_bytes=most, text_field=text_field),
+        signals=makers(encoder, [name.strip() for name in (models or "").split(",") if name.strip()]),
     )
     curation = run(sources, out, config, engine=engine, processes=processes, events=Events(stage="curate"))
     stats = curation.stats

@@ -3,6 +3,8 @@
     FOLDER/documents/{train,heldout}-00000.parquet     the remaining documents, with ids and sources
     FOLDER/tokens/{train,heldout}/                     token shards (data.shards)
     FOLDER/tokenizer.json, tokenizer_config.json
+    FOLDER/fitted/                                     what steps learnt from a sample
+    FOLDER/signals/                                    embeddings and losses of samples, by fingerprint
     FOLDER/drops.jsonl                                 every dropped document, the step, the reason
     FOLDER/curation.json                               the statistics; written last: unfinished without it
 
@@ -14,12 +16,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from modicum.budget.machine import cores
+from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.events import Events
@@ -29,11 +32,21 @@ from modicum.data.document import Document, read_documents
 from modicum.data.engines.worker import no_space
 from modicum.data.readers import ReadConfig, Unit, default_label, find
 from modicum.data.shards import TokenShards
+from modicum.data.signals import Maker
 from modicum.data.stages import Run
 from modicum.data.tokenizer import Tokenizer
 
 STEPS = ("normalise", "python-split", "quality", "exact-dedup", "minhash")
-OURS = ("documents", "tokens", "tokenizer.json", "tokenizer_config.json", "drops.jsonl", "curation.json")
+OURS = (
+    "documents",
+    "tokens",
+    "fitted",
+    "signals",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "drops.jsonl",
+    "curation.json",
+)
 VERSION = 1  # of the output format; a new one makes old folders be curated again
 
 
@@ -42,7 +55,7 @@ class CurateConfig:
     """steps: choices of the port `step`. tokenizer: a folder whose tokenizer is used unchanged (continued
     pretraining); else one of vocab_size is trained on about tokenizer_bytes of text, whose last `reserved`
     tokens stay free for objectives that need special tokens. heldout: fraction of the bytes held out from
-    training, at most heldout_bytes."""
+    training, at most heldout_bytes. signals: who makes embeddings and losses, for steps that need them."""
 
     steps: Sequence[Any] = STEPS
     vocab_size: int = 8192
@@ -52,6 +65,7 @@ class CurateConfig:
     heldout: float = 0.02
     heldout_bytes: int = 8 << 20
     read: ReadConfig = field(default_factory=ReadConfig)
+    signals: Mapping[str, Maker] = field(default_factory=dict)
     seed: int = 0
     group_bytes: int | None = None  # text per task; None: by the size of the corpus
 
@@ -138,6 +152,8 @@ def curate(
             "seed": config.seed,
         }
         | ({"reserved": config.reserved} if config.reserved else {})
+        | ({"signals": {n: asdict(maker) for n, maker in config.signals.items()}} if config.signals else {})
+        | ({"fitted_on": beside} if (beside := _beside(choices, config.read)) else {})
     )
     if (folder / "curation.json").is_file():
         done = Curation.load(folder)
@@ -192,6 +208,13 @@ def _find_all(sources: Sequence[str], config: ReadConfig, folder: Path) -> list[
     return units
 
 
+def _beside(choices: Sequence[Choice], config: ReadConfig) -> list[list[str]]:
+    """Names and stamps of the files that steps are fitted on beside the corpus. Raises `UserError` if one is
+    missing."""
+    sources = [source for choice in choices for source in registry.build("step", choice).sources()]
+    return [[u.id, u.kind, u.stamp] for source in sources for u in find(source, replace(config, limit_bytes=None))]
+
+
 @contextlib.contextmanager
 def _claim(folder: Path, name: str) -> Iterator[Path]:
     """The work folder: that of a stopped run of the same curation, or an empty one."""
@@ -217,7 +240,7 @@ def _claim(folder: Path, name: str) -> Iterator[Path]:
             with atomic_file(marker, "w") as file:
                 file.write(name)
         (folder / "curation.json").unlink(missing_ok=True)
-        for subfolder in (work, folder / "documents", folder / "tokens"):
+        for subfolder in (work, *(folder / n for n in OURS[:4])):
             for stale in subfolder.rglob(".*.part"):  # of a run that was killed while it wrote
                 stale.unlink()
         yield work

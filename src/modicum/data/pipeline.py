@@ -11,6 +11,7 @@ the engine, the number of processes or where a run was interrupted.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import time
 from collections import Counter
@@ -28,7 +29,8 @@ from modicum.core.errors import ModicumError
 from modicum.core.files import atomic_file, read_json, write_json
 from modicum.data.document import Document, Drop, read_parquet, write_documents
 from modicum.data.readers import ReadConfig, Unit, read
-from modicum.data.steps import Context, Step
+from modicum.data.signals import Signals
+from modicum.data.steps import Context, Step, sample_key
 
 SIGNATURE_ROWS, SIGNATURE_BYTES = 64, 4 << 20  # documents handed to a corpus step at once
 
@@ -131,22 +133,68 @@ def group_units(units: Sequence[Unit], most_bytes: int, most_units: int = 2000) 
     return groups
 
 
-def passes(steps: Sequence[Choice]) -> list[tuple[list[Choice], Choice | None]]:
-    """Steps cut after each corpus step: [(document steps, corpus step or None), ...], the last with None."""
-    out: list[tuple[list[Choice], Choice | None]] = []
-    line: list[Choice] = []
+@dataclass
+class Pass:
+    """Document steps, then a corpus step or none. Steps with something to fit are `fitted` before the pass, on what
+    the passes before it left; arrays: the file of each, by its number in the pass (that of the corpus step is the
+    last).
+    """
+
+    line: list[Choice] = field(default_factory=list)
+    corpus: Choice | None = None
+    fitted: list[int] = field(default_factory=list)
+    arrays: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> list[Choice]:
+        return [*self.line, *([self.corpus] if self.corpus else [])]
+
+    def part(self, stem: Path) -> dict[str, Any]:
+        """The task's fields that say what to run."""
+        paths = {str(number): str(path.resolve()) for number, path in self.arrays.items()}
+        return {
+            "stem": str(stem.resolve()),
+            "steps": [as_mapping(c) for c in self.line],
+            "signature": as_mapping(self.corpus) if self.corpus else None,
+            "arrays": paths,
+        }
+
+
+def passes(steps: Sequence[Choice]) -> list[Pass]:
+    """Steps cut after each corpus step, which compares all documents, and before each that has to be fitted first."""
+    out = [Pass()]
     for choice in steps:
-        if registry.load("step", choice.method).cls.scope == "corpus":
-            out.append((line, choice))
-            line = []
+        step: Step = registry.build("step", choice)
+        if step.sample:
+            if len(out) == 1 or out[-1].steps:  # there have to be documents to sample
+                out.append(Pass())
+            out[-1].fitted = [0]
+        if step.scope == "corpus":
+            out[-1].corpus = choice
+            out.append(Pass())
         else:
-            line.append(choice)
-    return [*out, (line, None)]
+            out[-1].line.append(choice)
+    return out
+
+
+def as_mapping(choice: Choice) -> dict[str, Any]:
+    return {"method": choice.method} | choice.knobs
+
+
+def ready(choice: Any, context: Context, arrays: str | Path | None) -> Step:
+    """A step, opened, with what was fitted for it."""
+    step: Step = registry.build("step", choice)
+    step.open(context)
+    if arrays is not None:
+        with np.load(arrays, allow_pickle=False) as stored:
+            step.load(dict(stored))
+    return step
 
 
 def run_group(task: dict[str, Any]) -> dict[str, Any]:
     """One group through one pass; runs in any process. Returns the group's statistics and writes its marker."""
-    stem, seed = Path(task["stem"]), task["seed"]
+    stem = Path(task["stem"])
+    context = Context(seed=task["seed"], signals=Signals.of_task(task["signals"]))
     drops: list[str] = []
     all_stats: list[StepStats] = []
     items: Iterator[Document]
@@ -155,12 +203,13 @@ def run_group(task: dict[str, Any]) -> dict[str, Any]:
         items = _read(task["units"], ReadConfig(**task["read"]), all_stats[0], drops)
     else:
         items = undecided(task["input"], task["decisions"])
-    steps = [registry.build("step", choice) for choice in task["steps"]]
+    arrays: dict[str, str] = task["arrays"]
+    steps = [ready(choice, context, arrays.get(str(k))) for k, choice in enumerate(task["steps"])]
     for choice, step in zip(task["steps"], steps, strict=True):
-        step.open(Context(seed=seed))
         all_stats.append(StepStats(choice["method"]))
         items = stage(step, items, all_stats[-1], drops)
-    columns = _Columns(task["signature"], seed)
+    last = str(len(steps))
+    columns = _Columns(ready(task["signature"], context, arrays.get(last)) if task["signature"] else None)
     count = write_documents(stem.with_suffix(".parquet"), columns.collect(items))
     for step, step_stats in zip(steps, all_stats[-len(steps) :] if steps else [], strict=True):
         step_stats.stats.update(step.close())
@@ -205,10 +254,8 @@ def undecided(path: str | Path, decisions: str | Path | None) -> Iterator[Docume
 class _Columns:
     """Per document of a part: its bytes, the key of the held-out split, its signature."""
 
-    def __init__(self, signature: dict[str, Any] | None, seed: int):
-        self.step: Step | None = registry.build("step", signature) if signature else None
-        if self.step:
-            self.step.open(Context(seed=seed))
+    def __init__(self, step: Step | None):
+        self.step = step
         self.sizes: list[int] = []
         self.keys: list[int] = []
         self.rows: list[np.ndarray] = []
@@ -260,6 +307,27 @@ def finished(stem: Path) -> dict[str, Any] | None:
         result: dict[str, Any] = read_json(stem.with_suffix(".json"))
         return result
     return None
+
+
+def sample_of(stems: Sequence[Path], decisions: Sequence[Path | None], count: int) -> list[Document]:
+    """`count` documents of some parts by a hash of their ids (`steps.sampled`), in bounded memory."""
+
+    def keyed() -> Iterator[tuple[bytes, str, int, int]]:
+        for g, (stem, decision) in enumerate(zip(stems, decisions, strict=True)):
+            dropped = set(map(int, read_json(decision))) if decision else set()
+            ids = Ids([stem])
+            for row in range(len(ids)):
+                if row not in dropped:
+                    yield sample_key(ids[row]), ids[row], g, row
+
+    chosen = heapq.nsmallest(count, keyed())
+    documents: dict[tuple[int, int], Document] = {}
+    for g in sorted({item[2] for item in chosen}):
+        rows = {row for _, _, part, row in chosen if part == g}
+        for row, document in enumerate(read_parquet(stems[g].with_suffix(".parquet"))):
+            if row in rows:
+                documents[g, row] = document
+    return [documents[g, row] for _, _, g, row in chosen]
 
 
 def load_columns(stems: Sequence[Path], name: str, file: Path | None = None) -> np.ndarray:

@@ -22,7 +22,9 @@ from modicum.data import engines, pipeline
 from modicum.data.document import Document, document_files, read_parquet, write_documents
 from modicum.data.readers import Unit
 from modicum.data.shards import write_manifest, write_part
+from modicum.data.signals import Signals
 from modicum.data.split import heldout_rows
+from modicum.data.steps import Context
 from modicum.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class Run:
         self.units, self.folder, self.work, self.config = units, folder, work, config
         self.choices, self.given_tokenizer, self.events = choices, given_tokenizer, events
         self.machine, self.sources = machine, sources
+        self.signals = Signals(config.signals, folder / "signals")
         self.stats: list[pipeline.StepStats] = []
         self.drop_files: list[Path] = []
         self.split_bytes: list[dict[str, int]] = []  # text bytes of each part by split
@@ -87,24 +90,26 @@ class Run:
         """Every pass over every group. Gives the last pass's parts."""
         plan = pipeline.passes(self.choices)
         before: list[Path] = []
-        decisions: list[Path] = []
+        decisions: list[Path | None] = []
         weights = [float(sum(u.nbytes for u in g)) for g in groups]
-        for number, (line, corpus) in enumerate(plan):
+        for number, one in enumerate(plan):
+            if one.fitted:
+                self._fit(number, one, before, decisions)
+            line, corpus = one.line, one.corpus
             work_folder = self.work / f"pass-{number}"
             work_folder.mkdir(exist_ok=True)
             stems = [work_folder / f"part-{g:05d}" for g in range(len(groups))]
             tasks = []
             for g, stem in enumerate(stems):
-                task: dict[str, Any] = {
-                    "stem": str(stem.resolve()),
-                    "seed": self.config.seed,
-                    "steps": [_choice(c) for c in line],
-                    "signature": _choice(corpus) if corpus else None,
-                }
+                task = one.part(stem) | {"seed": self.config.seed, "signals": self.signals.as_task()}
                 if number == 0:
                     task |= {"units": [u.as_dict() for u in groups[g]], "read": asdict(self.config.read)}
                 else:
-                    task |= {"input": f"{before[g].resolve()}.parquet", "decisions": str(decisions[g])}
+                    decided = decisions[g]
+                    task |= {
+                        "input": f"{before[g].resolve()}.parquet",
+                        "decisions": str(decided.resolve()) if decided else None,
+                    }
                 tasks.append(task)
             what = ", ".join(
                 ["read"] * (number == 0)
@@ -118,14 +123,36 @@ class Run:
                     stats.setdefault(k, pipeline.StepStats(step_stats["step"])).add(step_stats)
             self.stats += stats.values()
             self.drop_files += [s.with_suffix(".drops.jsonl") for s in stems]
+            decisions = [None] * len(groups)
             if corpus:
                 seconds = sum(r["signature_seconds"] for r in results)
-                decisions = self._decide(corpus, stems, work_folder, seconds)
+                decisions = [*self._decide(one, stems, work_folder, seconds)]
             before = stems
         return before
 
-    def _decide(self, choice: Choice, stems: list[Path], work_folder: Path, seconds: float) -> list[Path]:
+    def _fit(self, number: int, one: pipeline.Pass, before: list[Path], decisions: list[Path | None]) -> None:
+        """What the steps of a pass learn from a sample of the documents that reach it: fitted/PASS-KEY.npz."""
+        for k in one.fitted:
+            choice = one.steps[k]
+            path = self.folder / "fitted" / f"{number}-{choice.method}.npz"
+            one.arrays[k] = path
+            if path.is_file():
+                continue
+            step = registry.build("step", choice)
+            step.open(Context(seed=self.config.seed, signals=self.signals))
+            with self.events.progress(f"curate: {choice.method} is fitted", None, "documents") as progress:
+                sample = pipeline.sample_of(before, decisions, step.sample)
+                if not sample:
+                    raise UserError(f"no document is left to fit {choice.method} on; give fewer steps before it")
+                arrays = step.fit(sample)
+                progress.update(len(sample))
+            with atomic_file(path) as file:
+                np.savez(file, **arrays)
+
+    def _decide(self, one: pipeline.Pass, stems: list[Path], work_folder: Path, seconds: float) -> list[Path]:
         """The corpus step's decision over all parts, as one JSON file for each: {row: [reason, detail]}."""
+        choice = one.corpus
+        assert choice
         start = time.perf_counter()
         sizes = pipeline.load_columns(stems, "sizes")
         paths = [work_folder / f"decisions-{g:05d}.json" for g in range(len(stems))]
@@ -133,7 +160,8 @@ class Run:
         first = np.cumsum([0, *rows])
         step_stats = pipeline.StepStats(choice.method, len(sizes), int(sizes.sum()))
         if not all(p.exists() for p in paths):
-            step = registry.build("step", choice)
+            context = Context(seed=self.config.seed, signals=self.signals)
+            step = pipeline.ready(choice, context, one.arrays.get(len(one.line)))
             drops: dict[int, tuple[str, str]] = {}
             if len(sizes):
                 signatures = pipeline.load_columns(stems, "signatures", work_folder / "signatures.bin")
@@ -282,10 +310,6 @@ class Run:
             },
             "seconds": round(time.monotonic() - self.start, 3),
         }
-
-
-def _choice(choice: Choice) -> dict[str, Any]:
-    return {"method": choice.method} | choice.knobs
 
 
 def write_split(task: dict[str, Any]) -> dict[str, Any]:

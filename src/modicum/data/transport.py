@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import logsumexp
 
+DIRECT = 250.0  # range of costs, in epsilons, up to which exp(-cost / epsilon) is far from underflow
+
 
 def cosine_cost(x_AD: np.ndarray, y_BD: np.ndarray) -> np.ndarray:
     """1 - cosine of every pair, AB."""
@@ -43,6 +45,8 @@ def potentials(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Potentials f_A and g_B of the entropic problem; `epsilon` is in units of the cost. Unlike those of the linear
     program they are unique up to one constant."""
+    if float(cost_AB.max() - cost_AB.min()) / epsilon < DIRECT:
+        return _direct(cost_AB, a_A, b_B, epsilon, iterations)
     log_a, log_b = np.log(np.maximum(a_A, 1e-300)), np.log(np.maximum(b_B, 1e-300))
     f_A, g_B = np.zeros(len(a_A)), np.zeros(len(b_B))
     for _ in range(iterations):
@@ -53,6 +57,24 @@ def potentials(
         if moved < 1e-7 * max(epsilon, 1e-12):
             break
     return f_A, g_B
+
+
+def _direct(
+    cost_AB: np.ndarray, a_A: np.ndarray, b_B: np.ndarray, epsilon: float, iterations: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same iteration without logarithms, some twenty times as fast, where the kernel stays within a float's
+    range."""
+    least = float(cost_AB.min())
+    kernel_AB = np.exp((least - cost_AB) / epsilon)
+    u_A, v_B = np.ones(len(a_A)), np.ones(len(b_B))
+    for _ in range(iterations):
+        u_A = 1 / (kernel_AB @ (v_B * b_B))
+        new_B = 1 / (kernel_AB.T @ (u_A * a_A))
+        moved = float(np.abs(np.log(new_B / v_B)).max())
+        v_B = new_B
+        if moved < 1e-7:
+            break
+    return epsilon * np.log(u_A) + least, epsilon * np.log(v_B)
 
 
 def soft_transform(cost_AB: np.ndarray, g_B: np.ndarray, log_b: np.ndarray, epsilon: float) -> np.ndarray:

@@ -24,6 +24,7 @@ from modicum.pipeline.context import Context, Run
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe, parse, resolved
 from modicum.pipeline.section import Bytes, Strict, method
+from modicum.pipeline.signals import makers
 from modicum.pipeline.stage import Inputs, Stage, StagePlan
 from modicum.pipeline.worker import environment
 
@@ -36,6 +37,8 @@ class Section(Strict):
     corpus: str | None = None  # None: the recipe's
     tokenizer: str | None = None  # a model whose tokenizer is taken; None: that of the recipe's `model`, or trained
     steps: list[method("step")] = ["normalise", "quality", "python-split", "exact-dedup", "minhash"]  # type: ignore[valid-type]
+    encoder: str | None = None  # for steps that embed text; None: they fit LSA on a sample
+    models: list[str] = []  # whose losses the step preselect compares, the weakest first
     vocab_size: int = Field(4096, ge=258)
     reserved: int = Field(0, ge=0)  # tokens of the vocabulary kept free for objectives that need marks
     recall: Bytes | None = None  # playground text among what the tokenizer is trained on; None: as `pretrain` needs
@@ -144,7 +147,14 @@ class Curate(Stage[Section]):
         }
 
     def miniature(self, section: Section) -> tuple[Section, dict[str, Any]]:
-        return Section(steps=section.steps, vocab_size=512, heldout=0.2, processes=2), {}
+        return Section(
+            steps=section.steps,
+            encoder=section.encoder,
+            models=section.models,
+            vocab_size=512,
+            heldout=0.2,
+            processes=2,
+        ), {}
 
 
 @functools.cache
@@ -186,6 +196,7 @@ def _config(section: Section, seed: int, like: str | None) -> CurateConfig:
         tokenizer=like or section.tokenizer,
         heldout=section.heldout,
         read=ReadConfig(limit_bytes=_limit(section)),
+        signals=makers(section.encoder, section.models),
         seed=seed,
         group_bytes=None if section.group_bytes is None else int(section.group_bytes),
     )
