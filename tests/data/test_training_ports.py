@@ -190,3 +190,73 @@ def test_assembled_rows_are_padded_and_positions_run_within_documents() -> None:
 def test_knobs_of_the_transform_are_its_own() -> None:
     with pytest.raises(UserError, match="unknown transform method 'mecco'"):
         Stream(scored([1.0]), sequence_length=4, transforms=["mecco"])
+
+
+SIZES = {"web": 60_000, "maths": 4_000, "code": 16_000}
+
+
+def corpus_of(sizes: dict[str, int]) -> MemoryDocuments:
+    rng = np.random.default_rng(0)
+    examples: dict[str, list[tuple[range, int]]] = {}
+    for domain, size in sizes.items():
+        while size > 0:
+            n = int(rng.integers(2, 60))
+            examples.setdefault(domain, []).append((range(n + 1), 1))
+            size -= n
+    return MemoryDocuments(examples)
+
+
+UPSAMPLED = "domain-upsampling:fraction=0.25,base={web: 3, maths: 1},up={web: 1, maths: 1, code: 2}"
+
+
+def test_upsampling_serves_what_its_closed_form_says() -> None:
+    """(1 - fraction) base + fraction up, in tokens; near misses: a share of documents, the switch at `fraction`."""
+    total = 40_000
+    stream = Stream(corpus_of(SIZES), UPSAMPLED, sequence_length=64, total=total, seed=1)
+    seen: dict[str, list[int]] = {}
+    for _ in range(total // 64):
+        stream.next_batch(1)
+        for name, domain in stream.sampler.domains.items():
+            seen.setdefault(name, []).append(domain.consumed)
+    want = {"web": 0.75 * 0.75 + 0.25 * 0.25, "maths": 0.75 * 0.25 + 0.25 * 0.25, "code": 0.25 * 0.5}
+    for name, fraction in want.items():
+        assert seen[name][-1] == pytest.approx(fraction * total, abs=2 * 64), name
+    assert seen["code"][int(0.75 * total / 64) - 2] == 0 < seen["code"][int(0.75 * total / 64) + 3]
+
+
+def test_upsampling_resumes_at_its_boundary() -> None:
+    def make() -> Stream:
+        return Stream(corpus_of(SIZES), UPSAMPLED, sequence_length=64, total=8192, seed=1)
+
+    whole = make()
+    batches = [whole.next_batch(4).tokens_BT.tolist() for _ in range(32)]
+    for cut in (23, 24, 25):
+        first, later = make(), make()
+        for _ in range(cut):
+            first.next_batch(4)
+        later.load_state(json.loads(json.dumps(first.state())))
+        assert [later.next_batch(4).tokens_BT.tolist() for _ in range(cut, 32)] == batches[cut:]
+
+
+def test_boost_multiplies_the_natural_weights() -> None:
+    mixture = registry.build("mixture", "domain-upsampling:boost={maths: 10}", SIZES)
+    assert mixture.weights(0, 100) == pytest.approx({"web": 0.75, "maths": 0.05, "code": 0.2})
+    assert mixture.weights(79, 100) == mixture.weights(0, 100)
+    assert mixture.weights(80, 100) == pytest.approx({"web": 60 / 116, "maths": 40 / 116, "code": 16 / 116})
+    for wrong, message in (
+        ("", "mixture of the end"),
+        (":up={web: 1},boost={web: 2}", "either up"),
+        (":boost={math: 2}", "maths"),
+        (":up={web: 0}", "all weights"),
+    ):
+        with pytest.raises(UserError, match=message):
+            registry.build("mixture", f"domain-upsampling{wrong}", SIZES)
+    with pytest.raises(UserError, match="--tokens"):
+        mixture.weights(0, None)
+
+
+def test_what_remains_for_an_order_counts_the_change_of_the_mixture() -> None:
+    """`quality-ascending` reads a random part of an epoch that will not end: as long as what will be read of it."""
+    stream = Stream(corpus_of(SIZES), UPSAMPLED, sequence_length=64, total=40_000, seed=1)
+    remaining = stream.sampler._epoch(stream.sampler.domains["code"]).remaining
+    assert remaining == pytest.approx(0.125 * 40_000)

@@ -23,6 +23,7 @@ ORDER = (
     "run",
     "plan",
     "curate",
+    "why",
     "predict",
     "pretrain",
     "adapt",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+SHOWN = 20  # lines about files that could not be read
 
 
 def curate(
@@ -14,7 +16,7 @@ def curate(
         list[str],
         typer.Argument(metavar="SOURCE...", help="Folders, files, hub:NAME, or `python`: its own documentation."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
     steps: Annotated[
         str | None,
         typer.Option(
@@ -40,15 +42,22 @@ def curate(
     ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
     processes: Annotated[int | None, typer.Option(help="Worker processes; default: all cores.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Draw sources and steps with their counts; read and write nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as JSON.")] = False,
 ) -> None:
     """Read, normalise, filter, deduplicate, split off held-out text, train a tokenizer, write token shards.
 
-    The same command resumes after an interruption, and returns at once when everything is done.
+    The same command resumes after an interruption, and returns at once when everything is done. Files that could not be
+    read are named, the rest is curated, and the exit code is 1.
     """
+    import sys
+
     from modicum.budget import units
+    from modicum.core.errors import UserError
     from modicum.core.events import Events
-    from modicum.data.curate import STEPS, CurateConfig
+    from modicum.data.curate import STEPS, CurateConfig, drawing
     from modicum.data.curate import curate as run
     from modicum.data.readers import ReadConfig
     from modicum.pipeline.signals import makers
@@ -63,11 +72,29 @@ def curate(
         read=ReadConfig(limit_bytes=most, text_field=text_field),
         signals=makers(encoder, [name.strip() for name in (models or "").split(",") if name.strip()]),
     )
+    if dry_run:
+        print(drawing(sources, config))
+        return
+    if out is None:
+        raise UserError("--out is missing; write for example --out corpus, or --dry-run to see what would be done")
     curation = run(sources, out, config, engine=engine, processes=processes, events=Events(stage="curate"))
     stats = curation.stats
     if as_json:
         print(json.dumps(stats, indent=2, ensure_ascii=False))
-        return
+    else:
+        _print(stats, out)
+    damaged = curation.damaged
+    for line in damaged[:SHOWN]:
+        print(f"modicum: not read: {line}", file=sys.stderr)
+    if len(damaged) > SHOWN:
+        print(f"modicum: not read: {len(damaged) - SHOWN} more, see {out / 'drops.jsonl'}", file=sys.stderr)
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _print(stats: dict[str, Any], out: Path) -> None:
+    from modicum.budget import units
+
     size = units.bytes_text
     print(f"\n{'step':<14}{'documents':>19}{'text':>26}{'seconds':>9}   dropped")
     for step in stats["steps"]:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,13 +29,13 @@ from modicum.core.choice import Choice
 from modicum.core.errors import CorruptError, UserError
 from modicum.core.events import Events
 from modicum.core.files import atomic_file, fingerprint, read_json, write_json
-from modicum.data import engines
+from modicum.data import engines, pipeline
 from modicum.data.document import Document, read_documents
 from modicum.data.engines.worker import no_space
-from modicum.data.readers import ReadConfig, Unit, default_label, find
+from modicum.data.readers import DAMAGE, ReadConfig, Unit, default_label, find
 from modicum.data.shards import TokenShards
 from modicum.data.signals import Maker
-from modicum.data.stages import Run
+from modicum.data.stages import Run, group_bytes
 from modicum.data.tokenizer import Tokenizer
 
 STEPS = ("normalise", "python-split", "quality", "exact-dedup", "minhash")
@@ -98,6 +100,24 @@ class Curation:
         """step -> reason -> documents."""
         return {b["step"]: b["drops"] for b in self.stats["steps"] if b["drops"]}
 
+    @property
+    def damaged(self) -> list[str]:
+        """A line for each file or record that could not be read, naming it and why; the rest was curated."""
+        return [
+            f"{line['id']}: {line['reason']}" + (f" ({line['detail']})" if line["detail"] else "")
+            for line in dropped(self.folder)
+            if line["step"] == "read" and line["reason"] in DAMAGE
+        ]
+
+    def examples(self, most: int = 10) -> dict[str, list[dict[str, str]]]:
+        """The first `most` dropped documents of each step and reason, by "step: reason"."""
+        chosen: dict[str, list[dict[str, str]]] = {}
+        for line in dropped(self.folder):
+            lines = chosen.setdefault(f"{line['step']}: {line['reason']}", [])
+            if len(lines) < most:
+                lines.append({"id": line["id"], "detail": line["detail"]})
+        return chosen
+
     def count(self, what: str, split: str = "train") -> int:
         """ "documents", "bytes" of text, or "tokens" (stored) of a split."""
         return int(self.stats["splits"][split][what])
@@ -110,6 +130,13 @@ class Curation:
 
     def documents(self, split: str = "train", domain: str | None = None) -> Iterator[Document]:
         return read_documents(self.folder, split, domain)
+
+
+def dropped(folder: str | Path) -> Iterator[dict[str, str]]:
+    """The lines of drops.jsonl: id, step, reason, detail."""
+    with open(Path(folder) / "drops.jsonl", encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
 
 
 def curate(
@@ -153,7 +180,7 @@ def curate(
         }
         | ({"reserved": config.reserved} if config.reserved else {})
         | ({"signals": {n: asdict(maker) for n, maker in config.signals.items()}} if config.signals else {})
-        | ({"fitted_on": beside} if (beside := _beside(choices, config.read)) else {})
+        | ({"fitted_on": files} if (files := beside(choices, config.read)) else {})
     )
     if (folder / "curation.json").is_file():
         done = Curation.load(folder)
@@ -190,6 +217,34 @@ def curate(
     return Curation(folder, stats)
 
 
+def drawing(sources: Sequence[str], config: CurateConfig) -> str:
+    """Sources and steps as a drawing, with the files, bytes and passes there would be; no document is read."""
+    from modicum.budget.units import bytes_text
+
+    choices = [Choice.parse("step", step) for step in config.steps]
+    units = _find_all(list(sources), config.read, Path("/nonexistent"))
+    lines = []
+    for source in sources:
+        label = default_label(source)
+        own = [u for u in units if u.id == label or u.id.startswith((f"{label}/", f"{label}#"))]
+        kinds = Counter(u.kind for u in own)
+        what = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+        lines.append(f"{source}: {len(own)} files ({what}), {bytes_text(sum(u.nbytes for u in own))}")
+    groups = len(pipeline.group_units(units, group_bytes(sum(u.nbytes for u in units), config.group_bytes)))
+    lines.append(f"  | {groups} groups of files")
+    for number, one in enumerate(pipeline.passes(choices)):
+        steps = (["read"] if number == 0 else []) + [str(c) for c in one.line]
+        for k in one.fitted:
+            step = registry.build("step", one.steps[k])
+            lines.append(f"  | {one.steps[k].method} is fitted on {step.sample} documents")
+        if steps:
+            lines.append(f"  v {' -> '.join(steps)}")
+        if one.corpus:
+            lines.append(f"  v {one.corpus}, over all documents at once")
+    end = "given tokenizer" if config.tokenizer else f"tokenizer of {config.vocab_size}"
+    return "\n".join([*lines, f"  v {config.heldout:.0%} held out -> {end} -> token shards"])
+
+
 def _find_all(sources: Sequence[str], config: ReadConfig, folder: Path) -> list[Unit]:
     if not sources:
         raise UserError("no source given; give a folder, a file, `python` or hub:NAME")
@@ -208,7 +263,7 @@ def _find_all(sources: Sequence[str], config: ReadConfig, folder: Path) -> list[
     return units
 
 
-def _beside(choices: Sequence[Choice], config: ReadConfig) -> list[list[str]]:
+def beside(choices: Sequence[Choice], config: ReadConfig) -> list[list[str]]:
     """Names and stamps of the files that steps are fitted on beside the corpus. Raises `UserError` if one is
     missing."""
     sources = [source for choice in choices for source in registry.build("step", choice).sources()]

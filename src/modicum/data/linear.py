@@ -85,7 +85,7 @@ class Linear:
         return csr_matrix((flat[0], flat[1].astype(np.int64), ends), shape=(len(texts), 1 << self.bits))
 
     def state(self) -> dict[str, np.ndarray]:
-        return {"linear_weights": self.weights_V.astype(np.float32), "linear_bias": np.float32(self.bias)[None]}
+        return {"linear_weights": self.weights_V.astype(np.float32), "linear_bias": np.array([self.bias], np.float32)}
 
     def set_state(self, state: dict[str, np.ndarray]) -> Linear:
         self.weights_V = state["linear_weights"].astype(np.float64)

@@ -18,7 +18,7 @@ from typing import Any
 
 from modicum.core.errors import MissingExtra, UserError
 from modicum.core.files import fingerprint
-from modicum.data import formats
+from modicum.data import formats, records
 from modicum.data.document import Document, Drop
 
 SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
@@ -26,6 +26,8 @@ SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
 NOT_PYTHON = {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 PYTHON_TESTS = {"test", "tests", "idle_test"}
 PYTHON_SUFFIXES = {".py", ".txt", ".rst", ".md"}
+# Reasons of dropped documents that say a file is damaged or not what was meant: text is missing that should be there.
+DAMAGE = ("unreadable", "bad-json", "bad-record", "long-line", "no-records", "no-text-field")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,8 @@ def find(source: str, config: ReadConfig, *, label: str | None = None, exclude: 
         units = list(_path(source, label, {p.resolve() for p in exclude}))
     if not units:
         raise UserError(
-            f"{source} holds no files to read; give a folder of text, Markdown, HTML, code, JSONL or Parquet files"
+            f"{source} holds no files to read; give a folder of text, Markdown, HTML, PDF, code, WARC, JSONL, CSV or "
+            "Parquet files"
         )
     if config.limit_bytes is not None and units[0].kind != "hub":
         units = _limited(units, config.limit_bytes)
@@ -135,10 +138,10 @@ def _package(name: str) -> str:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
     except (ImportError, ValueError):
         spec = None
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    if not places:
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not folders:
         raise UserError(f"python:{name} is no installed package; write python:numpy, or python for Python itself")
-    return places[0]
+    return folders[0]
 
 
 def _python(config: ReadConfig, label: str) -> Iterator[Unit]:
@@ -217,7 +220,7 @@ def _hub(unit: Unit, config: ReadConfig) -> Iterator[Document | Drop]:
         ) from None
     size = 0
     for i, row in enumerate(rows):
-        item = formats.record(dict(row), f"{unit.id}#{i}", unit.id, config)
+        item = records.record(dict(row), f"{unit.id}#{i}", unit.id, config)
         yield item
         if isinstance(item, Document) and config.limit_bytes is not None:
             size += item.nbytes

@@ -22,6 +22,8 @@ from modicum.data.mixtures import Mixture
 from modicum.data.orders import Epoch, Order, chunk_ends
 from modicum.data.shards import Documents
 
+INSTANTS = 32
+
 
 @dataclass
 class Domain:
@@ -82,8 +84,10 @@ class Sampler:
     def _epoch(self, domain: Domain) -> Epoch:
         remaining = None
         if self.horizon is not None:
-            weights = self.mixture.weights(0, self.horizon)
-            fraction = weights.get(domain.name, 0) / sum(weights.values())
+            fraction = 0.0  # of the run's tokens that are this domain's, by the mixture at INSTANTS of the run
+            for k in range(INSTANTS):
+                weights = self.mixture.weights((k + 0.5) / INSTANTS * self.horizon, self.horizon)
+                fraction += weights.get(domain.name, 0) / sum(weights.values()) / INSTANTS
             remaining = fraction * self.horizon - domain.epoch * self.sizes[domain.name]
         return Epoch(domain.name, domain.epoch, self.seed, domain.lengths, domain.ends, self.chunk, remaining)
 

@@ -116,8 +116,8 @@ def write_part(folder: str | Path, part: int, documents: Iterable[Document], tok
             "sha256": sha256(f"{stem}.bin"),
             "index_sha256": sha256(f"{stem}.idx"),
         }
-        told = tokenizer.encode_batch([METADATA.format(name) for name in sites[domain]], specials=False)
-        write_json(f"{stem}.sites.json", dict(zip(sites[domain], told, strict=True)))
+        metadata = tokenizer.encode_batch([METADATA.format(name) for name in sites[domain]], specials=False)
+        write_json(f"{stem}.sites.json", dict(zip(sites[domain], metadata, strict=True)))
         entries[domain]["sites_sha256"] = sha256(f"{stem}.sites.json")
         for name, dtype in BESIDE.items():
             values = np.asarray(beside[domain][name], dtype)

@@ -62,6 +62,7 @@ class Run:
         self.stats: list[pipeline.StepStats] = []
         self.drop_files: list[Path] = []
         self.split_bytes: list[dict[str, int]] = []  # text bytes of each part by split
+        self.fitted: dict[int, str] = {}  # by the identity of a choice: where what it learnt is
         self.start = time.monotonic()
 
     def all(self) -> dict[str, Any]:
@@ -136,6 +137,7 @@ class Run:
             choice = one.steps[k]
             path = self.folder / "fitted" / f"{number}-{choice.method}.npz"
             one.arrays[k] = path
+            self.fitted[id(choice)] = path.relative_to(self.folder).as_posix()
             if path.is_file():
                 continue
             step = registry.build("step", choice)
@@ -161,7 +163,7 @@ class Run:
         step_stats = pipeline.StepStats(choice.method, len(sizes), int(sizes.sum()))
         if not all(p.exists() for p in paths):
             context = Context(seed=self.config.seed, signals=self.signals)
-            step = pipeline.ready(choice, context, one.arrays.get(len(one.line)))
+            step: Any = pipeline.ready(choice, context, one.arrays.get(len(one.line)))
             drops: dict[int, tuple[str, str]] = {}
             if len(sizes):
                 signatures = pipeline.load_columns(stems, "signatures", work_folder / "signatures.bin")
@@ -296,6 +298,9 @@ class Run:
             splits[split]["domains"] = domains
         return {
             "sources": list(self.sources),
+            "choices": [
+                c.resolved() | ({"fitted": self.fitted[id(c)]} if id(c) in self.fitted else {}) for c in self.choices
+            ],
             "steps": [b.as_dict() for b in self.stats],
             "splits": splits,
             "heldout": {

@@ -7,27 +7,35 @@ judged on the same text; `clean_bits_per_byte`, measured beside the baseline, is
 nobody can gain more than lies between. A step that gives scores drops none; `ranked` says how often it scores a clean
 document higher than a planted one. Megabytes per second are those of one process over the pool; they have no ratio,
 as the baseline does nothing.
+
+Steps that keep a fraction of what they get are judged by what they chose (`_selecting`): those that aim at a target by
+its bits per byte, others by the mean over domains, all at equal tokens of training.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from modicum.bench import training
 from modicum.bench.measurement import Axes, Axis, Measurement, Settings
-from modicum.bench.ports import _dirty
+from modicum.bench.ports import _dirty, _selecting
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.data.document import Document, Drop
 from modicum.data.steps import Context
+from modicum.data.steps._selection import Selection
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("megabytes_per_second", "higher", "MB/s", against=""))
+AIMED = Axes(quality=Axis("target_bits_per_byte"), cost=Axis("select_seconds", "lower", "s", against=""))
+CHOOSING = Axes(quality=Axis("mean_bits_per_byte"), cost=Axis("select_seconds", "lower", "s", against=""))
 LIMITS = training.LIMITS
 TIER = "laptop"
 NOT_MEASURABLE = {
@@ -36,19 +44,40 @@ NOT_MEASURABLE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale(training.Scale):
+class Scale(_selecting.Scale):
     tokens: int = 400_000
     dirt: float = 0.15  # bytes of each kind of planted documents, of the corpus'
 
 
-QUICK = Scale(**training.QUICK)
+QUICK = Scale(**training.QUICK, **_selecting.QUICK)
+
+
+def axes_of(choice: Choice) -> Axes:
+    cls: Any = registry.load("step", choice.method).cls
+    if not cls.relative:
+        return AXES
+    return AIMED if issubclass(cls, Selection) or hasattr(choice.config(), "targets") else CHOOSING
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     bench = training.Bench.of(settings)
+    axes, plain = axes_of(choice), choice.method == registry.port("step").baseline
+    if axes is AXES and not plain:
+        return cleaned(choice, seed, bench)
+    metrics, (seconds, flops, tokens) = _selecting.measure(choice, seed, bench, settings.scale)
+    cost = Cost(seconds=seconds + metrics["select_seconds"], flops=flops, tokens=tokens)
+    if plain:
+        made = cleaned(choice, seed, bench)
+        return dataclasses.replace(made, metrics=metrics | made.metrics)
+    model = bench.model_record(bench.model(seed))
+    return Measurement(metrics=metrics, cost=cost, model=model, data=bench.corpus.record, axes=axes)
+
+
+def cleaned(choice: Choice, seed: int, bench: training.Bench) -> Measurement:
+    """What the step leaves of a dirty pool."""
     step = registry.build("step", choice)
     clean, heldout = prose(bench.corpus.train), [d.text for d in prose(bench.corpus.heldout)]
-    pool = _dirty.plant(clean, settings.scale.dirt, seed)
+    pool = _dirty.plant(clean, bench.settings.scale.dirt, seed)
     start = time.perf_counter()
     step.open(Context(seed=seed))
     out = list(step.run(pool))

@@ -23,6 +23,7 @@ class Mixture(Method):
     def weights(self, done: float, total: float | None) -> dict[str, float]:
         """Weights by domain, at least 0, in any scale; a domain left out has 0.
 
-        done: predictions drawn so far; total: how many the run will make, None if unknown.
+        done: predictions drawn so far; total: how many the run will make, None if unknown,
+        which a mixture that changes with the run's progress refuses.
         """
         raise NotImplementedError

@@ -45,6 +45,7 @@ class Step(Method):
 
     scope: Literal["document", "corpus"] = "document"
     relative: ClassVar[bool] = False
+    signals: ClassVar[tuple[str, ...]] = ()  # that it cannot do without
     sample: int = 0  # documents that `fit` gets; 0: nothing to fit
 
     def __init__(self, config: Any):

@@ -113,7 +113,7 @@ def spherical_kmeans(x_ND: np.ndarray, k: int, seed: int, rounds: int = 20) -> t
         _, cluster_N1 = kmeans.index.search(x_ND, 1)
     finally:
         faiss.omp_set_num_threads(threads)
-    return kmeans.centroids.reshape(k, -1), cluster_N1[:, 0].astype(np.int64)
+    return np.asarray(kmeans.centroids).reshape(k, -1), cluster_N1[:, 0].astype(np.int64)
 
 
 def spread(distance_N: np.ndarray, cluster_N: np.ndarray, k: int) -> np.ndarray:

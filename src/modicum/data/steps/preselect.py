@@ -51,6 +51,7 @@ class Config:
 
 class Preselect(Selection):
     config: Config
+    signals = ("losses",)
 
     def __init__(self, config: Config):
         super().__init__(config)

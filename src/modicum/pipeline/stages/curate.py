@@ -1,6 +1,7 @@
 """curate: read, clean, deduplicate, filter, tokenize and pack the corpus.
 
-With `from: NAME` the text is tokenized as that stage's, so that a model may go on from one to the other.
+With `from: NAME` the text is tokenized as that stage's, so that a model may go on from one to the other. Models that
+`from` names, the weakest first, are those whose losses the step preselect compares.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 from pydantic import Field
 
 from modicum.budget import Cost
+from modicum.core import registry
+from modicum.core.choice import Choice
 from modicum.core.errors import ModicumError
 from modicum.core.files import atomic_file, fingerprint, write_json, write_text
-from modicum.data.curate import CurateConfig, Curation, curate
+from modicum.data.curate import CurateConfig, Curation, beside, curate
 from modicum.data.readers import ReadConfig, find
 from modicum.data.stages import group_bytes
 from modicum.pipeline.context import Context, Run
@@ -25,10 +28,11 @@ from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe, parse, resolved
 from modicum.pipeline.section import Bytes, Strict, method
 from modicum.pipeline.signals import makers
-from modicum.pipeline.stage import Inputs, Stage, StagePlan
+from modicum.pipeline.stage import Finished, Inputs, Report, Stage, StagePlan
 from modicum.pipeline.worker import environment
 
 TEXT = 6  # bytes of memory that a process takes for each byte of text it has in hand
+DAMAGED = 20  # files that could not be read and are named in the figures
 PARTS = 32  # files of a sample, so that both sides of the held-out split get some
 SAMPLE = 4 << 20  # bytes that the planner curates, for this stage's own cost and for the stages that follow
 
@@ -51,7 +55,7 @@ class Section(Strict):
 
 class Curate(Stage[Section]):
     order, default, alone = 10, True, True
-    named, gives = ("corpus",), ("corpus",)
+    named, several, gives = ("corpus", "model"), ("model",), ("corpus",)
 
     def complete(self, section: Section, recipe: Recipe, name: str) -> Section:
         from modicum.pipeline.stages.pretrain import Section as Pretrain
@@ -70,6 +74,7 @@ class Curate(Stage[Section]):
         return {
             "files": _corpus(_source(section), _limit(section))[0],
             "section": section.model_dump(exclude={"processes", "engine", "group_bytes"}),
+            "beside": beside([Choice.parse("step", step) for step in section.steps], ReadConfig()),
         }
 
     def plan(self, section: Section, inputs: Inputs, planner: Planner) -> StagePlan:
@@ -83,6 +88,7 @@ class Curate(Stage[Section]):
         small = max(min(group, size // processes), 1)
         like = inputs["corpus"]["sample"] if "corpus" in inputs else section.tokenizer
         update = {"max_bytes": size, "group_bytes": small, "tokenizer": like}
+        update["steps"] = [_without_models(step) for step in section.steps]
         run, alone = _alone(planner, section.model_copy(update=update))
         made = Curation.load(run.stage(self.key) / "data")
         fixed = planner.fixed.get(self.key, Cost())
@@ -111,10 +117,11 @@ class Curate(Stage[Section]):
     def run(self, section: Section, inputs: Inputs, context: Context) -> dict[str, Any]:
         seed = context.recipe.seed
         like = inputs["corpus"]["folder"] if "corpus" in inputs else None
+        models = [model["folder"] for model in inputs.all("model")] or section.models
         made = curate(
             _sources(section, context.folder, seed),
             context.folder / "data",
-            _config(section, seed, like),
+            _config(section.model_copy(update={"models": models}), seed, like),
             events=context.events,
             engine=section.engine,
             processes=section.processes,
@@ -143,8 +150,15 @@ class Curate(Stage[Section]):
             "tokens_heldout": made.count("tokens", "heldout"),
             "vocab_size": made.tokenizer().vocab_size,
             "bytes_per_token": made.count("bytes") / made.count("tokens"),
+            "damaged": made.damaged[:DAMAGED],
             "cost": {"tokens": made.count("tokens") + made.count("tokens", "heldout")},
         }
+
+    def report(self, done: Finished) -> Report:
+        """Ten examples of each reason beside the counts."""
+        folder = Path(done.figures["folder"])
+        examples = Curation.load(folder).examples() if (folder / "drops.jsonl").is_file() else {}
+        return Report(values={"examples": examples})
 
     def miniature(self, section: Section) -> tuple[Section, dict[str, Any]]:
         return Section(
@@ -155,6 +169,13 @@ class Curate(Stage[Section]):
             heldout=0.2,
             processes=2,
         ), {}
+
+
+def _without_models(step: Any) -> Any:
+    """The step, or in place of one that needs models, which a plan has not: a random choice of as much text."""
+    choice = Choice.parse("step", step)
+    needs = registry.load("step", choice.method).cls.signals
+    return {"method": "random", "keep": choice.config().keep} if needs else step
 
 
 @functools.cache

@@ -1,0 +1,121 @@
+"""The recipes select and curate-web at toy size: every stage for real."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modicum.data.curate import Curation
+from modicum.pipeline.recipe import load
+from modicum.pipeline.run import run_recipe
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+WORDS = ["the", "of", "and", "to", "that", "have", "with", "be", "report", "river", "council", "budget", "winter"]
+WORDS += ["harbour", "engine", "letter", "morning"]
+
+
+def sentences(seed: int, count: int) -> str:
+    rng = random.Random(seed)
+    out = []
+    for _ in range(count):
+        words = [rng.choice(WORDS) + (str(rng.randrange(99)) if rng.random() < 0.1 else "") for _ in range(14)]
+        out.append(" ".join(words).capitalize() + ".")
+    return " ".join(out)
+
+
+def page(seed: int) -> bytes:
+    paragraphs = "".join(f"<p>{sentences(seed * 100 + k, 6)}</p>" for k in range(4))
+    return (
+        "<html><head><title>Page</title></head><body><nav><a href='/'>Home</a></nav>"
+        f"<article><h1>Report</h1>{paragraphs}<p>Write to user{seed}@mail.example.org now, and to the council.</p>"
+        "</article></body></html>"
+    ).encode()
+
+
+def entry(url: str, body: bytes) -> bytes:
+    http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + body
+    head = (
+        f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nWARC-Record-ID: <urn:uuid:1>\r\n"
+        f"WARC-Date: 2024-01-01T00:00:00Z\r\nContent-Type: application/http; msgtype=response\r\n"
+        f"Content-Length: {len(http)}\r\n\r\n"
+    )
+    return gzip.compress(head.encode() + http + b"\r\n\r\n")
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "curation.json" and not p.name.startswith(".")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_crawl_gives_the_same_shards_on_ray(tmp_path: Path) -> None:
+    for package in ("ray", "fastwarc", "ftfy", "py3langid"):
+        pytest.importorskip(package)
+    crawl = tmp_path / "crawl"
+    crawl.mkdir()
+    for part in range(3):
+        entries = b"".join(entry(f"https://site{k}.org/{part}", page(part * 10 + k)) for k in range(10))
+        (crawl / f"{part}.warc.gz").write_bytes(entries)
+    (crawl / "copy.html").write_bytes(page(3))
+    german = "<html><body><article><p>" + "Ein Satz auf Deutsch über Züge. " * 60
+    (crawl / "other.html").write_bytes(german.encode())
+    knobs = (f"corpus={crawl}", "vocab_size=400", "heldout=0.2", "group_bytes=8kB")
+    tiny = [f"{stage}.{knob}" for stage in ("web", "ray") for knob in knobs]
+    run = run_recipe(load("curate-web", tiny), tmp_path / "run", say=lambda line: None)
+    made = [Curation.load(run.folder / "stages" / name / "data") for name in ("web", "ray")]
+    assert checksums(made[0].folder) == checksums(made[1].folder)
+    documents = [d for split in ("train", "heldout") for d in made[0].documents(split)]
+    assert len(documents) == 30 and all("<EMAIL>" in d.text and "@" not in d.text for d in documents)
+    assert all(d.source.startswith("https://site") and d.meta["language"] == "en" for d in documents)
+    assert made[0].drops["language"] == {"language": 1} and sum(made[0].drops["exact-dedup"].values()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_selections_of_one_target(tmp_path: Path) -> None:
+    pools = {"pool": (0, 60), "examples": (500, 20), "target": (800, 12)}
+    for name, (first, count) in pools.items():
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            special = name != "pool" or i % 6 == 0
+            body = sentences(first + i, 20)
+            (tmp_path / name / f"{i:02}.txt").write_text(
+                body.replace("report", "matrix eigenvalue") if special else body
+            )
+    tenth = {"keep": 0.2, "sample": 40, "dims": 8}
+    target = {"targets": [str(tmp_path / "examples")]}
+    steps: dict[str, Any] = {
+        "random-tenth": "random:keep=0.2",
+        "betr-tenth": {"method": "betr", **tenth, **target},
+        "gotd-tenth": {"method": "gotd", **tenth, **target},
+        "preselect-tenth": {"method": "preselect", "keep": 0.2, "sample": 40, "characters": 400},
+    }
+    overrides = ["pool.vocab_size=400", "score.bytes=4kB", "budget.time=1h", "target.heldout=0.4"]
+    overrides += [f"{n}.corpus={tmp_path / n}" for n in pools] + [f"{n}.corpus={tmp_path / 'pool'}" for n in steps]
+    overrides += [f"{n}.steps={json.dumps(['normalise', step])}" for n, step in steps.items()]
+    overrides += [f"{n}.max_bytes=null" for n in (*pools, *steps)] + [f"{n}.heldout=0.1" for n in steps]
+    models = ("general", "special", "on-random", "on-betr", "on-gotd", "on-preselect")
+    tiny = ("shape=[32, 1]", "tokens=8ktok", "sequence_length=64", "batch_tokens=256")
+    overrides += [f"{name}.{knob}" for name in models for knob in tiny]
+    run = run_recipe(load("select", overrides), tmp_path / "run", say=lambda line: None)
+    rows = json.loads((run.folder / "stages" / "score" / "done.json").read_text())["figures"]["rows"]
+    assert {(r["model"], r["corpus"]) for r in rows} == {(m, c) for m in models[2:] for c in ("target", "pool")}
+    made = Curation.load(run.folder / "stages" / "betr-tenth" / "data")
+    texts = [d.text for split in ("train", "heldout") for d in made.documents(split)]
+    assert sum("eigenvalue" in t for t in texts) >= 0.8 * len(texts)
+    assert "not-selected" in (run.folder / "report.html").read_text()
