@@ -36,6 +36,42 @@ class Mutation:
 
 
 MUTATIONS = (
+    # data: related rows and rows of other lengths
+    Mutation(
+        "on to the least similar neighbour, as the paper's algorithm is printed",
+        "data/orders/in_context_pretraining.py",
+        "at = min(open_)[1] if open_ else None",
+        "at = max(open_)[1] if open_ else None",
+        "data/test_arranging.py::test_the_path_is_the_papers",
+    ),
+    Mutation(
+        "a jump goes to the document of most neighbours",
+        "data/orders/in_context_pretraining.py",
+        "key=lambda i: (len(edges[i]), i)",
+        "key=lambda i: (-len(edges[i]), i)",
+        "data/test_arranging.py::test_the_path_is_the_papers",
+    ),
+    Mutation(
+        "the next row of a domain goes on in the row of another",
+        "data/stream.py",
+        "if begun and not self.sampler.within_row:",
+        "if begun and not self.sampler.domains:",
+        "data/test_arranging.py::test_rows_are_of_one_domain_and_follow_the_path",
+    ),
+    Mutation(
+        "small parts are cut first",
+        "data/packings/dataset_decomposition.py",
+        "size = min(1 << (span.length.bit_length() - 1), longest)",
+        "size = min(span.length & -span.length, longest)",
+        "data/test_arranging.py::test_parts_are_binary_digits",
+    ),
+    Mutation(
+        "long rows come first in a cycle",
+        "data/packings/dataset_decomposition.py",
+        "** (k - 1 - i) for i in range(k)]",
+        "** i for i in range(k)]",
+        "data/test_arranging.py::test_short_rows_come_first_in_a_cycle_and_long_ones_last",
+    ),
     # data: pages and filters
     Mutation(
         "a formula's tail is lost with the formula",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ class Growing(Packing):
     def row(self, draw, pending, length):  # type: ignore[no-untyped-def]
         return registry.build("packing", "concat").row(draw, pending, length)
 
-    def row_length(self, longest: int, progress: float) -> int:
+    def row_length(self, longest: int, progress: float, pending: Sequence[Span] = (), tokens: int = 0) -> int:
         return longest // 2 if progress < 0.5 else longest
 
 

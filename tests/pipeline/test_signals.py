@@ -39,4 +39,4 @@ def test_losses_are_totals_of_each_text_under_each_model(tmp_path: Path) -> None
 
 def test_an_encoder_that_has_to_be_fitted_is_refused() -> None:
     with pytest.raises(UserError, match="fit LSA"):
-        embedding("lsa:64")
+        embedding("lsa:dims=64")

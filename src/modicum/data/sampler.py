@@ -40,6 +40,12 @@ class Domain:
     consumed: int = 0
     deficit: float = 0.0
     order: np.ndarray | None = None  # chunk numbers of the present epoch
+    rows: np.ndarray | None = None  # int64 [spans, 4]: document, start, length, row; for orders of whole rows
+
+    @property
+    def within_row(self) -> bool:
+        """Whether the next span stands in the same row as the last one."""
+        return self.rows is not None and self.drawn > 0 and self.rows[self.drawn, 3] == self.rows[self.drawn - 1, 3]
 
     @property
     def size(self) -> int:
@@ -61,6 +67,7 @@ class Sampler:
     def __init__(self, documents: Documents, *, seed: int, chunk: int, epochs: int | None, total: float | None):
         self.seed, self.chunk, self.epochs, self.total = seed, chunk, epochs, total
         self.horizon = total  # of the order: a longer run goes on in the order it began with
+        self.row = chunk  # tokens of a row, for orders of whole rows
         self.domains: dict[str, Domain] = {}
         for name in documents.domains:
             lengths = documents.lengths(name) - 1
@@ -75,11 +82,49 @@ class Sampler:
         """Predictions put into batches so far."""
         return sum(d.consumed for d in self.domains.values())
 
+    @property
+    def drawn_tokens(self) -> int:
+        """Predictions drawn so far, whether they came into a batch or not."""
+        total = 0
+        for d in self.domains.values():
+            total += d.epoch * d.size
+            if d.drawn:
+                spans = self._rows(d)[: d.drawn, 2] if self.order.whole_rows else self._sizes(d)[: d.drawn]
+                total += int(spans.sum())
+        return total
+
+    def _sizes(self, domain: Domain) -> np.ndarray:
+        return self._epoch(domain).sizes(self._arranged(domain).astype(np.int64))
+
     def _arranged(self, domain: Domain) -> np.ndarray:
         if domain.order is None:
             numbers = self.order.arrange(self._epoch(domain))
             domain.order = numbers.astype(np.uint32 if domain.ends[-1] < 1 << 32 else np.uint64)
         return domain.order
+
+    def _rows(self, domain: Domain) -> np.ndarray:
+        """The spans of an epoch: the order's chunks end to end, cut every `row` tokens, the rows shuffled."""
+        if domain.rows is None:
+            epoch = self._epoch(domain)
+            spans = [domain.span(int(n), self.chunk) for n in self.order.arrange(epoch)]
+            cut: list[tuple[int, int, int, int]] = []
+            at = 0
+            for span in spans:
+                start, rest = span.start, span.length
+                while rest:
+                    size = min(rest, self.row - at % self.row)
+                    cut.append((span.document, start, size, at // self.row))
+                    at, start, rest = at + size, start + size, rest - size
+            rows = np.array(cut, np.int64)
+            rank = np.empty(-(-at // self.row), np.int64)
+            rank[epoch.permutation(len(rank)).astype(np.int64)] = np.arange(len(rank))
+            domain.rows = rows[np.argsort(rank[rows[:, 3]], kind="stable")]
+        return domain.rows
+
+    @property
+    def within_row(self) -> bool:
+        """Whether the last span's row goes on, for an order of whole rows."""
+        return any(d.within_row for d in self.domains.values())
 
     def _epoch(self, domain: Domain) -> Epoch:
         remaining = None
@@ -102,11 +147,20 @@ class Sampler:
         if not open_:
             return None
         chosen = max(open_, key=lambda d: d.deficit)
-        order = self._arranged(chosen)
-        span = chosen.span(int(order[chosen.drawn]), self.chunk)
+        if self.order.whole_rows:
+            for d in open_:
+                if d.drawn:
+                    self._rows(d)
+            chosen = next((d for d in open_ if d.within_row), chosen)
+            rows = self._rows(chosen)
+            document, start, length, _ = rows[chosen.drawn].tolist()
+            span, count = Span(chosen.name, document, start, length), len(rows)
+        else:
+            order = self._arranged(chosen)
+            span, count = chosen.span(int(order[chosen.drawn]), self.chunk), len(order)
         chosen.drawn += 1
-        if chosen.drawn == len(order):
-            chosen.epoch, chosen.drawn, chosen.order = chosen.epoch + 1, 0, None
+        if chosen.drawn == count:
+            chosen.epoch, chosen.drawn, chosen.order, chosen.rows = chosen.epoch + 1, 0, None, None
         whole = sum(weights[d.name] for d in open_)
         for d in open_:
             d.deficit += span.length * weights[d.name] / whole
@@ -125,7 +179,8 @@ class Sampler:
             }
             for d in self.domains.values()
         }
-        return {"seed": self.seed, "chunk": self.chunk, "horizon": self.horizon, "domains": domains}
+        row = {"row": self.row} if self.order.whole_rows else {}
+        return {"seed": self.seed, "chunk": self.chunk, "horizon": self.horizon, "domains": domains} | row
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`, whose seed, chunks and horizon hold. Raises `UserError` if the data is another: a
@@ -140,9 +195,10 @@ class Sampler:
                     "give the same data, or start a new run folder"
                 )
         self.seed, self.chunk, self.horizon = state["seed"], state["chunk"], state["horizon"]
+        self.row = state.get("row", self.row)
         for name, domain in self.domains.items():
             saved = state["domains"].get(name, {})
-            domain.ends, domain.order = chunk_ends(domain.lengths, self.chunk), None
+            domain.ends, domain.order, domain.rows = chunk_ends(domain.lengths, self.chunk), None, None
             domain.epoch, domain.drawn = saved.get("epoch", domain.epoch), saved.get("drawn", domain.drawn)
             domain.consumed = saved.get("tokens", domain.consumed)
             domain.deficit = saved.get("deficit", domain.deficit)

@@ -12,7 +12,7 @@ takes its rows, so a run goes on in the same order on any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from modicum.core import compose, registry
@@ -62,6 +62,7 @@ class Stream:
         self.sampler = Sampler(documents, seed=seed, chunk=chunk or sequence_length, epochs=epochs, total=total)
         self.sampler.mixture = registry.build("mixture", mixture, self.sampler.sizes)
         self.sampler.order = registry.build("order", order, documents)
+        self.sampler.row = sequence_length
         self.packing: Packing = registry.build("packing", packing)
         source = Source(documents, sequence_length, total, seed)
         self.transforms: list[Transform] = [registry.build("transform", t, source) for t in transforms]
@@ -91,7 +92,9 @@ class Stream:
     def next_batch(self, n: int) -> Batch:
         """The next `n` rows of the global order (as many tokens, in shorter rows, if the packing says so); fewer at
         the end, then EndOfData."""
-        length = self.packing.row_length(self.sequence_length, self.progress or 0.0)
+        tokens = n * self.sequence_length
+        self.packing.fill(self.sampler.draw, self.pending, self.sequence_length, tokens)
+        length = self.packing.row_length(self.sequence_length, self.progress or 0.0, self.pending, tokens)
         rows: list[list[Tokens]] = []
         while len(rows) < n * self.sequence_length // length:
             spans = self.next_row(length)
@@ -108,7 +111,21 @@ class Stream:
 
     def next_row(self, length: int) -> list[Span]:
         """The spans of the next row of `length` tokens; none when the data has ended."""
-        return self._fit(self.packing.row(self.sampler.draw, self.pending, length), length)
+        draw = self._draw_within_row() if self.sampler.order.whole_rows else self.sampler.draw
+        return self._fit(self.packing.row(draw, self.pending, length), length)
+
+    def _draw_within_row(self) -> Callable[[], Span | None]:
+        """Spans of one row of the order's own; then None, as if the data had ended."""
+        begun = False
+
+        def draw() -> Span | None:
+            nonlocal begun
+            if begun and not self.sampler.within_row:
+                return None
+            begun = True
+            return self.sampler.draw()
+
+        return draw
 
     def count_rows(self) -> int:
         """How many rows the data has left; the stream is used up. For streams with a number of epochs."""

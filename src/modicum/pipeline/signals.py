@@ -15,11 +15,11 @@ from modicum.data.signals import Maker, Signal
 
 def makers(encoder: str | None = None, models: Sequence[str] = (), device: str = "cpu") -> Mapping[str, Maker]:
     """What a curation gets for `--encoder` and `--models`; models from the weakest to the strongest."""
-    from modicum.retrieve.encoder import fingerprint
+    from modicum.retrieve.encoders import fingerprint, parse
 
     out: dict[str, Maker] = {}
     if encoder:
-        version = str(fingerprint(encoder))
+        version = str(fingerprint(parse(encoder).knobs.get("model", "")))
         out["embedding"] = Maker(f"{__name__}:embedding", {"encoder": encoder, "device": device}, version)
     if models:
         version = " ".join(str(fingerprint(model)) for model in models)
@@ -28,12 +28,12 @@ def makers(encoder: str | None = None, models: Sequence[str] = (), device: str =
 
 
 def embedding(encoder: str, device: str = "cpu") -> Signal:
-    """Unit vectors of `retrieve.encoders.make_encoder`'s encoder; one that is fitted on its passages is refused."""
+    """Unit vectors of an encoder of the port; one that is fitted on its passages is refused."""
     from modicum.core.errors import UserError
-    from modicum.retrieve.encoders import SentenceTransformerEncoder, make_encoder
+    from modicum.retrieve.encoders import make_encoder
 
     made = make_encoder(encoder, device=device)
-    if not isinstance(made, SentenceTransformerEncoder):
+    if made.fitted:
         raise UserError(
             f"--encoder {encoder} would have to be fitted on the corpus; give a sentence-transformers model such as "
             "minilm, or leave it out: steps then fit LSA on their sample"

@@ -1,7 +1,7 @@
 """packing: held-out bits per byte after equal tokens of batch, against the seconds they took.
 
 A batch's tokens count whether they are text or padding, as they cost alike; padding, cut documents and the
-keys that attention looks at are reported beside.
+keys that attention looks at are reported beside, and how much of the text that was drawn is in no row (`left_out`).
 """
 
 from __future__ import annotations
@@ -43,23 +43,26 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
 def layout(bench: training.Bench, choice: Choice, seed: int) -> dict[str, float]:
     """Shares over the batches of the run: padding, rows that begin within a document, keys per query."""
     stream = bench.stream(seed, packing=choice)
-    rows = pads = cut = 0
+    rows = tokens = pads = cut = 0
     keys = 0.0
-    while rows < bench.total // bench.scale.sequence_length:
+    while tokens < bench.total:
         batch = stream.next_batch(bench.scale.batch_sequences)
         T = batch.tokens_BT.shape[1]
         rows += len(batch)
+        tokens += len(batch) * T
         pads += int((batch.targets_BT == NO_LOSS).sum())
         # A row whose first token is no document's start goes on with a document that was cut.
         cut += int((batch.tokens_BT[:, 0] != bench.tokenizer.start_id).sum())
         if batch.documents_BT is None:
-            keys += len(batch) * (T + 1) / 2
+            keys += len(batch) * T * (T + 1) / 2
         else:
             for row in batch.documents_BT.numpy():
                 lengths = np.diff(np.flatnonzero(np.diff(row, prepend=row[0] - 1, append=row[-1] - 1)))
-                keys += float((lengths * (lengths + 1) / 2).sum()) / T
+                keys += float((lengths * (lengths + 1) / 2).sum())
+    given = stream.done + sum(span.length for span in stream.pending)
     return {
-        "padding": pads / (rows * bench.scale.sequence_length),
+        "padding": pads / tokens,
         "cut_rows": cut / rows,
-        "keys_per_query": keys / rows,
+        "keys_per_query": keys / tokens,
+        "left_out": 1 - given / max(stream.sampler.drawn_tokens, 1),
     }

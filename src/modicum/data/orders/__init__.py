@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -42,7 +42,11 @@ class Epoch:
 
     def shuffled(self) -> np.ndarray:
         """A permutation of all chunks by (seed, epoch, domain), the same on every machine. uint64 [chunks]."""
-        numbers = np.arange(self.chunks, dtype=np.uint64)
+        return self.permutation(self.chunks)
+
+    def permutation(self, count: int) -> np.ndarray:
+        """A permutation of `count` numbers by (seed, epoch, domain), the same on every machine. uint64 [count]."""
+        numbers = np.arange(count, dtype=np.uint64)
         name = f"{self.seed}/{self.number}/{self.domain}".encode()
         key = np.frombuffer(hashlib.blake2b(name, digest_size=8).digest(), "<u8")
         return np.argsort(_mix(numbers ^ key), kind="stable").astype(np.uint64)
@@ -59,7 +63,13 @@ class Epoch:
 
 
 class Order(Method):
-    """Base class: fill `arrange`."""
+    """Base class: fill `arrange`.
+
+    whole_rows: what `arrange` gives is one line of text that is cut into rows, each of one domain, and the rows are
+    shuffled; a document's chunks then stand together.
+    """
+
+    whole_rows: ClassVar[bool] = False
 
     def __init__(self, config: Any, documents: Documents):
         self.config, self.documents = config, documents

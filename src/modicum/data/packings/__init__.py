@@ -7,7 +7,7 @@ the tokens, so that its state is a few numbers.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from modicum.core.registry import Method
@@ -37,9 +37,13 @@ class Packing(Method):
         drawn and not used stays in `pending`, which the stream saves. An empty list ends the data.
         """
 
-    def row_length(self, longest: int, progress: float) -> int:
+    def fill(self, draw: Callable[[], Span | None], pending: list[Span], longest: int, tokens: int) -> None:
+        """Draw ahead into `pending` what the choice of a row length needs. Called before each batch, of `tokens`."""
+
+    def row_length(self, longest: int, progress: float, pending: Sequence[Span] = (), tokens: int = 0) -> int:
         """Tokens of each row of the next batch, a divisor of `longest`; a batch has as many tokens whatever it is.
 
-        progress: the share of the run that is done, 0 where its length is not known.
+        progress: the share of the run that is done, 0 where its length is not known. pending: what was drawn and not
+        used; tokens: of the batch.
         """
         return longest

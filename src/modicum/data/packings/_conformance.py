@@ -23,11 +23,17 @@ def _source(start: int = 0) -> Callable[[], Span | None]:
     return lambda: next(spans, None)
 
 
+def _row(packing: Packing, draw: Callable[[], Span | None], pending: list[Span]) -> list[Span]:
+    """The next row as a stream asks for it, in batches of one."""
+    packing.fill(draw, pending, LENGTH, LENGTH)
+    return packing.row(draw, pending, packing.row_length(LENGTH, 0.0, pending, LENGTH))
+
+
 def _all_rows(packing: Packing) -> list[list[Span]]:
     draw = _source()
     pending: list[Span] = []
     rows: list[list[Span]] = []
-    while row := packing.row(draw, pending, LENGTH):
+    while row := _row(packing, draw, pending):
         rows.append(row)
         assert len(rows) < 1000, "rows never end"
     assert not pending, f"{len(pending)} spans were drawn and never used"
@@ -62,8 +68,8 @@ def check_resume(key: str) -> None:
 
     pending: list[Span] = []
     first = _make(key)
-    rows = [first.row(draw, pending, LENGTH) for _ in range(3)]
+    rows = [_row(first, draw, pending) for _ in range(3)]
     second, rest, pending = _make(key), _source(drawn), [Span(*p) for p in pending]
-    while row := second.row(rest, pending, LENGTH):
+    while row := _row(second, rest, pending):
         rows.append(row)
     assert rows == whole, f"{key}: rows differ after a restart"
