@@ -147,7 +147,7 @@ def test_overlong_jsonl_line_is_skipped_in_bounded_reads(tmp_path: Path) -> None
     (tmp_path / "r.jsonl").write_text('{"text": "' + "x" * 50_000 + '"}\n{"text": "after"}\n')
     documents, drops = read_all(tmp_path, ReadConfig(max_document_bytes=1000))
     assert [d.text for d in documents.values()] == ["after"]
-    assert [d.reason for d in drops.values()] == ["too-large"]
+    assert [d.reason for d in drops.values()] == ["long-line"]
 
 
 def test_parquet(tmp_path: Path) -> None:
