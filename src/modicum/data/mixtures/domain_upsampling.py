@@ -28,6 +28,8 @@ CLAIM = {
     "scale": "7B parameters, 1T tokens, the last 20%",
 }
 
+SWEEP = ("boost={prose: 4}",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

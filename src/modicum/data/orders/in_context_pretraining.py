@@ -30,6 +30,10 @@ CLAIM = {
     "where": "abstract; Table 2",
     "scale": "7B parameters, 306B tokens",
 }
+NOT_MEASURABLE = (
+    "the proxy's rows of 128 tokens hold hardly more than one document; it takes contexts of several, and a model that "
+    "has learnt to use them"
+)
 SCALE, LIMIT = 1000, 127  # rounding of unit vectors: products of 256 such numbers are exact in float32
 
 

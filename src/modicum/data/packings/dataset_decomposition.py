@@ -34,6 +34,8 @@ CLAIM = {
     "scale": "410M parameters, 1.1T tokens, context 8,192",
 }
 
+SWEEP = ("shortest=16,cycle=100000", "shortest=16,cycle=100000,odds=natural")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

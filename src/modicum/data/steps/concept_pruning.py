@@ -33,6 +33,8 @@ CLAIM = {
     "scale": "CLIP ViT-B/32 on LAION",
 }
 
+SWEEP = ("keep=0.3",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

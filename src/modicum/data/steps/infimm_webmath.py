@@ -38,6 +38,8 @@ CLAIM = {
     "scale": "24M pages of Common Crawl, 40B tokens",
 }
 
+SWEEP = ("recall=0.98", "precision=0.95")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

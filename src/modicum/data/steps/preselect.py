@@ -34,6 +34,8 @@ CLAIM = {
     "scale": "1B parameters, 30B tokens",
 }
 
+SWEEP = ("sample=1200,characters=400",)  # small proxies read slowly
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
