@@ -76,7 +76,7 @@ def test_a_crawl_gives_the_same_shards_on_ray(tmp_path: Path) -> None:
     (crawl / "other.html").write_bytes(german.encode())
     knobs = (f"corpus={crawl}", "vocab_size=400", "heldout=0.2", "group_bytes=8kB")
     tiny = [f"{stage}.{knob}" for stage in ("web", "ray") for knob in knobs]
-    run = run_recipe(load("curate-web", tiny), tmp_path / "run", say=lambda line: None)
+    run = run_recipe(load("curate-web", tiny), tmp_path / "run", notify=lambda line: None)
     made = [Curation.load(run.folder / "stages" / name / "data") for name in ("web", "ray")]
     assert checksums(made[0].folder) == checksums(made[1].folder)
     documents = [d for split in ("train", "heldout") for d in made[0].documents(split)]
@@ -112,7 +112,7 @@ def test_four_selections_of_one_target(tmp_path: Path) -> None:
     models = ("general", "special", "on-random", "on-betr", "on-gotd", "on-preselect")
     tiny = ("shape=[32, 1]", "tokens=8ktok", "sequence_length=64", "batch_tokens=256")
     overrides += [f"{name}.{knob}" for name in models for knob in tiny]
-    run = run_recipe(load("select", overrides), tmp_path / "run", say=lambda line: None)
+    run = run_recipe(load("select", overrides), tmp_path / "run", notify=lambda line: None)
     rows = json.loads((run.folder / "stages" / "score" / "done.json").read_text())["figures"]["rows"]
     assert {(r["model"], r["corpus"]) for r in rows} == {(m, c) for m in models[2:] for c in ("target", "pool")}
     made = Curation.load(run.folder / "stages" / "betr-tenth" / "data")
