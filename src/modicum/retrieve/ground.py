@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+from modicum.core import registry
 from modicum.core.errors import BudgetError, MissingExtra, ModicumError, UserError
 from modicum.retrieve.citations import attribute, citations
 from modicum.retrieve.excerpt import excerpt
@@ -99,20 +100,23 @@ def ask(
     prompt_budget: int | None = None,
     count: Callable[[str], int] | None = None,
     system: str = SYSTEM,
+    reader: Any = "ranked",
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
     """Search, show the best k passages to `generate`, and return its text with its sources.
 
     `prompt_budget` (`prompt_budget_for(k)` if None) bounds the prompt in tokens as `count` measures them
     (`approximate_tokens` if None); passages are cut to the sentences around the match, or left out, to keep it.
-    A reply that cites nothing is attributed by overlap. Raises `BudgetError` if not even one source fits.
+    `reader`: a method of port reader, which orders them. A reply that cites nothing is attributed by overlap. Raises
+    `BudgetError` if not even one source fits.
     """
     start = time.monotonic()
     if not question.strip():
         raise UserError("the question is empty; write what you want to know")
     hits = searcher.search(question, k, mode)
     budget = prompt_budget_for(k) if prompt_budget is None else prompt_budget
-    messages, sources, estimate = compose(question, hits, budget, count or approximate_tokens, system)
+    layout = registry.build("reader", reader)
+    messages, sources, estimate = layout.compose(question, hits, budget, count or approximate_tokens, system)
     first: list[float] = []
 
     def stream(chunk: str) -> None:
@@ -150,8 +154,11 @@ def compose(
     budget: int,
     count: Callable[[str], int],
     system: str = SYSTEM,
+    order: Callable[[int], Sequence[int]] = range,
 ) -> tuple[Messages, list[Source], int]:
     """(messages, numbered sources, tokens): the prompt with as many hits as the budget holds, best first.
+
+    `order` puts the n hits that are shown into another order: the rank, from 0, at each position (see port reader).
 
     Of a passage that is too long the sentences around the match are shown. The remaining budget is divided equally
     among the remaining sources, so that a long first passage does not crowd out the others; what a short one does
@@ -193,6 +200,10 @@ def compose(
             blocks.pop()
             break
         sources.append(Source(len(sources) + 1, hit.passage.id, hit.passage.title, hit.passage.source, text, hit.score))
+    arranged = list(order(len(sources)))
+    sources = [replace(sources[rank], number=number) for number, rank in enumerate(arranged, 1)]
+    passages = [hits[rank].passage for rank in arranged]
+    blocks = [_head(s.number, p) + s.excerpt for s, p in zip(sources, passages, strict=True)]
     return messages_with(blocks), sources, tokens(blocks)
 
 

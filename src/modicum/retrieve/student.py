@@ -33,6 +33,7 @@ class States:
     layers: list[Tensor]  # h_NTD of every layer, first to last; the embeddings are not among them
     mask_NT: Tensor  # True at tokens, False at padding
     words_NT: Tensor  # number of the word (in order of first occurrence in its text) a token belongs to, -1 for none
+    vocabulary_N: list[list[str]]  # the words of each text by their numbers, in lower case
     pooling: str
 
     def pooled(self, layer: int = -1) -> Tensor:
@@ -127,10 +128,11 @@ class Student(nn.Module):
         device = next(self.parameters()).device
         ids_NT, mask_NT = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
         result = self.model(input_ids=ids_NT, attention_mask=mask_NT, output_hidden_states=True)
-        words_NT = torch.full(ids_NT.shape, -1, dtype=torch.int64)
-        for n, text in enumerate(texts):
-            words_NT[n] = _words(inputs, n, text.strip(), ids_NT.shape[1])
-        return States(list(result.hidden_states[1:]), mask_NT.bool(), words_NT.to(device), self.pooling)
+        words = [_words(inputs, n, text.strip(), ids_NT.shape[1]) for n, text in enumerate(texts)]
+        words_NT = torch.stack([words_T for words_T, _ in words]) if words else torch.empty(ids_NT.shape)
+        vocabulary_N = [list(number) for _, number in words]
+        layers = list(result.hidden_states[1:])
+        return States(layers, mask_NT.bool(), words_NT.to(device), vocabulary_N, self.pooling)
 
     def encode(self, texts: Sequence[str], batch: int = 64) -> np.ndarray:
         """vectors_ND, float32, of the last layer; not of length 1."""
@@ -165,8 +167,8 @@ class Student(nn.Module):
         write_json(folder / "sentence_bert_config.json", {"max_seq_length": self.max_tokens, "do_lower_case": False})
 
 
-def _words(inputs: Any, row: int, text: str, width: int) -> Tensor:
-    """words_T: tokens of one word, and of all its occurrences in the text (letter case aside), have one number."""
+def _words(inputs: Any, row: int, text: str, width: int) -> tuple[Tensor, dict[str, int]]:
+    """words_T, and the number of each word: its tokens, in all its occurrences, letter case aside, have it."""
     words_T = torch.full((width,), -1, dtype=torch.int64)
     number: dict[str, int] = {}
     spans: dict[int, tuple[int, int]] = {}
@@ -179,7 +181,7 @@ def _words(inputs: Any, row: int, text: str, width: int) -> Tensor:
         if word is not None:
             start, end = spans[word]
             words_T[t] = number.setdefault(text[start:end].strip().casefold(), len(number))
-    return words_T
+    return words_T, number
 
 
 def _tokenizer(texts: Sequence[str], vocabulary: int) -> Any:

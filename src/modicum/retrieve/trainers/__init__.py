@@ -10,6 +10,7 @@ Trainers start from a raw encoder (`student.Student`) and leave a folder that an
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from modicum.core.errors import UserError
 from modicum.core.registry import Method
+from modicum.retrieve.encoders import unit
+from modicum.retrieve.indexes import Hits, top_rows
 from modicum.retrieve.pairs import Pairs
 from modicum.retrieve.student import Student
 
@@ -93,6 +96,14 @@ class RetrieverTrainer(Method):
     @abstractmethod
     def on_vectors(self, queries_BD: Tensor, positives_BD: Tensor, negatives_BD: Tensor, batch: Batch) -> Tensor:
         """The loss from vectors as pooled."""
+
+    def ranking(self, student: Student, passages: Sequence[str], queries: Sequence[str], k: int) -> tuple[Hits, float]:
+        """The k best passages of each query as a search with what was trained gives them, and bytes a passage takes."""
+        passages_PD, queries_QD = student.encode(passages), student.encode(queries)
+        if self.unit:
+            passages_PD, queries_QD = unit(passages_PD), unit(queries_QD)
+        rows_QK, scores_QK = top_rows(queries_QD, passages_PD, k)
+        return Hits(rows_QK, scores_QK), float(passages_PD.nbytes) / max(len(passages), 1)
 
     def settle(self, student: Student, folder: Path) -> None:
         """Write what was trained into `folder`, which the caller makes atomic."""
