@@ -12,6 +12,7 @@ from modicum.core.errors import ModicumError, UserError
 
 if TYPE_CHECKING:
     from modicum.data.tokenizer import Tokenizer
+    from modicum.retrieve.live import Live
     from modicum.retrieve.search import Hit, Searcher
     from modicum.serve.grounding import Messages
 
@@ -23,16 +24,19 @@ class IndexGrounding:
     """
 
     def __init__(self, folder: str | Path, k: int = 3, *, device: str = "cpu"):
+        from modicum.retrieve.live import HEADER, Live
         from modicum.retrieve.manifest import read_header
         from modicum.serve.grounding import MAX_PASSAGES
 
         if not 1 <= k <= MAX_PASSAGES:
             raise UserError(f"--passages {k} is outside 1 to {MAX_PASSAGES}")
         self.folder, self.k, self._device = Path(folder), k, device
-        self.passages = read_header(self.folder, "manifest.json", "index", "modicum index SOURCE --out FOLDER").get(
-            "passages"
-        )
-        self._searcher: Searcher | None = None
+        if (self.folder / HEADER).is_file():
+            self.passages: int | None = len(Live(self.folder))
+        else:
+            make = "modicum index SOURCE --out FOLDER"
+            self.passages = read_header(self.folder, "manifest.json", "index", make).get("passages")
+        self._searcher: Searcher | Live | None = None
         self._lock = threading.Lock()  # one search at a time: encoders are not made for several threads
         self._count: Callable[[str], int] = len
         self._plain: Callable[[str], str] = str
@@ -95,9 +99,9 @@ class IndexGrounding:
         ]
 
     def _hits(self, query: str, k: int) -> list[Hit]:
-        from modicum.retrieve.search import Searcher
+        from modicum.retrieve.live import open_searcher
 
         with self._lock:
             if self._searcher is None:
-                self._searcher = Searcher(self.folder, device=self._device)
+                self._searcher = open_searcher(self.folder, device=self._device)
             return self._searcher.search(query, k)

@@ -31,11 +31,11 @@ def ask(
     """Ask a question and get an answer with numbered sources from an index."""
     from modicum.core.errors import UserError
     from modicum.retrieve import ground
-    from modicum.retrieve.search import Searcher
+    from modicum.retrieve.live import open_searcher
 
     if not url and not model:
         raise UserError("no model to write the answer; add --model FOLDER, or --url http://HOST:PORT/v1")
-    searcher = Searcher(index, device=device, model=encoder)
+    searcher = open_searcher(index, device=device, model=encoder)
     count = None
     if url:
         generate = ground.openai_generator(url, model=model, max_tokens=max_tokens, temperature=temperature)

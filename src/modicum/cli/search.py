@@ -22,9 +22,9 @@ def search(
     """Search an index: lexical (BM25), dense, or both fused."""
     from modicum.retrieve.excerpt import excerpt
     from modicum.retrieve.ground import approximate_tokens
-    from modicum.retrieve.search import Searcher
+    from modicum.retrieve.live import open_searcher
 
-    searcher = Searcher(index, device=device, model=encoder, check=check)
+    searcher = open_searcher(index, device=device, model=encoder, check=check)
     hits = searcher.search(query, k, mode)
     if as_json:
         print(

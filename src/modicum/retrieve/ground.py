@@ -14,6 +14,7 @@ from modicum.core import registry
 from modicum.core.errors import BudgetError, MissingExtra, ModicumError, UserError
 from modicum.retrieve.citations import attribute, citations
 from modicum.retrieve.excerpt import excerpt
+from modicum.retrieve.live import Live
 from modicum.retrieve.passages import Passage
 from modicum.retrieve.search import Hit, Searcher
 
@@ -92,7 +93,7 @@ def approximate_tokens(text: str) -> int:
 
 def ask(
     question: str,
-    searcher: Searcher,
+    searcher: Searcher | Live,
     generate: Generate,
     *,
     k: int = PASSAGES,

@@ -34,6 +34,7 @@ class Lexical(Retriever):
         super().__init__(config, device)
         self.texts: list[str] = []
         self._model: BM25 | None = None
+        self._rows_A = np.empty(0, np.int64)  # rows that were there when it was built
 
     def _add(self, texts: list[str]) -> None:
         self.texts += texts
@@ -41,12 +42,15 @@ class Lexical(Retriever):
 
     def _lexicon(self) -> BM25:
         if self._model is None:
-            kept = (t if alive else "" for t, alive in zip(self.texts, self.alive_N, strict=True))
-            self._model = BM25.build(kept, k1=self.config.k1, b=self.config.b)
+            self._rows_A = np.flatnonzero(self.alive_N)
+            self._model = BM25.build((self.texts[r] for r in self._rows_A), k1=self.config.k1, b=self.config.b)
         return self._model
 
     def _rank(self, queries: list[str], k: int, rows_S: np.ndarray | None) -> Hits:
-        return self._lexicon().search(queries, k, rows_S)
+        model = self._lexicon()
+        subset = None if rows_S is None else np.flatnonzero(np.isin(self._rows_A, rows_S))
+        hits = model.search(queries, k, subset)
+        return Hits(np.where(hits.ids_QK >= 0, self._rows_A[hits.ids_QK], -1), hits.scores_QK)
 
     def nbytes(self) -> int:
         return self._lexicon().nbytes()
