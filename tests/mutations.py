@@ -755,7 +755,6 @@ MUTATIONS = (
         "if work.exists() and not path.exists():",
         "compress/test_walk.py::test_other_settings_begin_anew",
     ),
-<<<<<<< HEAD
     # model: kernels of a training step
     Mutation(
         "a window of the kernels sees one key too many",
@@ -805,7 +804,6 @@ MUTATIONS = (
         "return between(s->first[n], (int32_t)key - (vi){0}, s->query[n]);",
         "return between((vi){0}, (int32_t)key - (vi){0}, s->query[n]);",
         "model/test_fused.py::test_attention",
-=======
     # retrieve: indexes, trainers, rerankers, readers, live indexes
     Mutation(
         "lists take the nearest heads, whatever stands between",
@@ -960,7 +958,6 @@ MUTATIONS = (
         "ids[first_P[ids] != first_P[pairs.positive_Q[q]]][:depth]",
         "ids[ids != pairs.positive_Q[q]][:depth]",
         "retrieve/test_trainers.py::test_negatives_leave_out_the_positive_and_its_equals",
->>>>>>> 4965b87 (Trainer bench: a teacher's token states are kept in the cache; near misses of the retrieval methods planted)
     ),
 )
 
