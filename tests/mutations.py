@@ -804,6 +804,7 @@ MUTATIONS = (
         "return between(s->first[n], (int32_t)key - (vi){0}, s->query[n]);",
         "return between((vi){0}, (int32_t)key - (vi){0}, s->query[n]);",
         "model/test_fused.py::test_attention",
+    ),
     # retrieve: indexes, trainers, rerankers, readers, live indexes
     Mutation(
         "lists take the nearest heads, whatever stands between",
