@@ -132,9 +132,12 @@ static void stage_keys(const Model *m, int half, const int64_t *at, int64_t n, f
             __m512 rows[16], transposed[16];
             UNROLL for (int i = 0; i < 16; i++) {
                 int64_t from = at[min_i64(j + i, n - 1)];
-                rows[i] = half ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(tail32(E - e),
-                                                                              (const uint16_t *)m->k_cache + from + e))
-                               : load_entry(m->k_cache, m->k_scale, from, e, E, m->cache_kind, tail16(E - e));
+#ifdef __AVX512BF16__
+                if (half) rows[i] = _mm512_castsi512_ps(
+                    _mm512_maskz_loadu_epi16(tail32(E - e), (const uint16_t *)m->k_cache + from + e));
+                else
+#endif
+                rows[i] = load_entry(m->k_cache, m->k_scale, from, e, E, m->cache_kind, tail16(E - e));
             }
             transpose16(rows, transposed);
             UNROLL for (int i = 0; i < 16; i++)
@@ -152,6 +155,7 @@ static void stage_values(const Model *m, int half, const int64_t *at, int64_t n,
                                                              e < E ? tail16(E - e) : 0));
         return;
     }
+#ifdef __AVX512BF16__
     __m512i low, high;
     uint16_t index[32];
     for (int i = 0; i < 32; i++) index[i] = (uint16_t)(i / 2 + 32 * (i % 2));
@@ -165,6 +169,7 @@ static void stage_values(const Model *m, int half, const int64_t *at, int64_t n,
             _mm512_store_si512(to + j / 2 * lde + e, _mm512_permutex2var_epi16(one, low, two));
             _mm512_store_si512(to + j / 2 * lde + e + 16, _mm512_permutex2var_epi16(one, high, two));
         }
+#endif
 }
 
 /* Weights of keys first .. last - 1 in place of their scores, 0 elsewhere in 0 .. high - 1; as bfloat16 if `half`,

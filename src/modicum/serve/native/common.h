@@ -14,6 +14,9 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define ALIGN 64
+#ifndef __AVX512F__
+#include "avx2.h"
+#endif
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, FLOAT16 = 4 };    /* of weights, caches; of scales, FLOAT16 too */
 
