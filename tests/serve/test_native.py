@@ -15,6 +15,7 @@ import torch
 from serve_tools import engine, lively, tiny
 from torch import Tensor
 
+from modicum.core import compiled
 from modicum.core.errors import ModicumError, UserError
 from modicum.model.attach import attach
 from modicum.model.config import Rope, by_layer, llama_like
@@ -31,6 +32,16 @@ from modicum.serve.request import Request, SamplingParams
 from modicum.serve.work import Work
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.reason()}")
+ISAS = [name for name, features in native.NEEDED.items() if native.abilities().issuperset(features)]
+on_each_isa = pytest.mark.usefixtures("isa")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each instruction set of the kernels that this processor has."""
+    monkeypatch.setenv("MODICUM_ISA", request.param)
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "windows and caps": {
@@ -125,6 +136,7 @@ PROMPTS = [[5, 6, 7], list(range(40)), [9] * 17, list(range(90, 160)), [3]]
 
 
 @needs_kernels
+@on_each_isa
 @pytest.mark.parametrize("name", SHAPES)
 def test_float32_shapes(name: str) -> None:
     model = decoder(name)
@@ -133,6 +145,7 @@ def test_float32_shapes(name: str) -> None:
 
 
 @needs_kernels
+@on_each_isa
 @pytest.mark.parametrize(
     "form",
     [
@@ -214,6 +227,7 @@ def test_eight_bits_need_codes_and_kernels(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_kernels
+@on_each_isa
 def test_bfloat16_is_no_further_from_exact_than_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     model = decoder().to(torch.bfloat16)
     got, tokens = logits_of(model, PROMPTS)
@@ -226,6 +240,7 @@ def test_bfloat16_is_no_further_from_exact_than_the_decoder(monkeypatch: pytest.
 
 
 @needs_kernels
+@on_each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["plain", "long rows"])
 def test_company_does_not_change_a_bit(name: str, dtype: torch.dtype) -> None:
@@ -237,6 +252,7 @@ def test_company_does_not_change_a_bit(name: str, dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+@on_each_isa
 def test_threads_do_not_change_a_bit() -> None:
     model, before = decoder(), torch.get_num_threads()
     one, _ = logits_of(model, PROMPTS)
@@ -249,6 +265,7 @@ def test_threads_do_not_change_a_bit() -> None:
 
 
 @needs_kernels
+@on_each_isa
 def test_long_sequences_grow_the_scores() -> None:
     model = decoder()
     prompts = [[7] * 10, [i % 199 for i in range(240)]]
@@ -288,9 +305,11 @@ def test_no_compiler_means_the_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path
 @needs_kernels
 def test_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = native.build("cc")
+    name = native.instruction_set()
+    assert name is not None
+    path = native.build("cc", name)
     stamp = path.stat().st_mtime_ns
-    assert native.build("cc") == path and path.stat().st_mtime_ns == stamp
+    assert native.build("cc", name) == path and path.stat().st_mtime_ns == stamp
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -360,17 +379,37 @@ def test_threads_are_those_that_are_granted(monkeypatch: pytest.MonkeyPatch) -> 
 @needs_kernels
 def test_a_machine_with_other_abilities_compiles_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those that the kernels do not name: the compiler may use them."""
-    here = native.stamp("gcc 12")
-    assert native.stamp("gcc 13") != here
-    found = native.abilities()
-    monkeypatch.setattr(native, "abilities", lambda: found | {"avx512_of_tomorrow"})
-    assert native.stamp("gcc 12") != here
+    folder, features = native.SOURCE.parent, native.abilities()
+    here = compiled.stamp("gcc 12", folder, features, native.FLAGS["avx512"])
+    assert compiled.stamp("gcc 13", folder, features, native.FLAGS["avx512"]) != here
+    assert compiled.stamp("gcc 12", folder, features | {"avx512_of_tomorrow"}, native.FLAGS["avx512"]) != here
+    assert compiled.stamp("gcc 12", folder, features, native.FLAGS["avx2"]) != here
+
+
+def test_the_instruction_set_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = frozenset((*native.NEEDED["avx512"], *native.NEEDED["avx2"], *native.USEFUL))
+    for features, limit, name in (
+        (wide, "", "avx512"),
+        (wide, "avx2", "avx2"),
+        (wide, "none", None),
+        (frozenset(native.NEEDED["avx2"]), "", "avx2"),
+        (frozenset(native.NEEDED["avx2"]), "avx512", "avx2"),
+        (frozenset(("avx2", "fma")), "", None),
+    ):
+        monkeypatch.setattr(native, "abilities", lambda features=features: features)
+        monkeypatch.setenv("MODICUM_ISA", limit)
+        assert native.instruction_set() == name
+        assert native.multiplies_in_eight_bits() == (name == "avx512")
+    monkeypatch.setenv("MODICUM_ISA", "sse")
+    with pytest.raises(UserError, match="avx512, avx2, none or auto"):
+        native.instruction_set()
 
 
 def test_eight_bits_need_both_kinds_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     both = {"avx512_vnni", "avx512_bf16"}
+    monkeypatch.delenv("MODICUM_ISA", raising=False)
     for having in (both, both - {"avx512_bf16"}, both - {"avx512_vnni"}):
-        monkeypatch.setattr(native, "abilities", lambda having=having: frozenset(having))
+        monkeypatch.setattr(native, "abilities", lambda having=having: frozenset(having | {*native.NEEDED["avx512"]}))
         assert native.multiplies_in_eight_bits() == (having == both)
 
 
@@ -413,6 +452,7 @@ def test_two_engines_read_the_same_codes() -> None:
 
 
 @needs_kernels
+@on_each_isa
 @pytest.mark.parametrize("kv", ["snapkv:budget=24,window=4,kernel=3", "razorattention:budget=0.4,sinks=2,probe=12"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_thinned_sequences_stay_with_the_kernels(kv: str, dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
 """What carries out a step's plan. Each backend says what it cannot do; a step goes to the first that can.
 
 `torch` is the truth and runs everywhere: the decoder as it is written, with attention over the plan's segments.
-`native` covers decoders of the Llama kind on a CPU with AVX-512, `graphs` replays decode steps on a GPU.
+`native` covers decoders of the Llama kind on a CPU with AVX-512 or AVX2, `graphs` replays decode steps on a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Backend native: steps by own kernels (`serve/native`), on a CPU with AVX-512.
+"""Backend native: steps by own kernels (`serve/native`), on a CPU with AVX-512 or AVX2.
 
 For decoders of the Llama kind (RMSNorm, rotary positions, a sequential block) whose linear layers are plain, int8, int4
 or ggml. It computes between the matrices in float32 and reads weights where the modules hold them.

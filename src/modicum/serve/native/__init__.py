@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -19,10 +20,18 @@ from torch import Tensor
 
 from modicum.core import compiled
 from modicum.core.compiled import abilities
+from modicum.core.errors import UserError
 
 SOURCE = Path(__file__).parent / "step.c"
-NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
-USEFUL = ("avx512_bf16", "avx512_vnni")
+NEEDED = {  # features by the instruction sets that the kernels are compiled for, the widest first
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"),
+    "avx2": ("avx2", "fma", "f16c"),
+}
+USEFUL = ("avx512_bf16", "avx512_vnni")  # with avx512
+FLAGS = {
+    "avx512": compiled.FLAGS,
+    "avx2": ("-O3", "-mavx2", "-mfma", "-mf16c", *(f for f in compiled.FLAGS if f not in ("-O3", "-march=native"))),
+}
 I64, F32, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 FLOAT32, BFLOAT16, INT8, INT4, FLOAT16 = range(5)
 LARGE_PAGE = 2**21  # bytes
@@ -88,37 +97,57 @@ class Step(ctypes.Structure):
     ]
 
 
+def instruction_set() -> str | None:
+    """The widest that this processor has and MODICUM_ISA allows; None if there is none.
+
+    Raises `UserError` for another word in MODICUM_ISA.
+    """
+    limit = os.environ.get("MODICUM_ISA", "").lower()
+    if limit not in ("", "auto", "none", *NEEDED):
+        raise UserError(f"MODICUM_ISA={limit} is not known; write {', '.join(NEEDED)}, none or auto")
+    if limit == "none":
+        return None
+    names = list(NEEDED)
+    allowed = names[names.index(limit) :] if limit in names else names
+    return next((name for name in allowed if abilities().issuperset(NEEDED[name])), None)
+
+
 def processor() -> tuple[str, ...]:
     """The features of this processor that the kernels use."""
-    return tuple(flag for flag in (*NEEDED, *USEFUL) if flag in abilities())
+    name = instruction_set()
+    if name is None:
+        return ()
+    return tuple(flag for flag in (*NEEDED[name], *(USEFUL if name == "avx512" else ())) if flag in abilities())
 
 
 def multiplies_in_eight_bits() -> bool:
     """Whether there are products with int8 activations; they need VNNI and bfloat16 products."""
-    return {"avx512_vnni", "avx512_bf16"} <= abilities()
+    return {"avx512_vnni", "avx512_bf16"} <= set(processor())
 
 
 def library() -> ctypes.CDLL | None:
-    return _load(compiled.wanted())[0]
+    return _load(compiled.wanted(), instruction_set())[0]
 
 
 def reason() -> str:
     """One line: which kernels are in use, or why none."""
-    return _load(compiled.wanted())[1]
+    return _load(compiled.wanted(), instruction_set())[1]
 
 
 @functools.cache
-def _load(wanted: str) -> tuple[ctypes.CDLL | None, str]:
+def _load(wanted: str, name: str | None) -> tuple[ctypes.CDLL | None, str]:
     if wanted.lower() in compiled.OFF:
         return None, f"off (MODICUM_NATIVE={wanted})"
-    missing = [flag for flag in NEEDED if flag not in processor()]
-    if platform.system() != "Linux" or missing:
-        return None, f"none for this processor ({'lacks ' + ', '.join(missing) if missing else platform.system()})"
+    if platform.system() != "Linux":
+        return None, f"none for {platform.system()}"
+    if name is None:
+        lacking = [flag for flag in NEEDED["avx2"] if flag not in abilities()]
+        return None, f"none for this processor (lacks {', '.join(lacking)})" if lacking else "off (MODICUM_ISA)"
     compiler = compiled.compiler()
     if compiler is None:
         return None, "no C compiler found; install gcc or clang, or name one in CC"
     try:
-        path = build(compiler)
+        path = build(compiler, name)
         import torch  # noqa: F401  its OpenMP runtime first: one thread team for both
 
         loaded = ctypes.CDLL(str(path))
@@ -133,17 +162,16 @@ def _load(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     for i, kind in enumerate((Matrix, Rope, Layer, Model, Step, EvictedPages)):
         if loaded.modicum_layout(i) != ctypes.sizeof(kind):
             return None, f"the compiled {kind.__name__} has another size than Python's"
-    return loaded, f"AVX-512 ({', '.join(f for f in USEFUL if f in processor()) or 'plain'}), {path}"
+    more = ", ".join(f for f in USEFUL if f in processor()) or "plain"
+    return loaded, f"AVX-512 ({more}), {path}" if name == "avx512" else f"AVX2, {path}"
 
 
-def build(compiler: str) -> Path:
-    """The path of the shared library, compiled if this machine does not have it. Raises OSError, SubprocessError."""
-    return compiled.build(compiler, SOURCE, abilities())
+def build(compiler: str, name: str) -> Path:
+    """The path of the shared library for the instruction set `name`, compiled if this machine does not have it.
 
-
-def stamp(version: str) -> str:
-    """Names the compiled sources: -march=native may use any of the processor's features."""
-    return compiled.stamp(version, SOURCE.parent, abilities())
+    Raises OSError, SubprocessError.
+    """
+    return compiled.build(compiler, SOURCE, abilities(), FLAGS[name])
 
 
 def use_large_pages(tensors: Iterable[tuple[int, int]]) -> None:

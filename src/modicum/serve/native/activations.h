@@ -1,7 +1,7 @@
 /* Formats of activations as inputs of a product: float32; bfloat16; and for quantised weights, 16-bit fixed point split
  * into two planes of signed bytes, x ~ step * (256 high + low), so that byte products (AVX512-VNNI) are exact. With
  * step = max|x| / 32512 the error of x is at most step / 2, and the error of the whole vector is below that of
- * rounding it to bfloat16. With int8 activations (W8A8, W4A8) they are one plane of signed bytes with a step for each
+ * rounding it to bfloat16. Without such products (AVX2) the same fixed point stays in words of 16 bits. With int8 activations (W8A8, W4A8) they are one plane of signed bytes with a step for each
  * ACT_GROUP inputs, for the products of tiles.h.
  */
 #pragma once
@@ -12,7 +12,8 @@
 
 #define ACT_GROUP 64        /* inputs per step of int8 activations */
 
-typedef enum { AS_FLOAT32, AS_BFLOAT16, AS_BYTE_PLANES, AS_NIBBLE_PLANES, AS_INT8, AS_INT8_SPLIT } Format;
+typedef enum { AS_FLOAT32, AS_BFLOAT16, AS_BYTE_PLANES, AS_NIBBLE_PLANES, AS_INT8, AS_INT8_SPLIT,
+               AS_WORDS, AS_SPLIT_WORDS } Format;
 
 typedef struct {
     Format format;
@@ -35,6 +36,10 @@ static Format format_for(const Matrix *m, int64_t rows, int64_t half, int64_t in
     if (half && rows >= MIN_ROWS_DECODED) return AS_BFLOAT16;
     if (half) return m->kind == INT8 ? AS_BYTE_PLANES : AS_NIBBLE_PLANES;
 #endif
+#endif
+#ifndef __AVX512F__
+    if (half && rows < MIN_ROWS_DECODED && m->kind == INT8) return AS_WORDS;
+    if (half && rows < MIN_ROWS_DECODED && m->kind == INT4) return AS_SPLIT_WORDS;
 #endif
     (void)m, (void)rows, (void)half, (void)int8_activations;
     return AS_FLOAT32;
@@ -127,6 +132,16 @@ static void convert_rows(Activations *a, Format format, const Matrix *m, const f
             __m512i high = _mm512_srai_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(128)), 8);
             __m512i low = _mm512_sub_epi32(code, _mm512_slli_epi32(high, 8));
             if (k < in) a->total[n * G + k / m->group] += (float)_mm512_reduce_add_epi32(code);
+#ifndef __AVX512F__
+            if (format == AS_WORDS || format == AS_SPLIT_WORDS) {
+                int16_t words[16], *start = (int16_t *)out + k / 32 * 32;
+                _mm256_storeu_si256((__m256i *)words, signed_words(code));
+                if (format == AS_WORDS) memcpy(start + k % 32, words, sizeof words);
+                else for (int i = 0; i < 16; i++)    /* of 32 inputs the even ones, then the odd ones: as in codes */
+                    start[k % 32 / 2 + i / 2 + 16 * (i % 2)] = words[i];
+                continue;
+            }
+#endif
             __m128i h = _mm512_cvtepi32_epi8(high), l = _mm512_cvtepi32_epi8(low);
             if (!half_plane) {
                 _mm_store_si128((__m128i *)(out + k), h);

@@ -94,6 +94,7 @@ typedef struct {                              /* per-thread scratch memory */
 /* acc[n][w] += sum over units u of x[n][u] y[u][w]: floats, or pairs of bfloat16. */
 INLINE void outer(const int N, const int W, const int HALF, const void *const *x, const float *y, int64_t ldy,
                   int64_t units, __m512 acc[4][4]) {
+    (void)HALF;
     __m512 sum[4][4];                         /* a local copy: x or y might alias acc, as far as the compiler knows */
     UNROLL for (int n = 0; n < N; n++) UNROLL for (int w = 0; w < W; w++) sum[n][w] = acc[n][w];
     for (int64_t u = 0; u < units; u++) {

@@ -144,6 +144,9 @@ INLINE Float16 x2_cvtph_ps(__m256i x) {
 INLINE __m256i x2_cvtepi32_epi16(Int16 x) {   /* of 0 .. 65535 */
     return _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
 }
+INLINE __m256i signed_words(Int16 x) {        /* of -32768 .. 32767 */
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+}
 INLINE __m128i x2_cvtepi32_epi8(Int16 x) {    /* of -128 .. 127 */
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
     return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));

@@ -31,26 +31,24 @@
 INLINE void float_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const float *x = (const float *)a->data + at * a->stride;
     (void)scale, (void)zero, (void)next;
-    for (int64_t k = from; k < to; k += 16) {
-        __mmask16 mask = tail16(to - k);
-        __m512 wv[4];
-        EACH_M { wv[m] = _mm512_maskz_loadu_ps(mask, (const float *)(w + m * ldw) + k); PREFETCH(m, 4 * k); }
-        EACH_N { __m512 xv = _mm512_load_ps(x + n * a->stride + k);
-                 EACH_M out[n * M + m] = _mm512_fmadd_ps(wv[m], xv, out[n * M + m]); }
-    }
+#define SIXTEEN(LOAD, BYTES) do { \
+        __m512 wv[4]; \
+        EACH_M { wv[m] = LOAD; PREFETCH(m, BYTES * k); } \
+        EACH_N { __m512 xv = _mm512_load_ps(x + n * a->stride + k); \
+                 EACH_M out[n * M + m] = _mm512_fmadd_ps(wv[m], xv, out[n * M + m]); } \
+    } while (0)
+    int64_t k = from;
+    for (; k + 16 <= to; k += 16) SIXTEEN(_mm512_loadu_ps((const float *)(w + m * ldw) + k), 4);
+    if (k < to) SIXTEEN(_mm512_maskz_loadu_ps(tail16(to - k), (const float *)(w + m * ldw) + k), 4);
 }
 
 /* bfloat16 weights with float32 rows, for processors without bfloat16 products. */
 INLINE void widening_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const float *x = (const float *)a->data + at * a->stride;
     (void)scale, (void)zero, (void)next;
-    for (int64_t k = from; k < to; k += 16) {
-        __mmask16 mask = tail16(to - k);
-        __m512 wv[4];
-        EACH_M { wv[m] = load_as_float(w + m * ldw, k, BFLOAT16, mask); PREFETCH(m, 2 * k); }
-        EACH_N { __m512 xv = _mm512_load_ps(x + n * a->stride + k);
-                 EACH_M out[n * M + m] = _mm512_fmadd_ps(wv[m], xv, out[n * M + m]); }
-    }
+    int64_t k = from;
+    for (; k + 16 <= to; k += 16) SIXTEEN(widen(_mm256_loadu_si256((const __m256i *)(w + m * ldw + 2 * k))), 2);
+    if (k < to) SIXTEEN(load_as_float(w + m * ldw, k, BFLOAT16, tail16(to - k)), 2);
 }
 
 #ifdef __AVX512BF16__
@@ -72,7 +70,6 @@ INLINE void half_kernel(const int M, const int N, const int AHEAD, ARGS) {
 }
 #endif
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 /* Contribution of zero points (and of the 128 that makes a signed code unsigned): zero[m, g] times the code sums. */
 INLINE void start_from_zeros(const int M, const int N, const Activations *a, int64_t at, const float *zero,
                              __m512 *out) {
@@ -84,6 +81,7 @@ INLINE void start_from_zeros(const int M, const int N, const Activations *a, int
                           out[n * M + m] = _mm512_fmadd_ps(z, total, out[n * M + m]); } }
 }
 
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 INLINE __m512 joined(__m512i high, __m512i low) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low));
 }
@@ -165,6 +163,61 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
 }
 #endif
 
+#ifndef __AVX512F__
+#define WORD_INPUTS 2048           /* at most so many products fit the integers that they are summed in */
+
+/* Codes widened to words times words of fixed point: 16 products and their sums by pairs in one instruction. */
+INLINE void word_kernel(const int M, const int N, const int AHEAD, const int NIBBLES, ARGS) {
+    (void)from, (void)to, (void)next;
+    const int64_t G = padded_groups(a->groups), ldx = a->stride / 2;
+    const int16_t *x = (const int16_t *)((const int8_t *)a->data + at * a->stride);
+    const __m256i low = _mm256_set1_epi16(15);
+    if (NIBBLES) start_from_zeros(M, N, a, at, zero, out);
+    else EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < a->groups; g++) {
+        const int64_t last = min_i64(a->in, (g + 1) * a->group);
+        for (int64_t start = g * a->group; start < last; start += WORD_INPUTS) {
+            const int64_t end = min_i64(last, start + WORD_INPUTS);
+            __m256i sum[8];
+            EACH_M EACH_N sum[n * M + m] = _mm256_setzero_si256();
+            for (int64_t k = start; k < end; k += 32) {
+                __m256i one[4], two[4];
+                EACH_M {
+                    const char *p = w + m * ldw + (NIBBLES ? k / 2 : k);
+                    char some[32];                /* nothing past the row is read; x is 0 past its end */
+                    const int64_t left = NIBBLES ? (end - k) / 2 : end - k;
+                    if (left < (NIBBLES ? 16 : 32)) memset(some, 0, 32), memcpy(some, p, (size_t)left), p = some;
+                    if (NIBBLES) {
+                        __m256i pair = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+                        one[m] = _mm256_and_si256(pair, low), two[m] = _mm256_srli_epi16(pair, 4);
+                    } else {
+                        one[m] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+                        two[m] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p + 1));
+                    }
+                    PREFETCH(m, NIBBLES ? k / 2 : k);
+                }
+                EACH_N {
+                    __m256i x1 = _mm256_loadu_si256((const __m256i *)(x + n * ldx + k));
+                    __m256i x2 = _mm256_loadu_si256((const __m256i *)(x + n * ldx + k + 16));
+                    EACH_M {
+                        __m256i both = _mm256_add_epi32(_mm256_madd_epi16(one[m], x1), _mm256_madd_epi16(two[m], x2));
+                        sum[n * M + m] = _mm256_add_epi32(sum[n * M + m], both);
+                    }
+                }
+            }
+            EACH_M EACH_N out[n * M + m].a = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[n * M + m]),
+                                                             _mm256_set1_ps(scale[m * G + g]), out[n * M + m].a);
+        }
+    }
+}
+INLINE void byte_words(const int M, const int N, const int AHEAD, ARGS) {
+    word_kernel(M, N, AHEAD, 0, w, ldw, a, at, scale, zero, next, from, to, out);
+}
+INLINE void nibble_words(const int M, const int N, const int AHEAD, ARGS) {
+    word_kernel(M, N, AHEAD, 1, w, ldw, a, at, scale, zero, next, from, to, out);
+}
+#endif
+
 /* Blocks of results, into y[row * ldy + output]. Few rows: up to LANES / N outputs, one after the other in memory
  * order, so that their sums are taken together. More rows: four outputs times N rows from `at` on.
  */
@@ -240,6 +293,10 @@ FAMILY(half_kernel)
 PAIR_FAMILY(byte_kernel)
 PAIR_FAMILY(nibble_kernel)
 #endif
+#endif
+#ifndef __AVX512F__
+PAIR_FAMILY(byte_words)
+PAIR_FAMILY(nibble_words)
 #endif
 
 /* Scales and zero points of output o as floats. */
@@ -320,7 +377,8 @@ typedef struct {
 static void blocks(const Matrix *m, const Activations *a, int64_t first, int64_t last, float *y, int64_t ldy,
                    const DecodeScratch *scratch) {
     const int coded = m->kind == INT8 || m->kind == INT4;
-    const int direct = a->format == AS_BYTE_PLANES || a->format == AS_NIBBLE_PLANES;
+    const int direct = a->format == AS_BYTE_PLANES || a->format == AS_NIBBLE_PLANES || a->format == AS_WORDS
+                       || a->format == AS_SPLIT_WORDS;
     const Block (*kernels)[4] = !coded && m->kind == BFLOAT16 ? widening_kernel_blocks : float_kernel_blocks;
     int64_t bytes = coded && !direct ? (a->format == AS_BFLOAT16 ? 2 : 4) * m->in : row_bytes(m);
     int64_t G = padded_groups(m->groups), width = direct ? 2 : 4;
@@ -330,6 +388,10 @@ static void blocks(const Matrix *m, const Activations *a, int64_t first, int64_t
     if (a->format == AS_BYTE_PLANES) kernels = byte_kernel_blocks;
     if (a->format == AS_NIBBLE_PLANES) kernels = nibble_kernel_blocks;
 #endif
+#endif
+#ifndef __AVX512F__
+    if (a->format == AS_WORDS) kernels = byte_words_blocks;
+    if (a->format == AS_SPLIT_WORDS) kernels = nibble_words_blocks;
 #endif
     const int streaming = a->rows < (direct ? 3 : 4), few = a->rows <= FEW_ROWS;
     const int64_t quads = few && !coded ? BLOCK_QUADS : 1;
