@@ -236,7 +236,8 @@ def drawing(sources: Sequence[str], config: CurateConfig) -> str:
         steps = (["read"] if number == 0 else []) + [str(c) for c in one.line]
         for k in one.fitted:
             step = registry.build("step", one.steps[k])
-            lines.append(f"  | {one.steps[k].method} is fitted on {step.sample} documents")
+            what = f"{step.sample} documents" if step.sample > 1 else "its targets"
+            lines.append(f"  | {one.steps[k].method} is fitted on {what}")
         if steps:
             lines.append(f"  v {' -> '.join(steps)}")
         if one.corpus:
