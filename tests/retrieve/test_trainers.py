@@ -99,6 +99,17 @@ def test_only_margins_of_one_query_enter_and_their_scale_does():
     assert trainer.on_vectors(q, p, n, batch) < 1e-12 and trainer.on_vectors(q, p + far, n + far, batch) < 1e-12
 
 
+def test_margins_of_cosines():
+    pairs = toy_pairs()
+    q, p, n = (v.detach() for v in three())
+    batch = batch_of(pairs, [0, 1, 2, 3], [int(pairs.negatives_Q[i][0]) for i in range(4)])
+    trainer = build("trainer", "margin-mse:cosine=20", pairs)
+    cosine = lambda a, b: (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)  # noqa: E731
+    expected = (20 * (cosine(q, p) - cosine(q, n)) - torch.from_numpy(trainer.margins(batch))).pow(2).mean()
+    assert torch.isclose(trainer.on_vectors(q, p, n, batch), expected) and trainer.unit
+    assert not build("trainer", "margin-mse", pairs).unit
+
+
 def test_a_negative_the_teacher_prefers_stays_negative():
     pairs = toy_pairs()
     scores = [dict(s) for s in pairs.scores_Q]

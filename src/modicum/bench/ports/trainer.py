@@ -49,11 +49,12 @@ class Scale:
     max_tokens: int = 48
     steps: int = 100
     batch: int = 12
-    lr: float = 1e-3
+    lr: float = 2e-4
     negatives: int = 12
     pairs: int = 1000  # most training queries
     queries: int = 300  # most test queries
     teacher_scale: float = 20.0  # what the teacher's cosines are multiplied by
+    cosine: float = 20.0  # and the students', who start from a raw encoder
     late_scale: float = 2.0  # what its MaxSim scores (sums of cosines) are multiplied by
 
 
@@ -74,10 +75,11 @@ class Material:
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     scale: Scale = settings.scale
     data = material(settings.data, scale)
-    needs = registry.load("trainer", choice.method).cls.needs
+    needs, kind = (getattr(registry.load("trainer", choice.method).cls, name) for name in ("needs", "kind"))
     pairs = taught(settings.data, scale) if needs or "margin-mse" in str(choice) else data.pairs
     knobs = {f.name for f in dataclasses.fields(registry.load("trainer", choice.method).config)}
-    scales = {k: getattr(scale, k) for k in ("teacher_scale", "late_scale") if k in knobs and k not in choice.knobs}
+    wanted = ("teacher_scale", "late_scale", *(("cosine",) if kind == "dense" else ()))
+    scales = {k: getattr(scale, k) for k in wanted if k in knobs and k not in choice.knobs}
     student = copy.deepcopy(raw(settings.data, scale))
     picked = Choice("trainer", choice.method, choice.knobs | scales)
     trainer: RetrieverTrainer = registry.build("trainer", picked, pairs)

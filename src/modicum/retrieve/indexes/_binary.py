@@ -107,7 +107,7 @@ def _start(network: Binary, f_ND: Tensor, width: int, seed: int) -> None:
         block.linear.weight.copy_(weight_MD * 2.0**t)
         b_NM = b_NM + 2.0**-t * Sign.apply(block.linear(missing_ND))
         if t < len(network.decode):
-            ridge = b_NM.T @ b_NM + 1e-3 * len(b_NM) * torch.eye(width)
+            ridge = b_NM.T @ b_NM + len(b_NM) * torch.eye(width)  # heavy: few vectors must not be learnt by heart
             read_DM = torch.linalg.solve(ridge, b_NM.T @ f_ND).T
             network.decode[t].linear.weight.copy_(read_DM)
             missing_ND = f_ND - F.normalize(b_NM @ read_DM.T, dim=-1)

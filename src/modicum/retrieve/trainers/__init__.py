@@ -53,7 +53,7 @@ class RetrieverTrainer(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     kind: ClassVar[str] = "dense"
-    unit: ClassVar[bool] = False  # whether vectors are compared at length 1
+    unit: bool = False  # whether vectors are compared at length 1
 
     def __init__(self, config: Any, pairs: Pairs):
         self.config, self.pairs = config, pairs

@@ -46,6 +46,8 @@ class Config(MarginConfig):
     sparsity: Annotated[float, Field(ge=0)] = 0.1  # weight of the mean gate
 
     def __post_init__(self) -> None:
+        if self.cosine:
+            raise ValueError("cosine: word vectors keep their lengths, which say what is important; leave it out")
         if self.last == 1 and not self.exact:
             raise ValueError("last=1 keeps one number of a word, which matches any other; add exact=true")
 

@@ -83,7 +83,7 @@ class TASBalanced(_MarginMSE):
             return loss
         rows_P = np.concatenate([batch.positive_B, batch.negative_B])
         taught_BP = self.config.late_scale * torch.from_numpy(self.pairs.late(batch.query_B, rows_P))
-        scores_BP = queries_BD @ torch.cat([positives_BD, negatives_BD]).T * queries_BD.shape[-1] ** -0.5
+        scores_BP = self.scaled(queries_BD) @ self.scaled(torch.cat([positives_BD, negatives_BD])).T
         return loss + self.config.weight * in_batch_margins(scores_BP, taught_BP.to(scores_BP))
 
 
