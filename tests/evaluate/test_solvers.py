@@ -245,6 +245,52 @@ def test_an_endpoint_is_asked_as_the_engine_is():
     assert sent[0]["messages"][0]["content"].endswith("Let's think step by step.") and sent[0]["n"] == 2
 
 
+def test_tasks_on_a_server(small, tmp_path, monkeypatch):
+    """A server of this project over HTTP gives what its engine gives; a task of likelihoods is refused."""
+    from modicum.evaluate.remote import run_endpoint
+    from modicum.serve.config import EngineConfig
+    from modicum.serve.engine import Engine
+    from modicum.serve.request import SamplingParams
+    from modicum.serve.server import BackgroundServer, ServerConfig
+
+    model, tokenizer = small
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"{i} + 1", "answer": str(i + 1)}) for i in range(3)))
+    spec = f"generate:file={path},max_new_tokens=6,stop=|"
+    engine = Engine(model, tokenizer, EngineConfig(cache="4MiB"))
+    with BackgroundServer(engine, ServerConfig(model="tiny", port=0)) as server:
+        (result,) = run_endpoint(f"{server.url}/v1", "tiny", [spec])
+        (voted,) = run_endpoint(f"{server.url}/v1", "tiny", [spec], solver="vote:n=3", solver_budget=9)
+        with pytest.raises(UserError, match="likelihood of choices"):
+            run_endpoint(f"{server.url}/v1", "tiny", ["set-disjointness:answer=decide"], limit=2)
+        with pytest.raises(UserError, match="refused"):
+            run_endpoint(f"{server.url}/v1", "other", [spec])
+        url = server.url
+    prompts = [
+        tokenizer.encode(tokenizer.chat([{"role": "user", "content": f"Question: {i} + 1\nAnswer:"}]), specials=True)
+        for i in range(3)
+    ]
+    direct = Engine(model, tokenizer, EngineConfig(cache="4MiB")).generate(
+        prompts, SamplingParams(temperature=0, max_tokens=6)
+    )
+    assert [item["reply"] for item in result.items] == [output.text for output in direct]
+    assert result.figures["tokens"]["value"] == pytest.approx(sum(len(o.tokens) for o in direct) / 3)
+    assert voted.figures["tokens"]["value"] <= 9 and voted.figures["generations"]["value"] == 3
+    with pytest.raises(UserError, match="no server answers"):
+        run_endpoint(f"{url}/v1", "tiny", [spec])
+
+
+def test_recipes_name_a_solver():
+    from pydantic import ValidationError
+
+    from modicum.pipeline.stages.evaluate import Section
+
+    assert Section(tasks=["arithmetic"], solver="vote:n=3", solver_budget=64).solver == "vote:n=3"
+    for wrong in ({"solver": "vote:m=3"}, {"solver": "nobody"}, {"solver_budget": 0}):
+        with pytest.raises((ValidationError, UserError)):
+            Section(tasks=["arithmetic"], **wrong)
+
+
 def test_worked_sums_of_the_bench_are_right():
     for a in range(-130, 131, 7):
         for b in range(-130, 131, 11):

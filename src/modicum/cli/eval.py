@@ -67,6 +67,10 @@ def eval(
         bool,
         typer.Option(help="Have lm-evaluation-harness answer the same items with transformers, and compare them."),
     ] = False,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="MODEL is served at this OpenAI-compatible URL (ending in /v1): tasks answered in words."),
+    ] = None,
     solver: Annotated[
         str | None,
         typer.Option(
@@ -131,6 +135,8 @@ def eval(
     for source in text or []:
         if not Path(source).exists() and not source.startswith(("hub:", "python")):
             raise UserError(f"--text {source}: no such folder or file")
+    if endpoint and (text or against or probe or form or adapter or size or harness or checkpoints):
+        raise UserError("--endpoint asks a server for written answers; leave --text, --against, --form, ... out")
     if checkpoints and (against or probe or form or adapter or size or samples or harness):
         raise UserError("--checkpoints scores a run's steps as they are; leave --against, --probe, --form, ... out")
     if harness:
@@ -157,6 +163,19 @@ def eval(
     kept = Kept(out / "items.jsonl")
 
     def run(side: Side) -> list[TaskResult]:
+        if endpoint:
+            from modicum.evaluate.remote import run_endpoint
+
+            return run_endpoint(
+                endpoint,
+                model,
+                names,
+                limit=limit,
+                shots=shots,
+                seed=seed,
+                solver=solver,
+                solver_budget=solver_budget,
+            )
         folder = find_folder(side.model)
         decoder = served_decoder(folder, side.form, side.adapter, side.size, side.dtype, device)
         return answered(side, decoder, Tokenizer.load(folder))

@@ -108,7 +108,7 @@ def run_tasks(
             own = getattr(task.config, "shots", None)
             drawn = seed if shot_seed is None else shot_seed
             drawing = (limit, shots if own is None else own, seed, drawn)
-            results[name] = _run(task, name, answerer, common, drawing, kept, events, method)
+            results[name] = run_one(task, name, answerer, common, drawing, kept, events, method)
         theirs = [name.removeprefix(LM_EVAL) for name in tasks if name.startswith(LM_EVAL)]
         if theirs:
             from modicum.evaluate.lm_eval import run_lm_eval
@@ -134,17 +134,20 @@ def run_tasks(
     ]
 
 
-def _run(
+def run_one(
     task: Task,
     name: str,
-    answerer: Answerer,
+    answerer: Any,
     common: list[Any],
     settings: tuple[int | None, int, int, int],
     kept: Kept,
     events: Events,
     solving: Solving | None = None,
 ) -> TaskResult:
-    """`settings`: limit, shots, seed of the questions and of the examples."""
+    """One task. answerer: an `Answerer`, or what encodes as one does where `solving` answers without it.
+
+    settings: limit, shots, seed of the questions and of the examples.
+    """
     limit, shots, seed, shot_seed = settings
     docs = list(task.docs("test", limit, seed))
     if not docs:
