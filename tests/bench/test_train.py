@@ -32,7 +32,7 @@ def test_everybody_trains_the_same(idle: None, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "failing.py").write_text(FAILING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     engines = ["modicum", "modicum plain", "transformers", "peft"]
-    result = bench.measure(SIZE, engines=engines, more=[Job("broken", "failing:dies", ("60k",))])
+    result = bench.measure(SIZE, names=engines, more=[Job("broken", "failing:dies", ("60k",))])
     rows = {(r["engine"], r["column"]): r for r in result["rows"]}
     assert set(rows) == {(e, t) for e in engines[:2] for t in ("60k", "lora")} | {
         ("transformers", "60k"),
@@ -51,10 +51,11 @@ def test_everybody_trains_the_same(idle: None, tmp_path: Path, monkeypatch: pyte
 
 
 def test_who_trains_what() -> None:
-    tasks = {job.engine: job.forms for job in bench.jobs(SIZE, bench.ENGINES)}
+    tasks = {job.engine: job.forms for job in bench.jobs(SIZE, bench.ENGINES, ("60k", "lora"))}
     assert tasks["peft"] == ("lora",) and tasks["modicum"] == ("60k", "lora") and tasks["transformers"] == ("60k",)
+    assert {job.engine for job in bench.jobs(SIZE, bench.ENGINES, ("lora",))} == {"modicum", "modicum plain", "peft"}
 
 
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(UserError, match="transformers compiled"):
-        bench.measure(SIZE, engines=["deepspeed"])
+        bench.measure(SIZE, names=["deepspeed"])

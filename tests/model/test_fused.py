@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modicum.core import compiled
 from modicum.model import attach, fused, native, sublayers
 from modicum.model.attend import DenseAttend
 from modicum.model.config import DecoderConfig, llama_like
@@ -24,6 +27,19 @@ DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6),
 @pytest.fixture(autouse=True)
 def kernels_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "DTYPES", {torch.float32, torch.bfloat16})
+
+
+@pytest.fixture(params=["native", "haswell", "x86-64"])
+def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any) -> None:
+    """The kernels of this processor, and those of others that it also runs: vectors of 8 and of 4 floats."""
+    if request.param == "native":
+        return
+    if platform.machine() != "x86_64" or (request.param == "haswell" and "avx2" not in compiled.abilities()):
+        pytest.skip("another processor")
+    flags = ("-O1", f"-march={request.param}", "-fopenmp", "-shared", "-fPIC")
+    loaded, words = native.load(compiled.build(compiled.compiler() or "cc", native.SOURCE, (), flags))
+    assert loaded is not None and loaded.modicum_vector() == {"haswell": 8, "x86-64": 4}[request.param], words
+    monkeypatch.setattr(native, "library", lambda: loaded)
 
 
 @pytest.fixture
@@ -53,7 +69,10 @@ def gradients(made: Tensor, grad: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 # Each kernel against float64 --------------------------------------------------------------------------
 
+each_vector = pytest.mark.usefixtures("vectors")
 
+
+@each_vector
 @DTYPES
 @pytest.mark.parametrize("eps", [1e-5, 0.3])
 def test_norm(dtype: torch.dtype, tolerance: float, eps: float) -> None:
@@ -79,6 +98,7 @@ def test_norm_takes_what_passes_beside_it() -> None:
     torch.testing.assert_close(with_add, alone + beside)
 
 
+@each_vector
 @DTYPES
 def test_swiglu(dtype: torch.dtype, tolerance: float) -> None:
     """Also of gate and up that lie side by side, as one projection gives them."""
@@ -91,6 +111,7 @@ def test_swiglu(dtype: torch.dtype, tolerance: float) -> None:
     assert all(error(*pair) < tolerance for pair in pairs)
 
 
+@each_vector
 @DTYPES
 @pytest.mark.parametrize("rotated", [32, 64])
 def test_rotation(dtype: torch.dtype, tolerance: float, rotated: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +135,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, seen_BTS: Tensor, scale: float) -
     return scores.softmax(-1) @ v.repeat_interleave(groups, 1)
 
 
+@each_vector
 @DTYPES
 @pytest.mark.parametrize(
     ("heads", "groups", "tokens", "size", "window", "documents"),
@@ -157,6 +179,7 @@ def test_documents_that_do_not_lie_one_after_another_are_no_span() -> None:
     assert first is not None and first.tolist() == [[0, 0, 2, 3, 3, 5]]
 
 
+@each_vector
 @DTYPES
 @pytest.mark.parametrize("vocabulary", [16, 101, 3000])
 def test_cross_entropy(dtype: torch.dtype, tolerance: float, vocabulary: int) -> None:

@@ -1,6 +1,6 @@
 """train: how fast a training step is beside transformers and peft, on the same weights and batches in the same run.
 
-    modicum bench train [COLUMN ...] [--model MODEL] [--quick] [--json]
+    modicum bench train [ENGINE or TRAINING ...] [--model MODEL] [--quick] [--json]
 
 Models of two sizes are pretrained, and an adapter is trained on a third, by modicum with its kernels and as written,
 by transformers eager and compiled, by peft; each in a process of its own (`bench.engine_worker`), one optimizer step
@@ -32,20 +32,21 @@ COLUMNS = "modicum.bench.train_columns"
 QUICK = Size(models=("300k",), vocab=512, length=64, rows=4, micro=2, adapter_rows=2, adapter_micro=1, rounds=2)
 
 
-def jobs(size: Size, engines: Sequence[str]) -> list[Job]:
-    """Who trains what."""
+def jobs(size: Size, engines: Sequence[str], tasks: Sequence[str]) -> list[Job]:
+    """Who trains what of `tasks`."""
     made = []
     for name in engines:
-        tasks = (ADAPTER,) if name == "peft" else (*size.models, ADAPTER) if name in OWN else size.models
+        able = (ADAPTER,) if name == "peft" else (*size.models, ADAPTER) if name in OWN else size.models
         target = "transformers" if name == "peft" else name.replace(" ", "_")
-        made.append(Job(name, f"{COLUMNS}:{target}", tasks))
+        if wanted := tuple(task for task in able if task in tasks):
+            made.append(Job(name, f"{COLUMNS}:{target}", wanted))
     return made
 
 
 def measure(
     size: Size,
     *,
-    engines: Sequence[str] | None = None,
+    names: Sequence[str] = (),
     model: str | None = None,
     limit: float = 300.0,
     more: Sequence[Job] = (),
@@ -53,13 +54,16 @@ def measure(
 ) -> dict[str, Any]:
     """Everything `modicum bench train` prints, as plain values.
 
-    engines limits who takes part; model is the one an adapter is trained on (None: a small random one); limit: seconds
+    names limits who takes part and what is trained (sizes, "lora"); model is the one an adapter is trained on (None: a small random one); limit: seconds
     an engine may take to get ready, and for each step; more: further engines.
     """
     from modicum.model import native
 
-    if odd := [name for name in engines or () if name not in ENGINES]:
-        raise UserError(f"bench train knows {', '.join(ENGINES)}; got {', '.join(odd)}")
+    known = (*size.models, ADAPTER)
+    if odd := [name for name in names if name not in (*ENGINES, *known)]:
+        raise UserError(f"bench train knows {', '.join((*ENGINES, *known))}; got {', '.join(odd)}")
+    engines = [name for name in ENGINES if name in names] or ENGINES
+    tasks = [name for name in known if name in names] or known
     rows: dict[tuple[str, str], Row] = {}
     skipped: dict[str, str] = {}
     workers: list[Worker] = []
@@ -67,8 +71,8 @@ def measure(
     steps: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="modicum-bench-") as temporary, contextlib.ExitStack() as stack:
         folder = Path(temporary)
-        parameters = prepare(folder, size, model)
-        for job in [*jobs(size, engines or ENGINES), *more]:
+        parameters = prepare(folder, size, model, tasks)
+        for job in [*jobs(size, engines, tasks), *more]:
             try:
                 worker = Worker(job, folder, size, torch.get_num_threads(), limit)
             except EngineFailed as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,8 +194,8 @@ def _transformers(folder: Path, size: Size, task: str, *, compiled: bool, half: 
     return _column(size, task, task, step)
 
 
-def prepare(folder: Path, size: Size, model: str | None) -> dict[str, int]:
-    """Write the models, and the adapter that everybody starts from; parameters of each task."""
+def prepare(folder: Path, size: Size, model: str | None, tasks: Sequence[str]) -> dict[str, int]:
+    """Write the models of `tasks`, and the adapter that everybody starts from; parameters of each task."""
     from modicum.adapt.peft_format import save_peft
     from modicum.budget import units
     from modicum.compress.export import merged
@@ -204,10 +204,12 @@ def prepare(folder: Path, size: Size, model: str | None) -> dict[str, int]:
     from modicum.model.folder import find_folder, save_model
 
     counts: dict[str, int] = {}
-    for name in size.models:
+    for name in (task for task in tasks if task != ADAPTER):
         shape = sized(units.parse(name, "parameters"), size.vocab, context_length=max(2048, size.length))
         save_model(Decoder(shape, torch.Generator().manual_seed(0)), folder / name)
         counts[name] = shape.parameters()
+    if ADAPTER not in tasks:
+        return counts
     if model is None:
         adapted = Decoder(llama_like(size.vocab, 128, 2), torch.Generator().manual_seed(0)).to(torch.bfloat16)
     else:

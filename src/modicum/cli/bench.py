@@ -226,7 +226,7 @@ def train(
         model = "smollm2"
     result = bench_train.measure(
         bench_train.QUICK if quick else bench_train.Size(),
-        engines=names or None,
+        names=names,
         model=None if model == "proxy" else model,
         limit=limit,
         progress=lambda text: print(text, file=sys.stderr),

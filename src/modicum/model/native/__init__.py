@@ -68,10 +68,14 @@ def _load(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "no C compiler found; install gcc or clang, or name one in CC"
     try:
-        path = compiled.build(compiler, SOURCE, compiled.abilities())
-        loaded = ctypes.CDLL(str(path))  # after torch, whose OpenMP runtime it shares
+        return load(compiled.build(compiler, SOURCE, compiled.abilities()))
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{compiler} could not build them: {compiled.failure(error)}"
+
+
+def load(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The kernels compiled as `path`, and a line about them. Raises OSError."""
+    loaded = ctypes.CDLL(str(path))  # after torch, whose OpenMP runtime it shares
     p, i, f = POINTER, I64, F32
     signatures = {
         "norm": (i, p, p, p, p, p, i, i, f, i),
@@ -85,7 +89,7 @@ def _load(wanted: str) -> tuple[ctypes.CDLL | None, str]:
     }
     for name, arguments in signatures.items():
         getattr(loaded, f"modicum_{name}").argtypes = arguments
-    for name in ("vector", "pairs", "chunk", "attention_size", "attention"):
+    for name in ("vector", "pairs", "chunk", "attention_size", "attention", "cross_entropy"):
         getattr(loaded, f"modicum_{name}").restype = I64
     if loaded.modicum_attention_size() != ctypes.sizeof(Attention):
         return None, "the compiled Attention has another size than Python's"
@@ -250,7 +254,9 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor, delta: Tensor | None = N
     N, V = logits_NV.shape
     delta = torch.empty_like(logits_NV) if delta is None else delta
     loss = torch.empty(N, dtype=torch.float32)
-    _call("cross_entropy", KINDS[logits_NV.dtype], logits_NV, targets_N, loss, delta, N, V, torch.get_num_threads())
+    kind, threads = KINDS[logits_NV.dtype], torch.get_num_threads()
+    if _call("cross_entropy", kind, logits_NV, targets_N, loss, delta, N, V, threads):
+        raise MemoryError(f"no memory for a row of {V} logits")
     return loss, delta
 
 

@@ -114,11 +114,39 @@ INLINE void copy_rows(int kind, int pairs, const void *x, int64_t base, int64_t 
     }
 }
 
+#if W == 16
+/* Sixteen rows of sixteen words transposed, by exchanging blocks of 8, 4, 2 and 1. */
+INLINE void transpose_block(const uint32_t *x, int64_t ldx, uint32_t *out, int64_t ldo) {
+    __m512i row[16];
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    UNROLL for (int i = 0; i < 16; i++) row[i] = _mm512_loadu_si512(x + i * ldx);
+    UNROLL for (int bit = 3; bit >= 0; bit--) {
+        const int s = 1 << bit;
+        const __mmask16 upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(s));
+        const __m512i low = _mm512_mask_add_epi32(lane, upper, lane, _mm512_set1_epi32(16 - s));
+        const __m512i high = _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(s)), upper, lane,
+                                                   _mm512_set1_epi32(16));
+        UNROLL for (int i = 0; i < 16; i++)
+            if (!(i & s)) {
+                __m512i one = row[i], two = row[i + s];
+                row[i] = _mm512_permutex2var_epi32(one, low, two);
+                row[i + s] = _mm512_permutex2var_epi32(one, high, two);
+            }
+    }
+    UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * ldo, row[i]);
+}
+#endif
+
 /* Rows of words (n, words) transposed to (words, ld). */
-INLINE void transpose_words(const uint32_t *x, int64_t n, int64_t words, uint32_t *out, int64_t ld) {
-    for (int64_t w0 = 0; w0 < words; w0 += 16)
-        for (int64_t t = 0; t < n; t++)
-            for (int64_t w = w0; w < min_i64(w0 + 16, words); w++) out[w * ld + t] = x[t * words + w];
+static void transpose_words(const uint32_t *x, int64_t n, int64_t words, uint32_t *out, int64_t ld) {
+    int64_t rows = 0, wide = 0;
+#if W == 16
+    rows = n / 16 * 16, wide = words / 16 * 16;
+    for (int64_t w = 0; w < wide; w += 16)
+        for (int64_t t = 0; t < rows; t += 16) transpose_block(x + t * words + w, words, out + w * ld + t, ld);
+#endif
+    for (int64_t w = 0; w < words; w++)
+        for (int64_t t = w < wide ? rows : 0; t < n; t++) out[w * ld + t] = x[t * words + w];
 }
 
 /* From rows of words: the other pairing, (n / 2, E) words of numbers below each other; floats stay as they are. */
@@ -134,31 +162,26 @@ INLINE void pair_rows(int pairs, const uint32_t *x, int64_t n, int64_t E, uint32
 }
 
 /* Numbers of (n, E) rows of words as (E, n) rows of words: words along n, n even. */
-INLINE void transpose_numbers(int pairs, const uint32_t *x, int64_t n, int64_t E, uint32_t *out) {
-    if (!pairs) { transpose_words(x, n, E, out, n); return; }
-    const uint16_t *h = (const uint16_t *)x;
-    for (int64_t e0 = 0; e0 < E; e0 += 16)
-        for (int64_t t = 0; t < n; t += 2)
-            for (int64_t e = e0; e < min_i64(e0 + 16, E); e++)
-                out[e * (n / 2) + t / 2] = h[t * E + e] | (uint32_t)h[(t + 1) * E + e] << 16;
+INLINE void transpose_numbers(int pairs, const uint32_t *x, int64_t n, int64_t E, uint32_t *out, uint32_t *scratch) {
+    if (pairs) pair_rows(1, x, n, E, scratch);
+    transpose_words(pairs ? scratch : x, pairs ? n / 2 : n, E, out, pairs ? n / 2 : n);
 }
 
-/* x (E, BQ) floats to `rows` rows of E numbers with a stride. */
+/* x (E, BQ) floats to `rows` rows of E numbers with a stride; scratch of 2 E BQ words. */
 INLINE void write_transposed(int kind, const float *x, int64_t E, int64_t rows, void *out, int64_t base, int64_t stride,
                              uint32_t *scratch) {
-    if (kind == FLOAT32) {
-        for (int64_t i = 0; i < rows; i++)
-            for (int64_t e = 0; e < E; e++) ((float *)out)[base + i * stride + e] = x[e * BQ + i];
-        return;
+    const int64_t words = kind == FLOAT32 ? E : E / 2;
+    const uint32_t *from = (const uint32_t *)x;
+    if (kind == BFLOAT16) {
+        for (int64_t e = 0; e < E; e += 2)
+            for (int64_t i = 0; i < BQ; i += W)
+                *(vu_u *)(scratch + e / 2 * BQ + i) =
+                    paired(load(x, e * BQ + i, FLOAT32), load(x, (e + 1) * BQ + i, FLOAT32));
+        from = scratch, scratch += words * BQ;
     }
-    for (int64_t e = 0; e < E; e += 2)
-        for (int64_t i = 0; i < BQ; i += W)
-            *(vu_u *)(scratch + e / 2 * BQ + i) = paired(load(x, e * BQ + i, FLOAT32), load(x, (e + 1) * BQ + i, FLOAT32));
-    for (int64_t i = 0; i < rows; i++) {
-        uint32_t words[256];
-        for (int64_t w = 0; w < E / 2; w++) words[w] = scratch[w * BQ + i];
-        memcpy((uint16_t *)out + base + i * stride, words, (size_t)E * 2);
-    }
+    transpose_words(from, words, BQ, scratch, words);
+    for (int64_t i = 0; i < rows; i++)
+        memcpy((char *)out + (base + i * stride) * width_of(kind), scratch + i * words, (size_t)words * 4);
 }
 
 typedef struct {           /* which keys the queries of a block see */
@@ -168,13 +191,14 @@ typedef struct {           /* which keys the queries of a block see */
 
 INLINE Seen seen_by(const int32_t *first, int64_t i0, int64_t T) {
     Seen s;
-    int32_t lowest = INT32_MAX, highest = 0;
+    int32_t lowest = INT32_MAX, highest = 0, query[BQ], from[BQ];
     for (int64_t i = 0; i < BQ; i++) {
         int32_t f = i0 + i < T ? first[i0 + i] : INT32_MAX;
-        s.query[i / W][i % W] = (int32_t)(i0 + i), s.first[i / W][i % W] = f;
+        query[i] = (int32_t)(i0 + i), from[i] = f;
         if (i0 + i < T) lowest = f < lowest ? f : lowest;
         highest = f > highest ? f : highest;
     }
+    memcpy(s.query, query, sizeof query), memcpy(s.first, from, sizeof from);
     s.from = lowest & ~1, s.to = (min_i64(i0 + BQ, T) + 1) & ~1;
     s.all_from = highest, s.all_to = i0 + 1;
     return s;
@@ -186,16 +210,16 @@ INLINE mask mask_of(const Seen *s, int64_t key, int n) {
 
 INLINE int64_t scratch_words(int64_t T, int64_t E) {
     int64_t S = T + 2;
-    return 2 * S * E + S * E + 6 * E * BQ + (S > KEYS ? S : KEYS) * BQ * 2 + 3 * KEYS * BQ + 2 * S * E + 4 * BQ + 4096;
+    return 7 * S * E + 8 * E * BQ + (S > KEYS ? S : KEYS) * BQ * 2 + 3 * KEYS * BQ + 4096;
 }
 
 INLINE void attend_forward_one(const Attention *a, int kind, int pairs, int64_t b, int64_t h, Scratch s) {
     const int64_t T = a->T, E = a->E, S = (T + 1) & ~1, words = pairs ? E / 2 : E, g = h / (a->H / a->G);
     uint32_t *rows = take(&s, S * words), *vt = take(&s, S * words), *qt = take(&s, words * BQ);
     float *scores = take(&s, S * BQ), *weights = take(&s, S * BQ), *outs = take(&s, E * BQ);
-    uint32_t *spare = take(&s, E * BQ);
+    uint32_t *spare = take(&s, 2 * E * BQ), *paired_rows = take(&s, S * E / 2);
     copy_rows(kind, pairs, a->v, b * a->sv.b + g * a->sv.h, a->sv.t, 0, S, T, E, rows);
-    transpose_numbers(pairs, rows, S, E, vt);
+    transpose_numbers(pairs, rows, S, E, vt, paired_rows);
     copy_rows(kind, pairs, a->k, b * a->sk.b + g * a->sk.h, a->sk.t, 0, S, T, E, rows);
     for (int64_t i0 = 0; i0 < T; i0 += BQ) {
         Seen seen = seen_by(a->first + b * a->first_b, i0, T);
@@ -238,8 +262,10 @@ INLINE void attend_forward_one(const Attention *a, int kind, int pairs, int64_t 
         }
         const int64_t left = min_i64(BQ, T - i0);
         write_transposed(kind, outs, E, left, (void *)a->out, b * a->so.b + h * a->so.h + i0 * a->so.t, a->so.t, spare);
+        float tops[BQ], totals[BQ];
+        memcpy(tops, top, sizeof tops), memcpy(totals, total, sizeof totals);
         for (int64_t i = 0; i < left; i++)
-            a->lse[(b * a->H + h) * T + i0 + i] = top[i / W][i % W] * a->scale + logf(total[i / W][i % W]);
+            a->lse[(b * a->H + h) * T + i0 + i] = tops[i] * a->scale + logf(totals[i]);
     }
 }
 
@@ -251,10 +277,10 @@ INLINE void attend_backward_one(const Attention *a, int kind, int pairs, int64_t
     float *dk = take(&s, S * E), *dv = take(&s, S * E), *dq = take(&s, E * BQ);
     float *scores = take(&s, KEYS * BQ), *slopes = take(&s, KEYS * BQ);
     uint32_t *p = take(&s, KEYS * qwords), *ds = take(&s, KEYS * qwords), *ds2 = take(&s, KEYS * qwords);
-    uint32_t *spare = take(&s, BQ * E);
+    uint32_t *spare = take(&s, 2 * BQ * E), *paired_rows = take(&s, S * E / 2);
     copy_rows(kind, pairs, a->k, b * a->sk.b + g * a->sk.h, a->sk.t, 0, S, T, E, k);
     copy_rows(kind, pairs, a->v, b * a->sv.b + g * a->sv.h, a->sv.t, 0, S, T, E, v);
-    transpose_numbers(pairs, k, S, E, kt);
+    transpose_numbers(pairs, k, S, E, kt, paired_rows);
     memset(dk, 0, (size_t)(S * E) * 4), memset(dv, 0, (size_t)(S * E) * 4);
     const vf scale = splat(a->scale);
     for (int64_t h = g * group; h < (g + 1) * group; h++)

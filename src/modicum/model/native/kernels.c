@@ -36,9 +36,10 @@ void modicum_rotate(int64_t kind, const void *x, const Strides *sx, void *out, c
     EITHER(rotate_rows, x, *sx, out, *so, cosine, sine, stride_b, B, H, T, E, R, sign, (int)threads);
 }
 
-void modicum_cross_entropy(int64_t kind, const void *logits, const int64_t *target, float *loss, void *delta, int64_t N,
-                           int64_t V, int64_t threads) {
-    EITHER(cross_entropy_rows, logits, target, loss, delta, N, V, (int)threads);
+/* 0, or 1 where there is no memory for it; so below. */
+int64_t modicum_cross_entropy(int64_t kind, const void *logits, const int64_t *target, float *loss, void *delta, int64_t N,
+                              int64_t V, int64_t threads) {
+    return EITHER(cross_entropy_rows, logits, target, loss, delta, N, V, (int)threads);
 }
 
 /* total += x, in float32 */
@@ -49,7 +50,6 @@ void modicum_accumulate(float *total, const uint16_t *x, int64_t n, int64_t thre
     for (int64_t i = whole * W; i < n; i++) total[i] += load1(x, i, BFLOAT16);
 }
 
-/* 0, or 1 where there is no memory for it. */
 int64_t modicum_attention(const Attention *a, int64_t backward) {
     int failed = 0;
     const int kind = (int)a->kind;

@@ -55,7 +55,15 @@ INLINE void norm_backward(int kind, const void *x, const float *w, const void *g
     }
 }
 
-INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp_vf(-x)); }
+INLINE vf sigmoid(vf x) {
+    vf below = 1.0f + exp_vf(-x);
+#if W == 16
+    vf guess = (vf)_mm512_rcp14_ps((__m512)below);        /* 14 bits, and a step of Newton's */
+    return guess * (2.0f - below * guess);
+#else
+    return 1.0f / below;
+#endif
+}
 
 /* out = silu(gate) * up; gate and up are rows of stride `ld`. */
 INLINE void swiglu_forward(int kind, const void *gate, const void *up, int64_t ld, void *out, int64_t N, int64_t F,
@@ -106,44 +114,53 @@ INLINE void rotate_rows(int kind, const void *x, Strides sx, void *out, Strides 
         }
 }
 
-/* -log softmax(logits)[target] of each row, and its gradient in the logits; rows of target < 0 have neither. */
-INLINE void cross_entropy_rows(int kind, const void *logits, const int64_t *target, float *loss, void *delta, int64_t N,
-                               int64_t V, int threads) {
-    int64_t whole = V / W * W, left = V - whole;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < N; n++) {
-        int64_t row = n * V;
-        if (target[n] < 0) {
-            loss[n] = 0;
-            memset((char *)delta + row * width_of(kind), 0, (size_t)(V * width_of(kind)));
-            continue;
-        }
-        float rest[W];
-        for (int64_t i = 0; i < W; i++) rest[i] = i < left ? load1(logits, row + whole + i, kind) : -INFINITY;
-        vf tail = *(vf_u *)rest, top = tail, total = {0};
-        for (int64_t v = 0; v < whole; v += W) {
-            vf x = load(logits, row + v, kind);
-            top = max_vf(top, x);
-        }
-        float most = max_of(top);
-        vf shift = splat(most);
-        for (int64_t v = 0; v < whole; v += W) total += exp_vf(load(logits, row + v, kind) - shift);
-        vf last = where(less(splat(-INFINITY), tail), exp_vf(tail - shift), (vf){0});
-        float sum = sum_of(total + last);
-        loss[n] = most + logf(sum) - load1(logits, row + target[n], kind);
-        vf inverse = splat(1.0f / sum);
-        for (int64_t v = 0; v < whole; v += W)
-            store(delta, row + v, kind, exp_vf(load(logits, row + v, kind) - shift) * inverse);
-        float spare[W];
-        *(vf_u *)spare = last * inverse;
-        int64_t at = target[n];
-        float p = at < whole ? expf(load1(logits, row + at, kind) - most) / sum : spare[at - whole];
-        union { float value; uint32_t bits; } one = {.value = p - 1.0f};
-        for (int64_t i = 0; i < left + 1; i++) {              /* the tail, then the target's own */
-            union { float value; uint32_t bits; } x = {.value = i < left ? spare[i] : one.value};
-            int64_t to = row + (i < left ? whole + i : at);
-            if (kind == FLOAT32) ((float *)delta)[to] = x.value;
-            else ((uint16_t *)delta)[to] = (uint16_t)((x.bits + 0x7fff + ((x.bits >> 16) & 1)) >> 16);
-        }
+/* One row: -log softmax(logits)[target], and its gradient in the logits. `made`: V floats of scratch. */
+INLINE float cross_entropy_row(int kind, const void *logits, int64_t row, int64_t target, void *delta, int64_t V,
+                               float *made) {
+    const int64_t whole = V / W * W, left = V - whole;
+    float rest[W];
+    for (int64_t i = 0; i < W; i++) rest[i] = i < left ? load1(logits, row + whole + i, kind) : -INFINITY;
+    vf tail = *(vf_u *)rest, top = tail, total = {0};
+    for (int64_t v = 0; v < whole; v += W) top = max_vf(top, load(logits, row + v, kind));
+    float most = max_of(top);
+    vf shift = splat(most);
+    for (int64_t v = 0; v < whole; v += W) {
+        vf one = exp_vf(load(logits, row + v, kind) - shift);
+        *(vf_u *)(made + v) = one;
+        total += one;
     }
+    vf last = where(less(splat(-INFINITY), tail), exp_vf(tail - shift), (vf){0});
+    float sum = sum_of(total + last);
+    vf inverse = splat(1.0f / sum);
+    for (int64_t v = 0; v < whole; v += W) store(delta, row + v, kind, *(vf_u *)(made + v) * inverse);
+    *(vf_u *)rest = last * inverse;
+    for (int64_t i = 0; i < left; i++) store1(delta, row + whole + i, kind, rest[i]);
+    float p = target < whole ? made[target] / sum : rest[target - whole];
+    float loss = most + logf(sum) - load1(logits, row + target, kind);
+    store1(delta, row + target, kind, p - 1.0f);
+    return loss;
+}
+
+/* Of every row; rows of target < 0 have neither loss nor gradient. 1 where there is no memory for it. */
+INLINE int cross_entropy_rows(int kind, const void *logits, const int64_t *target, float *loss, void *delta, int64_t N,
+                              int64_t V, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        float *made = aligned_alloc(64, (size_t)(V * 4 + 127) / 64 * 64);
+        if (!made) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            if (made && target[n] >= 0) loss[n] = cross_entropy_row(kind, logits, n * V, target[n], delta, V, made);
+            else {
+                loss[n] = 0;
+                memset((char *)delta + n * V * width_of(kind), 0, (size_t)(V * width_of(kind)));
+            }
+        }
+        free(made);
+    }
+    return failed;
 }

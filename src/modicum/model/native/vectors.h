@@ -100,6 +100,13 @@ INLINE float load1(const void *base, int64_t at, int kind) {
     return one.value;
 }
 
+INLINE void store1(void *base, int64_t at, int kind, float x) {
+    union { float value; uint32_t bits; } one = {.value = x};
+    if (kind == FLOAT32) ((float *)base)[at] = x;
+    else if (x != x) ((uint16_t *)base)[at] = 0x7fc0;
+    else ((uint16_t *)base)[at] = (uint16_t)((one.bits + 0x7fff + ((one.bits >> 16) & 1)) >> 16);
+}
+
 INLINE float sum_of(vf x) {
     float total = 0;
     UNROLL for (int i = 0; i < W; i++) total += x[i];
