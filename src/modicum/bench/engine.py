@@ -312,7 +312,7 @@ def append(result: dict[str, Any], path: Path, seed: int, *, bench: str = "engin
                 "scale": size,
                 "budget": {},
                 "model": result["model"],
-                "data": {"name": "token ids in order"},
+                "data": {"name": result.get("data", "token ids in order")},
                 "metrics": metrics | result["ceilings"],
                 "seconds": 0.0,
                 "peak_bytes": 0.0,

@@ -54,8 +54,8 @@ def measure(
 ) -> dict[str, Any]:
     """Everything `modicum bench train` prints, as plain values.
 
-    names limits who takes part and what is trained (sizes, "lora"); model is the one an adapter is trained on (None: a small random one); limit: seconds
-    an engine may take to get ready, and for each step; more: further engines.
+    names limits who takes part and what is trained (sizes, "lora"); model is the one an adapter is trained on (None: a
+    small random one); limit: seconds an engine may take to get ready, and for each step; more: further engines.
     """
     from modicum.model import native
 
@@ -108,6 +108,7 @@ def measure(
         ],
         "ceilings": best,
         "skipped": skipped,
+        "data": "walks over token ids",
         "native": native.reason(),
         "size": asdict(size),
         "model": {"name": model or "random llama-like", "parameters": parameters},

@@ -29,6 +29,7 @@ from modicum.core.errors import CorruptError, ModicumError
 from modicum.core.events import Events, count_text
 from modicum.data.stream import EndOfData
 from modicum.model import native
+from modicum.train import allocation
 from modicum.train.callback import Callback
 from modicum.train.checkpoint import Checkpoints, Saved
 from modicum.train.config import TrainConfig, check_stream, refuse_changes
@@ -146,6 +147,8 @@ class Trainer(TrainEngine):
 
     def open(self) -> Saved | None:
         """Build everything and go on from the latest checkpoint, which is returned."""
+        if self.device.type == "cpu":
+            allocation.keep()
         saved = self.checkpoints.latest() if self.checkpoints else None
         if saved:
             changed = refuse_changes(saved.state["config"], self.config.resolved(), saved.folder.parents[1])
@@ -191,6 +194,8 @@ class Trainer(TrainEngine):
         stopped: str | None = None
         last_saved = resumed or 0
         with contextlib.ExitStack() as stack:
+            if self.device.type == "cpu":
+                stack.callback(allocation.release)
             signals = stack.enter_context(StopSignals())
             progress = None
             if self.ranks.first and self.label:
