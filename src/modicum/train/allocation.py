@@ -1,8 +1,8 @@
 """Freed memory stays with a training process: glibc's thresholds for the time of a run.
 
 Every step allocates and frees the same large tensors. By default the C library gives what is free at the end of its
-heap back to the system, and takes tensors above a limit from it one by one, so the system clears the same pages in every
-step: about a tenth of the CPU time of a step of a small model. The peak is the same.
+heap back to the system, and takes tensors above a limit from it one by one, so the system clears the same pages in
+every step: about a tenth of the CPU time of a step of a small model. The peak is the same.
 """
 
 from __future__ import annotations
