@@ -545,6 +545,41 @@ MUTATIONS = (
     ),
     # laws and evaluation
     Mutation(
+        "the Fisher matrix is taken at the labels of the text",
+        "evaluate/curvature.py",
+        'drawn = nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")',
+        'drawn = nn.functional.cross_entropy(logits_TV, targets_1T[0], reduction="sum")',
+        "evaluate/test_flatness.py::test_traces_against_explicit_matrices",
+    ),
+    Mutation(
+        "the gradient of the mean is squared",
+        "evaluate/curvature.py",
+        'drawn = nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")',
+        "drawn = nn.functional.cross_entropy(logits_TV, labels_T)",
+        "evaluate/test_flatness.py::test_traces_against_explicit_matrices",
+    ),
+    Mutation(
+        "a time buys more FLOPs per second from a larger model",
+        "laws/plan.py",
+        "* np.maximum(size_N / self.largest, 1)",
+        "",
+        "laws/test_plan.py::test_a_time_buys_tokens_at_the_measured_rate",
+    ),
+    Mutation(
+        "a run that goes on from a model counts as one from scratch",
+        "pipeline/records.py",
+        'return not recipe.sources(name)["model"] and',
+        "return",
+        "laws/test_plan.py::test_records_of_runs",
+    ),
+    Mutation(
+        "an exponent without a prior is bounded by nothing",
+        "laws/estimate.py",
+        "above_KF = np.maximum(phi_KF - self.upper_F, 0) / WALL",
+        "above_KF = 0 * phi_KF",
+        "laws/test_fit.py::test_upper_limits_touch_nothing_below_and_slope_back_above",
+    ),
+    Mutation(
         "the average size of a run is over rounds, not tokens",
         "laws/forms/average_params.py",
         "(sizes[:-1] * np.diff(at)).sum() / (at[-1] - at[0])",

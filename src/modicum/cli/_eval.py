@@ -191,7 +191,7 @@ def probed(
 
     method, probe_reports = registry.build("probe", probe), []
     answerer = Answerer(model, tokenizer, config)
-    grade = probes.grader(answerer, kept, [model_fingerprint(model, tokenizer), *answerer.settings])
+    grade = probes.grader_of(method, answerer, kept, [model_fingerprint(model, tokenizer), *answerer.settings])
     for name in tasks:
         task = registry.build("task", name)
         if not isinstance(task, MultipleChoice):

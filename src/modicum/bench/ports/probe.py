@@ -74,9 +74,10 @@ def ask(choice: Choice, seed: int, settings: Settings) -> Measurement:
     items = probes.items_of(task.docs("test", scale.items, seed))
     folder = find_folder(str(settings.model))
     model = load_model(folder).eval()
-    grade = probes.grader(Answerer(model, Tokenizer.load(folder)), Kept(), [str(folder)])
+    probe = registry.build("probe", choice)
+    grade = probes.grader_of(probe, Answerer(model, Tokenizer.load(folder)), Kept(), [str(folder)])
     start = time.perf_counter()
-    report = registry.build("probe", choice).run(items, grade, scale.budget, seed)
+    report = probe.run(items, grade, scale.budget, seed)
     metrics: dict[str, Any] = {"found": float(report.detected), "graded": float(report.graded)}
     for name, figure in report.figures.items():
         metrics[name] = figure["value"]

@@ -70,9 +70,10 @@ class Report:
 
 
 class Probe(Method):
-    """Base of every probe."""
+    """Base of every probe. needs: what its grader must know, "likelihoods" or "gradients" (`evaluate.curvature`)."""
 
     provides: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[str] = "likelihoods"
 
     def __init__(self, config: Any):
         self.config = config
@@ -110,6 +111,15 @@ def grader(answerer: Answerer, kept: Kept, common: Sequence[Any]) -> Grader:
         return [Graded(bool(kept[key]["right"]), tuple(kept[key]["nats"])) for key in keys]
 
     return grade
+
+
+def grader_of(probe: Probe, answerer: Answerer, kept: Kept, common: Sequence[Any]) -> Grader:
+    """The grader that a probe needs, of the answerer's model."""
+    if probe.needs == "gradients":
+        from modicum.evaluate import curvature
+
+        return curvature.grader(answerer.model, answerer.tokenizer, kept, common, probes=probe.config.probes)
+    return grader(answerer, kept, common)
 
 
 def items_of(rows: Iterable[dict[str, Any]]) -> list[Item]:
