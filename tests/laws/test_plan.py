@@ -162,3 +162,30 @@ def test_rows_without_a_finite_loss_are_left_out_and_named(tmp_path, monkeypatch
     path.write_text("parameters,tokens,loss\n1e6,1e6,\n2e6,1e6,x\n")
     done = invoke("predict", path, monkeypatch=monkeypatch)
     assert isinstance(done.exception, UserError) and "no finite number" in str(done.exception)
+
+
+def test_plot_shows_intervals_and_heldout_runs_and_needs_no_network(tmp_path, monkeypatch):
+    from modicum.laws.backtest import backtest
+    from modicum.laws.plot import figure
+
+    law, fit, runs = fitted()
+    tested = backtest(runs, None, 0.7, law="chinchilla:draws=60")
+    at = {"parameters": [1e7], "tokens": [1e7]}
+    traces = {t.name: t for t in figure(law, fit, runs, at, heldout=tested["rows"], measured=[3.0]).data}
+    bars = traces["held out, 95% interval"]
+    assert len(bars.x) == tested["held_out"] and (np.array(bars.error_y.array) > 0).all()
+    assert list(traces["held out, measured"].y) == [row["loss"] for row in tested["rows"]]
+    assert traces["predicted, 95% interval"].error_y.arrayminus[0] > 0 and list(traces["outcome"].y) == [3.0]
+    band = np.array(traces["law, 95% of its draws"].y)
+    assert (band[60:][::-1] > band[:60]).all()
+    scores = registry.build("law", "end-to-end:draws=60")
+    rows = {"flops": np.geomspace(1e17, 1e21, 8), "score": np.linspace(0.3, 0.7, 8), "items": [1000] * 8}
+    chart = figure(scores, scores.fit(rows), rows, {"flops": [1e22]})
+    assert chart.layout.yaxis.title.text == "score" and chart.layout.yaxis.type == "linear"
+    path, page = tmp_path / "runs.csv", tmp_path / "law.html"
+    lines = [f"{n},{d},{v}" for n, d, v in zip(runs["parameters"], runs["tokens"], runs["loss"], strict=True)]
+    path.write_text("\n".join(["parameters,tokens,loss", *lines]))
+    words = ("predict", path, "--law", "chinchilla:draws=60", "--cut", "0.7", "--plot", page)
+    assert invoke(*words, monkeypatch=monkeypatch).exit_code == 0
+    text = page.read_text()
+    assert "held out, measured" in text and 'src="http' not in text

@@ -52,7 +52,9 @@ def predict(
         str | None, typer.Option(help="Which runs the law asks for within this compute, e.g. 1e17flop; needs no RUNS.")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Keep the fit as JSON (hitchhikers-laws:transfer=FILE).")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write an HTML figure here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write an HTML figure here, with intervals and held-out runs.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws behind the intervals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -90,7 +92,9 @@ def predict(
     if plot:
         from modicum.laws.plot import figure
 
-        write_text(plot, figure(method, fit, table, points or None, level).to_html(include_plotlyjs=True))
+        heldout = [row for part in (tried, parts) if part for row in _rows(part)]
+        chart = figure(method, fit, table, points or None, level, heldout=heldout)
+        write_text(plot, chart.to_html(include_plotlyjs=True))
     if as_json:
         result: dict[str, Any] = {
             "law": law,
@@ -150,6 +154,14 @@ def predict(
         )
     if plot:
         print(f"figure: {plot}")
+
+
+def _rows(tested: dict[str, Any]) -> list[dict[str, Any]]:
+    """Held-out rows of a back-test, or of each part of one."""
+    rows: list[dict[str, Any]] = tested.get("rows") or [
+        row for part in tested["parts"].values() for row in part["rows"]
+    ]
+    return rows
 
 
 def _offers(

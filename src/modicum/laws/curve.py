@@ -120,9 +120,10 @@ class CurveLaw(Law):
         """The law's loss, score or change (N) at `points` for given parameters, without noise."""
         table = as_table(points, self.reads, target=None)
         reference = {name: 1.0 for name in self.reads}
-        return self._unlink(self.curve(self.from_parameters(parameters, reference)[None], table))[0]
+        return self.unlink(self.curve(self.from_parameters(parameters, reference)[None], table))[0]
 
-    def _unlink(self, values: np.ndarray) -> np.ndarray:
+    def unlink(self, values: np.ndarray) -> np.ndarray:
+        """The target from values of the curve: the loss from its log, a score within 0 and 1."""
         if self.target == "loss":
             return np.exp(values)
         return np.clip(values, 0, 1) if self.target == "score" else values
@@ -244,7 +245,7 @@ class CurveLaw(Law):
             error_K = error_K + estimate.draw_noise(np.repeat(fit.within_K, repeats), self.config.delta, rng)
         drift_KN = rng.normal(size=len(scale_K))[:, None] * self.drift_at(fit, points)
         spread_N = self._spread(curve_KN.mean(0), table["items"]) if self.target == "score" else 1.0
-        return self._unlink(curve_KN + error_K[:, None] * spread_N + drift_KN)
+        return self.unlink(curve_KN + error_K[:, None] * spread_N + drift_KN)
 
     def predict(self, fit: Fit, points: Runs, level: float = 0.95) -> Prediction:
         """The target of a new, finished run at each of `points`: a prediction interval.
@@ -256,7 +257,7 @@ class CurveLaw(Law):
             raise UserError(f"level={level} is not between 0 and 1; write for example 0.95")
         low_N, high_N = fit.interval(self.sample(fit, points), level)
         # The middle: a resample with a steep exponent explodes at points with few tokens, and the mean with it.
-        return Prediction(self._unlink(np.median(self.curve_at(fit, points), axis=0)), low_N, high_N, level)
+        return Prediction(self.unlink(np.median(self.curve_at(fit, points), axis=0)), low_N, high_N, level)
 
     def optimum(self, fit: Fit, flops: float, level: float = 0.95) -> Optimum:
         """The split of `flops` = 6 N D into parameters N and tokens D that reaches the lowest loss."""
