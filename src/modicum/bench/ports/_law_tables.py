@@ -2,8 +2,9 @@
 
 A protocol takes the folder of the tables and gives cases. `loss`: smaller runs predict larger ones; `batch`: also at
 other batches. `ladder`, `pythia`: small models predict the benchmarks of larger ones. `curve`: a smaller model's curve
-and the beginning of a larger one's predict the rest. `text`: records of other tasks predict a task. Each table is read
-by the name under which it was kept.
+and the beginning of a larger one's predict the rest. `text`: records of other tasks predict a task. `repeated`,
+`mixed`, `short`: runs made here (`bench.law_runs`). Each table is read by the name under
+which it was kept.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Case:
     chance: float | None = None
     together: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    own: bool = False  # of runs made here: few, so that a seed sees a part of fewer than ten, too
 
 
 def cases(protocol: str, folder: Path) -> list[Case]:
@@ -275,6 +277,48 @@ def pythia_curves(folder: Path) -> Iterator[Case]:
         yield Case(task, fit, late, chance, extra={"last": last})
 
 
+# runs made here -------------------------------------------------------------------------------------
+
+
+def _own(folder: Path, name: str) -> dict[str, np.ndarray] | None:
+    path = folder / f"{name}.jsonl"
+    return {n: np.array(v, dtype=object) for n, v in read_runs(path).items()} if path.is_file() else None
+
+
+def repeated(folder: Path) -> Iterator[Case]:
+    """The largest size on 16 and 64 passes over its text, from its runs of 1 and 4 passes and all of the others."""
+    t = _own(folder, "repeated")
+    if t is None:
+        return
+    rows = {n: t[n] for n in ("run", "parameters", "tokens", "unique_tokens", "loss")}
+    far = (t["parameters"] == t["parameters"].max()) & (t["passes"] >= 16)
+    yield Case("repeated data", _pick(rows, ~far), _pick(rows, far), extra={"mixed": True}, own=True)
+
+
+def short(folder: Path) -> Iterator[Case]:
+    """The second half of the single-pass runs from their first half: a few hundred steps, where curves begin flat."""
+    t = _own(folder, "repeated")
+    if t is None:
+        return
+    once = t["passes"] == 1
+    early = t["tokens"] <= t["tokens"].max() / 2
+    rows = {n: t[n] for n in ("run", "parameters", "tokens", "loss")}
+    vocabulary = int(t["vocabulary"][0])
+    yield Case("short runs", _pick(rows, once & early), _pick(rows, once & ~early), extra={"vocabulary": vocabulary})
+
+
+def mixed(folder: Path) -> Iterator[Case]:
+    """General loss in the second half of continual pretraining, from the first half, at every domain fraction."""
+    t = _own(folder, "mixed")
+    if t is None:
+        return
+    rows = {n: t[n] for n in ("run", "parameters", "ratio", "tokens", "change", "loss")}
+    early = t["tokens"] <= t["tokens"].max() / 2
+    for size in sorted(set(t["parameters"])):
+        at = t["parameters"] == size
+        yield Case(f"{size / 1e6:.2f}M", _pick(rows, at & early), _pick(rows, at & ~early), extra={"changes": True})
+
+
 # text -----------------------------------------------------------------------------------------------
 
 
@@ -329,4 +373,7 @@ PROTOCOLS: dict[str, tuple[Callable[[Path], Iterator[Case]], ...]] = {
     "pythia": (pythia_scores,),
     "curve": (pythia_curves,),
     "text": (descriptions,),
+    "repeated": (repeated,),
+    "short": (short,),
+    "mixed": (mixed,),
 }

@@ -1,7 +1,8 @@
 """law: error on held-out larger runs, with the coverage and width of the interval.
 
 With --data FOLDER the published run tables in it are back-tested by a protocol (`--scale
-protocol=loss|batch|ladder|pythia|curve|text`, `_law_tables`); with a table of your own (.jsonl, .csv, .parquet with
+protocol=loss|batch|ladder|pythia|curve|text`, `_law_tables`), and with `protocol=repeated|short|mixed` the runs that
+`bench.law_runs` made (evidence/runs); with a table of your own (.jsonl, .csv, .parquet with
 parameters, tokens, loss; other names by --scale parameters=NAME,...) every seed takes a random part of its runs. With
 --quick and no data a table is drawn from the Chinchilla law with the parameters of Besiroglu et al. 2024
 (arXiv:2404.10102, Table 1) and 0.5% of noise per run, which shows the machinery and favours that form.
@@ -31,18 +32,20 @@ AXES = Axes(quality=Axis("error"), cost=Axis("fit_seconds", "lower", "s"))
 TIER = "laptop"
 NOT_MEASURABLE = {
     "average-params": "no published table has runs that were pruned; it takes runs of your own",
-    "token-crisis": "no published table here has runs of repeated data; it takes runs of your own",
-    "cmr": "no published table has continual pretraining at several shares; it takes runs of your own",
+    "cmr": "no published table has continual pretraining at several ratios; bench.law_runs mixed makes one, in hours",
     "projektor": "no published table has mixtures with their transport distance; it takes runs of your own",
     "superficial-alignment": "no published table here has scores by finetuning examples; it takes runs of your own",
 }
 SETS = ("ladder", "pythia")  # protocols whose tasks make one benchmark
+OWN = ("repeated", "short", "mixed")  # protocols on runs that `bench.law_runs` makes
 E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    protocol: str = "loss"  # of published tables: loss, batch, ladder, pythia, curve, text
+    protocol: str = (
+        "loss"  # of published tables: loss, batch, ladder, pythia, curve, text; of own: repeated, short, mixed
+    )
     part: float = 0.85  # share of the fitted runs that one seed sees
     cut: float = 0.6  # of a table of your own: share of the runs, smallest first, that is fitted
     by: str = "flops"  # what "larger" means there: flops, parameters or tokens
@@ -94,6 +97,14 @@ def adapted(choice: Choice, case: tables.Case | None) -> tuple[Choice, Any]:
     fields = getattr(registry.load("law", choice.method).config, "__dataclass_fields__", {})
     if case is not None and case.chance is not None and "chance" in fields and "chance" not in knobs:
         knobs |= {"chance": case.chance}
+    if (
+        case is not None
+        and case.extra.get("mixed")
+        and "unique_tokens" not in registry.load("law", choice.method).cls.columns
+    ):
+        knobs = {"mixed": True} | knobs  # a law that knows nothing of repetition takes such rows only if it must
+    if case is not None and "vocabulary" in fields and "vocabulary" in case.extra:
+        knobs = {"vocabulary": case.extra["vocabulary"]} | knobs
     made = Choice(choice.port, choice.method, knobs)
     return made, registry.build("law", made)
 
@@ -118,6 +129,8 @@ def published(choice: Choice, seed: int, settings: Settings) -> Measurement:
                 continue
             per_run = stays(case)
         rows += per_run
+        if case.extra.get("changes") and hasattr(law, "critical_ratio"):
+            metrics |= ratio_errors(choice, case, seed)
         if scale.protocol in ("loss", "batch"):
             metrics[f"error_{case.name.replace(' ', '_')}"] = float(np.mean([abs(r["error"]) for r in per_run]))
         if case.extra.get("last"):
@@ -151,8 +164,12 @@ def published(choice: Choice, seed: int, settings: Settings) -> Measurement:
         "cases": len(cases) - refused,
         "refused": refused,
     }
-    files = sorted(folder.glob("*.parquet"))
-    data = {"name": f"published run tables, {scale.protocol}", "checksum": fingerprint([sha256(f)[:16] for f in files])}
+    own = scale.protocol in OWN
+    files = sorted(folder.glob("*.jsonl" if own else "*.parquet"))
+    data = {
+        "name": f"{'runs made here' if own else 'published run tables'}, {scale.protocol}",
+        "checksum": fingerprint([sha256(f)[:16] for f in files]),
+    }
     return Measurement(metrics=metrics, cost=Cost(seconds=seconds), data=data)
 
 
@@ -160,27 +177,69 @@ def predicted(choice: Choice, case: tables.Case, part: float, seed: int) -> list
     """Truth and prediction of each held-out row, in the case's own measure."""
     _, law = adapted(choice, case)
     fit, heldout = dict(case.fit), dict(case.heldout)
+    if case.extra.get("changes") and law.target == "loss":
+        return as_changes(law, fit, heldout, seed)
     score = "score" in fit
     if law.target == "loss" and score:
         fit |= {"loss": [max(1 - v, 1e-3) for v in fit["score"]]}
     elif law.target not in fit:
         raise UserError(f"the case {case.name} has no {law.target}")
-    fit = seen(fit, part if not case.extra else 1.0, seed)
+    fit = seen(fit, part if case.own or not case.extra else 1.0, seed, 4 if case.own else 10)
     if not law.checkpoints and not law.of_sets and "run" in fit and not case.extra:
         fit = finished(fit)
     if not law.checkpoints:
         fit.pop("decay_left", None)
     predictions = law.predict(law.fit(fit, seed), heldout)
     errors = []
-    truths = heldout["score"] if score else heldout["loss"]
+    absolute = score or law.target == "change"
+    truths = heldout["score" if score else law.target]
     for truth, mean, low, high in zip(truths, predictions.mean, predictions.low, predictions.high, strict=True):
         if law.target == "loss" and score:
             mean, low, high = 1 - mean, 1 - high, 1 - low
-        error = (mean - truth) if score else (mean / truth - 1)
+        error = (mean - truth) if absolute else (mean / truth - 1)
         errors.append({"truth": float(truth), "error": float(error), "low": float(low), "high": float(high)})
     for i, row in enumerate(errors):
         row |= {"model": float(heldout["parameters"][i]) if "parameters" in heldout else 0.0}
     return errors
+
+
+def as_changes(law: Any, fit: tables.Columns, heldout: tables.Columns, seed: int) -> list[dict[str, Any]]:
+    """A law of losses on changes of loss: one fit for each domain fraction, less the loss before."""
+    errors = []
+    for ratio in dict.fromkeys(fit["ratio"]):
+        rows, ahead = (
+            {n: [v for v, r in zip(column, t["ratio"], strict=True) if r == ratio] for n, column in t.items()}
+            for t in (fit, heldout)
+        )
+        before = rows["loss"][0] - rows["change"][0]
+        predictions = law.predict(law.fit({n: rows[n] for n in (*law.reads, "run", "loss")}, seed), ahead)
+        for truth, mean, low, high in zip(
+            ahead["change"], predictions.mean, predictions.low, predictions.high, strict=True
+        ):
+            row = {"truth": float(truth), "error": float(mean - before - truth), "model": float(rows["parameters"][0])}
+            errors.append(row | {"low": float(low - before), "high": float(high - before)})
+    return errors
+
+
+def ratio_errors(choice: Choice, case: tables.Case, seed: int) -> dict[str, float]:
+    """The critical fraction predicted for the end of the run beside the measured one, and beside a guess of a third."""
+    from modicum.laws.forms.cmr import crossing
+
+    _, law = adapted(choice, case)
+    fit, heldout = case.fit, case.heldout
+    end = max(heldout["tokens"])
+    last = sorted(
+        (r, c) for r, c, t in zip(heldout["ratio"], heldout["change"], heldout["tokens"], strict=True) if t == end
+    )
+    ratios, changes = (np.array(v, float) for v in zip(*last, strict=True))
+    measured = crossing(ratios, np.maximum.accumulate(changes), law.config.epsilon)
+    predicted_ratio = law.critical_ratio(law.fit(fit, seed), end)
+    return {
+        f"ratio_{case.name}": predicted_ratio["ratio"],
+        f"measured_ratio_{case.name}": measured,
+        f"ratio_error_{case.name}": abs(predicted_ratio["ratio"] - measured),
+        f"third_error_{case.name}": abs(1 / 3 - measured),
+    }
 
 
 def stays(case: tables.Case) -> list[dict[str, Any]]:
@@ -193,12 +252,12 @@ def stays(case: tables.Case) -> list[dict[str, Any]]:
     return errors
 
 
-def seen(fit: tables.Columns, part: float, seed: int) -> tables.Columns:
-    """A random part of the runs, where there are more than ten of them."""
+def seen(fit: tables.Columns, part: float, seed: int, least: int = 10) -> tables.Columns:
+    """A random part of the runs, where there are more than `least` of them."""
     models = fit.get("flops") if "item" in fit else None  # every model answers every item
     labels = fit.get("run") or models or list(range(len(next(iter(fit.values())))))
     distinct = list(dict.fromkeys(labels))
-    if len(distinct) <= 10 or part >= 1:
+    if len(distinct) <= least or part >= 1:
         return fit
     kept = {distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))[: round(part * len(distinct))]}
     return {n: [v for v, label in zip(c, labels, strict=True) if label in kept] for n, c in fit.items()}
