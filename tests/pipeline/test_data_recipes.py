@@ -117,5 +117,5 @@ def test_four_selections_of_one_target(tmp_path: Path) -> None:
     assert {(r["model"], r["corpus"]) for r in rows} == {(m, c) for m in models[2:] for c in ("target", "pool")}
     made = Curation.load(run.folder / "stages" / "betr-tenth" / "data")
     texts = [d.text for split in ("train", "heldout") for d in made.documents(split)]
-    assert sum("eigenvalue" in t for t in texts) >= 0.8 * len(texts)
+    assert sum("eigenvalue" in t for t in texts) >= 0.5 * len(texts), "a sixth at random"
     assert "not-selected" in (run.folder / "report.html").read_text()
