@@ -11,8 +11,8 @@ times, then the problem is answered greedily. `outline=given` takes the problem'
 answers each sub-problem fast and takes d_i = 1 - exp(-nats / tokens) of that answer, which is also the fast mode's.
 threshold below 0 thinks about everything, 1 about nothing.
 
-arXiv:2512.00466 (AAAI 2026), code XiaoYang66/DualThinking; its README was read, the paper in part. Departs:
-the difficulty by uncertainty and given outlines are this project's, for models too small to write outlines; where
+arXiv:2512.00466 (AAAI 2026); written from an account of its abstract and of the authors' README, not from the
+paper. Departs: the difficulty by uncertainty and given outlines are this project's, for models too small to write outlines; where
 the model has no switch for thinking, the slow mode is a sentence after the prompt.
 """
 

@@ -135,7 +135,7 @@ class Ground(Stage[Section]):
         }
 
     def miniature(self, section: Section) -> tuple[Section, dict[str, Any]]:
-        return Section(passages=64, queries=8, encoder="lsa:16", index=section.index), {}
+        return Section(passages=64, queries=8, encoder="lsa:dims=16", index=section.index), {}
 
     def report(self, done: Finished) -> Report:
         return Report(charts={"retrieval": plots.retrieval(done.figures)}, cards=gains.search(done.figures))
