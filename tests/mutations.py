@@ -268,7 +268,7 @@ MUTATIONS = (
     ),
     Mutation(
         "best_of gives the least likely",
-        "serve/api.py",
+        "serve/respond.py",
         "key=mean, reverse=True",
         "key=mean",
         "serve/test_tools.py::test_best_of_gives_the_likeliest",
