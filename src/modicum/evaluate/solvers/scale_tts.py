@@ -12,8 +12,8 @@ answers each sub-problem fast and takes d_i = 1 - exp(-nats / tokens) of that an
 threshold below 0 thinks about everything, 1 about nothing.
 
 arXiv:2512.00466 (AAAI 2026); written from an account of its abstract and of the authors' README, not from the
-paper. Departs: the difficulty by uncertainty and given outlines are this project's, for models too small to write outlines; where
-the model has no switch for thinking, the slow mode is a sentence after the prompt.
+paper. Departs: the difficulty by uncertainty and given outlines are this project's, for models too small to write
+outlines; where the model has no switch for thinking, the slow mode is a sentence after the prompt.
 """
 
 from __future__ import annotations
