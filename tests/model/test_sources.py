@@ -275,7 +275,12 @@ def test_an_interrupted_fetch_leaves_nothing_and_goes_again(slow: type[Slow], in
     data = os.urandom(1 << 16)
     wheel(index, "toy-part1", data)
     code = SCRIPT.format(size=len(data), sha=hashlib.sha256(data).hexdigest())
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     assert slow.halfway.wait(30)
     time.sleep(0.3)
     assert list((tmp_path / "home" / "models" / ".toy.fetch").iterdir())
