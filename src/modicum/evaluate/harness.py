@@ -51,8 +51,10 @@ def _piqa(row: Row) -> Row:
 
 
 def _hellaswag(row: Row) -> Row:
+    """The texts are cleaned already; a mark before a space keeps the harness from stripping it."""
     label, _, scene = row["question"].partition(": ")
-    return {"activity_label": label, "ctx_a": scene, "ctx_b": "", "endings": row["choices"], "label": row["answer"]}
+    endings = [f"[header]{choice}" if choice.startswith(" ") else choice for choice in row["choices"]]
+    return {"activity_label": label, "ctx_a": scene, "ctx_b": "", "endings": endings, "label": row["answer"]}
 
 
 def _openbookqa(row: Row) -> Row:

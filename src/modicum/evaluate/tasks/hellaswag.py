@@ -45,5 +45,6 @@ class HellaSwag(MultipleChoice):
 
 
 def cleaned(text: str) -> str:
+    """As the harness does: an ending that began with a mark keeps the space behind it."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ").strip()
+    return text.replace("  ", " ")
