@@ -224,7 +224,7 @@ LAYOUTS = {
                 "label": "1",
             }
         ],
-        ("Washing: A man holds a plate. Soap He", ["dries it.. Done", "eats it.", "sings.", "runs."], 1),
+        ("Washing: A man holds a plate. Soap He", ["dries it.. Done", "eats it.", "sings.", " runs."], 1),
     ),
     "arc-easy": (
         [{"question": "What melts?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "2"}],
