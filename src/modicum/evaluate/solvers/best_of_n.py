@@ -11,25 +11,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modicum.evaluate.solvers import Attempt, Call, Problem, Solver
+from modicum.evaluate.solvers import Attempt, Problem, Solver, _sampled
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    n: int = 5  # samples
-    temperature: float = 0.7
-    think: bool = False
-
-    def __post_init__(self) -> None:
-        if self.n < 1 or self.temperature <= 0:
-            raise ValueError("n must be at least 1, temperature above 0 (equal replies need no ranking)")
+class Config(_sampled.Config):
+    pass
 
 
 class BestOfN(Solver):
     config: Config
 
     def attempt(self, problem: Problem) -> Attempt:
-        c = self.config
-        replies = yield Call(problem.prompt, c.n, c.temperature, think=c.think, final=True)
+        replies = yield from _sampled.sample(self.config, problem)
         answered = [r for r in replies if problem.extract(r.text)] or replies
-        return min(answered, key=lambda r: r.nats / max(r.tokens, 1)).text
+        return min(answered, key=_sampled.nats_per_token).text

@@ -12,29 +12,21 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from modicum.evaluate.solvers import Attempt, Call, Problem, Reply, Solver
+from modicum.evaluate.solvers import Attempt, Problem, Reply, Solver, _sampled
 
 SWEEP = ("n=5", "n=5,think=True")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    n: int = 5  # samples
-    temperature: float = 0.7
-    think: bool = False
-
-    def __post_init__(self) -> None:
-        if self.n < 1 or self.temperature <= 0:
-            raise ValueError("n must be at least 1, temperature above 0 (equal replies need no vote)")
+class Config(_sampled.Config):
+    pass
 
 
 class Vote(Solver):
     config: Config
 
     def attempt(self, problem: Problem) -> Attempt:
-        c = self.config
-        replies = yield Call(problem.prompt, c.n, c.temperature, think=c.think, final=True)
-        return winner(replies, problem).text
+        return winner((yield from _sampled.sample(self.config, problem)), problem).text
 
 
 def winner(replies: list[Reply], problem: Problem) -> Reply:
@@ -45,9 +37,5 @@ def winner(replies: list[Reply], problem: Problem) -> Reply:
             votes[answer].append(reply)
     if not votes:
         return replies[0]
-
-    def nats(reply: Reply) -> float:
-        return reply.nats / max(reply.tokens, 1)
-
-    group = max(votes.values(), key=lambda g: (len(g), -min(map(nats, g))))
-    return min(group, key=nats)
+    group = max(votes.values(), key=lambda g: (len(g), -min(map(_sampled.nats_per_token, g))))
+    return min(group, key=_sampled.nats_per_token)
