@@ -273,6 +273,63 @@ MUTATIONS = (
         "key=mean",
         "serve/test_tools.py::test_best_of_gives_the_likeliest",
     ),
+    # train: distillers
+    Mutation(
+        "the teacher's term loses its T squared",
+        "train/distillers/_teacher.py",
+        "return temperature**2 * (t_NV.exp() * (t_NV - s_NV)).sum(-1)",
+        "return (t_NV.exp() * (t_NV - s_NV)).sum(-1)",
+        "train/test_distillers.py::test_logit_loss_is_the_papers",
+    ),
+    Mutation(
+        "tokens without loss are distilled",
+        "train/distillers/_teacher.py",
+        "return (of(student.head(x_ND), teacher_NV) * mask_N[start:stop]).sum()",
+        "return of(student.head(x_ND), teacher_NV).sum()",
+        "train/test_distillers.py::test_logit_loss_is_the_papers",
+    ),
+    Mutation(
+        "the student's probabilities are renormalised over the teacher's likeliest tokens too",
+        "train/distillers/_teacher.py",
+        "t_NV, s_NV = torch.log_softmax(t_NV, -1), s_NV.gather(-1, kept)",
+        "t_NV, s_NV = torch.log_softmax(t_NV, -1), torch.log_softmax(s_NV.gather(-1, kept), -1)",
+        "train/test_distillers.py::test_top_tokens_are_renormalised_and_their_mass_reported",
+    ),
+    Mutation(
+        "layers are mapped from the first one on",
+        "train/distillers/_teacher.py",
+        "return [max(1, round((i + 1) * teacher / student)) - 1 for i in range(student)]",
+        "return [min(round(i * teacher / student), teacher - 1) for i in range(student)]",
+        "train/test_distillers.py::test_features_are_mapped_by_depth_and_width",
+    ),
+    Mutation(
+        "pretrained distillation keeps the text's own labels",
+        "train/distillers/pretrained_distillation.py",
+        "return 0.0",
+        "return 0.5",
+        "train/test_distillers.py::test_pretrained_distillation_is_cross_entropy_with_the_teacher",
+    ),
+    Mutation(
+        "the zero frequency is cut over the width instead of the positions",
+        "train/distillers/scalekd.py",
+        "return x_BTD - x_BTD.mean(1, keepdim=True)",
+        "return x_BTD - x_BTD.mean(2, keepdim=True)",
+        "train/test_distillers.py::test_the_second_view_is_a_cosine_transform_without_its_mean",
+    ),
+    Mutation(
+        "features are normalised over the positions",
+        "train/distillers/scalekd.py",
+        "return F.layer_norm(x_BTD.float(), x_BTD.shape[-1:])",
+        "return F.layer_norm(x_BTD.float().transpose(1, 2), x_BTD.shape[1:2]).transpose(1, 2)",
+        "train/test_distillers.py::test_the_second_view_is_a_cosine_transform_without_its_mean",
+    ),
+    Mutation(
+        "the projector attends to later positions",
+        "train/distillers/scalekd.py",
+        "dtype=torch.bool, device=like_BT.device).tril()",
+        "dtype=torch.bool, device=like_BT.device)",
+        "train/test_distillers.py::test_a_projector_sees_no_later_position",
+    ),
     # data: orders, transforms, packings; train: averaging
     Mutation(
         "documents of equal quality come as they are stored",
