@@ -49,6 +49,7 @@ class Walk:
         self, model: Decoder, method: Compressor, targets: list[str], tokens_NT: Tensor | None, work: Path
     ) -> None:
         self.model, self.method, self.work = model, method, work
+        method.tokens_NT = tokens_NT
         self.batches = [] if tokens_NT is None else list(tokens_NT.to(model.device).split(BATCH))
         self.targets: dict[int, list[str]] = {}
         for name in targets:
@@ -102,7 +103,7 @@ class Walk:
                     hook.remove()
             if original and self._first != ORIGINAL:
                 self._push(ORIGINAL, index, block)
-        job = BlockJob(index, block, linears, statistics, partial(self._inputs, index))
+        job = BlockJob(index, block, linears, statistics, partial(self._inputs, index), partial(self._outputs, index))
         before = {name: module.weight.detach().clone() for name, module in linears.items()}
         self.method.block(job)
         for name, codes in job.codes.items():
@@ -155,8 +156,12 @@ class Walk:
             for number in range(len(self.batches)):
                 yield file.read(f"{number:05d}").to(self.model.device), self._rotation(index, number)
 
+    def _outputs(self, index: int) -> Iterator[Tensor]:
+        """y_BTD of the original block, batch by batch."""
+        return (y_BTD for y_BTD, _ in self._inputs(index + 1, ORIGINAL))
+
     def _rotation(self, index: int, batch: int) -> Any:
-        table = self._which[index]
+        table = self._which[min(index, len(self._which) - 1)]
         positions_1T = default_positions(self.batches[batch])
         return None if table is None else self._tables[table](positions_1T, torch.float32)
 

@@ -5,6 +5,8 @@ Shapes: N sequences, T tokens, R rows (tokens, whichever sequence they are of), 
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from modicum.core.errors import UserError
+from modicum.data import python_source
+from modicum.data.document import Document
 from modicum.data.tokenizer import Tokenizer
 from modicum.model import attach
 
 BATCH = 8  # sequences computed at a time
+SHORTEST = 500  # characters of a text of Python's own that is read
+PYTHON_FILES = 100  # of them
+MOST = 4000  # documents of a source
 
 
 def texts(source: str | Path) -> Iterator[str]:
     """Training documents of a curated folder, or the text of any source that `data.readers` reads."""
-    from modicum.data.document import Document, read_documents
+    from modicum.data.document import read_documents
     from modicum.data.readers import ReadConfig, find, read
 
     if (Path(source) / "documents").is_dir():
@@ -30,6 +37,43 @@ def texts(source: str | Path) -> Iterator[str]:
     config = ReadConfig()
     for unit in find(str(source), config):
         yield from (d.text for d in read(unit, config) if isinstance(d, Document))
+
+
+def halves(source: str | Path | None) -> tuple[list[str], dict[str, list[str]]]:
+    """(calibration texts, held-out texts of two domains by name), no document in both.
+
+    source: a curated folder (its training and its held-out side), other text (documents by turns), or None for this
+    Python's own sources, parted into prose and code. The second domain of other text is Python code.
+    """
+    from modicum.data.document import read_documents
+
+    prose, code = [], []
+    for document in _shuffled_python():
+        parts = python_source.split(document)
+        if parts is not None:
+            prose.append(parts[0])
+            code.append(parts[1])
+    prose, code = [t for t in prose if len(t) > SHORTEST], [t for t in code if len(t) > SHORTEST]
+    if source is None or str(source) == "python":
+        mixed = [t for pair in zip(prose[::2], code[::2], strict=False) for t in pair]
+        return mixed, {"prose": prose[1::2], "code": code[1::2]}
+    if (Path(source) / "documents").is_dir():
+        heldout = [document.text for document in read_documents(source, "heldout")]
+        return list(itertools.islice(texts(source), MOST)), {Path(source).name: heldout, "Python code": code}
+    all_texts = list(itertools.islice(texts(source), MOST))
+    if len(all_texts) < 2:
+        raise UserError(f"{source} holds {len(all_texts)} documents; give two or more, some of them to be held out")
+    return all_texts[::2], {Path(source).name: all_texts[1::2], "Python code": code}
+
+
+def _shuffled_python() -> list[Document]:
+    """Python's own source files, in an order that no folder decides."""
+    from modicum.data.readers import ReadConfig, find, read
+
+    config = ReadConfig()
+    units = sorted(find("python", config), key=lambda unit: hashlib.sha256(unit.id.encode()).digest())
+    sources = (d for unit in units[:PYTHON_FILES] for d in read(unit, config) if isinstance(d, Document))
+    return [d for d in sources if d.id.endswith(".py")]
 
 
 def sequences(documents: Iterable[str], tokenizer: Tokenizer, count: int, length: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,17 @@ def compress_with(
     *,
     targets: Sequence[str] = ("layers.*",),
     embeddings: Any = None,
-    calibration: str | Path | None = None,
+    per_matrix: Mapping[str, Mapping[str, Any]] | None = None,
+    calibration: str | Path | Tensor | None = None,
     sequences: int = 64,
     length: int = 512,
     events: Events | None = None,
 ) -> CompressResult:
     """Compress the layers that `targets` name by the method `choice` and save what `load_model` reads.
 
-    embeddings: a form for the token embedding (and a head tied to it), fitted by itself. calibration: text of which
-    `sequences` pieces of `length` tokens are read. Finished blocks lie in `.NAME.compressing` beside `folder` until it
+    embeddings: a form for the token embedding (and a head tied to it), fitted by itself. per_matrix: knobs of single
+    matrices by full name, in place of the method's. calibration: text of which `sequences` sequences of `length` tokens
+    are read, or tokens_NT. Finished blocks lie in `.NAME.compressing` beside `folder` until it
     is written; the same call goes on from them. Raises `UserError` for what does not go together, patterns that match
     nothing and layers outside the blocks; nothing is written then.
     """
@@ -56,6 +58,7 @@ def compress_with(
     shape = load_config(source)
     compose.resolve(setting_up(picked, shape, calibration is not None), options={"calibration_text": REMEDY})
     method: Compressor = registry.build("compressor", picked)
+    method.per_matrix = per_matrix or {}
     method.check(shape)
     if embeddings is not None:
         compose.resolve(members(embeddings))
@@ -70,9 +73,11 @@ def compress_with(
         )
     tokens_NT = None
     if calibration is not None and reads_text(picked):
-        tokens_NT = _tokens(calibration, source, sequences, min(length, model.config.context_length))
+        limit = min(length, model.config.context_length)
+        given = isinstance(calibration, Tensor)
+        tokens_NT = calibration if given else _tokens(calibration, source, sequences, limit)  # type: ignore[arg-type]
     work = out.with_name(f".{out.name}.compressing")
-    _prepare(work, _plan(source, picked, names, tokens_NT))
+    prepare(work, _plan(source, picked, names, tokens_NT, method.per_matrix))
     rows = Walk(model, method, names, tokens_NT, work).run(events or Events())
     model = method.finish(model)
     if embeddings is not None:
@@ -135,22 +140,37 @@ def _tokens(calibration: str | Path, source: Path, sequences: int, length: int) 
     return calibrate.sequences(calibrate.texts(calibration), Tokenizer.load(source), sequences, length)
 
 
-def _plan(source: Path, choice: Choice, names: list[str], tokens_NT: Tensor | None) -> str:
+def _plan(
+    source: Path,
+    choice: Choice,
+    names: list[str],
+    tokens_NT: Tensor | None,
+    per_matrix: Mapping[str, Mapping[str, Any]],
+) -> str:
     """A fingerprint of all that decides the result."""
-    files = sorted(p for pattern in ("*.safetensors", "*.gguf", "config.json") for p in source.glob(pattern))
-    text = None if tokens_NT is None else hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest()
     return fingerprint(
         {
-            "files": [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files],
+            "files": model_files(source),
             "method": choice.resolved(),
             "modules": names,
-            "tokens": text,
+            "tokens": tokens_hash(tokens_NT),
             "batches": calibrate.BATCH,
+            "per_matrix": {name: dict(knobs) for name, knobs in per_matrix.items()},
         }
     )
 
 
-def _prepare(work: Path, plan: str) -> None:
+def model_files(source: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of the files that a model's weights come from, for a fingerprint."""
+    files = sorted(p for pattern in ("*.safetensors", "*.gguf", "config.json") for p in source.glob(pattern))
+    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+def tokens_hash(tokens_NT: Tensor | None) -> str | None:
+    return None if tokens_NT is None else hashlib.sha256(tokens_NT.numpy().tobytes()).hexdigest()
+
+
+def prepare(work: Path, plan: str) -> None:
     """Keep a work folder of the same plan, and begin anew in place of another."""
     path = work / "plan.json"
     if work.exists() and not (path.exists() and read_json(path)["plan"] == plan):

@@ -118,6 +118,8 @@ class Codes:
 def groups(weight_OI: Tensor, group: int) -> Tensor:
     """(O, I) to (O, G, i): the last group filled up with its row's last input, which widens no range."""
     missing = -weight_OI.shape[1] % group
+    if not missing:
+        return weight_OI.unflatten(1, (-1, group))
     return torch.cat([weight_OI, weight_OI[:, -1:].expand(-1, missing)], 1).unflatten(1, (-1, group))
 
 

@@ -71,8 +71,9 @@ class Awq(Compressor):
                 self._scale(job, (name,), _layer_error(job.linears[name], grams[name]), grams, job.linears[source])
         for name, layer in job.linears.items():
             searched = self.config.clip and name not in attention[:2]
-            shrink = clipping(layer.weight.detach(), grams[name], self.config) if searched else 1.0
-            job.keep(name, rounded(layer.weight.detach(), self.config, shrink))
+            config = self.of_matrix(job.full_name(name)).config
+            shrink = clipping(layer.weight.detach(), grams[name], config) if searched else 1.0
+            job.keep(name, rounded(layer.weight.detach(), config, shrink))
 
     def _scale(
         self,
@@ -84,13 +85,14 @@ class Awq(Compressor):
     ) -> None:
         """Scale the inputs of layers that read one tensor by the best s, and the outputs of `before` by its inverse."""
         layers = [job.linears[name] for name in names]
+        configs = [self.of_matrix(job.full_name(name)).config for name in names]
         originals = [layer.weight.detach().clone() for layer in layers]
         mean_I = job.statistics[names[0]].mean_magnitude.to(originals[0].dtype)
         best, scale_I = math.inf, torch.ones_like(mean_I)
         for step in range(self.config.steps):
             s_I = scale_of(mean_I, step / self.config.steps)
-            for layer, weight_OI in zip(layers, originals, strict=True):
-                layer.weight.data = rounded(weight_OI * s_I, self.config).weight(weight_OI.dtype) / s_I
+            for layer, weight_OI, config in zip(layers, originals, configs, strict=True):
+                layer.weight.data = rounded(weight_OI * s_I, config).weight(weight_OI.dtype) / s_I
             reached = error()
             if reached < best:
                 best, scale_I = reached, s_I
