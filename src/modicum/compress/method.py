@@ -71,11 +71,10 @@ def compress_with(
             f"{picked.method!r} compresses decoder blocks, and {outside[0]!r} is in none; give --targets 'layers.*' "
             "and a form for the embedding: --embeddings int8"
         )
-    tokens_NT = None
+    tokens_NT: Tensor | None = None
     if calibration is not None and reads_text(picked):
         limit = min(length, model.config.context_length)
-        given = isinstance(calibration, Tensor)
-        tokens_NT = calibration if given else _tokens(calibration, source, sequences, limit)  # type: ignore[arg-type]
+        tokens_NT = calibration if isinstance(calibration, Tensor) else _tokens(calibration, source, sequences, limit)
     work = out.with_name(f".{out.name}.compressing")
     prepare(work, _plan(source, picked, names, tokens_NT, method.per_matrix))
     rows = Walk(model, method, names, tokens_NT, work).run(events or Events())

@@ -130,7 +130,7 @@ def compress_to(
     short = min(LENGTH, length)
     validation_NT = calibrate.sequences(texts[1::2], tokenizer, VALIDATION, short)
     work = out.with_name(f".{out.name}.sizing")
-    prepare(work, _plan(source, choices, tokens_NT, validation_NT))
+    prepare(work, _plan(source, tokens_NT, validation_NT))
     units = _units(model, names, _errors(model, names, tokens_NT, work, events))
     del model
     chosen = allocate.allocate(units, budget)
@@ -194,11 +194,9 @@ class _Trial:
         if noted.exists():
             return float(read_json(noted)["kl"])
         if not folder.exists():
-            per_matrix, plain = {}, set()
+            per_matrix: dict[str, dict[str, Any]] = {}
             for unit, setting in zip(units[:-1], chosen[:-1], strict=True):
-                if unit.settings[setting] is PLAIN:
-                    plain.update(unit.names)
-                else:
+                if unit.settings[setting] is not PLAIN:
                     per_matrix.update(dict.fromkeys(unit.names, dataclasses.asdict(unit.settings[setting])))
             embedding = units[-1].settings[chosen[-1]]
             compress_with(
@@ -278,8 +276,8 @@ def _units(model: Decoder, names: list[str], errors: Mapping[str, list[float]] |
         units.append(allocate.Unit(tuple(members), (*SETTINGS, PLAIN), (*nbytes, plain), (*summed, 0.0)))
     table: Any = model.embed.weight
     nbytes = [_form_bytes(Choice.parse("linear", form), table) for form in EMBEDDINGS]
-    own = [0.0] * len(EMBEDDINGS) if errors is None else errors["embed"]
-    units.append(allocate.Unit(("embed",), (*EMBEDDINGS, PLAIN), (*nbytes, table.nbytes), (*own, 0.0)))
+    measured = [0.0] * len(EMBEDDINGS) if errors is None else errors["embed"]
+    units.append(allocate.Unit(("embed",), (*EMBEDDINGS, PLAIN), (*nbytes, table.nbytes), (*measured, 0.0)))
     return units
 
 
@@ -394,7 +392,7 @@ def _counts(units: Sequence[allocate.Unit], chosen: Sequence[int]) -> dict[str, 
     return counts
 
 
-def _plan(source: Path, choices: Sequence[Choice], tokens_NT: Tensor, validation_NT: Tensor) -> str:
+def _plan(source: Path, tokens_NT: Tensor, validation_NT: Tensor) -> str:
     return fingerprint(
         {
             "files": model_files(source),

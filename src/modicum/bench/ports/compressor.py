@@ -44,7 +44,7 @@ TIER = "laptop"
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
     heldout_bytes: int = 300_000
-    calibration_sequences: int = 16  # of training text
+    calibration_sequences: int = 8  # of training text
     calibration_length: int = 256
     score_sequences: int = 4  # of held-out text, of each domain
     score_length: int = 256

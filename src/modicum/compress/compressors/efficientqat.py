@@ -97,7 +97,7 @@ class Quantiser(nn.Module):
 
     def forward(self) -> Tensor:
         weight_OGi = groups(self.weight, self.group)
-        rounded: Tensor = _Rounded.apply(weight_OGi, self.scale, self.zero, self.top)  # type: ignore[assignment]
+        rounded: Tensor = _Rounded.apply(weight_OGi, self.scale, self.zero, self.top)
         return rounded.flatten(1)[:, : self.inputs]
 
     @torch.no_grad()
@@ -231,7 +231,7 @@ class Scaled(nn.Module):
         return (scale_OG[..., None] * self.steps_OGi()).flatten(1)[:, : self.form.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Product.apply(x, self.scale_OG, self)  # type: ignore[assignment]
+        y: Tensor = _Product.apply(x, self.scale_OG, self)
         return y if self.form.bias is None else y + self.form.bias
 
     @torch.no_grad()
