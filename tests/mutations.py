@@ -862,11 +862,11 @@ MUTATIONS = (
         "compress/test_allocate.py::test_an_allocation_is_the_best_of_all",
     ),
     Mutation(
-        "gradients by size, not by square",
+        "all outputs count alike",
         "compress/sensitivity.py",
-        ".double().square().sum(0)",
-        ".double().abs().sum(0)",
-        "compress/test_allocate.py::test_estimates_rank_matrices_as_their_divergences_do",
+        ".double() * gradient_O)",
+        ".double() * gradient_O.mean())",
+        "compress/test_allocate.py::test_an_estimate_is_half_the_weighted_error",
     ),
     Mutation(
         "the inputs of the next block come from the block as it was",

@@ -56,7 +56,10 @@ class Config(AffineConfig):
 TOY = Config(bits=3, group=16, epochs=1, heldout=4, weight_rate=1e-3, scale_rate=1e-3, tuning_rate=1e-3)
 CLAIM = {"figure": "at 2 bits, group 64, WikiText2 perplexity 6.86 of Llama-2-7B against 5.47 in fp16",
          "where": "README of the authors' code", "scale": "7B parameters"}  # fmt: skip
-SWEEP = ("bits=2,group=64,epochs=4,weight_rate=1e-4,scale_rate=1e-3", "bits=3,group=64,epochs=4,weight_rate=1e-4")
+SWEEP = (  # few steps, so larger rates than the default
+    "bits=2,group=64,weight_rate=1e-3,scale_rate=1e-3",
+    "bits=3,group=64,weight_rate=1e-3,scale_rate=1e-3",
+)
 
 
 class _Rounded(torch.autograd.Function):
