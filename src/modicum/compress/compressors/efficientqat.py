@@ -18,36 +18,30 @@ E2E-QP computes in the model's dtype.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from modicum.compress.compressors import BlockJob, Codes, Compressor
+from modicum.compress.compressors import Codes
 from modicum.compress.compressors._affine import AffineConfig, groups, width
+from modicum.compress.compressors._blockwise import BlockTrained, BlockTraining, TrainedWeight, decay
 from modicum.model import attach
-from modicum.model.attend import DenseAttend
 from modicum.model.decoder import Decoder
 from modicum.model.linear import LinearForm
 from modicum.model.linear.affine import unpack
 from modicum.model.linear.int4 import Int4
 
 SMALLEST, LARGEST = 1e-4, 1e4  # bounds of a scale
-FINAL_RATE = 0.05  # of the cosine schedule, of the peak
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AffineConfig):
-    epochs: Annotated[int, Field(ge=0)] = 2  # of Block-AP over the calibration text; 0: round to nearest
+class Config(BlockTraining, AffineConfig):
     weight_rate: Annotated[float, Field(ge=0)] = 0.0  # learning rate of weights; 0: 2e-5 at two bits, else 1e-5
     scale_rate: Annotated[float, Field(ge=0)] = 1e-4  # of s and z in Block-AP
-    batch: Annotated[int, Field(ge=1)] = 2  # sequences of a step
-    heldout: Annotated[int, Field(ge=2)] = 8  # of so many sequences one is for validation
     tuning_epochs: Annotated[int, Field(ge=0)] = 1  # of E2E-QP; 0 leaves it out
     tuning_rate: Annotated[float, Field(ge=0)] = 0.0  # of s in E2E-QP; 0: 2e-5 at two bits, else 1e-5
     clip: Annotated[float, Field(gt=0)] = 0.3  # largest norm of the gradient in E2E-QP
@@ -84,7 +78,7 @@ class _Rounded(torch.autograd.Function):
         return through, (grad * by_scale).sum(-1, keepdim=True), by_zero, None
 
 
-class Quantiser(nn.Module):
+class Quantiser(TrainedWeight):
     """The trained weight, scale and zero point of one layer; `forward` gives the rounded weight_OI."""
 
     def __init__(self, weight_OI: Tensor, config: AffineConfig):
@@ -114,75 +108,14 @@ class Quantiser(nn.Module):
         return Codes.of(codes_OI, s[..., 0], (s * (self.config.middle - z))[..., 0], self.config)
 
 
-class EfficientQat(Compressor):
-    requires = frozenset({"calibration_text"})
-    streams: ClassVar[tuple[str, ...]] = ("compressed", "original")
+class EfficientQat(BlockTrained):
     config: Config
 
-    def block(self, job: BlockJob) -> None:
-        quantisers = {
-            name: Quantiser(layer.weight.detach(), self.of_matrix(job.full_name(name)).config)
-            for name, layer in job.linears.items()
-        }
-        norms = {
-            name: nn.Parameter(p.detach().clone())
-            for name, p in job.block.named_parameters()
-            if name.endswith("weight") and p.dim() == 1
-        }
-        if self.config.epochs:
-            self._train(job, quantisers, norms)
-        parameters = dict(job.block.named_parameters())
-        for name, norm in norms.items():
-            parameters[name].data.copy_(norm.detach())
-        for name, quantiser in quantisers.items():
-            job.keep(name, quantiser.codes())
+    def quantiser(self, weight_OI: Tensor, config: Any) -> Quantiser:
+        return Quantiser(weight_OI, config)
 
-    def _train(self, job: BlockJob, quantisers: dict[str, Quantiser], norms: dict[str, nn.Parameter]) -> None:
-        c, made = self.config, nn.ModuleDict({name.replace(".", "/"): q for name, q in quantisers.items()})
-        edges = [p for n, p in made.named_parameters() if not n.endswith("weight")]
-        weights = [q.weight for q in quantisers.values()] + list(norms.values())
-        rates = [c.weight_rate or rate_for(c.bits), c.scale_rate]
-        optimizer = torch.optim.AdamW(
-            [{"params": weights, "lr": rates[0]}, {"params": edges, "lr": rates[1]}], weight_decay=0.0
-        )
-        steps, step = c.epochs * sum(1 for _ in self._batches(job, training=True)), 0
-
-        def loss(x_BTD: Tensor, rotation: Any, y_BTD: Tensor) -> Tensor:
-            state = {f"{name}.weight": q() for name, q in quantisers.items()} | norms
-            return F.mse_loss(torch.func.functional_call(job.block, state, (x_BTD, rotation, DenseAttend())), y_BTD)
-
-        def validation() -> float:
-            return sum(float(loss(*batch)) for batch in self._batches(job, training=False))
-
-        everything = [*made.parameters(), *norms.values()]
-        best, kept = validation(), [p.detach().clone() for p in everything]
-        for _ in range(c.epochs):
-            for batch in self._batches(job, training=True):
-                decay = FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * step / steps)) / 2
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * decay
-                with torch.enable_grad():
-                    value = loss(*batch)
-                    optimizer.zero_grad()
-                    value.backward()
-                optimizer.step()
-                step += 1
-            if (reached := validation()) < best:
-                best, kept = reached, [p.detach().clone() for p in everything]
-        for parameter, value in zip(everything, kept, strict=True):
-            parameter.data.copy_(value)
-
-    def _batches(self, job: BlockJob, training: bool) -> Iterator[tuple[Tensor, Any, Tensor]]:
-        """(x_BTD of the quantised model, rotation, y_BTD of the original one); every `heldout`-th sequence is for
-        validation, and with fewer sequences all are for both."""
-        count, number = len(self.tokens_NT) if self.tokens_NT is not None else 0, 0
-        for (x_BTD, rotation), y_BTD in zip(job.inputs(), job.outputs(), strict=True):
-            rows = torch.arange(number, number + len(x_BTD)) % self.config.heldout == self.config.heldout - 1
-            number += len(x_BTD)
-            wanted = (rows != training) if count >= self.config.heldout else torch.ones_like(rows)
-            index = wanted.nonzero()[:, 0]
-            for part in index.split(self.config.batch):
-                yield x_BTD[part], rotation, y_BTD[part]
+    def weight_rate(self) -> float:
+        return self.config.weight_rate or rate_for(self.config.bits)
 
     def finish(self, model: Decoder) -> Decoder:
         if self.config.tuning_epochs and self.tokens_NT is not None:
@@ -269,8 +202,7 @@ def tune_scales(model: Decoder, tokens_NT: Tensor, config: Config) -> None:
     try:
         with torch.enable_grad():
             for step in range(steps):
-                decay = FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * step / steps)) / 2
-                optimizer.param_groups[0]["lr"] = rate * decay
+                optimizer.param_groups[0]["lr"] = rate * decay(step, steps)
                 tokens_BT = batches[step % len(batches)]
                 logits_BTV = model(tokens_BT[:, :-1])
                 optimizer.zero_grad()
