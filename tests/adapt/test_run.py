@@ -1,6 +1,7 @@
 """Adapting a stored model from end to end: losses, files, resume, forms and mistakes."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -126,6 +127,25 @@ def test_over_a_quantised_base(place: Path, tmp_path: Path) -> None:
     attach.attach(other, {"layers.*": "int4:group=32"})
     load_peft(other, result.adapter)
     torch.testing.assert_close(logits(other), logits(model))
+
+
+def test_an_adapter_is_trained_further_from_its_file_alone(place: Path, tmp_path: Path) -> None:
+    def phase(name: str, **more):
+        return run(place, tmp_path / name, base="int4:group=32", seed=3, **more)
+
+    first = phase("first", dtype="bfloat16", steps=12)
+    shutil.copytree(first.adapter, tmp_path / "sent")
+    second = phase("second", dtype="bfloat16", adapter=str(tmp_path / "sent"))
+    assert second.heldout_before == first.heldout_after  # the same function, to the last bit
+    assert second.steps == 12 and second.heldout_after < second.heldout_before
+    anew = phase("anew", dtype="bfloat16")
+    assert anew.heldout_before > first.heldout_after + 0.1
+    # New moments and a new schedule: nothing else of the first run is read, so its folder may be gone.
+    shutil.rmtree(tmp_path / "first")
+    again = phase("again", dtype="bfloat16", adapter=str(tmp_path / "sent"))
+    assert (again.heldout_after, again.loss) == (second.heldout_after, second.loss)
+    with pytest.raises(UserError, match="leave form out"):
+        AdaptSpec(**(QUICK | {"form": "svfit", "adapter": str(tmp_path / "sent")}))
 
 
 def test_dense_trains_the_layers_whole_and_saves_a_plain_folder(place: Path, tmp_path: Path) -> None:

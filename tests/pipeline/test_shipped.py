@@ -1,4 +1,4 @@
-"""The recipes continued and qlora at toy size: every stage for real, over a few files and random models."""
+"""The recipes continued, qlora and edu-lora at toy size: every stage for real, over a few files and random models."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import pipeline_toys
 import pytest
 
+from modicum.core.errors import UserError
 from modicum.model import attach
 from modicum.model.folder import load_model
-from modicum.pipeline.recipe import load
+from modicum.pipeline.recipe import load, parse
 from modicum.pipeline.report import as_text
 from modicum.pipeline.run import run_recipe
 
@@ -78,3 +79,38 @@ def test_qlora_adapts_over_a_quantised_base_and_evaluates_it(tmp_path: Path) -> 
     before, after = _figures(run.folder, "evaluate")["variants"]
     assert (before["role"], after["role"]) == ("before", "answers")
     assert after["tokens"] == before["tokens"] and after["bits_per_byte"] != before["bits_per_byte"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_edu_lora_hands_an_adapter_over_and_asks_both_questions(tmp_path: Path) -> None:
+    notes = pipeline_toys.corpus(tmp_path / "notes", *MODULES)
+    model = pipeline_toys.chat_model(tmp_path / "llama", [p.read_text() for p in notes.iterdir()])
+    overrides = [f"corpus={notes}", f"first.model={model}", f"whole.model={model}"]
+    overrides += ["curate.heldout=0.3", "curate.vocab_size=400", "ground.encoder=lsa:dims=32"]
+    tiny = ["sequence_length=128", "batch_tokens=512", "pairs=60", "heldout_pairs=8", "lr=2e-2"]
+    overrides += [f"{name}.{knob}" for name in ("first", "second", "whole") for knob in tiny]
+    overrides += ["first.tokens=2ktok", "second.tokens=2ktok", "whole.tokens=4ktok"]
+    overrides += [f"{name}.{knob}" for name in ("two-sittings", "one-sitting") for knob in ("bytes=4kB", "questions=6")]
+    run = run_recipe(load("edu-lora", overrides), tmp_path / "run", notify=lambda line: None)
+    first, second, whole = (_figures(run.folder, name) for name in ("first", "second", "whole"))
+    assert second["before"] == first["after"] and second["base"] == first["base"]
+    assert second["after"] < second["before"] < first["before"] == whole["before"]
+    assert {f.base.choice.method for f in attach.forms(load_model(second["folder"])).values()} == {"int4"}
+    for name in ("two-sittings", "one-sitting"):
+        graded = _figures(run.folder, name)["graded"]
+        assert graded, graded
+
+
+def test_an_adapter_that_goes_on_needs_a_stage_that_gives_one() -> None:
+    stages = [{"curate": {}}, {"adapt": {"model": "m", "form": "svfit"}, "as": "first"}]
+    wrong = {"adapt": {"from": "first", "go_on": True}, "as": "second"}
+    with pytest.raises(UserError, match="has none"):
+        parse({"corpus": "python", "stages": [*stages, wrong]})
+    with pytest.raises(UserError, match="leave model out"):
+        parse(
+            {
+                "corpus": "python",
+                "stages": [*stages, {"adapt": {"from": "first", "go_on": True, "model": "m"}, "as": "b"}],
+            }
+        )

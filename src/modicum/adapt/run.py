@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from modicum.adapt.examples import Prepared, prepare, sample
-from modicum.adapt.peft_format import save_peft
+from modicum.adapt.peft_format import load_peft, save_peft
 from modicum.adapt.sources import load_sides
 from modicum.adapt.spec import AdaptSpec, members
 from modicum.budget import Deadline
@@ -229,6 +229,8 @@ def _attach(model: Decoder, spec: AdaptSpec) -> dict[str, LinearForm]:
     """Attach base and form as configured, the same way every time; the forms that train."""
     if spec.base is not None:
         attach.attach(model, {"layers.*": spec.base})
+    if spec.adapter is not None:
+        return load_peft(model, spec.adapter)
     generator = torch.Generator().manual_seed(spec.seed)
     targets = spec.targets or attach.target_modules(model, spec.form)
     return attach.attach(model, dict.fromkeys(targets, spec.form), generator=generator)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from modicum.core import compose
+from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.core.spec import MethodOf, option
 from modicum.train.config import TrainConfig
@@ -27,6 +28,10 @@ class AdaptSpec(TrainConfig):
         None, "Layers, as globs with commas between, e.g. 'layers.*.attention.*' (where the form's paper puts it)."
     )
     base: Annotated[Any, MethodOf("linear")] = option(None, "Form of the frozen weights below it, e.g. int4:group=64.")
+    adapter: str | None = option(
+        None,
+        "A LoRA adapter in PEFT's format to train further, with a new optimizer and schedule, instead of a new one.",
+    )
     epochs: float | None = option(None, "Length of the run instead: passes over the pairs (3 by default).", above=0)
     lr: float | None = option(5e-4, "Peak learning rate.", above=0)
     sequence_length: int = option(512, "Tokens per row; longer answers are cut.", least=1)
@@ -42,6 +47,10 @@ class AdaptSpec(TrainConfig):
             object.__setattr__(self, "epochs", 3.0)
         if self.targets is not None and not self.targets:
             raise UserError("targets is empty; name the layers to adapt, for instance 'layers.*.attention.*'")
+        if self.adapter is not None and self.form is not None and Choice.parse("linear", self.form).method != "lora":
+            raise UserError(f"adapter={self.adapter} is trained further as LoRA, not as {self.form}; leave form out")
+        if self.adapter is not None and self.targets is not None:
+            raise UserError(f"adapter={self.adapter} says itself which layers it adapts; leave targets out")
         super().check()
 
 

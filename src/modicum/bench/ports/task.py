@@ -3,7 +3,7 @@
 The model is SmolLM2-135M-Instruct in bfloat16 or the one given with --model: which of the tasks it can do says where
 caches, drafters and compression can be judged by answers. Or (--model proxy) a small decoder trained on the task's own
 train split: then the figure says how hard the task is for attention at this size. Tasks are not compared with each
-other. knowledge-capacity always trains its own (`_task_capacity`).
+other. knowledge-capacity and listops always train their own (`_task_capacity`, `_task_pretraining`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from modicum.bench import fixtures, training
 from modicum.bench.measurement import Axes, Axis, Measurement, Settings
-from modicum.bench.ports import _task_capacity
+from modicum.bench.ports import _task_capacity, _task_pretraining
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
@@ -72,8 +72,9 @@ QUICK = Scale(**{**training.QUICK, "sequence_length": 256, "tokens": 4 * 256}, d
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
-    if _task_capacity.applies(choice):
-        return _task_capacity.measure(choice, seed, settings)
+    for own in (_task_capacity, _task_pretraining):
+        if own.applies(choice):
+            return own.measure(choice, seed, settings)
     scale: Scale = settings.scale
     task: Task = registry.build("task", choice)
     if settings.model:

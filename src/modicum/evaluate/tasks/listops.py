@@ -40,7 +40,6 @@ class Config(PlaygroundConfig):
 
 
 TOY = Config(examples=20, depth=1, width=3)
-SWEEP = {"depth": (1, 3)}
 
 
 class Listops(Playground):

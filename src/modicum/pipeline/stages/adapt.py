@@ -45,6 +45,7 @@ Settings: Any = from_spec(AdaptSpec, SETTINGS)
 
 class Section(Settings):
     model: str | None = None  # a folder, a hub id or a name of `modicum get`; None: the model pretrained in this run
+    go_on: bool = False  # train the adapter of the stage that `from` names further, its file alone handed over
     merge: bool | None = None  # the trained update into plain weights; None: where it can be and has no base
     tokens: Tokens = 200_000.0
     pairs: int = Field(20_000, ge=8)
@@ -61,24 +62,35 @@ if not TYPE_CHECKING:
 
 class Adapt(Stage[Section]):
     order, default = 50, True
-    gives = ("model",)
+    gives = ("model", "adapter")
 
     def needed(self, section: Section) -> tuple[str, ...]:
-        return ("corpus", *(() if section.model else ("model",)), *(("index",) if section.grounded else ()))
+        base = ("adapter",) if section.go_on else () if section.model else ("model",)
+        return ("corpus", *base, *(("index",) if section.grounded else ()))
 
     def complete(self, section: Section, recipe: Recipe, name: str) -> Section:
         from modicum.pipeline.stages.serve import Section as Serve
 
         serve = recipe.first(Serve)
+        earlier = [e.section for e in recipe.entries if e.name in recipe.entry(name).sources]
+        before = next((s for s in earlier if section.go_on and isinstance(s, Section)), None)
         return section.model_copy(
             update={
                 "passages": section.passages or (serve.passages if serve else 3),
+                "base": section.base or (before.base if before else None),
                 "dtype": section.dtype or training.dtype_of(recipe),
             }
         )
 
     def check(self, section: Section, recipe: Recipe, name: str) -> None:
         training.dtype_named(section.dtype, name)
+        if section.go_on and section.model:
+            raise UserError(f"{name}.go_on trains an earlier stage's adapter on that stage's model; leave model out")
+        if section.go_on:
+            (first,) = recipe.sources(name)["adapter"]
+            form = recipe.section(first).form
+            if Choice.parse("linear", form).method != "lora":
+                raise UserError(f"{name}.go_on needs an adapter in PEFT's format, and {first}.form={form} has none")
         config = _config(section, recipe.seed)
         if section.base is not None and not _provides(section.form, "adapter"):
             raise UserError(
@@ -131,7 +143,8 @@ class Adapt(Stage[Section]):
 
     def run(self, section: Section, inputs: Inputs, context: Context) -> dict[str, Any]:
         seed = context.recipe.seed
-        base = str(folder_of(section.model)) if section.model else inputs["model"]["folder"]
+        first = inputs["adapter"].values if section.go_on else {}
+        base = first.get("base") or (str(folder_of(section.model)) if section.model else inputs["model"]["folder"])
         searcher = Searcher(inputs["index"]["folder"]) if section.grounded else None
         tokenizer = Tokenizer.load(base)
         sides = _sides(section, inputs["corpus"]["folder"], searcher, tokenizer, seed)
@@ -140,7 +153,7 @@ class Adapt(Stage[Section]):
         result = adapt(
             base,
             sides,
-            _config(section, seed),
+            replace(_config(section, seed), adapter=first.get("adapter")),
             context.folder,
             events=context.events,
             deadline=context.deadline,
@@ -152,7 +165,7 @@ class Adapt(Stage[Section]):
                 "larger budget.time goes on"
             )
         return {
-            "model": section.model,
+            "model": first.get("model") or section.model,
             "base": base,
             "form": str(Choice.parse("linear", section.form)),
             "folder": result.model or base,
@@ -191,6 +204,8 @@ class Adapt(Stage[Section]):
 
 def _base(section: Section, inputs: Inputs) -> Input:
     """The model that is adapted, as plans know it."""
+    if section.go_on:
+        return inputs["adapter"]
     if not section.model:
         return inputs["model"]
     return Input("adapt", section, {"model": section.model, "shape": None, "sample": None})
