@@ -3,9 +3,9 @@
 Each attention pattern trains two decoders on the same documents for the same number of steps: one supervised from
 random weights, one for the first half of the steps on the *inputs* alone (next token of every prompt, no answer, no
 document of the test split) and supervised for the second half. The score is that of full attention after
-self-pretraining; `gap_scratch` and `gap_self` are the differences between the best and the worst pattern in each arm, the figure
-that the paper says shrinks. Departs: causal next-token prediction is the only denoising here, and a window of eight tokens is
-what tells patterns apart on expressions of at most 64 tokens.
+self-pretraining; `gap_scratch` and `gap_self` are the differences between the best and the worst pattern in each arm,
+the figure that the paper says shrinks. Departs: causal next-token prediction is the only denoising here, and a window
+of eight tokens is what tells patterns apart on expressions of at most 64 tokens.
 """
 
 from __future__ import annotations
