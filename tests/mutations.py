@@ -869,6 +869,27 @@ MUTATIONS = (
         "compress/test_allocate.py::test_an_estimate_is_half_the_weighted_error",
     ),
     Mutation(
+        "gradients of a value are summed before its own slope",
+        "compress/compressors/edkm.py",
+        "return grad * slope + same",
+        "return _spread((sum_U / count_U).to(grad.dtype), present, pattern) * slope + same",
+        "compress/test_palette.py::test_edkm_is_dkm_with_a_row_for_each_value",
+    ),
+    Mutation(
+        "the path through the table is dropped",
+        "compress/compressors/edkm.py",
+        "return grad * slope + same",
+        "return grad * slope",
+        "compress/test_palette.py::test_edkm_is_dkm_with_a_row_for_each_value",
+    ),
+    Mutation(
+        "NormalFloat counts its zero twice",
+        "model/linear/palette.py",
+        "half + 1, dtype=torch.float64)[1:]",
+        "half, dtype=torch.float64)",
+        "compress/test_palette.py::test_normal_float_is_the_known_table",
+    ),
+    Mutation(
         "the inputs of the next block come from the block as it was",
         "compress/blocks.py",
         "self._push(COMPRESSED, index, copy.deepcopy(block).float())",
