@@ -13,7 +13,7 @@ the table and is the same for all weights of its value:
     dL/dw_i = g_i dW'/dw (c fixed) + (sum_i g_i dW'_i/dc) dc/dw_i,
 
 so what is kept for the backward pass is the weight in bfloat16 and a few tables. It trains block by block to the
-original block's outputs (`_blockwise`), from k-means. Departs: the authors fine-tune the whole model on instructions and
+original block's outputs (`_blockwise`), from k-means. Departs: the authors train the whole model on instructions and
 shard the index over learners, and find tensors that are saved twice, which one process and one copy do not need.
 tau is in units of squared weights: 0 takes (spread of the weights / 2^b)^2 / 4, since 1e-4, the default of
 coremltools, suits weights of about 0.02.
