@@ -102,6 +102,11 @@ def test_search(server: BackgroundServer) -> None:
     found = httpx.post(server.url + "/v1/search", json={"query": "pears in the attic", "k": 1}).json()
     assert [(h["rank"], h["id"]) for h in found["data"]] == [(1, "pears.txt")] and "attic" in found["data"][0]["text"]
     assert len(httpx.post(server.url + "/v1/search", json={"query": "kept"}).json()["data"]) == 2  # the server's k
+    only = {"query": "kept", "k": 5, "filter": {"source": "*.txt"}}
+    assert all(h["source"].endswith(".txt") for h in httpx.post(server.url + "/v1/search", json=only).json()["data"])
+    assert [s["id"] for s in chat(server, search={"k": 3, "filter": {"id": "apples*"}}).json()["sources"]] == [
+        "apples.md"
+    ]
     card = httpx.get(server.url + "/v1/models").json()["data"][0]
     assert card["search"] == {"index": "orchard", "passages": 3, "k": 2}
 
@@ -117,6 +122,9 @@ def test_what_is_refused(server: BackgroundServer) -> None:
     assert error(chat(server, search={"n": 3}))[2] == "unknown_parameter"
     assert error(httpx.post(server.url + "/v1/search", json={"query": 3})) == (400, "query", "invalid_type")
     assert error(httpx.post(server.url + "/v1/search", json={"query": " "}))[0] == 400
+    wrong = httpx.post(server.url + "/v1/search", json={"query": "x", "filter": {"yaer": 1}})
+    assert error(wrong)[0] == 400 and "source" in wrong.json()["error"]["message"]
+    assert error(httpx.post(server.url + "/v1/search", json={"query": "x", "filter": "y"}))[:2] == (400, "filter")
     long = [{"role": "user", "content": "x " * 3000}]
     assert error(chat(server, search=True, messages=long)) == (400, "messages", "context_length_exceeded")
     reply = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

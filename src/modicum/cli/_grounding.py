@@ -63,7 +63,7 @@ class IndexGrounding:
     def card(self) -> dict[str, Any]:
         return {"index": self.folder.resolve().name, "passages": self.passages, "k": self.k}
 
-    def search(self, query: str, k: int) -> list[dict[str, Any]]:
+    def search(self, query: str, k: int, where: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         return [
             {
                 "rank": rank,
@@ -72,12 +72,15 @@ class IndexGrounding:
                 "id": hit.passage.id,
                 "title": hit.passage.title,
                 "source": hit.passage.source,
+                "meta": hit.passage.meta,
                 "text": hit.passage.text,
             }
-            for rank, hit in enumerate(self._hits(query, k), 1)
+            for rank, hit in enumerate(self._hits(query, k, where), 1)
         ]
 
-    def ground(self, messages: Messages, k: int, max_tokens: int | None) -> tuple[Messages, list[dict[str, Any]]]:
+    def ground(
+        self, messages: Messages, k: int, max_tokens: int | None, where: dict[str, Any] | None = None
+    ) -> tuple[Messages, list[dict[str, Any]]]:
         """Searches with the last message; earlier turns stay in the prompt without the passages they had."""
         from modicum.retrieve.ground import SYSTEM, compose, prompt_budget_for
 
@@ -90,7 +93,7 @@ class IndexGrounding:
         answer = min(max_tokens or self._context // 4, self._context // 2)
         budget = min(prompt_budget_for(k), self._context - answer - sum(self._count(m["content"]) + 8 for m in turns))
         (instructions, user_message), sources, _ = compose(
-            question, self._hits(question, k), budget, self._count, system
+            question, self._hits(question, k, where), budget, self._count, system
         )
         user_message["content"] = self._plain(user_message["content"])  # a passage must not open a turn of its own
         return [instructions, *turns, user_message], [
@@ -98,10 +101,10 @@ class IndexGrounding:
             for s in sources
         ]
 
-    def _hits(self, query: str, k: int) -> list[Hit]:
+    def _hits(self, query: str, k: int, where: dict[str, Any] | None = None) -> list[Hit]:
         from modicum.retrieve.live import open_searcher
 
         with self._lock:
             if self._searcher is None:
                 self._searcher = open_searcher(self.folder, device=self._device)
-            return self._searcher.search(query, k)
+            return self._searcher.search(query, k, where=where)

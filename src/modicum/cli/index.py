@@ -24,6 +24,10 @@ def index(
             "(modicum show encoder). BM25 alone if left out."
         ),
     ] = None,
+    words: Annotated[int, typer.Option(help="Words of a passage, at most about so many.")] = 200,
+    overlap: Annotated[
+        int, typer.Option(help="Words that a passage repeats of the one before, where a text is split.")
+    ] = 0,
     method: Annotated[str, typer.Option("--index", help="Vector index: exact, or hnsw:M=32.")] = "exact",
     device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
     memory: Annotated[str | None, typer.Option(help="Refuse vectors that need more memory, e.g. 2GiB.")] = None,
@@ -44,7 +48,7 @@ def index(
     skipped: dict[str, int] = {}
     made = make_encoder(encoder, device=device) if encoder else None
     header = build_index(
-        read_passages(source, skipped),
+        read_passages(source, skipped, words=words, overlap=overlap),
         out,
         encoder=made,
         index=choice,

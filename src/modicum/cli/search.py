@@ -13,6 +13,10 @@ def search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", help="Results to show.")] = 5,
     mode: Annotated[str | None, typer.Option(help="bm25, dense or fused (if there is an encoder).")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Only passages of which this holds: source=docs/*, language=en,de, year>=2020; repeatable."),
+    ] = None,
     encoder: Annotated[str | None, typer.Option(help="New path of the encoder's model, if it moved.")] = None,
     device: Annotated[str, typer.Option(help="Where the encoder runs: cpu or cuda.")] = "cpu",
     full: Annotated[bool, typer.Option("--full", help="Print full passages.")] = False,
@@ -21,11 +25,12 @@ def search(
 ) -> None:
     """Search an index: lexical (BM25), dense, or both fused."""
     from modicum.retrieve.excerpt import excerpt
+    from modicum.retrieve.filters import parse_where
     from modicum.retrieve.ground import approximate_tokens
     from modicum.retrieve.live import open_searcher
 
     searcher = open_searcher(index, device=device, model=encoder, check=check)
-    hits = searcher.search(query, k, mode)
+    hits = searcher.search(query, k, mode, where=parse_where(where or ()))
     if as_json:
         print(
             json.dumps(
@@ -37,6 +42,7 @@ def search(
                         "id": h.passage.id,
                         "title": h.passage.title,
                         "source": h.passage.source,
+                        "meta": h.passage.meta,
                         "text": h.passage.text,
                     }
                     for i, h in enumerate(hits, 1)

@@ -19,6 +19,7 @@ import numpy as np
 
 from modicum.core.errors import UserError
 from modicum.core.events import Events
+from modicum.data.passages import SCALARS
 from modicum.retrieve import metrics
 from modicum.retrieve.encoders import Encoder
 from modicum.retrieve.passages import Passage, Passages
@@ -157,8 +158,9 @@ def _example(searcher: Searcher, query: str, wanted: str, k: int) -> dict[str, A
 
 
 def read_collection(path: str | Path) -> Iterator[Passage]:
-    """The passages of `corpus.parquet` (id, text, and title if there is one)."""
-    for row in _table(path, ("id", "text"), ("title",)):
+    """The passages of `corpus.parquet`: id, text, title if there is one, other plain columns as metadata."""
+    for row in _table(path, ("id", "text"), None):
+        meta = {k: v for k, v in row.items() if k not in ("id", "text", "title") and isinstance(v, SCALARS)}
         yield Passage(
             id=row["id"],
             text=row["text"] or "",
@@ -166,6 +168,7 @@ def read_collection(path: str | Path) -> Iterator[Passage]:
             title=row.get("title") or "",
             summary="",
             body=row["text"] or "",
+            meta=meta,
         )
 
 
@@ -199,7 +202,8 @@ def evaluate_qrels(
     return {"queries": len(texts), "k": k} | compare_modes(searcher, texts, relevant, k=k, seed=seed)
 
 
-def _table(path: str | Path, needed: Sequence[str], wanted: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def _table(path: str | Path, needed: Sequence[str], wanted: Sequence[str] | None = ()) -> Iterator[dict[str, Any]]:
+    """Rows with the columns that are needed, and of those wanted what there is; None: with all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -213,5 +217,6 @@ def _table(path: str | Path, needed: Sequence[str], wanted: Sequence[str] = ()) 
     missing = [n for n in needed if n not in names]
     if missing:
         raise UserError(f"{path} has the columns {', '.join(names)}; it needs {', '.join(needed)}")
-    for batch in file.iter_batches(batch_size=1024, columns=[*needed, *(n for n in wanted if n in names)]):
+    columns = None if wanted is None else [*needed, *(n for n in wanted if n in names)]
+    for batch in file.iter_batches(batch_size=1024, columns=columns):
         yield from batch.to_pylist()

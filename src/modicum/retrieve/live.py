@@ -22,7 +22,7 @@ import copy
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from modicum.core.files import read_json, sync_directory, write_json
 from modicum.retrieve import fusion
 from modicum.retrieve.bm25 import BM25
 from modicum.retrieve.encoders import Encoder, load_encoder, make_encoder
+from modicum.retrieve.filters import matching
 from modicum.retrieve.indexes import Hits
 from modicum.retrieve.passages import Passage, indexed_text
 from modicum.retrieve.search import MODES, Hit, Searcher, build_index
@@ -156,7 +157,9 @@ class Live:
         passage: Passage = list(self._searchers.values())[segment].passages[row - int(self._starts[segment])]
         return passage
 
-    def rank(self, queries: Sequence[str], k: int, mode: str | None = None) -> dict[str, Hits]:
+    def rank(
+        self, queries: Sequence[str], k: int, mode: str | None = None, where: Mapping[str, Any] | None = None
+    ) -> dict[str, Hits]:
         """Rows over all segments, by mode: the one asked for and those it is fused from."""
         mode = mode or self.modes[-1]
         if mode not in self.modes:
@@ -164,29 +167,32 @@ class Live:
         if k < 1:
             raise UserError(f"k={k} is not a number of results; ask for 1 or more")
         depth = max(100, 4 * k) if mode == "fused" else k
+        may_N = self._alive_N
+        if where and self._searchers:
+            may_N = may_N & matching([s.passages for s in self._searchers.values()], where)
         result: dict[str, Hits] = {}
         if mode != "dense":
-            result["bm25"] = self._lexical(queries, depth)
+            result["bm25"] = self._lexical(queries, depth, may_N)
         if mode != "bm25":
-            result["dense"] = self._dense(queries, depth)
+            result["dense"] = self._dense(queries, depth, may_N)
         if mode == "fused":
             result["fused"] = fusion.fuse([result["bm25"], result["dense"]], k)
         return result
 
-    def _lexical(self, queries: Sequence[str], k: int) -> Hits:
+    def _lexical(self, queries: Sequence[str], k: int, may_N: np.ndarray) -> Hits:
         if self._lexicon is None:
             self._lexicon = BM25.build(map(indexed_text, self.passages())), np.flatnonzero(self._alive_N)
         model, rows_A = self._lexicon
-        hits = model.search(list(queries), k)
+        hits = model.search(list(queries), k, None if may_N is self._alive_N else np.flatnonzero(may_N[rows_A]))
         return Hits(np.where(hits.ids_QK >= 0, rows_A[hits.ids_QK], -1), hits.scores_QK) if len(rows_A) else hits
 
-    def _dense(self, queries: Sequence[str], k: int) -> Hits:
+    def _dense(self, queries: Sequence[str], k: int, may_N: np.ndarray) -> Hits:
         ids, scores = [np.full((len(queries), k), -1, np.int64)], [np.full((len(queries), k), -np.inf, np.float32)]
         vectors_QD = self.encoder.encode_queries(queries) if len(self) else None
         for start, segment in zip(self._starts, self._searchers.values(), strict=False):
-            alive = np.flatnonzero(self._alive_N[start : start + len(segment)])
-            if len(alive) and segment.dense is not None and vectors_QD is not None:
-                hits = segment.dense.search(vectors_QD, k, None if len(alive) == len(segment) else alive)
+            rows = np.flatnonzero(may_N[start : start + len(segment)])
+            if len(rows) and segment.dense is not None and vectors_QD is not None:
+                hits = segment.dense.search(vectors_QD, k, None if len(rows) == len(segment) else rows)
                 ids.append(np.where(hits.ids_QK >= 0, hits.ids_QK + start, -1))
                 scores.append(hits.scores_QK)
         all_ids, all_scores = np.concatenate(ids, 1), np.concatenate(scores, 1)
@@ -202,13 +208,15 @@ class Live:
             self._encoder = load_encoder(self.folder / SEGMENTS / first / "encoder", device=self.device)
         return self._encoder
 
-    def search(self, query: str, k: int = 10, mode: str | None = None) -> list[Hit]:
+    def search(
+        self, query: str, k: int = 10, mode: str | None = None, *, where: Mapping[str, Any] | None = None
+    ) -> list[Hit]:
         """As `Searcher.search`, on what is committed now."""
         if not query.strip():
             raise UserError("the query is empty; write what to look for")
         with self._lock:
             self.refresh()
-            by_mode = self.rank([query], k, mode)
+            by_mode = self.rank([query], k, mode, where)
             best = by_mode[mode or self.modes[-1]]
             ranks: dict[int, dict[str, int]] = {}
             for name, hits in by_mode.items():

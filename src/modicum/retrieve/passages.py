@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from modicum.data.passages import Passage
 
 ROWS = 512  # passages per row group: what one random access decompresses
 COLUMNS = tuple(f.name for f in fields(Passage))
+LATER = {"meta"}  # columns that older files lack
 T = TypeVar("T")
 
 
@@ -47,9 +49,14 @@ def write_passages(path: str | Path, passages: Iterable[Passage]) -> int:
                 if hash(passage.id) in seen:
                     raise UserError(f"passage id {passage.id!r} appears twice; give every passage an id of its own")
                 seen.add(hash(passage.id))
-            writer.write_table(pa.table({n: [getattr(p, n) or "" for p in rows] for n in COLUMNS}, schema=schema))
+            writer.write_table(pa.table({n: [_cell(p, n) for p in rows] for n in COLUMNS}, schema=schema))
             count += len(rows)
     return count
+
+
+def _cell(passage: Passage, name: str) -> str:
+    value = getattr(passage, name)
+    return json.dumps(value, sort_keys=True) if name == "meta" and value else value or ""
 
 
 def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -73,7 +80,7 @@ class Passages(Sequence[Passage]):
             raise CorruptError(
                 f"{path} cannot be read as passages ({str(error).splitlines()[0]}); build the index again"
             ) from None
-        missing = set(COLUMNS) - set(self._file.schema_arrow.names)
+        missing = set(COLUMNS) - LATER - set(self._file.schema_arrow.names)
         if missing:
             raise CorruptError(f"{path} lacks the columns {', '.join(sorted(missing))}; build the index again")
         sizes = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
@@ -81,9 +88,11 @@ class Passages(Sequence[Passage]):
         self._group = functools.lru_cache(maxsize=8)(self._read_group)
 
     def _read_group(self, group: int) -> list[Passage]:
-        columns = self._file.read_row_group(group, columns=list(COLUMNS)).to_pydict()
-        rows = zip(*(columns[name] for name in COLUMNS), strict=True)
-        return [Passage(**dict(zip(COLUMNS, row, strict=True))) for row in rows]
+        names = [name for name in COLUMNS if name in self._file.schema_arrow.names]
+        columns = self._file.read_row_group(group, columns=names).to_pydict()
+        if "meta" in columns:
+            columns["meta"] = [json.loads(value) if value else {} for value in columns["meta"]]
+        return [Passage(**dict(zip(names, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -103,4 +112,11 @@ class Passages(Sequence[Passage]):
 
     def ids(self) -> list[str]:
         """Every id, by row."""
-        return self._file.read(columns=["id"]).column("id").to_pylist()
+        return self.column("id")
+
+    def column(self, name: str) -> list[Any]:
+        """One field of every passage, by row, without reading their texts."""
+        if name not in self._file.schema_arrow.names:
+            return [{} for _ in range(len(self))]
+        values = self._file.read(columns=[name]).column(name).to_pylist()
+        return [json.loads(value) if value else {} for value in values] if name == "meta" else values

@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from modicum.core.registry import build
 from modicum.retrieve import fusion, manifest
 from modicum.retrieve.bm25 import BM25
 from modicum.retrieve.encoders import Encoder, load_encoder, make_encoder
+from modicum.retrieve.filters import matching
 from modicum.retrieve.indexes import Hits, Index, open_index
 from modicum.retrieve.passages import Passage, Passages, grouped, indexed_text, write_passages
 
@@ -280,11 +281,20 @@ class Searcher:
         return self.rankings(queries, k, mode, subset)[mode or self.modes[-1]]
 
     def search(
-        self, query: str, k: int = 10, mode: str | None = None, subset: Iterable[int] | None = None
+        self,
+        query: str,
+        k: int = 10,
+        mode: str | None = None,
+        subset: Iterable[int] | None = None,
+        where: Mapping[str, Any] | None = None,
     ) -> list[Hit]:
-        """The k best passages for a query, best first; fewer when fewer match. `subset`: row numbers to search in."""
+        """The k best passages for a query, best first; fewer when fewer match. `subset`: row numbers to search in.
+        `where`: conditions on source and metadata (`retrieve.filters`)."""
         if not query.strip():
             raise UserError("the query is empty; write what to look for")
+        if where:
+            rows = np.flatnonzero(matching([self.passages], where))
+            subset = rows if subset is None else np.intersect1d(rows, np.fromiter(subset, np.int64))
         hits_by_mode = self.rankings([query], k, mode, subset)
         ranks: dict[int, dict[str, int]] = {}
         for name, hits in hits_by_mode.items():

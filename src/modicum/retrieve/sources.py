@@ -9,12 +9,15 @@ from typing import Any
 
 from modicum.core.errors import UserError
 from modicum.data.document import Document, read_documents
-from modicum.data.passages import Passage, passages
+from modicum.data.passages import WORDS, Passage, passages
 from modicum.retrieve.known_item import read_collection
 
 
-def read_passages(source: str | Path, skipped: dict[str, int] | None = None) -> Iterator[Passage]:
-    """Stream the passages of `source`; reasons of files left out are counted into `skipped`.
+def read_passages(
+    source: str | Path, skipped: dict[str, int] | None = None, *, words: int = WORDS, overlap: int = 0
+) -> Iterator[Passage]:
+    """Stream the passages of `source`; reasons of files left out are counted into `skipped`. words, overlap: of
+    `data.passages.passages`; a Parquet file's rows stay whole.
 
     source: a folder made by `modicum curate` (its documents, held-out ones too), a Parquet file with id and text,
     or what `modicum curate` reads (a folder, a file, `python`, `hub:NAME`).
@@ -24,11 +27,11 @@ def read_passages(source: str | Path, skipped: dict[str, int] | None = None) -> 
     if not str(source).strip():
         raise UserError("the source is empty; give a folder, a file, or `python`")
     if (path / "documents").is_dir() and (path / "curation.json").is_file():
-        yield from passages(d for split in ("train", "heldout") for d in read_documents(path, split))
+        yield from passages((d for split in ("train", "heldout") for d in read_documents(path, split)), words, overlap)
     elif path.suffix == ".parquet" and path.is_file() and _is_collection(path):
         yield from read_collection(path)
     else:
-        yield from passages(_read(str(source), skipped))
+        yield from passages(_read(str(source), skipped), words, overlap)
 
 
 def _read(source: str, skipped: dict[str, int]) -> Iterator[Document]:

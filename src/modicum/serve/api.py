@@ -204,7 +204,7 @@ class Api:
         messages: Messages = [m.plain() for m in body.messages]
         sources: list[dict[str, Any]] | None = None
         if body.search_wanted:
-            messages, sources = await asyncio.to_thread(self._ground, messages, body.search_k, params.max_tokens)
+            messages, sources = await asyncio.to_thread(self._ground, messages, body, params.max_tokens)
 
         callable_tools, must_call = body.callable_tools()
         if callable_tools and self.tool_format is None:
@@ -243,11 +243,11 @@ class Api:
         return JSONResponse(await asyncio.to_thread(embeddings, self.embedder, body))
 
     def _ground(
-        self, messages: Messages, k: int | None, max_tokens: int | None
+        self, messages: Messages, body: ChatBody, max_tokens: int | None
     ) -> tuple[Messages, list[dict[str, Any]]]:
-        grounding, k = self._passages(k, "search.k")
+        grounding, k = self._passages(body.search_k, "search.k")
         try:
-            return grounding.ground(messages, k, max_tokens)
+            return grounding.ground(messages, k, max_tokens, body.search_filter)
         except BudgetError as error:
             raise InvalidRequest(str(error), "messages", "context_length_exceeded") from None
 
@@ -266,7 +266,7 @@ class Api:
     async def search(self, request: HttpRequest) -> Response:
         body: SearchBody = parse_body(await self._body(request), SearchBody)
         grounding, k = self._passages(body.k, "k")
-        data = await asyncio.to_thread(grounding.search, body.query, k)
+        data = await asyncio.to_thread(grounding.search, body.query, k, body.filter)
         return JSONResponse({"object": "list", "data": data})
 
     def _encode(self, prompt: str | list[int], param: str, add_special: bool) -> list[int]:

@@ -20,11 +20,14 @@ class Grounding(Protocol):
         """What /v1/models says of the index: its name, how many passages it has, and k."""
         ...
 
-    def search(self, query: str, k: int) -> list[dict[str, Any]]:
-        """The k best passages, best first: rank, score, id, title, source, text."""
+    def search(self, query: str, k: int, where: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The k best passages, best first: rank, score, id, title, source, meta, text. where: conditions on source and
+        metadata."""
         ...
 
-    def ground(self, messages: Messages, k: int, max_tokens: int | None) -> tuple[Messages, list[dict[str, Any]]]:
+    def ground(
+        self, messages: Messages, k: int, max_tokens: int | None, where: dict[str, Any] | None = None
+    ) -> tuple[Messages, list[dict[str, Any]]]:
         """The messages with passages for the last one in the prompt, and those passages.
 
         A source is {number, id, title, source, excerpt, score}; answers cite it by its number, like [1].

@@ -199,6 +199,7 @@ class Message(BaseModel):
 
 class SearchOptions(Body):
     k: int | None = None
+    filter: dict[str, Any] | None = None  # {"source": "docs/*", "year": {"gte": 2020}}
 
 
 class JsonSchema(Body):
@@ -253,6 +254,10 @@ class ChatBody(_Sampling):
     def search_k(self) -> int | None:
         return self.search.k if isinstance(self.search, SearchOptions) else None
 
+    @property
+    def search_filter(self) -> dict[str, Any] | None:
+        return self.search.filter if isinstance(self.search, SearchOptions) else None
+
     def structured(self) -> StructuredOutput | None:
         form, wanted = self.response_format, super().structured()
         if form is None or form.type == "text":
@@ -298,6 +303,7 @@ class UnloadAdapterBody(Body):
 class SearchBody(Body):
     query: str
     k: int | None = None
+    filter: dict[str, Any] | None = None
 
 
 def parse_body(data: bytes, kind: type[Body]) -> Any:
