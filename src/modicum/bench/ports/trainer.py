@@ -6,6 +6,9 @@ queries. The raw encoder (`student.Student`) is made of the training texts alone
 draws batches. Negatives are BM25's. The teacher is `minilm`, which has seen such collections, as a teacher may: by the
 cosine of its vectors for pairs, by MaxSim over its token states within a batch; `teacher_ndcg_at_10` says what there
 is to learn. Beside the whole vectors stands what is left of them at half the layers and a quarter of the dimensions.
+
+Every method gets the same search for its learning rate: each of `rates`, on a seed of its own, trained on three
+quarters of the training articles and judged by the rest of them. No article of the test takes part.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from modicum.retrieve.training import Training, train
 AXES = Axes(quality=Axis("ndcg_at_10", "higher"), cost=Axis("train_seconds", "lower", "s"))
 TIER = "laptop"
 TEACHER = "minilm"
+TUNING_SEED, TUNING_FRACTION = 10_007, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class Scale:
     max_tokens: int = 48
     steps: int = 100
     batch: int = 12
-    lr: float = 2e-4
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # of which the best on tuning articles counts
     negatives: int = 12
     pairs: int = 1000  # most training queries
     queries: int = 300  # most test queries
@@ -58,7 +62,7 @@ class Scale:
     late_scale: float = 2.0  # what its MaxSim scores (sums of cosines) are multiplied by
 
 
-QUICK = Scale(width=32, layers=2, vocabulary=700, max_tokens=48, steps=4, batch=4, pairs=60, queries=40)
+QUICK = Scale(width=32, layers=2, vocabulary=700, max_tokens=48, steps=4, batch=4, pairs=60, queries=40, rates=(3e-4,))
 
 
 @dataclass(frozen=True)
@@ -74,24 +78,16 @@ class Material:
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     scale: Scale = settings.scale
+    rate = best_rate(str(choice), settings)
+    student, figures, result = trained(choice, seed, settings, rate)
     data = material(settings.data, scale)
-    needs, kind = (getattr(registry.load("trainer", choice.method).cls, name) for name in ("needs", "kind"))
-    pairs = taught(settings.data, scale) if needs or "margin-mse" in str(choice) else data.pairs
-    knobs = {f.name for f in dataclasses.fields(registry.load("trainer", choice.method).config)}
-    wanted = ("teacher_scale", "late_scale", *(("cosine",) if kind == "dense" else ()))
-    scales = {k: getattr(scale, k) for k in wanted if k in knobs and k not in choice.knobs}
-    student = copy.deepcopy(raw(settings.data, scale))
-    picked = Choice("trainer", choice.method, choice.knobs | scales)
-    trainer: RetrieverTrainer = registry.build("trainer", picked, pairs)
-    recipe = Training(steps=scale.steps, batch=scale.batch, lr=scale.lr, seed=seed)
-    result = train(student, trainer, recipe)
-    figures = quality(student, trainer, data)
     return Measurement(
         metrics={
             **figures,
+            "rate": rate,
             "raw_ndcg_at_10": raw_ndcg(settings.data, scale),
             "bm25_ndcg_at_10": lexical(settings.data, scale),
-            **({"teacher_ndcg_at_10": teacher_ndcg(settings.data, scale)} if needs else {}),
+            **({"teacher_ndcg_at_10": teacher_ndcg(settings.data, scale)} if taught_by(choice) else {}),
             "loss": result.loss,
             "train_seconds": result.seconds,
             "steps": float(result.steps),
@@ -102,9 +98,44 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     )
 
 
+def trained(
+    choice: Choice, seed: int, settings: Settings, rate: float, tuning: bool = False
+) -> tuple[Student, dict[str, float], Any]:
+    """The student after training at a learning rate, its figures, and the result of the training."""
+    scale: Scale = settings.scale
+    data = material(settings.data, scale, tuning)
+    pairs = taught(settings.data, scale, tuning) if taught_by(choice) else data.pairs
+    loaded = registry.load("trainer", choice.method)
+    knobs = {f.name for f in dataclasses.fields(loaded.config)}
+    wanted = ("teacher_scale", "late_scale", *(("cosine",) if loaded.cls.kind == "dense" else ()))
+    scales = {k: getattr(scale, k) for k in wanted if k in knobs and k not in choice.knobs}
+    student = copy.deepcopy(raw(settings.data, scale, tuning))
+    trainer: RetrieverTrainer = registry.build(
+        "trainer", Choice("trainer", choice.method, choice.knobs | scales), pairs
+    )
+    result = train(student, trainer, Training(steps=scale.steps, batch=scale.batch, lr=rate, seed=seed))
+    return student, quality(student, trainer, data), result
+
+
+def taught_by(choice: Choice) -> bool:
+    """Whether the method, or the loss that it is given, learns from a teacher's scores."""
+    return bool(registry.load("trainer", choice.method).cls.needs) or "margin-mse" in str(choice)
+
+
+@functools.cache
+def best_rate(choice: str, settings: Settings) -> float:
+    """The learning rate of the best nDCG@10 on tuning articles."""
+    rates = settings.scale.rates
+    if len(rates) == 1:
+        return float(rates[0])
+    parsed = Choice.parse("trainer", choice)
+    reached = {r: trained(parsed, TUNING_SEED, settings, r, tuning=True)[1]["ndcg_at_10"] for r in rates}
+    return max(reached, key=lambda r: reached[r])
+
+
 @functools.lru_cache(maxsize=2)
-def material(source: str | None, scale: Scale) -> Material:
-    """Half of the articles for training, the other half for the test."""
+def material(source: str | None, scale: Scale, tuning: bool = False) -> Material:
+    """Half of the articles for training, the other half for the test; tuning: a part of the first half is the test."""
     if source and (Path(source) / "qrels.parquet").is_file():
         folder = Path(source)
         rows = list(read_collection(folder / "corpus.parquet"))
@@ -117,13 +148,19 @@ def material(source: str | None, scale: Scale) -> Material:
         texts, articles = [p.body for p in rows], [p.source.partition(":")[0] for p in rows]
         queries, judged = [p.summary for p in rows], [{i: 1.0} for i in range(len(rows))]
     test_P = split_by_article(articles, 0.5)
+    train_P = ~test_P
+    if tuning:
+        first = [a for a, trains in zip(articles, train_P, strict=True) if trains]
+        test_P = np.zeros(len(rows), dtype=bool)
+        test_P[train_P] = split_by_article(first, TUNING_FRACTION, seed=1)
+        train_P &= ~test_P
     rng = np.random.default_rng(0)
     own = [(q, next(iter(j))) for q, j in zip(queries, judged, strict=True) if j]
     kept = [j for j in judged if j]
     order = rng.permutation(len(own)).tolist()
-    training = [i for i in order if not test_P[own[i][1]]][: scale.pairs]
+    training = [i for i in order if train_P[own[i][1]]][: scale.pairs]
     test = [i for i in order if all(test_P[r] for r in kept[i])][: scale.queries]
-    here = {r: i for i, r in enumerate(np.flatnonzero(~test_P).tolist())}
+    here = {r: i for i, r in enumerate(np.flatnonzero(train_P).tolist())}
     there = {r: i for i, r in enumerate(np.flatnonzero(test_P).tolist())}
     pairs = Pairs(
         [own[i][0] for i in training],
@@ -144,17 +181,17 @@ def material(source: str | None, scale: Scale) -> Material:
 
 
 @functools.lru_cache(maxsize=2)
-def raw(source: str | None, scale: Scale) -> Student:
-    pairs = material(source, scale).pairs
+def raw(source: str | None, scale: Scale, tuning: bool = False) -> Student:
+    pairs = material(source, scale, tuning).pairs
     shape: dict[str, Any] = dict(width=scale.width, layers=scale.layers, heads=max(1, scale.width // 48))
     texts = [*pairs.queries, *pairs.passages]
     return Student.new(texts, vocabulary=scale.vocabulary, max_tokens=scale.max_tokens, **shape)
 
 
 @functools.lru_cache(maxsize=2)
-def taught(source: str | None, scale: Scale) -> Pairs:
+def taught(source: str | None, scale: Scale, tuning: bool = False) -> Pairs:
     """The training pairs with the teacher's scores, and its token states for MaxSim."""
-    pairs = material(source, scale).pairs
+    pairs = material(source, scale, tuning).pairs
     passages = tuple(_head(p, scale) for p in pairs.passages)
     passages_PD, queries_QD = teacher_vectors(passages), teacher_vectors(tuple(pairs.queries))
     row_of = {text: r for r, text in enumerate(pairs.passages)}
