@@ -890,6 +890,27 @@ MUTATIONS = (
         "compress/test_palette.py::test_normal_float_is_the_known_table",
     ),
     Mutation(
+        "the iterate after the best is kept",
+        "model/linear/lqlora.py",
+        "if best is not None and error >= best.error:",
+        "if best is not None and best.error < 0:",
+        "compress/test_lqlora.py::test_the_alternation_is_the_published_one_and_keeps_the_best",
+    ),
+    Mutation(
+        "factors of the weighted matrix are taken for its own",
+        "model/linear/lqlora.py",
+        "up_OR / d1[:, None], down_RI / d2",
+        "up_OR, down_RI",
+        "compress/test_lqlora.py::test_the_form_starts_nearer_than_its_codes_and_says_its_bytes",
+    ),
+    Mutation(
+        "a third bit counts two",
+        "serve/native/products.h",
+        "high = _mm512_slli_epi16(some, 2);",
+        "high = _mm512_slli_epi16(some, 1);",
+        "serve/test_native.py::test_rows_longer_than_a_step_of_coarse_codes",
+    ),
+    Mutation(
         "the inputs of the next block come from the block as it was",
         "compress/blocks.py",
         "self._push(COMPRESSED, index, copy.deepcopy(block).float())",

@@ -151,6 +151,8 @@ def test_float32_shapes(name: str) -> None:
     [
         *("int8", "int8:group=64", "int4:group=32", "int4:group=64", "int4:group=128"),
         *("ggml:type=q4_0", "ggml:type=q4_1", "ggml:type=q8_0"),
+        *("affine:bits=2,group=64", "affine:bits=2,group=128", "affine:bits=3,group=64", "affine:bits=3,group=128"),
+        *("affine:bits=4,group=64", "affine:bits=8,group=64"),
     ],
 )
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -167,6 +169,19 @@ def test_codes_are_multiplied_as_they_decode(form: str, count: int) -> None:
     assert error < (3e-4 if form.startswith("int8") and count == 1 else 2e-2)
 
 
+@needs_kernels
+@on_each_isa
+@pytest.mark.parametrize("bits", [2, 3])
+def test_rows_longer_than_a_step_of_coarse_codes(bits: int) -> None:
+    """Rows of 320 and 1,088 inputs: several steps of 256, and a rest, with wide and narrow groups."""
+    for group in (64, 128, 256):
+        model = decoder(width=320, mlp_width=1088).to(torch.bfloat16)
+        fits = "layers.*.down" if group == 256 else "layers.*"
+        attach(model, {fits: f"affine:bits={bits},group={group}"})
+        got, tokens = logits_of(model, PROMPTS[:1], dtype="float32")
+        assert distance(got, exact(model, PROMPTS[:1], tokens)) < 1e-2
+
+
 needs_eights = pytest.mark.skipif(
     native.library() is None or not native.multiplies_in_eight_bits(), reason="no products in eight bits"
 )
@@ -179,7 +194,7 @@ def coded(form: str, width: int = 128) -> Decoder:
 
 
 @needs_eights
-@pytest.mark.parametrize("form", ["int8", "int8:group=64", "int4:group=64", "int4:group=128"])
+@pytest.mark.parametrize("form", ["int8", "int8:group=64", "int4:group=64", "int4:group=128", "affine:bits=8,group=64"])
 @pytest.mark.parametrize("width", [128, 320])
 def test_eight_bits_round_what_goes_in_and_nothing_else(form: str, width: int) -> None:
     """But for a rare value that lies so near the middle of two codes that float32 and float64 part ways."""

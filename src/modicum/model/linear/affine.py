@@ -7,8 +7,8 @@ The family of which `int4` is the case b = 4 (same numbers; `int4` has a fused k
 round-to-nearest, asymmetric, weight only (the RTN of Frantar et al. 2022, arXiv:2210.17323, section 4); the
 compressors (port compressor) put better codes into the same bytes. Stored: b bits per entry and two `scale_dtype`
 numbers per group: 2.5 bits per weight at bits=2,group=64, 3.5 at bits=3. A row is packed in planes: the low two bits
-of all codes, four to a byte, then, at three bits, the high bit, eight to a byte. Inputs that do not fill the last group
-are padded, and the padding is stored.
+of all codes, four to a byte, then, at three bits, the high bit, eight to a byte; codes of eight bits less 128. Inputs
+that do not fill the last group are padded, and the padding is stored.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from modicum.model.linear import LinearShape
 from modicum.model.linear._quantised import SCALE_DTYPES, QuantisedForm, round_up
 
+SIGN = 0x80  # flipped in codes of eight bits, which are stored as signed bytes, like those of `int8`
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits of a code, from the lowest, that lie together
 
 
@@ -95,6 +96,8 @@ class Affine(QuantisedForm):
 def pack(codes_NI: Tensor, bits: int) -> Tensor:
     """codes (uint8, below 2^bits; I a multiple of 8) to bytes (N, I bits / 8), plane by plane."""
     planes, shift = [], 0
+    if bits == 8:
+        return codes_NI ^ SIGN
     for width in PLANES[bits]:
         fields = (codes_NI >> shift & (2**width - 1)).unflatten(1, (-1, 8 // width))
         shifts = torch.arange(8 // width, dtype=torch.uint8, device=codes_NI.device) * width
@@ -105,6 +108,8 @@ def pack(codes_NI: Tensor, bits: int) -> Tensor:
 
 def unpack(packed_NP: Tensor, bits: int) -> Tensor:
     """The inverse of `pack`."""
+    if bits == 8:
+        return packed_NP ^ SIGN
     inputs, start, shift = packed_NP.shape[1] * 8 // bits, 0, 0
     codes = torch.zeros(packed_NP.shape[0], inputs, dtype=torch.uint8, device=packed_NP.device)
     for width in PLANES[bits]:

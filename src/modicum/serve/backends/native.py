@@ -1,7 +1,7 @@
 """Backend native: steps by own kernels (`serve/native`), on a CPU with AVX-512 or AVX2.
 
-For decoders of the Llama kind (RMSNorm, rotary positions, a sequential block) whose linear layers are plain, int8, int4
-or ggml. It computes between the matrices in float32 and reads weights where the modules hold them.
+For decoders of the Llama kind (RMSNorm, rotary positions, a sequential block) of plain, int8, int4,
+affine or ggml. It computes between the matrices in float32 and reads weights where the modules hold them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from modicum.model.linear import LinearForm
 from modicum.serve import native
 from modicum.serve.drafters import layout
 from modicum.serve.native.describe import Description
-from modicum.serve.native.support import stored
+from modicum.serve.native.support import KINDS, stored
 from modicum.serve.pages import Storage
 from modicum.serve.plan import AttentionPlan
 from modicum.serve.work import Work, places_of, positions_of, tokens_of
@@ -42,13 +42,7 @@ class Native:
         self.threads, self._cores = 0, cores()  # threads that spin at barriers must each have a processor
         coded = [stored(module) for module in model.modules() if isinstance(module, LinearForm)]
         native.coalesce(
-            [
-                t
-                for codes in coded
-                if codes and codes[0] in (native.INT8, native.INT4)
-                for t in codes[1:]
-                if t is not None
-            ]
+            [t for codes in coded if codes and codes[0] not in KINDS.values() for t in codes[1:] if t is not None]
         )
         described = Description(model, storage, eight)
         self._keep, self._mapped, self._shape = described.keep, described.mapped, described.shape

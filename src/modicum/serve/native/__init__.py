@@ -33,7 +33,7 @@ FLAGS = {
     "avx2": ("-O3", "-mavx2", "-mfma", "-mf16c", *(f for f in compiled.FLAGS if f not in ("-O3", "-march=native"))),
 }
 I64, F32, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-FLOAT32, BFLOAT16, INT8, INT4, FLOAT16 = range(5)
+FLOAT32, BFLOAT16, INT8, INT4, FLOAT16, TWO_BITS, THREE_BITS = range(7)
 LARGE_PAGE = 2**21  # bytes
 
 

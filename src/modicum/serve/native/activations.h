@@ -13,7 +13,8 @@
 #define ACT_GROUP 64        /* inputs per step of int8 activations */
 
 typedef enum { AS_FLOAT32, AS_BFLOAT16, AS_BYTE_PLANES, AS_NIBBLE_PLANES, AS_INT8, AS_INT8_SPLIT,
-               AS_WORDS, AS_SPLIT_WORDS } Format;
+               AS_WORDS, AS_SPLIT_WORDS,
+               AS_QUARTER_PLANES, AS_QUARTER_WORDS } Format;
 
 typedef struct {
     Format format;
@@ -25,21 +26,24 @@ typedef struct {
 
 INLINE int64_t padded_groups(int64_t groups) { return round_up(groups, 16) + 16; }
 
+/* Of weights of two or three bits four codes lie in a byte, so inputs are parted by their number modulo 4. */
 static Format format_for(const Matrix *m, int64_t rows, int64_t half, int64_t int8_activations) {
 #ifdef __AVX512BF16__
     if (m->kind == FLOAT32) return AS_FLOAT32;
     if (m->kind == BFLOAT16) return AS_BFLOAT16;
 #ifdef __AVX512VNNI__
-    if (int8_activations && rows >= MIN_ROWS_INT8 && m->in % ACT_GROUP == 0
+    if (int8_activations && rows >= MIN_ROWS_INT8 && m->kind < TWO_BITS && m->in % ACT_GROUP == 0
         && (m->groups == 1 || m->group % ACT_GROUP == 0))
         return m->kind == INT8 ? AS_INT8 : AS_INT8_SPLIT;
     if (half && rows >= MIN_ROWS_DECODED) return AS_BFLOAT16;
+    if (half && m->kind >= TWO_BITS) return AS_QUARTER_PLANES;
     if (half) return m->kind == INT8 ? AS_BYTE_PLANES : AS_NIBBLE_PLANES;
 #endif
 #endif
 #ifndef __AVX512F__
     if (half && rows < MIN_ROWS_DECODED && m->kind == INT8) return AS_WORDS;
     if (half && rows < MIN_ROWS_DECODED && m->kind == INT4) return AS_SPLIT_WORDS;
+    if (half && rows < MIN_ROWS_DECODED && m->kind >= TWO_BITS) return AS_QUARTER_WORDS;
 #endif
     (void)m, (void)rows, (void)half, (void)int8_activations;
     return AS_FLOAT32;
@@ -117,7 +121,7 @@ static void convert_rows(Activations *a, Format format, const Matrix *m, const f
         return;
     }
     if (format == AS_INT8 || format == AS_INT8_SPLIT) { convert_rows_int8(a, x, ldx, from, to); return; }
-    int64_t plane = round_up(in, 128), G = padded_groups(m->groups);
+    int64_t plane = round_up(in, format == AS_QUARTER_PLANES ? 256 : 128), G = padded_groups(m->groups);
     a->stride = 2 * plane + 64;
     for (int64_t n = from; n < to; n++) {
         const float *row = x + n * ldx;
@@ -126,7 +130,7 @@ static void convert_rows(Activations *a, Format format, const Matrix *m, const f
         __m512 inverse = _mm512_set1_ps(step > 0 ? 1.0f / step : 0.0f);
         a->step[n] = step;
         memset(a->total + n * G, 0, G * sizeof(float));
-        const int half_plane = format == AS_NIBBLE_PLANES;
+        const int parted_plane = format == AS_NIBBLE_PLANES || format == AS_QUARTER_PLANES;
         for (int64_t k = 0; k < plane; k += 16) {
             __m512i code = k < in ? fixed16(row, k, in, inverse) : _mm512_setzero_si512();
             __m512i high = _mm512_srai_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(128)), 8);
@@ -141,11 +145,28 @@ static void convert_rows(Activations *a, Format format, const Matrix *m, const f
                     start[k % 32 / 2 + i / 2 + 16 * (i % 2)] = words[i];
                 continue;
             }
+            if (format == AS_QUARTER_WORDS) {
+                int16_t words[16], *start = (int16_t *)out + k / 64 * 64;
+                _mm256_storeu_si256((__m256i *)words, signed_words(code));
+                for (int i = 0; i < 16; i++) start[16 * (i % 4) + (k % 64 + i) / 4] = words[i];
+                continue;
+            }
 #endif
             __m128i h = _mm512_cvtepi32_epi8(high), l = _mm512_cvtepi32_epi8(low);
-            if (!half_plane) {
+            if (!parted_plane) {
                 _mm_store_si128((__m128i *)(out + k), h);
                 _mm_store_si128((__m128i *)(out + plane + k), l);
+                continue;
+            }
+            if (format == AS_QUARTER_PLANES) {
+                const __m128i parted = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+                int8_t high_of[16], low_of[16];
+                _mm_storeu_si128((__m128i *)high_of, _mm_shuffle_epi8(h, parted));
+                _mm_storeu_si128((__m128i *)low_of, _mm_shuffle_epi8(l, parted));
+                for (int j = 0; j < 4; j++) {
+                    memcpy(out + j * plane / 4 + k / 4, high_of + 4 * j, 4);
+                    memcpy(out + plane + j * plane / 4 + k / 4, low_of + 4 * j, 4);
+                }
                 continue;
             }
             /* even inputs, then odd ones: the two are packed in the same byte of the weight */

@@ -29,7 +29,7 @@ typedef struct { __m256d a, b; } Double8;
 FLOAT2(add_ps) FLOAT2(sub_ps) FLOAT2(mul_ps) FLOAT2(div_ps) FLOAT2(max_ps) FLOAT2(min_ps)
 FLOAT2(unpacklo_ps) FLOAT2(unpackhi_ps) FLOAT3(fmadd_ps) FLOAT3(fnmadd_ps)
 INT2(add_epi32, _mm256_add_epi32) INT2(sub_epi32, _mm256_sub_epi32) INT2(and_si512, _mm256_and_si256)
-INT2(max_epi32, _mm256_max_epi32) INT2(min_epi32, _mm256_min_epi32)
+INT2(srlv_epi32, _mm256_srlv_epi32) INT2(max_epi32, _mm256_max_epi32) INT2(min_epi32, _mm256_min_epi32)
 SHIFT(slli_epi32) SHIFT(srli_epi32) SHIFT(srai_epi32)
 
 INLINE __m256 absolute8(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
@@ -236,6 +236,7 @@ INLINE Float16 x2_scalef_ps(Float16 x, Float16 n) {
 #define _mm512_slli_epi32 x2_slli_epi32
 #define _mm512_srai_epi32 x2_srai_epi32
 #define _mm512_srli_epi32 x2_srli_epi32
+#define _mm512_srlv_epi32 x2_srlv_epi32
 #define _mm512_store_ps x2_store_ps
 #define _mm512_storeu_ps x2_storeu_ps
 #define _mm512_sub_epi32 x2_sub_epi32

@@ -18,7 +18,8 @@
 #include "avx2.h"
 #endif
 
-enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, FLOAT16 = 4 };    /* of weights, caches; of scales, FLOAT16 too */
+/* Of weights and caches; of scales, FLOAT16 too; of weights, two and three bits: see `row_bytes`. */
+enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, FLOAT16 = 4, TWO_BITS = 5, THREE_BITS = 6 };
 
 typedef struct {          /* one linear layer: (out, in), row-major, as the module stores it */
     int64_t kind, out, in, group, groups, scale_kind, center;
@@ -132,10 +133,15 @@ INLINE void store_int8(void *base, uint16_t *scale, int64_t at, const float *x, 
     }
 }
 
+/* Two bits: four codes to a byte, the first in its lowest bits. Three bits: a plane of the low two bits of all codes of
+ * the row, then one of the high bits, eight to a byte. */
 INLINE int64_t row_bytes(const Matrix *m) {
-    const int64_t each[] = {4 * m->in, 2 * m->in, m->in, m->groups * m->group / 2};
+    const int64_t padded = m->groups * m->group;
+    const int64_t each[] = {4 * m->in, 2 * m->in, m->in, padded / 2, 0, padded / 4, padded / 8 * 3};
     return each[m->kind];
 }
+
+INLINE int is_coded(const Matrix *m) { return m->kind == INT8 || m->kind == INT4 || m->kind >= TWO_BITS; }
 
 INLINE __m512 load_scales(const Matrix *m, const void *base, int64_t at, __mmask16 mask) {
     if (m->scale_kind != FLOAT16) return load_as_float(base, at, m->scale_kind, mask);

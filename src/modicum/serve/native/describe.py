@@ -18,6 +18,7 @@ from modicum.serve.native.support import KINDS, stored
 from modicum.serve.pages import Storage
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of native/step.c
+CENTERS = {native.INT8: 128, native.TWO_BITS: 2, native.THREE_BITS: 4}
 SCALE_KINDS = KINDS | {torch.float16: native.FLOAT16}
 
 
@@ -122,7 +123,7 @@ class Description:
             groups,
             0 if scale is None else SCALE_KINDS[scale.dtype],
             # The code, as an unsigned number, that stands for the zero point.
-            128 if kind == native.INT8 else 0 if getattr(getattr(module, "config", None), "type", "") == "q4_1" else 8,
+            0 if getattr(getattr(module, "config", None), "type", "") == "q4_1" else CENTERS.get(kind, 8),
             weight.data_ptr(),
             None if scale is None else scale.data_ptr(),
             None if zero is None else zero.data_ptr(),

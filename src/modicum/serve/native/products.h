@@ -161,10 +161,75 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
     for (; k + 128 <= a->in; k += 128) NIBBLES(_mm512_loadu_si512(w + m * ldw + k / 2));
     if (k < a->in) NIBBLES(_mm512_maskz_loadu_epi8(tail64((a->in - k) / 2), w + m * ldw + k / 2));
 }
+
+/* Codes of two bits, or of three (HIGH): 256 inputs at a time as four vectors of bytes, by input modulo 4. Sixteen
+ * inputs are summed in a lane, so that each lane has one scale. */
+INLINE void quarter_kernel(const int M, const int N, const int AHEAD, const int HIGH, ARGS) {
+    (void)from, (void)to, (void)next;
+    const int64_t plane = (a->stride - 64) / 2, G = padded_groups(a->groups), low_bytes = a->groups * a->group / 4;
+    const int8_t *x = (const int8_t *)a->data + at * a->stride;
+    const __m512i two_bits = _mm512_set1_epi8(3), third_bit = _mm512_set1_epi8(4), nibble = _mm512_set1_epi8(15);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const int shift = a->group >= 256 ? 4 : a->group == 128 ? 3 : 2;      /* lanes of a group, as a power of two */
+    const __m512i of_lane = _mm512_srlv_epi32(lane, _mm512_set1_epi32(shift));
+    start_from_zeros(M, N, a, at, zero, out);
+    const int64_t interval = max_i64(1, a->group / 256), move = a->group < 256 ? 256 / a->group : 1;
+    for (int64_t g = 0, elapsed = 0, k = 0; k < a->in; k += 256) {
+        const __mmask64 low_mask = tail64(low_bytes - k / 4);
+        const __mmask32 high_mask = tail32((2 * low_bytes - k / 2) / 4);
+        __m512i code[4][4];
+        __m512 s[4];
+        EACH_M {
+            const char *row = w + m * ldw;
+            __m512i low = _mm512_maskz_loadu_epi8(low_mask, row + k / 4), high = _mm512_setzero_si512();
+            PREFETCH(m, k / 4);
+            if (HIGH) {           /* a nibble of the high bits to each byte, shifted to where a third bit belongs */
+                __m512i some = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(high_mask, row + low_bytes + k / 8));
+                PREFETCH(m, low_bytes + k / 8);
+                some = _mm512_and_si512(_mm512_or_si512(some, _mm512_slli_epi16(some, 4)), nibble);
+                high = _mm512_slli_epi16(some, 2);
+            }
+            UNROLL for (int j = 0; j < 4; j++) {
+                code[m][j] = _mm512_and_si512(_mm512_srli_epi16(low, 2 * j), two_bits);
+                if (HIGH) code[m][j] = _mm512_or_si512(code[m][j],
+                                                       _mm512_and_si512(_mm512_srli_epi16(high, j), third_bit));
+            }
+            s[m] = _mm512_permutexvar_ps(of_lane, _mm512_loadu_ps(scale + m * G + g));
+        }
+        EACH_N {
+            const int8_t *p = x + n * a->stride + k / 4;
+            __m512i h[4], l[4];
+            EACH_M h[m] = l[m] = _mm512_setzero_si512();
+            UNROLL for (int j = 0; j < 4; j++) {
+                __m512i xh = _mm512_loadu_si512(p + j * plane / 4), xl = _mm512_loadu_si512(p + plane + j * plane / 4);
+                EACH_M h[m] = _mm512_dpbusd_epi32(h[m], code[m][j], xh), l[m] = _mm512_dpbusd_epi32(l[m], code[m][j], xl);
+            }
+            EACH_M out[n * M + m] = _mm512_fmadd_ps(
+                _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h[m], 8), l[m])), s[m], out[n * M + m]);
+        }
+        if (++elapsed == interval) elapsed = 0, g += move;
+    }
+}
+INLINE void two_bit_kernel(const int M, const int N, const int AHEAD, ARGS) {
+    quarter_kernel(M, N, AHEAD, 0, w, ldw, a, at, scale, zero, next, from, to, out);
+}
+INLINE void three_bit_kernel(const int M, const int N, const int AHEAD, ARGS) {
+    quarter_kernel(M, N, AHEAD, 1, w, ldw, a, at, scale, zero, next, from, to, out);
+}
 #endif
 
 #ifndef __AVX512F__
 #define WORD_INPUTS 2048           /* at most so many products fit the integers that they are summed in */
+
+/* Signed codes: `zero` is the value of -128, so 128 steps are added. */
+INLINE void add_centers(const int M, const int N, const Activations *a, int64_t at, const float *scale, __m512 *out) {
+    const int64_t G = padded_groups(a->groups);
+    const __m512 center = _mm512_set1_ps(128.0f);
+    for (int64_t g = 0; g < a->groups; g += 16) EACH_M {
+        __m512 step = _mm512_mul_ps(_mm512_load_ps(scale + m * G + g), center);
+        EACH_N out[n * M + m] = _mm512_fmadd_ps(step, _mm512_load_ps(a->total + (at + n) * G + g), out[n * M + m]);
+    }
+}
 
 /* Codes widened to words times words of fixed point: 16 products and their sums by pairs in one instruction. */
 INLINE void word_kernel(const int M, const int N, const int AHEAD, const int NIBBLES, ARGS) {
@@ -172,8 +237,8 @@ INLINE void word_kernel(const int M, const int N, const int AHEAD, const int NIB
     const int64_t G = padded_groups(a->groups), ldx = a->stride / 2;
     const int16_t *x = (const int16_t *)((const int8_t *)a->data + at * a->stride);
     const __m256i low = _mm256_set1_epi16(15);
-    if (NIBBLES) start_from_zeros(M, N, a, at, zero, out);
-    else EACH_M EACH_N out[n * M + m] = _mm512_setzero_ps();
+    start_from_zeros(M, N, a, at, zero, out);
+    if (!NIBBLES) add_centers(M, N, a, at, scale, out);
     for (int64_t g = 0; g < a->groups; g++) {
         const int64_t last = min_i64(a->in, (g + 1) * a->group);
         for (int64_t start = g * a->group; start < last; start += WORD_INPUTS) {
@@ -209,6 +274,55 @@ INLINE void word_kernel(const int M, const int N, const int AHEAD, const int NIB
                                                              _mm256_set1_ps(scale[m * G + g]), out[n * M + m].a);
         }
     }
+}
+/* Two or three bits: 64 inputs at a time, by input modulo 4. */
+INLINE void quarter_words(const int M, const int N, const int AHEAD, const int HIGH, ARGS) {
+    (void)from, (void)to, (void)next;
+    const int64_t G = padded_groups(a->groups), ldx = a->stride / 2, low_bytes = a->groups * a->group / 4;
+    const int16_t *x = (const int16_t *)((const int8_t *)a->data + at * a->stride);
+    const __m256i two_bits = _mm256_set1_epi16(3), third_bit = _mm256_set1_epi16(4);
+    start_from_zeros(M, N, a, at, zero, out);
+    for (int64_t g = 0; g < a->groups; g++) {
+        const int64_t last = min_i64(a->in, (g + 1) * a->group);
+        for (int64_t start = g * a->group; start < last; start += WORD_INPUTS) {
+            const int64_t end = min_i64(last, start + WORD_INPUTS);
+            __m256i sum[8];
+            EACH_M EACH_N sum[n * M + m] = _mm256_setzero_si256();
+            for (int64_t k = start; k < end; k += 64) {
+                __m256i code[4][4];
+                EACH_M {
+                    const char *row = w + m * ldw;
+                    __m256i low = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(row + k / 4)));
+                    __m256i high = _mm256_setzero_si256();
+                    PREFETCH(m, k / 4);
+                    if (HIGH) {
+                        __m128i some = _mm_loadl_epi64((const __m128i *)(row + low_bytes + k / 8));
+                        __m128i odd = _mm_and_si128(_mm_srli_epi16(some, 4), _mm_set1_epi8(15));
+                        some = _mm_unpacklo_epi8(_mm_and_si128(some, _mm_set1_epi8(15)), odd);
+                        high = _mm256_slli_epi16(_mm256_cvtepu8_epi16(some), 2);
+                        PREFETCH(m, low_bytes + k / 8);
+                    }
+                    UNROLL for (int j = 0; j < 4; j++) {
+                        code[m][j] = _mm256_and_si256(_mm256_srli_epi16(low, 2 * j), two_bits);
+                        if (HIGH) code[m][j] = _mm256_or_si256(code[m][j],
+                                                               _mm256_and_si256(_mm256_srli_epi16(high, j), third_bit));
+                    }
+                }
+                EACH_N UNROLL for (int j = 0; j < 4; j++) {
+                    __m256i xv = _mm256_loadu_si256((const __m256i *)(x + n * ldx + k + 16 * j));
+                    EACH_M sum[n * M + m] = _mm256_add_epi32(sum[n * M + m], _mm256_madd_epi16(code[m][j], xv));
+                }
+            }
+            EACH_M EACH_N out[n * M + m].a = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[n * M + m]),
+                                                             _mm256_set1_ps(scale[m * G + g]), out[n * M + m].a);
+        }
+    }
+}
+INLINE void two_bit_words(const int M, const int N, const int AHEAD, ARGS) {
+    quarter_words(M, N, AHEAD, 0, w, ldw, a, at, scale, zero, next, from, to, out);
+}
+INLINE void three_bit_words(const int M, const int N, const int AHEAD, ARGS) {
+    quarter_words(M, N, AHEAD, 1, w, ldw, a, at, scale, zero, next, from, to, out);
 }
 INLINE void byte_words(const int M, const int N, const int AHEAD, ARGS) {
     word_kernel(M, N, AHEAD, 0, w, ldw, a, at, scale, zero, next, from, to, out);
@@ -292,11 +406,15 @@ FAMILY(half_kernel)
 #ifdef __AVX512VNNI__
 PAIR_FAMILY(byte_kernel)
 PAIR_FAMILY(nibble_kernel)
+PAIR_FAMILY(two_bit_kernel)
+PAIR_FAMILY(three_bit_kernel)
 #endif
 #endif
 #ifndef __AVX512F__
 PAIR_FAMILY(byte_words)
 PAIR_FAMILY(nibble_words)
+PAIR_FAMILY(two_bit_words)
+PAIR_FAMILY(three_bit_words)
 #endif
 
 /* Scales and zero points of output o as floats. */
@@ -310,7 +428,7 @@ static void read_scales(const Matrix *m, int64_t o, float *scale, float *zero) {
 }
 
 /* With one scale per row, bfloat16 products use the codes themselves, and the sums are scaled. */
-INLINE int scale_after_sum(const Matrix *m) { return m->kind == INT8 && m->groups == 1; }
+INLINE int scale_after_sum(const Matrix *m) { return m->kind == INT8 && m->groups == 1 && !m->zero; }
 
 #ifdef __AVX512BF16__
 /* Codes of a row as bfloat16, exactly and without their scale, which is applied to the sums. */
@@ -351,12 +469,27 @@ static void decode(const Matrix *m, int64_t o, const float *scale, const float *
 #endif
     for (int64_t g = 0; g < m->groups; g++) {
         __m512 step = _mm512_set1_ps(scale[g]), start = _mm512_set1_ps(zero[g]);
+        __m512 signed_start = _mm512_fmadd_ps(step, _mm512_set1_ps(128.0f), start);
         for (int64_t k = g * m->group, end = min_i64(m->in, k + m->group); k < end; k += 16) {
             __mmask16 mask = tail16(end - k);
             __m512 w;
             if (m->kind == INT8) {
                 __m512i code = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, row + k));
-                w = _mm512_mul_ps(_mm512_cvtepi32_ps(code), step);
+                w = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), step, signed_start);
+            } else if (m->kind >= TWO_BITS) {
+                const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+                uint32_t low;
+                uint16_t high;
+                memcpy(&low, row + k / 4, 4);
+                __m512i code = _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32((int)low),
+                                                                  _mm512_add_epi32(lane, lane)), _mm512_set1_epi32(3));
+                if (m->kind == THREE_BITS) {
+                    memcpy(&high, row + m->groups * m->group / 4 + k / 8, 2);
+                    __m512i bit = _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(high), lane),
+                                                   _mm512_set1_epi32(1));
+                    code = _mm512_add_epi32(code, _mm512_slli_epi32(bit, 2));
+                }
+                w = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), step, start);
             } else {
                 __m128i pair = _mm_loadl_epi64((const __m128i *)(row + k / 2)), low = _mm_set1_epi8(15);
                 __m128i odd = _mm_and_si128(_mm_srli_epi16(pair, 4), low);
@@ -376,9 +509,10 @@ typedef struct {
 
 static void blocks(const Matrix *m, const Activations *a, int64_t first, int64_t last, float *y, int64_t ldy,
                    const DecodeScratch *scratch) {
-    const int coded = m->kind == INT8 || m->kind == INT4;
+    const int coded = is_coded(m);
     const int direct = a->format == AS_BYTE_PLANES || a->format == AS_NIBBLE_PLANES || a->format == AS_WORDS
-                       || a->format == AS_SPLIT_WORDS;
+                       || a->format == AS_SPLIT_WORDS || a->format == AS_QUARTER_PLANES
+                       || a->format == AS_QUARTER_WORDS;
     const Block (*kernels)[4] = !coded && m->kind == BFLOAT16 ? widening_kernel_blocks : float_kernel_blocks;
     int64_t bytes = coded && !direct ? (a->format == AS_BFLOAT16 ? 2 : 4) * m->in : row_bytes(m);
     int64_t G = padded_groups(m->groups), width = direct ? 2 : 4;
@@ -387,11 +521,13 @@ static void blocks(const Matrix *m, const Activations *a, int64_t first, int64_t
 #ifdef __AVX512VNNI__
     if (a->format == AS_BYTE_PLANES) kernels = byte_kernel_blocks;
     if (a->format == AS_NIBBLE_PLANES) kernels = nibble_kernel_blocks;
+    if (a->format == AS_QUARTER_PLANES) kernels = m->kind == TWO_BITS ? two_bit_kernel_blocks : three_bit_kernel_blocks;
 #endif
 #endif
 #ifndef __AVX512F__
     if (a->format == AS_WORDS) kernels = byte_words_blocks;
     if (a->format == AS_SPLIT_WORDS) kernels = nibble_words_blocks;
+    if (a->format == AS_QUARTER_WORDS) kernels = m->kind == TWO_BITS ? two_bit_words_blocks : three_bit_words_blocks;
 #endif
     const int streaming = a->rows < (direct ? 3 : 4), few = a->rows <= FEW_ROWS;
     const int64_t quads = few && !coded ? BLOCK_QUADS : 1;

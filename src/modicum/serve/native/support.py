@@ -13,11 +13,13 @@ from modicum.model.layers import Block
 from modicum.model.linear import LinearForm
 from modicum.serve import native
 
+AFFINE_KINDS = {2: native.TWO_BITS, 3: native.THREE_BITS, 4: native.INT4, 8: native.INT8}
 KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
 def stored(module: Any) -> tuple[int, Tensor, Tensor | None, Tensor | None] | None:
     """Kind, weight, scale and zero of a linear layer the kernels can read; None for any other."""
+    from modicum.model.linear.affine import Affine
     from modicum.model.linear.dense import Dense
     from modicum.model.linear.ggml import Ggml
     from modicum.model.linear.int4 import Int4
@@ -31,6 +33,14 @@ def stored(module: Any) -> tuple[int, Tensor, Tensor | None, Tensor | None] | No
         return native.INT8, module.codes, module.scale, None
     if type(module) is Int4 and (module.group in (32, 64) or module.group % 128 == 0) and module.in_features % 16 == 0:
         return native.INT4, module.packed, module.scale, module.zero
+    if type(module) is Affine and module.in_features % 16 == 0:
+        whole = module.in_features % module.group == 0
+        fits = module.group in (64, 128) or module.group % 256 == 0
+        if module.bits == 8:
+            fits = whole and (module.group == 32 or module.group % 64 == 0)
+        elif module.bits == 4:
+            fits = module.group in (32, 64) or module.group % 128 == 0
+        return (AFFINE_KINDS[module.bits], module.packed, module.scale, module.zero) if fits else None
     if type(module) is Ggml and module.in_features % module.group == 0:
         kind = native.INT8 if module.config.type == "q8_0" else native.INT4
         return kind, module.codes, module.scale, module.minimum if module.config.type == "q4_1" else None
