@@ -11,7 +11,7 @@ import torch
 from modicum.compress import sensitivity, sizing
 from modicum.compress.allocate import Unit, allocate, least_bytes, total
 from modicum.compress.compressors._affine import AffineConfig, rounded
-from modicum.compress.divergence import log_probabilities, scores
+from modicum.compress.divergence import original, scores
 from modicum.compress.run import weight_bytes
 from modicum.core.errors import UserError
 from modicum.core.events import Events
@@ -76,16 +76,16 @@ def test_estimates_rank_matrices_as_their_divergences_do() -> None:
     for hook in hooks:
         hook.remove()
     gradients = sensitivity.output_gradients(model, names, tokens)
-    before, setting = log_probabilities(model, tokens), AffineConfig(bits=4, group=32)
+    before, setting = original(model, tokens)[0], AffineConfig(bits=4, group=32)
     pairs = []
     for name in names:
         weight = layers[name].weight
-        original = weight.detach().clone()
+        kept = weight.detach().clone()
         x = inputs[name]
-        guess = sensitivity.estimate(original, x.T @ x / len(x), gradients[name], setting)
-        weight.data = rounded(original, setting).weight()
+        guess = sensitivity.estimate(kept, x.T @ x / len(x), gradients[name], setting)
+        weight.data = rounded(kept, setting).weight()
         pairs.append((guess, sum(s.kl for s in scores(model, tokens, before)) / len(tokens)))
-        weight.data = original
+        weight.data = kept
     guesses, measured = (torch.tensor(column) for column in zip(*pairs, strict=True))
     ranks = torch.stack([guesses.argsort().argsort().float(), measured.argsort().argsort().float()])
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.8

@@ -25,14 +25,18 @@ class Score:
 
 
 @torch.inference_mode()
-def log_probabilities(model: Decoder, tokens_NT: Tensor) -> Tensor:
-    """(N, T - 1, V) in float16: what a model predicts of each next token."""
-    return torch.cat([logp_NTV.half() for logp_NTV in _predictions(model, tokens_NT)])
+def original(model: Decoder, tokens_NT: Tensor) -> tuple[Tensor, list[float]]:
+    """Log-probabilities of each next token (N, T - 1, V) in float16, and the nats of each sequence."""
+    made, nats = [], []
+    for logp_NTV, tokens in zip(_predictions(model, tokens_NT), tokens_NT.split(BATCH), strict=True):
+        nats += (-logp_NTV.gather(2, tokens[:, 1:, None].to(logp_NTV.device)).sum((1, 2))).tolist()
+        made.append(logp_NTV.half())
+    return torch.cat(made), nats
 
 
 @torch.inference_mode()
 def scores(model: Decoder, tokens_NT: Tensor, against_NTV: Tensor | None = None) -> list[Score]:
-    """A score for each sequence; without the original's `log_probabilities` kl is 0."""
+    """A score for each sequence; without log-probabilities of the `original` kl is 0."""
     made: list[Score] = []
     for logp_NTV in _predictions(model, tokens_NT):
         for logp_TV in logp_NTV:

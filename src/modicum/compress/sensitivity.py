@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from modicum.compress.blocks import Walk
 from modicum.compress.compressors import BlockJob, Compressor
 from modicum.compress.compressors._affine import AffineConfig, grid, groups, width
-from modicum.compress.divergence import log_probabilities, scores
+from modicum.compress.divergence import original, scores
 from modicum.core.choice import Choice
 from modicum.core.events import Events
 from modicum.model import attach
@@ -131,7 +131,7 @@ def matrix_errors(
 
 def embedding_errors(model: Decoder, choices: Sequence[str], tokens_NT: Tensor) -> list[float]:
     """The divergence, in nats per token, with the token embedding (and a head tied to it) in each of the forms."""
-    before, table, head = log_probabilities(model, tokens_NT), model.embed, model.lm_head
+    before, table, head = original(model, tokens_NT)[0], model.embed, model.lm_head
     errors = []
     for choice in choices:
         attach.attach_embedding(model, "embed", Choice.parse("linear", choice))

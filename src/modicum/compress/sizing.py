@@ -29,7 +29,7 @@ from modicum.budget.units import bytes_text
 from modicum.compress import allocate, sensitivity
 from modicum.compress import calibration as calibrate
 from modicum.compress.compressors._affine import AffineConfig
-from modicum.compress.divergence import log_probabilities, scores
+from modicum.compress.divergence import original, scores
 from modicum.compress.method import compress_with, model_files, prepare, setting_up, tokens_hash
 from modicum.compress.run import weight_bytes
 from modicum.core import compose, registry
@@ -190,10 +190,10 @@ class _Trial:
     def kl(self, choice: Choice, units: Sequence[allocate.Unit], chosen: Sequence[int], kind: str) -> float:
         """KL per token on validation text of the model that a method makes in these settings."""
         folder = self.folder(choice, chosen, kind)
-        noted = folder / "validation.json"
+        noted = folder.with_suffix(".json")
         if noted.exists():
             return float(read_json(noted)["kl"])
-        if not folder.exists():
+        if not (folder / "compress.json").exists():  # what is written last
             per_matrix: dict[str, dict[str, Any]] = {}
             for unit, setting in zip(units[:-1], chosen[:-1], strict=True):
                 if unit.settings[setting] is not PLAIN:
@@ -210,7 +210,7 @@ class _Trial:
                 events=self.events,
             )
         if self._before is None:
-            self._before = log_probabilities(load_model(self.source), self.validation_NT)
+            self._before = original(load_model(self.source), self.validation_NT)[0]
         made = scores(load_model(folder), self.validation_NT, self._before)
         kl = statistics.fmean(s.kl for s in made)
         write_json(noted, {"kl": kl})
@@ -328,15 +328,13 @@ def _measured(
     tokens_NT = calibrate.sequences(texts, tokenizer, HELDOUT, length)
     decoded = [tokenizer.decode(row[1:].tolist()) for row in tokens_NT]
     nbytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in decoded)
-    original = load_model(source)
-    before, against = scores(original, tokens_NT), log_probabilities(original, tokens_NT)
-    del original
+    against, before = original(load_model(source), tokens_NT)
     after = scores(load_model(made), tokens_NT, against)
     uniform = after if beside == made else scores(load_model(beside), tokens_NT, against)
     gains = [u.kl - a.kl for u, a in zip(uniform, after, strict=True)]
     return Domain(
         name,
-        sum(s.nats for s in before) / math.log(2) / nbytes,
+        sum(before) / math.log(2) / nbytes,
         sum(s.nats for s in after) / math.log(2) / nbytes,
         statistics.fmean(s.kl for s in after),
         _stderr([s.kl for s in after]),
