@@ -273,6 +273,28 @@ MUTATIONS = (
         "key=mean",
         "serve/test_tools.py::test_best_of_gives_the_likeliest",
     ),
+    # compress and model: perp
+    Mutation(
+        "the reconstruction's gradient fills the zeros",
+        "compress/compressors/perp.py",
+        "slope_OI = (through_OI * (2 * scaling / first)).masked_fill_(~live_OI, 0)",
+        "slope_OI = through_OI * (2 * scaling / first)",
+        "compress/test_perp.py::test_steps_are_those_of_autograd",
+    ),
+    Mutation(
+        "the update is merged without its mask",
+        "model/linear/perp.py",
+        "return weight_OI + self.scaling * product_OI * self.mask()",
+        "return weight_OI + self.scaling * product_OI",
+        "model/test_linear_perp.py::test_zeros_survive_training_and_merging",
+    ),
+    Mutation(
+        "all ranks of ScaleLoRA start alike",
+        "model/linear/perp.py",
+        "self.A.copy_(root + noise_RI - noise_RI.mean(0))",
+        "self.A.copy_(torch.full_like(noise_RI, root))",
+        "model/test_linear_perp.py::test_ranks_of_the_scale_are_not_alike",
+    ),
     # train: distillers
     Mutation(
         "the teacher's term loses its T squared",

@@ -25,9 +25,10 @@ from modicum.bench import fixtures, training
 from modicum.bench.measurement import Axes, Axis, Measurement, Settings
 from modicum.budget import Cost
 from modicum.core.choice import Choice
+from modicum.core.files import cache_home, fingerprint
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
-from modicum.model.folder import save_model
+from modicum.model.folder import load_model, save_model
 from modicum.train.loop import TrainResult
 
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("train_seconds", "lower", "s"))
@@ -37,12 +38,12 @@ SELF, PRETRAINED = "self-distill-further", "pretrained-distillation"
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
-    tokens: int = 120_000
-    base_tokens: int = 400_000
-    target_bytes: int = 120_000  # of the new domain
-    teacher_width: int = 128
-    teacher_layers: int = 6
-    teacher_tokens: int = 1_500_000
+    tokens: int = 60_000
+    base_tokens: int = 200_000
+    target_bytes: int = 60_000  # of the new domain
+    teacher_width: int = 96
+    teacher_layers: int = 4
+    teacher_tokens: int = 700_000
     teacher_rate: float = 3e-3
     target: str = "howto"  # the new domain, where the corpus has it; else the last by name
 
@@ -140,13 +141,18 @@ def _lab(scale: Scale, data: str | None, device: str, seed: int) -> Lab:
 
 @functools.lru_cache(maxsize=1)
 def _teacher(scale: Scale, data: str | None, device: str, texts: tuple[str, ...]) -> tuple[str, float]:
-    """The wider decoder, trained on all text, in a folder; bits per byte of the texts."""
+    """The wider decoder, trained on all text, in a folder of the cache: methods and seeds may be separate processes.
+    And its bits per byte of the texts."""
     wide = dataclasses.replace(scale, width=scale.teacher_width, layers=scale.teacher_layers, rate=scale.teacher_rate)
     bench = training.Bench.of(Settings(scale=wide, data=data, device=device))
-    shape = llama_like(bench.tokenizer.vocab_size, wide.width, wide.layers, context_length=wide.sequence_length)
-    model = Decoder(shape, fixtures.seeded(1000)).to(device)
-    bench.train(model, 1000, tokens=scale.teacher_tokens)
-    return _stored(model), bench.bits(model, list(texts))
+    name = fingerprint([dataclasses.asdict(wide), bench.corpus.checksum, bench.tokenizer.fingerprint])
+    folder = cache_home() / "bench" / f"teacher-{name}"
+    if not folder.is_dir():
+        shape = llama_like(bench.tokenizer.vocab_size, wide.width, wide.layers, context_length=wide.sequence_length)
+        model = Decoder(shape, fixtures.seeded(1000)).to(device)
+        bench.train(model, 1000, tokens=scale.teacher_tokens)
+        save_model(model, folder)
+    return str(folder), bench.bits(load_model(folder, "float32"), list(texts))
 
 
 _KEPT: list[Any] = []  # temporary folders that live as long as the process
