@@ -295,7 +295,73 @@ MUTATIONS = (
         "self.A.copy_(torch.full_like(noise_RI, root))",
         "model/test_linear_perp.py::test_ranks_of_the_scale_are_not_alike",
     ),
+    # compress: fewer key/value heads
+    Mutation(
+        "queries are turned the wrong way",
+        "compress/compressors/kv_head_compression.py",
+        "return as_real(u_A.conj()[:, None] * as_complex(weight_OI, dim))",
+        "return as_real(u_A[:, None] * as_complex(weight_OI, dim))",
+        "compress/test_kv_head_compression.py::test_scores_are_the_same_at_any_positions",
+    ),
+    Mutation(
+        "neighbouring dimensions are taken for a rotated pair",
+        "compress/compressors/kv_head_compression.py",
+        "first, second = weight_OI.unflatten(0, (-1, 2, dim // 2)).unbind(1)",
+        "first, second = weight_OI.unflatten(0, (-1, dim // 2, 2)).unbind(2)",
+        "compress/test_kv_head_compression.py::test_scores_are_the_same_at_any_positions",
+    ),
+    Mutation(
+        "the directions of least variance are kept",
+        "compress/compressors/kv_head_compression.py",
+        "return torch.linalg.eigh(weight_OI @ gram_II @ weight_OI.T)[1][:, -dim:]",
+        "return torch.linalg.eigh(weight_OI @ gram_II @ weight_OI.T)[1][:, :dim]",
+        "compress/test_kv_head_compression.py::test_directions_are_numpys",
+    ),
+    # pipeline: squeeze
+    Mutation(
+        "the error of a difference is that of its two sides apart",
+        "pipeline/stages/compare.py",
+        "left = [m - mean * size for m, size in zip(more, sizes, strict=True)]",
+        "left = [m.nats / math.log(2) for m in made]",
+        "pipeline/test_squeeze.py::test_differences_are_paired",
+    ),
+    # compress: loram
+    Mutation(
+        "the most important channels are cut",
+        "compress/compressors/loram.py",
+        '"channels": sorted(channels[: round(c.mlp * down.shape[1])].tolist()),',
+        '"channels": sorted(channels[len(channels) - round(c.mlp * down.shape[1]) :].tolist()),',
+        "compress/test_loram.py::test_the_least_important_go_and_the_ends_stay",
+    ),
+    Mutation(
+        "a group goes with as many query heads as key heads",
+        "compress/compressors/loram.py",
+        "for n in (dim, len(attention.q.weight) // kv_heads))",
+        "for n in (dim, dim))",
+        "compress/test_loram.py::test_a_group_goes_with_its_query_heads",
+    ),
+    Mutation(
+        "an adapter of inputs comes back to the first columns",
+        "adapt/recover.py",
+        "target.A[:, positions(weights[name].T, whole[name].T, name)] = a_RI.to(target.A.dtype)",
+        "target.A[:, : a_RI.shape[1]] = a_RI.to(target.A.dtype)",
+        "compress/test_loram.py::test_an_adapter_comes_back_to_its_rows_and_columns",
+    ),
     # train: distillers
+    Mutation(
+        "the perturbation counts only above eps",
+        "train/distillers/pela.py",
+        "- self.config.eps).square()",
+        "- self.config.eps).clamp_min(0).square()",
+        "train/test_pela.py::test_the_maximum_reaches_one_entry_of_a_matrix",
+    ),
+    Mutation(
+        "the rank is a ratio of the full rank instead of the numbers",
+        "model/linear/lowrank.py",
+        "int(inputs * outputs / (ratio * (inputs + outputs)))",
+        "int(min(inputs, outputs) / ratio)",
+        "train/test_pela.py::test_factors_are_the_truncated_svd",
+    ),
     Mutation(
         "the teacher's term loses its T squared",
         "train/distillers/_teacher.py",

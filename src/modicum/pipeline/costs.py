@@ -52,7 +52,8 @@ def step_seconds(
     def measure() -> float:
         engine = TrainEngine(make() if make else Decoder(shape), config)
         engine.build()
-        engine.surgery.start(engine)
+        for part in list(engine.parts.values()):
+            part.start(engine)
         tokens_BT = torch.randint(shape.vocab_size, (config.sequences, config.sequence_length))
         positions_BT = torch.arange(config.sequence_length).expand_as(tokens_BT)
         documents_BT = (positions_BT >= config.sequence_length // 2).long() if masked else None

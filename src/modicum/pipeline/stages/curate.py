@@ -24,6 +24,7 @@ from modicum.data.curate import CurateConfig, Curation, beside, curate
 from modicum.data.readers import ReadConfig, find
 from modicum.data.stages import group_bytes
 from modicum.pipeline.context import Context, Run
+from modicum.pipeline.models import folder_of
 from modicum.pipeline.plan import Planner
 from modicum.pipeline.recipe import Recipe, parse, resolved
 from modicum.pipeline.section import Bytes, Strict, method
@@ -210,7 +211,7 @@ def _config(section: Section, seed: int, like: str | None) -> CurateConfig:
         steps=section.steps,
         vocab_size=section.vocab_size,
         reserved=section.reserved,
-        tokenizer=like or section.tokenizer,
+        tokenizer=like or (str(folder_of(section.tokenizer)) if section.tokenizer else None),
         heldout=section.heldout,
         read=ReadConfig(limit_bytes=_limit(section)),
         signals=makers(section.encoder, section.models),
