@@ -6,10 +6,9 @@ teacher. Judged by the bits per byte of held-out text of that domain; beside it 
 before (`base_bits_per_byte`), and of the teacher.
 
 Teachers: a wider decoder trained on everything (`teacher_tokens`), once for all seeds; for self-distill-further the
-student itself after the same run without a teacher, whose seconds count; for pela the student before its matrices were
-factored (`parameters` are left). `equal_seconds_bits_per_byte` is plain training for as long as the method took, the
-teacher's forward passes included: a gain at equal tokens that is gone there is paid for. `scratch_bits_per_byte` is,
-for pretrained-distillation, the same run without the pretraining.
+student itself after the same run without a teacher, whose seconds count. `equal_seconds_bits_per_byte` is plain
+training for as long as the method took, the teacher's forward passes included: a gain at equal tokens that is gone
+there is paid for. `scratch_bits_per_byte` is, for pretrained-distillation, the same run without the pretraining.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ from modicum.train.loop import TrainResult
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("train_seconds", "lower", "s"))
 TIER = "laptop"
 SELF, PRETRAINED = "self-distill-further", "pretrained-distillation"
-OWN = ("none", "pela")  # no teacher, and the student before its matrices were factored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         once, spent = _plain(scale, settings.data, settings.device, seed, scale.tokens)
         before = spent.seconds
         picked = Choice("distiller", choice.method, choice.knobs | {"teacher": _stored(once)})
-    elif choice.method not in OWN and not choice.knobs.get("teacher"):
+    elif choice.method != "none" and not choice.knobs.get("teacher"):
         picked = Choice("distiller", choice.method, choice.knobs | {"teacher": lab.teacher})
     result = _train(lab, model, seed, scale.tokens, picked)
     seconds = before + result.seconds
@@ -102,7 +100,6 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         "train_seconds": seconds,
         "train_loss": result.loss,
         "tokens": float(result.tokens),
-        "parameters": float(sum(p.numel() for p in model.parameters())),
     }
     cost = Cost(seconds=seconds, flops=result.flops, tokens=result.tokens)
     return Measurement(metrics=metrics | extra, cost=cost, model=record, data=lab.bench.corpus.record)

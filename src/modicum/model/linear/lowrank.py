@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from modicum.model.linear import LinearForm, LinearShape
 
-NOT_MEASURABLE = "untrained it ruins a narrow model; bench distiller pela measures it, trained"
+NOT_MEASURABLE = "untrained it ruins a narrow model; it is trained by distiller pela"
 
 
 @dataclass(frozen=True, kw_only=True)
