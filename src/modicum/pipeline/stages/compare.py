@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from modicum.budget import Cost
-from modicum.compress.divergence import BATCH, Score, log_probabilities, scores
+from modicum.compress.divergence import BATCH, Score, original, scores
 from modicum.core.errors import UserError
 from modicum.core.files import tree_bytes
 from modicum.data.curate import Curation
@@ -73,7 +73,7 @@ class Compare(Stage[Section]):
         tokenizer = Tokenizer.load(first)
         texts = {c.name: _sequences(c["folder"], tokenizer, section, c.name) for c in inputs.all("corpus")}
         before: dict[str, Tensor] = {}
-        original: dict[str, list[Score]] = {}
+        reference: dict[str, list[Score]] = {}
         rows: list[dict[str, Any]] = []
         tokens = flops = 0.0
         for name, folder in models.items():
@@ -82,9 +82,12 @@ class Compare(Stage[Section]):
             divergences: list[float] = []
             for corpus, (tokens_NT, sizes) in texts.items():
                 if corpus not in before:
-                    before[corpus] = log_probabilities(model, tokens_NT)
-                made = scores(model, tokens_NT, before[corpus])
-                base = original.setdefault(corpus, made)
+                    before[corpus], nats = original(model, tokens_NT)
+                    reference[corpus] = [Score(0.0, n) for n in nats]
+                    made = reference[corpus]
+                else:
+                    made = scores(model, tokens_NT, before[corpus])
+                base = reference[corpus]
                 row["bits_per_byte"][corpus] = sum(s.nats for s in made) / math.log(2) / sum(sizes)
                 row["change"][corpus] = _change(made, base, sizes)
                 divergences += [s.kl for s in made]
