@@ -54,8 +54,8 @@ BULLETINS = 4  # in a clone
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(training.Scale):
-    pool_bytes: int = 6_000_000  # of all domains together
-    test_bytes: int = 1_300_000  # held out, targets among them
+    pool_bytes: int = 3_000_000  # of all domains together
+    test_bytes: int = 800_000  # held out, targets among them
     target: str = "howto"  # the domain to select; where the corpus has no such one, that of most documents
     clones: float = 0.3  # bytes of clones, of the domains'
     labels: int = 300  # documents of the pool with a judge's score
@@ -64,7 +64,7 @@ class Scale(training.Scale):
     rare: float = 0.12  # of the warm pool's bytes that are of the rare one
     warm_tokens: int = 40_000
     proxies: int = 5  # models whose losses are compared
-    proxy_tokens: int = 60_000
+    proxy_tokens: int = 40_000
 
 
 QUICK: dict[str, Any] = {

@@ -45,7 +45,7 @@ NOT_MEASURABLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(_selecting.Scale):
-    tokens: int = 250_000
+    tokens: int = 150_000
     dirt: float = 0.15  # bytes of each kind of planted documents, of the corpus'
 
 
