@@ -40,6 +40,12 @@ def curate(
     models: Annotated[
         str | None, typer.Option(help="Models for the step preselect, between commas, the weakest first.")
     ] = None,
+    generator: Annotated[
+        str | None,
+        typer.Option(
+            help="Model for the step rewrite: a folder, a name, or MODEL@http://... of an OpenAI-like server."
+        ),
+    ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
     processes: Annotated[int | None, typer.Option(help="Worker processes; default: all cores.")] = None,
     dry_run: Annotated[
@@ -50,7 +56,7 @@ def curate(
     """Read, normalise, filter, deduplicate, split off held-out text, train a tokenizer, write token shards.
 
     The same command resumes after an interruption, and returns at once when everything is done. Files that could not be
-    read are named, the rest is curated, and the exit code is 1.
+    read, and documents that a generator failed on, are named, the rest is curated, and the exit code is 1.
     """
     import sys
 
@@ -70,7 +76,7 @@ def curate(
         tokenizer=tokenizer,
         heldout=heldout,
         read=ReadConfig(limit_bytes=most, text_field=text_field),
-        signals=makers(encoder, [name.strip() for name in (models or "").split(",") if name.strip()]),
+        signals=makers(encoder, [name.strip() for name in (models or "").split(",") if name.strip()], generator),
     )
     if dry_run:
         print(drawing(sources, config))
@@ -83,12 +89,13 @@ def curate(
         print(json.dumps(stats, indent=2, ensure_ascii=False))
     else:
         _print(stats, out)
-    damaged = curation.damaged
-    for line in damaged[:SHOWN]:
-        print(f"modicum: not read: {line}", file=sys.stderr)
-    if len(damaged) > SHOWN:
-        print(f"modicum: not read: {len(damaged) - SHOWN} more, see {out / 'drops.jsonl'}", file=sys.stderr)
-    if damaged:
+    failures = {"not read": curation.damaged, "not rewritten": curation.unanswered}
+    for what, lines in failures.items():
+        for line in lines[:SHOWN]:
+            print(f"modicum: {what}: {line}", file=sys.stderr)
+        if len(lines) > SHOWN:
+            print(f"modicum: {what}: {len(lines) - SHOWN} more, see {out / 'drops.jsonl'}", file=sys.stderr)
+    if any(failures.values()):
         raise typer.Exit(1)
 
 

@@ -5,6 +5,7 @@
     FOLDER/tokenizer.json, tokenizer_config.json
     FOLDER/fitted/                                     what steps learnt from a sample
     FOLDER/signals/                                    embeddings and losses of samples, by fingerprint
+    FOLDER/replies/                                    a generator's replies, by request: none is asked for twice
     FOLDER/drops.jsonl                                 every dropped document, the step, the reason
     FOLDER/curation.json                               the statistics; written last: unfinished without it
 
@@ -33,6 +34,7 @@ from modicum.data import engines, pipeline
 from modicum.data.document import Document, read_documents
 from modicum.data.engines.worker import no_space
 from modicum.data.readers import DAMAGE, ReadConfig, Unit, default_label, find
+from modicum.data.rewriting import NO_REPLY
 from modicum.data.shards import TokenShards
 from modicum.data.signals import Maker
 from modicum.data.stages import Run, group_bytes
@@ -57,7 +59,7 @@ class CurateConfig:
     """steps: choices of the port `step`. tokenizer: a folder whose tokenizer is used unchanged (continued
     pretraining); else one of vocab_size is trained on about tokenizer_bytes of text, whose last `reserved`
     tokens stay free for objectives that need special tokens. heldout: fraction of the bytes held out from
-    training, at most heldout_bytes. signals: who makes embeddings and losses, for steps that need them."""
+    training, at most heldout_bytes. signals: who makes embeddings, losses and text, for steps that need them."""
 
     steps: Sequence[Any] = STEPS
     vocab_size: int = 8192
@@ -108,6 +110,13 @@ class Curation:
             for line in dropped(self.folder)
             if line["step"] == "read" and line["reason"] in DAMAGE
         ]
+
+    @property
+    def unanswered(self) -> list[str]:
+        """A line for each document that the generator failed on, naming it and why; the rest was rewritten."""
+        if not any(NO_REPLY in reasons for reasons in self.drops.values()):
+            return []
+        return [f"{line['id']}: {line['detail']}" for line in dropped(self.folder) if line["reason"] == NO_REPLY]
 
     def examples(self, most: int = 10) -> dict[str, list[dict[str, str]]]:
         """The first `most` dropped documents of each step and reason, by "step: reason"."""
@@ -184,7 +193,7 @@ def curate(
     )
     if (folder / "curation.json").is_file():
         done = Curation.load(folder)
-        if done.stats.get("fingerprint") == name:
+        if done.stats.get("fingerprint") == name and not done.unanswered:
             shutil.rmtree(folder / ".work", ignore_errors=True)
             return done
     # A missing engine is refused before anything is touched.

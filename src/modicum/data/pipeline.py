@@ -194,7 +194,7 @@ def ready(choice: Any, context: Context, arrays: str | Path | None) -> Step:
 def run_group(task: dict[str, Any]) -> dict[str, Any]:
     """One group through one pass; runs in any process. Returns the group's statistics and writes its marker."""
     stem = Path(task["stem"])
-    context = Context(seed=task["seed"], signals=Signals.of_task(task["signals"]))
+    context = Context(task["seed"], Signals.of_task(task["signals"]), replies=Path(task["replies"]))
     drops: list[str] = []
     all_stats: list[StepStats] = []
     items: Iterator[Document]

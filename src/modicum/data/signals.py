@@ -2,6 +2,7 @@
 
     embedding   float32 [N, D], rows of unit length
     losses      float64 [N, M]: nats of the whole text under each of M models, from the weakest to the strongest
+    generate    no column: a text generator, for steps that rewrite (`data.replies`)
 
 The models that compute them belong to rooms that come after this one, so a signal's maker is named like a task of an
 engine, `MODULE:NAME` with JSON-able arguments, and made where it is used: in any process, once. A column that is kept
@@ -23,10 +24,15 @@ import numpy as np
 
 from modicum.core.errors import UserError
 from modicum.core.files import atomic_file, fingerprint
+from modicum.data.replies import Generate
 
 Signal = Callable[[Sequence[str]], np.ndarray]
 BLOCK = 256  # texts that are computed and stored at once
-OPTIONS = {"embedding": "--encoder minilm", "losses": "--models WEAKEST,...,STRONGEST"}
+OPTIONS = {
+    "embedding": "--encoder minilm",
+    "losses": "--models WEAKEST,...,STRONGEST",
+    "generate": "--generator smollm2",
+}
 
 
 @dataclass(frozen=True)
@@ -38,21 +44,20 @@ class Maker:
     arguments: dict[str, Any] = field(default_factory=dict)
     version: str = ""
 
-    def make(self) -> Signal:
+    def make(self) -> Any:
         return _made(self.function, json.dumps(self.arguments, sort_keys=True))
 
 
 @functools.lru_cache(maxsize=4)
-def _made(function: str, arguments: str) -> Signal:
+def _made(function: str, arguments: str) -> Any:
     module, _, name = function.partition(":")
-    signal: Signal = getattr(importlib.import_module(module), name)(**json.loads(arguments))
-    return signal
+    return getattr(importlib.import_module(module), name)(**json.loads(arguments))
 
 
 class Signals:
     """Signals by name. makers: `Maker`, or a callable, whose columns are never stored. folder: where columns are."""
 
-    def __init__(self, makers: Mapping[str, Maker | Signal] | None = None, folder: Path | None = None):
+    def __init__(self, makers: Mapping[str, Maker | Signal | Generate] | None = None, folder: Path | None = None):
         self.makers, self.folder = dict(makers or {}), folder
 
     def __contains__(self, name: str) -> bool:
@@ -61,9 +66,7 @@ class Signals:
     def column(self, name: str, texts: Sequence[str]) -> np.ndarray:
         """One row for each text. Raises `UserError` for a signal that nobody makes, or a maker's wrong number of
         rows."""
-        maker = self.makers.get(name)
-        if maker is None:
-            raise UserError(f"this step needs the signal {name!r}; type it with modicum curate {OPTIONS.get(name, '')}")
+        maker: Any = self._maker(name)
         blocks = [texts[at : at + BLOCK] for at in range(0, len(texts), BLOCK)]
         if not isinstance(maker, Maker) or self.folder is None:
             make = maker.make() if isinstance(maker, Maker) else maker
@@ -77,6 +80,16 @@ class Signals:
                     np.save(file, _rows(name, maker.make(), block), allow_pickle=False)
             rows.append(np.load(path, allow_pickle=False))
         return np.concatenate(rows)
+
+    def generator(self) -> tuple[Generate, str]:
+        """The run's text generator, and what changes with it. Raises `UserError` where there is none."""
+        maker: Any = self._maker("generate")
+        return (maker.make(), maker.version) if isinstance(maker, Maker) else (maker, "")
+
+    def _maker(self, name: str) -> Maker | Signal | Generate:
+        if name not in self.makers:
+            raise UserError(f"this step needs the signal {name!r}; type it with modicum curate {OPTIONS.get(name, '')}")
+        return self.makers[name]
 
     def as_task(self) -> dict[str, Any]:
         """The makers as JSON, for another process."""

@@ -103,6 +103,7 @@ class Run:
             tasks = []
             for g, stem in enumerate(stems):
                 task = one.part(stem) | {"seed": self.config.seed, "signals": self.signals.as_task()}
+                task["replies"] = str((self.folder / "replies" / f"{number}-{g:05d}.jsonl").resolve())
                 if number == 0:
                     task |= {"units": [u.as_dict() for u in groups[g]], "read": asdict(self.config.read)}
                 else:

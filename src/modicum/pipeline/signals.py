@@ -1,4 +1,4 @@
-"""Makers of a curation's signals: embeddings by any encoder, losses under several models.
+"""Makers of a curation's signals: embeddings by any encoder, losses under several models, text by a generator.
 
 `data.signals` names them by these functions, so that any process of a curation makes its own.
 """
@@ -13,8 +13,11 @@ import numpy as np
 from modicum.data.signals import Maker, Signal
 
 
-def makers(encoder: str | None = None, models: Sequence[str] = (), device: str = "cpu") -> Mapping[str, Maker]:
-    """What a curation gets for `--encoder` and `--models`; models from the weakest to the strongest."""
+def makers(
+    encoder: str | None = None, models: Sequence[str] = (), generator: str | None = None, device: str = "cpu"
+) -> Mapping[str, Maker]:
+    """What a curation gets for `--encoder`, `--models` (from the weakest to the strongest) and `--generator`: a model,
+    or MODEL@URL, one of an OpenAI-compatible server."""
     from modicum.retrieve.encoders import fingerprint, parse
 
     out: dict[str, Maker] = {}
@@ -24,6 +27,13 @@ def makers(encoder: str | None = None, models: Sequence[str] = (), device: str =
     if models:
         version = " ".join(str(fingerprint(model)) for model in models)
         out["losses"] = Maker(f"{__name__}:losses", {"models": list(models), "device": device}, version)
+    if generator:
+        model, _, url = generator.partition("@")
+        if url.startswith(("http://", "https://")):
+            out["generate"] = Maker("modicum.serve.generate:remote", {"url": url, "model": model or None}, generator)
+        else:
+            version = str(fingerprint(generator))
+            out["generate"] = Maker("modicum.serve.generate:local", {"model": generator, "device": device}, version)
     return out
 
 

@@ -6,6 +6,7 @@ import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,12 +23,13 @@ class Context:
     """Properties of the run that a step may use.
 
     signals: embeddings and losses, where the run has their makers. targets: texts that a selection is to resemble, by
-    benchmark, for a step whose knobs name none.
+    benchmark, for a step whose knobs name none. replies: the file that keeps a text generator's replies.
     """
 
     seed: int = 0
     signals: Signals = field(default_factory=Signals)
     targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    replies: Path | None = None
 
 
 class Step(Method):

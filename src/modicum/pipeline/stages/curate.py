@@ -44,6 +44,7 @@ class Section(Strict):
     steps: list[method("step")] = ["normalise", "quality", "python-split", "exact-dedup", "minhash"]  # type: ignore[valid-type]
     encoder: str | None = None  # for steps that embed text; None: they fit LSA on a sample
     models: list[str] = []  # whose losses the step preselect compares, the weakest first
+    generator: str | None = None  # of the step rewrite: a model, or MODEL@URL
     vocab_size: int = Field(4096, ge=258)
     reserved: int = Field(0, ge=0)  # tokens of the vocabulary kept free for objectives that need marks
     recall: Bytes | None = None  # playground text among what the tokenizer is trained on; None: as `pretrain` needs
@@ -169,8 +170,11 @@ class Curate(Stage[Section]):
 
 
 def _without_models(step: Any) -> Any:
-    """The step, or in place of one that needs models, which a plan has not: a random choice of as much text."""
+    """The step, or in place of one that needs models, which a plan has not: a random choice of as much text, or the
+    text as it is where it would be rewritten."""
     choice = Choice.parse("step", step)
+    if choice.method == "rewrite":
+        return "rewrite"
     needs = registry.load("step", choice.method).cls.signals
     return {"method": "random", "keep": choice.config().keep} if needs else step
 
@@ -214,7 +218,7 @@ def _config(section: Section, seed: int, like: str | None) -> CurateConfig:
         tokenizer=like or (str(folder_of(section.tokenizer)) if section.tokenizer else None),
         heldout=section.heldout,
         read=ReadConfig(limit_bytes=_limit(section)),
-        signals=makers(section.encoder, section.models),
+        signals=makers(section.encoder, section.models, section.generator),
         seed=seed,
         group_bytes=None if section.group_bytes is None else int(section.group_bytes),
     )
