@@ -36,6 +36,56 @@ class Mutation:
 
 
 MUTATIONS = (
+    # data: rewriting
+    Mutation(
+        "only rephrasings are kept",
+        "data/rewrites/wrap.py",
+        "out: list[Document | Drop] = [document]",
+        "out: list[Document | Drop] = []",
+        "data/test_rewrite.py::test_wrap_adds_rephrasings_and_keeps_the_original",
+    ),
+    Mutation(
+        "the first marked part is taken, the last is the final one",
+        "data/rewrites/_text.py",
+        "(matches[-1].strip() or None)",
+        "(matches[0].strip() or None)",
+        "data/test_rewrite.py::test_only_what_is_between_complete_marks_is_taken",
+    ),
+    Mutation(
+        "thoughts come before the document",
+        "data/rewrites/tpt.py",
+        "text=text + self.config.separator + thoughts",
+        "text=thoughts + self.config.separator + text",
+        "data/test_rewrite.py::test_tpt_puts_thoughts_after_the_document_and_cuts_it_exactly",
+    ),
+    Mutation(
+        "a passage's language is not looked at",
+        "data/rewrites/rephrase_multilingual.py",
+        "(other := language_of(text)) != code",
+        "(other := code) != code",
+        "data/test_rewrite.py::test_a_reply_in_another_language_is_refused",
+    ),
+    Mutation(
+        "any result of the teacher will do",
+        "data/rewrites/math_synthesis.py",
+        "if not same(answer_of(text), answer_of(solution)):",
+        "if answer_of(text) is None:",
+        "data/test_rewrite.py::test_tutor_keeps_right_verdicts_with_right_results_only",
+    ),
+    Mutation(
+        "the right option always stands first",
+        "data/rewrites/restructured.py",
+        "right = int(rng.integers(len(options) + 1))",
+        "right = 0",
+        "data/test_rewrite.py::test_the_right_option_stands_anywhere",
+    ),
+    Mutation(
+        "a twin passes that the gate has reasons against",
+        "data/rewrites/sam_mimicry.py",
+        "            if not reasons:",
+        "            if twin:",
+        "data/test_rewrite.py::test_no_secret_survives_the_gate",
+    ),
     # data: related rows and rows of other lengths
     Mutation(
         "on to the least similar neighbour, as the paper's algorithm is printed",
