@@ -5,8 +5,8 @@ planted in it (`_dirty`), `dirt` of the corpus' bytes of each. How many of them 
 documents it loses, stands beside the loss. The held-out side is clean and normalised by no step, so every method is
 judged on the same text; `clean_bits_per_byte`, measured beside the baseline, is what the corpus without the dirt gives:
 nobody can gain more than lies between. A step that gives scores drops none; `ranked` says how often it scores a clean
-document higher than a planted one. Megabytes per second are those of one process over the pool; they have no ratio,
-as the baseline does nothing.
+document higher than a planted one. Megabytes per second are those of one process's CPU time over the pool; they have
+no ratio, as the baseline does nothing.
 
 Steps that keep a fraction of what they get are judged by what they chose (`_selecting`): those that aim at a target by
 its bits per byte, others by the mean over domains, all at equal tokens of training.
@@ -78,11 +78,11 @@ def cleaned(choice: Choice, seed: int, bench: training.Bench) -> Measurement:
     step = registry.build("step", choice)
     clean, heldout = prose(bench.corpus.train), [d.text for d in prose(bench.corpus.heldout)]
     pool = _dirty.plant(clean, bench.settings.scale.dirt, seed)
-    start = time.perf_counter()
+    start = time.process_time()
     step.open(Context(seed=seed))
     out = list(step.run(pool))
     step.close()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     kept = [item for item in out if isinstance(item, Document)]
     if not kept:
         raise UserError(f"step {choice} dropped all {len(pool)} documents; give other knobs or another corpus")
