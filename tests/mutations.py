@@ -36,6 +36,21 @@ class Mutation:
 
 
 MUTATIONS = (
+    # data: codecs
+    Mutation(
+        "the coder starts anew at each window, its model does not",
+        "data/codecs/neural_compression.py",
+        "first, last = self.child(data[at:end], low, high, data[end])",
+        "first, last = self.child(data[:end], low, high, data[end])",
+        "data/test_codec.py::test_a_window_means_the_same_wherever_it_stands",
+    ),
+    Mutation(
+        "no code says that a window ends",
+        "data/codecs/neural_compression.py",
+        "low, spare = low + 1, 0",
+        "low, spare = low, 0",
+        "data/test_codec.py::test_every_code_is_one_window_and_every_window_one_code",
+    ),
     # data: rewriting
     Mutation(
         "only rephrasings are kept",
@@ -168,8 +183,8 @@ MUTATIONS = (
     Mutation(
         "damaged files are no reason for an exit code",
         "cli/curate.py",
-        "    if damaged:\n        raise typer.Exit(1)",
-        "    if damaged:\n        raise typer.Exit(0)",
+        "    if any(failures.values()):\n        raise typer.Exit(1)",
+        "    if any(failures.values()):\n        raise typer.Exit(0)",
         "data/test_faults.py::test_damage_is_named_and_the_rest_is_done",
     ),
     # data: mixtures

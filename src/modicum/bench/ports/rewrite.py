@@ -7,7 +7,7 @@ and their originals, is what a perfect rewriter gives; `placebo_bits_per_byte`, 
 generator goes on to write after each one's first words, is what leaks from the generator's own training. A rewriter is
 worth its seconds only where it beats the baseline *and* the placebo.
 
-Text is generated once and shared by all seeds; `generate_seconds` are the CPU seconds of that once. How many of the requests
+Text is generated once and shared by all seeds; `generate_seconds` are the CPU seconds of that once. How many requests
 passed the rewriter's checks, how long replies are, and how many numbers and capitalised words they keep, stands beside.
 """
 
