@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import numpy as np
 import pytest
 
@@ -19,20 +17,17 @@ SAMPLE = [t.encode() for t in TEXTS * 5]
 def test_tables_are_the_blend_of_counts() -> None:
     counts = Counts(3).fit(SAMPLE)
     for context in (b"", b"t", b"th", b"the", b"xyz", b"qth", b" vi"):
-        p = {b: Fraction(1, 256) for b in range(256)}
+        blend = [TOTAL // 256] * 256
         for k in range(len(context) + 1):
             suffix = context[len(context) - k :]
             after = [t[i + k] for t in SAMPLE for i in range(len(t) - k) if t[i : i + k] == suffix]
             if not after:
                 break
             n, kinds = len(after), len(set(after))
-            p = {b: (after.count(b) + kinds * p[b]) / Fraction(n + kinds) for b in p}
+            blend = [max(1, (after.count(b) * TOTAL + kinds * blend[b]) // (n + kinds)) for b in range(256)]
+            blend[blend.index(max(blend))] += TOTAL - sum(blend)
         table = counts.table(context)
-        assert table[0] == 0 and table[-1] == TOTAL and (np.diff(table) >= 1).all()
-        exact = np.array([float(p[b] * TOTAL) for b in range(256)])
-        error = np.abs(np.diff(table) - exact)
-        rest = np.argmax(exact)
-        assert (np.delete(error, rest) <= 2).all() and error[rest] <= 256
+        assert np.diff(table).tolist() == blend and (table[0], table[-1]) == (0, TOTAL)
 
 
 def test_every_code_is_one_window_and_every_window_one_code() -> None:
@@ -72,7 +67,8 @@ def test_a_window_means_the_same_wherever_it_stands() -> None:
     codec = neural_compression.EqualInformation(neural_compression.Config(window=16, bits=16)).fit(TEXTS * 5)
     ids = codec.encode(TEXTS[1])
     starts = np.cumsum([0, *(n for _, n in codec.windows(TEXTS[1].encode()))])
-    for k in (1, 3, 5):
+    assert len(ids) >= 3
+    for k in range(1, len(ids)):
         assert codec.encode(TEXTS[1].encode()[starts[k] :].decode()) == ids[k:]
 
 
