@@ -119,6 +119,17 @@ GOOD = "\n".join(
 )
 
 
+def test_a_bound_that_is_met_is_kept() -> None:
+    spoken = [*COMMON[:8], *(f"{a}{b}" for a in NOUNS for b in NOUNS)]
+    for letters, reason in ((80, None), (79, "few-letters")):
+        text = " ".join([*spoken[:letters], *(str(100 + i) for i in range(100 - letters))])
+        item = one("gopher:repetition=false", text)
+        assert getattr(item, "reason", None) == reason
+    for hashes, reason in ((11, None), (13, "hashes")):  # they are words too: 11 of 111, 13 of 113
+        item = one("gopher:repetition=false", " ".join([*spoken[:100], *["#"] * hashes]))
+        assert getattr(item, "reason", None) == reason
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -28,7 +28,7 @@ def _made(key: str, texts: list[str] | None = None) -> Iterator[Retriever]:
         knobs = {f.name for f in dataclasses.fields(loaded.config)}
         if "model" in knobs:
             config = loaded.config(model=str(_trained(Path(folder) / "model")))
-        elif key == "late":
+        elif getattr(loaded.config(), "encoder", "") == "minilm":
             config = loaded.config(encoder=f"sentence-transformers:model={_raw(Path(folder) / 'model')}")
         else:
             config = loaded.config()
