@@ -134,6 +134,7 @@ def test_metadata_is_read_and_never_learnt() -> None:
             row, aim = tokens[mine].tolist(), targets[mine].tolist()
             assert positions[mine].tolist() == list(range(len(row)))
             opening = int(row[0] == 0)  # begins here: the start token stays first
+            assert 0 not in row[1:]
             value = max(row)
             i = value % 100
             assert row[opening : opening + 3] == [2, 3 + i % 4, 7]
