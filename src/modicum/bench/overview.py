@@ -53,12 +53,12 @@ def rows_of(info: PortInfo, evidence: Path) -> list[dict[str, Any]]:
     rows = []
     for key, card in cards.items():
         about = _about(info, key, card)
-        if reason := not_measurable(registry.methods(info.name)[key]):
-            rows.append(about | {"verdict": "not measurable here", "why": reason})
-        elif key not in measured:
-            rows.append(about | {"verdict": "not measured yet"})
-        else:
+        if key in measured:
             rows += [about | _figures(row) for row in measured[key].values()]
+        elif reason := not_measurable(registry.methods(info.name)[key]):
+            rows.append(about | {"verdict": "not measurable here", "why": reason})
+        else:
+            rows.append(about | {"verdict": "not measured yet"})
     return rows
 
 
