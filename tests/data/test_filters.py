@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from modicum.core.errors import UserError
 from modicum.data import rules
 from modicum.data.curate import CurateConfig, curate
 from modicum.data.document import Document, Drop
-from modicum.data.steps import Context
+from modicum.data.steps import Context, gopher
 from modicum.data.steps.line_dedup import key_of
 from modicum.data.steps.pii import iban, luhn
+from modicum.data.words import word_hashes, word_hashes_of
 
 COMMON = re.findall(r"\w+", "the of and to that have with be a in it was for on are as with his they at")
 NOUNS = re.findall(
@@ -330,3 +332,43 @@ def test_decontamination_in_the_pipeline(tmp_path: Path) -> None:
     made = curate(str(source), tmp_path / "out", CurateConfig(steps=steps, vocab_size=300, heldout=0.2), processes=1)
     assert made.drops == {"decontaminate": {"contaminated": 1}}
     assert "texts/3.txt" in (made.folder / "drops.jsonl").read_text()
+
+
+def test_bounds_of_what_repeats_are_bounds() -> None:
+    """What the exact count skips by is never below it, and is it where nothing overlaps."""
+    tight = 0
+    for text in odd_texts(200):
+        words = rules.words(text)
+        joined, spaced = gopher.Grams(words, ""), gopher.Grams(words, " ")
+        for n in range(2, 11):
+            exact = gopher.repeated(words, n)
+            assert joined.repeated(n) >= exact
+            tight += joined.repeated(n) == exact > 0
+            grams = Counter(" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
+            assert spaced.most(n) >= max((len(g) * c for g, c in grams.items() if c == max(grams.values())), default=0)
+    assert tight > 50
+
+
+def test_curate_bench_beside_datatrove() -> None:
+    pytest.importorskip("datatrove")
+    from modicum.bench import curate
+
+    rows = {row.task: row for row in curate.measure(megabytes=0.1, seconds=0.0)}
+    assert rows["gopher"].differ == 0 and rows["gopher"].dropped > 0
+    assert rows["minhash"].differ <= 0.1 * rows["minhash"].documents and all(row.rate > 0 for row in rows.values())
+
+
+def test_words_of_several_texts_are_those_of_each() -> None:
+    texts = [
+        "",
+        "one",
+        "two words",
+        " ",
+        "\u0130STANBUL \u03a3\u0391\u03a3",
+        "\u4e00\u4e8c three",
+        "...",
+        "ends here",
+        *odd_texts(20),
+    ]
+    for ours, text in zip(word_hashes_of(texts), texts, strict=True):
+        assert ours.tolist() == word_hashes(text)[0].tolist()

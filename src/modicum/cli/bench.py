@@ -12,7 +12,7 @@ import typer
 
 
 def bench(
-    port: Annotated[str, typer.Argument(help="A port, all, or engine or train: speed beside other programs.")],
+    port: Annotated[str, typer.Argument(help="A port, all, or engine, train or curate: speed beside other programs.")],
     method: Annotated[
         list[str] | None,
         typer.Argument(metavar="[METHOD]...", help="Methods, KEY or KEY:knob=value,...; all of the port if left out."),
@@ -57,6 +57,11 @@ def bench(
     from modicum.core.errors import ModicumError, UserError
     from modicum.core.events import Progress
 
+    if port == "curate":
+        if method or plot or budget or scale or resume or missing or stale or model:
+            raise UserError("bench curate takes --data, --limit, --quick and --json")
+        curate(data, quick=quick, as_json=as_json, limit=units.parse(limit, "seconds"))
+        return
     if port in ("engine", "train"):
         if plot or data or budget or scale or resume or missing or stale:
             raise UserError(f"bench {port} takes METHOD (whom to measure), --model, --limit, --quick and --json")
@@ -238,6 +243,15 @@ def train(
         print(json.dumps(result, indent=2))
         return
     tables.train(result)
+
+
+def curate(data: str | None, *, quick: bool, as_json: bool, limit: float) -> None:
+    """MinHash and the Gopher filters beside datatrove."""
+    from modicum.bench import curate as side
+
+    megabytes, seconds = (0.3, 0.5) if quick else (4.0, min(limit, 60.0) / 3)
+    rows = side.measure(data, megabytes=megabytes, seconds=seconds)
+    print(json.dumps(side.as_dicts(rows), indent=2) if as_json else side.table(rows))
 
 
 def every_port(**options: Any) -> None:

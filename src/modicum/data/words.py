@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -38,9 +39,24 @@ def word_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
 
     A word is a run of letters, digits, marks and underscores; of kana and Han, one character.
     """
-    points = np.frombuffer(text.lower().encode("utf-32-le", "surrogatepass"), "<u4")
+    hashes, lengths, _ = _words(text.lower())
+    return hashes, lengths
+
+
+def word_hashes_of(texts: Sequence[str]) -> list[np.ndarray]:
+    """The hashes of `word_hashes`, of several texts at once: short ones cost most by themselves."""
+    lowered = [text.lower() for text in texts]
+    hashes, _, starts = _words("\n".join(lowered))
+    after = np.cumsum([len(text) + 1 for text in lowered])
+    cuts = np.searchsorted(starts, after[:-1])
+    return np.split(hashes, cuts)
+
+
+def _words(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(hash, length, index of the first character) of each word of a text in lower case."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
     if len(points) == 0:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
     single = np.zeros(len(points), bool)
     for low, high in SINGLE:
         single |= (points >= low) & (points <= high)
@@ -50,18 +66,18 @@ def word_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
     apart = single | np.concatenate([[False], single[:-1]])
     starts = np.flatnonzero(word & (after_none | apart))
     if len(starts) == 0:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64), starts
     ends = np.append(starts[1:], len(points))
     # H(word) = sum of c_i p^(i - start), from prefix sums of c_i p^i; other characters add nothing.
-    powers, inverse = _powers(max(1 << 12, 1 << (len(points) - 1).bit_length()))
+    power, inverse = powers(max(1 << 12, 1 << (len(points) - 1).bit_length()))
     values = np.where(word, points.astype(np.uint64) + np.uint64(1), np.uint64(0))
-    prefix = np.concatenate([[np.uint64(0)], np.cumsum(values * powers[: len(points)], dtype=np.uint64)])
+    prefix = np.concatenate([[np.uint64(0)], np.cumsum(values * power[: len(points)], dtype=np.uint64)])
     letters = np.concatenate([[0], np.cumsum(word)])
-    return mix((prefix[ends] - prefix[starts]) * inverse[starts]), letters[ends] - letters[starts]
+    return mix((prefix[ends] - prefix[starts]) * inverse[starts]), letters[ends] - letters[starts], starts
 
 
 @cache
-def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+def powers(count: int) -> tuple[np.ndarray, np.ndarray]:
     """p^i and p^-i modulo 2^64 for i < count."""
     first = np.ones(1, np.uint64)
     return tuple(

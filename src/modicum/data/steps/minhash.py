@@ -25,9 +25,11 @@ import numpy as np
 from modicum.core.errors import UserError
 from modicum.data.document import Document
 from modicum.data.steps import Step
-from modicum.data.words import combine, mix, ngrams, word_hashes
+from modicum.data.words import combine, mix, ngrams, word_hashes_of
 
-BLOCK = 1 << 14  # n-grams hashed at once: 16 MiB for 128 permutations
+BLOCK = 1 << 8  # n-grams hashed at once: 256 KiB for 128 permutations, so that they stay in the cache
+
+CHARACTERS = 1 << 15  # of texts whose words are hashed at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +56,28 @@ class MinHash(Step):
     def signatures(self, documents: Sequence[Document]) -> np.ndarray:
         """uint32 [documents, permutations]."""
         out = np.empty((len(documents), self.config.permutations), np.uint32)
-        for i, document in enumerate(documents):
-            words, _ = word_hashes(document.text)
-            if len(words) == 0:
-                words = np.zeros(1, np.uint64)
-            out[i] = self._signature(np.unique(ngrams(words, min(self.config.ngram, len(words)))))
+        for rows in batches([len(d.text) for d in documents]):
+            words = word_hashes_of([documents[i].text for i in rows])
+            n = self.config.ngram
+            # The n-grams of all texts of the batch at once; those that begin in one and end in the next are left out.
+            grams = ngrams(np.concatenate([*words, np.zeros(n, np.uint64)]), n)
+            at = 0
+            for i, own in zip(rows, words, strict=True):
+                if len(own) >= n:
+                    out[i] = self._signature(grams[at : at + len(own) - n + 1])
+                else:
+                    out[i] = self._signature(ngrams(own, len(own)) if len(own) else ngrams(np.zeros(1, np.uint64), 1))
+                at += len(own)
         return out
 
     def _signature(self, hashes: np.ndarray) -> np.ndarray:
-        least = np.full(self.config.permutations, 2**32 - 1, np.uint32)
+        least = np.full(self.config.permutations, 2**64 - 1, np.uint64)
         for start in range(0, len(hashes), BLOCK):
-            mixed = hashes[start : start + BLOCK, None] * self.factors + self.offsets
-            np.minimum(least, (mixed >> np.uint64(32)).astype(np.uint32).min(axis=0), out=least)
-        return least
+            mixed = hashes[start : start + BLOCK, None] * self.factors
+            mixed += self.offsets
+            np.minimum(least, mixed.min(axis=0), out=least)
+        signature: np.ndarray = (least >> np.uint64(32)).astype(np.uint32)  # its upper half is the least upper half
+        return signature
 
     def decide(self, signatures_NK: np.ndarray, ids: Sequence[str]) -> dict[int, tuple[str, str]]:
         buckets = self._shared_buckets(signatures_NK)
@@ -95,6 +106,19 @@ class MinHash(Step):
             for row in np.flatnonzero(counts[inverse] > 1):
                 shared.setdefault(int(row), []).append((band, int(inverse[row])))
         return shared
+
+
+def batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Consecutive numbers of texts, those of a batch of at most `CHARACTERS` together, or one."""
+    out: list[list[int]] = []
+    size = 0
+    for i, length in enumerate(lengths):
+        if not out or size + length > CHARACTERS:
+            out.append([])
+            size = 0
+        out[-1].append(i)
+        size += length
+    return out
 
 
 @cache
