@@ -15,7 +15,7 @@ from modicum.pipeline.recipe import parse
     [
         (
             "pretrain.optimizer=refactor-reset",
-            ["'refactor-reset'", "requires factors", "pretrain.form=lora or sltrain"],
+            ["'refactor-reset'", "requires factors", "pretrain.form=lora or"],
         ),
         ("pretrain.objective=meco", ["'meco'", "document_mask", "pretrain.packing=concat:mask=true"]),
         ("pretrain.objective=ul2", ["'ul2'", "reserved_tokens", "curate.reserved=103"]),

@@ -110,9 +110,9 @@ def fields(path: Path, name: str) -> tuple[Knob, ...]:
 
 
 def _knobs(config: ast.ClassDef | None, tree: ast.Module, text: str) -> tuple[Knob, ...]:
-    """Fields of a dataclass as written, those of its bases first."""
+    """Fields of a dataclass as written, those of its bases first, the last base before the others as dataclasses do."""
     knobs: dict[str, Knob] = {}
-    for base in config.bases if config else []:
+    for base in reversed(config.bases) if config else []:
         knobs |= {knob.name: knob for knob in _inherited(ast.unparse(base), tree, text)}
     lines = text.splitlines()
     for node in config.body if config else []:

@@ -17,7 +17,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from modicum.compress.compressors._affine import AffineConfig
 from modicum.compress.divergence import original, scores
 from modicum.compress.method import compress_with, model_files, prepare, setting_up, tokens_hash
 from modicum.compress.run import weight_bytes
-from modicum.core import compose, registry
+from modicum.compress.settings import EMBEDDINGS, PLAIN, SETTINGS, best_uniform, counts, kept_tensors, named, units_of
+from modicum.core import compose
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.core.events import Events
@@ -41,12 +42,8 @@ from modicum.data.tokenizer import Tokenizer
 from modicum.model import attach
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, load_config, load_model
-from modicum.model.linear import LinearForm
 
 METHODS = ("awq:steps=10,inspect=256", "gptq", "rtn:clip=true")
-SETTINGS = tuple(AffineConfig(bits=b, group=g) for b, g in ((2, 64), (3, 64), (4, 64), (4, 32), (8, 64)))  # type: ignore[arg-type]
-EMBEDDINGS = ("affine:bits=3,group=64", "int4:group=64", "int4:group=32", "int8:group=64")
-PLAIN = None  # the setting of a matrix that stays as it is
 ENTRY, HEADER = 700, 1 << 13  # bytes of a matrix's and of the folder's descriptions, at most
 VALIDATION, HELDOUT, LENGTH = 8, 12, 128  # sequences of validation text and of each held-out domain, their tokens
 TOLERATED = 0.02  # relative rise of bits per byte without a warning
@@ -120,7 +117,7 @@ def compress_to(
     if attach.forms(model):
         raise UserError(f"{source} holds linear forms already; compress the model it came from")
     names = [name for name in attach.linears(model) if name.startswith("layers.")]
-    fixed = sum(t.nbytes for n, t in _tensors(model).items()) + HEADER + ENTRY * (len(names) + 1)
+    fixed = sum(t.nbytes for n, t in kept_tensors(model).items()) + HEADER + ENTRY * (len(names) + 1)
     budget = size - fixed
     _check_size(model, names, size, budget)
     length = min(length, model.config.context_length)
@@ -131,13 +128,13 @@ def compress_to(
     validation_NT = calibrate.sequences(texts[1::2], tokenizer, VALIDATION, short)
     work = out.with_name(f".{out.name}.sizing")
     prepare(work, _plan(source, tokens_NT, validation_NT))
-    units = _units(model, names, _errors(model, names, tokens_NT, work, events))
+    units = units_of(model, names, _errors(model, names, tokens_NT, work, events))
     del model
     chosen = allocate.allocate(units, budget)
     trial = _Trial(source, work, tokens_NT, validation_NT, events)
     allocated = {str(c): trial.kl(c, units, chosen, "allocated") for c in choices}
     best = min(choices, key=lambda c: allocated[str(c)])
-    uniform = _best_uniform(units, budget)
+    uniform = best_uniform(units, budget)
     kls = dict(allocated)
     if uniform is not None:
         kls[f"{best}, uniform"] = trial.kl(best, units, uniform, "uniform")
@@ -157,11 +154,11 @@ def compress_to(
         bytes=nbytes,
         original_bytes=weight_bytes(source),
         budget=size,
-        bits=_counts(units, picked),
+        bits=counts(units, picked),
         embedding=str(units[-1].settings[picked[-1]] or "plain"),
         expected_kl=allocate.total(units, picked)[1],
         kl_by_method=kls,
-        uniform="none fits" if uniform is None else _name(units[0].settings[uniform[0]]),
+        uniform="none fits" if uniform is None else named(units[0].settings[uniform[0]]),
         uniform_bytes=weight_bytes(beside),
         domains=domains,
         warnings=_warnings(domains, units, fixed, size),
@@ -235,20 +232,8 @@ def _fitting(methods: Sequence[Any], source: Path) -> list[Choice]:
     return choices
 
 
-def _tensors(model: Decoder) -> dict[str, Tensor]:
-    """What stays as it is: norms, biases, an untied head, ..."""
-    from modicum.model.linear import unique_tensors
-
-    kept = {}
-    for name, tensor in unique_tensors(model).items():
-        matrix = name.startswith("layers.") and tensor.dim() == 2
-        if not matrix and tensor is not model.embed.weight and tensor.data_ptr() != model.embed.weight.data_ptr():
-            kept[name] = tensor
-    return kept
-
-
 def _check_size(model: Decoder, names: list[str], size: float, budget: float) -> None:
-    units = _units(model, names, None)
+    units = units_of(model, names, None)
     most, least = sum(max(u.nbytes) for u in units), allocate.least_bytes(units)
     if least > budget:
         smallest = math.ceil((size - budget + least) / 2**20 * 100) / 100
@@ -258,36 +243,6 @@ def _check_size(model: Decoder, names: list[str], size: float, budget: float) ->
         )
     if most <= budget:
         raise UserError(f"the model fits {bytes_text(size)} as it is; give a smaller size")
-
-
-def _units(model: Decoder, names: list[str], errors: Mapping[str, list[float]] | None) -> list[allocate.Unit]:
-    """Matrices in the order of the model, gate and up of a layer together; the embedding last."""
-    layers = attach.linears(model)
-    grouped: dict[str, list[str]] = {}
-    for name in names:
-        grouped.setdefault(name.replace(".mlp.gate", ".mlp.up"), []).append(name)
-    units = []
-    for members in grouped.values():
-        weights = [attach.plain(layers[n])[0] for n in members]
-        nbytes = [sum(_bytes(s, w) for w in weights) for s in SETTINGS]
-        own = [[0.0] * len(SETTINGS) if errors is None else errors[n] for n in members]
-        summed = [sum(column) for column in zip(*own, strict=True)]
-        plain = sum(w.nbytes for w in weights)
-        units.append(allocate.Unit(tuple(members), (*SETTINGS, PLAIN), (*nbytes, plain), (*summed, 0.0)))
-    table: Any = model.embed.weight
-    nbytes = [_form_bytes(Choice.parse("linear", form), table) for form in EMBEDDINGS]
-    measured = [0.0] * len(EMBEDDINGS) if errors is None else errors["embed"]
-    units.append(allocate.Unit(("embed",), (*EMBEDDINGS, PLAIN), (*nbytes, table.nbytes), (*measured, 0.0)))
-    return units
-
-
-def _bytes(setting: AffineConfig, weight_OI: Tensor) -> int:
-    return _form_bytes(Choice("linear", "affine", dataclasses.asdict(setting)), weight_OI)
-
-
-def _form_bytes(choice: Choice, weight_OI: Tensor) -> int:
-    form: type[LinearForm] = registry.load("linear", choice.method, LinearForm).cls
-    return int(form.cost(choice.config(), (weight_OI.shape[0], weight_OI.shape[1])).disk_bytes or 0)
 
 
 def _errors(model: Decoder, names: list[str], tokens_NT: Tensor, work: Path, events: Events) -> dict[str, list[float]]:
@@ -301,18 +256,6 @@ def _errors(model: Decoder, names: list[str], tokens_NT: Tensor, work: Path, eve
         shutil.rmtree(work / "probe")
     errors: dict[str, list[float]] = read_json(path)
     return errors
-
-
-def _best_uniform(units: Sequence[allocate.Unit], budget: float) -> list[int] | None:
-    """One setting for all matrices and one for the embedding: of those that fit, that of the least error."""
-    fitting = []
-    for layer in range(len(SETTINGS)):
-        for table in range(len(EMBEDDINGS) + 1):
-            chosen = [layer] * (len(units) - 1) + [table]
-            nbytes, error = allocate.total(units, chosen)
-            if nbytes <= budget:
-                fitting.append((error, chosen))
-    return min(fitting)[1] if fitting else None
 
 
 def _measured(
@@ -375,19 +318,6 @@ def _larger(units: Sequence[allocate.Unit], fixed: int, size: float) -> str | No
         if allocate.total(units, allocate.allocate(units, larger - fixed))[1] < now / 4:
             return f"--to {larger / 2**20:.0f}MiB would have a quarter of the expected KL"
     return None
-
-
-def _name(setting: AffineConfig | None) -> str:
-    return "plain" if setting is PLAIN else f"{setting.bits} bits, group {setting.group}"
-
-
-def _counts(units: Sequence[allocate.Unit], chosen: Sequence[int]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for setting in (*SETTINGS, PLAIN):
-        n = sum(len(u.names) for u, c in zip(units[:-1], chosen[:-1], strict=True) if u.settings[c] == setting)
-        if n:
-            counts[_name(setting)] = n
-    return counts
 
 
 def _plan(source: Path, tokens_NT: Tensor, validation_NT: Tensor) -> str:

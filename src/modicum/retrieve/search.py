@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +39,8 @@ FORMAT = 2
 MODES = ("bm25", "dense", "fused")
 SHARD = 512  # passages encoded between two saves
 MAKE = "modicum index SOURCE --out FOLDER"
+# NumPy reads headers by `ast`, which may fail in two threads at once before Python 3.11.8 (gh-106905).
+LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,9 @@ def _pool_shards(
 
 def _shards(folder: Path) -> Iterator[np.ndarray]:
     for path in sorted(folder.glob("*.npy")):
-        yield np.load(path, allow_pickle=False)
+        with LOADING:
+            shard = np.load(path, allow_pickle=False)
+        yield shard
 
 
 def _blocks(encoder: Encoder, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -229,8 +234,9 @@ class Searcher:
             )
         manifest.verify(self.folder, self.manifest["files"], everything=check)
         self.passages = Passages(self.folder / "passages.parquet")
-        self.bm25 = BM25.load(self.folder / "bm25", len(self.passages))
-        self.dense: Index | None = open_index(self.folder / "dense") if self.manifest["encoder"] else None
+        with LOADING:
+            self.bm25 = BM25.load(self.folder / "bm25", len(self.passages))
+            self.dense: Index | None = open_index(self.folder / "dense") if self.manifest["encoder"] else None
         self._encoder: Encoder | None = None
 
     def __len__(self) -> int:
