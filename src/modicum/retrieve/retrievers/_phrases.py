@@ -2,7 +2,8 @@
 
 A phrase is a run of capitalised words ("University of Vienna"), a year, a quoted text or an identifier. A fact joins
 two phrases that follow each other in a sentence, with the words between as its relation, and the passage's title (a
-short first line) with every phrase of the passage: passages seldom repeat what they are about.
+short first line) with every phrase of the passage: passages seldom repeat what they are about. A verb that begins a
+sentence counts as a phrase too, which misleads where most sentences begin so (documentation).
 """
 
 from __future__ import annotations
