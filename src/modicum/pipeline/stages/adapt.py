@@ -78,6 +78,7 @@ class Adapt(Stage[Section]):
             update={
                 "passages": section.passages or (serve.passages if serve else 3),
                 "base": section.base or (before.base if before else None),
+                "form": before.form if before else section.form,  # the adapter's, for plans
                 "dtype": section.dtype or training.dtype_of(recipe),
             }
         )
