@@ -10,10 +10,12 @@ up to T. Everything is an integer, in one order: tables are equal bit by bit whe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from modicum.core.errors import UserError
+from modicum.data.codecs import Codec, to_bytes
 
 TOTAL = 1 << 16
 MOST_ORDER = 6  # a context and the byte after it have to fit 64 bits
@@ -83,3 +85,26 @@ class Counts:
 def check_order(order: int) -> None:
     if not 0 <= order <= MOST_ORDER:
         raise ValueError(f"order={order} lies between 0 and {MOST_ORDER}")
+
+
+class Counted(Codec):
+    """A codec that codes with `Counts`: its config has `order`, and `bits` of a token."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.counts = Counts(config.order)
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 << int(self.config.bits)
+
+    def fit(self, texts: Iterable[str]) -> Codec:
+        self.counts.fit(map(to_bytes, texts))
+        return self
+
+    def state(self) -> dict[str, np.ndarray]:
+        return self.counts.state()
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> Codec:
+        self.counts.set_state(state)
+        return self

@@ -12,13 +12,13 @@ written first, in seven bits a token and a mark, in place of an end symbol; the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from modicum.data.codecs import Codec, to_bytes, to_text
-from modicum.data.codecs._counts import TOTAL, Counts, check_order
+from modicum.data.codecs import to_bytes, to_text
+from modicum.data.codecs._counts import TOTAL, Counted, check_order
 
 HALF, QUARTER, FULL = 1 << 31, 1 << 30, (1 << 32) - 1
 
@@ -34,20 +34,8 @@ class Config:
             raise ValueError(f"bits={self.bits} lies between 4 and 16")
 
 
-class Arithmetic(Codec):
+class Arithmetic(Counted):
     config: Config
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        self.counts = Counts(config.order)
-
-    @property
-    def vocab_size(self) -> int:
-        return 1 << self.config.bits
-
-    def fit(self, texts: Iterable[str]) -> Arithmetic:
-        self.counts.fit(map(to_bytes, texts))
-        return self
 
     def encode(self, text: str) -> list[int]:
         data = to_bytes(text)
@@ -116,10 +104,3 @@ class Arithmetic(Codec):
                 value = 2 * value + (int(stream[at]) if at < len(stream) else 0)
                 at += 1
         return to_text(bytes(data))
-
-    def state(self) -> dict[str, np.ndarray]:
-        return self.counts.state()
-
-    def set_state(self, state: Mapping[str, np.ndarray]) -> Arithmetic:
-        self.counts.set_state(state)
-        return self

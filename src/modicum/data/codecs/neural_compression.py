@@ -16,13 +16,13 @@ place of padding that a decoder has to see through; the empty window has none, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from modicum.data.codecs import Codec, to_bytes, to_text
-from modicum.data.codecs._counts import TOTAL, Counts, check_order
+from modicum.data.codecs import to_bytes, to_text
+from modicum.data.codecs._counts import TOTAL, Counted, check_order
 
 SWEEP = ("window=16,bits=8", "window=12,bits=12")
 CLAIM = {
@@ -49,20 +49,8 @@ class Config:
 TOY = Config(window=16, bits=8)
 
 
-class EqualInformation(Codec):
+class EqualInformation(Counted):
     config: Config
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        self.counts = Counts(config.order)
-
-    @property
-    def vocab_size(self) -> int:
-        return 1 << self.config.bits
-
-    def fit(self, texts: Iterable[str]) -> EqualInformation:
-        self.counts.fit(map(to_bytes, texts))
-        return self
 
     def child(self, context: bytes, low: int, high: int, byte: int) -> tuple[int, int]:
         """Codes of the window `context` plus `byte`, of those, `low` to `high`, of `context`; none if it does not
@@ -118,10 +106,3 @@ class EqualInformation(Codec):
             low, high = int(first_V[byte]), int(first_V[byte + 1])
             data += bytes([byte])
         return data
-
-    def state(self) -> dict[str, np.ndarray]:
-        return self.counts.state()
-
-    def set_state(self, state: Mapping[str, np.ndarray]) -> EqualInformation:
-        self.counts.set_state(state)
-        return self
