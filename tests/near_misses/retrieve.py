@@ -34,6 +34,13 @@ MUTATIONS = (
         "retrieve/test_hipporag.py::test_the_walk_is_the_solution_of_its_equation",
     ),
     Mutation(
+        "a verb that begins a sentence is a phrase",
+        "retrieve/retrievers/_phrases.py",
+        " and not initial(run, name):",
+        ":",
+        "retrieve/test_hipporag.py::test_a_verb_that_begins_a_sentence_is_no_phrase",
+    ),
+    Mutation(
         "the filter is applied to the k best instead of before them",
         "retrieve/search.py",
         "subset = rows if subset is None else np.intersect1d(rows, np.fromiter(subset, np.int64))",

@@ -2,15 +2,16 @@
 
 A phrase is a run of capitalised words ("University of Vienna"), a year, a quoted text or an identifier. A fact joins
 two phrases that follow each other in a sentence, with the words between as its relation, and the passage's title (a
-short first line) with every phrase of the passage: passages seldom repeat what they are about. A verb that begins a
-sentence counts as a phrase too, which misleads where most sentences begin so (documentation).
+short first line) with every phrase of the passage: passages seldom repeat what they are about. One word that begins a
+sentence is a phrase only where the passage has it capitalised inside a sentence or in its title: sentences of
+documentation begin with verbs.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 JOINING = {"of", "the", "de", "la", "von", "van", "der", "&", "du", "del", "di"}
@@ -42,17 +43,25 @@ def normal(phrase: str) -> str:
     return " ".join(word for i, word in enumerate(words) if word and (i or word not in ("the", "a", "an")))
 
 
-def phrases(sentence: str) -> list[tuple[str, int, int]]:
-    """(normalised phrase, start, end) of every named phrase of a sentence, in order."""
+def phrases(sentence: str, names: Container[str] = ()) -> list[tuple[str, int, int]]:
+    """(normalised phrase, start, end) of every named phrase of a sentence, in order.
+
+    names: what may stand alone at the sentence's beginning; any other word there may be capitalised for that alone.
+    """
     named: list[tuple[str, int, int]] = []
     run: list[re.Match[str]] = []  # capitalised words, joined by words of JOINING
+
+    def initial(run: list[re.Match[str]], name: str) -> bool:
+        word = run[0][0]
+        begins = not sentence[: run[0].start()].strip(" \t*-#>")
+        return begins and len(run) == 1 and word[1:] == word[1:].lower() and name not in names
 
     def close() -> None:
         while run and run[-1][0].lower() in JOINING:
             run.pop()
         while run and run[0][0].lower().strip(".") in COMMON:
             run.pop(0)
-        if run and (name := normal(sentence[run[0].start() : run[-1].end()])):
+        if run and (name := normal(sentence[run[0].start() : run[-1].end()])) and not initial(run, name):
             named.append((name, run[0].start(), run[-1].end()))
         run.clear()
 
@@ -78,8 +87,11 @@ def extract(text: str) -> Facts:
     title, body = _titled(text)
     names: dict[str, None] = dict.fromkeys([title] if title else [])
     triples: list[tuple[str, str, str]] = []
-    for sentence in sentences(body):
-        inside = phrases(sentence)
+    parts = list(sentences(body))
+    inner = {word for part in parts for name, _, _ in phrases(part) for word in (name, *name.split())}
+    inner.update((title, *title.split()))
+    for sentence in parts:
+        inside = phrases(sentence, inner)
         names.update(dict.fromkeys(name for name, _, _ in inside))
         for (a, _, end), (b, start, _) in itertools.pairwise(inside):
             if a != b:

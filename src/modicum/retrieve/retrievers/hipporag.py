@@ -56,6 +56,7 @@ class Graph:
 
     rows_A: np.ndarray
     names: list[str]
+    known: frozenset[str]  # the same names
     vectors_PD: np.ndarray
     walk_PP: Any
     facts_AP: Any
@@ -127,13 +128,15 @@ class HippoRag(Retriever):
         facts_AP = sparse.csr_matrix((n_H.astype(float), (at_H, phrase_H)), shape=(len(rows_A), P))
         passages_P = np.asarray((facts_AP > 0).sum(0)).ravel()
         lexicon = BM25.build(self.texts[r] for r in rows_A)
-        return Graph(rows_A, names, vectors_PD, walk_PP, facts_AP, passages_P, lexicon)
+        return Graph(rows_A, names, frozenset(names), vectors_PD, walk_PP, facts_AP, passages_P, lexicon)
 
     def reset(self, graph: Graph, query: str) -> np.ndarray:
         """r_P: where the walk begins; zeros for a question without a phrase."""
         r_P = np.zeros(len(graph.names))
-        linked = list(dict.fromkeys(name for part in sentences(query) for name, _, _ in phrases(part)))
-        if not linked or not graph.names:
+        if not graph.names:
+            return r_P
+        linked = list(dict.fromkeys(name for part in sentences(query) for name, _, _ in phrases(part, graph.known)))
+        if not linked:
             return r_P
         for node in (self._vectors(linked) @ graph.vectors_PD.T).argmax(1):
             r_P[node] += 1 / graph.passages_P[node] if self.config.specificity else 1
