@@ -136,7 +136,9 @@ def test_phrases_and_facts_by_rules() -> None:
 
 
 def test_a_verb_that_begins_a_sentence_is_no_phrase() -> None:
-    facts = extract("Return the next line of StringIO. Open files with BytesIO. JSON is parsed.\n- Read it from Vienna.")
+    facts = extract(
+        "Return the next line of StringIO. Open files with BytesIO. JSON is parsed.\n- Read it from Vienna."
+    )
     assert facts.phrases == ("stringio", "bytesio", "json", "vienna")
     # A word that stands capitalised inside a sentence, or in the title, is a name at the beginning of one too.
     assert extract("Vienna lies on the Danube. She lived in Vienna. Call her.").phrases == ("vienna", "danube")

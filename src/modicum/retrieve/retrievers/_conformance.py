@@ -27,7 +27,7 @@ def _made(key: str, texts: list[str] | None = None) -> Iterator[Retriever]:
     with tempfile.TemporaryDirectory() as folder:
         knobs = {f.name for f in dataclasses.fields(loaded.config)}
         if "model" in knobs:
-            config = loaded.config(model=str(_trained(Path(folder) / "model")))
+            config = loaded.config(model=str(_trained(Path(folder) / "model", key)))
         elif getattr(loaded.config(), "encoder", "") == "minilm":
             config = loaded.config(encoder=f"sentence-transformers:model={_raw(Path(folder) / 'model')}")
         else:
@@ -45,13 +45,15 @@ def _raw(folder: Path) -> Path:
     return folder
 
 
-def _trained(folder: Path) -> Path:
+def _trained(folder: Path, key: str) -> Path:
+    """By the trainer of the same key."""
     from modicum.retrieve.student import Student
     from modicum.retrieve.trainers._conformance import toy_pairs
     from modicum.retrieve.training import Training, train
 
     student = Student.new([*TEXTS, *QUERIES], width=24, layers=1, heads=2, vocabulary=360)
-    trainer = registry.build("trainer", "colberter:whole=16,words=8,sparsity=0.01", toy_pairs())
+    loaded = registry.load("trainer", key)
+    trainer = loaded.cls(getattr(loaded.module, "TOY", None) or loaded.config(), toy_pairs())
     train(student, trainer, Training(steps=4, batch=6, lr=1e-3), out=folder)
     return folder
 
