@@ -224,4 +224,47 @@ MUTATIONS = (
         "high = _mm512_slli_epi16(some, 1);",
         "serve/test_native.py::test_rows_longer_than_a_step_of_coarse_codes",
     ),
+    # serve: cache forms that are fitted
+    Mutation(
+        "low-rank keys are of the rotated ones",
+        "serve/cacheforms/cskv.py",
+        "x_GNPE = self.rotations.turn(layer, x_GNPE, at_NP, back=True)",
+        "x_GNPE = x_GNPE",
+        "serve/test_cskv.py::test_keys_are_rotated_to_their_own_positions",
+    ),
+    Mutation(
+        "blocks are decoded as if each began at position 0",
+        "serve/coded.py",
+        "        self.first_N[index_N] = first_N\n",
+        "",
+        "serve/test_cskv.py::test_full_rank_gives_the_tokens_of_the_plain_cache",
+    ),
+    Mutation(
+        "asvd scales by the mean magnitude, not by its root",
+        "serve/cacheforms/cskv.py",
+        "torch.diag(s / tokens_NT.numel() + 1e-6)",
+        "torch.diag(s / tokens_NT.numel() + 1e-6).square()",
+        "serve/test_cskv.py::test_asvd_is_the_svd_of_the_scaled_weight",
+    ),
+    Mutation(
+        "the axes of least variance are kept",
+        "serve/cacheforms/_fitted.py",
+        "torch.linalg.eigh(moment_II)[1].flip(-1)",
+        "torch.linalg.eigh(moment_II)[1]",
+        "serve/test_matryoshkakv.py::test_the_untrained_start_is_pca",
+    ),
+    Mutation(
+        "codes are decoded without the mean",
+        "serve/cacheforms/matryoshkakv.py",
+        "heads = [c @ p[:, :r].T + m for",
+        "heads = [c @ p[:, :r].T + 0 * m for",
+        "serve/test_matryoshkakv.py::test_codes_are_the_first_coordinates_about_the_mean",
+    ),
+    Mutation(
+        "one rank is drawn for all layers and heads",
+        "serve/cacheforms/matryoshkakv.py",
+        "levels_2LG = torch.randint(1, LEVELS + 1, (2, L, G), generator=ranks)",
+        "levels_2LG = torch.randint(1, LEVELS + 1, (1, 1, 1), generator=ranks).expand(2, L, G)",
+        "serve/test_matryoshkakv.py::test_ranks_are_drawn_for_each_layer_and_head",
+    ),
 )

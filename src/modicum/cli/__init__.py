@@ -29,6 +29,7 @@ ORDER = (
     "adapt",
     "compress",
     "export",
+    "fit",
     "index",
     "update",
     "search",

@@ -36,7 +36,7 @@ def _checked(knobs: Any) -> Any:
         raise UserError(f"engine={knobs!r} must be keys and values, for example {{kv: h2o, prefix_cache: false}}")
     config = engine_config(knobs)
     try:
-        make_form(config, STAND_IN, torch.bfloat16)
+        make_form(config, STAND_IN, torch.bfloat16, begin=False)
         make_policy(config, STAND_IN, make_scheduler(config, BLOCKS))
     except UserError as error:
         raise UserError(f"engine: {error}") from None

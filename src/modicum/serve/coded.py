@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modicum.serve.cacheforms import CacheForm
+from modicum.serve.cacheforms._fitted import FittedForm
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -63,7 +64,8 @@ class Coded:
         for part, new in zip(self.codes, self.form.encode(self.which, x_XE), strict=True):
             part.view(-1, part.shape[-1]).index_copy_(0, rows_X, new)
 
-    def write_blocks(self, layer: int, index_N: Tensor, x_GNPE: Tensor) -> None:
+    def write_blocks(self, layer: int, index_N: Tensor, first_N: Tensor, x_GNPE: Tensor) -> None:
+        """Whole blocks. first_N: positions of their first entries."""
         for part, new in zip(self.codes, self.form.encode(self.which, x_GNPE), strict=True):
             part[layer].index_copy_(1, index_N, new)
 
@@ -84,3 +86,65 @@ class Coded:
     def wipe_pages(self, pages: Tensor) -> None:
         for part in self.codes:
             part.flatten(0, 2).index_fill_(0, pages, 0)
+
+
+class CodedByLayer(Coded):
+    """Of a `FittedForm`: a layer's heads lie in one row of codes, whose width is the layer's own, (N, P or 1, width).
+
+    It has no pages: such a form conflicts with eviction.
+    """
+
+    form: FittedForm
+
+    def __init__(self, form: FittedForm, which: str, shape: Sequence[int], device: torch.device):
+        self.form, self.which = form, which
+        L, G, N, P, E = shape
+        self.first_N = lazy_zeros((N,), torch.int64, device)
+        self.layers: list[tuple[Tensor, ...]] = []
+        for layer in range(L):
+            one = form.encode_layer(
+                which, layer, torch.zeros(G, 1, P, E, dtype=form.dtype), self.first_N.new_zeros(1, P)
+            )
+            self.layers.append(tuple(lazy_zeros((N, *part.shape[1:]), part.dtype, device) for part in one))
+
+    @property
+    def codes(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(part for parts in self.layers for part in parts)
+
+    def _positions(self, first_N: Tensor, n: int) -> Tensor:
+        return first_N[:, None] + torch.arange(n, device=first_N.device)
+
+    def blocks(self, layer: int, index: slice | Tensor) -> Tensor:
+        parts = tuple(part[index] for part in self.layers[layer])
+        return self.form.decode_layer(
+            self.which, layer, parts, self._positions(self.first_N[index], self.form.entries(parts))
+        )
+
+    def write(self, layer: int, rows_T: Tensor, x_GTE: Tensor) -> None:
+        new = self.form.encode_layer(self.which, layer, x_GTE[:, None], rows_T[None])
+        for part, one in zip(self.layers[layer], new, strict=True):
+            part.flatten(0, 1).index_copy_(0, rows_T, one[0])
+
+    def write_blocks(self, layer: int, index_N: Tensor, first_N: Tensor, x_GNPE: Tensor) -> None:
+        self.first_N[index_N] = first_N
+        new = self.form.encode_layer(self.which, layer, x_GNPE, self._positions(first_N, x_GNPE.shape[2]))
+        for part, one in zip(self.layers[layer], new, strict=True):
+            part.index_copy_(0, index_N, one)
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        for part in self.codes:
+            rows = part.flatten(0, 1)
+            rows.index_copy_(0, target, rows.index_select(0, source))
+
+    def zero(self, rows: Tensor) -> None:
+        for part in self.codes:
+            part.flatten(0, 1).index_fill_(0, rows, 0)
+
+    def wipe(self, blocks: Tensor) -> None:
+        for part in self.codes:
+            part.index_fill_(0, blocks, 0)
+
+
+def coded(form: CacheForm, which: str, shape: Sequence[int], device: torch.device) -> Coded:
+    """Memory for keys ("k") or values ("v") in a form; shape (L, G, N, P, E)."""
+    return (CodedByLayer if isinstance(form, FittedForm) else Coded)(form, which, shape, device)  # type: ignore[arg-type]

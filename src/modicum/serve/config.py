@@ -78,9 +78,13 @@ def parse_cache_dtype(name: str | None, model: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def make_form(config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype) -> CacheForm:
-    """How entries are stored; `dtype` is what they are computed with. Raises `UserError` for knobs that cannot be."""
+def make_form(config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype, begin: bool = True) -> CacheForm:
+    """How entries are stored; `dtype` is what they are computed with. Raises `UserError` for knobs that cannot be.
+
+    begin=False: only the knobs are checked, and no fit is read."""
     form: CacheForm = registry.build("cacheform", config.cache_form, largest(shape)[1], dtype)
+    if begin:
+        form.begin(shape)
     return form
 
 

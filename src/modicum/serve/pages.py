@@ -22,7 +22,7 @@ from modicum.core.errors import UserError
 from modicum.model.config import DecoderConfig
 from modicum.serve.blocks import PagePool
 from modicum.serve.cacheforms import CacheForm
-from modicum.serve.coded import Coded, lazy_zeros
+from modicum.serve.coded import coded, lazy_zeros
 from modicum.serve.kv import Entries, Keep
 from modicum.serve.uneven import largest
 
@@ -31,7 +31,7 @@ Lifted = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # k, v, position, weigh
 
 def block_bytes(config: DecoderConfig, block_size: int, form: CacheForm) -> int:
     """Bytes of one block: keys and values of `block_size` tokens in all layers, each as large as the largest."""
-    return config.layers * largest(config)[0] * form.block_bytes(block_size)
+    return form.bytes_of_layers(config.layers, largest(config)[0], block_size)
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Storage:
         self.block_bytes = block_bytes(config, block_size, form)
         shape = (self.layers, self.heads, n_blocks, block_size, dim)
         try:
-            self.k, self.v = Coded(form, "k", shape, device), Coded(form, "v", shape, device)
+            self.k, self.v = coded(form, "k", shape, device), coded(form, "v", shape, device)
         except (RuntimeError, OSError, OverflowError) as error:
             raise UserError(
                 f"a cache of {bytes_text(n_blocks * self.block_bytes)} does not fit the memory of "
@@ -74,7 +74,7 @@ class Storage:
     @property
     def plain(self) -> bool:
         """Whether entries lie there as they are: `k_LGNPE` and `v_LGNPE` are the memory then."""
-        return len(self.k.codes) == 1
+        return self.form.native == "plain"
 
     @property
     def k_LGNPE(self) -> Tensor:

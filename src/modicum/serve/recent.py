@@ -46,7 +46,7 @@ class RecentStep:
     def __init__(self, recent: Recent, works: Sequence[Work], table: BlockTable):
         self.recent = recent
         P, residual = recent.storage.block_size, recent.storage.form.residual
-        coded, fresh, kept_from, kept_to, blocks = [], [], [], [], []
+        coded, fresh, kept_from, kept_to, blocks, begins = [], [], [], [], [], []
         for w in works:
             end = w.start + w.n
             first, last = w.sample.coded, coded_after(w.sample.coded, end, residual, P)
@@ -56,13 +56,14 @@ class RecentStep:
             coded.append(np.where(old, recent.rows(w, offsets), -1))
             fresh.append(np.where(old, 0, w.at + offsets - w.start))
             blocks.append(table.numbers[w.sample.slot, first // P : last // P])
+            begins.append(np.arange(first, last, P))
             stays = np.arange(max(last, w.start), end)
             kept_from.append(w.at + stays - w.start)
             kept_to.append(recent.rows(w, stays))
         device = recent.storage.device
-        self._coded, self._fresh, self._from, self._to, self._blocks = (
+        self._coded, self._fresh, self._from, self._to, self._blocks, self._begins = (
             torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device)
-            for x in (coded, fresh, kept_from, kept_to, blocks)
+            for x in (coded, fresh, kept_from, kept_to, blocks, begins)
         )
 
     def overlay(self, works: Sequence[Work], low_B: np.ndarray, S: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,5 +97,5 @@ class RecentStep:
             if len(self._blocks):
                 old_GNE = ring[layer].index_select(1, self._coded.clamp(min=0))
                 x_GNE = torch.where(self._coded[:, None] >= 0, old_GNE, new_GTE.index_select(1, self._fresh))
-                coded.write_blocks(layer, self._blocks, x_GNE.unflatten(1, (-1, storage.block_size)))
+                coded.write_blocks(layer, self._blocks, self._begins, x_GNE.unflatten(1, (-1, storage.block_size)))
             ring[layer].index_copy_(1, self._to, new_GTE.index_select(1, self._from))

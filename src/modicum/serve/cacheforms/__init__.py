@@ -1,7 +1,8 @@
 """port cacheform: how the entries of the cache are stored, in how many bits.
 
-A form turns keys and values into tensors of codes and back; the cache holds these. Shapes: `...` any leading dimensions
-(layers, heads, blocks), P entries of a block, E head dimension.
+A form turns keys and values into tensors of codes and back; the cache holds these. One that codes each layer in its own
+way, or is fitted on calibration data, derives from `_fitted.FittedForm`. Shapes: `...` any leading dimensions (layers,
+heads, blocks), P entries of a block, E head dimension.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modicum.core.registry import Method
+from modicum.model.config import DecoderConfig
 
 BASELINE = "plain"
 
@@ -33,6 +35,9 @@ class CacheForm(Method):
     def __init__(self, config: Any, head_dim: int, dtype: torch.dtype):
         self.config, self.head_dim, self.dtype = config, head_dim, dtype
 
+    def begin(self, shape: DecoderConfig) -> None:
+        """Before the first entry: what depends on the model. Raises `UserError` for one that it does not fit."""
+
     def encode(self, which: str, x_PE: Tensor) -> tuple[Tensor, ...]:
         """Codes of keys (`which` is "k") or values ("v"), given as (..., P, E)."""
         raise NotImplementedError
@@ -40,6 +45,10 @@ class CacheForm(Method):
     def decode(self, which: str, codes: tuple[Tensor, ...]) -> Tensor:
         """(..., P, E) in `dtype`."""
         raise NotImplementedError
+
+    def bytes_of_layers(self, layers: int, heads: int, block_size: int) -> int:
+        """Bytes of one block in all layers and KV heads."""
+        return layers * heads * self.block_bytes(block_size)
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of the keys and values of one block in one layer and head."""
