@@ -111,6 +111,42 @@ MUTATIONS = (
         ".amax(1)",
         "retrieve/test_lexlip.py::test_both_readouts_are_the_loops",
     ),
+    # retrieve: memories that a frozen reader is given as keys and values
+    Mutation(
+        "tokens after a prefix take its positions",
+        "retrieve/prefix.py",
+        "        first = self.prefix.length\n",
+        "        first = 0\n",
+        "retrieve/test_kvmemory.py::test_a_prefix_is_the_keys_and_values_of_tokens_that_were_read",
+    ),
+    Mutation(
+        "the compressor's update stays active",
+        "retrieve/memories/cmt.py",
+        "            for hook in hooks:\n                hook.remove()",
+        "            hooks[0].remove()",
+        "retrieve/test_kvmemory.py::test_the_update_is_active_only_while_compressing",
+    ),
+    Mutation(
+        "all entries are read, whatever matches",
+        "retrieve/memories/cmt.py",
+        "k = min(self.config.k, len(entries_SNW))",
+        "k = len(entries_SNW)",
+        "retrieve/test_kvmemory.py::test_a_document_that_is_not_selected_changes_nothing",
+    ),
+    Mutation(
+        "all documents carry gradients",
+        "retrieve/memories/mac.py",
+        "        with torch.no_grad():\n            rest",
+        "        with torch.enable_grad():\n            rest",
+        "retrieve/test_kvmemory.py::test_exactly_the_lifted_documents_carry_gradients",
+    ),
+    Mutation(
+        "windows are read and their results left unread",
+        "retrieve/memories/_aggregate.py",
+        "return self.gathered(question_QNW, memory_QSNW.flatten(1, 2))",
+        "return memory_QSNW.flatten(1, 2)[:, : question_QNW.shape[1]]",
+        "retrieve/test_kvmemory.py::test_windows_read_as_one_where_the_bank_fits_and_otherwise_twice",
+    ),
     Mutation(
         "the filter is applied to the k best instead of before them",
         "retrieve/search.py",
