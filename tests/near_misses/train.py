@@ -81,4 +81,33 @@ MUTATIONS = (
         "for k in range(c.checkpoints + 1)]",
         "train/test_averaging.py::test_lawa_reaches_over_its_window_and_no_further",
     ),
+    # train and model: swiftkv
+    Mutation(
+        "later keys are of the unnormed output",
+        "model/decoder.py",
+        "source_BTD = self.kv_norm(x_BTD)",
+        "source_BTD = x_BTD",
+        "train/test_swiftkv.py::test_later_keys_are_of_one_earlier_output",
+    ),
+    Mutation(
+        "keys of later layers are not in the cache for rows that end early",
+        "serve/backends/torch.py",
+        "            attend.write(layer, k_1GTE[0], v_1GTE[0])\n",
+        "",
+        "train/test_swiftkv.py::test_an_early_end_gives_the_logits_of_the_whole",
+    ),
+    Mutation(
+        "rows that go on stand where the step's first rows do",
+        "serve/backends/torch.py",
+        "turned = model.rotations(positions_1T[:, order], x_1TD.dtype)",
+        "turned = model.rotations(positions_1T[:, : len(order)], x_1TD.dtype)",
+        "train/test_swiftkv.py::test_an_early_end_gives_the_logits_of_the_whole",
+    ),
+    Mutation(
+        "the divergence lacks T^2",
+        "train/distillers/_teacher.py",
+        "return temperature**2 * (t_NV.exp() * (t_NV - s_NV)).sum(-1)",
+        "return (t_NV.exp() * (t_NV - s_NV)).sum(-1)",
+        "train/test_swiftkv.py::test_the_loss_is_numpys",
+    ),
 )

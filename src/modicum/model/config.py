@@ -189,6 +189,11 @@ class DecoderConfig(_LayerFields):
             if name != "rope" and all(getattr(layer, name) == getattr(layers[0], name) for layer in layers):
                 flat[name] = getattr(layers[0], name)
                 object.__setattr__(self, name, flat[name])
+        swift = [i for i, layer in enumerate(layers) if layer.mixer == "swiftkv"]
+        if swift and (swift[0] == 0 or swift != list(range(swift[0], self.layers))):
+            raise UserError(f"layers {swift} of {self.layers} have the mixer swiftkv; it is for the last ones, not all")
+        if any(layers[i].norm_place != "pre" or layers[i].parallel for i in swift):
+            raise UserError("the mixer swiftkv needs pre-norm layers, attention before MLP")
         differ = tuple({n: getattr(layer, n) for n in LAYER_FIELDS if getattr(layer, n) != flat[n]} for layer in layers)
         object.__setattr__(self, "overrides", differ if any(differ) else ())
 
@@ -207,6 +212,12 @@ class DecoderConfig(_LayerFields):
         """Fields of `LayerConfig` in which the layers differ."""
         return frozenset(name for differing in self.overrides for name in differing)
 
+    @functools.cached_property
+    def source_layer(self) -> int | None:
+        """The layer of whose output those behind it make their keys and values (mixer swiftkv); None without any."""
+        own = sum(layer.mixer != "swiftkv" for layer in self.per_layer)
+        return own - 1 if own < self.layers else None
+
     # counts ---------------------------------------------------------------------------------------
 
     def parameters(self) -> int:
@@ -215,6 +226,7 @@ class DecoderConfig(_LayerFields):
         embed = self.embed_width or self.width
         total = sum(layer.parameters(self.width, norm_size) for layer in self.per_layer)
         total += self.vocab_size * embed * (1 if self.tied else 2) + norm_size * self.final_norm
+        total += norm_size * (self.source_layer is not None)
         if self.position == "learned":
             total += (self.context_length + self.position_offset) * self.width
         if embed != self.width:

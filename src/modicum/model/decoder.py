@@ -43,6 +43,8 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(embed_width, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed.weight
+        if config.source_layer is not None:
+            self.kv_norm = make_norm(config)
         self._ropes: list[RopeTable] = []  # layers that rotate alike share a table
         self._rope_index: list[int | None] = []
         kinds: list[tuple[Rope, int]] = []
@@ -112,6 +114,12 @@ class Decoder(nn.Module):
             positions_BT = ask(tokens_BT) if ask else default_positions(tokens_BT, documents_BT, mask_BT)
         if attend is None:
             attend = DenseAttend(documents_BT, mask_BT)
+        x_BTD = self.embedded(tokens_BT, positions_BT)
+        x_BTD, _ = self.run_layers(x_BTD, self.rotations(positions_BT, x_BTD.dtype), attend)
+        return self.normed(x_BTD)
+
+    def embedded(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """x_BTD that the first layer is given."""
         x_BTD = self.embed(tokens_BT)
         if self.config.embed_scale is not None:
             x_BTD = x_BTD * torch.tensor(self.config.embed_scale, dtype=x_BTD.dtype)
@@ -119,13 +127,37 @@ class Decoder(nn.Module):
             x_BTD = self.embed_in(x_BTD)
         if self.config.position == "learned":
             x_BTD = x_BTD + self.positions(positions_BT + self.config.position_offset)
-        rotations = [table(positions_BT, x_BTD.dtype) for table in self._ropes]
-        for layer, index in zip(self.layers, self._rope_index, strict=True):
-            rotation: Rotation = None if index is None else rotations[index]
+        return x_BTD
+
+    def rotations(self, positions_BT: Tensor, dtype: torch.dtype) -> list[Rotation]:
+        """cos and sin of each layer at these positions; layers that rotate alike have the same tensors."""
+        made = [table(positions_BT, dtype) for table in self._ropes]
+        return [None if index is None else made[index] for index in self._rope_index]
+
+    def run_layers(
+        self,
+        x_BTD: Tensor,
+        rotations: list[Rotation],
+        attend: Attend,
+        first: int = 0,
+        last: int | None = None,
+        source_BTD: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Through the layers `first` .. `last` - 1: what comes out, and what later layers make their keys and values
+        of, where the config has a `source_layer` that has been passed."""
+        for index in range(first, len(self.layers) if last is None else last):
+            layer = self.layers[index]
+            more = (source_BTD,) if self.config.per_layer[index].mixer == "swiftkv" else ()
             if self.checkpoint_layers and self.training and torch.is_grad_enabled():
-                x_BTD = checkpoint(layer, x_BTD, rotation, attend, use_reentrant=False)
+                x_BTD = checkpoint(layer, x_BTD, rotations[index], attend, *more, use_reentrant=False)
             else:
-                x_BTD = layer(x_BTD, rotation, attend)
+                x_BTD = layer(x_BTD, rotations[index], attend, *more)
+            if index == self.config.source_layer:
+                source_BTD = self.kv_norm(x_BTD)
+        return x_BTD, source_BTD
+
+    def normed(self, x_BTD: Tensor) -> Tensor:
+        """h_BTD of what the last layer gave."""
         x_BTD = self.norm(x_BTD)
         if self.config.embed_width not in (None, self.config.width):
             x_BTD = self.embed_out(x_BTD)

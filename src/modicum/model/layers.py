@@ -60,8 +60,11 @@ class Block(nn.Module):
         if self.norm_place in ("output", "sandwich"):
             self.attention_out_norm, self.mlp_out_norm = make_norm(config), make_norm(config)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation, attend: Attend, source_BTD: Tensor | None = None) -> Tensor:
         x = x_BTD
+        if source_BTD is not None:  # pre-norm, as mixer swiftkv demands
+            x = x + self.attention(self.attention_norm(x), rotation, attend, source_BTD)
+            return x + self.mlp(self.mlp_norm(x))
         if self.parallel:
             return x + self.attention(self.attention_norm(x), rotation, attend) + self.mlp(self.mlp_norm(x))
         if self.norm_place == "pre":

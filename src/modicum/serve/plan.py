@@ -29,7 +29,7 @@ from modicum.serve.kv import KVPolicy
 from modicum.serve.pages import Storage
 from modicum.serve.recent import Recent
 from modicum.serve.table import BlockTable
-from modicum.serve.work import Work, by_policy
+from modicum.serve.work import Work, arrange, by_policy
 
 FRESH, BLOCKS, PAGES = "fresh", "blocks", "pages"
 
@@ -80,7 +80,8 @@ class Segment:
 
 
 class AttentionPlan:
-    """Of a step's `works` in row order (see `work.arrange`). `watch`: policies see queries and weights."""
+    """Of a step's `works` in row order (see `work.arrange`). `watch`: policies see queries and weights. `more_rows`:
+    logits of other rows than the step's may be wanted after it."""
 
     def __init__(
         self,
@@ -89,7 +90,9 @@ class AttentionPlan:
         table: BlockTable,
         watch: bool = False,
         recent: Recent | None = None,
+        more_rows: bool = True,
     ):
+        self.more_rows = more_rows
         self.works, self.storage, self.table, self.recent = works, storage, table, recent
         self.observers = [w for w in works if w.sample.policy.wants(w.start, w.n)] if watch else []
         self.marked = [w for w in works if w.sample.policy.marks] if watch else []
@@ -101,6 +104,26 @@ class AttentionPlan:
     @property
     def watched(self) -> bool:
         return bool(self.observers or self.marked)
+
+    def of_rows(self, rows: Sequence[int]) -> AttentionPlan | None:
+        """The plan of these rows alone, the last ones of their sequences, once all keys are in the cache. None where
+        more has to be computed (rows that are watched, adapted, drafted or evicted from), or where the cache loses
+        something that a step's own rows do not."""
+        if (
+            not self.storage.plain
+            or self.more_rows
+            or self.watched
+            or self.adapted
+            or self.trees
+            or self.evicted
+            or self.own
+        ):
+            return None
+        last = {w.at + w.n - 1: w for w in self.works}
+        if len(rows) == sum(w.n for w in self.works) or not set(rows) <= set(last):
+            return None
+        some = [Work(last[row].sample, last[row].start + last[row].n - 1, 1) for row in rows]
+        return AttentionPlan(arrange(some), self.storage, self.table)
 
     @property
     def depth(self) -> int:

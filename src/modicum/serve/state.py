@@ -80,7 +80,8 @@ class State:
 
     def plan(self, works: Sequence[Work]) -> AttentionPlan:
         """How a step's rows attend."""
-        return AttentionPlan(works, self.cache.storage, self.cache.table, self.watches, self.cache.recent)
+        more_rows = self.drafting is not None or any(w.sample.scored for w in works)
+        return AttentionPlan(works, self.cache.storage, self.cache.table, self.watches, self.cache.recent, more_rows)
 
     def failed(self, requests: set[int], error: Exception) -> list[Update]:
         log.error("a step failed; %d requests are ended", len(requests), exc_info=error)

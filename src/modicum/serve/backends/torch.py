@@ -11,7 +11,7 @@ and window and shared by the layers; pages differ in every layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,11 +52,39 @@ class Torch:
         device = self.model.device
         given = torch.tensor([tokens_of(plan.works), positions_of(plan.works)], device=device)
         tokens_1T, positions_1T = given.split(1)
+        if self.model.config.source_layer is not None and (few := plan.of_rows(rows)) is not None:
+            return self._early(plan, few, rows, tokens_1T, positions_1T)
         attend = attend_for(PlannedAttend(plan), self.model.config)
         self._h_TD = self.model.hidden(tokens_1T, positions_BT=positions_1T, attend=attend)[0]
         if not len(rows):
             return None
         return self.model.head(self._h_TD) if len(rows) == len(self._h_TD) else self.logits(rows)
+
+    def _early(
+        self, plan: AttentionPlan, few: AttentionPlan, rows: Sequence[int], tokens_1T: Tensor, positions_1T: Tensor
+    ) -> Tensor | None:
+        """Of a model whose later layers make their keys of one earlier output (mixer swiftkv): all rows up to there,
+        their later keys, and only the rows whose logits are wanted further on."""
+        model, attend = self.model, PlannedAttend(plan)
+        x_1TD = model.embedded(tokens_1T, positions_1T)
+        rotations = model.rotations(positions_1T, x_1TD.dtype)
+        own = (model.config.source_layer or 0) + 1
+        x_1TD, source_1TD = model.run_layers(x_1TD, rotations, attend, 0, own)
+        assert source_1TD is not None
+        for layer in range(own, model.config.layers):
+            attention: Any = model.layers[layer].get_submodule("attention")
+            k_1GTE, v_1GTE = attention.keys_values(source_1TD, rotations[layer])
+            attend.write(layer, k_1GTE[0], v_1GTE[0])
+        if not len(rows):
+            return None
+        row_of = {w.sample.id: w.at + w.n - 1 for w in plan.works}
+        order = torch.tensor([row_of[w.sample.id] for w in few.works], device=model.device)
+        turned = model.rotations(positions_1T[:, order], x_1TD.dtype)
+        x_1RD, source_1RD = x_1TD[:, order], source_1TD[:, order]
+        x_1RD, _ = model.run_layers(x_1RD, turned, PlannedAttend(few), own, source_BTD=source_1RD)
+        logits_RV = model.head(model.normed(x_1RD)[0])
+        where = {int(row): i for i, row in enumerate(order.tolist())}
+        return logits_RV[torch.tensor([where[row] for row in rows], device=model.device)]
 
     def logits(self, rows: Sequence[int]) -> Tensor:
         return self.model.head(self._h_TD[torch.tensor(list(rows), device=self._h_TD.device)])
@@ -98,7 +126,7 @@ class PlannedAttend:
     ) -> Tensor:
         q_HTE, k_GTE, v_GTE = q_BHTE[0], k_BGSE[0], v_BGSE[0]
         if self._recent is None:
-            self._write(layer, k_GTE, v_GTE)
+            self.write(layer, k_GTE, v_GTE)
         (G, T, E), H = k_GTE.shape, q_HTE.shape[0]
         q_GRTE = q_HTE.unflatten(0, (G, H // G))
         out_TGRE = q_HTE.new_empty(T, G, H // G, E)
@@ -116,7 +144,8 @@ class PlannedAttend:
         self._watch(layer, q_HTE, k_GTE, v_GTE, window, scale, softcap)
         return out_TGRE.view(T, H, E).transpose(0, 1)[None]
 
-    def _write(self, layer: int, k_GTE: Tensor, v_GTE: Tensor) -> None:
+    def write(self, layer: int, k_GTE: Tensor, v_GTE: Tensor) -> None:
+        """Keys and values of the step's rows into the cache."""
         for x, new_GTE in ((self.storage.k, k_GTE), (self.storage.v, v_GTE)):
             if self._rows_LGT is None:
                 x.write(layer, self._rows_T, new_GTE)
