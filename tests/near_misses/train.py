@@ -110,4 +110,40 @@ MUTATIONS = (
         "return (t_NV.exp() * (t_NV - s_NV)).sum(-1)",
         "train/test_swiftkv.py::test_the_loss_is_numpys",
     ),
+    # train and model: sub-models
+    Mutation(
+        "a group of keys goes without its further query heads",
+        "model/submodel.py",
+        "queries = keys * (shape.heads // shape.kv_heads)",
+        "queries = keys",
+        "train/test_sortednet.py::test_a_sub_model_is_a_separately_built_one",
+    ),
+    Mutation(
+        "down's columns stay where they were when channels are sorted",
+        "model/submodel.py",
+        "_permute(ins, [mlp.down], score_F",
+        "_permute(ins, [], score_F",
+        "train/test_sortednet.py::test_sorting_changes_no_output_and_puts_what_matters_first",
+    ),
+    Mutation(
+        "every micro-batch of a run draws the same sub-model",
+        "train/objectives/sortednet.py",
+        'Random(f"{step.seed}/{step.index}/{step.micro}/{step.rank}")',
+        'Random(f"{step.seed}")',
+        "train/test_sortednet.py::test_the_step_decides_the_draw",
+    ),
+    Mutation(
+        "the average takes most of the new weights",
+        "train/distillers/poa.py",
+        "average.lerp_(p.to(average.dtype), 1 - self.config.momentum)",
+        "average.lerp_(p.to(average.dtype), self.config.momentum)",
+        "train/test_sortednet.py::test_the_teacher_is_an_exponential_average",
+    ),
+    Mutation(
+        "the elastic student learns from the teacher alone",
+        "train/distillers/poa.py",
+        " + divergence(student, small_BTD, same_BTD)",
+        "",
+        "train/test_sortednet.py::test_the_loss_is_the_sum_of_three_divergences",
+    ),
 )
