@@ -131,7 +131,8 @@ def sort_by_importance(model: Decoder) -> None:
     channel c: ||down_c|| ||up_c|| (||gate_c||);   group j: the product of the norms of its q, k, v and o
     """
     for layer, shape in zip(model.layers, model.config.per_layer, strict=True):
-        mlp, attention = (layer.get_submodule(n) for n in ("mlp", "attention"))
+        mlp: Any = layer.get_submodule("mlp")
+        attention: Any = layer.get_submodule("attention")
         ins = [mlp.up, mlp.gate] if shape.gated else [mlp.up]
         score_F = mlp.down.weight.float().norm(dim=0)
         for part in ins:
