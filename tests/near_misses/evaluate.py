@@ -116,4 +116,26 @@ MUTATIONS = (
         'max(1, len(c)) for c in doc["choices"] if c',
         "evaluate/test_wordings.py::test_normalisations_stand_side_by_side",
     ),
+    # evaluate: experiments
+    Mutation(
+        "texts are inserted at the start of every row that has one",
+        "data/insertions.py",
+        "at = slice(one.offset, one.offset + len(one.ids) - 1)",
+        "at = slice(0, len(one.ids) - 1)",
+        "evaluate/test_experiments.py::test_insertions_replace_their_own_positions_and_nothing_else[concat]",
+    ),
+    Mutation(
+        "a probe's context counts as its answer",
+        "evaluate/experiments.py",
+        "extra = sum(n for n, _, _ in whole) - sum(n for n, _, _ in before)",
+        "extra = sum(n for n, _, _ in whole)",
+        "evaluate/test_experiments.py::test_a_probe_s_loss_is_that_of_its_answer_alone",
+    ),
+    Mutation(
+        "a trial of another learning rate is taken for the same",
+        "evaluate/experiments.py",
+        'if k not in ("target", "device", "keep")',
+        'if k not in ("target", "device", "keep", "lr")',
+        "evaluate/test_experiments.py::test_a_killed_study_resumes_to_the_same_table_without_training_again",
+    ),
 )

@@ -66,4 +66,47 @@ MUTATIONS = (
         "np.ones_like(inner_N * items_N)",
         "laws/test_forms.py::test_end_to_end_equation_and_binomial_intervals",
     ),
+    # laws: experiments
+    Mutation(
+        "the predictor is refitted on the last round alone",
+        "laws/experiments/climb.py",
+        'known = [r for r in runs if int(r.trial.name.split("-")[1]) < begin]',
+        'known = [r for r in runs if int(r.trial.name.split("-")[1]) >= begin - self.config.rounds[number - 1]]',
+        "laws/test_experiments.py::test_climb_fits_all_rounds_and_leaves_out_what_a_run_cannot_afford",
+    ),
+    Mutation(
+        "the predicted mixture is always taken",
+        "laws/experiments/climb.py",
+        "losses[least] + predictor.error < seen.predicted",
+        "losses[least] - predictor.error < seen.predicted",
+        "laws/test_experiments.py::test_climb_takes_the_predicted_mixture_only_if_better_by_more_than_its_error",
+    ),
+    Mutation(
+        "the start of a run, where the rate warms up, counts",
+        "laws/experiments/cmr.py",
+        "if tokens > self.config.settle * curve[-1][0]:",
+        "if tokens > 0:",
+        "laws/test_experiments.py::test_cmr_leaves_out_the_beginning_of_each_run",
+    ),
+    Mutation(
+        "projektor reads the law's sources as if they were in the domains' order",
+        "laws/experiments/projektor.py",
+        "best = law.select(fit, sorted_distance, tokens)[order]",
+        "best = law.select(fit, sorted_distance, tokens)",
+        "laws/test_experiments.py::test_projektor_descends_to_the_mixture_of_a_known_surface",
+    ),
+    Mutation(
+        "effects are not paired by seed",
+        "laws/experiments/pretrainers_guide.py",
+        "difference = loss_ASG[1:] - loss_ASG[:1]",
+        "difference = loss_ASG[1:] - loss_ASG[:1].mean(1, keepdims=True)",
+        "laws/test_experiments.py::test_effects_are_paired_by_seed_and_their_intervals_pooled",
+    ),
+    Mutation(
+        "a year's own difficulty counts as decay",
+        "laws/experiments/pretrainers_guide.py",
+        "y += [*(loss_CY[at, j] - loss_CY[at, j].mean())]",
+        "y += [*loss_CY[at, j]]",
+        "laws/test_experiments.py::test_temporal_decay_is_the_slope_within_years",
+    ),
 )

@@ -119,3 +119,43 @@ def test_four_selections_of_one_target(tmp_path: Path) -> None:
     texts = [d.text for split in ("train", "heldout") for d in made.documents(split)]
     assert sum("eigenvalue" in t for t in texts) >= 0.5 * len(texts), "a sixth at random"
     assert "not-selected" in (run.folder / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_pretrainers_guide_gives_a_table_of_effects_in_one_command(tmp_path: Path) -> None:
+    """Every domain and two thresholds of quality, over two seeds; a second run trains nothing."""
+    rng = random.Random(0)
+    with open(tmp_path / "pool.jsonl", "w") as file:
+        for domain in ("news", "letters"):
+            for i in range(80):
+                text = f"{domain} {i}: " + sentences(rng.randrange(10**6), 3)
+                file.write(json.dumps({"text": text, "domain": domain, "date": f"{2012 + i % 5}-03-01"}) + "\n")
+    overrides = [f"pool.corpus={tmp_path}/pool.jsonl", "pool.vocab_size=400", "pool.heldout=0.3"]
+    overrides += [
+        "pool.steps=[normalise, score]",
+        "grid.tokens=2ktok",
+        "grid.sequence_length=64",
+        "grid.parameters=60k",
+    ]
+    overrides += ["grid.study={method: pretrainers-guide, quality: quality, quality_keep: [0.6], seeds: 2}"]
+    overrides += ["grid.heldout_bytes=3kB"]
+    recipe = load("pretrainers-guide", overrides)
+    run_recipe(recipe, tmp_path / "run", notify=lambda line: None)
+    figures = json.loads((tmp_path / "run/stages/grid/done.json").read_text())["figures"]
+    assert [r["arm"] for r in figures["rows"]] == [
+        "without letters",
+        "without news",
+        "quality 60%",
+        "quality inverse 73%",
+    ]
+    assert figures["trials"] == 10 and all(r["target_interval"] > 0 for r in figures["rows"])
+    without = {r["arm"]: r for r in figures["rows"]}["without news"]
+    assert without["news"] > without["letters"]  # what was left out suffers most
+    assert "quality inverse" in (tmp_path / "run/report.html").read_text()
+    trials = [*(tmp_path / "run/stages/grid/trials").glob("*/run.json")]
+    before = {p: p.stat().st_mtime_ns for p in trials}
+    assert len(before) == 10
+    again = load("pretrainers-guide", [*overrides[:-1], "grid.heldout_bytes=3kB", "budget.time=2h"])
+    run_recipe(again, tmp_path / "run", notify=lambda line: None)
+    assert {p: p.stat().st_mtime_ns for p in trials} == before

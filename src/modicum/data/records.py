@@ -17,6 +17,7 @@ from modicum.data.document import Document, Drop
 if TYPE_CHECKING:
     from modicum.data.readers import ReadConfig
 
+KEPT = ("title", "language", "format", "date")  # words of a record that stay with its document
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -31,7 +32,7 @@ def record(row: Any, id_: str, source: str, config: ReadConfig) -> Document | Dr
     if len(content.encode("utf-8", "replace")) > config.max_document_bytes:
         return too_large(id_, config)
     domain = row.get("domain")
-    meta = {k: row[k] for k in ("title", "language", "format") if isinstance(row.get(k), str)}
+    meta = {k: row[k] for k in KEPT if isinstance(row.get(k), str)}
     meta |= {"record_id": str(row["id"])} if isinstance(row.get("id"), str | int) else {}
     score = row.get("quality")
     if isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score):
@@ -81,11 +82,7 @@ def parquet(path: str, id_: str, config: ReadConfig) -> Iterator[Document | Drop
                     id_, "no-text-field", f"no column {config.text_field!r}; it has: " + ", ".join(sorted(names)[:8])
                 )
                 return
-            wanted = [
-                n
-                for n in ("id", config.text_field, "domain", "source", "url", "title", "language", "format", "quality")
-                if n in names
-            ]
+            wanted = [n for n in ("id", config.text_field, "domain", "source", "url", *KEPT, "quality") if n in names]
             for batch in file.iter_batches(batch_size=64, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
