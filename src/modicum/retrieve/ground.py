@@ -156,10 +156,12 @@ def compose(
     count: Callable[[str], int],
     system: str = SYSTEM,
     order: Callable[[int], Sequence[int]] = range,
+    shorten: Callable[[str, str, int, Callable[[str], int]], str] = excerpt,
 ) -> tuple[Messages, list[Source], int]:
     """(messages, numbered sources, tokens): the prompt with as many hits as the budget holds, best first.
 
-    `order` puts the n hits that are shown into another order: the rank, from 0, at each position (see port reader).
+    `order` puts the n hits that are shown into another order: the rank, from 0, at each position (see port reader);
+    `shorten` cuts a passage for a question to so many tokens, as `excerpt` does.
 
     Of a passage that is too long the sentences around the match are shown. The remaining budget is divided equally
     among the remaining sources, so that a long first passage does not crowd out the others; what a short one does
@@ -192,7 +194,7 @@ def compose(
             limit = min(remaining - count(head) - 2, MIN_SOURCE_TOKENS)
             if limit < MIN_SOURCE_TOKENS:
                 break
-        text = excerpt(hit.passage.text, question, limit, count)
+        text = shorten(hit.passage.text, question, limit, count)
         blocks.append(head + text)
         while text and tokens(blocks) > budget:  # counts of parts need not add up to the count of the whole
             text = text[: int(len(text) * 0.9)]

@@ -1,7 +1,7 @@
 """port reader: how retrieved passages are laid out in the prompt of the model that answers.
 
-Which passages are shown, and how much of each, is decided by rank and budget (`ground.compose`), the same for every
-reader; a reader decides their order.
+Which passages are shown, and how many tokens each may take, is decided by rank and budget (`ground.compose`), the same
+for every reader; a reader decides their order, and what is shown of a passage.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 
 from modicum.core.registry import Method
 from modicum.retrieve import ground
+from modicum.retrieve.excerpt import excerpt
 from modicum.retrieve.search import Hit
 
 BASELINE = "ranked"
 
 
 class Reader(Method):
-    """Base class. A method defines `order`."""
+    """Base class. A method defines `order`, and `shorten` where it does not show the sentences around the match."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -26,6 +27,10 @@ class Reader(Method):
     @abstractmethod
     def order(self, count: int) -> list[int]:
         """A permutation of range(count): for each position in the prompt, from the first, the rank shown there."""
+
+    def shorten(self, text: str, question: str, limit: int, count: Callable[[str], int]) -> str:
+        """What is shown of a passage, at most `limit` tokens."""
+        return excerpt(text, question, limit, count)
 
     def compose(
         self,
@@ -36,4 +41,4 @@ class Reader(Method):
         system: str = ground.SYSTEM,
     ) -> tuple[ground.Messages, list[ground.Source], int]:
         """(messages, sources as numbered in the prompt, tokens); at most `budget` tokens as `count` measures them."""
-        return ground.compose(question, hits, budget, count, system, order=self.order)
+        return ground.compose(question, hits, budget, count, system, order=self.order, shorten=self.shorten)
