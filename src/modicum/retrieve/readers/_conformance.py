@@ -28,8 +28,6 @@ def _made(key: str) -> Reader:
 @functools.cache
 def _tagger() -> str:
     """A folder of a small tagger, raw but for its tokenizer."""
-    import torch
-
     from modicum.data.tokenizer import Tokenizer
     from modicum.model.config import DecoderConfig
     from modicum.model.decoder import Decoder
@@ -47,7 +45,7 @@ def _tagger() -> str:
         "mlp_width": 32,
         "context_length": 512,
     }
-    model = Decoder(DecoderConfig(vocab_size=tokenizer.vocab_size, context_length=512, **shape))
+    model = Decoder(DecoderConfig(vocab_size=tokenizer.vocab_size, **shape))
     Tagger(model, tokenizer).save(Path(folder.name) / "tagger")
     return str(Path(folder.name) / "tagger")
 
