@@ -28,6 +28,8 @@ def _made(key: str) -> Reader:
 @functools.cache
 def _tagger() -> str:
     """A folder of a small tagger, raw but for its tokenizer."""
+    import torch
+
     from modicum.data.tokenizer import Tokenizer
     from modicum.model.config import DecoderConfig
     from modicum.model.decoder import Decoder
@@ -45,7 +47,7 @@ def _tagger() -> str:
         "mlp_width": 32,
         "context_length": 512,
     }
-    model = Decoder(DecoderConfig(vocab_size=tokenizer.vocab_size, **shape))
+    model = Decoder(DecoderConfig(vocab_size=tokenizer.vocab_size, **shape), torch.Generator().manual_seed(0))
     Tagger(model, tokenizer).save(Path(folder.name) / "tagger")
     return str(Path(folder.name) / "tagger")
 
@@ -71,8 +73,10 @@ def check_the_passages_are_those_of_the_baseline(key: str) -> None:
     for count, budget in ((1, 60), (3, 90), (8, 200), (8, 90)):
         messages, sources, tokens = _made(key).compose("What is one fact?", _hits(count), budget, _count)
         _, expected, _ = ground.compose("What is one fact?", _hits(count), budget, _count)
-        assert tokens <= budget and {s.id for s in sources} == {s.id for s in expected}
+        # What takes fewer tokens leaves more to the passages after it.
+        assert tokens <= budget and {s.id for s in sources} >= {s.id for s in expected}
         if type(_made(key)).shorten is Reader.shorten:
+            assert len(sources) == len(expected), "which passages are shown is decided by rank and budget"
             assert {s.id: s.excerpt for s in sources} == {s.id: s.excerpt for s in expected}, "cut by rank"
         texts = {h.passage.id: h.passage.text for h in _hits(count)}
         for source in sources:  # parts of the passage, in its order
