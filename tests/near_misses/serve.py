@@ -267,4 +267,33 @@ MUTATIONS = (
         "levels_2LG = torch.randint(1, LEVELS + 1, (1, 1, 1), generator=ranks).expand(2, L, G)",
         "serve/test_matryoshkakv.py::test_ranks_are_drawn_for_each_layer_and_head",
     ),
+    # serve: guides
+    Mutation(
+        "the weight is of the whole sum",
+        "serve/guides/eft.py",
+        "main + c.weight * (tuned - base)",
+        "c.weight * (main + tuned - base)",
+        "serve/test_eft.py::test_three_tokens_by_hand",
+    ),
+    Mutation(
+        "the difference has the wrong sign",
+        "serve/guides/eft.py",
+        "c.weight * (tuned - base)",
+        "c.weight * (base - tuned)",
+        "serve/test_eft.py::test_three_tokens_by_hand",
+    ),
+    Mutation(
+        "accepted drafts are moved in the main model's cache alone",
+        "serve/cache.py",
+        "                x.move(*rows)",
+        "                x.move(*rows) if storage is self.storage else None",
+        "serve/test_eft.py::test_drafts_are_moved_in_every_cache",
+    ),
+    Mutation(
+        "the token that reaches the nucleus is not in it",
+        "serve/guides/eft.py",
+        "before_RV = sorted_RV.cumsum(-1) - sorted_RV",
+        "before_RV = sorted_RV.cumsum(-1)",
+        "serve/test_eft.py::test_tokens_outside_the_main_nucleus_are_left_out",
+    ),
 )

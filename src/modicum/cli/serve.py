@@ -66,6 +66,9 @@ ChunkedPrefill = Annotated[
 ]
 Scheduler = Annotated[str, _cache(help="KEY or KEY:knob=value; see modicum ls scheduler.")]
 Kv = Annotated[str, _cache(help="KV-cache policy, KEY or KEY:knob=value; see modicum ls kv.")]
+Guide = Annotated[
+    str, _cache(help="Models whose logits are combined with this one's, e.g. eft:tuned=A,base=B; see modicum ls guide.")
+]
 CacheForm = Annotated[str, _cache(help="How the KV cache is stored, e.g. int8; see modicum ls cacheform.")]
 
 Drafter = Annotated[str, _speculative(help="Drafting method, KEY or KEY:knob=value; see modicum ls drafter.")]
@@ -109,6 +112,7 @@ def serve(
     kv: Kv = "full",
     cache_form: CacheForm = "plain",
     drafter: Drafter = "none",
+    guide: Guide = "none",
     draft_tokens: DraftTokens = 96,
     draft_when: DraftWhen = "pays",
     device: Device = "cpu",
@@ -139,6 +143,7 @@ def serve(
         kv=kv,
         cache_form=cache_form,
         drafter=drafter,
+        guide=guide,
         draft_tokens=draft_tokens,
         draft_when=draft_when,
         cuda_graphs=cuda_graphs,

@@ -73,13 +73,14 @@ def sliced(model: Decoder, sub: Submodel) -> Iterator[tuple[str, Tensor]]:
         queries = keys * (shape.heads // shape.kv_heads)
         rows = {"q": queries, "k": keys, "v": keys, "gate": channels, "up": channels}
         columns = {"o": queries, "down": channels}
-        for name, parameter in model.layers[i].named_parameters():
+        for name, whole in model.layers[i].named_parameters():
+            view: Tensor = whole
             part = name.split(".")[1] if "." in name else ""
             if part in rows:
-                parameter = parameter[: rows[part]]
-            elif part in columns and parameter.dim() == 2:
-                parameter = parameter[:, : columns[part]]
-            yield f"layers.{number}.{name}", parameter
+                view = view[: rows[part]]
+            elif part in columns and view.dim() == 2:
+                view = view[:, : columns[part]]
+            yield f"layers.{number}.{name}", view
 
 
 class _Hidden(nn.Module):

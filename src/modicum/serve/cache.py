@@ -43,6 +43,7 @@ class Cache:
         self.table = BlockTable(config.max_sequences, config.block_size)
         head_dim = largest(shape)[1]
         self.recent = None if form.rowwise else Recent(self.storage, config.max_sequences, head_dim)
+        self.beside: list[Storage] = []  # of models that run beside (`serve.guided`): the same blocks
         self.slots = list(range(config.max_sequences - 1, -1, -1))
         self.thinnings = 0
 
@@ -52,10 +53,15 @@ class Cache:
         return self.blocks.n_blocks * self.block_size
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, in the caches of all models."""
+        return sum(s.block_bytes for s in (self.storage, *self.beside))
+
+    @property
     def held_bytes(self) -> int:
         """Bytes that are taken: whole blocks, less the free pages of broken ones, and tokens that are not coded yet."""
         page = self.storage.block_bytes / self.storage.pages_per_block
-        blocks = (self.blocks.n_blocks - self.blocks.free) * self.storage.block_bytes - self.pages.free * page
+        blocks = (self.blocks.n_blocks - self.blocks.free) * self.block_bytes - self.pages.free * page
         running = len(self.table.numbers) - len(self.slots)
         return int(blocks) + (0 if self.recent is None else running * self.recent.bytes_per_sequence)
 
@@ -170,14 +176,16 @@ class Cache:
     def zero(self, sample: Sample, offsets: Sequence[int]) -> None:
         """Zero entries of a sequence that holds blocks."""
         rows = self._rows([sample.slot] * len(offsets), offsets)
-        for x in (self.storage.k, self.storage.v):
-            x.zero(rows)
+        for storage in (self.storage, *self.beside):
+            for x in (storage.k, storage.v):
+                x.zero(rows)
 
     def move(self, slots: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
         """Put entries of sequences where others are, all at once."""
         rows = self._rows(slots, sources), self._rows(slots, targets)
-        for x in (self.storage.k, self.storage.v):
-            x.move(*rows)
+        for storage in (self.storage, *self.beside):
+            for x in (storage.k, storage.v):
+                x.move(*rows)
 
     def _rows(self, slots: Sequence[int], offsets: Sequence[int]) -> Tensor:
         return torch.from_numpy(self.table.rows(slots, offsets)).to(self.storage.device)
@@ -204,6 +212,7 @@ class Cache:
         alone = [b for b in sample.blocks if self.blocks.references[b] == 1]
         for block in alone:
             self.blocks.forget(block)
-        self.storage.wipe(alone)
+        for storage in (self.storage, *self.beside):
+            storage.wipe(alone)
         if sample.pages is not None:
             self.storage.wipe_pages(sample.pages.numbers())

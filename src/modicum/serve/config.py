@@ -32,7 +32,8 @@ class EngineConfig:
     max_batch_tokens: tokens of one step (a longer prompt is computed alone, unless prefill is chunked).
     max_length: prompt and answer together; None: the model's context length. dtype: of the cache; None: the
     model's. chunked_prefill: turns the scheduler's knob `chunked`; None: leaves it. scheduler, kv,
-    cache_form (how entries are stored) and drafter choose methods with their knobs, as `fcfs:reserve=0.05`.
+    cache_form (how entries are stored), drafter and guide (which models' logits are combined) choose methods with their
+    knobs, as `fcfs:reserve=0.05`.
     kv_probe: tokens that say themselves again, on which a policy measures heads; none: random ones.
     draft_tokens: drafted tokens of one step, shared among its sequences.
     draft_when: `pays` (by the clock, see `serve.payoff`) or `always`. cuda_graphs: on a GPU, replay decode steps
@@ -54,6 +55,7 @@ class EngineConfig:
     cache_form: Any = "plain"
     kv_probe: tuple[int, ...] = ()
     drafter: Any = "none"
+    guide: Any = "none"
     draft_tokens: int = 96
     draft_when: str = "pays"
     cuda_graphs: bool = True
@@ -88,10 +90,14 @@ def make_form(config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype, be
     return form
 
 
-def cache_blocks(config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Blocks for `config.cache`. Raises `UserError` if that is too small, `BudgetError` if too large."""
+def cache_blocks(
+    config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype, device: torch.device, beside: int = 0
+) -> int:
+    """Blocks for `config.cache`. beside: bytes that other models keep of each block.
+
+    Raises `UserError` if that is too small, `BudgetError` if too large."""
     form = make_form(config, shape, dtype)
-    block = block_bytes(shape, config.block_size, form)
+    block = block_bytes(shape, config.block_size, form) + beside
     token = block / config.block_size
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -170,7 +176,8 @@ def make_policy(config: EngineConfig, shape: DecoderConfig, scheduler: Scheduler
         settings.append(compose.setting("layers of different shapes", requires={"uneven_layers"}))
     if any(layer.attention for layer in shape.per_layer):
         settings.append(compose.setting("this model's attention pattern", requires={"attention_pattern"}))
-    compose.resolve([compose.member("kv", config.kv), compose.member("cacheform", config.cache_form), *settings])
+    guide = compose.member("guide", config.guide)
+    compose.resolve([compose.member("kv", config.kv), compose.member("cacheform", config.cache_form), guide, *settings])
     return policy
 
 

@@ -26,6 +26,7 @@ from modicum.serve.config import (
     make_scheduler,
     parse_cache_dtype,
 )
+from modicum.serve.guided import Beside
 from modicum.serve.plan import AttentionPlan
 from modicum.serve.propose import COUNTERS as DRAFT_COUNTERS
 from modicum.serve.propose import Drafting, make_drafter
@@ -48,17 +49,21 @@ class State:
             set_attention(model, config.attention)
         shape, device = model.config, model.device
         dtype = parse_cache_dtype(config.dtype, model.dtype)
-        form, n_blocks = make_form(config, shape, dtype), cache_blocks(config, shape, dtype, device)
+        beside = Beside(config, model, dtype)
+        self.guide = beside.guide
+        form = make_form(config, shape, dtype)
+        n_blocks = cache_blocks(config, shape, dtype, device, beside.block_bytes())
         self.scheduler = make_scheduler(config, n_blocks)
         self.policy = make_policy(config, shape, self.scheduler)
         self.policy.prepare(self.model, config.kv_probe)
         drafter = make_drafter(config, shape.vocab_size, self.policy)
         self.cache = Cache(shape, config, n_blocks, form, device, self.policy)
-        self.runner = make_runner(
-            model, self.cache.storage, self.cache.table, config.cuda_graphs, config.activation_bits
-        )
+        main = make_runner(model, self.cache.storage, self.cache.table, config.cuda_graphs, config.activation_bits)
+        self.runner = beside.runner(main, n_blocks, self.cache.table)
+        self.cache.beside = beside.storages
         self.storage, self.blocks, self.pages = self.cache.storage, self.cache.blocks, self.cache.pages
         self.max_length = longest(config, shape, self.policy, self.cache.capacity)
+        self.max_length = min([self.max_length, *(other.context_length for other in beside.shapes)])
         self.eos = frozenset(tokenizer.stop_ids if tokenizer is not None else shape.eos_ids)
         self.adapters = Adapters(model)
         self.samples: dict[int, Sample] = {}
@@ -144,7 +149,7 @@ class State:
             "remembered_blocks": self.blocks.remembered,
             "evicted_blocks": self.blocks.evictions,
             "block_size": self.config.block_size,
-            "used_bytes": used * self.storage.block_bytes,
+            "used_bytes": used * self.cache.block_bytes,
             "held_bytes": self.cache.held_bytes,
-            "cache_bytes": self.blocks.n_blocks * self.storage.block_bytes,
+            "cache_bytes": self.blocks.n_blocks * self.cache.block_bytes,
         }
