@@ -17,9 +17,9 @@ from modicum.data import rules
 from modicum.data.curate import CurateConfig, curate
 from modicum.data.document import Document, Drop
 from modicum.data.steps import Context, gopher
-from modicum.data.steps.line_dedup import key_of
+from modicum.data.steps.line_dedup import keys_of
 from modicum.data.steps.pii import iban, luhn
-from modicum.data.words import word_hashes, word_hashes_of
+from modicum.data.words import combine, word_hashes, word_hashes_of
 
 COMMON = re.findall(r"\w+", "the of and to that have with be a in it was for on are as with his they at")
 NOUNS = re.findall(
@@ -241,7 +241,28 @@ def test_lines_of_many_documents_go_and_repetitions_within_one() -> None:
     paragraphs = [dataclasses.replace(d, text=d.text.replace("\n", "\n\n")) for d in documents]
     left = {d.id: d.text for d in run("line-dedup:unit=paragraph", paragraphs) if isinstance(d, Document)}
     assert left["d1"] == f"Document number {NOUNS[1]} says something of its own.\n\n- ok"
-    assert key_of("Page 1 of 2!") == key_of("page of") != key_of("of page")
+    one, same, other, none = keys_of(["Page 1 of 2!", "page of", "of page", "12 ..."])
+    assert one == same != other and none != 0
+
+
+def test_the_keys_of_many_lines_are_those_of_each() -> None:
+    """The polynomial of all lines at once against one line after the other, word by word."""
+    lines = ["One line, of words", "x", "", "…", "Ünïcode 漢字 42", "a " * 300, "İstanbul\u0130 7", "the same the same"]
+    right = []
+    for line in lines:
+        words, _ = word_hashes("".join(" " if c.isdigit() else c for c in line))
+        right.append(max(int(combine(words[None])[0]), 1) if len(words) else 1)
+    assert keys_of(lines).tolist() == right
+
+
+def test_line_dedup_splits_where_lines_end_and_nowhere_else() -> None:
+    shared = "This notice stands on every page of it."
+    texts = [
+        f"Own text of page {n} says something.\x0cpart {NOUNS[n]}\u2028{shared}\n{shared}\nend {NOUNS[n]}\r\n"
+        for n in range(5)
+    ]
+    out = [d for d in run("line-dedup", [Document(str(n), t) for n, t in enumerate(texts)]) if isinstance(d, Document)]
+    assert [d.text for d in out] == [t.replace(f"\n{shared}\n", "\n").strip("\n") for t in texts]
 
 
 # Personal data

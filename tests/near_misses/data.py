@@ -283,4 +283,33 @@ MUTATIONS = (
         "chosen.deficit -= 0",
         "data/test_stream.py",
     ),
+    # data: duplicates
+    Mutation(
+        "indexed documents are dropped for being like one another",
+        "data/steps/minhash.py",
+        "kept_in.get(bucket, ())}) if row >= known else []",
+        "kept_in.get(bucket, ())})",
+        "data/test_duplicates.py::test_an_indexed_document_is_known_even_if_it_is_like_another_indexed_one",
+    ),
+    Mutation(
+        "every copy of a passage is cut, the owner's too",
+        "data/steps/substring_dedup.py",
+        "(again | (self.owners[at] != np.uint64(_key(document.id))))",
+        "True",
+        "data/test_duplicates.py::test_what_is_cut_is_what_a_search_of_all_substrings_cuts",
+    ),
+    Mutation(
+        "a window is cut at its first word alone",
+        "data/steps/substring_dedup.py",
+        "np.add.at(edge, starts + self.config.n, -1)",
+        "np.add.at(edge, starts + 1, -1)",
+        "data/test_duplicates.py::test_what_is_cut_is_what_a_search_of_all_substrings_cuts",
+    ),
+    Mutation(
+        "the order of words in a line does not count",
+        "data/steps/line_dedup.py",
+        "terms_W = mix(flat_W + number_W.astype(np.uint64) + np.uint64(1))",
+        "terms_W = mix(flat_W + np.uint64(1))",
+        "data/test_filters.py::test_the_keys_of_many_lines_are_those_of_each",
+    ),
 )

@@ -41,11 +41,11 @@ from modicum.data.stages import Run, group_bytes
 from modicum.data.tokenizer import Tokenizer
 
 STEPS = ("normalise", "python-split", "quality", "exact-dedup", "minhash")
+KEPT = ("signals", "replies")  # by what was asked: another curation of the same texts uses them again
 OURS = (
     "documents",
     "tokens",
     "fitted",
-    "signals",
     "tokenizer.json",
     "tokenizer_config.json",
     "drops.jsonl",
@@ -305,7 +305,7 @@ def _claim(folder: Path, name: str) -> Iterator[Path]:
             with atomic_file(marker, "w") as file:
                 file.write(name)
         (folder / "curation.json").unlink(missing_ok=True)
-        for subfolder in (work, *(folder / n for n in OURS[:4])):
+        for subfolder in (work, *(folder / n for n in (*OURS[:3], *KEPT))):
             for stale in subfolder.rglob(".*.part"):  # of a run that was killed while it wrote
                 stale.unlink()
         yield work

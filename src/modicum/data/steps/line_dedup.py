@@ -15,17 +15,20 @@ text that is empty afterwards is dropped.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from modicum.data.document import Document, Drop
 from modicum.data.steps import Step
-from modicum.data.words import combine, mix, word_hashes
+from modicum.data.words import _words, mix, powers
 
 _PARAGRAPH, _LINE = re.compile(r"(\n[^\S\n]*\n\s*)"), re.compile(r"(\n)")
+_OTHER_ENDS = re.compile("[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,51 +52,79 @@ class LineDedup(Step):
         self.sample, self.common, self.dropped = config.sample, np.zeros(0, np.uint64), 0
 
     def fit(self, sample: Sequence[Document]) -> dict[str, np.ndarray]:
-        own = [np.unique(np.array([key for _, key in self._units(d.text) if key], np.uint64)) for d in sample]
+        own = [np.unique(self._units(d.text)[1]) for d in sample]
         keys, count = np.unique(np.concatenate(own), return_counts=True)
-        return {"common_lines": keys[count >= self.config.documents]}
+        return {"common_lines": keys[(count >= self.config.documents) & (keys > 0)]}
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         super().load(arrays)
         self.common = arrays["common_lines"]
 
-    def _units(self, text: str) -> Iterator[tuple[str, int]]:
-        """(unit with the space behind it, its key) of a text, in order; 0: too short to count."""
+    def _units(self, text: str) -> tuple[list[str], np.ndarray]:
+        """Units in order, each with the space behind it, and their keys; 0: too short to count."""
+        parts = text.splitlines(keepends=True) if self.plain(text) else self._split(text)
+        stripped = [part.strip() for part in parts]
+        counted = [i for i, unit in enumerate(stripped) if len(unit) >= self.config.shortest]
+        keys_U = np.zeros(len(parts), np.uint64)
+        if counted:
+            keys_U[counted] = keys_of([stripped[i] for i in counted])
+        return parts, keys_U
+
+    def plain(self, text: str) -> bool:
+        """Whether lines end at line feeds alone, so that the interpreter's own splitting is right."""
+        return self.config.unit == "line" and not _OTHER_ENDS.search(text)
+
+    def _split(self, text: str) -> list[str]:
         parts = (_LINE if self.config.unit == "line" else _PARAGRAPH).split(text)
-        for at in range(0, len(parts), 2):
-            unit = parts[at].strip()
-            yield "".join(parts[at : at + 2]), key_of(unit) if len(unit) >= self.config.shortest else 0
+        return ["".join(parts[at : at + 2]) for at in range(0, len(parts), 2)]
 
     def each(self, document: Document) -> Iterable[Document | Drop]:
-        seen: set[int] = set()
-        kept, dropped = [], 0
-        for unit, key in self._units(document.text):
-            again = self.config.within and key in seen
-            if key and (again or self._common(key)):
-                dropped += 1
-                continue
-            if key:
-                seen.add(key)
-            kept.append(unit)
+        units, keys_U = self._units(document.text)
+        drop_U = np.zeros(len(units), bool)
+        if len(self.common):
+            at_U = np.minimum(np.searchsorted(self.common, keys_U), len(self.common) - 1)
+            drop_U |= self.common[at_U] == keys_U
+        if self.config.within:
+            again_U = np.ones(len(units), bool)
+            again_U[np.unique(keys_U, return_index=True)[1]] = False
+            drop_U |= again_U & (keys_U > 0)
+        dropped = int(drop_U.sum())
         self.dropped += dropped
-        text = "".join(kept).strip("\n")
         if not dropped:
             yield document
-        elif not text.strip():
+            return
+        text = "".join(unit for unit, gone in zip(units, drop_U.tolist(), strict=True) if not gone).strip("\n")
+        if not text.strip():
             yield Drop(document.id, "all-duplicate", f"all of {dropped} {self.config.unit}s stand elsewhere too")
         else:
             yield dataclasses.replace(document, text=text)
-
-    def _common(self, key: int) -> bool:
-        at = int(np.searchsorted(self.common, np.uint64(key)))
-        return at < len(self.common) and int(self.common[at]) == key
 
     def close(self) -> dict[str, float]:
         return {f"{self.config.unit}s_dropped": self.dropped}
 
 
-def key_of(text: str) -> int:
-    """A hash of the words, without case, digits and punctuation; never 0."""
-    words, _ = word_hashes("".join(" " if c.isdigit() else c for c in text))
-    whole = combine(words[None]) if len(words) else mix(np.zeros(1, np.uint64))
-    return int(whole[0]) or 1
+def keys_of(texts: Sequence[str]) -> np.ndarray:
+    """uint64 [N]: a hash of each text's words, without case, digits and punctuation; never 0."""
+    together = "\n".join(texts).translate(_digits()).lower()
+    lengths = [len(text) + 1 for text in texts]
+    if len(together) + 1 != sum(lengths):  # few letters have a lower case of another length
+        lengths = [len(text.lower()) + 1 for text in texts]
+    flat_W, _, starts_W = _words(together)
+    ends_N = np.searchsorted(starts_W, np.cumsum(lengths))  # words up to the end of each text
+    counts_N = np.diff(ends_N, prepend=0)
+    first_N = np.cumsum(counts_N) - counts_N
+    number_W = np.arange(len(flat_W)) - np.repeat(first_N, counts_N)
+    # `words.combine` of every row of words at once: sum of mix(w_k + k + 1) p^(K - 1 - k)
+    power = powers(max(1 << 12, 1 << int(counts_N.max()).bit_length()))[0]
+    terms_W = mix(flat_W + number_W.astype(np.uint64) + np.uint64(1))
+    terms_W *= power[np.repeat(counts_N, counts_N) - 1 - number_W]
+    sums_N = np.zeros(len(texts), np.uint64)
+    some_N = counts_N > 0
+    sums_N[some_N] = np.add.reduceat(terms_W, first_N[some_N]) if some_N.any() else 0
+    return np.maximum(mix(sums_N), np.uint64(1))
+
+
+@functools.cache
+def _digits() -> dict[int, str]:
+    """Every digit as a space, for `str.translate`."""
+    return {i: " " for i in range(sys.maxunicode + 1) if chr(i).isdigit()}

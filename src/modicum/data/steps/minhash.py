@@ -5,6 +5,9 @@
     candidate : all r rows equal in one of b bands, with probability 1 - (1 - J^r)^b
     drop j    : if the fraction of equal s_k with a kept candidate i < j is at least the threshold
 
+`against` names corpora that are curated already (folders, files): their documents come first and all stay, so that a
+new one like any of them is dropped, and named with it.
+
 Broder 1997 ("On the resemblance and containment of documents"); for language models Lee et al. 2022
 (arXiv:2107.06499, appendix A: 5-grams, Jaccard 0.8). Departs from them: bands and rows are
 chosen for the threshold (least sum of the false positives' and negatives' areas); candidates are confirmed
@@ -16,8 +19,8 @@ character as a word. Permutations are multiply-shift hashes (Dietzfelbinger et a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -25,6 +28,7 @@ import numpy as np
 from modicum.core.errors import UserError
 from modicum.data.document import Document
 from modicum.data.steps import Step
+from modicum.data.steps._indexed import folders, ids_of, index
 from modicum.data.words import combine, mix, ngrams, word_hashes_of
 
 BLOCK = 1 << 8  # n-grams hashed at once: 256 KiB for 128 permutations, so that they stay in the cache
@@ -38,6 +42,7 @@ class Config:
     ngram: int = 5  # words
     permutations: int = 128
     seed: int = 1
+    against: list[str] = field(default_factory=list)  # curated folders, or files, whose documents are known
 
 
 class MinHash(Step):
@@ -52,6 +57,18 @@ class MinHash(Step):
         self.factors = rng.integers(0, 2**63, config.permutations, np.uint64) * np.uint64(2) + np.uint64(1)
         self.offsets = rng.integers(0, 2**63, config.permutations, np.uint64)
         self.bands, self.rows = bands_and_rows(config.threshold, config.permutations)
+        self.sample = 1 if config.against else 0  # nothing of the corpus itself is learnt
+        self.indexed, self.indexed_ids = np.zeros((0, config.permutations), np.uint32), list[str]()
+
+    def sources(self) -> Sequence[str]:
+        return folders(self.config.against)
+
+    def fit(self, sample: Sequence[Document]) -> dict[str, np.ndarray]:
+        return index(self.config.against, self.signatures)
+
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        super().load(arrays)
+        self.indexed, self.indexed_ids = arrays["indexed"], ids_of(arrays["indexed_ids"])
 
     def signatures(self, documents: Sequence[Document]) -> np.ndarray:
         """uint32 [documents, permutations]."""
@@ -80,17 +97,25 @@ class MinHash(Step):
         return signature
 
     def decide(self, signatures_NK: np.ndarray, ids: Sequence[str]) -> dict[int, tuple[str, str]]:
+        known = len(self.indexed)  # rows are numbered through: the indexed documents first
+
+        def signature(row: int) -> np.ndarray:
+            value: np.ndarray = self.indexed[row] if row < known else signatures_NK[row - known]
+            return value
+
         buckets = self._shared_buckets(signatures_NK)
         kept_in: dict[tuple[int, int], list[int]] = {}
         drops: dict[int, tuple[str, str]] = {}
         need = self.config.threshold
         for row in sorted(buckets):
-            candidates = sorted({i for bucket in buckets[row] for i in kept_in.get(bucket, ())})
+            candidates = sorted({i for bucket in buckets[row] for i in kept_in.get(bucket, ())}) if row >= known else []
             if candidates:
-                likeness = (signatures_NK[candidates] == signatures_NK[row]).mean(axis=1)
+                likeness = (np.stack([signature(i) for i in candidates]) == signature(row)).mean(axis=1)
                 best = int(np.argmax(likeness))
                 if likeness[best] >= need:
-                    drops[row] = ("near-duplicate", f"{likeness[best]:.2f} like {ids[candidates[best]]}")
+                    like = candidates[best]
+                    name = self.indexed_ids[like] if like < known else ids[like - known]
+                    drops[row - known] = ("near-duplicate", f"{likeness[best]:.2f} like {name}")
                     continue
             for bucket in buckets[row]:
                 kept_in.setdefault(bucket, []).append(row)
@@ -100,8 +125,9 @@ class MinHash(Step):
         """row -> its (band, value) buckets that at least one other row is in."""
         shared: dict[int, list[tuple[int, int]]] = {}
         for band in range(self.bands):
-            band_rows = np.ascontiguousarray(signatures_NK[:, band * self.rows : (band + 1) * self.rows])
-            values = mix(combine(band_rows.astype(np.uint64)))
+            columns = slice(band * self.rows, (band + 1) * self.rows)
+            both = [np.ascontiguousarray(part[:, columns]) for part in (self.indexed, signatures_NK)]
+            values = np.concatenate([mix(combine(part.astype(np.uint64))) for part in both])
             _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
             for row in np.flatnonzero(counts[inverse] > 1):
                 shared.setdefault(int(row), []).append((band, int(inverse[row])))
