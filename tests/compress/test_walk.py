@@ -212,3 +212,42 @@ def test_verb(stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         verb(str(stored / "model"), tmp_path / "two", form="int8", method="rtn")
     with pytest.raises(UserError, match="forms already"):
         verb(str(tmp_path / "out"), tmp_path / "two", method="rtn")
+
+
+PEAK = """
+import sys
+import torch
+from modicum.budget.meter import Meter, resident_now
+from modicum.compress.method import compress_with
+torch.set_num_threads(1)
+source, text, out = sys.argv[1:]
+given = dict(calibration=text, sequences=4, length=16)
+compress_with(source + "-small", METHOD, out + "-small", **given)  # imports, and what the first calls keep
+before = resident_now()
+with Meter() as meter:
+    compress_with(source, METHOD, out, **given)
+print(int(meter.peak_bytes) - before)
+"""
+
+
+@pytest.mark.parametrize("method", ["wanda", "rtn:bits=3"])
+def test_the_peak_is_the_model_and_one_block(stored: Path, tmp_path: Path, method: str) -> None:
+    """Not the model in float32, nor both models: bytes of the process beyond those of a small run."""
+    layers, blocks = 24, 9
+    for name, n in (("model-small", 1), ("model", layers)):
+        config = llama_like(300, 512, n, 8, mlp_width=1408, context_length=64)
+        model = Decoder(config, init=False).to(torch.bfloat16)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(0.01)
+        save_model(model, tmp_path / name, stored / "tokenizer")
+        block = sum(p.numel() for p in model.layers[0].parameters())
+        whole = sum(p.nbytes for p in model.parameters())
+        del model
+    script = PEAK.replace("METHOD", repr(method))
+    given = [str(tmp_path / "model"), str(stored / "text"), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak = int(done.stdout.split()[-1])
+    assert peak < whole + blocks * 4 * block, f"{peak >> 20} MiB for a model of {whole >> 20}, blocks of {block >> 18}"
+    assert whole + blocks * 4 * block < 0.7 * (whole + 4 * layers * block)  # what all blocks in float32 would take

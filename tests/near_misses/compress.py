@@ -161,4 +161,26 @@ MUTATIONS = (
         "if work.exists() and not path.exists():",
         "compress/test_walk.py::test_other_settings_begin_anew",
     ),
+    # compress: layouts of other engines
+    Mutation(
+        "AWQ's outputs lie in their words in plain order",
+        "compress/export_codes.py",
+        "ORDER = (0, 2, 4, 6, 1, 3, 5, 7)",
+        "ORDER = (0, 1, 2, 3, 4, 5, 6, 7)",
+        "compress/test_export_codes.py::test_codes_are_read_as_their_engines_do",
+    ),
+    Mutation(
+        "GPTQ's zero points are stored as they are, and said to be one less",
+        "compress/export_codes.py",
+        '"qzeros": _words((z_GO - shift)',
+        '"qzeros": _words((z_GO)',
+        "compress/test_export_codes.py::test_codes_are_read_as_their_engines_do",
+    ),
+    Mutation(
+        "all blocks stay in float32 until the end",
+        "compress/blocks.py",
+        "                parameter.data = parameter.data.to(dtypes[name])\n",
+        "                parameter.data = parameter.data.to(dtypes[name]).float()\n",
+        "compress/test_walk.py::test_the_peak_is_the_model_and_one_block",
+    ),
 )

@@ -1,4 +1,4 @@
-"""Write a model for other programs: a GGUF file for llama.cpp, or a plain Hugging Face folder."""
+"""Write a model for other programs: a GGUF file for llama.cpp, or a Hugging Face folder, dense or in GPTQ's codes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 def export(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
-    out: Annotated[Path, typer.Argument(help="File OUT.gguf, or a folder with --format hf.")],
-    format: Annotated[str | None, typer.Option(help="gguf or hf [default: by OUT's ending].")] = None,
+    out: Annotated[Path, typer.Argument(help="File OUT.gguf, or a folder with --format hf, gptq or awq.")],
+    format: Annotated[
+        str | None, typer.Option(help="gguf, hf (dense), gptq or awq (four-bit codes) [default: by OUT's ending].")
+    ] = None,
     type: Annotated[
         str, typer.Option(help="Of the layers' matrices: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k ... q6_k.")
     ] = "q8_0",
@@ -42,9 +44,9 @@ def export(
     from modicum.model.gguf.write import Types
 
     kind = format or ("gguf" if out.suffix == ".gguf" else "")
-    if kind not in ("gguf", "hf"):
+    if kind not in ("gguf", "hf", "gptq", "awq"):
         raise UserError(
-            f"{out}: give a file that ends in .gguf, or --format with gguf or hf"
+            f"{out}: give a file that ends in .gguf, or --format with gguf, hf, gptq or awq"
             + (f", not {format}" if format else "")
         )
     types = Types(matrices=type, embeddings=embeddings, fallback=fallback, patterns=_patterns(tensor or []))
@@ -55,6 +57,14 @@ def export(
         from modicum.adapt.peft_format import load_peft
 
         load_peft(loaded, adapter)
+    if kind in ("gptq", "awq"):
+        from modicum.compress.export_codes import write
+
+        if out.is_file():
+            raise UserError(f"{out} is a file; give the folder to write")
+        settings = write(loaded, out, source, kind)  # type: ignore[arg-type]
+        print(json.dumps({"out": str(out), "quantization_config": settings}) if as_json else f"{out}: written")
+        return
     run.merged(loaded)
     if kind == "hf":
         if not dry_run:
