@@ -166,5 +166,4 @@ def test_a_collection_larger_than_memory_is_indexed_and_searched(key, tmp_path):
     command = [sys.executable, "-c", LARGER_THAN_MEMORY, key, str(tmp_path / "i")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-600:]
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("resizing")]
-    assert lines == ["the collection itself does not fit", "[7, 124007, 236007]"]
+    assert "the collection itself does not fit" in done.stdout and "[7, 124007, 236007]" in done.stdout

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from modicum.core.errors import UserError
+from modicum.retrieve import connected
 
 _MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
@@ -50,6 +51,12 @@ class PlainSentence:
     @classmethod
     def open(cls, folder: str | Path, device: str, layers: int | None = None) -> PlainSentence | None:
         folder = Path(folder)
+        if (folder / connected.FILE).is_file():
+            made = cls.open(folder / connected.BASE, device)
+            if made is None or layers is not None:
+                raise UserError(f"{folder} is an encoder with adapters, which layers= cannot cut; leave it out")
+            connected.attached(folder, made._model)
+            return made
         shape = plain_shape(folder) if (folder / "modules.json").is_file() else None
         return None if shape is None else cls(folder, *shape, device, layers)
 

@@ -76,8 +76,10 @@ def check_every_parameter_that_is_used_gets_a_gradient(key: str) -> None:
     assert loss.ndim == 0 and torch.isfinite(loss)
     loss.backward()
     parameters = dict(named(student, trainer))
-    without = [n for n, p in parameters.items() if p.grad is None or not torch.isfinite(p.grad).all()]
-    assert not without, f"no finite gradient for {without}"
+    trained = {n: p for n, p in parameters.items() if p.requires_grad}
+    without = [n for n, p in trained.items() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert trained and not without, f"no finite gradient for {without}"
+    assert all(p.grad is None for p in parameters.values() if not p.requires_grad), "what is frozen gets none"
 
 
 def check_the_loss_falls(key: str) -> None:
