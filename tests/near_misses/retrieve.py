@@ -220,6 +220,35 @@ MUTATIONS = (
         ":",
         "retrieve/test_qwenlong_cprs.py::test_tags_are_joined_by_hand",
     ),
+    # retrieve: adapters with a connected path, projections into an old space
+    Mutation(
+        "the state beside is detached between layers",
+        "retrieve/connected.py",
+        "sum_NTD = h_NTD + state_NTD",
+        "sum_NTD = h_NTD + state_NTD\n            self._state = None if self._state is None else self._state.detach()",
+        "retrieve/test_connected_adapters.py::test_gradients_reach_the_lowest_adapter_without_the_frozen_layers",
+    ),
+    Mutation(
+        "each layer's step is added alone",
+        "retrieve/connected.py",
+        "state_NTD = step_NTD if n == 0 or self._state is None else self._state + step_NTD",
+        "state_NTD = step_NTD",
+        "retrieve/test_connected_adapters.py::test_the_path_beside_is_its_recurrence",
+    ),
+    Mutation(
+        "old vectors are projected into the new space",
+        "retrieve/compatible.py",
+        "w_ED: np.ndarray = u_EK @ v_KD",
+        "w_ED: np.ndarray = (u_EK @ v_KD).T",
+        "retrieve/test_xbt.py::test_a_rotation_is_recovered_exactly",
+    ),
+    Mutation(
+        "the projection is learnt from passages too",
+        "retrieve/trainers/xbt.py",
+        "if self.config.steps is None or batch.step < self.config.steps:",
+        "if False:",
+        "retrieve/test_xbt.py::test_the_first_stage_sees_no_passage_and_the_second_old_vectors_of_them",
+    ),
     Mutation(
         "the filter is applied to the k best instead of before them",
         "retrieve/search.py",

@@ -25,7 +25,10 @@ from modicum.retrieve.collection import Collection
 
 AXES = Axes(quality=Axis("ndcg_at_10", "higher"), cost=Axis("bytes_per_passage", "lower", "bytes"))
 TIER = "laptop"
-NOT_MEASURABLE = {"colberter": "it needs a model that was trained; bench trainer colberter measures both"}
+NOT_MEASURABLE = {
+    "colberter": "it needs a model that was trained; bench trainer colberter measures both",
+    "lexlip": "it needs a model that was trained; bench trainer lexlip measures both",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

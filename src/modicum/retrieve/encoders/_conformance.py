@@ -30,7 +30,8 @@ def _made(key: str) -> Iterator[Encoder]:
     loaded = registry.load("encoder", key)
     with tempfile.TemporaryDirectory() as folder:
         if any(f.name == "model" for f in fields(loaded.config)):
-            model = _decoder(Path(folder) / "model") if key == "decoder" else _sentence(Path(folder) / "model")
+            makers = {"decoder": _decoder, "xbt": _projected}
+            model = makers.get(key, _sentence)(Path(folder) / "model")
             config = loaded.config(model=str(model))
         else:
             config = getattr(loaded.module, "TOY", None) or loaded.config()
@@ -60,6 +61,21 @@ def _sentence(folder: Path) -> Path:
 
     student = Student.new(TEXTS, width=16, layers=1, heads=2, vocabulary=330, max_tokens=48, seed=0)
     student.save(folder)
+    return folder
+
+
+def _projected(folder: Path) -> Path:
+    """A small encoder with a projection of random weights."""
+    import torch
+    from safetensors.torch import save_file
+
+    from modicum.core.files import write_json
+    from modicum.retrieve.compatible import Projection
+
+    _sentence(folder)
+    torch.manual_seed(0)
+    save_file(Projection(16, 12, 8).state_dict(), folder / "phi.safetensors")
+    write_json(folder / "xbt.json", {"new": 16, "old": 12, "hidden": 8})
     return folder
 
 
