@@ -250,6 +250,21 @@ MUTATIONS = (
         "retrieve/test_xbt.py::test_the_first_stage_sees_no_passage_and_the_second_old_vectors_of_them",
     ),
     Mutation(
+        "losses of demonstrations are averaged",
+        "retrieve/trainers/demo_retrieval_meta.py",
+        "return -joint_BK.masked_fill(missing_BK, -torch.inf).logsumexp(1).mean()",
+        "return -(prior_BK.exp() * rewards_BK.masked_fill(missing_BK, 0)).sum(1).mean()",
+        "retrieve/test_demo_retrieval_meta.py::test_the_loss_is_the_marginal_likelihood_by_enumeration",
+    ),
+    Mutation(
+        "an example is its own demonstration",
+        "retrieve/trainers/demo_retrieval_meta.py",
+        "if r >= 0 and _normal(bank[r].text) != _normal(item.text)][:k]",
+        "if r >= 0][:k]",
+        "retrieve/test_demo_retrieval_meta.py::"
+        "test_demonstrations_stand_with_their_answers_most_similar_last_and_without_the_item_itself",
+    ),
+    Mutation(
         "the filter is applied to the k best instead of before them",
         "retrieve/search.py",
         "subset = rows if subset is None else np.intersect1d(rows, np.fromiter(subset, np.int64))",

@@ -88,8 +88,8 @@ class XBT(RetrieverTrainer):
         if self.config.steps is None or batch.step < self.config.steps:
             old_BE = torch.from_numpy(self.old_queries_QE[batch.query_B])
             return (1 - (projected_BE * old_BE).sum(-1)).mean()
-        old = [torch.from_numpy(self.old_passages_PE[rows]) for rows in (batch.positive_B, batch.negative_B)]
-        return self.on_vectors(projected_BE, *old, batch)
+        old_PE = torch.from_numpy(self.old_passages_PE)
+        return self.on_vectors(projected_BE, old_PE[batch.positive_B], old_PE[batch.negative_B], batch)
 
     def on_vectors(self, queries_BD: Tensor, positives_BD: Tensor, negatives_BD: Tensor, batch: Batch) -> Tensor:
         """From projected queries and old vectors of passages."""
