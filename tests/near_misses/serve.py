@@ -296,4 +296,33 @@ MUTATIONS = (
         "before_RV = sorted_RV.cumsum(-1)",
         "serve/test_eft.py::test_tokens_outside_the_main_nucleus_are_left_out",
     ),
+    # serve: residency
+    Mutation(
+        "columns of down are rows of its transpose by mistake",
+        "serve/residency/_store.py",
+        "mlp.down.weight.T]",
+        "mlp.down.weight.reshape(mlp.up.weight.shape)]",
+        "serve/test_llm_in_a_flash.py::test_bundles_come_back_with_one_read_for_neighbours",
+    ),
+    Mutation(
+        "rows that move into holes keep their old slots",
+        "serve/residency/_store.py",
+        "            self.slot_F[self.neuron_K[holes]] = holes\n",
+        "",
+        "serve/test_llm_in_a_flash.py::test_the_table_is_a_dictionary",
+    ),
+    Mutation(
+        "neurons leave memory with the token that needed them",
+        "serve/residency/llm_in_a_flash.py",
+        "self.recent: deque[np.ndarray] = deque(maxlen=config.window)",
+        "self.recent: deque[np.ndarray] = deque(maxlen=1)",
+        "serve/test_llm_in_a_flash.py::test_the_oracle_is_exact_and_reads_what_is_new",
+    ),
+    Mutation(
+        "what has no room in the table is left out",
+        "serve/residency/llm_in_a_flash.py",
+        "return y_ND if not len(beyond) else y_ND + self._stream(x_ND, beyond)",
+        "return y_ND",
+        "serve/test_llm_in_a_flash.py::test_what_does_not_fit_the_table_is_still_computed",
+    ),
 )

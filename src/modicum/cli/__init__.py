@@ -30,6 +30,7 @@ ORDER = (
     "compress",
     "export",
     "fit",
+    "flash",
     "index",
     "update",
     "search",

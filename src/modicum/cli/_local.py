@@ -48,5 +48,11 @@ def served_decoder(
 ) -> Any:
     """The model as it is served: adapter attached (merged if `form` is given), weights converted to `form`."""
     from modicum.adapt.load import load_adapted
+    from modicum.core.errors import UserError
+    from modicum.serve.residency import is_prepared, load_prepared
 
+    if is_prepared(folder):
+        if form or adapter or size or dtype or device != "cpu":
+            raise UserError(f"{folder} was written by modicum flash; leave out --form, --adapter, --size and --dtype")
+        return load_prepared(folder)[1]
     return load_adapted(folder, adapter=adapter or None, form=form or None, dtype=dtype, device=device, size=size)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
-from modicum.model.layers import Block
+from modicum.model.layers import MLP, Block
 from modicum.model.linear import LinearForm
 from modicum.serve import native
 
@@ -77,6 +77,8 @@ def unserved(model: Decoder, cache: torch.dtype) -> str | None:
         ):
             return f"{name} is {type(module).__name__}"
     for i, block in enumerate(model.layers):
+        if isinstance(block, Block) and type(block.mlp) is not MLP:
+            return f"the MLP of layer {i} is a {type(block.mlp).__name__}"
         if c.gated and isinstance(block, Block):
             gate, up = block.mlp.gate, block.mlp.up
             kinds = {(type(m), getattr(m, "group", 0), codes[0] if (codes := stored(m)) else None) for m in (gate, up)}
