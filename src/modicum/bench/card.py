@@ -243,6 +243,12 @@ def bench_path(port: str) -> Path:
     return PLACE / f"{port.replace('-', '_')}.py"
 
 
+def own_bench_path(port: str, method: str) -> Path:
+    """Where a method's own measurement stands, or would stand: `_PORT_KEY.py` beside the port's bench."""
+    path = bench_path(port)
+    return path.with_name(f"_{path.stem.strip('_')}_{method.replace('-', '_')}.py")
+
+
 def not_measurable(info: MethodInfo) -> str:
     """Why nothing can be measured of a method here, from its file or its port's bench; "" where it can."""
     path = source(info)

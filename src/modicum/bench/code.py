@@ -1,8 +1,9 @@
 """Which files decide what a method's measurement gives, as a hash: what says that a record is stale.
 
-Those are the method's file, the `__init__` of its port's package, the port's bench with its private helpers, and the
-files that these import within modicum, read as text. Docstrings, comments and blank lines are left out of the hash:
-rewording one changes no figure. C sources beside a package that is imported count as well.
+Those are the method's file, the `__init__` of its port's package, the port's bench with its private helpers, the
+measurement of its own that the method may have there, and the files that these import within modicum, read as text.
+Docstrings, comments and blank lines are left out of the hash: rewording one changes no figure. C sources beside
+a package that is imported count as well.
 
 What lies deeper (the training loop, the engine, the data stream) does not count: with it every record would be stale
 after every commit. Tests hold its results; who changes them on purpose measures anew. Not seen either: modules that are
@@ -17,7 +18,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from modicum.bench.card import bench_path, source
+from modicum.bench.card import bench_path, own_bench_path, source
 from modicum.core import compose, registry
 from modicum.core.files import fingerprint
 
@@ -42,7 +43,7 @@ def _bench_files(port: str) -> set[Path]:
 def method_files(port: str, method: str) -> set[Path]:
     """The files of a method, of the halves it brings, of its port and its bench, and those that they import."""
     halves = [(port, method), *((half.port, half.method) for half in compose.brings(port, method))]
-    own = [source(registry.methods(p)[key]) for p, key in halves]
+    own = [source(registry.methods(p)[key]) for p, key in halves] + [own_bench_path(port, method)]
     roots = {p for p in (*own, registry.port(port).path / "__init__.py", *_bench_files(port)) if p.exists()}
     return roots.union(*(_imported(path) for path in roots))
 

@@ -16,6 +16,9 @@ A port's bench, `bench/ports/PORT.py`, holds
 
 `measure` runs one method once. All of its randomness comes from `seed`, so that two methods at one seed
 see the same data in the same order from the same start; differences are then taken pair by pair.
+
+A method that must be measured in a way of its own brings `_PORT_KEY.py` beside that file, with a `measure` that is
+called instead of the port's.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from typing import Any
 
 from modicum.bench import code, labs
 from modicum.bench import record as records
-from modicum.bench.card import bench_path, not_measurable, read_card
+from modicum.bench.card import bench_path, not_measurable, own_bench_path, read_card
 from modicum.bench.labs import Lab
 from modicum.bench.measurement import Axes, Measurement, Settings
 from modicum.bench.record import Record
@@ -280,13 +283,23 @@ def run(
 def _measure(bench: Bench, choice: Choice, seed: int, settings: Settings) -> Measurement:
     gc.collect()
     with Meter() as meter:
-        made = bench.measure(choice, seed, settings)
+        made = measure_of(bench, choice)(choice, seed, settings)
     cost = dataclasses.replace(
         made.cost,
         seconds=made.cost.seconds or meter.seconds,
         peak_bytes=made.cost.peak_bytes or meter.peak_bytes,
     )
     return dataclasses.replace(made, cost=cost)
+
+
+def measure_of(bench: Bench, choice: Choice) -> Callable[[Choice, int, Settings], Measurement]:
+    """The method's own `measure`, or the port's."""
+    path = own_bench_path(bench.port, choice.method)
+    if not path.exists():
+        return bench.measure
+    own = importlib.import_module(f"{bench.module.__name__.rpartition('.')[0]}.{path.stem}")
+    measure: Callable[[Choice, int, Settings], Measurement] = own.measure
+    return measure
 
 
 def _check_axes(entry: Record) -> None:

@@ -15,6 +15,7 @@ whence P(a | w_0 .. w_{t-1}) at every t at once, and the end of the sentence as 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,19 @@ class Grammar:
                 new_inside[symbol], new_ahead[symbol] = total, first
             inside, ahead = new_inside, new_ahead
         return np.concatenate([ahead[0][0], inside[0][0][:, None]], axis=1)
+
+    def probability(self, sentence: list[int], labels: tuple[int, ...]) -> float:
+        """P(the whole sentence | labels), by the inside algorithm alone."""
+        n = len(sentence)
+        inside = {a: np.diag(np.array(sentence) == a, 1).astype(float) for a in range(self.vocabulary)}
+        for sets, label in zip(reversed(self.levels), reversed(labels), strict=True):
+            above = {}
+            for symbol, rules in sets[label].items():
+                above[symbol] = np.zeros((n + 1, n + 1))
+                for p, children in rules:
+                    above[symbol] += p * functools.reduce(np.matmul, (inside[child] for child in children))
+            inside = above
+        return float(inside[0][0, n])
 
     def next_token(self, sentence: list[int], labels: tuple[int, ...] | None = None) -> np.ndarray:
         """P(next | what stands before) at every place, (n + 1) x (V + 1): given the labels, or over all of them."""

@@ -3,7 +3,7 @@
 The model is SmolLM2-135M-Instruct in bfloat16 or the one given with --model: which of the tasks it can do says where
 caches, drafters and compression can be judged by answers. Or (--model proxy) a small decoder trained on the task's own
 train split: then the figure says how hard the task is for attention at this size. Tasks are not compared with each
-other. knowledge-capacity and listops always train their own (`_task_capacity`, `_task_pretraining`).
+other. Some tasks always train their own (`_task_KEY.py` beside this file).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from modicum.bench import fixtures, training
 from modicum.bench.measurement import Axes, Axis, Measurement, Settings
-from modicum.bench.ports import _task_capacity, _task_pretraining
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
@@ -28,34 +27,6 @@ from modicum.model.folder import load_model
 AXES = Axes(quality=Axis("score", "higher", against=""), cost=Axis("seconds_per_document", "lower", "s", against=""))
 LIMITS = training.LIMITS
 MODEL = "smollm2"
-NOT_MEASURABLE = {
-    "arc-challenge": "its questions are no part of modicum; modicum eval --tasks arc-challenge --data FOLDER asks them",
-    "arc-easy": "its questions are no part of modicum; modicum eval --tasks arc-easy --data FOLDER asks them",
-    "hellaswag": "its questions are no part of modicum; modicum eval --tasks hellaswag --data FOLDER asks them",
-    "piqa": "its questions are no part of modicum; modicum eval --tasks piqa --data FOLDER asks them",
-    "openbookqa": "its questions are no part of modicum; modicum eval --tasks openbookqa --data FOLDER asks them",
-    "boolq": "its questions are no part of modicum; modicum eval --tasks boolq --data FOLDER asks them",
-    "sciq": "its questions are no part of modicum; modicum eval --tasks sciq --data FOLDER asks them",
-    "copa": "its questions are no part of modicum; modicum eval --tasks copa --data FOLDER asks them",
-    "commonsense-qa": "its questions are no part of modicum; ask them by modicum eval --tasks commonsense-qa",
-    "social-iqa": "its questions are no part of modicum; modicum eval --tasks social-iqa --data FOLDER asks them",
-    "winogrande": "its questions are no part of modicum; modicum eval --tasks winogrande --data FOLDER asks them",
-    "mmlu": "its questions are no part of modicum; modicum eval --tasks mmlu --data FOLDER asks them",
-    "medmcqa": "its questions are no part of modicum; modicum eval --tasks medmcqa --data FOLDER asks them",
-    "medqa": "its questions are no part of modicum; modicum eval --tasks medqa --data FOLDER asks them",
-    "truthfulqa": "its questions are no part of modicum; modicum eval --tasks truthfulqa --data FOLDER asks them",
-    "basic-skills": "its questions are no part of modicum; modicum eval --tasks basic-skills --data FOLDER asks them",
-    "gsm8k": "its questions are no part of modicum; modicum eval --tasks gsm8k --data FOLDER asks them",
-    "math-word-problems": "its questions are no part of modicum; ask them by modicum eval --tasks math-word-problems",
-    "lambada": "its questions are no part of modicum; modicum eval --tasks lambada --data FOLDER asks them",
-    "nq-open": "its questions are no part of modicum; modicum eval --tasks nq-open --data FOLDER asks them",
-    "coqa": "its questions are no part of modicum; modicum eval --tasks coqa --data FOLDER asks them",
-    "drop": "its questions are no part of modicum; modicum eval --tasks drop --data FOLDER asks them",
-    "mbpp": "its questions are no part of modicum; modicum eval --tasks mbpp --data FOLDER asks them",
-    "prefeval": "its questions are no part of modicum; modicum eval --tasks prefeval:file=FILE asks them",
-    "choice": "it has no questions of its own, it asks those of any file",
-    "generate": "it has no questions of its own, it asks those of any file",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +43,6 @@ QUICK = Scale(**{**training.QUICK, "sequence_length": 256, "tokens": 4 * 256}, d
 
 
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
-    for own in (_task_capacity, _task_pretraining):
-        if own.applies(choice):
-            return own.measure(choice, seed, settings)
     scale: Scale = settings.scale
     task: Task = registry.build("task", choice)
     if settings.model:

@@ -23,6 +23,7 @@ CLAIM = {
     "where": "its model card (lighteval, zero-shot)",
     "scale": "135M parameters, 1,172 test rows",
 }
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks arc-challenge --data FOLDER asks them"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ CLAIM = {
     "where": "its model card (lighteval, zero-shot)",
     "scale": "135M parameters, 2,376 test rows",
 }
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks arc-easy --data FOLDER asks them"
 
 
 @dataclass(frozen=True, kw_only=True)

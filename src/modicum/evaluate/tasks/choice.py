@@ -17,6 +17,8 @@ from typing import Any
 from modicum.evaluate.multiple_choice import MultipleChoice, Question, check_choice
 from modicum.evaluate.rows import ColumnConfig, fill, pick
 
+NOT_MEASURABLE = "it has no questions of its own, it asks those of any file"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ColumnConfig):

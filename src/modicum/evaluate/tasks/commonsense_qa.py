@@ -18,6 +18,8 @@ from typing import Any
 
 from modicum.evaluate.multiple_choice import LetterConfig, MultipleChoice, Question, labelled
 
+NOT_MEASURABLE = "its questions are no part of modicum; ask them by modicum eval --tasks commonsense-qa"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LetterConfig):

@@ -20,6 +20,9 @@ from modicum.evaluate.multiple_choice import ChoiceConfig, MultipleChoice, Quest
 ENDINGS = {"What was the cause?": "cause", "What happened as a result?": "effect"}
 
 
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks copa --data FOLDER asks them"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(ChoiceConfig):
     """Where the questions are, and how they are scored."""

@@ -37,6 +37,9 @@ from modicum.evaluate.written import Written, WrittenTask, extra_of
 _TURN = re.compile(r"_turn(\d+)$")
 
 
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks coqa --data FOLDER asks them"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(FileConfig):
     """Where the conversations are."""

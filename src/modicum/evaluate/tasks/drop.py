@@ -23,6 +23,8 @@ from modicum.evaluate.tasks import Doc
 from modicum.evaluate.tasks.generate import squad_normal, word_f1
 from modicum.evaluate.written import Written, WrittenTask, number_in
 
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks drop --data FOLDER asks them"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(FileConfig):

@@ -21,6 +21,8 @@ from modicum.core.errors import UserError
 from modicum.evaluate.rows import ColumnConfig, fill, pick, rows_of
 from modicum.evaluate.tasks import Doc, Generate, Task
 
+NOT_MEASURABLE = "it has no questions of its own, it asks those of any file"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ColumnConfig):

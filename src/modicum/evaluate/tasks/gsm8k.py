@@ -26,6 +26,9 @@ from modicum.evaluate.written import Written, WrittenTask, extra_of, last_number
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 
 
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks gsm8k --data FOLDER asks them"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(FileConfig):
     """Where the questions are."""

@@ -21,6 +21,8 @@ from modicum.evaluate.multiple_choice import first
 from modicum.evaluate.rows import FileConfig, rows_of
 from modicum.evaluate.tasks import Choose, Doc, Task
 
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks lambada --data FOLDER asks them"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(FileConfig):

@@ -22,6 +22,8 @@ from modicum.evaluate.rows import FileConfig
 from modicum.evaluate.tasks import Doc
 from modicum.evaluate.written import Written, WrittenTask, last_number, number_in
 
+NOT_MEASURABLE = "its questions are no part of modicum; ask them by modicum eval --tasks math-word-problems"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(FileConfig):

@@ -29,6 +29,8 @@ from modicum.evaluate.rows import FileConfig
 from modicum.evaluate.tasks import Doc
 from modicum.evaluate.written import Written, WrittenTask, extra_of
 
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks mbpp --data FOLDER asks them"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(FileConfig):

@@ -19,6 +19,8 @@ from typing import Any
 
 from modicum.evaluate.multiple_choice import LetterConfig, MultipleChoice, Question, first
 
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks medmcqa --data FOLDER asks them"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LetterConfig):

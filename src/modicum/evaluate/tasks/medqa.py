@@ -18,6 +18,8 @@ from typing import Any
 
 from modicum.evaluate.multiple_choice import LetterConfig, MultipleChoice, Question, labelled
 
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks medqa --data FOLDER asks them"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LetterConfig):

@@ -25,6 +25,8 @@ from typing import Any
 from modicum.evaluate.multiple_choice import LetterConfig, MultipleChoice, Question, labelled
 from modicum.evaluate.tasks import Doc
 
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks mmlu --data FOLDER asks them"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LetterConfig):

@@ -23,6 +23,7 @@ CLAIM = {
     "where": "its model card (lighteval, zero-shot)",
     "scale": "135M parameters, 1,838 validation rows",
 }
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks piqa --data FOLDER asks them"
 
 
 @dataclass(frozen=True, kw_only=True)

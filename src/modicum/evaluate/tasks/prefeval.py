@@ -40,6 +40,7 @@ CLAIM = {
     "where": "Figure 6",
     "scale": "8B parameters",
 }
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks prefeval:file=FILE asks them"
 NOTED = "Thank you for telling me. I will keep that in mind."
 REMINDER = " Please answer so that it agrees with what I told you about my preferences before."
 QUOTED = 5  # exchanges that `retrieve` puts before the question

@@ -17,6 +17,8 @@ from typing import Any
 
 from modicum.evaluate.multiple_choice import ChoiceConfig, MultipleChoice, Question, first
 
+NOT_MEASURABLE = "its questions are no part of modicum; modicum eval --tasks social-iqa --data FOLDER asks them"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ChoiceConfig):

@@ -36,10 +36,6 @@ EXAMPLES, TESTED, STEPS = 20_000, 400, 800
 VOCABULARY, WIDTH, LAYERS, LENGTH, SEQUENCES, RATE = 320, 96, 2, 128, 8, 3e-3
 
 
-def applies(choice: Choice) -> bool:
-    return choice.method == "listops"
-
-
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     examples, tested, steps = (200, 5, 4) if settings.quick else (EXAMPLES, TESTED, STEPS)
     task: Any = registry.build("task", choice)

@@ -31,10 +31,6 @@ VOCABULARY, WIDTH, LAYERS, LENGTH, SEQUENCES, RATE = 512, 32, 2, 128, 8, 1e-2
 TESTED = 300  # people
 
 
-def applies(choice: Choice) -> bool:
-    return choice.method == "knowledge-capacity"
-
-
 def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     task: Any = registry.build("task", choice)
     people = min(task.config.people, 20) if settings.quick else task.config.people
