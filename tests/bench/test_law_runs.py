@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from modicum.bench import law_runs
+from modicum.bench.law_runs import __main__ as command
+from modicum.bench.law_runs import examples, mixed
 from modicum.bench.measurement import Settings
 from modicum.bench.ports import law as bench
 from modicum.core.choice import Choice
@@ -16,8 +17,8 @@ from modicum.laws.table import read_runs
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    assert law_runs.main(["repeated", "--quick", "--seeds", "0", "--out", str(folder)]) == 0
-    assert law_runs.main(["mixed", "--quick", "--seeds", "0", "--domain", "code", "--out", str(folder)]) == 0
+    assert command.main(["repeated", "--quick", "--seeds", "0", "--out", str(folder)]) == 0
+    assert command.main(["mixed", "--quick", "--seeds", "0", "--domain", "code", "--out", str(folder)]) == 0
     return folder
 
 
@@ -37,19 +38,19 @@ def test_repeated_runs_see_the_same_tokens_of_ever_less_text(folder):
 def test_mixed_runs_start_from_one_model(folder):
     rows = read_runs(folder / "mixed.jsonl")
     before = {round(loss - change, 9) for loss, change in zip(rows["loss"], rows["change"], strict=True)}
-    assert len(before) == 1 and tuple(sorted(set(rows["ratio"]))) == law_runs.RATIOS
+    assert len(before) == 1 and tuple(sorted(set(rows["ratio"]))) == mixed.RATIOS
     end = {r: c for r, c, t in zip(rows["ratio"], rows["domain_change"], rows["tokens"], strict=True) if t == 2048}
-    assert len(set(end.values())) == len(law_runs.RATIOS)  # each read another mixture
+    assert len(set(end.values())) == len(mixed.RATIOS)  # each read another mixture
 
 
 def test_a_finished_run_is_not_made_again(folder, capsys):
     before = (folder / "repeated.jsonl").read_text()
     (folder / "repeated.jsonl").write_text("".join(before.splitlines(keepends=True)[:-8]))
-    law_runs.main(["repeated", "--quick", "--seeds", "0", "--out", str(folder)])
+    command.main(["repeated", "--quick", "--seeds", "0", "--out", str(folder)])
     assert len(capsys.readouterr().out.splitlines()) == 1
     again = [json.loads(line) for line in (folder / "repeated.jsonl").read_text().splitlines()]
     assert again == [json.loads(line) for line in before.splitlines()]  # to the same figures
-    assert law_runs.main(["mixed", "--quick", "--domain", "poetry", "--out", str(folder)]) == 2
+    assert command.main(["mixed", "--quick", "--domain", "poetry", "--out", str(folder)]) == 2
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,35 @@ def test_protocols(folder, protocol, laws):
         bench.measure(
             Choice.parse("law", "onset"), 0, Settings(scale=bench.Scale(protocol=protocol), data=str(folder.parent))
         )
+
+
+def test_pruned_runs_have_an_average_between_their_two_sizes(tmp_path):
+    assert command.main(["pruned", "--quick", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    rows = read_runs(tmp_path / "pruned.jsonl")
+    by = dict(
+        zip(
+            zip(rows["pruned"], rows["tokens"], strict=True),
+            zip(*map(rows.get, ("parameters", "average_parameters", "dense_parameters")), strict=True),
+            strict=True,
+        )
+    )
+    for (name, _), (left, average, dense) in by.items():
+        assert left < average < dense if name != "dense" else left == average == dense
+    tokens = max(rows["tokens"])
+    assert by["early", tokens][1] < by["half", tokens][1] and by["most", tokens][0] < by["half", tokens][0]
+
+
+def test_shares_are_mixtures_with_their_distance(tmp_path):
+    assert command.main(["shares", "--quick", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    rows = read_runs(tmp_path / "shares.jsonl")
+    ratios = np.array([rows[n] for n in rows if n.startswith("ratio_")], float)
+    assert ratios.sum(0) == pytest.approx(1) and len(set(rows["tokens"])) == 3
+    small, large = (
+        {tuple(r) for r, t in zip(ratios.T.tolist(), rows["tokens"], strict=True) if (t == max(rows["tokens"])) == last}
+        for last in (False, True)
+    )
+    assert not small & large and min(rows["transport"]) > 0 and np.isfinite(rows["loss"]).all()
+
+
+def test_examples_names_are_compared_as_words():
+    assert examples.plain(" Card_arrival. ") == "card arrival"

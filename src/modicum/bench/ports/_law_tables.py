@@ -2,9 +2,8 @@
 
 A protocol takes the folder of the tables and gives cases. `loss`: smaller runs predict larger ones; `batch`: also at
 other batches. `ladder`, `pythia`: small models predict the benchmarks of larger ones. `curve`: a smaller model's curve
-and the beginning of a larger one's predict the rest. `text`: records of other tasks predict a task. `repeated`,
-`mixed`, `short`: runs made here (`bench.law_runs`). Each table is read by the name under
-which it was kept.
+and the beginning of a larger one's predict the rest. `text`: records of other tasks predict a task. Each
+table is read by the name under which it was kept. Runs made here: `_law_own`.
 """
 
 from __future__ import annotations
@@ -64,11 +63,14 @@ class Case:
     own: bool = False  # of runs made here: few, so that a seed sees a part of fewer than ten, too
 
 
-def cases(protocol: str, folder: Path) -> list[Case]:
+Protocols = dict[str, tuple[Callable[[Path], Iterator[Case]], ...]]
+
+
+def cases(protocols: Protocols, protocol: str, folder: Path) -> list[Case]:
     """All cases of a protocol whose tables lie in the folder. Raises UserError where there are none."""
-    if protocol not in PROTOCOLS:
-        raise unknown("protocol", protocol, PROTOCOLS)
-    result = [case for make in PROTOCOLS[protocol] for case in make(folder)]
+    if protocol not in protocols:
+        raise unknown("protocol", protocol, protocols)
+    result = [case for make in protocols[protocol] for case in make(folder)]
     if not result:
         raise UserError(f"{folder} holds none of the run tables of protocol={protocol}; see bench/ports/_law_tables.py")
     return result
@@ -79,7 +81,7 @@ def _read(folder: Path, name: str) -> dict[str, np.ndarray] | None:
     return {n: np.array(v, dtype=object) for n, v in read_runs(path).items()} if path.is_file() else None
 
 
-def _pick(columns: dict[str, Any], keep: np.ndarray) -> Columns:
+def pick(columns: dict[str, Any], keep: np.ndarray) -> Columns:
     return {n: [v for v, k in zip(c, keep, strict=True) if k] for n, c in columns.items()}
 
 
@@ -95,7 +97,7 @@ def chinchilla(folder: Path) -> Iterator[Case]:
     rows = {"parameters": t["params"], "tokens": t["tokens"], "flops": t["flops"], "loss": t["loss"]}
     usual = loss < np.sort(loss)[-5]
     small = flops <= np.median(flops[usual])
-    yield Case("chinchilla", _pick(rows, usual & small), _pick(rows, usual & ~small))
+    yield Case("chinchilla", pick(rows, usual & small), pick(rows, usual & ~small))
 
 
 def gemstones(folder: Path) -> Iterator[Case]:
@@ -105,13 +107,13 @@ def gemstones(folder: Path) -> Iterator[Case]:
         return
     main = t["series"] == "main"
     rows = {"run": t["run_name"], "parameters": t["params"], "tokens": t["tokens"], "loss": t["loss"]}
-    t = {n: np.array(v, dtype=object) for n, v in _pick(rows, main).items()}
+    t = {n: np.array(v, dtype=object) for n, v in pick(rows, main).items()}
     size, tokens = t["parameters"].astype(float), t["tokens"].astype(float)
     sizes = {run: float(size[t["run"] == run][0]) for run in dict.fromkeys(t["run"])}
     small = set(sorted(sizes, key=lambda run: (sizes[run], run))[:16])
     end = np.array([tokens[t["run"] == run].max() for run in t["run"]])
     is_small = np.array([run in small for run in t["run"]])
-    yield Case("gemstones", _pick(t, is_small), _pick(t, ~is_small & (tokens >= 0.7 * end)))
+    yield Case("gemstones", pick(t, is_small), pick(t, ~is_small & (tokens >= 0.7 * end)))
 
 
 LADDER = {"190M": 190354176, "370M": 371262464, "760M": 758220288, "1B": 1279395840, "3B": 3169537280}
@@ -152,7 +154,7 @@ def ladder_loss(folder: Path) -> Iterator[Case]:
     }
     small = np.isin(t["size"], ["190M", "370M", "760M"])
     warm = tokens > 0.02 * end
-    yield Case("olmo ladder", _pick(rows, ladder & small & warm), _pick(rows, ladder & ~small & (tokens == end)))
+    yield Case("olmo ladder", pick(rows, ladder & small & warm), pick(rows, ladder & ~small & (tokens == end)))
 
 
 def steplaw(folder: Path) -> Iterator[Case]:
@@ -174,7 +176,7 @@ def steplaw(folder: Path) -> Iterator[Case]:
         "loss": [r[3] for r in rows],
     }
     small = np.array(columns["parameters"]) < 6e8
-    yield Case("step law", _pick(columns, small), _pick(columns, ~small))
+    yield Case("step law", pick(columns, small), pick(columns, ~small))
 
 
 # scores ---------------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ def ladder_scores(folder: Path) -> Iterator[Case]:
             "score": score,
             "task_loss": loss,
         }
-        yield Case(task, _pick(rows, small & known), _pick(rows, large & known), chance, "ladder")
+        yield Case(task, pick(rows, small & known), pick(rows, large & known), chance, "ladder")
 
 
 def _pythia(folder: Path) -> dict[str, np.ndarray] | None:
@@ -248,7 +250,7 @@ def pythia_scores(folder: Path) -> Iterator[Case]:
             "score": t["value"],
             "items": [items] * len(size),
         }
-        yield Case(task, _pick(rows, at & (size < 3e9)), _pick(rows, at & (size > 5e9)), chance, "pythia")
+        yield Case(task, pick(rows, at & (size < 3e9)), pick(rows, at & (size > 5e9)), chance, "pythia")
 
 
 # curves ---------------------------------------------------------------------------------------------
@@ -272,51 +274,9 @@ def pythia_curves(folder: Path) -> Iterator[Case]:
             "items": [items] * len(size),
         }
         early = tokens <= tokens.max() / 3
-        last = _pick(rows, at & large & early)["score"][-1:]
-        fit, late = _pick(rows, at & (small | (large & early))), _pick(rows, at & large & ~early)
+        last = pick(rows, at & large & early)["score"][-1:]
+        fit, late = pick(rows, at & (small | (large & early))), pick(rows, at & large & ~early)
         yield Case(task, fit, late, chance, extra={"last": last})
-
-
-# runs made here -------------------------------------------------------------------------------------
-
-
-def _own(folder: Path, name: str) -> dict[str, np.ndarray] | None:
-    path = folder / f"{name}.jsonl"
-    return {n: np.array(v, dtype=object) for n, v in read_runs(path).items()} if path.is_file() else None
-
-
-def repeated(folder: Path) -> Iterator[Case]:
-    """The largest size on 16 and 64 passes over its text, from its runs of 1 and 4 passes and all of the others."""
-    t = _own(folder, "repeated")
-    if t is None:
-        return
-    rows = {n: t[n] for n in ("run", "parameters", "tokens", "unique_tokens", "loss")}
-    far = (t["parameters"] == t["parameters"].max()) & (t["passes"] >= 16)
-    yield Case("repeated data", _pick(rows, ~far), _pick(rows, far), extra={"mixed": True}, own=True)
-
-
-def short(folder: Path) -> Iterator[Case]:
-    """The second half of the single-pass runs from their first half: a few hundred steps, where curves begin flat."""
-    t = _own(folder, "repeated")
-    if t is None:
-        return
-    once = t["passes"] == 1
-    early = t["tokens"] <= t["tokens"].max() / 2
-    rows = {n: t[n] for n in ("run", "parameters", "tokens", "loss")}
-    vocabulary = int(t["vocabulary"][0])
-    yield Case("short runs", _pick(rows, once & early), _pick(rows, once & ~early), extra={"vocabulary": vocabulary})
-
-
-def mixed(folder: Path) -> Iterator[Case]:
-    """General loss in the second half of continual pretraining, from the first half, at every domain fraction."""
-    t = _own(folder, "mixed")
-    if t is None:
-        return
-    rows = {n: t[n] for n in ("run", "parameters", "ratio", "tokens", "change", "loss")}
-    early = t["tokens"] <= t["tokens"].max() / 2
-    for size in sorted(set(t["parameters"])):
-        at = t["parameters"] == size
-        yield Case(f"{size / 1e6:.2f}M", _pick(rows, at & early), _pick(rows, at & ~early), extra={"changes": True})
 
 
 # text -----------------------------------------------------------------------------------------------
@@ -366,14 +326,11 @@ def _columns(rows: Iterable[dict[str, Any]]) -> Columns:
     return {name: [row[name] for row in listed] for name in listed[0]}
 
 
-PROTOCOLS: dict[str, tuple[Callable[[Path], Iterator[Case]], ...]] = {
+PROTOCOLS: Protocols = {
     "loss": (chinchilla, gemstones, ladder_loss),
     "batch": (steplaw,),
     "ladder": (ladder_scores,),
     "pythia": (pythia_scores,),
     "curve": (pythia_curves,),
     "text": (descriptions,),
-    "repeated": (repeated,),
-    "short": (short,),
-    "mixed": (mixed,),
 }

@@ -49,7 +49,8 @@ class Checkpoints(Callback):
     """Calls `look(model)` at evenly spaced steps of the second half of a run."""
 
     def __init__(self, points: int, look: Any):
-        self.points, self.look, self.rows = points, look, []
+        self.points, self.look = points, look
+        self.rows: list[tuple[float, float, float, float]] = []
 
     def after_step(self, trainer: Any) -> None:
         total, done = trainer.config.total_steps, trainer.steps_done

@@ -1,11 +1,12 @@
 """law: error on held-out larger runs, with the coverage and width of the interval.
 
-With --data FOLDER the published run tables in it are back-tested by a protocol (`--scale
-protocol=loss|batch|ladder|pythia|curve|text`, `_law_tables`), and with `protocol=repeated|short|mixed` the runs that
-`bench.law_runs` made (evidence/runs); with a table of your own (.jsonl, .csv, .parquet with
-parameters, tokens, loss; other names by --scale parameters=NAME,...) every seed takes a random part of its runs. With
---quick and no data a table is drawn from the Chinchilla law with the parameters of Besiroglu et al. 2024
-(arXiv:2404.10102, Table 1) and 0.5% of noise per run, which shows the machinery and favours that form.
+With --data FOLDER the run tables in it are back-tested by a protocol: of published tables (`--scale
+protocol=loss|batch|ladder|pythia|curve|text`, `_law_tables`), or of runs that `bench.law_runs` made
+(`protocol=repeated|short|mixed|pruned|shares|examples|format` on evidence/runs, `_law_own`); with a table of your own
+(.jsonl, .csv, .parquet with parameters, tokens, loss; other names by --scale parameters=NAME,...) every seed takes a
+random part of its runs. With --quick and no data a table is drawn from the Chinchilla law with the parameters of
+Besiroglu et al. 2024 (arXiv:2404.10102, Table 1) and 0.5% of noise per run, which shows the machinery and favours
+that form.
 
 Scores have laws of losses as a baseline too: those are given 1 - score. `error` is relative for losses, absolute for
 scores: `set_points`, of a benchmark's mean over its tasks, is judged, `task_points` is the mean error of single tasks.
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from modicum.bench.measurement import Axes, Axis, Measurement, Settings
+from modicum.bench.ports import _law_own as own
 from modicum.bench.ports import _law_tables as tables
 from modicum.budget import Cost
 from modicum.core import registry
@@ -30,22 +32,14 @@ from modicum.core.files import fingerprint, sha256
 
 AXES = Axes(quality=Axis("error"), cost=Axis("fit_seconds", "lower", "s"))
 TIER = "laptop"
-NOT_MEASURABLE = {
-    "average-params": "no published table has runs that were pruned; it takes runs of your own",
-    "cmr": "no published table has continual pretraining at several ratios; bench.law_runs mixed makes one, in hours",
-    "projektor": "no published table has mixtures with their transport distance; it takes runs of your own",
-    "superficial-alignment": "no published table here has scores by finetuning examples; it takes runs of your own",
-}
 SETS = ("ladder", "pythia")  # protocols whose tasks make one benchmark
-OWN = ("repeated", "short", "mixed")  # protocols on runs that `bench.law_runs` makes
+PROTOCOLS = tables.PROTOCOLS | own.PROTOCOLS
 E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    protocol: str = (
-        "loss"  # of published tables: loss, batch, ladder, pythia, curve, text; of own: repeated, short, mixed
-    )
+    protocol: str = "loss"  # of published tables (`_law_tables`), or of runs made here (`_law_own`)
     part: float = 0.85  # share of the fitted runs that one seed sees
     cut: float = 0.6  # of a table of your own: share of the runs, smallest first, that is fitted
     by: str = "flops"  # what "larger" means there: flops, parameters or tokens
@@ -112,7 +106,7 @@ def adapted(choice: Choice, case: tables.Case | None) -> tuple[Choice, Any]:
 def published(choice: Choice, seed: int, settings: Settings) -> Measurement:
     scale: Scale = settings.scale
     folder = Path(settings.data or "")
-    cases = tables.cases(scale.protocol, folder)
+    cases = tables.cases(PROTOCOLS, scale.protocol, folder)
     _, law = adapted(choice, None)
     start = time.perf_counter()
     if law.of_sets:
@@ -164,10 +158,11 @@ def published(choice: Choice, seed: int, settings: Settings) -> Measurement:
         "cases": len(cases) - refused,
         "refused": refused,
     }
-    own = scale.protocol in OWN
-    files = sorted(folder.glob("*.jsonl" if own else "*.parquet"))
+    made = scale.protocol in own.PROTOCOLS
+    name = own.TABLES.get(scale.protocol, scale.protocol)
+    files = [folder / f"{name}.jsonl"] if made else sorted(folder.glob("*.parquet"))
     data = {
-        "name": f"{'runs made here' if own else 'published run tables'}, {scale.protocol}",
+        "name": f"{'runs made here' if made else 'published run tables'}, {scale.protocol}",
         "checksum": fingerprint([sha256(f)[:16] for f in files]),
     }
     return Measurement(metrics=metrics, cost=Cost(seconds=seconds), data=data)
