@@ -4,12 +4,12 @@
 
 SmolLM2-135M-Instruct learns to answer with the name of the intent. A reply has the *format* if it is one of the names,
 and is *right* if it is the question's; without the untuned model's row nothing tells style from skill. Equal epochs,
-and LEAST steps where that would be fewer. Prompt and template are the same for every row, the untuned model's included.
+and `least` steps where that would be fewer. Prompt and template are the same for every row, the untuned model's
+included.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +18,12 @@ from typing import Any
 import numpy as np
 
 from modicum.adapt.examples import Example
-from modicum.adapt.load import load_adapted
-from modicum.adapt.run import adapt
-from modicum.adapt.spec import AdaptSpec
+from modicum.bench.law_runs._adapting import replies, tuned
 from modicum.bench.measurement import Settings
 from modicum.core.errors import UserError
-from modicum.core.events import Events
-from modicum.data.tokenizer import Tokenizer
-from modicum.evaluate.answer import Answerer
 from modicum.evaluate.rows import read_rows
-from modicum.evaluate.tasks import Generate
-from modicum.model import attach
-from modicum.model.folder import find_folder, load_model
 
 QUESTION = "What is this bank customer's message about? Answer with the name of the intent.\n\n{text}"
-LEAST, BATCH_TOKENS, RATE = 40, 512, 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +31,10 @@ class Scale:
     sizes: tuple[int, ...] = (0, 10, 30, 100, 300, 1000)
     asked: int = 200
     epochs: float = 2.0
-    form: str = "lora:rank=16"
+    least: int = 40  # steps
 
 
-SCALE, SMALL = Scale(), Scale(sizes=(0, 4), asked=3, epochs=1.0)
+SCALE, SMALL = Scale(), Scale(sizes=(0, 4), asked=3, epochs=1.0, least=1)
 
 
 def rows(settings: Settings, seed: int, done: set[str], domain: str) -> Iterator[list[dict[str, Any]]]:
@@ -56,51 +47,27 @@ def rows(settings: Settings, seed: int, done: set[str], domain: str) -> Iterator
     names = {plain(r["label_name"]) for r in table}
     rng = np.random.default_rng(seed)
     order, asked = rng.permutation(len(train)), rng.permutation(len(test))[: scale.asked]
-    folder = find_folder(settings.model or "smollm2")
-    tokenizer = Tokenizer.load(folder)
     for size in scale.sizes:
         run = f"{size} examples, seed {seed}"
         if run in done:
             continue
         pairs = [_pair(train[i], int(i)) for i in order[:size]]
-        model = tuned(folder, pairs, scale, seed, settings) if size else load_model(folder, "bfloat16")
-        questions = [Generate(QUESTION.format(text=test[i]["text"]), 16) for i in asked]
-        replies = [plain(r) for r in Answerer(model.eval(), tokenizer, template="auto").answers(questions)]
-        formed = [reply in names for reply in replies]
-        right = [reply == plain(test[i]["label_name"]) for reply, i in zip(replies, asked, strict=True)]
+        model = tuned(pairs, seed, epochs=scale.epochs, least=scale.least, model=settings.model)
+        questions = [QUESTION.format(text=test[i]["text"]) for i in asked]
+        given = [plain(reply) for reply in replies(model, questions, 16, settings.model)]
+        formed = [reply in names for reply in given]
+        right = [reply == plain(test[i]["label_name"]) for reply, i in zip(given, asked, strict=True)]
         yield [
             {
                 "run": run,
                 "seed": seed,
                 "examples": size,
-                "items": len(replies),
+                "items": len(given),
                 "score": float(np.mean(right)),
                 "format": float(np.mean(formed)),
                 "score_parsed": float(np.sum(right) / max(np.sum(formed), 1)),
             }
         ]
-
-
-def tuned(folder: Path, pairs: list[Example], scale: Scale, seed: int, settings: Settings) -> Any:
-    """The model with an adapter trained on the pairs."""
-    tokens = sum(len(m["content"]) for p in pairs for m in p.messages) / 4
-    enough = scale.epochs * tokens >= LEAST * BATCH_TOKENS or settings.quick
-    length = {"epochs": scale.epochs} if enough else {"steps": LEAST}
-    spec = AdaptSpec(
-        form=scale.form,
-        lr=RATE,
-        sequence_length=128,
-        batch_tokens=BATCH_TOKENS,
-        heldout=0.0,
-        checkpoint_every=0,
-        seed=seed,
-        **length,
-    )
-    with tempfile.TemporaryDirectory() as temporary:
-        result = adapt(folder, pairs, spec, temporary, events=Events(None))
-        model = load_adapted(folder, adapter=result.adapter, dtype="bfloat16")
-    attach.merge(model)
-    return model
 
 
 def _pair(row: dict[str, Any], number: int) -> Example:
