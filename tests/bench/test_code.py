@@ -15,6 +15,7 @@ from test_record import lab, make
 from modicum.bench import card, code, harness, record, todo
 from modicum.bench.measurement import Settings
 from modicum.core import registry
+from modicum.core.choice import Choice
 
 
 @pytest.fixture
@@ -172,3 +173,11 @@ def test_missing_is_what_no_lab_of_these_settings_holds(tmp_path: Path) -> None:
     found = other  # another machine's Python, another version of the bench: measured all the same
     assert missing("constant") == []
     assert missing("constant", settings=Settings(scale=Scale(), data=str(tmp_path))) == ["cosine", "constant"]
+
+
+def test_a_measurement_of_its_own_decides_for_its_method_alone():
+    own = {key: {p.name for p in code.method_files("task", key)} for key in ("listops", "needle")}
+    assert "_task_listops.py" in own["listops"] and "_task_listops.py" not in own["needle"]
+    bench = harness.load("task")
+    measures = [harness.measure_of(bench, Choice.parse("task", key)) for key in own]
+    assert measures[0].__module__.endswith("._task_listops") and measures[1] is bench.measure

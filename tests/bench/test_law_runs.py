@@ -89,9 +89,9 @@ def test_pruned_runs_have_an_average_between_their_two_sizes(tmp_path):
     assert by["early", tokens][1] < by["half", tokens][1] and by["most", tokens][0] < by["half", tokens][0]
 
 
-def test_shares_are_mixtures_with_their_distance(tmp_path):
-    assert command.main(["shares", "--quick", "--seeds", "0", "--out", str(tmp_path)]) == 0
-    rows = read_runs(tmp_path / "shares.jsonl")
+def test_mixtures_have_their_distance(tmp_path):
+    assert command.main(["mixtures", "--quick", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    rows = read_runs(tmp_path / "mixtures.jsonl")
     ratios = np.array([rows[n] for n in rows if n.startswith("ratio_")], float)
     assert ratios.sum(0) == pytest.approx(1) and len(set(rows["tokens"])) == 3
     small, large = (

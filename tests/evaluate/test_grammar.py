@@ -17,6 +17,8 @@ def test_sentences_sum_to_one_and_inside_gives_each(small):
         assert sum(every.values()) == pytest.approx(1) and len(every) < 200
         for text, p in every.items():
             assert small.joint(list(text), labels)[len(text), -1] == pytest.approx(p, rel=1e-12)
+            assert small.probability(list(text), labels) == pytest.approx(p, rel=1e-12)
+        assert small.probability([0] * 9, labels) == 0
 
 
 @pytest.mark.parametrize("known", [True, False])

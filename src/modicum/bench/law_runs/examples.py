@@ -29,12 +29,12 @@ QUESTION = "What is this bank customer's message about? Answer with the name of 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     sizes: tuple[int, ...] = (0, 10, 30, 100, 300, 1000)
-    asked: int = 200
+    questions: int = 200
     epochs: float = 2.0
     least: int = 40  # steps
 
 
-SCALE, SMALL = Scale(), Scale(sizes=(0, 4), asked=3, epochs=1.0, least=1)
+SCALE, SMALL = Scale(), Scale(sizes=(0, 4), questions=3, epochs=1.0, least=1)
 
 
 def rows(settings: Settings, seed: int, done: set[str], domain: str) -> Iterator[list[dict[str, Any]]]:
@@ -46,17 +46,17 @@ def rows(settings: Settings, seed: int, done: set[str], domain: str) -> Iterator
     train, test = ([r for r in table if r["split"] == side] for side in ("train", "test"))
     names = {plain(r["label_name"]) for r in table}
     rng = np.random.default_rng(seed)
-    order, asked = rng.permutation(len(train)), rng.permutation(len(test))[: scale.asked]
+    order, chosen = rng.permutation(len(train)), rng.permutation(len(test))[: scale.questions]
     for size in scale.sizes:
         run = f"{size} examples, seed {seed}"
         if run in done:
             continue
         pairs = [_pair(train[i], int(i)) for i in order[:size]]
         model = tuned(pairs, seed, epochs=scale.epochs, least=scale.least, model=settings.model)
-        questions = [QUESTION.format(text=test[i]["text"]) for i in asked]
-        given = [plain(reply) for reply in replies(model, questions, 16, settings.model)]
+        texts = [QUESTION.format(text=test[i]["text"]) for i in chosen]
+        given = [plain(reply) for reply in replies(model, texts, 16, settings.model)]
         formed = [reply in names for reply in given]
-        right = [reply == plain(test[i]["label_name"]) for reply, i in zip(given, asked, strict=True)]
+        right = [reply == plain(test[i]["label_name"]) for reply, i in zip(given, chosen, strict=True)]
         yield [
             {
                 "run": run,

@@ -5,7 +5,7 @@
 SmolLM2-135M-Instruct learns to answer "which command does this?" in one set sentence. `wrong` of the training answers
 name another page's command. Of the replies to questions about pages it has not seen, `alike` is the word F1 with
 references that are wrong as often as the training answers, `command` the share that names the right command, `exact`
-the share that gives it with its arguments; `bits_per_byte` is of the pages themselves. The untuned model is asked
+the share that gives it with its arguments; `bits_per_byte` is of the pages themselves. The untuned model is tests
 with one solved example, so that it knows the sentence. No law reads this table.
 """
 
@@ -35,13 +35,13 @@ STEP = re.compile(r"^- (.+?):\n\n`(.+?)`$", re.MULTILINE)
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     examples: int = 600
-    asked: int = 200
+    questions: int = 200
     epochs: float = 2.0
     least: int = 40
     wrong: tuple[float, ...] = (0.0, 0.3)
 
 
-SCALE, SMALL = Scale(), Scale(examples=4, asked=3, epochs=1.0, least=1)
+SCALE, SMALL = Scale(), Scale(examples=4, questions=3, epochs=1.0, least=1)
 
 
 def rows(settings: Settings, seed: int, done: set[str], domain: str) -> Iterator[list[dict[str, Any]]]:
@@ -54,7 +54,7 @@ def rows(settings: Settings, seed: int, done: set[str], domain: str) -> Iterator
     order = rng.permutation(len(pages))
     half = len(order) // 2
     train = steps([pages[i] for i in order[:half]], scale.examples, rng)
-    asked = steps([pages[i] for i in order[half:]], scale.asked, rng)
+    tests = steps([pages[i] for i in order[half:]], scale.questions, rng)
     texts = [pages[i] for i in order[half : half + 60]]
     name = settings.model
     for wrong in (None, *scale.wrong):
@@ -66,8 +66,8 @@ def rows(settings: Settings, seed: int, done: set[str], domain: str) -> Iterator
         examples = [] if wrong is None else [Example.of(*pair, str(i)) for i, pair in enumerate(pairs)]
         model = tuned(examples, seed, epochs=scale.epochs, least=scale.least, model=name)
         front = "" if wrong is not None else "{}\n{}\n\n".format(*pairs[0])
-        given = replies(model, [front + QUESTION.format(about=about) for about, _ in asked], 48, name)
-        references = planted(asked, wrong or 0.0, seed + 1)
+        given = replies(model, [front + QUESTION.format(about=about) for about, _ in tests], 48, name)
+        references = planted(tests, wrong or 0.0, seed + 1)
         bits = bits_per_byte(model, tokenizer_of(name), texts, resamples=2, sequence_length=512)
         yield [
             {
@@ -76,8 +76,8 @@ def rows(settings: Settings, seed: int, done: set[str], domain: str) -> Iterator
                 "wrong": wrong,
                 "examples": len(examples),
                 "alike": float(np.mean([word_f1(r, ref) for r, ref in zip(given, references, strict=True)])),
-                "command": float(np.mean([first(r) == c.split()[0] for r, (_, c) in zip(given, asked, strict=True)])),
-                "exact": float(np.mean([command(r) == c for r, (_, c) in zip(given, asked, strict=True)])),
+                "command": float(np.mean([first(r) == c.split()[0] for r, (_, c) in zip(given, tests, strict=True)])),
+                "exact": float(np.mean([command(r) == c for r, (_, c) in zip(given, tests, strict=True)])),
                 "bits_per_byte": bits.bits_per_byte,
             }
         ]

@@ -1,9 +1,9 @@
 """Runs made here (`bench.law_runs`) as back-tests of a law, in the laws' columns.
 
 `repeated`: the largest size on many passes over little text. `short`: the later half of single-pass runs. `mixed`:
-continual pretraining at several domain fractions. `pruned`: the largest size, pruned on the way. `shares`: mixtures
-at a larger size. `examples`: accuracy after more finetuning examples; `format`: the share of replies in the wanted
-form.
+continual pretraining at several domain fractions. `pruned`: the largest size, pruned on the way. `mixtures`: others
+than those fitted, at a larger size. `examples`: accuracy after more finetuning examples; `format`: the replies in the
+wanted form.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def pruned(folder: Path) -> Iterator[Case]:
     yield Case("pruned runs", pick(rows, ~far), pick(rows, far), own=True)
 
 
-def shares(folder: Path) -> Iterator[Case]:
+def mixtures(folder: Path) -> Iterator[Case]:
     """Other mixtures at the largest size from mixtures at two smaller ones, each seed's runs by themselves."""
-    t = _own(folder, "shares")
+    t = _own(folder, "mixtures")
     if t is None:
         return
     names = ("run", "parameters", "tokens", "transport", "loss", *(n for n in t if n.startswith("ratio_")))
@@ -105,7 +105,7 @@ PROTOCOLS: Protocols = {
     "short": (short,),
     "mixed": (mixed,),
     "pruned": (pruned,),
-    "shares": (shares,),
+    "mixtures": (mixtures,),
     "examples": (examples,),
     "format": (formats,),
 }

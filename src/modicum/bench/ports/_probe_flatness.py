@@ -67,9 +67,9 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     if settings.model:
         return simulated
     start = time.perf_counter()
-    found = study(seed, quick=settings.quick)
+    studied = study(seed, quick=settings.quick)
     return Measurement(
-        metrics=simulated.metrics | found,
+        metrics=simulated.metrics | studied,
         cost=Cost(seconds=simulated.cost.seconds + time.perf_counter() - start),
         data={**simulated.data, "name": "simulated models, and decoders trained on a small language"},
     )

@@ -71,8 +71,8 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
     metrics = {f"gap_{name}": gaps(reading, best, where) for name, where in BUCKETS.items()}
     metrics |= {f"label_{name}": label_accuracy(reading, where, tested) for name, where in BUCKETS.items()}
     for words in PROMPTS:
-        asked = str(Choice("task", choice.method, {**choice.knobs, "prompt": words}))
-        (scores,) = run_tasks(model, tokenizer, [asked], limit=tested, seed=seed, events=fixtures.Quiet())
+        other = str(Choice("task", choice.method, {**choice.knobs, "prompt": words}))
+        (scores,) = run_tasks(model, tokenizer, [other], limit=tested, seed=seed, events=fixtures.Quiet())
         metrics[f"grammatical_{words}"] = scores.value
     seconds = time.perf_counter() - start
     return Measurement(

@@ -2,7 +2,7 @@
 
 With --data FOLDER the run tables in it are back-tested by a protocol: of published tables (`--scale
 protocol=loss|batch|ladder|pythia|curve|text`, `_law_tables`), or of runs that `bench.law_runs` made
-(`protocol=repeated|short|mixed|pruned|shares|examples|format` on evidence/runs, `_law_own`); with a table of your own
+(`protocol=repeated|short|mixed|pruned|mixtures|examples|format` on evidence/runs, `_law_own`); with a table of your own
 (.jsonl, .csv, .parquet with parameters, tokens, loss; other names by --scale parameters=NAME,...) every seed takes a
 random part of its runs. With --quick and no data a table is drawn from the Chinchilla law with the parameters of
 Besiroglu et al. 2024 (arXiv:2404.10102, Table 1) and 0.5% of noise per run, which shows the machinery and favours

@@ -1,8 +1,8 @@
-"""Mixtures of three sources for a target that none of them is: losses at two small sizes and at a larger one
-(projektor).
+"""Mixtures of three sources for a target that none of them is: losses at two small sizes and at a larger one.
 
-The target is held-out text of all three at shares of its own. Ten mixtures are trained at both small sizes, six others
-at the larger one. `transport` is the optimal-transport distance of the mixture's MiniLM embeddings to the target's.
+Read by projektor. The target is held-out text of all three in fractions of its own. Ten mixtures are trained at both
+small sizes, six others at the larger one. `transport` is the optimal-transport distance of the mixture's MiniLM
+embeddings to the target's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCALE = Scale(corpus_bytes=3_000_000, heldout_bytes=90_000, sizes=((64, 2),))
 SMALL = Scale(**QUICK)
 
 
-def mixtures(seed: int, sources: int) -> tuple[np.ndarray, np.ndarray]:
+def drawn_mixtures(seed: int, sources: int) -> tuple[np.ndarray, np.ndarray]:
     """(GRID x sources for the small sizes, UNSEEN x sources for the larger one): corners, the middle, then drawn."""
     rng = np.random.default_rng(seed)
     corners = 0.9 * np.eye(sources) + 0.1 / sources
@@ -44,15 +44,15 @@ def rows(settings: Settings, seed: int, done: set[str], domain: str) -> Iterator
     aim = np.array(TARGET[: len(sources)]) / sum(TARGET[: len(sources)])
     texts = {d: bench.corpus.heldout_texts(d) for d in sources}
     points, target = embedded(bench, sources, aim, settings, seed)
-    small, large = mixtures(seed, len(sources))
-    for size, shares in ((s, shares) for s in SIZES for shares in (large if s == SIZES[-1] else small)):
-        label = ", ".join(f"{d} {p:.2f}" for d, p in zip(sources, shares, strict=True))
+    small, large = drawn_mixtures(seed, len(sources))
+    for size, fractions in ((s, fractions) for s in SIZES for fractions in (large if s == SIZES[-1] else small)):
+        label = ", ".join(f"{d} {p:.2f}" for d, p in zip(sources, fractions, strict=True))
         run = f"{size:g} of the tokens, {label}, seed {seed}"
         if run in done:
             continue
         tokens = round(size * scale.tokens)
         model = decoder(bench, scale.sizes[0], seed)
-        mixture = Choice("mixture", "fixed", {"weights": dict(zip(sources, shares.tolist(), strict=True))})
+        mixture = Choice("mixture", "fixed", {"weights": dict(zip(sources, fractions.tolist(), strict=True))})
         bench.train(model, seed, bench.stream(seed, tokens=tokens, mixture=mixture), tokens=tokens, mixture=mixture)
         by_source = [nats(bench, model, texts[d]) for d in sources]
         yield [
@@ -61,8 +61,8 @@ def rows(settings: Settings, seed: int, done: set[str], domain: str) -> Iterator
                 "seed": seed,
                 "parameters": model.config.parameters(),
                 "tokens": tokens,
-                **{f"ratio_{d}": float(p) for d, p in zip(sources, shares, strict=True)},
-                "transport": mixture_cost(points, shares, target, epsilon=0.01)[0],
+                **{f"ratio_{d}": float(p) for d, p in zip(sources, fractions, strict=True)},
+                "transport": mixture_cost(points, fractions, target, epsilon=0.01)[0],
                 "loss": float(np.dot(aim, by_source)),
             }
         ]
@@ -71,7 +71,7 @@ def rows(settings: Settings, seed: int, done: set[str], domain: str) -> Iterator
 def embedded(
     bench: training.Bench, sources: list[str], aim: np.ndarray, settings: Settings, seed: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Embeddings of the sources' training texts, and of the target's held-out ones at its shares."""
+    """Embeddings of the sources' training texts, and of the target's held-out ones at its fractions."""
     encoder = make_encoder("lsa" if settings.quick else "minilm")
     rng = np.random.default_rng(seed)
     train = {d: [doc.text for doc in bench.corpus.train if doc.domain == d] for d in sources}
