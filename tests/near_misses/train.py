@@ -146,4 +146,33 @@ MUTATIONS = (
         "",
         "train/test_sortednet.py::test_the_loss_is_the_sum_of_three_divergences",
     ),
+    # train and serve: first
+    Mutation(
+        "layers are left out of the prompt too",
+        "serve/backends/routed.py",
+        "return w.n if mine == w.n or sample.votes[layer] > context / 2 else mine",
+        "return w.n if sample.votes[layer] > context / 2 else 0",
+        "train/test_first.py::test_sequences_of_a_batch_leave_out_layers_of_their_own",
+    ),
+    Mutation(
+        "a preempted sequence counts its prompt twice",
+        "serve/backends/routed.py",
+        "votes = 0.0 if w.start == 0 else sample.votes.get(layer, 0.0)",
+        "votes = sample.votes.get(layer, 0.0)",
+        "train/test_first.py::test_sequences_of_a_batch_leave_out_layers_of_their_own",
+    ),
+    Mutation(
+        "rows of a layer stand where the step's first rows do",
+        "serve/backends/routed.py",
+        "turned = self.model.rotations(positions_1T[:, rows_X], dtype)",
+        "turned = self.model.rotations(positions_1T[:, : len(rows_X)], dtype)",
+        "train/test_first.py::test_sequences_of_a_batch_leave_out_layers_of_their_own",
+    ),
+    Mutation(
+        "a layer that is not needed still gives its residual stream",
+        "model/layers.py",
+        "return x_BTD + p_BT[..., None] * (y_BTD - x_BTD)",
+        "return p_BT[..., None] * y_BTD",
+        "train/test_first.py::test_routers_are_trained_alone_and_stored",
+    ),
 )

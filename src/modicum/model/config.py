@@ -61,6 +61,7 @@ class _LayerFields:
     mlp_bias: bool = False
     norm_place: str = "pre"  # pre | output (of a branch) | sandwich (both) | after (the sum)
     parallel: bool = False  # attention and MLP read the same stream and are added together
+    router: bool = False  # decides whether a sequence's answer needs the layer (`serve.backends.routed`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ class LayerConfig(_LayerFields):
         """`norm_size`: parameters of one norm over the residual stream."""
         mixer = softmax_others if self.mixer == "softmax" else _mixer(self.mixer).other_parameters
         total = self.matmul_weights(width) + norm_size * (4 if self.norm_place == "sandwich" else 2)
+        total += (width + 1) * self.router
         return total + int(mixer(self, width)) + (self.mlp_width * (2 if self.gated else 1) + width) * self.mlp_bias
 
     def keys_per_query(self, length: int) -> float:

@@ -7,7 +7,9 @@ Every matrix product is a plain `nn.Linear`, so a method may replace any of them
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,6 +49,21 @@ class MLP(nn.Module):
         return self.down(self.act(self.up(x_BTD)))
 
 
+class Router(nn.Module):
+    """p = sigmoid(w . x + b): whether a layer is needed. Begins by letting all through (p = 0.88).
+
+    soft: the layer gives p layer(x) + (1 - p) x, and `last_BT` is the p of its last forward pass."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.full((1,), 2.0))
+        self.soft, self.last_BT = False, torch.empty(0)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return torch.sigmoid(x_BTD @ self.weight + self.bias)
+
+
 class Block(nn.Module):
     """One layer: mixer and MLP around the residual stream, with norms where the config puts them."""
 
@@ -59,8 +76,18 @@ class Block(nn.Module):
             self.attention_norm, self.mlp_norm = make_norm(config), make_norm(config)
         if self.norm_place in ("output", "sandwich"):
             self.attention_out_norm, self.mlp_out_norm = make_norm(config), make_norm(config)
+        if config.per_layer[layer].router:
+            self.router = Router(config.width)
 
     def forward(self, x_BTD: Tensor, rotation: Rotation, attend: Attend, source_BTD: Tensor | None = None) -> Tensor:
+        y_BTD = self._whole(x_BTD, rotation, attend, source_BTD)
+        router: Any = getattr(self, "router", None)
+        if router is None or not router.soft:
+            return y_BTD
+        router.last_BT = p_BT = router(x_BTD)
+        return x_BTD + p_BT[..., None] * (y_BTD - x_BTD)
+
+    def _whole(self, x_BTD: Tensor, rotation: Rotation, attend: Attend, source_BTD: Tensor | None) -> Tensor:
         x = x_BTD
         if source_BTD is not None:  # pre-norm, as mixer swiftkv demands
             x = x + self.attention(self.attention_norm(x), rotation, attend, source_BTD)

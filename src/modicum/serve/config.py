@@ -174,6 +174,13 @@ def make_policy(config: EngineConfig, shape: DecoderConfig, scheduler: Scheduler
     ]
     if SHAPE & shape.varying:
         settings.append(compose.setting("layers of different shapes", requires={"uneven_layers"}))
+    if any(layer.router for layer in shape.per_layer):  # rows of one sequence go through different layers
+        words = {"prefix_cache", "eviction"} & {word for word, (on, _, _) in used.items() if on}
+        if words or not registry.load("cacheform", Choice.parse("cacheform", config.cache_form).method).cls.rowwise:
+            raise UserError(
+                "a model with routers leaves layers out of its answers, so its cache has entries of some layers only; "
+                "serve it with prefix_cache=false, kv=full and a cache form that codes entries one by one"
+            )
     if any(layer.attention for layer in shape.per_layer):
         settings.append(compose.setting("this model's attention pattern", requires={"attention_pattern"}))
     guide = compose.member("guide", config.guide)

@@ -24,6 +24,7 @@ import torch
 from modicum.core.errors import ModicumError, UserError
 from modicum.model.decoder import Decoder
 from modicum.serve.adapters import Attach
+from modicum.serve.backends.routed import has_routers
 from modicum.serve.config import EngineConfig
 from modicum.serve.penalties import Penalties
 from modicum.serve.request import (
@@ -237,6 +238,10 @@ class Engine(State):
 
     def add_adapter(self, name: str, folder: str, put_on: Attach) -> None:
         """Serve an adapter of a folder, which `put_on` attaches to the model, beside those that are there."""
+        if has_routers(self.model):
+            raise UserError(
+                "adapters are served beside a model without routers; merge this one: --adapter FOLDER --form"
+            )
         self.adapters.add(name, folder, put_on)
 
     def remove_adapter(self, name: str) -> None:

@@ -290,6 +290,7 @@ class Sample:
     coded: int = 0  # tokens in codes, where a cache form keeps the latest ones as they are
     policy: Any = None
     drafter: Any = None
+    votes: dict[int, float] = field(default_factory=dict)  # by layer with a router: its sum over the prompt
     penalties: Penalties | None = None
     matcher: Any = None  # a `structured.Matcher`: where it stands in its grammar
     finish: str | None = None

@@ -8,6 +8,7 @@ from modicum.serve import native
 from modicum.serve.backends import Backend, Runner
 from modicum.serve.backends.graphs import Graphs, unfit
 from modicum.serve.backends.native import Native
+from modicum.serve.backends.routed import Routing, has_routers
 from modicum.serve.backends.torch import Torch
 from modicum.serve.native.support import unserved, unserved_in_eight
 from modicum.serve.pages import Storage
@@ -28,9 +29,12 @@ def make_runner(
             f"activation_bits=8 works with the kernels for the CPU and int8 or int4 matrices; here: {lacking}; "
             "mend that (see `modicum doctor`), or leave activation_bits out"
         )
-    backends: list[Backend] = [Torch(model)]
+    last = Torch(model)
+    if has_routers(model):
+        last.routing, lacking = Routing(model), "layers with routers"
+    backends: list[Backend] = [last]
     if model.device.type == "cuda":
-        if cuda_graphs and storage.plain and unfit(model) is None:
+        if last.routing is None and cuda_graphs and storage.plain and unfit(model) is None:
             backends.insert(0, Graphs(model, storage, table))
     elif library is not None and lacking is None:
         backends.insert(0, Native(model, storage, library, eight))

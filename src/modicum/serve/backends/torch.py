@@ -44,6 +44,7 @@ class Torch:
 
     def __init__(self, model: Decoder):
         self.model = model
+        self.routing: Any = None  # a `routed.Routing`, for a model with routers
 
     def cannot(self, plan: AttentionPlan) -> str | None:
         return None
@@ -52,6 +53,9 @@ class Torch:
         device = self.model.device
         given = torch.tensor([tokens_of(plan.works), positions_of(plan.works)], device=device)
         tokens_1T, positions_1T = given.split(1)
+        if self.routing is not None:
+            self._h_TD = self.routing.hidden(plan, tokens_1T, positions_1T)
+            return self.logits(rows) if len(rows) else None
         if self.model.config.source_layer is not None and (few := plan.of_rows(rows)) is not None:
             return self._early(plan, few, rows, tokens_1T, positions_1T)
         attend = attend_for(PlannedAttend(plan), self.model.config)
