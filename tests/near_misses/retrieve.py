@@ -264,6 +264,57 @@ MUTATIONS = (
         "retrieve/test_demo_retrieval_meta.py::"
         "test_demonstrations_stand_with_their_answers_most_similar_last_and_without_the_item_itself",
     ),
+    # retrieve: adapters of languages
+    Mutation(
+        "one language for the whole batch",
+        "retrieve/languages.py",
+        "out_NTD = torch.where(own_N11, y_NTD + layers[n](y_NTD), out_NTD)",
+        "out_NTD = y_NTD + layers[n](y_NTD)",
+        "retrieve/test_colbert_xm.py::test_fresh_adapters_are_the_plain_encoder_and_each_text_has_its_own",
+    ),
+    Mutation(
+        "a new language trains what is in common",
+        "retrieve/languages.py",
+        "parameters = list(adapters.of[only].parameters())",
+        "parameters = [*adapters.of[only].parameters(), *student.parameters()]",
+        "retrieve/test_colbert_xm.py::test_a_language_added_later_leaves_the_others_bit_for_bit",
+    ),
+    Mutation(
+        "masks of a query do not attend",
+        "retrieve/languages.py",
+        "            real_NT = torch.ones_like(real_NT)\n",
+        "",
+        "retrieve/test_colbert_xm.py::test_queries_are_filled_with_masks_and_documents_lose_punctuation",
+    ),
+    Mutation(
+        "adapters are trained with the retriever",
+        "retrieve/trainers/colbert_xm.py",
+        "        self.adapters.requires_grad_(False).attach(student.model)",
+        "        self.adapters.attach(student.model)\n        student.register_module('adapters', self.adapters)",
+        "retrieve/test_colbert_xm.py::test_training_changes_what_is_in_common_and_no_language",
+    ),
+    # retrieve: thoughts before vectors
+    Mutation(
+        "the query is learnt to be written too",
+        "retrieve/thinking.py",
+        "return [*head, *tail, *end], [IGNORED] * len(head) + tail + [IGNORED] * len(end)",
+        "return [*head, *tail, *end], head + tail + [IGNORED] * len(end)",
+        "retrieve/test_o1_embedder.py::test_labels_are_the_thoughts_tokens_alone",
+    ),
+    Mutation(
+        "the committee's scores are added before the softmax",
+        "retrieve/thinking.py",
+        "        odds_N = np.exp(scores_N - scores_N.max())\n        total += odds_N / odds_N.sum()",
+        "        total += scores_N",
+        "retrieve/test_o1_embedder.py::test_the_committee_votes_by_softmax_of_each_member",
+    ),
+    Mutation(
+        "padding on the right",
+        "retrieve/thinking.py",
+        "tokens_NT[n, width - len(ids) :] = torch.tensor(list(ids))\n            mask_NT[n, width - len(ids) :] = True",
+        "tokens_NT[n, : len(ids)] = torch.tensor(list(ids))\n            mask_NT[n, : len(ids)] = True",
+        "retrieve/test_o1_embedder.py::test_vectors_are_last_states_whatever_padding",
+    ),
     Mutation(
         "the filter is applied to the k best instead of before them",
         "retrieve/search.py",

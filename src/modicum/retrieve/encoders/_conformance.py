@@ -30,7 +30,7 @@ def _made(key: str) -> Iterator[Encoder]:
     loaded = registry.load("encoder", key)
     with tempfile.TemporaryDirectory() as folder:
         if any(f.name == "model" for f in fields(loaded.config)):
-            makers = {"decoder": _decoder, "xbt": _projected}
+            makers = {"decoder": _decoder, "xbt": _projected, "o1-embedder": _thinking}
             model = makers.get(key, _sentence)(Path(folder) / "model")
             config = loaded.config(model=str(model))
         else:
@@ -76,6 +76,22 @@ def _projected(folder: Path) -> Path:
     torch.manual_seed(0)
     save_file(Projection(16, 12, 8).state_dict(), folder / "phi.safetensors")
     write_json(folder / "xbt.json", {"new": 16, "old": 12, "hidden": 8})
+    return folder
+
+
+def _thinking(folder: Path) -> Path:
+    """A small decoder that would write thoughts."""
+    import torch
+
+    from modicum.data.tokenizer import Tokenizer
+    from modicum.model.config import DecoderConfig
+    from modicum.model.decoder import Decoder
+    from modicum.retrieve.thinking import Thinker
+
+    tokenizer = Tokenizer.train(TEXTS, 280)
+    shape: Any = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_width": 32}
+    config = DecoderConfig(vocab_size=tokenizer.vocab_size, context_length=128, **shape)
+    Thinker(Decoder(config, torch.Generator().manual_seed(0)), tokenizer, 64).save(folder)
     return folder
 
 

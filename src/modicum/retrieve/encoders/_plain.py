@@ -10,6 +10,7 @@ Shape letters: N texts, B batch, T tokens, D width of the model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from modicum.core.errors import UserError
 from modicum.retrieve import connected
 
+LANGUAGES = "languages.json"  # of a folder with adapters of several languages
 _MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
@@ -45,6 +47,7 @@ class PlainSentence:
                 raise UserError(f"layers={layers} does not cut {folder}, which has {depth} layers; leave layers out")
             del stack[layers:]
         self._pooling, self._device = pooling, device
+        self._spoken: Any = None  # adapters chosen by the language of each text
         most = (max_tokens, getattr(self._model.config, "max_position_embeddings", None))
         self._max_tokens = min([n for n in most if n] or [512])
 
@@ -56,6 +59,15 @@ class PlainSentence:
             if made is None or layers is not None:
                 raise UserError(f"{folder} is an encoder with adapters, which layers= cannot cut; leave it out")
             connected.attached(folder, made._model)
+            return made
+        if (folder / LANGUAGES).is_file():
+            from modicum.retrieve import languages
+
+            made = cls.open(folder / languages.BASE, device)
+            if made is None or layers is not None:
+                raise UserError(f"{folder} is an encoder with adapters, which layers= cannot cut; leave it out")
+            made._spoken = languages.adapters_of(folder).to(device).eval()
+            made._spoken.attach(made._model)
             return made
         shape = plain_shape(folder) if (folder / "modules.json").is_file() else None
         return None if shape is None else cls(folder, *shape, device, layers)
@@ -95,7 +107,16 @@ class PlainSentence:
                     max_length=self._max_tokens,
                     return_tensors="pt",
                 ).to(self._device)
-                yield rows, self._model(**inputs).last_hidden_state.float(), inputs["attention_mask"]
+                with self._speaking([texts[i] for i in rows]):
+                    h_BTD = self._model(**inputs).last_hidden_state.float()
+                yield rows, h_BTD, inputs["attention_mask"]
+
+    def _speaking(self, texts: Sequence[str]) -> Any:
+        if self._spoken is None:
+            return contextlib.nullcontext()
+        from modicum.retrieve.languages import detect
+
+        return self._spoken.speaking([detect(t, self._spoken.languages) for t in texts])
 
 
 def plain_shape(folder: Path) -> tuple[str, int | None] | None:
