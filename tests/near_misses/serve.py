@@ -3,6 +3,21 @@
 from near_misses import Mutation
 
 MUTATIONS = (
+    # serve: a cache kept by attention, entropy and a gradient
+    Mutation(
+        "attention given instead of received: 1 for every row",
+        "serve/kv/critic.py",
+        "attention_S = a_GRWS.sum((0, 1, 2))",
+        "attention_S = torch.nn.functional.pad(a_GRWS.sum(-1).sum((0, 1)), (S - W, 0))",
+        "serve/test_critic.py::test_attention_received_and_entropy_of_rows",
+    ),
+    Mutation(
+        "the output before is differentiated too",
+        "serve/kv/critic.py",
+        "@ v[:, None]).detach()",
+        "@ v[:, None])",
+        "serve/test_critic.py::test_the_gradient_is_of_the_change_of_the_output",
+    ),
     # serve: adapters in one batch
     Mutation(
         "prefixes of one adapter are found by another",

@@ -1,4 +1,4 @@
-"""o1-embedder: labels by hand, both losses, padding, the committee's vote, thoughts that depend on their query alone."""
+"""o1-embedder: labels by hand, both losses, padding, the vote of a committee, thoughts that depend on their query."""
 
 from __future__ import annotations
 
