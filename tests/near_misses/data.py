@@ -312,4 +312,26 @@ MUTATIONS = (
         "terms_W = mix(flat_W + np.uint64(1))",
         "data/test_filters.py::test_the_keys_of_many_lines_are_those_of_each",
     ),
+    # data: seta
+    Mutation(
+        "documents are grouped before the random ones are taken",
+        "data/orders/seta.py",
+        "groups = grouped(scores_N[chosen], config.groups)",
+        "groups = [np.flatnonzero(np.isin(chosen, g)) for g in grouped(scores_N, config.groups)]",
+        "data/test_seta.py::test_twenty_epochs_are_those_of_a_plain_reading_of_the_card",
+    ),
+    Mutation(
+        "scores that change within an epoch change its order",
+        "data/orders/seta.py",
+        "if domain not in self.fixed or self.fixed[domain][0] != number:",
+        "if True:",
+        "data/test_seta.py::test_what_is_read_within_an_epoch_does_not_change_it",
+    ),
+    Mutation(
+        "inserted and padded tokens count as the first document's",
+        "train/objectives/document_losses.py",
+        "learnt_N = learnt_N & (numbers_N > 0)",
+        "numbers_N = numbers_N.clamp_min(1)",
+        "data/test_seta.py::test_tokens_without_a_document_count_for_none",
+    ),
 )
