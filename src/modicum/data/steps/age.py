@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from modicum.data.document import Document, Drop
 from modicum.data.steps import Step
 
+NOT_MEASURABLE = "it keeps a window of time, and the bench has no question that depends on it"
 DATE = re.compile(r"\d{4}(-\d{2}(-\d{2})?)?")
 
 

@@ -26,6 +26,8 @@ from modicum.data.linear import Linear
 from modicum.data.steps import Step
 from modicum.data.steps._selection import level, target_texts
 
+NOT_MEASURABLE = "it is as good as the examples it is given; by default it drops none"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -26,6 +26,8 @@ from modicum.data.steps.concept_pruning import spherical_kmeans
 
 CLAIM = {"figure": "1B, 40B tokens: 60.41 against 57.93 random", "where": "Table 2", "scale": "950M parameters, 40B"}
 
+NOT_MEASURABLE = "it finds domains and drops none; what they are worth is the mixture's to say"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
