@@ -234,3 +234,9 @@ def test_hub_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"modicum\[hub\]"):
         find("hub:some/name", CONFIG)
+
+
+def test_the_language_reference_is_a_document_each_topic_also_by_itself() -> None:
+    config = ReadConfig()
+    topics = {i.id for unit in find("python:pydoc_data", config) for i in read(unit, config) if isinstance(i, Document)}
+    assert len(topics) > 50 and "pydoc_data/topics.py#assert" in topics

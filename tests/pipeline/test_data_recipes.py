@@ -159,3 +159,24 @@ def test_pretrainers_guide_gives_a_table_of_effects_in_one_command(tmp_path: Pat
     again = load("pretrainers-guide", [*overrides[:-1], "grid.heldout_bytes=3kB", "budget.time=2h"])
     run_recipe(again, tmp_path / "run", notify=lambda line: None)
     assert {p: p.stat().st_mtime_ns for p in trials} == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_data4llm_leaves_each_cell_out_in_turn(tmp_path: Path) -> None:
+    kinds = ("raw", "all-cells", "no-deduplication", "no-filtering", "no-selection", "no-synthesis")
+    models = ("on-raw", "on-all", "without-mixing", *(f"without-{k.removeprefix('no-')}" for k in kinds[2:]))
+    overrides = [f"{name}.max_bytes=700kB" for name in kinds] + ["raw.vocab_size=500", "score.bytes=3kB"]
+    overrides += ["target.max_bytes=600kB", "raw.heldout=0.2", "all-cells.heldout=0.2"]
+    tiny = ("shape=[32, 1]", "tokens=4ktok", "sequence_length=64", "batch_tokens=256")
+    overrides += [f"{name}.{knob}" for name in models for knob in tiny]
+    run = run_recipe(load("data4llm", overrides), tmp_path / "run", notify=lambda line: None)
+    rows = json.loads((run.folder / "stages/score/done.json").read_text())["figures"]["rows"]
+    assert {r["model"] for r in rows} == set(models) and rows[0]["model"] == "on-all"
+    steps = {
+        name: [s["name"] for s in json.loads((run.folder / f"stages/{name}/done.json").read_text())["figures"]["steps"]]
+        for name in kinds
+    }
+    assert {"exact-dedup", "minhash", "quality", "dclm", "rewrite"} <= set(steps["all-cells"])
+    for cell, gone in (("deduplication", "minhash"), ("filtering", "quality"), ("selection", "dclm")):
+        assert set(steps["all-cells"]) - set(steps[f"no-{cell}"]) >= {gone}

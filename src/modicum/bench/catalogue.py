@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from modicum.bench import data_map
 from modicum.bench.figures import cell
 from modicum.bench.overview import page
 from modicum.bench.pages import NOTE, index, own_methods, port_files
@@ -28,6 +29,7 @@ def generate(home: Path) -> dict[Path, str]:
         files |= port_files(info, home / PLACE, evidence)
     files[home / PLACE / "README.md"] = index()
     files[home / PLACE / "index.html"] = page(evidence)
+    files[home / "docs" / "data-map.md"] = data_map.page()
     return files
 
 

@@ -12,7 +12,7 @@ import os
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def find(source: str, config: ReadConfig, *, label: str | None = None, exclude: 
     if source == "python":
         units = list(_python(config, label or "python"))
     elif source.startswith("python:"):
-        units = list(_path(_package(source.removeprefix("python:")), label, set()))
+        units = [_topics(unit) for unit in _path(_package(source.removeprefix("python:")), label, set())]
     elif source.startswith("hub:"):
         require_hub()
         name = source[4:]
@@ -125,6 +125,11 @@ def _unit(path: Path, id_: str) -> Unit:
     return Unit(
         id=_clean(id_), kind=kind, path=str(path), nbytes=info.st_size, stamp=f"{info.st_size}-{info.st_mtime_ns}"
     )
+
+
+def _topics(unit: Unit) -> Unit:
+    """The language reference's topics are a document each, also where their package is read by itself."""
+    return replace(unit, kind="pydoc") if unit.path.endswith("/pydoc_data/topics.py") else unit
 
 
 def _clean(name: str) -> str:
