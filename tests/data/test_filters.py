@@ -243,6 +243,7 @@ def test_lines_of_many_documents_go_and_repetitions_within_one() -> None:
     assert left["d1"] == f"Document number {NOUNS[1]} says something of its own.\n\n- ok"
     one, same, other, none = keys_of(["Page 1 of 2!", "page of", "of page", "12 ..."])
     assert one == same != other and none != 0
+    assert not any(chr(i).isdigit() for i in range(0x20000, 0x110000, 7))  # digits are looked for below
 
 
 def test_the_keys_of_many_lines_are_those_of_each() -> None:

@@ -334,4 +334,33 @@ MUTATIONS = (
         "numbers_N = numbers_N.clamp_min(1)",
         "data/test_seta.py::test_tokens_without_a_document_count_for_none",
     ),
+    # data: latent-thoughts
+    Mutation(
+        "the likeliest thought is taken instead of one by weight",
+        "data/rewrites/latent_thoughts.py",
+        "return int(rng.choice(len(weight), p=weight / weight.sum()))",
+        "return int(np.argmax(weight))",
+        "data/test_latent_thoughts.py::test_drawn_thoughts_follow_the_posterior_and_not_the_guess",
+    ),
+    Mutation(
+        "the guess is not divided out",
+        "data/rewrites/latent_thoughts.py",
+        "float(p) - float(q) for p, q",
+        "float(p) for p, q",
+        "data/test_latent_thoughts.py::test_the_bound_lies_below_the_evidence_and_closes_as_samples_grow",
+    ),
+    Mutation(
+        "a thought that was cut counts as done",
+        "data/rewrites/latent_thoughts.py",
+        'if reply.ended != "length" and reply.text.strip()',
+        "if reply.text.strip()",
+        "data/test_latent_thoughts.py::test_a_thought_that_was_cut_takes_no_part",
+    ),
+    Mutation(
+        "the prefix counts in the joint likelihood",
+        "data/rewrites/latent_thoughts.py",
+        'Request(prompt=prefix, continuation=f" {START}{PRIOR} {thought} {END} {suffix}", seed=0)',
+        'Request(prompt="", continuation=f"{prefix} {START}{PRIOR} {thought} {END} {suffix}", seed=0)',
+        "data/test_latent_thoughts.py::test_layouts_and_requests_are_those_of_the_card",
+    ),
 )

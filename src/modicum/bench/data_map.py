@@ -94,9 +94,9 @@ def page() -> str:
     lines = [
         "# Data methods by cell",
         "",
-        "Every method of the data, cache, index and retrieval ports in the tree of a survey of data and language models",
-        "(Zhou et al. 2025, arXiv:2505.18458). Made by `modicum catalogue`. `modicum run data4llm` runs one method of each",
-        "processing cell and shows what each bought.",
+        "Every method of the data, cache, index and retrieval ports in the tree of a survey of data and language",
+        "models (Zhou et al. 2025, arXiv:2505.18458). Made by `modicum catalogue`. `modicum run data4llm` runs one of",
+        "each processing cell and shows what each bought.",
     ]
     for part, names in TREE.items():
         lines += [

@@ -26,7 +26,8 @@ ERROR = "error"  # a reply's `ended` where there is no reply; `text` says why
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """messages: a chat, or one text to be continued, by itself as a `prompt`. seed: None: the driver gives one."""
+    """messages: a chat, or one text to be continued, by itself as a `prompt`. seed: None: the driver gives one.
+    continuation: text that is not generated: the reply says how likely it is after the prompt."""
 
     messages: tuple[tuple[str, str], ...] = ()  # (role, content)
     prompt: str = ""
@@ -35,14 +36,17 @@ class Request:
     top_p: float = 0.95
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    continuation: str = ""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """ended: stop, length (cut at max_tokens), or error."""
+    """ended: stop, length (cut at max_tokens), or error. log_probability: of a continuation, in nats; None where the
+    generator gives none."""
 
     text: str
     ended: str = "stop"
+    log_probability: float | None = None
 
 
 Generate = Callable[[Sequence[Request]], Iterator[tuple[int, Reply]]]
@@ -73,7 +77,7 @@ class Replies:
                         break
                     whole += len(line)
                     entry = json.loads(line)
-                    self.kept[entry["key"]] = Reply(entry["text"], entry["ended"])
+                    self.kept[entry["key"]] = Reply(entry["text"], entry["ended"], entry.get("log_probability"))
             if whole < path.stat().st_size:
                 os.truncate(path, whole)
 
@@ -110,11 +114,14 @@ class Replies:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-            entry = {"key": key, "text": reply.text, "ended": reply.ended}
+            entry: dict[str, Any] = {"key": key, "text": reply.text, "ended": reply.ended}
+            if reply.log_probability is not None:
+                entry["log_probability"] = reply.log_probability
             self._file.write(json.dumps(entry).encode() + b"\n")  # one write: whole, or cut at its end
 
     def _key(self, request: Request) -> str:
-        text = json.dumps([self.version, asdict(request)], sort_keys=True)
+        plain = {k: v for k, v in asdict(request).items() if k != "continuation" or v}
+        text = json.dumps([self.version, plain], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def close(self) -> None:

@@ -55,7 +55,10 @@ def of_engine(engine: Engine) -> Generate:
                     why = f"the prompt has {len(prompt)} tokens, the model reads {engine.max_length}"
                     yield number, Reply(why, ERROR)
                     continue
-                one = EngineRequest(prompt, params)
+                scored = (
+                    (engine.tokenizer.encode(request.continuation, add_special=False),) if request.continuation else ()
+                )
+                one = EngineRequest(prompt, params, continuations=scored)
                 engine.check(one)
             except InvalidRequest as error:
                 yield number, Reply(str(error), ERROR)
@@ -63,7 +66,12 @@ def of_engine(engine: Engine) -> Generate:
             taken[one.id] = number
             ready.append(one)
         for output in engine.outputs(ready, ahead=2 * engine.config.max_sequences):
-            yield taken[output.request], Reply(output.text, "length" if output.finish == "length" else "stop")
+            number = taken[output.request]
+            if requests[number].continuation:
+                nats = sum(token.logprob for token in output.completions[0].logprobs)
+                yield number, Reply("", "stop", nats)
+            else:
+                yield number, Reply(output.text, "length" if output.finish == "length" else "stop")
 
     return generate
 
@@ -82,6 +90,8 @@ def remote(url: str, model: str | None = None) -> Generate:
     state: dict[str, Any] = {"model": model, "failed": 0}
 
     def one(request: Request) -> Reply:
+        if request.continuation:
+            return Reply(f"{base} gives no log probability of a given text; take a local model", ERROR)
         if state["failed"] >= GIVE_UP:
             return Reply(f"{base} cannot be reached", ERROR)
         options: dict[str, Any] = {

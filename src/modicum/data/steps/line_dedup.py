@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -127,4 +126,4 @@ def keys_of(texts: Sequence[str]) -> np.ndarray:
 @functools.cache
 def _digits() -> dict[int, str]:
     """Every digit as a space, for `str.translate`."""
-    return {i: " " for i in range(sys.maxunicode + 1) if chr(i).isdigit()}
+    return {i: " " for i in range(0x20000) if chr(i).isdigit()}  # none stands beyond

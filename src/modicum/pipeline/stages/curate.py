@@ -18,7 +18,7 @@ from pydantic import Field
 from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
-from modicum.core.errors import ModicumError
+from modicum.core.errors import ModicumError, UserError
 from modicum.core.files import atomic_file, fingerprint, write_json, write_text
 from modicum.data.curate import CurateConfig, Curation, beside, curate
 from modicum.data.readers import ReadConfig, find
@@ -35,6 +35,7 @@ from modicum.pipeline.worker import environment
 TEXT = 6  # bytes of memory that a process takes for each byte of text it has in hand
 DAMAGED = 20  # files that could not be read and are named in the figures
 PARTS = 32  # files of a sample, so that both sides of the held-out split get some
+OF_STAGE = "from"  # a generator that another stage gives
 SAMPLE = 4 << 20  # bytes that the planner curates, for this stage's own cost and for the stages that follow
 
 
@@ -44,7 +45,7 @@ class Section(Strict):
     steps: list[method("step")] = ["normalise", "quality", "python-split", "exact-dedup", "minhash"]  # type: ignore[valid-type]
     encoder: str | None = None  # for steps that embed text; None: they fit LSA on a sample
     models: list[str] = []  # whose losses the step preselect compares, the weakest first
-    generator: str | None = None  # of the step rewrite: a model, or MODEL@URL
+    generator: str | None = None  # of the step rewrite: a model, MODEL@URL, or `from`: the model that `from` names
     vocab_size: int = Field(4096, ge=258)
     reserved: int = Field(0, ge=0)  # tokens of the vocabulary kept free for objectives that need marks
     recall: Bytes | None = None  # playground text among what the tokenizer is trained on; None: as `pretrain` needs
@@ -71,6 +72,10 @@ class Curate(Stage[Section]):
                 "recall": wanted if section.recall is None else section.recall,
             }
         )
+
+    def check(self, section: Section, recipe: Recipe, name: str) -> None:
+        if section.generator == OF_STAGE and not recipe.sources(name)["model"]:
+            raise UserError(f"{name}.generator={OF_STAGE} and {name}.from names no stage that gives a model; add one")
 
     def uses(self, section: Section, recipe: Recipe, name: str) -> dict[str, Any]:
         return {
@@ -119,11 +124,13 @@ class Curate(Stage[Section]):
     def run(self, section: Section, inputs: Inputs, context: Context) -> dict[str, Any]:
         seed = context.recipe.seed
         like = inputs["corpus"]["folder"] if "corpus" in inputs else None
-        models = [model["folder"] for model in inputs.all("model")] or section.models
+        models, generator = [model["folder"] for model in inputs.all("model")] or section.models, section.generator
+        if generator == OF_STAGE:
+            models, generator = [], models[-1]
         made = curate(
             _sources(section, context.folder, seed),
             context.folder / "data",
-            _config(section.model_copy(update={"models": models}), seed, like),
+            _config(section.model_copy(update={"models": models, "generator": generator}), seed, like),
             events=context.events,
             engine=section.engine,
             processes=section.processes,
