@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pipeline_toys
 import pytest
 
 from modicum.data.curate import Curation
@@ -180,3 +181,30 @@ def test_data4llm_leaves_each_cell_out_in_turn(tmp_path: Path) -> None:
     assert {"exact-dedup", "minhash", "quality", "dclm", "rewrite"} <= set(steps["all-cells"])
     for cell, gone in (("deduplication", "minhash"), ("filtering", "quality"), ("selection", "dclm")):
         assert set(steps["all-cells"]) - set(steps[f"no-{cell}"]) >= {gone}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_latent_thoughts_asks_the_teacher_and_then_the_model_of_an_earlier_stage(tmp_path: Path) -> None:
+    """With random models, whose thoughts never end: the documents stay, and each says why it has none."""
+    corpus = pipeline_toys.corpus(tmp_path / "corpus", "json", "textwrap", "heapq", "string")
+    texts = [p.read_text() for p in corpus.iterdir()]
+    model = pipeline_toys.chat_model(tmp_path / "model", texts)
+    overrides = [f"{n}.corpus={corpus}" for n in ("raw", "few", "more")] + [
+        f"{n}.max_bytes=null" for n in ("raw", "few", "more")
+    ]
+    overrides += [f"raw.tokenizer={model}", f"few.generator={model}", f"warm.model={model}", "score.bytes=2kB"]
+    overrides += ["raw.heldout=0.3", "few.heldout=0.3", "more.heldout=0.3"]
+    for name in ("warm", "second", "on-raw"):
+        overrides += [f"{name}.tokens=1ktok", f"{name}.sequence_length=64", f"{name}.batch_tokens=128"]
+    by = {"method": "latent-thoughts", "tokens": 40, "thought_tokens": 8}
+    for name, more in (("few", {"teacher": True}), ("more", {"samples": 2})):
+        steps = ["normalise", {"method": "rewrite", "by": by | more}]
+        overrides.append(f"{name}.steps={json.dumps(steps)}")
+    run = run_recipe(load("latent-thoughts", overrides), tmp_path / "run", notify=lambda line: None)
+    for name in ("few", "more"):
+        made = Curation.load(run.folder / "stages" / name / "data")
+        assert sum(made.drops["rewrite"].values()) >= 3 and set(made.drops["rewrite"]) <= {"no-thought", "no-reply"}
+        assert "no-thought" in made.drops["rewrite"]
+    rows = json.loads((run.folder / "stages/score/done.json").read_text())["figures"]["rows"]
+    assert [r["model"] for r in rows] == ["warm", "second", "on-raw"]

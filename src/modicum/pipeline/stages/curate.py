@@ -94,7 +94,7 @@ class Curate(Stage[Section]):
         group = group_bytes(total, section.group_bytes)
         small = max(min(group, size // processes), 1)
         like = inputs["corpus"]["sample"] if "corpus" in inputs else section.tokenizer
-        update = {"max_bytes": size, "group_bytes": small, "tokenizer": like}
+        update = {"max_bytes": size, "group_bytes": small, "tokenizer": like, "generator": None}
         update["steps"] = [_without_models(step) for step in section.steps]
         run, alone = _alone(planner, section.model_copy(update=update))
         made = Curation.load(run.stage(self.key) / "data")
