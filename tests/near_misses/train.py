@@ -175,4 +175,33 @@ MUTATIONS = (
         "return p_BT[..., None] * y_BTD",
         "train/test_first.py::test_routers_are_trained_alone_and_stored",
     ),
+    # train: efficientllm
+    Mutation(
+        "saliency is to first order, with the second order's sign wrong",
+        "train/surgery/efficientllm.py",
+        "return step - step.square() / 2",
+        "return step + step.square() / 2",
+        "train/test_efficientllm.py::test_taylor_is_the_change_of_a_quadratic",
+    ),
+    Mutation(
+        "columns that were cut take part in the correction",
+        "train/surgery/efficientllm.py",
+        "torch.linalg.solve(H[stay][:, stay], H[stay][:, gone])",
+        "torch.linalg.solve(H, H[:, gone])[stay]",
+        "train/test_efficientllm.py::test_the_correction_is_least_squares_on_the_columns_that_stay",
+    ),
+    Mutation(
+        "a layer may lose all of its channels",
+        "train/surgery/efficientllm.py",
+        "if left[layer] > 1 and bool",
+        "if bool",
+        "train/test_efficientllm.py::test_the_least_go_over_all_layers_but_none_loses_all",
+    ),
+    Mutation(
+        "query heads of a zero group stay where they were when it is taken out",
+        "model/submodel.py",
+        "        _permute([attention.q], [attention.o], order_G, E * (shape.heads // G))\n    kept",
+        "    kept",
+        "train/test_efficientllm.py::test_zeros_anywhere_are_taken_out",
+    ),
 )

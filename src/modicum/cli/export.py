@@ -33,6 +33,9 @@ def export(
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter folder to merge in first.")] = None,
     tokenizer: Annotated[bool, typer.Option(help="Put the folder's tokenizer and chat template in.")] = True,
+    shrink: Annotated[
+        bool, typer.Option(help="Take out MLP channels and key/value groups that are all zeros (--format hf).")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the tensor types and sizes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -66,6 +69,12 @@ def export(
         print(json.dumps({"out": str(out), "quantization_config": settings}) if as_json else f"{out}: written")
         return
     run.merged(loaded)
+    if shrink:
+        from modicum.model.submodel import without_zeros
+
+        if kind != "hf":
+            raise UserError("--shrink writes a folder: give --format hf")
+        loaded = without_zeros(loaded)
     if kind == "hf":
         if not dry_run:
             run.write_folder(loaded, out, source)

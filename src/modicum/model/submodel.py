@@ -126,6 +126,37 @@ def cut(model: Decoder, sub: Submodel) -> Decoder:
 
 
 @torch.no_grad()
+def without_zeros(model: Decoder) -> Decoder:
+    """A decoder without the MLP channels and key/value groups whose weights are all zero, which computes the same.
+
+    Raises `UserError` where there are none; at least one of each stays in a layer. Layers may come to differ.
+    """
+    channels, groups = [], []
+    for layer, shape in zip(model.layers, model.config.per_layer, strict=True):
+        mlp: Any = layer.get_submodule("mlp")
+        attention: Any = layer.get_submodule("attention")
+        used_F = mlp.down.weight.any(0) & (mlp.up.weight.any(1) | (mlp.up.bias is not None))
+        used_G = attention.o.weight.any(0).unflatten(0, (shape.kv_heads, -1)).any(1)
+        for used in (used_F, used_G):
+            used[0] |= not bool(used.any())
+        channels.append(used_F)
+        groups.append(used_G)
+        G, E = shape.kv_heads, shape.head_dim
+        ins = [mlp.up, mlp.gate] if shape.gated else [mlp.up]
+        _permute(ins, [mlp.down], (~used_F).int().argsort(stable=True), 1)
+        order_G = (~used_G).int().argsort(stable=True)
+        _permute([attention.k, attention.v], [], order_G, E)
+        _permute([attention.q], [attention.o], order_G, E * (shape.heads // G))
+    kept = tuple(int(u.sum()) for u in groups), tuple(int(u.sum()) for u in channels)
+    sub = Submodel(tuple(range(model.config.layers)), *kept)
+    if sub.whole(model.config):
+        raise UserError(
+            "no MLP channel and no key/value group of this model is all zeros: there is nothing to take out"
+        )
+    return cut(model, sub)
+
+
+@torch.no_grad()
 def sort_by_importance(model: Decoder) -> None:
     """Put the important channels and groups of each layer first; outputs stay as they are.
 
