@@ -65,7 +65,7 @@ class EfficientLlm(Masking):
     def prepare(self, model: nn.Module, state: dict[str, Any] | None) -> nn.Module:
         model = super().prepare(model, state)
         decoder: Any = model
-        shapes = getattr(getattr(decoder, "config", None), "per_layer", ())
+        shapes: Any = getattr(getattr(decoder, "config", None), "per_layer", ())
         sizes = {(s.heads, s.kv_heads, s.head_dim, s.mlp_width, s.mixer, s.gated) for s in shapes}
         if len(sizes) != 1 or shapes[0].mixer != "softmax":
             raise UserError("efficientllm prunes a decoder of softmax attention whose layers have one shape")
