@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +24,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
     lines.append(("gpu", ", ".join(machine["gpus"]) or "none: everything runs on the CPU"))
     lines.append(("bfloat16", report["bfloat16"]))
     lines.append(("serving kernels", report["native"]))
+    lines += [("prompts", text) for text in prompts(report["prompts"])]
     lines.append(("training kernels", report["training_kernels"]))
     lines.append(("cuda graphs", report["cuda_graphs"]))
     lines.append(("versions", ", ".join(f"{k} {v}" for k, v in report["versions"].items())))
@@ -78,6 +80,7 @@ def examine() -> dict:
         "disk_free_bytes": disk,
         "bfloat16": bfloat16(rates["cpu"]),
         "native": native.reason(),
+        "prompts": measured_prompts(),
         "training_kernels": training_kernels.reason(),
         "cuda_graphs": graphs.reason(),
         "versions": record.versions(),
@@ -85,6 +88,40 @@ def examine() -> dict:
         "ceilings": rates,
         "problems": problems,
     }
+
+
+def measured_prompts() -> dict[str, list[dict[str, Any]]]:
+    """By stored form, tokens per second of prompts through a few layers of SmolLM2's shape: kernels and PyTorch."""
+    import torch
+
+    from modicum.model import attach
+    from modicum.model.config import llama_like
+    from modicum.model.decoder import Decoder
+    from modicum.serve.backends import measured
+    from modicum.serve.config import EngineConfig
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    shape = llama_like(2048, 576, measured.LAYERS, heads=9, kv_heads=3, context_length=1024)
+    for form in ("bf16", "int8", "int4"):
+        model = Decoder(shape, torch.Generator().manual_seed(0)).to(torch.bfloat16).eval()
+        if form != "bf16":
+            attach.attach(model, {"layers.*": form})
+        timings = measured.timings(model, EngineConfig())
+        if timings:
+            rows[form] = [
+                {"rows": t.rows, "kernels": t.rows / t.native, "torch": t.rows / t.torch, "faster": t.faster}
+                for t in timings
+            ]
+    return rows
+
+
+def prompts(measured: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """A line for each stored form: what kernels and PyTorch reach, and which of them `--fast-prefill` takes."""
+    for form, rows in measured.items():
+        each = ", ".join(f"{r['rows']}: {r['kernels']:,.0f} / {r['torch']:,.0f}" for r in rows)
+        first = next((r["rows"] for i, r in enumerate(rows) if all(x["faster"] == "torch" for x in rows[i:])), None)
+        choice = "kernels for all" if first is None else f"PyTorch from {first} tokens on with --fast-prefill"
+        yield f"{form}, tokens/s by kernels / PyTorch in steps of {each}: {choice}"
 
 
 def bfloat16(cpu: dict[str, float]) -> str:

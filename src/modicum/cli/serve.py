@@ -81,6 +81,13 @@ ActivationBits = Annotated[
     int,
     _hardware(help="Activation precision of the CPU kernels: 16, or 8 (W8A8, W4A8: faster prefill, less accurate)."),
 ]
+FastPrefill = Annotated[
+    bool,
+    _hardware(
+        help="Long steps through PyTorch's matrix library where it is measured to be faster than the kernels "
+        "(last bits then depend on the batch)."
+    ),
+]
 
 
 def serve(
@@ -118,6 +125,7 @@ def serve(
     device: Device = "cpu",
     cuda_graphs: CudaGraphs = True,
     activation_bits: ActivationBits = 16,
+    fast_prefill: FastPrefill = False,
 ) -> None:
     """Serve a model over an OpenAI-compatible API, with a chat page if asked for (--ui)."""
     from modicum.adapt.peft_format import load_peft
@@ -148,6 +156,7 @@ def serve(
         draft_when=draft_when,
         cuda_graphs=cuda_graphs,
         activation_bits=activation_bits,
+        fast_prefill=fast_prefill,
     )
     if drain < 0 or max_queue < 1:
         raise UserError(f"--drain {drain} must not be negative and --max-queue {max_queue} must be at least 1")

@@ -38,7 +38,9 @@ class EngineConfig:
     draft_tokens: drafted tokens of one step, shared among its sequences.
     draft_when: `pays` (by the clock, see `serve.payoff`) or `always`. cuda_graphs: on a GPU, replay decode steps
     instead of launching every kernel anew. activation_bits: 16, or 8: where matrices are int8 or
-    int4, the kernels for the CPU round what they multiply with to eight bits, a step for each 64 inputs. attention:
+    int4, the kernels for the CPU round what they multiply with to eight bits, a step for each 64 inputs.
+    fast_prefill: steps of many rows go through PyTorch's matrix library where it is measured to be faster than the
+    kernels (`backends.measured`); it sums in another order, so a prompt's last bits depend on its batch. attention:
     a pattern for the model's layers, or several by turns, in place of its own (`model.patterns`); the model is changed.
     """
 
@@ -60,6 +62,7 @@ class EngineConfig:
     draft_when: str = "pays"
     cuda_graphs: bool = True
     activation_bits: int = 16
+    fast_prefill: bool = False
     attention: Any = None
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from modicum.model.decoder import Decoder
 from modicum.model.patterns import set_attention
 from modicum.serve.adapters import Adapters
 from modicum.serve.backends.choose import make_runner
+from modicum.serve.backends.measured import choose
 from modicum.serve.cache import Cache
 from modicum.serve.config import (
     EngineConfig,
@@ -59,6 +60,8 @@ class State:
         drafter = make_drafter(config, shape.vocab_size, self.policy)
         self.cache = Cache(shape, config, n_blocks, form, device, self.policy)
         main = make_runner(model, self.cache.storage, self.cache.table, config.cuda_graphs, config.activation_bits)
+        if config.fast_prefill:
+            main = choose(main, model, config)
         self.runner = beside.runner(main, n_blocks, self.cache.table)
         self.cache.beside = beside.storages
         self.storage, self.blocks, self.pages = self.cache.storage, self.cache.blocks, self.cache.pages

@@ -9,7 +9,6 @@ the variant that drops one run of layers by angular distance (Gromov et al. 2024
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -21,6 +20,7 @@ from modicum.compress.compressors import BlockJob, Compressor
 from modicum.core.errors import UserError
 from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
+from modicum.model.shorter import without
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +70,3 @@ class ShortGpt(Compressor):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._sums = {int(index): list(sums) for index, sums in state["sums"].items()}
-
-
-def without(model: Decoder, gone: set[int]) -> Decoder:
-    """A decoder of the other layers, which are the same modules."""
-    kept = [i for i in range(model.config.layers) if i not in gone]
-    overrides = tuple(model.config.overrides[i] for i in kept) if model.config.overrides else ()
-    with torch.device("meta"):
-        made = Decoder(dataclasses.replace(model.config, layers=len(kept), overrides=overrides), init=False)
-    for name, module in model.named_children():
-        if name != "layers":
-            setattr(made, name, module)
-    for number, index in enumerate(kept):
-        layer: Any = model.layers[index]
-        layer.attention.layer = number
-        made.layers[number] = layer
-    return made.train(model.training)

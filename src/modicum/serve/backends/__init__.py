@@ -47,9 +47,13 @@ class Runner:
     def name(self) -> str:
         return self.backends[0].name
 
+    def order(self, plan: AttentionPlan) -> Sequence[Backend]:
+        """The backends as this step asks them."""
+        return self.backends
+
     def __call__(self, plan: AttentionPlan, rows: Sequence[int]) -> Tensor | None:
         """Logits (len(rows), V) of the given rows of the step; None for no rows."""
-        for backend in self.backends:
+        for backend in self.order(plan):
             reason = backend.cannot(plan)
             if reason is None:
                 try:

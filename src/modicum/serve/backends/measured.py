@@ -1,0 +1,148 @@
+"""Which backend is the faster one for steps of many rows: measured on this machine, once for each kind of model.
+
+The project's kernels read weights where they lie and are hard to beat in steps of few rows, which memory bounds. A
+prompt is bound by products, and there the matrix library under PyTorch may know instructions that the kernels do not
+(AMX). So `timings` sends prompts of ROWS tokens through both, and `crossover` says from how many rows on the library is
+the faster one. What was measured is kept in the user's cache folder, by processor, instruction set, threads, version,
+and the model's shape and stored form; `modicum doctor` prints it.
+
+The two sum in another order. With `fast_prefill` a prompt's last bits therefore depend on how it was cut into steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from modicum.budget.machine import cpu_name
+from modicum.core.files import cache_home, fingerprint, read_json, write_json
+from modicum.model.attach import linears
+from modicum.model.decoder import Decoder
+from modicum.model.shorter import without
+from modicum.serve.backends import Backend, Runner
+from modicum.serve.plan import AttentionPlan
+
+ROWS = (32, 128, 512)
+REPEATS, LAYERS = 3, 4
+MARGIN = 1.1  # so much faster the library must be: below it the kernels' exactness is worth more
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a step of `rows` prompt tokens by each backend, the best of REPEATS."""
+
+    rows: int
+    native: float
+    torch: float
+
+    @property
+    def faster(self) -> str:
+        return "torch" if self.torch * MARGIN < self.native else "native"
+
+
+class Measured(Runner):
+    """Steps of `least` rows or more go to the last backend, all others to the first that can."""
+
+    def __init__(self, least: int, *backends: Backend):
+        super().__init__(*backends)
+        self.least = least
+
+    def order(self, plan: AttentionPlan) -> Sequence[Backend]:
+        many = sum(work.n for work in plan.works) >= self.least
+        return self.backends[::-1] if many else self.backends
+
+
+def crossover(timings: Sequence[Timing]) -> int | None:
+    """The fewest rows from which on the library is faster at every size measured; None where it is not."""
+    least = None
+    for timing in sorted(timings, key=lambda t: -t.rows):
+        if timing.faster != "torch":
+            break
+        least = timing.rows
+    return least
+
+
+def timings(model: Decoder, config: Any) -> list[Timing]:
+    """Of the model on this machine, from the cache folder or measured now. [] without kernels for it."""
+    path = cache_home() / "backends.json"
+    key = fingerprint(kind(model, config))
+    kept = read_json(path) if path.is_file() else {}
+    if key in kept:
+        return [Timing(**t) for t in kept[key]["timings"]]
+    measured = measure(model, config)
+    if measured:
+        kept[key] = {"kind": kind(model, config), "timings": [asdict(t) for t in measured]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, kept)
+    return measured
+
+
+def kind(model: Decoder, config: Any) -> dict[str, Any]:
+    """What a measurement holds for."""
+    from modicum.serve import native
+
+    return {
+        "cpu": cpu_name(),
+        "kernels": native.reason(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "shape": json.loads(json.dumps(asdict(model.config), default=str)),
+        "forms": sorted({type(module).__name__ for module in linears(model).values()}),
+        "dtype": str(model.dtype),
+        "activation_bits": config.activation_bits,
+    }
+
+
+def measure(model: Decoder, config: Any) -> list[Timing]:
+    """Prompts of ROWS tokens through the model's first LAYERS layers, by each backend."""
+    from modicum.serve.config import EngineConfig
+    from modicum.serve.engine import Engine
+
+    longest = min(max(ROWS), model.config.context_length - 2)
+    own = EngineConfig(
+        cache=f"{2 * max(ROWS)}tok",
+        max_sequences=1,
+        max_batch_tokens=max(ROWS),
+        prefix_cache=False,
+        activation_bits=config.activation_bits,
+    )
+    few = without(model, set(range(LAYERS, model.config.layers)))
+    engine = Engine(few, None, own)
+    if len(engine.runner.backends) < 2:
+        return []
+    native, library = engine.runner, Runner(engine.runner.backends[-1])
+    result = []
+    for rows in sorted({min(rows, longest) for rows in ROWS}):
+        best = {"native": math.inf, "torch": math.inf}
+        for repeat in range(REPEATS + 1):
+            for name, runner in (("native", native), ("torch", library)):
+                engine.runner = runner
+                seconds = prompt(engine, rows)
+                if repeat:  # the first touches memory and warms caches
+                    best[name] = min(best[name], seconds)
+        result.append(Timing(rows, best["native"], best["torch"]))
+    return result
+
+
+def prompt(engine: Any, rows: int) -> float:
+    """Seconds of one step that computes a prompt of so many tokens."""
+    from modicum.serve.request import SamplingParams
+
+    ids = torch.randint(1, engine.model.config.vocab_size, (rows,), generator=torch.Generator().manual_seed(rows))
+    start = time.perf_counter()
+    engine.generate([ids.tolist()], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+    return time.perf_counter() - start
+
+
+def choose(runner: Runner, model: Decoder, config: Any) -> Runner:
+    """`runner`, or one that sends long steps to the library where that was measured to be faster."""
+    if len(runner.backends) < 2 or model.device.type != "cpu":
+        return runner
+    least = crossover(timings(model, replace(config, fast_prefill=False)))
+    return runner if least is None else Measured(least, *runner.backends)
