@@ -183,4 +183,26 @@ MUTATIONS = (
         "                parameter.data = parameter.data.to(dtypes[name]).float()\n",
         "compress/test_walk.py::test_the_peak_is_the_model_and_one_block",
     ),
+    # compress and model: mllm-npu
+    Mutation(
+        "whole columns are multiplied again, which the first product has already",
+        "model/linear/w8a8.py",
+        "torch.where(scaled.abs() > LEVELS, x_NI - step * q_NI, 0.0)",
+        "torch.where(scaled.abs() > LEVELS, x_NI, 0.0)",
+        "compress/test_mllm_npu.py::test_outliers_are_put_back_and_nothing_is_counted_twice",
+    ),
+    Mutation(
+        "the shadow is of what rounding lost, everywhere",
+        "model/linear/w8a8.py",
+        "torch.where(scaled.abs() > LEVELS, x_NI - step * q_NI, 0.0)",
+        "x_NI - step * q_NI",
+        "compress/test_mllm_npu.py::test_the_two_products_are_those_of_float64",
+    ),
+    Mutation(
+        "the shadows that matter least stay",
+        "compress/compressors/mllm_npu.py",
+        "ranked = sorted(forms, key=lambda name: -self._importance[name])",
+        "ranked = sorted(forms, key=lambda name: self._importance[name])",
+        "compress/test_mllm_npu.py::test_the_shadows_that_matter_most_stay",
+    ),
 )
