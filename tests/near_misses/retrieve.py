@@ -316,6 +316,13 @@ MUTATIONS = (
         "retrieve/test_o1_embedder.py::test_vectors_are_last_states_whatever_padding",
     ),
     Mutation(
+        "the sentences that are asked about stay in their document",
+        "retrieve/long_documents.py",
+        "for n, s in enumerate(own) if n not in chosen))",
+        "for n, s in enumerate(own)))",
+        "retrieve/test_long_documents.py::test_queries_are_sentences_from_beyond_that_are_taken_out",
+    ),
+    Mutation(
         "the filter is applied to the k best instead of before them",
         "retrieve/search.py",
         "subset = rows if subset is None else np.intersect1d(rows, np.fromiter(subset, np.int64))",
