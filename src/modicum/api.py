@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from modicum.serve.server import BackgroundServer
 
 Message = Mapping[str, str]
-CHAT = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.95}  # as `modicum chat` has them
 
 
 class Model:
@@ -94,20 +93,22 @@ class Model:
     def chat(self, messages: str | Sequence[Message], *, system: str | None = None, **sampling: Any) -> str:
         """The answer to a message, or to a conversation [{"role": "user", "content": ...}, ...].
 
-        sampling: fields of `SamplingParams` (max_tokens, temperature, top_p, top_k, seed, stop, ...). The oldest
-        turns are left out once the conversation is longer than the model's context.
+        sampling: fields of `SamplingParams` (max_tokens, temperature, top_p, top_k, seed, stop, ...); those left out
+        are as the model's publisher advises, where it does. The oldest turns are left out once the conversation is
+        longer than the model's context.
         """
         return "".join(self.stream(messages, system=system, **sampling))
 
     def stream(self, messages: str | Sequence[Message], *, system: str | None = None, **sampling: Any) -> Iterator[str]:
         """The same as `chat`, as it is generated; leaving the loop early ends the request."""
-        from modicum.serve.chat import local
+        from modicum.model.sampling import advised
+        from modicum.serve.chat import CHAT, local
 
         turns: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         turns += [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
         if not turns or any(m.keys() < {"role", "content"} for m in turns):
             raise UserError("messages must be a text, or a list of {'role': ..., 'content': ...} with one at least")
-        return local(self.engine, _sampling(CHAT | sampling))(turns)
+        return local(self.engine, _sampling(CHAT | advised(self.folder) | sampling))(turns)
 
     @overload
     def generate(self, prompts: str, **sampling: Any) -> str: ...
@@ -185,9 +186,10 @@ class Model:
         return BackgroundServer(self.engine, self._server_config(host, port, settings))
 
     def _server_config(self, host: str, port: int, settings: dict[str, Any]) -> Any:
+        from modicum.model.sampling import advised
         from modicum.serve.api import ServerConfig
 
-        named = {"model": self.name} | settings
+        named = {"model": self.name, "sampling": advised(self.folder)} | settings
         return ServerConfig(host=host, port=port, **_known("server setting", ServerConfig, named))
 
 

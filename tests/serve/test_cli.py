@@ -72,7 +72,7 @@ def test_chat_with_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="refused"):
             run(monkeypatch, "chat", server.url, "--api-key", "guess", "-m", "Hello")
         with pytest.raises(UserError, match="refused"):
-            list(remote(server.url, "large", GREEDY, "sesame")([{"role": "user", "content": "x"}]))
+            list(remote(server.url, "large", {"temperature": 0}, "sesame")([{"role": "user", "content": "x"}]))
     with pytest.raises(UserError, match="is the server running"):
         run(monkeypatch, "chat", server.url, "-m", "Hello")
 

@@ -15,10 +15,14 @@ def chat(
         str | None, typer.Option("-m", "--message", help="Send one message, print the answer, exit.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.7,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Sampling temperature; 0 is greedy. Default: what the model's publisher advises, else 0.7."),
+    ] = None,
     top_p: Annotated[
-        float, typer.Option(help="Nucleus sampling: the most likely tokens of this total probability.")
-    ] = 0.95,
+        float | None,
+        typer.Option(help="Nucleus sampling: the likeliest tokens of this total probability. Default: likewise, 0.95."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     name: Annotated[
         str | None, typer.Option(help="With a URL: the model's name on the server; default: the first.")
@@ -37,18 +41,22 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal. /reset clears the conversation, /exit (or Ctrl-D) ends it."""
     from modicum.core.errors import UserError
-    from modicum.serve.chat import Conversation, local, remote
+    from modicum.serve.chat import CHAT, Conversation, local, remote
     from modicum.serve.request import SamplingParams
 
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    given = {n: v for n, v in (("temperature", temperature), ("top_p", top_p), ("seed", seed)) if v is not None}
     if model.startswith(("http://", "https://")):
-        talk = Conversation(remote(model, name, params, api_key), system)
+        talk = Conversation(remote(model, name, {"max_tokens": max_tokens} | given, api_key), system)
     else:
+        from modicum.model.folder import find_folder
+        from modicum.model.sampling import advised
         from modicum.serve.config import EngineConfig
         from modicum.serve.load import load_engine
 
+        folder = find_folder(model)
+        params = SamplingParams(**(CHAT | advised(folder) | given | {"max_tokens": max_tokens}))
         engine = load_engine(
-            model,
+            folder,
             EngineConfig(cache=cache, cache_form=cache_form, max_sequences=1),
             dtype=dtype,
             device=device,

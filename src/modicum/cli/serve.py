@@ -70,6 +70,10 @@ Guide = Annotated[
     str, _cache(help="Models whose logits are combined with this one's, e.g. eft:tuned=A,base=B; see modicum ls guide.")
 ]
 CacheForm = Annotated[str, _cache(help="How the KV cache is stored, e.g. int8; see modicum ls cacheform.")]
+GenerationConfig = Annotated[
+    bool,
+    _http(help="Sampling settings that a request leaves out: as the model's publisher advises, else as OpenAI."),
+]
 
 Drafter = Annotated[str, _speculative(help="Drafting method, KEY or KEY:knob=value; see modicum ls drafter.")]
 DraftTokens = Annotated[int, _speculative(help="Maximum draft tokens per step, over all sequences.")]
@@ -126,6 +130,7 @@ def serve(
     cuda_graphs: CudaGraphs = True,
     activation_bits: ActivationBits = 16,
     fast_prefill: FastPrefill = False,
+    generation_config: GenerationConfig = True,
 ) -> None:
     """Serve a model over an OpenAI-compatible API, with a chat page if asked for (--ui)."""
     from modicum.adapt.peft_format import load_peft
@@ -135,6 +140,7 @@ def serve(
     from modicum.core.errors import UserError
     from modicum.data.tokenizer import Tokenizer
     from modicum.model.folder import find_folder
+    from modicum.model.sampling import advised
     from modicum.serve.config import EngineConfig
     from modicum.serve.engine import Engine
     from modicum.serve.server import Server, ServerConfig
@@ -184,6 +190,7 @@ def serve(
             api_key=api_key,
             max_queue=max_queue,
             drain=drain,
+            sampling=advised(folder) if generation_config else {},
         ),
         grounding,
         embedder,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -43,7 +44,8 @@ class ServerConfig:
     """port 0 takes any free one. max_body in bytes, drain in seconds; api_key guards everything under /v1.
 
     adapter: the name of the adapter that is part of the model, for clients to show. ui: serve the chat page at /.
-    runtime_adapters: clients may load and unload adapters, from any folder that this process can read.
+    runtime_adapters: clients may load and unload adapters, from any folder that this process can read. sampling: of
+    requests that leave such settings out (temperature, top_p, top_k, min_p, repetition_penalty).
     """
 
     model: str = "model"
@@ -53,6 +55,7 @@ class ServerConfig:
     port: int = 8000
     api_key: str | None = None
     runtime_adapters: bool = False
+    sampling: Mapping[str, float] = field(default_factory=dict)
     max_body: int = 8 << 20
     max_queue: int = 256
     drain: float = 10.0
@@ -131,6 +134,7 @@ class Api:
             "owned_by": "modicum",
             "max_model_len": self.worker.engine.max_length,
             "adapter": self.config.adapter,
+            "sampling": dict(self.config.sampling),
             "search": self.grounding.card() if self.grounding else None,
             "embeddings": self.embedder.name if self.embedder else None,
         }
@@ -189,7 +193,7 @@ class Api:
     async def completions(self, request: HttpRequest) -> Response:
         body: CompletionBody = parse_body(await self._body(request), CompletionBody)
         self._known(body.model)
-        params, prompts = body.params(), body.prompts()
+        params, prompts = body.params(self.config.sampling), body.prompts()
         tokens = await asyncio.to_thread(lambda: [self._encode(p, "prompt", True) for p in prompts])
         echoes = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts] if body.echo else []
         drawn = body.drawn(params)
@@ -200,7 +204,7 @@ class Api:
     async def chat(self, request: HttpRequest) -> Response:
         body: ChatBody = parse_body(await self._body(request), ChatBody)
         self._known(body.model)
-        params = body.params()
+        params = body.params(self.config.sampling)
         messages: Messages = [m.plain() for m in body.messages]
         sources: list[dict[str, Any]] | None = None
         if body.search_wanted:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from modicum.core.errors import ModicumError, UserError
 from modicum.serve.engine import Engine
 from modicum.serve.request import SamplingParams
+
+CHAT = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.95}  # where neither the user nor the model's publisher says
 
 Messages = list[dict[str, str]]
 Speak = Callable[[Messages], Iterator[str]]
@@ -64,17 +66,17 @@ def local(engine: Engine, params: SamplingParams) -> Speak:
     return speak
 
 
-def remote(url: str, model: str | None, params: SamplingParams, api_key: str | None = None) -> Speak:
-    """Speak with an OpenAI-compatible server; `model` None takes the first that it lists."""
+def remote(url: str, model: str | None, options: Mapping[str, Any], api_key: str | None = None) -> Speak:
+    """Speak with an OpenAI-compatible server; `model` None takes the first that it lists.
+
+    options: of every request (temperature, max_tokens, seed, ...); what is left out is the server's default.
+    """
     import openai
 
     base = url.rstrip("/")
     client = openai.OpenAI(
         base_url=base if base.endswith("/v1") else base + "/v1", api_key=api_key or "none", max_retries=1
     )
-    options: dict[str, Any] = {"temperature": params.temperature, "top_p": params.top_p}
-    options |= {"max_tokens": params.max_tokens} if params.max_tokens else {}
-    options |= {"seed": params.seed} if params.seed is not None else {}
 
     def call(what: Callable[[], Any]) -> Any:
         try:

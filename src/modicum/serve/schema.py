@@ -8,7 +8,9 @@ service (user, metadata, store, ...) are accepted and unused.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -78,6 +80,9 @@ class StructuredOptions(Body):
         return StructuredOutput(kind, value, "structured_outputs")  # type: ignore[arg-type]
 
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -114,8 +119,8 @@ class _Sampling(Body):
         """What the answer must match."""
         return None if self.structured_outputs is None else self.structured_outputs.wanted()
 
-    def _params(self, logprobs: int | None, max_tokens: int | None) -> SamplingParams:
-        given = {
+    def _params(self, logprobs: int | None, max_tokens: int | None, defaults: Mapping[str, Any]) -> SamplingParams:
+        given = dict(defaults) | {
             name: getattr(self, name)
             for name in (
                 "temperature",
@@ -155,14 +160,15 @@ class CompletionBody(_Sampling):
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": (None, "")}
 
-    def params(self) -> SamplingParams:
+    def params(self, defaults: Mapping[str, Any] = NOTHING) -> SamplingParams:
+        """`defaults`: of sampling settings that the request leaves out."""
         if self.best_of is not None and (self.best_of < (self.n or 1) or self.stream):
             raise InvalidRequest(f"best_of={self.best_of} must be n or more, and cannot be streamed", "best_of")
         if self.echo and self.logprobs is not None and self.logprobs > 1:
             raise InvalidRequest("of an echoed prompt only the likeliest token is named; write logprobs=1", "logprobs")
         if self.max_tokens == 0 and self.echo:  # nothing is sampled: the prompt is scored, or given back
-            return self._params(self.logprobs, 1)
-        return self._params(self.logprobs, 16 if self.max_tokens is None else self.max_tokens)
+            return self._params(self.logprobs, 1, defaults)
+        return self._params(self.logprobs, 16 if self.max_tokens is None else self.max_tokens, defaults)
 
     def drawn(self, params: SamplingParams) -> SamplingParams:
         """What is sampled: `best_of` answers with their log-probabilities, of which the best `n` are given."""
@@ -282,11 +288,12 @@ class ChatBody(_Sampling):
             raise InvalidRequest("tool_choice cannot demand a call of a structured answer", "tool_choice")
         return [dict(tool) for tool in chosen], must_call
 
-    def params(self) -> SamplingParams:
+    def params(self, defaults: Mapping[str, Any] = NOTHING) -> SamplingParams:
+        """`defaults`: of sampling settings that the request leaves out."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs=true", "top_logprobs")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self._params((self.top_logprobs or 0) if self.logprobs else None, limit)
+        return self._params((self.top_logprobs or 0) if self.logprobs else None, limit, defaults)
 
 
 class LoadAdapterBody(Body):

