@@ -208,3 +208,29 @@ def test_latent_thoughts_asks_the_teacher_and_then_the_model_of_an_earlier_stage
         assert "no-thought" in made.drops["rewrite"]
     rows = json.loads((run.folder / "stages/score/done.json").read_text())["figures"]["rows"]
     assert [r["model"] for r in rows] == ["warm", "second", "on-raw"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_climb_searches_a_mixture_of_clusters_for_the_text_of_another_corpus(tmp_path: Path) -> None:
+    topics = {"sea": ["tide", "gull", "mast", "sail", "salt"], "law": ["clause", "judge", "motion", "ruling", "plea"]}
+    rng = random.Random(0)
+    for name, count in (("pool", 60), ("target", 30)):
+        with open(tmp_path / f"{name}.jsonl", "w") as file:
+            for topic, words in topics.items():
+                for _ in range(count if name == "pool" or topic == "sea" else 0):
+                    file.write(json.dumps({"text": " ".join(rng.choice(words) for _ in range(80))}) + "\n")
+    overrides = [f"pool.corpus={tmp_path}/pool.jsonl", f"target.corpus={tmp_path}/target.jsonl", "pool.vocab_size=300"]
+    overrides += ["pool.heldout=0.2", "target.heldout=0.4", "pool.max_bytes=null", "target.max_bytes=null"]
+    overrides.append("pool.steps=[normalise, {method: cluster, clusters: 2, first: 8}]")
+    for name, study in (("search", "climb:rounds=[4,2],top=8"), ("random", "random:runs=6")):
+        overrides += [f"{name}.study={study}", f"{name}.tokens=4ktok", f"{name}.parameters=60k", f"{name}.lr=0.01"]
+        overrides += [f"{name}.sequence_length=64", f"{name}.batch_tokens=256", f"{name}.heldout_bytes=4kB"]
+    run = run_recipe(load("climb", overrides), tmp_path / "run", notify=lambda line: None)
+    figures = {
+        n: json.loads((run.folder / f"stages/{n}/done.json").read_text())["figures"] for n in ("search", "random")
+    }
+    made = Curation.load(run.folder / "stages/pool/data")
+    sea = next(d.domain for d in made.documents("train") if "gull" in d.text)
+    for one in figures.values():
+        assert one["trials"] == 6 and one["weights"][sea] > 0.5  # the target is all sea

@@ -18,6 +18,10 @@ def experiment(
     method: Annotated[str, typer.Argument(help="What to find out: modicum ls experiment.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the trials; a stopped study goes on from it.")],
     spec: StudySpec,
+    target_folders: Annotated[
+        list[Path] | None,
+        typer.Option("--target-folder", help="A curated folder whose held-out text is the target; may be given again."),
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print the number of trials and the cost, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -25,6 +29,7 @@ def experiment(
 
     modicum experiment corpus climb --out runs/climb --tokens 100ktok --target maths
     """
+    import dataclasses
     import sys
 
     from modicum.core import registry
@@ -37,7 +42,10 @@ def experiment(
 
     choice = Choice.parse("experiment", method)
     cls = registry.load("experiment", choice.method).cls
-    corpus = Corpus.of(Curation.load(curated), cls.reads(choice.config()), cls.compares)
+    others = {folder.name: Curation.load(folder) for folder in target_folders or ()}
+    corpus = Corpus.of(Curation.load(curated), cls.reads(choice.config()), cls.compares, others)
+    if others and spec.target is None:
+        spec = dataclasses.replace(spec, target=tuple(others))
     study = Study(choice, corpus, spec, out)
     cost_estimate = study.estimate()
     if plan:

@@ -37,7 +37,7 @@ from modicum.evaluate.study import COMPARED, Corpus, StudySpec, number, summary
 from modicum.laws.experiments import Between, Conclusion, Experiment, Run, Setting, Trial, rehearsed
 from modicum.model.config import sized
 from modicum.model.decoder import Decoder
-from modicum.model.folder import load_model, save_model
+from modicum.model.folder import load_config, load_model, save_model
 from modicum.train.callback import Callback
 from modicum.train.config import TrainConfig
 from modicum.train.loop import train
@@ -66,7 +66,7 @@ class Study:
             if name not in self.texts:
                 raise unknown("domain with held-out text", name, self.texts)
         self.shape = None if spec.model else _shape(spec, corpus.tokenizer)
-        width = self.shape.width if self.shape else load_model(str(spec.model)).config.width
+        width = self.shape.width if self.shape else load_config(str(spec.model)).width
         self.spec = spec.for_width(width, continued=spec.model is not None)
         self.experiment: Experiment = registry.build("experiment", self.choice, self._setting())
         for name, wanted in self.experiment.groups().items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +55,14 @@ class Corpus:
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, curation: Curation, columns: Sequence[str] = (), compares: bool = False) -> Corpus:
+    def of(
+        cls,
+        curation: Curation,
+        columns: Sequence[str] = (),
+        compares: bool = False,
+        others: Mapping[str, Curation] | None = None,
+    ) -> Corpus:
+        """others: corpora by a name of their own, whose held-out text is scored as a group of that name."""
         shards = curation.shards("train")
         by_column: dict[str, dict[str, np.ndarray]] = {c: {} for c in columns}
         texts: dict[str, list[str]] = {}
@@ -71,7 +78,10 @@ class Corpus:
         return cls(
             shards,
             curation.tokenizer(),
-            list(curation.documents("heldout")),
+            [
+                *curation.documents("heldout"),
+                *(replace(d, domain=name) for name, one in (others or {}).items() for d in one.documents("heldout")),
+            ],
             curation.count("bytes") / max(curation.count("tokens"), 1),
             by_column,
             texts,

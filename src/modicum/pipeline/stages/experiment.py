@@ -1,7 +1,8 @@
 """experiment: a study of small trainings on a corpus (port `experiment`): effects with intervals, or a mixture.
 
 Every trial is a run of one proxy; finished ones are kept, so that a study that was stopped goes on. Trials go on from a
-model where `from` names a stage that gives one.
+model where `from` names a stage that gives one. Of several corpora the first is trained on; the held-out text of the
+others is the target.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Section(Strict):
 
 class ExperimentStage(Stage[Section]):
     order = 25
-    needs, named, gives = ("corpus",), ("model",), ("study",)
+    needs, named, several, gives = ("corpus",), ("model",), ("corpus",), ("study",)
 
     def check(self, section: Section, recipe: Recipe, name: str) -> None:
         from modicum.pipeline.training import dtype_named
@@ -50,9 +51,9 @@ class ExperimentStage(Stage[Section]):
 
     def plan(self, section: Section, inputs: Inputs, planner: Planner) -> StagePlan:
         """The trials counted on the curated sample, and a few steps timed."""
-        corpus = inputs["corpus"]
+        folders = {corpus.name: corpus["sample"] for corpus in inputs.all("corpus")}
         model = costs.subject(planner, inputs["model"]) if "model" in inputs else None
-        study = _study(section, corpus["sample"], planner.scratch / planner.name, planner.recipe.seed, model)
+        study = _study(section, folders, planner.scratch / planner.name, planner.recipe.seed, model)
         made = study.estimate()
         small = study.trial_config(1.0, 0)
         peak = costs.training_cost(planner, study.fresh(0).config, small).peak_bytes
@@ -64,7 +65,8 @@ class ExperimentStage(Stage[Section]):
 
     def run(self, section: Section, inputs: Inputs, context: Context) -> dict[str, Any]:
         model = inputs["model"]["folder"] if "model" in inputs else None
-        study = _study(section, inputs["corpus"]["folder"], context.folder, context.recipe.seed, model)
+        folders = {corpus.name: corpus["folder"] for corpus in inputs.all("corpus")}
+        study = _study(section, folders, context.folder, context.recipe.seed, model)
         study.run(context.events, context.deadline)
         made: dict[str, Any] = read_json(context.folder / "study.json")
         return made | {"cost": {"tokens": made["tokens"], "parameters": study.fresh(0).config.parameters()}}
@@ -80,11 +82,13 @@ class ExperimentStage(Stage[Section]):
         return Report(lines=lines, values={"rows": done.figures["rows"], "notes": done.figures["notes"]}, rank=5)
 
 
-def _study(section: Section, folder: Any, out: Any, seed: int, model: str | None) -> Any:
+def _study(section: Section, folders: dict[str, Any], out: Any, seed: int, model: str | None) -> Any:
     from modicum.evaluate.experiments import Study
 
     choice = Choice.parse("experiment", section.study)
     cls = registry.load("experiment", choice.method).cls
+    pool, *rest = (Curation.load(folder) for folder in folders.values())
+    others = dict(zip([*folders][1:], rest, strict=True))
     spec = StudySpec(
         tokens=section.tokens,
         sequence_length=section.sequence_length,
@@ -94,8 +98,9 @@ def _study(section: Section, folder: Any, out: Any, seed: int, model: str | None
         seed=seed,
         parameters=None if model else section.parameters,
         model=model,
-        target=None if section.target is None else tuple(section.target),
+        target=tuple(section.target or others) or None,
         pool=None if section.pool is None else tuple(section.pool),
         heldout_bytes=section.heldout_bytes,
     )
-    return Study(choice, Corpus.of(Curation.load(folder), cls.reads(choice.config()), cls.compares), spec, out)
+    corpus = Corpus.of(pool, cls.reads(choice.config()), cls.compares, others)
+    return Study(choice, corpus, spec, out)
