@@ -184,3 +184,13 @@ def test_tokens_without_a_document_count_for_none() -> None:
         torch.tensor([0, 2, 2, 5]), torch.tensor([9.0, 1.0, 3.0, 4.0]), torch.tensor([True, True, True, False])
     )
     assert objective.sums == {1: [4.0, 2.0]}
+
+
+def test_a_run_in_this_order_can_be_planned() -> None:
+    from modicum.train.forecast import blank, step_cost
+
+    config = TrainConfig(steps=8, sequence_length=32, batch_sequences=2, order="seta", dtype="float32")
+    shape = llama_like(64, 32, 1)
+    plain = TrainConfig(steps=8, sequence_length=32, batch_sequences=2, dtype="float32")
+    cost, without = (step_cost(lambda: blank(shape), c, 64) for c in (config, plain))
+    assert cost.flops >= without.flops > 0

@@ -46,7 +46,10 @@ class DocumentLosses(Objective):
         self.sums: dict[int, list[float]] = {}  # by document: summed loss and tokens of this step
 
     def start(self, trainer: Any) -> None:
-        self.order = getattr(getattr(trainer.stream, "sampler", None), "order", None)
+        stream = getattr(trainer, "stream", None)
+        if stream is None:  # a plan's, which has steps and no data
+            return
+        self.order = getattr(getattr(stream, "sampler", None), "order", None)
         if not hasattr(self.order, "observe"):
             raise UserError("objective 'document-losses' serves an order that chooses by losses; choose order seta")
         if self.saved:
