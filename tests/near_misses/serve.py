@@ -340,4 +340,18 @@ MUTATIONS = (
         "return y_ND",
         "serve/test_llm_in_a_flash.py::test_what_does_not_fit_the_table_is_still_computed",
     ),
+    Mutation(
+        "each channel of a rotated pair gets a factor of its own",
+        "serve/cacheforms/fireq.py",
+        "torch.maximum(largest_E[: E // 2], largest_E[E // 2 :]).clamp(min=1e-6).repeat(2)",
+        "largest_E.clamp(min=1e-6)",
+        "serve/test_fireq.py::test_the_factors_of_a_pair_are_one",
+    ),
+    Mutation(
+        "factors do not come back when keys are decoded",
+        "serve/cacheforms/fireq.py",
+        "scale.float() * self._factor(which, layer, x_GNPE)).to",
+        "scale.float()).to",
+        "serve/test_fireq.py::test_codes_are_those_of_numbers_one_by_one",
+    ),
 )
