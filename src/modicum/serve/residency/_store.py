@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class BundleFile:
 
     def __init__(self, path: Path, first: int, neurons: int, parts: int, width: int, dtype: torch.dtype):
         self.file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
         self.first, self.neurons, self.shape, self.dtype = first, neurons, (parts, width), dtype
         self.size = parts * width * dtype.itemsize
         self.read_bytes = self.reads = 0
@@ -85,9 +87,6 @@ class BundleFile:
             self.reads += 1
             self.read_bytes += length
         return torch.from_numpy(out).view(self.dtype).view(len(index), *self.shape)
-
-    def __del__(self) -> None:
-        os.close(self.file)
 
 
 class Table:
