@@ -53,7 +53,7 @@ class ExperimentStage(Stage[Section]):
         """The trials counted on the curated sample, and a few steps timed."""
         folders = {corpus.name: corpus["sample"] for corpus in inputs.all("corpus")}
         model = costs.subject(planner, inputs["model"]) if "model" in inputs else None
-        study = _study(section, folders, planner.scratch / planner.name, planner.recipe.seed, model)
+        study = _study(section, folders, planner.scratch / planner.name, planner.recipe.seed, model, sample=True)
         made = study.estimate()
         small = study.trial_config(1.0, 0)
         peak = costs.training_cost(planner, study.fresh(0).config, small).peak_bytes
@@ -82,13 +82,20 @@ class ExperimentStage(Stage[Section]):
         return Report(lines=lines, values={"rows": done.figures["rows"], "notes": done.figures["notes"]}, rank=5)
 
 
-def _study(section: Section, folders: dict[str, Any], out: Any, seed: int, model: str | None) -> Any:
+def _study(
+    section: Section, folders: dict[str, Any], out: Any, seed: int, model: str | None, sample: bool = False
+) -> Any:
+    """sample: the folders hold a part of their corpora, for a plan: domains that it lacks are left out."""
     from modicum.evaluate.experiments import Study
 
     choice = Choice.parse("experiment", section.study)
     cls = registry.load("experiment", choice.method).cls
     pool, *rest = (Curation.load(folder) for folder in folders.values())
     others = dict(zip([*folders][1:], rest, strict=True))
+    wanted, trained = tuple(section.target or others), tuple(section.pool or ())
+    if sample:
+        scored = {d.domain for d in pool.documents("heldout")} | set(others)
+        wanted, trained = tuple(d for d in wanted if d in scored), tuple(d for d in trained if d in pool.domains)
     spec = StudySpec(
         tokens=section.tokens,
         sequence_length=section.sequence_length,
@@ -98,8 +105,8 @@ def _study(section: Section, folders: dict[str, Any], out: Any, seed: int, model
         seed=seed,
         parameters=None if model else section.parameters,
         model=model,
-        target=tuple(section.target or others) or None,
-        pool=None if section.pool is None else tuple(section.pool),
+        target=wanted or None,
+        pool=trained or None,
         heldout_bytes=section.heldout_bytes,
     )
     corpus = Corpus.of(pool, cls.reads(choice.config()), cls.compares, others)
