@@ -14,20 +14,23 @@ text that is empty afterwards is dropped.
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from modicum.data.document import Document, Drop
-from modicum.data.steps import Step
+from modicum.data.steps import Step, sampled
 from modicum.data.words import _words, mix, powers
 
 _PARAGRAPH, _LINE = re.compile(r"(\n[^\S\n]*\n\s*)"), re.compile(r"(\n)")
 _OTHER_ENDS = re.compile("[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+
+CHARACTERS = 1 << 15  # of documents whose lines are hashed at once: short ones cost most by themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,58 +51,84 @@ class LineDedup(Step):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.sample, self.common, self.dropped = config.sample, np.zeros(0, np.uint64), 0
+        self.sample, self.dropped = config.sample, 0
+        self.known: frozenset[int] = frozenset()
 
     def fit(self, sample: Sequence[Document]) -> dict[str, np.ndarray]:
-        own = [np.unique(self._units(d.text)[1]) for d in sample]
-        keys, count = np.unique(np.concatenate(own), return_counts=True)
-        return {"common_lines": keys[(count >= self.config.documents) & (keys > 0)]}
+        own = array.array("Q")  # the keys of each document, once
+        for batch in _batches(sample):
+            for _, _, keys in self._units(batch):
+                own.extend(set(keys))
+        keys_K, count_K = np.unique(np.frombuffer(own, np.uint64), return_counts=True)
+        return {"common_lines": keys_K[(count_K >= self.config.documents) & (keys_K > 0)]}
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         super().load(arrays)
-        self.common = arrays["common_lines"]
+        self.known = frozenset(arrays["common_lines"].tolist())
 
-    def _units(self, text: str) -> tuple[list[str], np.ndarray]:
-        """Units in order, each with the space behind it, and their keys; 0: too short to count."""
-        parts = text.splitlines(keepends=True) if self.plain(text) else self._split(text)
-        stripped = [part.strip() for part in parts]
+    def _units(self, documents: Sequence[Document]) -> Iterator[tuple[Document, list[str], list[int]]]:
+        """Each document with its units in order, each with the space behind it, and their keys; 0: too short to count.
+        The keys of all of them are computed at once."""
+        split = [self._split(d.text) for d in documents]
+        stripped = [part.strip() for parts in split for part in parts]
         counted = [i for i, unit in enumerate(stripped) if len(unit) >= self.config.shortest]
-        keys_U = np.zeros(len(parts), np.uint64)
+        keys_U = np.zeros(len(stripped), np.uint64)
         if counted:
             keys_U[counted] = keys_of([stripped[i] for i in counted])
-        return parts, keys_U
-
-    def plain(self, text: str) -> bool:
-        """Whether lines end at line feeds alone, so that the interpreter's own splitting is right."""
-        return self.config.unit == "line" and not _OTHER_ENDS.search(text)
+        keys, at = keys_U.tolist(), 0
+        for document, parts in zip(documents, split, strict=True):
+            yield document, parts, keys[at : at + len(parts)]
+            at += len(parts)
 
     def _split(self, text: str) -> list[str]:
+        if self.config.unit == "line" and not _OTHER_ENDS.search(text):
+            return text.splitlines(keepends=True)  # lines end at line feeds alone: the interpreter's own way is right
         parts = (_LINE if self.config.unit == "line" else _PARAGRAPH).split(text)
         return ["".join(parts[at : at + 2]) for at in range(0, len(parts), 2)]
 
+    def run(self, documents: Iterable[Document]) -> Iterator[Document | Drop]:
+        if not self.loaded:
+            documents = list(documents)
+            self.load(self.fit(sampled(documents, self.sample)))
+        for batch in _batches(documents):
+            for document, units, keys in self._units(batch):
+                yield self._left(document, units, keys)
+
     def each(self, document: Document) -> Iterable[Document | Drop]:
-        units, keys_U = self._units(document.text)
-        drop_U = np.zeros(len(units), bool)
-        if len(self.common):
-            at_U = np.minimum(np.searchsorted(self.common, keys_U), len(self.common) - 1)
-            drop_U |= self.common[at_U] == keys_U
-        if self.config.within:
-            again_U = np.ones(len(units), bool)
-            again_U[np.unique(keys_U, return_index=True)[1]] = False
-            drop_U |= again_U & (keys_U > 0)
-        dropped = int(drop_U.sum())
+        return self.run([document])
+
+    def _left(self, document: Document, units: list[str], keys: list[int]) -> Document | Drop:
+        seen: set[int] = set()
+        kept = []
+        for unit, key in zip(units, keys, strict=True):
+            if key and (key in self.known or (self.config.within and key in seen)):
+                continue
+            seen.add(key)
+            kept.append(unit)
+        dropped = len(units) - len(kept)
         self.dropped += dropped
         if not dropped:
-            yield document
-            return
-        text = "".join(unit for unit, gone in zip(units, drop_U.tolist(), strict=True) if not gone).strip("\n")
+            return document
+        text = "".join(kept).strip("\n")
         if not text.strip():
-            yield Drop(document.id, "all-duplicate", f"all of {dropped} {self.config.unit}s stand elsewhere too")
-        else:
-            yield dataclasses.replace(document, text=text)
+            return Drop(document.id, "all-duplicate", f"all of {dropped} {self.config.unit}s stand elsewhere too")
+        return dataclasses.replace(document, text=text)
 
     def close(self) -> dict[str, float]:
         return {f"{self.config.unit}s_dropped": self.dropped}
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def keys_of(texts: Sequence[str]) -> np.ndarray:
