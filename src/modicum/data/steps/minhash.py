@@ -103,12 +103,13 @@ class MinHash(Step):
             value: np.ndarray = self.indexed[row] if row < known else signatures_NK[row - known]
             return value
 
-        buckets = self._shared_buckets(signatures_NK)
+        buckets_NB = self._shared_buckets(signatures_NK)
         kept_in: dict[tuple[int, int], list[int]] = {}
         drops: dict[int, tuple[str, str]] = {}
         need = self.config.threshold
-        for row in sorted(buckets):
-            candidates = sorted({i for bucket in buckets[row] for i in kept_in.get(bucket, ())}) if row >= known else []
+        for row in np.flatnonzero((buckets_NB >= 0).any(axis=1)).tolist():
+            buckets = [(band, value) for band, value in enumerate(buckets_NB[row].tolist()) if value >= 0]
+            candidates = sorted({i for bucket in buckets for i in kept_in.get(bucket, ())}) if row >= known else []
             if candidates:
                 likeness = (np.stack([signature(i) for i in candidates]) == signature(row)).mean(axis=1)
                 best = int(np.argmax(likeness))
@@ -117,21 +118,20 @@ class MinHash(Step):
                     name = self.indexed_ids[like] if like < known else ids[like - known]
                     drops[row - known] = ("near-duplicate", f"{likeness[best]:.2f} like {name}")
                     continue
-            for bucket in buckets[row]:
+            for bucket in buckets:
                 kept_in.setdefault(bucket, []).append(row)
         return drops
 
-    def _shared_buckets(self, signatures_NK: np.ndarray) -> dict[int, list[tuple[int, int]]]:
-        """row -> its (band, value) buckets that at least one other row is in."""
-        shared: dict[int, list[tuple[int, int]]] = {}
+    def _shared_buckets(self, signatures_NK: np.ndarray) -> np.ndarray:
+        """int32 [known + N, bands]: of each band the row's bucket, -1 where no other row is in it."""
+        shared_NB = np.full((len(self.indexed) + len(signatures_NK), self.bands), -1, np.int32)
         for band in range(self.bands):
             columns = slice(band * self.rows, (band + 1) * self.rows)
             both = [np.ascontiguousarray(part[:, columns]) for part in (self.indexed, signatures_NK)]
             values = np.concatenate([mix(combine(part.astype(np.uint64))) for part in both])
             _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-            for row in np.flatnonzero(counts[inverse] > 1):
-                shared.setdefault(int(row), []).append((band, int(inverse[row])))
-        return shared
+            shared_NB[:, band] = np.where(counts[inverse] > 1, inverse, -1)
+        return shared_NB
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:
