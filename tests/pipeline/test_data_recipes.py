@@ -205,8 +205,7 @@ def test_latent_thoughts_asks_the_teacher_and_then_the_model_of_an_earlier_stage
     run = run_recipe(load("latent-thoughts", overrides), tmp_path / "run", notify=lambda line: None)
     for name in ("few", "more"):
         made = Curation.load(run.folder / "stages" / name / "data")
-        assert sum(made.drops["rewrite"].values()) >= 3 and set(made.drops["rewrite"]) <= {"no-thought", "no-reply"}
-        assert "no-thought" in made.drops["rewrite"]
+        assert made.drops["rewrite"]["no-thought"] >= 1 and set(made.drops["rewrite"]) <= {"no-thought", "no-reply"}
     rows = json.loads((run.folder / "stages/score/done.json").read_text())["figures"]["rows"]
     assert [r["model"] for r in rows] == ["warm", "second", "on-raw"]
 
