@@ -93,6 +93,9 @@ def test_climb_takes_the_predicted_mixture_only_if_better_by_more_than_its_error
         def __call__(self, fractions_ND: np.ndarray) -> np.ndarray:
             return np.full(len(fractions_ND), best.losses["target"] - 0.1)
 
+        def errors(self, fractions_ND: np.ndarray) -> np.ndarray:
+            return np.full(len(fractions_ND), error)
+
     experiment._predictor = lambda known: Fixed()
     conclusion = experiment.conclude(runs)
     assert (conclusion.weights != best.trial.weights) == taken
@@ -225,9 +228,20 @@ def test_projektor_descends_to_the_mixture_of_a_known_surface() -> None:
     assert {r.trial.length for r in runs} == {0.5, 1.0}
 
 
-def test_projektor_needs_distances() -> None:
+def test_projektor_needs_distances_and_pilots_enough() -> None:
     with pytest.raises(UserError, match="distances"):
         study("projektor:mixtures=4", SETTING, lambda t: {"target": 1.0})
+    setting = dataclasses.replace(SETTING, distance=lambda w: (0.1, 0 * w))
+    with pytest.raises(UserError, match="mixtures=17"):
+        study("projektor:mixtures=16", setting, lambda t: {"target": 1.0})
+
+
+def test_a_prediction_far_from_all_runs_is_less_sure() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.dirichlet([20] * 6, 20)
+    predictor = Predictor(x, x[:, 0] + 0.01 * rng.normal(size=20))
+    near, far = predictor.errors(np.stack([x.mean(0), np.eye(6)[0]]))
+    assert near == pytest.approx(predictor.error, rel=0.2) and far > 2 * near
 
 
 # ---- pretrainers-guide

@@ -77,8 +77,8 @@ MUTATIONS = (
     Mutation(
         "the predicted mixture is always taken",
         "laws/experiments/climb.py",
-        "losses[least] + predictor.error < seen.predicted",
-        "losses[least] - predictor.error < seen.predicted",
+        "losses[least] + errors[least] < seen.predicted",
+        "losses[least] - errors[least] < seen.predicted",
         "laws/test_experiments.py::test_climb_takes_the_predicted_mixture_only_if_better_by_more_than_its_error",
     ),
     Mutation(

@@ -22,6 +22,7 @@ AXES = Axes(quality=Axis("target_bits_per_byte"), cost=Axis("study_tokens", "low
 LIMITS = training.LIMITS
 TIER = "laptop"
 NOT_MEASURABLE = {
+    "projektor": "its law has three terms a domain: the bench's 13 need more pilots than a search has runs",
     "cmr": "it asks how much of one domain general text can bear, not what a target needs; bench law: protocol mixed",
     "pretrainers-guide": "it chooses no mixture: its table of effects is what it gives (recipe pretrainers-guide)",
     "train-once": "it chooses no mixture: its matrix of effects is what it gives",

@@ -35,7 +35,8 @@ def features(fractions_ND: np.ndarray) -> np.ndarray:
 
 class Predictor:
     """Ridge regression of the loss on a mixture's features, standardised; the strength with the least error when each
-    run is left out in turn. `error`: the root mean square of those errors."""
+    run is left out in turn. `error`: the root mean square of those errors. `errors` of other mixtures grow as they lie
+    away from those that were measured."""
 
     def __init__(self, fractions_ND: np.ndarray, losses_N: np.ndarray):
         x = features(fractions_ND)
@@ -43,19 +44,25 @@ class Predictor:
         z = (x - self.mean) / self.spread
         self.middle = float(losses_N.mean())
         y = losses_N - self.middle
-        best = (np.inf, np.zeros(z.shape[1]))
+        best = (np.inf, np.zeros(z.shape[1]), np.zeros((z.shape[1], z.shape[1])))
         for strength in np.geomspace(1e-3, 10, 13):
             inverse = np.linalg.inv(z.T @ z + strength * len(y) * np.eye(z.shape[1]))
             leverage = np.einsum("nr,rs,ns->n", z, inverse, z) + 1 / len(y)
             weight = inverse @ (z.T @ y)
             error = float(np.sqrt((((y - z @ weight) / np.maximum(1 - leverage, 0.05)) ** 2).mean()))
             if error < best[0]:
-                best = error, weight
-        self.error, self.weight = best
+                best = error, weight, inverse
+        self.error, self.weight, self.inverse = best
 
     def __call__(self, fractions_ND: np.ndarray) -> np.ndarray:
         predicted: np.ndarray = self.middle + (features(fractions_ND) - self.mean) / self.spread @ self.weight
         return predicted
+
+    def errors(self, fractions_ND: np.ndarray) -> np.ndarray:
+        """float64 [N]: the error of each prediction: error sqrt(1 + x (X^T X + ridge)^-1 x), over that of the runs."""
+        z = (features(fractions_ND) - self.mean) / self.spread
+        wide: np.ndarray = self.error * np.sqrt(1 + np.einsum("nr,rs,ns->n", z, self.inverse, z))
+        return wide
 
 
 def fractions_of(run: Run, setting: Setting) -> np.ndarray:

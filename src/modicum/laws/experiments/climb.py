@@ -3,15 +3,20 @@ best.
 
     round 1    n1 draws of a Dirichlet distribution around the clusters' sizes, a proxy trained on each
     round k    f fitted on every (mixture, loss) so far; n_k at random out of the `top` best candidates by f
-    last       w* = argmin f over candidates, if f says that it beats the best measured one by more than f's error
+    last       w* = argmin f + e over candidates, e(w) the error of f there, if f + e beats the best measured loss
 
 The domains are clusters of the text: curate with the step `cluster`, or take domains as they are. Candidates of which a
 run would repeat a cluster more than `epochs` times are left out.
 
-Diao et al. 2025, arXiv:2504.13161, sections 3 to 6. Departs: the predictor is a ridge regression on fractions, squares
-and logarithms, whose strength leaves each run out in turn, where the paper boosts trees (tens of runs, as here, do not
-feed them); the predicted mixture must beat the measured one by the predictor's own error, because the argmin of noisy
-predictions is optimistic; proxies start from scratch, or from the study's model.
+Diao et al. 2025, arXiv:2504.13161, sections 3 to 6. Departs: the predictor is a ridge regression on fractions,
+squares and logarithms, whose strength leaves each run out in turn, where the paper boosts trees (tens of runs, as
+here, do not feed them); the predicted mixture must beat the measured one by the predictor's own error, which grows
+away from the runs, because the argmin of noisy predictions is optimistic; proxies start from scratch, or from the
+study's model.
+
+Where it fails: 28 proxies of 150 thousand parameters over 13 domains do not feed the predictor. With one error everywhere
+its mixture was worse than the best of 28 random ones in two of three seeds, by 0.28 and 0.83 bits per byte of the target;
+with the error as it is now it keeps to the best measured one there. Give fewer domains, or more runs.
 """
 
 from __future__ import annotations
@@ -100,10 +105,11 @@ class Climb(Experiment):
     def conclude(self, runs: Sequence[Run]) -> Conclusion:
         predictor, seen = self._predictor(runs), best_measured(runs, self.setting)
         candidates = self._candidates(len(self.config.rounds))
-        losses = predictor(candidates)
-        least = int(np.argmin(losses))
+        losses, errors = predictor(candidates), predictor.errors(candidates)
+        least = int(np.argmin(losses + errors))  # a mixture far from all that were measured is not believed
         assert seen.predicted is not None
-        won = losses[least] + predictor.error < seen.predicted
+        won = losses[least] + errors[least] < seen.predicted
+        error = float(errors[least]) if won else predictor.error
         weights, loss = (
             (self.setting.weights(candidates[least]), float(losses[least])) if won else (seen.weights, seen.predicted)
         )
@@ -111,8 +117,8 @@ class Climb(Experiment):
             rows=measured(runs, self.setting),
             weights=weights,
             predicted=loss,
-            low=loss - 2 * predictor.error,
-            high=loss + 2 * predictor.error,
+            low=loss - 2 * error,
+            high=loss + 2 * error,
             notes=(
                 f"the predictor is off by {predictor.error:.4f} bits per byte for runs it has not seen",
                 "the mixture is " + ("predicted, and was not trained on" if won else "the best that was trained on"),

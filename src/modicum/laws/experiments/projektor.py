@@ -37,7 +37,7 @@ class Config:
             raise ValueError("mixtures is at least 4, sizes rise, times is at most 8")
 
 
-TOY = Config(mixtures=4)
+TOY = Config(mixtures=8)
 
 
 class Projektor(Experiment):
@@ -45,6 +45,14 @@ class Projektor(Experiment):
     compares = True
 
     def propose(self, runs: Sequence[Run]) -> list[Trial]:
+        if self.setting.distance is None:
+            raise UserError("projektor needs text of the domains and of the target to measure distances")
+        terms = 2 + 3 * (len(self.setting.domains) - 1)
+        if self.config.mixtures < terms:
+            raise UserError(
+                f"projektor's law has {terms} terms for {len(self.setting.domains)} domains, more than mixtures="
+                f"{self.config.mixtures}; give mixtures={terms}, or a pool of fewer domains"
+            )
         rng = np.random.default_rng([self.setting.seed, 59])
         mixtures = drawn(rng, self.setting, self.config.mixtures, self.config.concentration)
         trials = [
@@ -56,8 +64,7 @@ class Projektor(Experiment):
 
     def conclude(self, runs: Sequence[Run]) -> Conclusion:
         distance = self.setting.distance
-        if distance is None:
-            raise UserError("projektor needs text of the domains and of the target to measure distances")
+        assert distance
         records = []
         for run in runs:
             w = fractions_of(run, self.setting)
