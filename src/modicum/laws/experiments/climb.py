@@ -1,5 +1,4 @@
-"""climb: search the mixture of clusters in rounds: train some, fit a predictor on all so far, take the next from its
-best.
+"""climb: search a mixture in rounds: train on some, fit a predictor on all so far, draw the next from its best.
 
     round 1    n1 draws of a Dirichlet distribution around the clusters' sizes, a proxy trained on each
     round k    f fitted on every (mixture, loss) so far; n_k at random out of the `top` best candidates by f
@@ -14,9 +13,9 @@ here, do not feed them); the predicted mixture must beat the measured one by the
 away from the runs, because the argmin of noisy predictions is optimistic; proxies start from scratch, or from the
 study's model.
 
-Where it fails: 28 proxies of 150 thousand parameters over 13 domains do not feed the predictor. With one error everywhere
-its mixture was worse than the best of 28 random ones in two of three seeds, by 0.28 and 0.83 bits per byte of the target;
-with the error as it is now it keeps to the best measured one there. Give fewer domains, or more runs.
+Where it fails: 28 proxies of 150 thousand parameters over 13 domains do not feed the predictor. With one error
+everywhere the chosen mixture was worse than the best of 28 random ones in two of three seeds, by 0.28 and 0.83 bits per
+byte of the target (better by 0.03 in the third); that is why e grows with the distance. Give fewer domains, or more runs.
 """
 
 from __future__ import annotations
