@@ -15,7 +15,7 @@ study's model.
 
 Where it fails: 28 proxies of 150 thousand parameters over 13 domains do not feed the predictor. With one error
 everywhere the chosen mixture was worse than the best of 28 random ones in two of three seeds, by 0.28 and 0.83 bits per
-byte of the target (better by 0.03 in the third); that is why e grows with the distance. Give fewer domains, or more runs.
+byte of the target (better by 0.03 in the third); so e grows with the distance. Give fewer domains, or more runs.
 """
 
 from __future__ import annotations
