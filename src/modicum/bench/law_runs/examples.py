@@ -28,10 +28,10 @@ QUESTION = "What is this bank customer's message about? Answer with the name of 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    sizes: tuple[int, ...] = (0, 10, 30, 100, 300, 1000)
-    questions: int = 200
+    sizes: tuple[int, ...] = (0, 10, 30, 100, 300)
+    questions: int = 150
     epochs: float = 2.0
-    least: int = 40  # steps
+    least: int = 25  # steps
 
 
 SCALE, SMALL = Scale(), Scale(sizes=(0, 4), questions=3, epochs=1.0, least=1)

@@ -34,10 +34,10 @@ STEP = re.compile(r"^- (.+?):\n\n`(.+?)`$", re.MULTILINE)
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    examples: int = 600
-    questions: int = 200
+    examples: int = 400
+    questions: int = 150
     epochs: float = 2.0
-    least: int = 40
+    least: int = 25
     wrong: tuple[float, ...] = (0.0, 0.3)
 
 
