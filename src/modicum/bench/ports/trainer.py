@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,7 +145,8 @@ def material(source: str | None, scale: Scale, tuning: bool = False) -> Material
         texts, articles = [p.text for p in rows], [p.title or p.id for p in rows]
         judged = [{row_of[d]: g for d, g in g_of.items() if d in row_of and g > 0} for g_of in grades]
     else:
-        rows = [p for p in read_passages(source or "python") if p.summary][: 2 * (scale.pairs + scale.queries)]
+        summed = (p for p in read_passages(source or "python") if p.summary)
+        rows = list(itertools.islice(summed, 2 * (scale.pairs + scale.queries)))  # no more is read
         texts, articles = [p.body for p in rows], [p.source.partition(":")[0] for p in rows]
         queries, judged = [p.summary for p in rows], [{i: 1.0} for i in range(len(rows))]
     test_P = split_by_article(articles, 0.5)
