@@ -40,6 +40,9 @@ def main(words: Sequence[str] | None = None) -> int:
                 end = rows[-1]
                 shown = {k: v for k, v in end.items() if k in ("loss", "change", "score", "tokens")}
                 print(f"{end['run']}: " + ", ".join(f"{k} {v:,.6g}" for k, v in shown.items()), flush=True)
+    except KeyboardInterrupt:
+        print("modicum: stopped; the same command goes on after the runs in the table", file=sys.stderr)
+        return 130
     except ModicumError as error:
         print(f"modicum: {error}", file=sys.stderr)
         return error.exit_code
