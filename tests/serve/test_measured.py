@@ -71,11 +71,11 @@ def test_it_is_measured_once_for_each_kind_of_model(model, home, monkeypatch):
     monkeypatch.setattr(measured, "ROWS", (4, 16))
     real = measured.measure
     monkeypatch.setattr(measured, "measure", lambda *given: calls.append(1) or real(*given))
-    first = measured.timings(model, EngineConfig())
+    first = measured.timings(model, EngineConfig(), Engine)
     assert [t.rows for t in first] == [4, 16] and all(t.native > 0 and t.torch > 0 for t in first)
-    assert measured.timings(model, EngineConfig()) == first and len(calls) == 1
+    assert measured.timings(model, EngineConfig(), Engine) == first and len(calls) == 1
     other = Decoder(llama_like(97, 64, 2, context_length=256), torch.Generator().manual_seed(0)).eval()
-    measured.timings(other, EngineConfig())
+    measured.timings(other, EngineConfig(), Engine)
     kept = json.loads((home / "backends.json").read_text())
     assert len(calls) == 2 and len(kept) == 2
 
@@ -108,4 +108,4 @@ def test_without_kernels_there_is_nothing_to_choose(model, monkeypatch):
     monkeypatch.setenv("MODICUM_NATIVE", "0")
     engine = Engine(model, None, EngineConfig(cache="256tok", fast_prefill=True))
     assert [backend.name for backend in engine.runner.backends] == ["eager"]
-    assert measured.timings(model, EngineConfig()) == []
+    assert measured.timings(model, EngineConfig(), Engine) == []

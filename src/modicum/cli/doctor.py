@@ -99,6 +99,7 @@ def measured_prompts() -> dict[str, list[dict[str, Any]]]:
     from modicum.model.decoder import Decoder
     from modicum.serve.backends import measured
     from modicum.serve.config import EngineConfig
+    from modicum.serve.engine import Engine
 
     rows: dict[str, list[dict[str, Any]]] = {}
     shape = llama_like(2048, 576, measured.LAYERS, heads=9, kv_heads=3, context_length=1024)
@@ -106,7 +107,7 @@ def measured_prompts() -> dict[str, list[dict[str, Any]]]:
         model = Decoder(shape, torch.Generator().manual_seed(0)).to(torch.bfloat16).eval()
         if form != "bf16":
             attach.attach(model, {"layers.*": form})
-        timings = measured.timings(model, EngineConfig())
+        timings = measured.timings(model, EngineConfig(), Engine)
         if timings:
             rows[form] = [
                 {"rows": t.rows, "kernels": t.rows / t.native, "torch": t.rows / t.torch, "faster": t.faster}

@@ -61,7 +61,7 @@ class State:
         self.cache = Cache(shape, config, n_blocks, form, device, self.policy)
         main = make_runner(model, self.cache.storage, self.cache.table, config.cuda_graphs, config.activation_bits)
         if config.fast_prefill:
-            main = choose(main, model, config)
+            main = choose(main, model, config, type(self))
         self.runner = beside.runner(main, n_blocks, self.cache.table)
         self.cache.beside = beside.storages
         self.storage, self.blocks, self.pages = self.cache.storage, self.cache.blocks, self.cache.pages

@@ -68,14 +68,15 @@ def crossover(timings: Sequence[Timing]) -> int | None:
     return least
 
 
-def timings(model: Decoder, config: Any) -> list[Timing]:
-    """Of the model on this machine, from the cache folder or measured now. [] without kernels for it."""
+def timings(model: Decoder, config: Any, engine: Any) -> list[Timing]:
+    """Of the model on this machine, from the cache folder or measured now with an `engine`, the class. [] without
+    kernels for it."""
     path = cache_home() / "backends.json"
     key = fingerprint(kind(model, config))
     kept = read_json(path) if path.is_file() else {}
     if key in kept:
         return [Timing(**t) for t in kept[key]["timings"]]
-    measured = measure(model, config)
+    measured = measure(model, config, engine)
     if measured:
         kept[key] = {"kind": kind(model, config), "timings": [asdict(t) for t in measured]}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,13 +100,10 @@ def kind(model: Decoder, config: Any) -> dict[str, Any]:
     }
 
 
-def measure(model: Decoder, config: Any) -> list[Timing]:
+def measure(model: Decoder, config: Any, engine_class: Any) -> list[Timing]:
     """Prompts of ROWS tokens through the model's first LAYERS layers, by each backend."""
-    from modicum.serve.config import EngineConfig
-    from modicum.serve.engine import Engine
-
     longest = min(max(ROWS), model.config.context_length - 2)
-    own = EngineConfig(
+    own = type(config)(
         cache=f"{2 * max(ROWS)}tok",
         max_sequences=1,
         max_batch_tokens=max(ROWS),
@@ -113,7 +111,7 @@ def measure(model: Decoder, config: Any) -> list[Timing]:
         activation_bits=config.activation_bits,
     )
     few = without(model, set(range(LAYERS, model.config.layers)))
-    engine = Engine(few, None, own)
+    engine = engine_class(few, None, own)
     if len(engine.runner.backends) < 2:
         return []
     native, library = engine.runner, Runner(engine.runner.backends[-1])
@@ -140,9 +138,9 @@ def prompt(engine: Any, rows: int) -> float:
     return time.perf_counter() - start
 
 
-def choose(runner: Runner, model: Decoder, config: Any) -> Runner:
-    """`runner`, or one that sends long steps to the library where that was measured to be faster."""
+def choose(runner: Runner, model: Decoder, config: Any, engine: Any) -> Runner:
+    """`runner`, or one that sends long steps to the library where that was measured to be faster, with an `engine`."""
     if len(runner.backends) < 2 or model.device.type != "cpu":
         return runner
-    least = crossover(timings(model, replace(config, fast_prefill=False)))
+    least = crossover(timings(model, replace(config, fast_prefill=False), engine))
     return runner if least is None else Measured(least, *runner.backends)
