@@ -141,6 +141,8 @@ def test_a_preempted_sequence_observes_its_prompts_end_again() -> None:
         while len(sample.tokens) < len(prompt) + generated:
             engine.step()
         engine.preempt(sample)
+        engine.cache.look_up(sample)
+        assert sample.job.hit <= len(prompt) - engine.policy.tail, "the queries that observe are computed anew"
         engine.add(second)
         while engine.busy:
             assert not any(update.error for update in engine.step()), f"after {generated} generated tokens"
