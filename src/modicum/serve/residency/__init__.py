@@ -1,7 +1,7 @@
 """port residency: which weights are in memory while a model is served, and which wait on disk.
 
-`modicum flash MODEL METHOD --out FOLDER` writes a folder with `prepare`; every verb that serves takes it and loads it
-with `load`: a decoder whose modules fetch what they need. Shapes: N sequences, T tokens.
+`modicum flash MODEL --with METHOD --out FOLDER` writes a folder with `prepare`; every verb that serves takes it and
+loads it with `load`: a decoder whose modules fetch what they need. Shapes: N sequences, T tokens.
 """
 
 from __future__ import annotations
