@@ -280,7 +280,7 @@ def test_command_says_what_is_stored_how(
         (dict(type="q4_x"), "q4_"),
         (dict(tensor=["blk.9.*=q8_0"]), "no matrix is named like"),
         (dict(tensor=["q8_0"]), "GLOB=TYPE"),
-        (dict(format="onnx"), "gguf or hf"),
+        (dict(format="onnx"), "gguf, hf, gptq or awq"),
     )
     for knobs, message in wrong:
         with pytest.raises(UserError, match=message):

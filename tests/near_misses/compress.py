@@ -93,7 +93,7 @@ MUTATIONS = (
     ),
     Mutation(
         "layers that are left keep their old places",
-        "compress/compressors/shortgpt.py",
+        "model/shorter.py",
         "layer.attention.layer = number",
         "layer.attention.layer = index",
         "compress/test_compressor_pruners.py::test_a_layer_that_does_nothing_goes_first",

@@ -122,7 +122,7 @@ MUTATIONS = (
         "data/insertions.py",
         "at = slice(one.offset, one.offset + len(one.ids) - 1)",
         "at = slice(0, len(one.ids) - 1)",
-        "evaluate/test_experiments.py::test_insertions_replace_their_own_positions_and_nothing_else[concat]",
+        "evaluate/test_experiments.py::test_insertions_replace_their_own_positions_and_nothing_else",
     ),
     Mutation(
         "a probe's context counts as its answer",

@@ -214,7 +214,8 @@ def test_sources_and_citations(server: BackgroundServer, opened: Opened, monkeyp
     text = "In the cellar [1], pears elsewhere [2, 1]; not [7], nor `[1]`."
     monkeypatch.setattr(engine_of(server), "step", says(engine_of(server), text))
     page = opened(server, search=True)
-    assert page.is_checked("#search") and page.inner_text("#search-name") == "Search orchard"
+    page.wait_for_selector("#search:checked")
+    assert page.inner_text("#search-name") == "Search orchard"
     ask(page, "Where are apples and pears kept?")
     page.wait_for_selector(".foot")
     titles = page.locator(".sources .title").all_inner_texts()
