@@ -28,6 +28,10 @@ CLAIM = {
     "where": "abstract",
     "scale": "Llama-3, Mistral",
 }
+NOT_MEASURABLE = (
+    "finetuned on 10 to 300 examples (evidence/runs/examples.jsonl), a model of 135M learns form and skill at once, "
+    "between 100 and 300: two points above zero fit no curve"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
