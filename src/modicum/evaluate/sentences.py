@@ -18,6 +18,12 @@ from modicum.data.tokenizer import Tokenizer
 Sentence = dict[str, Any]
 
 
+def sentence(doc: dict[str, Any], depth: int) -> Sentence:
+    """That of a document of task `metadata-cfg` for a grammar of `depth` levels."""
+    given = doc["prompt"].split()
+    return {"front": " ".join(given[:depth]), "words": given[depth:] + doc["answer"].split(), "labels": doc["labels"]}
+
+
 @dataclass(frozen=True)
 class Reading:
     """Per sentence: the last hidden state behind every word (words x width), and nats of every word and of the end."""

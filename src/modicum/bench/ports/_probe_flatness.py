@@ -31,7 +31,7 @@ from modicum.core.events import Events
 from modicum.data.tokenizer import Tokenizer
 from modicum.evaluate.curvature import curvature
 from modicum.evaluate.playground import NOUNS
-from modicum.evaluate.sentences import gaps, label_accuracy, read
+from modicum.evaluate.sentences import gaps, label_accuracy, read, sentence
 from modicum.evaluate.teach import AnswerStream, Document
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
@@ -156,11 +156,6 @@ def fit(
         seed=seed,
     )
     train(model, stream, config, None, events=Events(None), label="", parts={"kept": kept})
-
-
-def sentence(doc: dict[str, Any], depth: int) -> dict[str, Any]:
-    given = doc["prompt"].split()
-    return {"front": " ".join(given[:depth]), "words": given[depth:] + doc["answer"].split(), "labels": doc["labels"]}
 
 
 def text(one: dict[str, Any]) -> str:

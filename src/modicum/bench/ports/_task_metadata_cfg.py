@@ -27,7 +27,7 @@ from modicum.core.files import fingerprint
 from modicum.data.tokenizer import Tokenizer
 from modicum.evaluate.playground import NOUNS
 from modicum.evaluate.run import run_tasks
-from modicum.evaluate.sentences import gaps, label_accuracy, read
+from modicum.evaluate.sentences import gaps, label_accuracy, read, sentence
 from modicum.evaluate.teach import AnswerStream, Document
 from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
@@ -82,11 +82,6 @@ def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
         model=fixtures.model_record(model, "small decoder, trained on the sentences"),
         data={"name": f"{choice}, seed {seed}", "checksum": fingerprint([task.text(d) for d in docs])},
     )
-
-
-def sentence(doc: dict[str, Any], depth: int) -> dict[str, Any]:
-    given = doc["prompt"].split()
-    return {"front": " ".join(given[:depth]), "words": given[depth:] + doc["answer"].split(), "labels": doc["labels"]}
 
 
 def split(text: str, depth: int) -> Document:
