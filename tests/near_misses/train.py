@@ -3,6 +3,35 @@
 from near_misses import Mutation
 
 MUTATIONS = (
+    # train: supcon and mixup
+    Mutation(
+        "an example stands in its own denominator",
+        "train/objectives/supcon.py",
+        "(of.row_A[:, None] == of.row_A) & ~torch.eye(len(of.row_A), dtype=torch.bool, device=h_AD.device)",
+        "(of.row_A[:, None] == of.row_A)",
+        "train/test_supcon.py::test_the_contrastive_term_is_the_papers",
+    ),
+    Mutation(
+        "positives are summed, not averaged",
+        "train/objectives/supcon.py",
+        " / company_A.clamp_min(1)",
+        "",
+        "train/test_supcon.py::test_the_contrastive_term_is_the_papers",
+    ),
+    Mutation(
+        "answers with the same first token are of one class",
+        "train/objectives/_answers.py",
+        "terms_N = (targets_BT.flatten()[learnt_N] + 1)",
+        "terms_N = (within_N[learnt_N] == 0) * (targets_BT.flatten()[learnt_N] + 1)",
+        "train/test_supcon.py::test_answers_are_where_questions_end",
+    ),
+    Mutation(
+        "states are mixed and labels are not",
+        "train/objectives/mixup.py",
+        "b, _ = cross_entropy(h_AD, other_A, head)",
+        "b = a",
+        "train/test_supcon.py::test_mixing_nothing_is_the_plain_loss_and_a_third_is_a_third",
+    ),
     # train: distillers
     Mutation(
         "the perturbation counts only above eps",

@@ -52,6 +52,10 @@ class Record:
     claim: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
+    def has(self, name: str) -> bool:
+        """Whether there is a value of this name."""
+        return name in self.metrics or name in ("seconds", "peak_bytes", "flops")
+
     def value(self, name: str) -> float:
         """A metric, or one of seconds, peak_bytes, flops. Raises `KeyError` if it was not measured."""
         if name in self.metrics:

@@ -111,7 +111,8 @@ def facets(records: list[Record]) -> list[list[Record]]:
     """Records of one lab parted by the axes they are judged on, each part with the baseline beside it.
 
     Most ports have one pair of axes; where a port's methods save different things (an adapter trainable
-    parameters, a quantiser stored bytes), the baseline stands in every part.
+    parameters, a quantiser stored bytes), the baseline stands in every part. Not beside a method with a measurement
+    of its own, in a metric that the baseline's has not: that one brings its own baseline.
     """
     parts: dict[str, list[Record]] = {}
     for record in records:
@@ -120,7 +121,11 @@ def facets(records: list[Record]) -> list[list[Record]]:
         return list(parts.values())
     base = [r for r in records if r.choice == r.baseline]
     others = [[r for r in part if r.choice != r.baseline] for part in parts.values()]
-    return [[dataclasses.replace(b, axes=part[0].axes) for b in base] + part for part in others if part]
+    return [
+        [dataclasses.replace(b, axes=part[0].axes) for b in base if b.has(part[0].axes["quality"]["metric"])] + part
+        for part in others
+        if part
+    ]
 
 
 def compare(records: list[Record]) -> list[list[Row]]:
