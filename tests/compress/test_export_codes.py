@@ -1,4 +1,4 @@
-"""GPTQ's and AWQ's layouts, decoded in numpy as their readers do, bit by bit."""
+"""Layouts of codes: GPTQ's and AWQ's decoded in numpy as their readers do, compressed-tensors' by its own package."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from modicum.cli.export import export
 from modicum.compress.export_codes import codes_of
 from modicum.compress.method import compress_with
+from modicum.compress.run import compress
 from modicum.core.errors import UserError
 from modicum.data.document import Document, write_documents
 from modicum.data.tokenizer import Tokenizer
@@ -86,6 +87,69 @@ def test_codes_are_read_as_their_engines_do(stored: Path, tmp_path: Path, layout
             want = form.decode(torch.float32).numpy()  # its zero points are rounded to bfloat16, these are whole
             scale = form.scale.float().repeat_interleave(32, 1).numpy()
             assert (np.abs(got - want) <= 0.05 * scale + 1e-6).all()
+
+
+def dense_bits(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Numbers of a row: the n-th in bits n bits .. of its words."""
+    row = int.from_bytes(words.astype("<i4").tobytes(), "little")
+    return np.array([row >> (n * bits) & ((1 << bits) - 1) for n in range(count)])
+
+
+@pytest.mark.parametrize(("choice", "bits"), [("efficientqat:bits=3,group=32,epochs=1,batch=4", 3), ("int8", 8)])
+def test_compressed_tensors_of_any_bits_hold_the_same_weights(
+    stored: Path, tmp_path: Path, choice: str, bits: int
+) -> None:
+    given = {"calibration": stored / "text", "sequences": 8, "length": 32}
+    if bits == 8:
+        compress(stored / "model", choice, tmp_path / "small")
+    else:
+        compress_with(stored / "model", choice, tmp_path / "small", **given)  # type: ignore[arg-type]
+    export(str(tmp_path / "small"), tmp_path / "out", format="compressed-tensors")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    weights = settings["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["symmetric"]) == (bits, bits == 8)
+    t, model = load_file(tmp_path / "out" / "model.safetensors"), load_model(tmp_path / "small")
+    for ours, theirs in NAMES.items():
+        name, form = f"model.layers.1.{theirs}", model.get_submodule(f"layers.1.{ours}")
+        outputs, inputs = t[f"{name}.weight_shape"]
+        q = np.stack([dense_bits(row, bits, inputs) for row in t[f"{name}.weight_packed"]])
+        scales = t[f"{name}.weight_scale"].astype(np.float64)
+        if bits == 8:
+            assert f"{name}.weight_zero_point" not in t
+            z = np.full(scales.shape, 128)
+        else:
+            z = np.stack([dense_bits(column, bits, outputs) for column in t[f"{name}.weight_zero_point"].T], 1)
+        repeats = inputs // scales.shape[1]
+        got = scales.repeat(repeats, 1) * (q - z.repeat(repeats, 1))
+        want = form.decode(torch.float32).numpy()
+        assert (np.abs(got - want) <= 0.05 * scales.repeat(repeats, 1) + 1e-6).all()
+
+
+def test_transformers_and_the_package_itself_read_compressed_tensors(stored: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from transformers import AutoModelForCausalLM
+
+    compress(stored / "model", "int8:group=32", tmp_path / "eight")
+    export(str(tmp_path / "eight"), tmp_path / "out8", format="compressed-tensors")
+    theirs, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out8"), load_model(tmp_path / "eight", "float32")
+    ids = torch.arange(20)[None] % 50
+    with torch.no_grad():
+        a, b = theirs(ids).logits.float(), ours(ids)
+    assert float((a - b).norm() / b.norm()) < 0.02  # theirs computes in half precision
+
+    # With zero points: its decoder alone, since loading a whole model expects them unpacked (0.20).
+    export(str(stored / "whole"), tmp_path / "out", format="compressed-tensors")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationScheme(**settings["config_groups"]["group_0"])
+    t, model = load_file(tmp_path / "out" / "model.safetensors"), load_model(stored / "whole")
+    for ours, theirs in NAMES.items():
+        name = f"model.layers.0.{theirs}."
+        state = {k.removeprefix(name): torch.from_numpy(v) for k, v in t.items() if k.startswith(name)}
+        form = model.get_submodule(f"layers.0.{ours}")
+        off = PackedQuantizationCompressor.decompress(state, scheme)["weight"].float() - form.decode(torch.float32)
+        assert (off.abs() <= 0.05 * form.scale.float().repeat_interleave(32, 1) + 1e-6).all()
 
 
 def test_zero_points_between_steps_are_refused(stored: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Write a model for other programs: a GGUF file for llama.cpp, or a Hugging Face folder, dense or in GPTQ's codes."""
+"""Write a model for other programs: a GGUF file for llama.cpp, or a Hugging Face folder, dense or in codes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from modicum.compress.export import Plan
     from modicum.model.gguf.write import Types
 
+CODES = ("gptq", "awq", "compressed-tensors")  # layouts of compress.export_codes
+
 
 def export(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
-    out: Annotated[Path, typer.Argument(help="File OUT.gguf, or a folder with --format hf, gptq or awq.")],
+    out: Annotated[Path, typer.Argument(help="File OUT.gguf, or a folder with another --format.")],
     format: Annotated[
-        str | None, typer.Option(help="gguf, hf (dense), gptq or awq (four-bit codes) [default: by OUT's ending].")
+        str | None, typer.Option(help="gguf, hf (dense), gptq, awq or compressed-tensors [default: by OUT's ending].")
     ] = None,
     type: Annotated[
         str, typer.Option(help="Of the layers' matrices: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k ... q6_k.")
@@ -47,9 +49,9 @@ def export(
     from modicum.model.gguf.write import Types
 
     kind = format or ("gguf" if out.suffix == ".gguf" else "")
-    if kind not in ("gguf", "hf", "gptq", "awq"):
+    if kind not in ("gguf", "hf", *CODES):
         raise UserError(
-            f"{out}: give a file that ends in .gguf, or --format with gguf, hf, gptq or awq"
+            f"{out}: give a file that ends in .gguf, or --format with gguf, hf, {', '.join(CODES)}"
             + (f", not {format}" if format else "")
         )
     types = Types(matrices=type, embeddings=embeddings, fallback=fallback, patterns=_patterns(tensor or []))
@@ -60,7 +62,7 @@ def export(
         from modicum.adapt.peft_format import load_peft
 
         load_peft(loaded, adapter)
-    if kind in ("gptq", "awq"):
+    if kind in CODES:
         from modicum.compress.export_codes import write
 
         if out.is_file():
