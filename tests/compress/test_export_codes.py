@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_codes_are_read_as_their_engines_do(stored: Path, tmp_path: Path, layout
                 got = gptq(tensors, name, 1 if settings["checkpoint_format"] == "gptq" else 0)
             else:
                 got = awq(tensors, name, 32)
-            form = model.get_submodule(f"layers.{index}.{ours}")
+            form: Any = model.get_submodule(f"layers.{index}.{ours}")
             want = form.decode(torch.float32).numpy()  # its zero points are rounded to bfloat16, these are whole
             scale = form.scale.float().repeat_interleave(32, 1).numpy()
             assert (np.abs(got - want) <= 0.05 * scale + 1e-6).all()
@@ -110,7 +111,8 @@ def test_compressed_tensors_of_any_bits_hold_the_same_weights(
     assert (weights["num_bits"], weights["symmetric"]) == (bits, bits == 8)
     t, model = load_file(tmp_path / "out" / "model.safetensors"), load_model(tmp_path / "small")
     for ours, theirs in NAMES.items():
-        name, form = f"model.layers.1.{theirs}", model.get_submodule(f"layers.1.{ours}")
+        form: Any = model.get_submodule(f"layers.1.{ours}")
+        name = f"model.layers.1.{theirs}"
         outputs, inputs = t[f"{name}.weight_shape"]
         q = np.stack([dense_bits(row, bits, inputs) for row in t[f"{name}.weight_packed"]])
         scales = t[f"{name}.weight_scale"].astype(np.float64)
@@ -133,10 +135,10 @@ def test_transformers_and_the_package_itself_read_compressed_tensors(stored: Pat
 
     compress(stored / "model", "int8:group=32", tmp_path / "eight")
     export(str(tmp_path / "eight"), tmp_path / "out8", format="compressed-tensors")
-    theirs, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out8"), load_model(tmp_path / "eight", "float32")
+    read, own = AutoModelForCausalLM.from_pretrained(tmp_path / "out8"), load_model(tmp_path / "eight", "float32")
     ids = torch.arange(20)[None] % 50
     with torch.no_grad():
-        a, b = theirs(ids).logits.float(), ours(ids)
+        a, b = read(ids).logits.float(), own(ids)
     assert float((a - b).norm() / b.norm()) < 0.02  # theirs computes in half precision
 
     # With zero points: its decoder alone, since loading a whole model expects them unpacked (0.20).
@@ -147,7 +149,7 @@ def test_transformers_and_the_package_itself_read_compressed_tensors(stored: Pat
     for ours, theirs in NAMES.items():
         name = f"model.layers.0.{theirs}."
         state = {k.removeprefix(name): torch.from_numpy(v) for k, v in t.items() if k.startswith(name)}
-        form = model.get_submodule(f"layers.0.{ours}")
+        form: Any = model.get_submodule(f"layers.0.{ours}")
         off = PackedQuantizationCompressor.decompress(state, scheme)["weight"].float() - form.decode(torch.float32)
         assert (off.abs() <= 0.05 * form.scale.float().repeat_interleave(32, 1) + 1e-6).all()
 
@@ -164,7 +166,7 @@ def test_a_zero_point_of_zero_takes_gptqs_second_format(stored: Path, tmp_path: 
     from modicum.compress.export_codes import write
 
     model = load_model(stored / "whole")
-    form = model.get_submodule("layers.0.mlp.up")
+    form: Any = model.get_submodule("layers.0.mlp.up")
     with torch.no_grad():
         form.zero[3, 1] = 8 * form.scale[3, 1].float()  # z = 0
     settings = write(model, tmp_path / "out", stored / "whole", "gptq")

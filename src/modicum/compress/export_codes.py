@@ -12,8 +12,8 @@ All hold W = s (q - z) with z a whole number, of an input i of group g = i / gro
            weight_shape
 
 The first two hold four bits alone, the third 2, 3, 4 and 8. Forms whose zero points are whole steps are written as they
-are; others are refused, since rounding a zero point moves every weight of its group by up to half a step. The embedding,
-the head and the norms are float16.
+are; others are refused, since rounding a zero point moves every weight of its group by up to half a step. Embedding,
+head and norms are float16.
 """
 
 from __future__ import annotations
