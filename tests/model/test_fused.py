@@ -16,6 +16,7 @@ from modicum.model import attach, fused, native, sublayers
 from modicum.model.attend import DenseAttend
 from modicum.model.config import DecoderConfig, llama_like
 from modicum.model.decoder import Decoder
+from modicum.model.native import products
 from modicum.model.norms import RMSNorm
 from modicum.model.rope import rotate
 from modicum.train.loss import cross_entropy
@@ -195,6 +196,39 @@ def test_cross_entropy(dtype: torch.dtype, tolerance: float, vocabulary: int) ->
     assert error(made, delta) < tolerance and made[3].abs().max() == 0
 
 
+@pytest.mark.skipif(not products._may(torch.ones(2, 2).bfloat16()), reason="no products of pairs, or a matrix unit")
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"), [(128, 16, 16), (129, 48, 80), (331, 176, 64), (4301, 32, 96), (130, 2080, 2096)]
+)
+def test_products_of_a_layer(rows: int, outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that no block divides, an odd number of them, columns that are no multiple of a kernel's; longer sums than
+    registers keep; matrices that are parts of wider ones."""
+    wide_x, wide_w, wide_g = (
+        normal(n, 2 * m, dtype=torch.bfloat16, seed=s)
+        for s, (n, m) in enumerate(((rows, inputs), (outputs, inputs), (rows, outputs)))
+    )
+    x, w, grad = wide_x[:, inputs:], wide_w[:, :inputs], wide_g[:, outputs:]
+    calls, kept = [], products._product
+    monkeypatch.setattr(products, "_product", lambda kind, *given: calls.append(kind) or kept(kind, *given))
+    x, w = x.requires_grad_(), w.requires_grad_()
+    made = fused.linear(x, w)
+    (X, Wt) = wide(x, w)
+    want = X @ Wt.t()
+    pairs = zip((made, *gradients(made, grad, x, w)), (want, *gradients(want, grad.double(), X, Wt)), strict=True)
+    assert all(error(*pair) < 3e-3 for pair in pairs) and calls == [0, 1, 2]
+
+
+def test_products_that_kernels_do_not_take_are_the_librarys() -> None:
+    """Odd sizes, few rows, columns that are not contiguous."""
+    for rows, outputs, inputs in ((200, 17, 33), (3, 32, 32), (200, 24, 30)):
+        x, w, grad = (normal(*s, dtype=torch.bfloat16) for s in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+        assert torch.equal(products.forward(x, w), x @ w.t())
+        assert torch.equal(products.backward(grad, w), grad @ w)
+        assert torch.equal(products.weight_gradient(grad, x), grad.t() @ x)
+    x = normal(64, 256, dtype=torch.bfloat16).t()
+    assert torch.equal(products.forward(x, x[:64]), x @ x[:64].t())
+
+
 def test_not_a_number_is_seen() -> None:
     logits = normal(2, 40)
     logits[0, 7] = torch.nan
@@ -216,7 +250,8 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: None) -> None:
     def all_of_them() -> list[Tensor]:
         out, lse = native.attention(q, q[:, :2], q[:, 2:], first, 0.2)
         made = native.attention_backward(q, q[:, :2], q[:, 2:], out, lse, q, first, 0.2)
-        return [t for t in (*native.norm_backward(x, w, grad, 1e-5), out, *made) if t is not None]
+        multiplied = products.forward(x, grad[:96]), products.backward(x, grad[:64]), products.weight_gradient(grad, x)
+        return [t for t in (*native.norm_backward(x, w, grad, 1e-5), out, *made, *multiplied) if t is not None]
 
     torch.set_num_threads(1)
     want = all_of_them()
@@ -243,8 +278,8 @@ def made(config: DecoderConfig, *forms: str, targets: str = "layers.*") -> Decod
 
 
 def step(model: Decoder, documents: bool = False) -> tuple[float, dict[str, Tensor]]:
-    tokens = torch.randint(0, 96, (2, 60), generator=torch.Generator().manual_seed(2))
-    numbers = (torch.arange(60) // 17)[None].repeat(2, 1) if documents else None
+    tokens = torch.randint(0, 96, (2, 80), generator=torch.Generator().manual_seed(2))
+    numbers = (torch.arange(80) // 17)[None].repeat(2, 1) if documents else None
     model.zero_grad()
     loss, count = cross_entropy(model.hidden(tokens, documents_BT=numbers), tokens.roll(-1, 1), model.head)
     (loss / count).backward()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modicum.model import sublayers
 from modicum.model.attend import Attend, DenseAttend, default_positions
 from modicum.model.config import DecoderConfig, Rope
 from modicum.model.layers import Block
@@ -165,7 +166,7 @@ class Decoder(nn.Module):
 
     def head(self, h_BTD: Tensor) -> Tensor:
         """Logits of hidden states, with the family's softcap; any leading shape, so a loss may be chunked."""
-        logits = self.lm_head(h_BTD)
+        logits = sublayers.projected(self.lm_head, h_BTD)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from modicum.model import native
+from modicum.model.native import products
 
 DTYPES = {torch.bfloat16}  # that take the kernels; tests add float32
 
@@ -56,6 +57,27 @@ class _Norm(torch.autograd.Function):
         needs_x, needs_w = ctx.needs_input_grad[:2]
         dx, dw = native.norm_backward(x, weight.float(), grad, ctx.eps, dx=needs_x, dw=needs_w)
         return dx, None if dw is None else dw.to(weight.dtype), None
+
+
+def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T."""
+    return _Linear.apply(x, weight_OI)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return products.forward(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        grad_NO = grad.reshape(-1, grad.shape[-1])
+        dx = products.backward(grad_NO, weight).view(x.shape) if needs_x else None
+        return dx, products.weight_gradient(grad_NO, x.reshape(-1, x.shape[-1])) if needs_w else None
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

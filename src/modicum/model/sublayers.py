@@ -25,6 +25,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from modicum.model import fused, native
 from modicum.model.linear._module import LinearModule, Products
+from modicum.model.native import products
 from modicum.model.norms import RMSNorm
 
 if TYPE_CHECKING:
@@ -50,6 +51,14 @@ def run(block: Block, x_BTD: Tensor, rotation: Rotation, attend: Any) -> Tensor 
     x = _AttentionHalf.apply(x_BTD, weight, cos, sin, first, heads, _scales(attention), *_flat(attention))
     weight, eps = _norm(block.mlp_norm)
     return _MlpHalf.apply(x, weight, eps, _scales(mlp), *_flat(mlp))
+
+
+def projected(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x); as one autograd function over the kernels where it is a plain weight that nobody watches."""
+    plain = type(layer) is nn.Linear and layer.bias is None and _untouched(layer) and not _has_any_global_hook()
+    if plain and fused.ready(x) and layer.weight.dtype == x.dtype:
+        return fused.linear(x, layer.weight)
+    return layer(x)
 
 
 # What a layer is made of ------------------------------------------------------------------------------
@@ -148,7 +157,7 @@ class _Group:
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         """y_NO, and x A^T of the updates, which `backward` takes."""
-        y = x_ND @ self.weight().t()
+        y = products.forward(x_ND, self.weight())
         if not self.updated:
             return y, None
         inner = x_ND @ self._down().t()
@@ -159,7 +168,7 @@ class _Group:
         inner = grad_NO @ self._up() if self.updated else None
         if not wanted:
             return None, inner
-        dx = grad_NO @ self.weight()
+        dx = products.backward(grad_NO, self.weight())
         return (dx if inner is None else dx.addmm_(inner, self._down())), inner
 
     def gradients(
@@ -168,7 +177,7 @@ class _Group:
         """Of the tensors; the first two are what `forward` took and gave, the others what `back` did."""
         made: list[Tensor | None] = [None] * len(self.tensors)
         if any(self.needs[w] for w, _, _ in self.index):
-            whole = (grad_NO.t() @ x_ND).split(self.sizes)
+            whole = products.weight_gradient(grad_NO, x_ND).split(self.sizes)
             for (w, _, _), one in zip(self.index, whole, strict=True):
                 made[w] = one if self.needs[w] else None
         if inner_NR is not None and dinner_NR is not None:

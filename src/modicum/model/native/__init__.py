@@ -3,7 +3,7 @@
 Written in C for vectors of any width, compiled once per machine (`core.compiled`). `library()` gives them or None,
 `reason()` says which or why none; MODICUM_NATIVE=0 turns them off. The functions below take tensors (bfloat16 or
 float32, of one dtype) and know nothing of gradients: `model.fused` makes autograd functions of them. Results do not
-depend on the number of threads. Matrix products stay the library's, which knows the processor's matrix units.
+depend on the number of threads. Matrix products are in `products`.
 
 Shapes: N rows, D width, F MLP width, V vocabulary, B batch, T tokens, H query heads, G key/value heads (G divides H),
 E head_dim, R rotated dimensions.
@@ -85,11 +85,12 @@ def load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         "rotate": (i, p, p, p, p, p, p, i, i, i, i, i, i, f, i),
         "cross_entropy": (i, p, p, p, p, i, i, i),
         "accumulate": (p, p, i, i),
+        "product": (i, p, i, p, i, p, i, i, i, i),
         "attention": (p, i),
     }
     for name, arguments in signatures.items():
         getattr(loaded, f"modicum_{name}").argtypes = arguments
-    for name in ("vector", "pairs", "chunk", "attention_size", "attention", "cross_entropy"):
+    for name in ("vector", "pairs", "chunk", "attention_size", "attention", "cross_entropy", "product"):
         getattr(loaded, f"modicum_{name}").restype = I64
     if loaded.modicum_attention_size() != ctypes.sizeof(Attention):
         return None, "the compiled Attention has another size than Python's"

@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "products.h"
 
 #define EITHER(name, ...) (kind == FLOAT32 ? name(FLOAT32, __VA_ARGS__) : name(BFLOAT16, __VA_ARGS__))
 
@@ -72,4 +73,15 @@ int64_t modicum_attention(const Attention *a, int64_t backward) {
         free(mine);
     }
     return failed;
+}
+
+/* See products.h; not where there are no products of pairs. */
+int64_t modicum_product(int64_t kind, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, uint16_t *c, int64_t R,
+                        int64_t N, int64_t K, int64_t threads) {
+#if PAIRS
+    return multiply((int)kind, a, lda, b, ldb, c, N, R, N, K, (int)threads);
+#else
+    (void)kind, (void)a, (void)lda, (void)b, (void)ldb, (void)c, (void)R, (void)N, (void)K, (void)threads;
+    return 1;
+#endif
 }
