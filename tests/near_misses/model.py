@@ -103,6 +103,20 @@ MUTATIONS = (
         "model/test_fused.py::test_norm",
     ),
     Mutation(
+        "a product of an odd number of rows reads one row too many",
+        "model/native/products.h",
+        "k + 1 < to ?",
+        "k < to ?",
+        "model/test_fused.py::test_products_of_a_layer",
+    ),
+    Mutation(
+        "later parts of a long sum begin at zero",
+        "model/native/products.h",
+        "p == 0, p + n == pairs",
+        "1, p + n == pairs",
+        "model/test_fused.py::test_products_of_a_layer",
+    ),
+    Mutation(
         "an update's factor is forgotten in its gradient",
         "model/sublayers.py",
         "ranks] * scale if",
