@@ -55,10 +55,8 @@ def run(block: Block, x_BTD: Tensor, rotation: Rotation, attend: Any) -> Tensor 
 
 def projected(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x); as one autograd function over the kernels where it is a plain weight that nobody watches."""
-    plain = type(layer) is nn.Linear and layer.bias is None and _untouched(layer) and not _has_any_global_hook()
-    if plain and fused.ready(x) and layer.weight.dtype == x.dtype:
-        return fused.linear(x, layer.weight)
-    return layer(x)
+    made = _products(layer, x.dtype) if fused.ready(x) and not _has_any_global_hook() else None
+    return layer(x) if made is None or made.down_RI is not None else fused.linear(x, made.weight_OI)
 
 
 # What a layer is made of ------------------------------------------------------------------------------
