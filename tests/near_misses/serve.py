@@ -3,6 +3,49 @@
 from near_misses import Mutation
 
 MUTATIONS = (
+    # serve: what policies look at, by the kernels
+    Mutation(
+        "weights of one query head of a KV head",
+        "serve/native/attention.h",
+        "a == r * R ? SET : s->mark_largest ? LARGEST : ADD",
+        "SET",
+        "serve/test_watched.py::test_queries_and_weights_are_those_of_the_decoder",
+    ),
+    Mutation(
+        "the largest weight of each row, summed",
+        "serve/native/attention.h",
+        "_mm512_loadu_ps(from + e), s->mark_largest ? LARGEST : ADD",
+        "_mm512_loadu_ps(from + e), ADD",
+        "serve/test_watched.py::test_queries_and_weights_are_those_of_the_decoder",
+    ),
+    Mutation(
+        "a row of a thinned piece sees those after it",
+        "serve/native/attention.h",
+        "*last = evicted ? entries_before(evicted, head_index) + 1",
+        "*last = evicted ? entries_before(evicted, head_index) + 2",
+        "serve/test_watched.py::test_every_policy_says_the_same_by_the_kernels",
+    ),
+    Mutation(
+        "windows are counted in entries where some are evicted",
+        "serve/native/attention.h",
+        "if (!evicted) *first",
+        "if (1) *first",
+        "serve/test_watched.py::test_layers_with_windows_and_caps_thin_by_the_kernels",
+    ),
+    Mutation(
+        "weights are handed out after they were rounded for the values",
+        "serve/native/attention.h",
+        "reduce(mark + s, v, how);",
+        "reduce(mark + s, half ? widen(narrow(v)) : v, how);",
+        "serve/test_watched.py::test_weights_in_bfloat16_are_those_of_the_softmax",
+    ),
+    Mutation(
+        "queries from the wrong row of a piece",
+        "serve/plan.py",
+        "first = self.work.at + self.positions.start - self.work.start",
+        "first = self.work.at",
+        "serve/test_snapkv.py",
+    ),
     # serve: a cache kept by attention, entropy and a gradient
     Mutation(
         "attention given instead of received: 1 for every row",

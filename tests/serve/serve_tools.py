@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from modicum.data.tokenizer import Tokenizer
 from modicum.model.config import llama_like
@@ -14,6 +15,7 @@ from modicum.model.decoder import Decoder
 from modicum.model.folder import save_model
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
+from modicum.serve.kv import KVPolicy
 from modicum.serve.request import Request, SamplingParams
 
 torch.set_num_threads(1)  # models this small are slower on two
@@ -81,6 +83,13 @@ def assert_crowd_says(
         assert said == (tokens[: len(said)] if request.id in gone else tokens)
     assert crowd.counters["preemptions"] > 0
     assert_clean(crowd)
+
+
+def show(policy: KVPolicy, layer: int, start: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
+    """Of a step's tokens from place `start` on, those that the policy observes."""
+    if positions := policy.observed(start, q_HTE.shape[1]):
+        rows = slice(positions.start - start, positions.stop - start)
+        policy.observe(layer, positions.start, q_HTE[:, rows], k_GTE[:, rows], v_GTE[:, rows])
 
 
 def assert_clean(engine: Engine) -> None:

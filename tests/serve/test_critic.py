@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from serve_tools import tiny
+from serve_tools import show, tiny
 
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
@@ -108,7 +108,7 @@ def test_the_most_important_stay() -> None:
     q, k, v = states(3)
     policy = Critic(Config(ratio=0.5, least=2, window=W), SHAPE).begin(S)
     full = torch.cat([torch.zeros(H, S - W, D), q], 1)
-    policy.observe(0, 0, full, k, v)
+    show(policy, 0, 0, full, k, v)
     positions = torch.arange(S).expand(G, -1)
     kept = policy.keep(0, Entries(k, v, positions, [S] * G)).heads
     best = policy.score(0, q, k, v)[0].topk(6).indices.sort().values

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from serve_tools import tiny
+from serve_tools import show, tiny
 from torch import Tensor
 
 from modicum.core.errors import UserError
@@ -41,8 +41,7 @@ def _score(policy: ExpectedAttention, plain_HTE: Tensor, k_GSE: Tensor, v_GSE: T
     turned_HTE = torch.stack([plain_HTE[:, t].double() @ _matrix(t, angles).T for t in range(PROMPT)], dim=1).float()
     mine = policy.begin(PROMPT)
     for start, n in ((0, 25), (25, 15)):
-        if mine.wants(start, n):
-            mine.observe(0, start, turned_HTE[:, start : start + n], k_GSE, v_GSE)
+        show(mine, 0, start, turned_HTE[:, start : start + n], k_GSE, v_GSE)
     return mine.score(0, mine.queries[0], k_GSE, v_GSE)
 
 

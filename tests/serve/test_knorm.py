@@ -19,7 +19,7 @@ def test_short_keys_of_the_prompt_stay_and_so_does_what_is_generated() -> None:
     k_GSE, v_GSE = (torch.randn(2, 24, 8, generator=generator) for _ in range(2))
     k_GSE[:, 20:] *= 100  # generated, and long
     policy = KNorm(Config(budget=7), SHAPE).begin(20)
-    assert not policy.wants(0, 20) and policy.tail == 1, "nothing is observed: a found prefix may be whole"
+    assert not policy.observed(0, 20) and policy.tail == 1, "nothing is observed: a found prefix may be whole"
     kept = policy.keep(0, Entries(k_GSE, v_GSE, torch.arange(24).expand(2, 24), [24, 24])).heads
     for g in range(2):
         norms = [math.sqrt(sum(float(x) ** 2 for x in k_GSE[g, s].double())) for s in range(20)]

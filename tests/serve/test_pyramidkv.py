@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from serve_tools import show
 from test_snapkv import assert_kept, naive
 
 from modicum.core.errors import UserError
@@ -33,7 +34,7 @@ def test_budgets_fall_along_a_line_with_the_same_mean(prompt: int, knobs: dict[s
     policy = PyramidKV(Config(**{"window": 8} | knobs), _shape(5)).begin(prompt)  # type: ignore[arg-type]
     assert [policy.allow(layer, prompt) for layer in range(5)] == want
     assert [policy.allow(layer, prompt + 3) for layer in range(5)] == [n + 3 for n in want]
-    assert policy.wants(prompt - 1, 1) == (want[-1] < prompt)
+    assert bool(policy.observed(prompt - 1, 1)) == (want[-1] < prompt)
 
 
 def test_means_are_kept_whatever_is_rounded() -> None:
@@ -50,7 +51,7 @@ def test_each_layer_keeps_the_best_of_its_own_budget(layer: int) -> None:
     generator = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(h, 30, 8, generator=generator) for h in (4, 2, 2))
     policy = PyramidKV(Config(budget=14, window=4, kernel=3, beta=3), _shape(3)).begin(30)
-    policy.observe(layer, 0, q, k, v)
+    show(policy, layer, 0, q, k, v)
     kept = list(policy.keep(layer, Entries(k, v, torch.arange(30).expand(2, 30), [30, 30])).heads)
     budget = {0: 21, 2: 7}[layer]
     assert len(kept[0]) == budget

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from serve_tools import tiny
+from serve_tools import show, tiny
 
 from modicum.core.errors import UserError
 from modicum.serve.config import EngineConfig
@@ -60,9 +60,8 @@ def test_keeps_what_the_window_votes_for(pooling: str, pieces: list[int]) -> Non
     policy = SnapKV(Config(budget=11, window=4, kernel=3, pooling=pooling), SHAPE).begin(30)
     start = 0
     for n in pieces:
-        if policy.wants(start, n):
-            part = slice(start, start + n)
-            policy.observe(0, start, q[:, part], k[:, part], v[:, part])
+        part = slice(start, start + n)
+        show(policy, 0, start, q[:, part], k[:, part], v[:, part])
         start += n
     entries = Entries(k, v, torch.arange(30).expand(2, 30), [30, 30])
     kept = list(policy.keep(0, entries).heads)
@@ -78,7 +77,7 @@ def test_a_layer_with_a_sliding_window_votes_within_it_at_its_own_scale() -> Non
         layers=1, heads=4, kv_heads=2, head_dim=8, block_size=4, windows=(12,), scales=(0.9,), softcap=None
     )
     policy = SnapKV(Config(budget=9, window=4, kernel=1), shape).begin(30)
-    policy.observe(0, 0, q, k, v)
+    show(policy, 0, 0, q, k, v)
     kept = policy.keep(0, Entries(k, v, torch.arange(30).expand(2, 30), [30, 30])).heads
     assert_kept(list(kept), naive(q, k, 4, 1, "mean", 0.9, seen=12), 9, 30)
 
@@ -87,7 +86,7 @@ def test_what_was_generated_before_a_preemption_stays() -> None:
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(h, 36, 8, generator=generator) for h in (4, 2, 2))
     policy = SnapKV(Config(budget=11, window=4, kernel=3), SHAPE).begin(30)
-    policy.observe(0, 0, q, k, v)
+    show(policy, 0, 0, q, k, v)
     kept = policy.keep(0, Entries(k, v, torch.arange(36).expand(2, 36), [36, 36])).heads
     assert all(index.tolist()[-6:] == list(range(30, 36)) and len(index) == 17 for index in kept)
     assert_kept([index[:11] for index in kept], naive(q[:, :30], k[:, :30], 4, 3, "mean", 8**-0.5), 11, 30)
@@ -97,9 +96,10 @@ def test_a_share_is_of_each_prompt_and_small_ones_leave_room_for_old_entries() -
     policy = SnapKV(Config(budget=0.25, window=32), SHAPE)
     long, short = policy.begin(400), policy.begin(40)
     assert (long.allow(0, 400), short.allow(0, 40)) == (100, 10)
-    assert not short.wants(0, 35) and short.wants(35, 1) and short.wants(0, 40)
-    assert not short.wants(40, 1), "generated tokens are not observed"
-    assert not policy.begin(4).wants(0, 4) or policy.begin(4).allow(0, 4) < 4
+    assert short.observed(0, 35) == range(35, 35) and short.observed(0, 38) == range(35, 38)
+    assert short.observed(35, 1) == range(35, 36) and short.observed(0, 42) == range(35, 40)
+    assert not short.observed(40, 1), "generated tokens are not observed"
+    assert not policy.begin(4).observed(0, 4) or policy.begin(4).allow(0, 4) < 4
 
 
 def test_memory_is_given_back_and_shared_blocks_stay() -> None:

@@ -22,8 +22,10 @@ def received(
     window: int | None,
     scale: float,
     softcap: float | None,
+    largest: bool = False,
 ) -> Tensor:
-    """mass_GS: softmax weights of the T queries at positions `start` on, summed over them, averaged over R; float32."""
+    """mass_GS: softmax weights of the T queries at positions `start` on, summed over them, averaged over R; or, with
+    `largest`, the largest of both; float32."""
     G, R, T, _ = q_GRTE.shape
     S = entries.k_GSE.shape[1]
     device = q_GRTE.device
@@ -42,5 +44,8 @@ def received(
         at_T1 = torch.arange(start + first, start + first + n, device=device)[:, None]
         hidden_GTS = ~visible(at_T1, entries.position_GS[:, None], window)
         scores_GRTS = (scores_GRTS + bias_GS[:, None, None]).masked_fill_(hidden_GTS[:, None], float("-inf"))
-        mass_GS += scores_GRTS.softmax(-1).sum(2).mean(1)
+        weights_GRTS = scores_GRTS.softmax(-1)
+        mass_GS = (
+            torch.maximum(mass_GS, weights_GRTS.amax((1, 2))) if largest else mass_GS + weights_GRTS.sum(2).mean(1)
+        )
     return mass_GS

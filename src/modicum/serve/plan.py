@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,20 @@ class Segment:
         return self.starts_B[:, None] + np.arange(self.rows)
 
 
+@dataclass(slots=True)
+class Watched:
+    """Tokens of a step that a sequence's policy looks at."""
+
+    work: Work
+    positions: range  # in the sequence
+
+    @property
+    def rows(self) -> slice:
+        """In the step."""
+        first = self.work.at + self.positions.start - self.work.start
+        return slice(first, first + len(self.positions))
+
+
 class AttentionPlan:
     """Of a step's `works` in row order (see `work.arrange`). `watch`: policies see queries and weights. `more_rows`:
     logits of other rows than the step's may be wanted after it."""
@@ -94,16 +108,39 @@ class AttentionPlan:
     ):
         self.more_rows = more_rows
         self.works, self.storage, self.table, self.recent = works, storage, table, recent
-        self.observers = [w for w in works if w.sample.policy.wants(w.start, w.n)] if watch else []
-        self.marked = [w for w in works if w.sample.policy.marks] if watch else []
+        self.observed: list[Watched] = []
+        self.marked: list[Watched] = []
+        for w in works if watch else ():
+            if w.sample.policy.observes and (positions := w.sample.policy.observed(w.start, w.n)):
+                self.observed.append(Watched(w, positions))
+            if w.sample.policy.marks and (positions := w.sample.policy.marked(w.start, w.n)):
+                self.marked.append(Watched(w, positions))
         self.trees = [w for w in works if w.tree is not None]
         self.evicted = [w for w in works if w.sample.pages is not None]
         self.own = [w for w in works if by_policy(w)]
         self.faults: dict[int, Exception] = {}  # by sequence, of policies that failed while they observed
 
+    def show(
+        self, layer: int, tokens: Callable[[Watched], Sequence[Tensor]], mass: Callable[[Watched], Tensor]
+    ) -> None:
+        """Give policies what they look at in a layer: q, k, v (heads, T, E) of observed tokens by `tokens`, mass_GS of
+        marked ones by `mass`. A policy that fails ends its own request."""
+        for watched, marks in ((self.observed, False), (self.marked, True)):
+            for one in watched:
+                sample = one.work.sample
+                if sample.id in self.faults:
+                    continue
+                try:
+                    if marks:
+                        sample.policy.mark(layer, mass(one))
+                    else:
+                        sample.policy.observe(layer, one.positions.start, *tokens(one))
+                except Exception as error:
+                    self.faults[sample.id] = error
+
     @property
     def watched(self) -> bool:
-        return bool(self.observers or self.marked)
+        return bool(self.observed or self.marked)
 
     def of_rows(self, rows: Sequence[int]) -> AttentionPlan | None:
         """The plan of these rows alone, the last ones of their sequences, once all keys are in the cache. None where

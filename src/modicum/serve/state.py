@@ -84,7 +84,7 @@ class State:
     @property
     def watches(self) -> bool:
         """Whether the policy looks at queries or attention weights while they are computed."""
-        return self.policy.observes or self.policy.marks
+        return self.policy.observes or bool(self.policy.marks)
 
     def plan(self, works: Sequence[Work]) -> AttentionPlan:
         """How a step's rows attend."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from modicum.budget.machine import cores, memory_available
+from modicum.model.config import DecoderConfig
 from modicum.model.decoder import Decoder
 from modicum.model.linear import LinearForm
 from modicum.serve import native
@@ -23,7 +24,7 @@ from modicum.serve.drafters import layout
 from modicum.serve.native.describe import Description
 from modicum.serve.native.support import KINDS, stored
 from modicum.serve.pages import Storage
-from modicum.serve.plan import AttentionPlan
+from modicum.serve.plan import AttentionPlan, Watched
 from modicum.serve.work import Work, places_of, positions_of, tokens_of
 
 NO_WINDOW = 1 << 62
@@ -59,19 +60,17 @@ class Native:
     def cannot(self, plan: AttentionPlan) -> str | None:
         if plan.adapted:
             return "rows with adapters"
-        if plan.watched:
-            return "a policy looks at queries or weights"
         if plan.own:
             return "a policy attends in its own way"
         if plan.depth >= self._window:
             return "a drafted branch reaches out of a window"
-        if plan.evicted:
+        if plan.evicted and self.storage.weight_AP is not None:
             if self._window != NO_WINDOW:
-                return "evicted sequences in layers with windows"
-            if any(w.n > 1 for w in plan.evicted):
-                return "several tokens of an evicted sequence"
-            if self.model.config.attention_softcap is not None and self.storage.weight_AP is not None:
+                return "merged entries in layers with windows"
+            if self.model.config.attention_softcap is not None:
                 return "merged entries under a softcap"
+        if plan.marked and plan.trees:
+            return "weights of drafted tokens"
         return None
 
     def __call__(self, plan: AttentionPlan, rows: Sequence[int]) -> Tensor | None:
@@ -88,6 +87,7 @@ class Native:
         if config.embed_scale is not None:
             x_TD = x_TD * torch.tensor(config.embed_scale, dtype=x_TD.dtype)
         x_TD = x_TD.float()
+        seen = _Seen(plan, config, len(position_T)) if plan.watched else None
         logit_row_R = np.array(rows, dtype=np.int64)
         logits_RV = torch.empty(len(rows), config.vocab_size)
         step = native.Step(
@@ -107,9 +107,12 @@ class Native:
             weight_of=None if evicted_T is None or weights is None else weights.data_ptr(),
             logit_row=logit_row_R.ctypes.data,
             logits=logits_RV.data_ptr(),
+            **({} if seen is None else seen.fields),
         )
         if self.library.modicum_step(self._state, ctypes.byref(step)):
             raise MemoryError("no memory for attention scores of a sequence this long")
+        if seen is not None:
+            seen.show(self.model.dtype)
         self._x_TD = x_TD
         if not len(rows):
             return None
@@ -209,5 +212,62 @@ def _evicted(works: Sequence[Work]) -> Any:
     for w in works:
         if (pages := w.sample.pages) is not None:
             table_LGN = pages.table_LGN
-            evicted_T[w.at] = native.EvictedPages(table_LGN.data_ptr(), pages.count_LG.data_ptr(), table_LGN.shape[2])
+            given = table_LGN.data_ptr(), pages.count_LG.data_ptr(), table_LGN.shape[2]
+            for i in range(w.n):
+                evicted_T[w.at + i] = native.EvictedPages(*given, i)
     return evicted_T
+
+
+class _Seen:
+    """What policies look at in a step: memory that the kernels fill, as `fields` of `native.Step` say.
+
+    Shapes: L layers, N observed tokens, G KV heads, S entries, padded; E head dimension.
+    """
+
+    def __init__(self, plan: AttentionPlan, config: DecoderConfig, rows: int):
+        self.plan = plan
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.place: dict[int, slice] = {}  # by sequence: of its tokens among all observed ones
+        row_T, n = np.full(rows, -1), 0
+        for one in plan.observed:
+            self.place[one.work.sample.id] = slice(n, n + len(one.positions))
+            row_T[one.rows] = range(n, n + len(one.positions))
+            n += len(one.positions)
+        self.qkv_LNX = torch.empty(config.layers, n, width)
+        self.mass: dict[int, Tensor] = {}  # by sequence: (L, G, S)
+        marks_T = (native.Marks * rows)()
+        for one in plan.marked:
+            w = one.work
+            entries = w.start if w.sample.pages is None else int(w.sample.pages.count_LG.max())
+            mass_LGS = torch.zeros(config.layers, self.kv_heads, -(-(entries + w.n) // 16) * 16)
+            self.mass[w.sample.id] = mass_LGS
+            for row in range(one.rows.start, one.rows.stop):
+                marks_T[row] = native.Marks(mass_LGS.data_ptr(), mass_LGS.shape[2])
+        self.largest = any(one.work.sample.policy.marks == "max" for one in plan.marked)
+        self.keep = (row_T, marks_T)
+        self.fields: dict[str, int] = {"n_observed": n, "mark_largest": self.largest}
+        if plan.observed:
+            self.fields |= {"observed_row": row_T.ctypes.data, "observed": self.qkv_LNX.data_ptr()}
+        if plan.marked:
+            self.fields["marks"] = ctypes.addressof(marks_T)
+
+    def show(self, dtype: torch.dtype) -> None:
+        """Give it to the policies; queries, keys and values in the model's `dtype`."""
+        if not self.largest:
+            for mass_LGS in self.mass.values():
+                mass_LGS /= self.heads // self.kv_heads
+        for layer in range(len(self.qkv_LNX)):
+
+            def tokens(one: Watched, layer: int = layer) -> Sequence[Tensor]:
+                x_NX = self.qkv_LNX[layer, self.place[one.work.sample.id]].to(dtype)
+                x_HNE = x_NX.unflatten(1, (-1, self.head_dim)).transpose(0, 1)
+                return x_HNE.split([self.heads, self.kv_heads, self.kv_heads])
+
+            def mass(one: Watched, layer: int = layer) -> Tensor:
+                w = one.work
+                pages = w.sample.pages
+                entries = w.start if pages is None else int(pages.count_LG[layer].max())
+                return self.mass[w.sample.id][layer, :, : entries + w.n]
+
+            self.plan.show(layer, tokens, mass)

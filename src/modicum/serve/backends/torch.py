@@ -23,7 +23,7 @@ from modicum.model.decoder import Decoder
 from modicum.serve.drafters import layout
 from modicum.serve.kv import Entries
 from modicum.serve.marks import received
-from modicum.serve.plan import FRESH, PAGES, AttentionPlan, Segment, visible
+from modicum.serve.plan import FRESH, PAGES, AttentionPlan, Segment, Watched, visible
 from modicum.serve.recent import RecentStep
 from modicum.serve.uneven import attend_for
 from modicum.serve.work import Work, positions_of, tokens_of
@@ -267,25 +267,18 @@ class PlannedAttend:
         scale: float,
         softcap: float | None,
     ) -> None:
-        """Show policies what they look at. One that fails ends its own request."""
+        """Show policies what they look at."""
 
-        def observe(w: Work) -> None:
-            rows = slice(w.at, w.at + w.n)
-            w.sample.policy.observe(layer, w.start, q_HTE[:, rows], k_GTE[:, rows], v_GTE[:, rows])
+        def tokens(one: Watched) -> list[Tensor]:
+            return [x_XTE[:, one.rows] for x_XTE in (q_HTE, k_GTE, v_GTE)]
 
-        def mark(w: Work) -> None:
-            q_GRTE = q_HTE[:, w.at : w.at + w.n].unflatten(0, (k_GTE.shape[0], -1))
-            how = {"window": window, "scale": scale, "softcap": softcap}
-            w.sample.policy.mark(layer, received(q_GRTE, self._kept(layer, w), w.start, **how))  # type: ignore[arg-type]
+        def mass(one: Watched) -> Tensor:
+            q_GRTE = q_HTE[:, one.rows].unflatten(0, (k_GTE.shape[0], -1))
+            kept, largest = self._kept(layer, one.work), one.work.sample.policy.marks == "max"
+            how = {"window": window, "scale": scale, "softcap": softcap, "largest": largest}
+            return received(q_GRTE, kept, one.positions.start, **how)  # type: ignore[arg-type]
 
-        faults = self.plan.faults
-        for works, show in ((self.plan.observers, observe), (self.plan.marked, mark)):
-            for w in works:
-                if w.sample.id not in faults:
-                    try:
-                        show(w)
-                    except Exception as error:
-                        faults[w.sample.id] = error
+        self.plan.show(layer, tokens, mass)
 
 
 class _Pages:

@@ -99,9 +99,9 @@ class KVPolicy(Method):
     """Base of the methods, constructed once per engine as `cls(config, shape)`.
 
     A method that does not work with `prefix_cache`, `chunked_prefill`, `sliding_window` (layers that have one) or `gqa`
-    names it in `conflicts`. `observes`: whether `observe` is to be called, for the
-    steps of which `wants` says so.
-    `marks`: whether `mark` is to be called in every step.
+    names it in `conflicts`. `observes`: whether `observe` is to be called, with the tokens that `observed` names.
+    `marks`: whether `mark` is to be called, with the attention weights of the queries that `marked` names: their "sum"
+    or their "max". A step with such tokens stays with the backend that it would have without.
     `drops`: whether `keep` may leave anything out; False spares the question. `tail`: tokens at the end
     of a prompt that a sequence computes itself even where the prefix cache has them, to be observed.
     `attends`: whether sequences of more than `exact` tokens attend by the policy's own `attend`.
@@ -109,7 +109,7 @@ class KVPolicy(Method):
     """
 
     observes: ClassVar[bool] = False
-    marks: ClassVar[bool] = False
+    marks: ClassVar[str] = ""
     attends: ClassVar[bool] = False
     exact: int = 0
     drops: ClassVar[bool] = True
@@ -138,16 +138,21 @@ class KVPolicy(Method):
         """
         raise NotImplementedError
 
-    def wants(self, start: int, n: int) -> bool:
-        """Whether to observe a step that computes the tokens at places `start` .. `start + n - 1`."""
-        return self.observes
+    def observed(self, start: int, n: int) -> range:
+        """Which of the positions `start` .. `start + n - 1` that a step computes are to be observed; often none."""
+        return range(start, start + n)
 
     def observe(self, layer: int, start: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
-        """Queries, keys and values of this step's tokens from place `start` on, after position encoding."""
+        """Queries, keys and values of the observed tokens from place `start` on, after position encoding."""
+
+    def marked(self, start: int, n: int) -> range:
+        """Which of the positions `start` .. `start + n - 1` that a step computes have queries whose weights count."""
+        return range(start, start + n)
 
     def mark(self, layer: int, mass_GS: Tensor) -> None:
-        """Attention that each entry received from this step's queries: softmax weights, summed over the queries and
-        averaged over the query heads of a KV head. S entries in the order of `Entries`, the new tokens' last."""
+        """Attention that each entry received from this step's marked queries, float32: softmax weights, summed over the
+        queries and averaged over the query heads of a KV head, or the largest of both. S entries in the order of
+        `Entries`, the new tokens' last."""
 
     def keep(self, layer: int, entries: Entries) -> Keep:
         """What stays of `entries`; at most `allow` of them per head."""
@@ -176,10 +181,6 @@ class KVPolicy(Method):
         """`allow` as one number for each KV head."""
         most = self.allow(layer, n_tokens)
         return [most] * self.shape.kv_heads if isinstance(most, int) else list(most)
-
-    def watches(self, start: int, n: int) -> bool:
-        """Whether this step's queries or weights are wanted, so that it must be computed where they can be seen."""
-        return self.marks or (self.observes and self.wants(start, n))
 
 
 class SelectPolicy(KVPolicy):
@@ -234,17 +235,15 @@ class ScorePolicy(SelectPolicy):
         without one), all after position encoding. Scores may be given for the first entries only: the others stay."""
         raise NotImplementedError
 
-    def wants(self, start: int, n: int) -> bool:
-        if not (self.observes and start < self.prompt < start + n + self.window):
-            return False
-        return any(self.capacity(layer) < self.prompt for layer in range(self.shape.layers))
+    def observed(self, start: int, n: int) -> range:
+        positions = range(max(start, self.prompt - self.window), min(start + n, self.prompt))
+        drops = positions and any(self.capacity(layer) < self.prompt for layer in range(self.shape.layers))
+        return positions if drops else range(0)
 
     def observe(self, layer: int, start: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
-        first = max(0, self.prompt - self.window - start)
-        new_HTE = q_HTE[:, first : self.prompt - start]
-        if layer in self.queries and start > self.prompt - self.window:
-            new_HTE = torch.cat([self.queries[layer], new_HTE], dim=1)
-        self.queries[layer] = new_HTE.clone()  # not a view that would hold the whole step
+        if start > self.prompt - self.window:
+            q_HTE = torch.cat([self.queries[layer], q_HTE], dim=1)
+        self.queries[layer] = q_HTE.clone()  # not a view that would hold the whole step
 
     def keep(self, layer: int, entries: Entries) -> Keep:
         k_GSE, v_GSE = entries.k_GSE[:, : self.prompt], entries.v_GSE[:, : self.prompt]

@@ -51,8 +51,9 @@ def check_keep_is_within_allow(key: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in range(2):
         q, k, v = (torch.randn(h, 40, 8, generator=generator) for h in (4, 2, 2))
-        if policy.wants(0, 40):
-            policy.observe(layer, 0, q, k, v)
+        if policy.observes and (positions := policy.observed(0, 40)):
+            rows = slice(positions.start, positions.stop)
+            policy.observe(layer, positions.start, q[:, rows], k[:, rows], v[:, rows])
         if policy.marks:
             policy.mark(layer, torch.rand(2, 40, generator=generator))
         position = torch.arange(40).expand(2, 40)

@@ -47,7 +47,7 @@ class H2O(SelectPolicy):
     config: Config
     conflicts = frozenset({"prefix_cache"})
     bounded = True
-    marks = True
+    marks = "sum"
     mass: dict[int, Tensor]  # layer -> (G, S), in the order of the entries
 
     def begin(self, prompt: int) -> KVPolicy:

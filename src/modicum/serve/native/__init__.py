@@ -86,14 +86,20 @@ class Model(ctypes.Structure):
 
 
 class EvictedPages(ctypes.Structure):
-    _fields_ = [("table", POINTER), ("count", POINTER), ("stride", I64)]
+    _fields_ = [("table", POINTER), ("count", POINTER), ("stride", I64), ("before", I64)]
+
+
+class Marks(ctypes.Structure):
+    _fields_ = [("weight", POINTER), ("stride", I64)]
 
 
 class Step(ctypes.Structure):
     _fields_ = [
         *((name, I64) for name in ("rows", "n_logits", "table_stride", "ancestor_stride")),
         *((name, POINTER) for name in ("x", "position", "entry", "slot", "root", "ancestors", "table")),
-        *((name, POINTER) for name in ("evicted", "position_of", "weight_of", "logit_row", "logits")),
+        *((name, POINTER) for name in ("evicted", "position_of", "weight_of", "marks", "observed_row", "observed")),
+        *((name, I64) for name in ("n_observed", "mark_largest")),
+        *((name, POINTER) for name in ("logit_row", "logits")),
     ]
 
 
@@ -159,7 +165,7 @@ def _load(wanted: str, name: str | None) -> tuple[ctypes.CDLL | None, str]:
     loaded.modicum_step.argtypes = (POINTER, ctypes.POINTER(Step))
     loaded.modicum_layout.restype = I64
     loaded.modicum_layout.argtypes = (I64,)
-    for i, kind in enumerate((Matrix, Rope, Layer, Model, Step, EvictedPages)):
+    for i, kind in enumerate((Matrix, Rope, Layer, Model, Step, EvictedPages, Marks)):
         if loaded.modicum_layout(i) != ctypes.sizeof(kind):
             return None, f"the compiled {kind.__name__} has another size than Python's"
     more = ", ".join(f for f in USEFUL if f in processor()) or "plain"

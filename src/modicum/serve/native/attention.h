@@ -8,6 +8,10 @@
  * A row attends to `position + 1` keys. Those of a draft token are not contiguous: up to the tree's root they are, and
  * `ancestors` gives the cache entries of the others. They are staged in the order of positions, in the same groups of
  * 64 as without a tree, so a token's result is bit-identical whether it was drafted or not.
+ *
+ * Where a KV policy goes by attention weights, the softmax also leaves each row's weights, reduced over the query heads of
+ * a KV head; `reduce_marks` then reduces them over rows, one after the other, so that neither the number of threads nor
+ * the company of a sequence changes a bit of them.
  */
 #pragma once
 #include "common.h"
@@ -52,6 +56,10 @@ INLINE int64_t page_at(const Model *m, const EvictedPages *evicted, int64_t head
     return (page * m->block_size + entry % m->block_size) * m->head_dim;
 }
 
+INLINE int64_t entries_before(const EvictedPages *evicted, int64_t head_index) {    /* this row's own one */
+    return evicted->count[head_index] + evicted->before;
+}
+
 INLINE const EvictedPages *pages_of(const Step *s, int64_t row) {
     return s->evicted && s->evicted[row].table ? s->evicted + row : NULL;
 }
@@ -70,7 +78,7 @@ static void write_kv(const Model *m, const Layer *l, int64_t layer, const Step *
     }
     const EvictedPages *evicted = pages_of(s, row);
     int64_t head_index = layer * m->kv_heads + g;
-    int64_t at = evicted ? page_at(m, evicted, head_index, evicted->count[head_index])
+    int64_t at = evicted ? page_at(m, evicted, head_index, entries_before(evicted, head_index))
                          : cache_at(m, layer, g, s, row, s->entry[row]);
     if (evicted) s->position_of[at / E] = (int32_t)s->position[row];
     if (evicted && s->weight_of) s->weight_of[at / E] = 1.0f;
@@ -87,6 +95,7 @@ static void write_kv(const Model *m, const Layer *l, int64_t layer, const Step *
 
 typedef struct {                              /* per-thread scratch memory */
     float *score, *keys, *values;             /* (queries, stride), staged (units, 64), staged (units, E) */
+    float *mark;                              /* (rows of a tile, G, stride), of all threads */
     uint16_t *query;                          /* in bfloat16, (queries, units * 2) */
     int64_t *at, stride;                      /* offset of each key in the cache */
 } AttnScratch;
@@ -173,9 +182,18 @@ static void stage_values(const Model *m, int half, const int64_t *at, int64_t n,
 #endif
 }
 
+enum { SET, ADD, LARGEST };                      /* how weights enter a row of marks */
+
+INLINE void reduce(float *to, __m512 v, int how) {
+    if (how == ADD) v = _mm512_add_ps(_mm512_loadu_ps(to), v);
+    if (how == LARGEST) v = _mm512_max_ps(_mm512_loadu_ps(to), v);
+    _mm512_storeu_ps(to, v);
+}
+
 /* Weights of keys first .. last - 1 in place of their scores, 0 elsewhere in 0 .. high - 1; as bfloat16 if `half`,
- * then in the first half of the row. */
-static void softmax(float *score, int64_t high, int64_t first, int64_t last, float softcap, int half) {
+ * then in the first half of the row. In float32 they also go to `mark`, unless it is NULL, by vectors that hold any. */
+static void softmax(float *score, int64_t high, int64_t first, int64_t last, float softcap, int half, float *mark,
+                    int how) {
     const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     for (int64_t s = first / 16 * 16; s < last; s += 16) {
@@ -198,6 +216,7 @@ static void softmax(float *score, int64_t high, int64_t first, int64_t last, flo
     for (int64_t s = 0; s < high; s += 16) {
         __m512 v = s + 16 <= first || s >= last ? _mm512_setzero_ps()
                                                 : _mm512_mul_ps(_mm512_load_ps(score + s), inverse_sum);
+        if (mark && s + 16 > first && s < last) reduce(mark + s, v, how);
         if (half) _mm256_store_si256((__m256i *)((uint16_t *)score + s), narrow(v));
         else _mm512_store_ps(score + s, v);
     }
@@ -268,10 +287,21 @@ static int64_t tree_offsets(const Model *m, int64_t layer, int64_t g, const Step
     return n;
 }
 
-/* Offsets of all entries of a head of a sequence with evicted entries, the new one included. Returns the number. */
-static int64_t page_offsets(const Model *m, const EvictedPages *evicted, int64_t head_index, int64_t *at) {
-    for (int64_t i = 0; i <= evicted->count[head_index]; i++) at[i] = page_at(m, evicted, head_index, i);
-    return evicted->count[head_index] + 1;
+/* Offsets of the first n entries of a head of a sequence with evicted entries. */
+static void page_offsets(const Model *m, const EvictedPages *evicted, int64_t head_index, int64_t n, int64_t *at) {
+    for (int64_t i = 0; i < n; i++) at[i] = page_at(m, evicted, head_index, i);
+}
+
+/* The entries that a row sees, first .. last - 1, its own one the last. */
+static void visible_entries(const Model *m, const Layer *l, int64_t layer, int64_t g, const Step *s, int64_t row,
+                            int64_t *first, int64_t *last) {
+    const EvictedPages *evicted = pages_of(s, row);
+    int64_t head_index = layer * m->kv_heads + g, position = s->position[row];
+    *last = evicted ? entries_before(evicted, head_index) + 1 : position + 1;
+    *first = 0;
+    if (!l->window) return;
+    if (!evicted) *first = max_i64(0, *last - l->window);
+    else while (s->position_of[page_at(m, evicted, head_index, *first) / m->head_dim] <= position - l->window) ++*first;
 }
 
 /* Add log(n) to the scores, which begin at `from`, of an entry that represents n merged tokens. */
@@ -312,8 +342,10 @@ static void attend(const Model *m, const Layer *l, int64_t layer, const Step *s,
                              _mm512_maskz_loadu_ps(e < E ? tail16(E - e) : 0, from + e));
     }
     const EvictedPages *evicted = pages_of(s, row);
-    if (evicted) high = page_offsets(m, evicted, layer * m->kv_heads + g, scratch->at);
-    else block_offsets(m, layer, g, s, row, low, high, scratch->at);
+    if (evicted) {
+        low = 0, high = entries_before(evicted, layer * m->kv_heads + g) + n;
+        page_offsets(m, evicted, layer * m->kv_heads + g, high, scratch->at);
+    } else block_offsets(m, layer, g, s, row, low, high, scratch->at);
     for (int64_t i = 0; i < high - low; i += KEY_BLOCK) {
         int64_t n_keys = min_i64(KEY_BLOCK, high - low - i);
         stage_keys(m, half, scratch->at + i, n_keys, scratch->keys);
@@ -322,15 +354,19 @@ static void attend(const Model *m, const Layer *l, int64_t layer, const Step *s,
     }
     int64_t *tail = scratch->at + high - low;
     for (int64_t r = 0; r < n; r++) {
-        int64_t last = evicted ? high : s->position[row + r] + 1 - low;
-        int64_t first = l->window ? max_i64(0, last - l->window) : 0;    /* no windows where entries are evicted */
+        int64_t first, last;
+        visible_entries(m, l, layer, g, s, row + r, &first, &last);
+        first -= low, last -= low;
+        float *mark = s->marks && s->marks[row + r].weight
+                          ? scratch->mark + ((row + r) * m->kv_heads + g) * scratch->stride + low : NULL;
         int64_t n_keys = drafted ? tree_offsets(m, layer, g, s, row + r, high, tail) : 0;
         for (int64_t i = 0; i < n_keys; i += KEY_BLOCK) {
             stage_keys(m, half, tail + i, min_i64(KEY_BLOCK, n_keys - i), scratch->keys);
             score_block(m, scratch, half, q_of, r * R, (r + 1) * R, high - low + i, l->scale);
         }
         for (int64_t a = r * R; a < (r + 1) * R; a++)
-            softmax(scratch->score + a * scratch->stride, drafted ? last : high - low, first, last, m->softcap, half);
+            softmax(scratch->score + a * scratch->stride, drafted ? last : high - low, first, last, m->softcap, half, mark,
+                    a == r * R ? SET : s->mark_largest ? LARGEST : ADD);
     }
     for (int64_t i = 0; i < high - low; i += KEY_BLOCK) {
         int64_t n_keys = min_i64(KEY_BLOCK, high - low - i);
@@ -343,6 +379,25 @@ static void attend(const Model *m, const Layer *l, int64_t layer, const Step *s,
             stage_values(m, half, tail + i, min_i64(KEY_BLOCK, n_keys - i), scratch->values, lde);
             value_block(m, scratch, half, out_of, r * R, (r + 1) * R, high - low + i, min_i64(KEY_BLOCK, n_keys - i),
                         lde, high == low && i == 0);
+        }
+    }
+}
+
+/* Weights that the rows of a tile have left in `mark`, row by row, into the accumulators of their sequences; this thread's
+ * part of the entries. */
+static void reduce_marks(const Model *m, const Layer *l, int64_t layer, const Step *s, int64_t rows,
+                         const AttnScratch *scratch, int id, int threads) {
+    for (int64_t row = 0; row < rows; row++) {
+        const Marks *marks = s->marks + row;
+        if (!marks->weight) continue;
+        int64_t vectors = marks->stride / 16, low = vectors * id / threads * 16, high = vectors * (id + 1) / threads * 16;
+        for (int64_t g = 0; g < m->kv_heads; g++) {
+            int64_t first, last;
+            visible_entries(m, l, layer, g, s, row, &first, &last);
+            float *to = marks->weight + (layer * m->kv_heads + g) * marks->stride;
+            const float *from = scratch->mark + (row * m->kv_heads + g) * scratch->stride;
+            for (int64_t e = max_i64(low, first / 16 * 16); e < min_i64(high, last); e += 16)
+                reduce(to + e, _mm512_loadu_ps(from + e), s->mark_largest ? LARGEST : ADD);
         }
     }
 }

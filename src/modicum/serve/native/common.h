@@ -56,8 +56,13 @@ typedef struct {
 
 typedef struct {          /* of a sequence with evicted entries: pages and entries of each head of each layer */
     const int64_t *table, *count;             /* (layers, G, stride), (layers, G); NULL: nothing is evicted */
-    int64_t stride;
+    int64_t stride, before;                   /* before: rows of the sequence in this step that precede this one */
 } EvictedPages;
+
+typedef struct {          /* of a row whose attention weights a KV policy wants; reduced over rows and query heads */
+    float *weight;                            /* (layers, G, stride), entries in the order of the cache; NULL: not wanted */
+    int64_t stride;                           /* a multiple of 16 */
+} Marks;
 
 typedef struct {
     int64_t rows, n_logits, table_stride, ancestor_stride;
@@ -65,9 +70,13 @@ typedef struct {
     const int64_t *position, *entry, *slot;   /* per row; entry: index in the sequence's cache that it is written to */
     const int64_t *root, *ancestors;          /* of draft rows, see attention.h; NULL: none; root -1: not a draft */
     const int64_t *table;                     /* of blocks, by slot */
-    const EvictedPages *evicted;              /* per row, NULL if no sequence has any; such a row is a task by itself */
+    const EvictedPages *evicted;              /* per row, NULL if no sequence has any */
     int32_t *position_of;                     /* position in its sequence of each entry of each page */
     float *weight_of;                         /* number of merged tokens of each entry; NULL: one each */
+    const Marks *marks;                       /* per row, NULL if no row is marked */
+    const int64_t *observed_row;              /* per row: where in `observed` its q, k and v go, -1: nowhere; or NULL */
+    float *observed;                          /* (layers, n_observed, (H + 2 G) E), after norms and rotation */
+    int64_t n_observed, mark_largest;         /* mark_largest: the largest weight of each entry, not their sum */
     const int64_t *logit_row;                 /* rows whose logits are computed */
     float *logits;                            /* (n_logits, V) */
 } Step;

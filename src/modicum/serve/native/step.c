@@ -23,7 +23,8 @@ typedef struct {
 typedef struct {
     Model m;
     int64_t queries;                          /* maximum of a task */
-    float *qkv, *mixed, *hidden, *branch, *cos_sin;
+    float *qkv, *mixed, *hidden, *branch, *cos_sin, *mark;
+    int64_t mark_size;                        /* floats of `mark`, which is made when a step first needs it */
     Thread *thread;
     Activations act;                                  /* of all threads, where they divide the rows */
     Barrier barrier;
@@ -68,7 +69,7 @@ void modicum_close(State *s) {
         free(thread->attn.at);
     }
     free_activations(&s->act), free(s->thread), free(s->qkv), free(s->mixed), free(s->hidden);
-    free(s->branch), free(s->cos_sin), free(s);
+    free(s->branch), free(s->cos_sin), free(s->mark), free(s);
 }
 
 /* Returns NULL, with nothing allocated, when memory is short. The arrays of `model` must outlive the state. */
@@ -213,6 +214,8 @@ static void attention(State *s, Thread *thread, const Step *step, float *x, int6
         const float *cos_sin = l->rope < 0 ? NULL : s->cos_sin + (l->rope * ROW_TILE + n) * m->rotated;
         for (int64_t g = 0; g < m->kv_heads; g++)
             write_kv(m, l, i, step, n, g, q, q + HE, q + HE + GE, q_scale, k_scale, cos_sin);
+        if (step->observed_row && step->observed_row[n] >= 0)
+            memcpy(step->observed + (i * step->n_observed + step->observed_row[n]) * QKV, q, 4 * QKV);
     }
     barrier_wait(&s->barrier, threads);
     for (int64_t n = 0, job = 0; n < rows;) {
@@ -226,6 +229,7 @@ static void attention(State *s, Thread *thread, const Step *step, float *x, int6
         n += n_rows;
     }
     barrier_wait(&s->barrier, threads);
+    if (step->marks) reduce_marks(m, l, i, step, rows, &thread->attn, id, threads);
     output_projection(s, thread, &l->o, s->mixed, HE, x, l->attention_out_norm != NULL, rows, id, threads);
     prefetch_weights(l->gate.weight ? &l->gate : &l->up, id, threads);
     barrier_wait(&s->barrier, threads);
@@ -267,6 +271,8 @@ static void tile(State *s, const Step *full, int64_t from, int64_t rows, int id,
     Step step = *full;
     step.position += from, step.entry += from, step.slot += from;
     if (step.evicted) step.evicted += from;
+    if (step.marks) step.marks += from;
+    if (step.observed_row) step.observed_row += from;
     if (step.root) step.root += from, step.ancestors += from * step.ancestor_stride;
     barrier_wait(&s->barrier, threads);
     rope_angles(s, &step, rows, id, threads);
@@ -303,6 +309,15 @@ int modicum_step(State *s, const Step *step) {
         attn->stride = failed ? 0 : stride;
         if (failed) return 1;
     }
+    if (step->marks) {
+        int64_t size = min_i64(step->rows, ROW_TILE) * s->m.kv_heads * s->thread[0].attn.stride;
+        if (size > s->mark_size) {
+            int failed = 0;
+            free(s->mark), s->mark = alloc_aligned(4 * size, &failed), s->mark_size = failed ? 0 : size;
+            if (failed) return 1;
+        }
+        for (int64_t t = 0; t < s->m.threads; t++) s->thread[t].attn.mark = s->mark;
+    }
     s->barrier.waiting = 0;
 #pragma omp parallel num_threads((int)s->m.threads)
     {
@@ -318,6 +333,6 @@ int modicum_step(State *s, const Step *step) {
 
 int64_t modicum_layout(int64_t which) {    /* sizes, against which Python checks its ctypes structures */
     const int64_t sizes[] = {sizeof(Matrix), sizeof(Rope), sizeof(Layer), sizeof(Model), sizeof(Step),
-                             sizeof(EvictedPages)};
-    return which < 6 ? sizes[which] : 0;
+                             sizeof(EvictedPages), sizeof(Marks)};
+    return which < 7 ? sizes[which] : 0;
 }
