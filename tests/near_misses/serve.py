@@ -3,6 +3,28 @@
 from near_misses import Mutation
 
 MUTATIONS = (
+    # serve: sessions, and entries that a policy replaces
+    Mutation(
+        "idle sessions do not count as free",
+        "serve/schedule.py",
+        "state.scheduler.state(state.cache.free_blocks, state.clock())",
+        "state.scheduler.state(state.blocks.free, state.clock())",
+        "serve/test_session.py::test_an_idle_session_gives_way_before_anybody_is_preempted",
+    ),
+    Mutation(
+        "a turn that is computed anew is compressed at its own end",
+        "serve/session.py",
+        "context = self._context if tokens else compress_at",
+        "context = compress_at",
+        "serve/test_session.py::test_what_an_evicting_policy_kept_stays",
+    ),
+    Mutation(
+        "keys are replaced and values are not",
+        "serve/pages.py",
+        "k_CE, v_CE = (x.to(k_CE.dtype) for x in instead)",
+        "k_CE = instead[0].to(k_CE.dtype)",
+        "serve/test_replaced.py::test_a_mean_with_the_evicted_neighbour_is_that_of_a_loop",
+    ),
     # serve: what policies look at, by the kernels
     Mutation(
         "weights of one query head of a KV head",

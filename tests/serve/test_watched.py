@@ -172,6 +172,13 @@ def outputs(e: Engine, mode: str = "") -> list[Output]:
     return results
 
 
+def assert_same(found: list[Output], truth: list[Output]) -> None:
+    for a, b in zip(found, truth, strict=True):
+        assert a.tokens and a.tokens == b.tokens
+        for x, y in zip(a.completions[0].logprobs, b.completions[0].logprobs, strict=True):
+            assert abs(x.logprob - y.logprob) < 2e-4
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("key", registry.methods("kv"))
 def test_every_policy_says_the_same_by_the_kernels(key: str, mode: str) -> None:
@@ -185,10 +192,7 @@ def test_every_policy_says_the_same_by_the_kernels(key: str, mode: str) -> None:
         pytest.skip("needs whole prompts")
     model = decoder()
     mine, truth = (engine(model, backend, kv, **config) for backend in ("native", "torch"))
-    for a, b in zip(outputs(mine, mode), outputs(truth, mode), strict=True):
-        assert a.tokens and a.tokens == b.tokens
-        for x, y in zip(a.completions[0].logprobs, b.completions[0].logprobs, strict=True):
-            assert abs(x.logprob - y.logprob) < 2e-4
+    assert_same(outputs(mine, mode), outputs(truth, mode))
     assert mine.stats()["thinnings"] == truth.stats()["thinnings"] > 0 or not loaded.cls.drops
     assert mine.stats()["preemptions"] == (2 if mode == "preempted" else 0)
 
@@ -197,5 +201,5 @@ def test_every_policy_says_the_same_by_the_kernels(key: str, mode: str) -> None:
 def test_layers_with_windows_and_caps_thin_by_the_kernels(kv: str) -> None:
     model = decoder("windows and caps")
     mine, truth = (engine(model, backend, kv) for backend in ("native", "torch"))
-    assert [o.tokens for o in outputs(mine)] == [o.tokens for o in outputs(truth)]
+    assert_same(outputs(mine), outputs(truth))
     assert mine.stats()["thinnings"] > 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from modicum.serve.recent import Recent, coded_after
 from modicum.serve.request import Sample
 from modicum.serve.table import BlockTable
 from modicum.serve.uneven import largest
+
+T = TypeVar("T")
 
 
 class Cache:
@@ -45,6 +49,10 @@ class Cache:
         self.recent = None if form.rowwise else Recent(self.storage, config.max_sequences, head_dim)
         self.beside: list[Storage] = []  # of models that run beside (`serve.guided`): the same blocks
         self.slots = list(range(config.max_sequences - 1, -1, -1))
+        self.idle: OrderedDict[int, Sample] = (
+            OrderedDict()
+        )  # by session: its last turn, over, with entries; latest last
+        self.session_of: dict[int, int] = {}  # by request, of those that are turns of a session
         self.thinnings = 0
 
     @property
@@ -65,9 +73,26 @@ class Cache:
         running = len(self.table.numbers) - len(self.slots)
         return int(blocks) + (0 if self.recent is None else running * self.recent.bytes_per_sequence)
 
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that can be taken now; idle sessions give theirs when there are no others."""
+        return self.blocks.free + sum(map(self._own, self.idle.values()))
+
+    def _own(self, sample: Sample) -> int:
+        """Blocks that come free with a sequence's entries."""
+        if sample.pages is not None:
+            return int(sample.pages.pages_LG.sum()) // self.storage.pages_per_block
+        return sum(self.blocks.references[b] == 1 for b in sample.blocks)
+
     def look_up(self, sample: Sample) -> None:
-        """Note in a waiting job what the prefix cache holds of it now."""
+        """Note in a waiting job what of it is in the cache now: its session's entries, or a prefix."""
         P, job, prompt = self.block_size, sample.job, len(sample.request.prompt)
+        if (before := self.turn_before(sample)) is not None:
+            job.hit = before.job.computed
+            job.revived = max(0, self._own(before) - (job.hit % P > 0))  # its last block has room
+            return
+        if not self.finds:
+            return
         chain(sample.tokens, P, sample.names, sample.salt)
         most = job.length - 1
         if self.policy.tail > 1:  # the prompt's tail is observed, also when generated tokens follow it by now
@@ -81,6 +106,15 @@ class Cache:
     def load(self, sample: Sample) -> None:
         """Give an admitted sequence a slot and the blocks that `look_up` promised."""
         P = self.block_size
+        before = self.turn_before(sample)
+        if before is not None and before.job.computed == sample.job.hit:
+            del self.idle[self.session_of[sample.request.id]]
+            sample.blocks, sample.pages, before.blocks, before.pages = before.blocks, before.pages, [], None
+            sample.policy, sample.names = before.policy, before.names
+            sample.slot, sample.published, sample.coded = self.slots.pop(), before.published, before.coded
+            self.table.hold(sample.slot, 0, sample.blocks)
+            sample.job.own = len(sample.blocks)
+            return
         sample.blocks = self.blocks.find(sample.names[: sample.job.hit // P])
         if len(sample.blocks) * P != sample.job.hit:
             raise ModicumError(f"{sample.job.hit} cached tokens were promised, {len(sample.blocks) * P} are there")
@@ -92,20 +126,33 @@ class Cache:
     def has_room(self, sample: Sample, n: int) -> bool:
         """Blocks or pages for `n` more tokens; False if there are too few, and then none is taken."""
         try:
-            if sample.pages is not None:
-                self.storage.grow(sample.pages, n, self.pages)
-            else:
-                owned = len(sample.blocks)
-                more = -(-(sample.job.computed + n) // self.block_size) - owned
-                if more > 0:
-                    new = self.blocks.take(more)
-                    self.table.hold(sample.slot, owned, new)
-                    sample.blocks += new
-                    sample.job.own += more
+            self._taking(lambda: self._grow(sample, n))
         except OutOfBlocks:
             return False
         self._measure(sample)
         return True
+
+    def _grow(self, sample: Sample, n: int) -> None:
+        if sample.pages is not None:
+            self.storage.grow(sample.pages, n, self.pages)
+            return
+        owned = len(sample.blocks)
+        more = -(-(sample.job.computed + n) // self.block_size) - owned
+        if more > 0:
+            new = self.blocks.take(more)
+            self.table.hold(sample.slot, owned, new)
+            sample.blocks += new
+            sample.job.own += more
+
+    def _taking(self, take: Callable[[], T]) -> T:
+        """What `take` returns; idle sessions give up their entries until it succeeds, the longest idle first."""
+        while True:
+            try:
+                return take()
+            except OutOfBlocks:
+                if not self.idle:
+                    raise
+                self.drop(next(iter(self.idle)))
 
     def trim(self, sample: Sample) -> None:
         """Give back the blocks past what is computed: drafts had them. Not for thinned sequences."""
@@ -166,7 +213,7 @@ class Cache:
             lifted.append(self.storage.lift(entries, sample.policy.keep(layer, entries)))
         self.give_back(sample)
         try:
-            sample.pages = self.storage.lay(lifted, self.pages)
+            sample.pages = self._taking(lambda: self.storage.lay(lifted, self.pages))
         except OutOfBlocks:
             return False
         self.thinnings += 1
@@ -197,6 +244,23 @@ class Cache:
         self.blocks.release(sample.blocks)
         sample.blocks = []
         sample.job.own = 0
+
+    def turn_before(self, sample: Sample) -> Sample | None:
+        """The last turn of a sequence's session, which it goes on from, if its entries are in the cache."""
+        before = self.idle.get(self.session_of.get(sample.request.id, -1))
+        return before if before is not None and before.salt == sample.salt else None  # not of a former adapter
+
+    def rest(self, session: int, sample: Sample) -> None:
+        """A session's turn is over: its slot comes free, its entries wait for the next turn."""
+        self.drop(session)
+        self.slots.append(sample.slot)
+        sample.slot, sample.job.own = -1, 0
+        self.idle[session] = sample
+
+    def drop(self, session: int) -> None:
+        """Give back what an idle session holds; the next turn computes it anew. Unknown ones are ignored."""
+        if (sample := self.idle.pop(session, None)) is not None:
+            self.give_back(sample)
 
     def unload(self, sample: Sample) -> None:
         """Give everything back, the slot too; the sequence's tokens stay known, its policy starts over."""

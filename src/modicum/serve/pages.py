@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from modicum.budget.units import bytes_text
-from modicum.core.errors import UserError
+from modicum.core.errors import ModicumError, UserError
 from modicum.model.config import DecoderConfig
 from modicum.serve.blocks import PagePool
 from modicum.serve.cacheforms import CacheForm
@@ -133,7 +133,12 @@ class Storage:
         for g, index in enumerate(keep.heads):
             index = index.to(self.device)
             weight = None if entries.weight_GS is None else entries.weight_GS[g, index]
-            head: Lifted = (entries.k_GSE[g, index], entries.v_GSE[g, index], entries.position_GS[g, index], weight)
+            k_CE, v_CE = entries.k_GSE[g, index], entries.v_GSE[g, index]
+            if keep.replaced is not None and (instead := keep.replaced[g]) is not None:
+                if any(x.shape != k_CE.shape for x in instead):
+                    raise ModicumError(f"{len(index)} entries are replaced by {[tuple(x.shape) for x in instead]}")
+                k_CE, v_CE = (x.to(k_CE.dtype) for x in instead)
+            head: Lifted = (k_CE, v_CE, entries.position_GS[g, index], weight)
             new = keep.merged[g] if keep.merged is not None else None
             if new is not None:
                 ones = torch.ones(len(index), device=self.device) if weight is None else weight

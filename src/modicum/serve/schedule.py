@@ -18,16 +18,21 @@ def schedule(state: State, updates: list[Update]) -> Plan:
             f"its cache was needed by others, and "
             f"{late.length} tokens are too many to compute anew in {state.cache.capacity}",
         )
-    return state.scheduler.plan(state.scheduler.state(state.blocks.free, state.clock()))
+    while True:
+        plan = state.scheduler.plan(state.scheduler.state(state.cache.free_blocks, state.clock()))
+        if plan.run or plan.preempt or not (state.cache.idle and state.scheduler.waiting) or state.scheduler.running:
+            return plan
+        state.cache.drop(next(iter(state.cache.idle)))  # nothing else runs, and there was no room beside it
+        hint(state)
 
 
 def hint(state: State) -> None:
-    """Tell the scheduler what the prefix cache holds of the jobs it could admit next."""
+    """Tell the scheduler what the cache holds of the jobs it could admit next."""
     for job in state.hinted:
         job.hit = job.revived = 0
     state.hinted.clear()
     free_slots = state.config.max_sequences - len(state.scheduler.running)
-    if not state.config.prefix_cache or free_slots <= 0:
+    if not (state.config.prefix_cache or state.cache.idle) or free_slots <= 0:
         return
     tokens = state.config.max_batch_tokens
     for job in state.scheduler.waiting[:free_slots]:

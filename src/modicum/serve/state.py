@@ -123,7 +123,11 @@ class State:
         if suspect:
             self.cache.distrust(sample)
         sample.finish = finish
-        self.cache.unload(sample)
+        session = self.cache.session_of.pop(sample.request.id, None)
+        if session is not None and sample.slot >= 0 and finish != "error":
+            self.cache.rest(session, sample)
+        else:
+            self.cache.unload(sample)
         self.scheduler.remove(sample.id)
         self.samples.pop(sample.id, None)
         request = sample.request
@@ -148,6 +152,7 @@ class State:
             "waiting": len(self.scheduler.waiting),
             "blocks": self.blocks.n_blocks,
             "free_blocks": self.blocks.free,
+            "idle_sessions": len(self.cache.idle),
             "used_blocks": used,
             "remembered_blocks": self.blocks.remembered,
             "evicted_blocks": self.blocks.evictions,

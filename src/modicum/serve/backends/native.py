@@ -228,10 +228,10 @@ class _Seen:
         self.plan = plan
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.place: dict[int, slice] = {}  # by sequence: of its tokens among all observed ones
+        self.slice_of: dict[int, slice] = {}  # by sequence: of its tokens among all observed ones
         row_T, n = np.full(rows, -1), 0
         for one in plan.observed:
-            self.place[one.work.sample.id] = slice(n, n + len(one.positions))
+            self.slice_of[one.work.sample.id] = slice(n, n + len(one.positions))
             row_T[one.rows] = range(n, n + len(one.positions))
             n += len(one.positions)
         self.qkv_LNX = torch.empty(config.layers, n, width)
@@ -260,7 +260,7 @@ class _Seen:
         for layer in range(len(self.qkv_LNX)):
 
             def tokens(one: Watched, layer: int = layer) -> Sequence[Tensor]:
-                x_NX = self.qkv_LNX[layer, self.place[one.work.sample.id]].to(dtype)
+                x_NX = self.qkv_LNX[layer, self.slice_of[one.work.sample.id]].to(dtype)
                 x_HNE = x_NX.unflatten(1, (-1, self.head_dim)).transpose(0, 1)
                 return x_HNE.split([self.heads, self.kv_heads, self.kv_heads])
 

@@ -88,11 +88,14 @@ class Merged:
 class Keep:
     """Per KV head the entries that stay: ascending indices (int64) into its S entries.
 
-    `merged`, if given, holds for each head the new entries that are put before those, or None.
+    `merged`, if given, holds for each head the new entries that are put before those, or None. `replaced` holds for
+    each head (k_CE, v_CE) of its C kept entries, in their order, that are stored instead of what they were, or None;
+    they go on standing for as many tokens as before.
     """
 
     heads: Sequence[Tensor]
     merged: Sequence[Merged | None] | None = None
+    replaced: Sequence[tuple[Tensor, Tensor] | None] | None = None
 
 
 class KVPolicy(Method):

@@ -65,6 +65,8 @@ def check_keep_is_within_allow(key: str) -> None:
             assert n_entries <= allowed, f"{n_entries} entries are kept, {allowed} were allowed"
             assert len(index) > 0 and bool((index.diff() > 0).all()), "kept entries must ascend"
             assert int(index[0]) >= 0 and int(index[-1]) < 40, "a kept entry does not exist"
+        for index, instead in zip(kept, keep.replaced or (), strict=bool(keep.replaced)):
+            assert instead is None or all(x.shape == (len(index), 8) for x in instead), "replaced are not those kept"
 
 
 def check_short_sequences_are_exact(key: str) -> None:
