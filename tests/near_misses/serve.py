@@ -66,7 +66,7 @@ MUTATIONS = (
         "serve/plan.py",
         "first = self.work.at + self.positions.start - self.work.start",
         "first = self.work.at",
-        "serve/test_snapkv.py",
+        "serve/test_watched.py::test_what_is_looked_at_are_the_positions_that_were_named",
     ),
     # serve: a cache kept by attention, entropy and a gradient
     Mutation(
@@ -216,8 +216,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a policy that fails to observe ends the step",
-        "serve/backends/torch.py",
-        "faults[w.sample.id] = error",
+        "serve/plan.py",
+        "self.faults[sample.id] = error",
         "raise error",
         "serve/test_kv.py::test_a_policy_that_fails_ends_its_own_request_alone",
     ),

@@ -67,7 +67,7 @@ class Noted(KVPolicy):
         return range(start + min(self.skipped, n - 1), start + n)
 
     def observe(self, layer: int, start: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
-        self.tokens[layer, start] = torch.cat([x.flatten(1) for x in (q_HTE, k_GTE, v_GTE)]).float()
+        self.tokens[layer, start] = torch.cat([q_HTE, k_GTE, v_GTE]).float()
 
     def mark(self, layer: int, mass_GS: Tensor) -> None:
         self.mass[layer, len(self.mass)] = mass_GS.clone()
@@ -76,6 +76,15 @@ class Noted(KVPolicy):
         index = torch.arange(0, self.prompt, 3)
         rest = torch.arange(self.prompt, entries.counts[0])
         return Keep([torch.cat([index, rest])] * self.shape.kv_heads)
+
+
+class Late(Noted):
+    """Looks at the positions from 30 on."""
+
+    def observed(self, start: int, n: int) -> range:
+        return range(max(start, 30), start + n)
+
+    marked = observed
 
 
 class Largest(Noted):
@@ -112,6 +121,19 @@ def test_queries_and_weights_are_those_of_the_decoder(policy: type[Noted], name:
         sums = {float(m.sum()) for m in found[0][1].mass.values()}
         assert max(sums) > 30, "rows of a piece are summed, not averaged"
     assert all(float(m.max()) <= 1.0001 for one in found[0] for m in one.mass.values()) or policy is Noted
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_what_is_looked_at_are_the_positions_that_were_named(backend: str) -> None:
+    model = decoder()
+    everything, late = (noted(engine(model, backend), policy, PROMPTS)[1] for policy in (Noted, Late))
+    for layer in range(2):
+        assert torch.equal(late.tokens[layer, 30], everything.tokens[layer, 0][:, 30:])
+        got, whole = (one.mass[layer, layer] for one in (late, everything))
+        assert torch.allclose(got.sum(1), torch.tensor(60.0)) and torch.allclose(whole.sum(1), torch.tensor(90.0))
+        assert torch.allclose(got[:, 89], whole[:, 89]), "the last one is seen by itself alone"
+    with pytest.raises(KeyError):
+        late.tokens[0, 0]
 
 
 def test_weights_in_bfloat16_are_those_of_the_softmax() -> None:

@@ -276,7 +276,7 @@ class PlannedAttend:
             q_GRTE = q_HTE[:, one.rows].unflatten(0, (k_GTE.shape[0], -1))
             kept, largest = self._kept(layer, one.work), one.work.sample.policy.marks == "max"
             how = {"window": window, "scale": scale, "softcap": softcap, "largest": largest}
-            return received(q_GRTE, kept, one.positions.start, **how)  # type: ignore[arg-type]
+            return received(q_GRTE, kept, one.positions.start, **how)
 
         self.plan.show(layer, tokens, mass)
 
