@@ -3,6 +3,14 @@
 from near_misses import Mutation
 
 MUTATIONS = (
+    # serve: chunks by FlexAttention
+    Mutation(
+        "a chunk behind cached tokens sees as if it was the first",
+        "serve/backends/flex.py",
+        "self._causal.block_mask(T, S, window, q_GBRTE.device)",
+        "self._causal.block_mask(T, T, window, q_GBRTE.device)",
+        "serve/test_flex.py::test_chunks_attend_as_ever",
+    ),
     # serve: sessions, and entries that a policy replaces
     Mutation(
         "idle sessions do not count as free",

@@ -6,6 +6,7 @@ from modicum.core.errors import UserError
 from modicum.model.decoder import Decoder
 from modicum.serve import native
 from modicum.serve.backends import Backend, Runner
+from modicum.serve.backends.flex import Flex, wanted
 from modicum.serve.backends.graphs import Graphs, unfit
 from modicum.serve.backends.native import Native
 from modicum.serve.backends.routed import Routing, has_routers
@@ -38,4 +39,6 @@ def make_runner(
             backends.insert(0, Graphs(model, storage, table))
     elif library is not None and lacking is None:
         backends.insert(0, Native(model, storage, library, eight))
+    if last.routing is None and (flex := wanted()) is not None:
+        backends.insert(len(backends) - 1 if model.device.type == "cuda" else 0, Flex(model, flex == "compiled"))
     return Runner(*backends)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modicum.model.attend import attention
+from modicum.model.attend import Attend, attention
 from modicum.model.attention import AttentionPattern
 from modicum.model.decoder import Decoder
 from modicum.serve.drafters import layout
@@ -58,11 +58,14 @@ class Torch:
             return self.logits(rows) if len(rows) else None
         if self.model.config.source_layer is not None and (few := plan.of_rows(rows)) is not None:
             return self._early(plan, few, rows, tokens_1T, positions_1T)
-        attend = attend_for(PlannedAttend(plan), self.model.config)
-        self._h_TD = self.model.hidden(tokens_1T, positions_BT=positions_1T, attend=attend)[0]
+        self._h_TD = self.model.hidden(tokens_1T, positions_BT=positions_1T, attend=self.attend(plan))[0]
         if not len(rows):
             return None
         return self.model.head(self._h_TD) if len(rows) == len(self._h_TD) else self.logits(rows)
+
+    def attend(self, plan: AttentionPlan) -> Attend:
+        """How the layers of a step attend."""
+        return attend_for(PlannedAttend(plan), self.model.config)
 
     def _early(
         self, plan: AttentionPlan, few: AttentionPlan, rows: Sequence[int], tokens_1T: Tensor, positions_1T: Tensor
@@ -141,12 +144,32 @@ class PlannedAttend:
                 out_GBRTE = self._by_policy(layer, i, segment, q_GBRTE, scale, softcap)
             else:
                 k_GBSE, v_GBSE, mask = self._keys(layer, i, segment, window, pattern, k_GTE, v_GTE)
-                out_GBRTE = _attention(q_GBRTE, k_GBSE, v_GBSE, mask, scale, softcap)
+                how = {"window": window, "scale": scale, "softcap": softcap}
+                out_GBRTE = self._mix(segment, q_GBRTE, k_GBSE, v_GBSE, mask, **how)  # type: ignore[arg-type]
             out_TGRE[rows] = out_GBRTE.permute(1, 3, 0, 2, 4).flatten(0, 1)
         if self._recent is not None:
             self._recent.write(layer, k_GTE, v_GTE)
         self._watch(layer, q_HTE, k_GTE, v_GTE, window, scale, softcap)
         return out_TGRE.view(T, H, E).transpose(0, 1)[None]
+
+    def _unmasked(self, segment: Segment, window: int | None, pattern: AttentionPattern | None) -> bool:
+        """Whether `_mix` needs no mask to see who sees whom."""
+        return segment.source == FRESH and window is None and pattern is None
+
+    def _mix(
+        self,
+        segment: Segment,
+        q_GBRTE: Tensor,
+        k_GBSE: Tensor,
+        v_GBSE: Tensor,
+        mask: Tensor | None,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """out_GBRTE of a segment's queries over its keys."""
+        return _attention(q_GBRTE, k_GBSE, v_GBSE, mask, scale, softcap)
 
     def write(self, layer: int, k_GTE: Tensor, v_GTE: Tensor) -> None:
         """Keys and values of the step's rows into the cache."""
@@ -207,7 +230,8 @@ class PlannedAttend:
         ends_B = starts_B + T
         if window is not None and window >= ends_B.max():
             window = None
-        if segment.source == FRESH and window is None and pattern is None:
+        unmasked = self._unmasked(segment, window, pattern)
+        if segment.source == FRESH and unmasked:
             return Reach(slice(0), slice(None), starts_B, None)
         low_B = np.zeros_like(starts_B) if window is None else np.maximum(0, starts_B + 1 - window)
         first_B, last_B = low_B // P, -(-ends_B // P)
@@ -218,7 +242,7 @@ class PlannedAttend:
             side_by_side = bool((np.diff(numbers) == 1).all())
             blocks = slice(int(numbers[0]), int(numbers[-1]) + 1) if side_by_side else _index(numbers, device)
             span = slice(low - first * P, end - first * P)
-            if T == 1 and pattern is None:
+            if unmasked or (T == 1 and pattern is None):
                 return Reach(blocks, span, low_B, None)
             offset_BS = torch.arange(low, end)[None]
         else:
