@@ -9,6 +9,7 @@
 
 #define PREFETCH_NEAR 2048         /* bytes ahead into L2, one row; further is slower: see docs/log/kernels.md */
 #define PREFETCH_NEAR_CODES 8192   /* the same for codes */
+#define PREFETCH_SCALES 2048       /* the same for scales and zero points */
 #define PREFETCH_FAR 16384         /* bytes ahead where codes are decoded (half of it for nibbles) */
 /* The working set must fit in L1: for few rows, blocks of two times four outputs with this many bytes of each; for more
  * rows, which come from L2 in any case, four outputs. */
@@ -139,8 +140,10 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
                                             : _mm512_srlv_epi32(lane, _mm512_set1_epi32(a->group == 64 ? 6 : 5));
     start_from_zeros(M, N, a, at, zero, out);
     /* Every `interval` vectors the scales advance by `move` groups (a division would cost more than the products). */
-    const int64_t interval = max_i64(1, a->group / 128), move = a->group < 128 ? 128 / a->group : 1;
+    const int64_t interval = a->group < 256 ? 1 : a->group >> 7, move = a->group == 32 ? 4 : a->group == 64 ? 2 : 1;
     int64_t g = 0, elapsed = 0, k = 0;
+    __m512 total[8];              /* not in memory that a store might change */
+    UNROLL for (int i = 0; i < M * N; i++) total[i] = out[i];
 #define NIBBLES(LOAD) do { \
         __m512i even[4], odd[4]; \
         __m512 s[4]; \
@@ -155,11 +158,12 @@ INLINE void nibble_kernel(const int M, const int N, const int AHEAD, ARGS) {
                           __m512i l = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even[m], le); \
                           h = _mm512_dpbusd_epi32(h, odd[m], ho), l = _mm512_dpbusd_epi32(l, odd[m], lo); \
                           __m512i both = _mm512_add_epi32(_mm512_slli_epi32(h, 8), l); \
-                          out[n * M + m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), s[m], out[n * M + m]); } } \
+                          total[n * M + m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), s[m], total[n * M + m]); } } \
         if (++elapsed == interval) elapsed = 0, g += move; \
     } while (0)
     for (; k + 128 <= a->in; k += 128) NIBBLES(_mm512_loadu_si512(w + m * ldw + k / 2));
     if (k < a->in) NIBBLES(_mm512_maskz_loadu_epi8(tail64((a->in - k) / 2), w + m * ldw + k / 2));
+    UNROLL for (int i = 0; i < M * N; i++) out[i] = total[i];
 }
 
 /* Codes of two bits, or of three (HIGH): 256 inputs at a time as four vectors of bytes, by input modulo 4. Sixteen
@@ -168,47 +172,58 @@ INLINE void quarter_kernel(const int M, const int N, const int AHEAD, const int 
     (void)from, (void)to, (void)next;
     const int64_t plane = (a->stride - 64) / 2, G = padded_groups(a->groups), low_bytes = a->groups * a->group / 4;
     const int8_t *x = (const int8_t *)a->data + at * a->stride;
-    const __m512i two_bits = _mm512_set1_epi8(3), third_bit = _mm512_set1_epi8(4), nibble = _mm512_set1_epi8(15);
+    const __m512i two_bits = _mm512_set1_epi8(3), three_bits = _mm512_set1_epi8(7), above = _mm512_set1_epi8(60);
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const int shift = a->group >= 256 ? 4 : a->group == 128 ? 3 : 2;      /* lanes of a group, as a power of two */
     const __m512i of_lane = _mm512_srlv_epi32(lane, _mm512_set1_epi32(shift));
     start_from_zeros(M, N, a, at, zero, out);
-    const int64_t interval = max_i64(1, a->group / 256), move = a->group < 256 ? 256 / a->group : 1;
-    for (int64_t g = 0, elapsed = 0, k = 0; k < a->in; k += 256) {
+    const int64_t interval = a->group < 512 ? 1 : a->group >> 8, move = a->group == 64 ? 4 : a->group == 128 ? 2 : 1;
+    int64_t g = 0, elapsed = 0, k = 0;
+    __m512 total[8];
+    UNROLL for (int i = 0; i < M * N; i++) total[i] = out[i];
+#define QUARTERS(LOW, HIGH_BITS) do { \
+        __m512i code[4][4]; \
+        __m512 s[4]; \
+        EACH_M { \
+            const char *row = w + m * ldw; \
+            __m512i low = LOW, high = _mm512_setzero_si512(); \
+            PREFETCH(m, k / 4); \
+            if (HIGH) {           /* a nibble of the high bits to each byte, shifted to where a third bit belongs */ \
+                __m512i some = _mm512_cvtepu8_epi16(HIGH_BITS); \
+                PREFETCH(m, low_bytes + k / 8); \
+                high = _mm512_and_si512(_mm512_or_si512(_mm512_slli_epi16(some, 2), _mm512_slli_epi16(some, 6)), above); \
+            } \
+            UNROLL for (int j = 0; j < 4; j++) { \
+                code[m][j] = _mm512_srli_epi16(low, 2 * j); \
+                if (!HIGH) code[m][j] = _mm512_and_si512(code[m][j], two_bits); \
+                /* two bits of the one and the third of the other: a choice by mask, then what lies above is cleared */ \
+                else code[m][j] = _mm512_and_si512(_mm512_ternarylogic_epi32(two_bits, code[m][j], \
+                                                                             _mm512_srli_epi16(high, j), 0xca), three_bits); \
+            } \
+            s[m] = _mm512_permutexvar_ps(of_lane, _mm512_loadu_ps(scale + m * G + g)); \
+        } \
+        EACH_N { \
+            const int8_t *p = x + n * a->stride + k / 4; \
+            __m512i h[4], l[4]; \
+            EACH_M h[m] = l[m] = _mm512_setzero_si512(); \
+            UNROLL for (int j = 0; j < 4; j++) { \
+                __m512i xh = _mm512_loadu_si512(p + j * plane / 4), xl = _mm512_loadu_si512(p + plane + j * plane / 4); \
+                EACH_M h[m] = _mm512_dpbusd_epi32(h[m], code[m][j], xh), l[m] = _mm512_dpbusd_epi32(l[m], code[m][j], xl); \
+            } \
+            EACH_M total[n * M + m] = _mm512_fmadd_ps( \
+                _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h[m], 8), l[m])), s[m], total[n * M + m]); \
+        } \
+        if (++elapsed == interval) elapsed = 0, g += move; \
+    } while (0)
+    for (; k + 256 <= 4 * low_bytes; k += 256)
+        QUARTERS(_mm512_loadu_si512(row + k / 4), _mm256_loadu_si256((const __m256i *)(row + low_bytes + k / 8)));
+    if (k < a->in) {
         const __mmask64 low_mask = tail64(low_bytes - k / 4);
         const __mmask32 high_mask = tail32((2 * low_bytes - k / 2) / 4);
-        __m512i code[4][4];
-        __m512 s[4];
-        EACH_M {
-            const char *row = w + m * ldw;
-            __m512i low = _mm512_maskz_loadu_epi8(low_mask, row + k / 4), high = _mm512_setzero_si512();
-            PREFETCH(m, k / 4);
-            if (HIGH) {           /* a nibble of the high bits to each byte, shifted to where a third bit belongs */
-                __m512i some = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(high_mask, row + low_bytes + k / 8));
-                PREFETCH(m, low_bytes + k / 8);
-                some = _mm512_and_si512(_mm512_or_si512(some, _mm512_slli_epi16(some, 4)), nibble);
-                high = _mm512_slli_epi16(some, 2);
-            }
-            UNROLL for (int j = 0; j < 4; j++) {
-                code[m][j] = _mm512_and_si512(_mm512_srli_epi16(low, 2 * j), two_bits);
-                if (HIGH) code[m][j] = _mm512_or_si512(code[m][j],
-                                                       _mm512_and_si512(_mm512_srli_epi16(high, j), third_bit));
-            }
-            s[m] = _mm512_permutexvar_ps(of_lane, _mm512_loadu_ps(scale + m * G + g));
-        }
-        EACH_N {
-            const int8_t *p = x + n * a->stride + k / 4;
-            __m512i h[4], l[4];
-            EACH_M h[m] = l[m] = _mm512_setzero_si512();
-            UNROLL for (int j = 0; j < 4; j++) {
-                __m512i xh = _mm512_loadu_si512(p + j * plane / 4), xl = _mm512_loadu_si512(p + plane + j * plane / 4);
-                EACH_M h[m] = _mm512_dpbusd_epi32(h[m], code[m][j], xh), l[m] = _mm512_dpbusd_epi32(l[m], code[m][j], xl);
-            }
-            EACH_M out[n * M + m] = _mm512_fmadd_ps(
-                _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h[m], 8), l[m])), s[m], out[n * M + m]);
-        }
-        if (++elapsed == interval) elapsed = 0, g += move;
+        QUARTERS(_mm512_maskz_loadu_epi8(low_mask, row + k / 4),
+                 _mm256_maskz_loadu_epi8(high_mask, row + low_bytes + k / 8));
     }
+    UNROLL for (int i = 0; i < M * N; i++) out[i] = total[i];
 }
 INLINE void two_bit_kernel(const int M, const int N, const int AHEAD, ARGS) {
     quarter_kernel(M, N, AHEAD, 0, w, ldw, a, at, scale, zero, next, from, to, out);
@@ -419,6 +434,9 @@ PAIR_FAMILY(three_bit_words)
 
 /* Scales and zero points of output o as floats. */
 static void read_scales(const Matrix *m, int64_t o, float *scale, float *zero) {
+    const int64_t ahead = o * m->groups * (m->scale_kind == FLOAT32 ? 4 : 2) + PREFETCH_SCALES;
+    _mm_prefetch((const char *)m->scale + ahead, _MM_HINT_T0);
+    if (m->zero) _mm_prefetch((const char *)m->zero + ahead, _MM_HINT_T0);
     for (int64_t g = 0; g < m->groups; g += 16) {    /* scales past the last group multiply codes that are 0 */
         __m512 s, z;
         scales_at(m, o, g, &s, &z);
