@@ -3,6 +3,35 @@
 from near_misses import Mutation
 
 MUTATIONS = (
+    # compress: tpla
+    Mutation(
+        "one softmax over all slices' scores (grouped latents, not split ones: a head sees its own slice alone)",
+        "model/mixers/mla.py",
+        "c_BNHTC = out_BMTE.unflatten(1, (N, H))[..., P:]",
+        "c_BNHTC = out_BMTE.unflatten(1, (N, H))[..., P:] * torch.eye(N, H)[None, ..., None, None]",
+        "compress/test_tpla.py::test_every_device_has_a_softmax_of_its_own",
+    ),
+    Mutation(
+        "the norm is taken over the whole latent, which no device has",
+        "model/mixers/mla.py",
+        "c_BTNC.square().mean(-1, keepdim=True) * self.ratio",
+        "c_BTNC.square().mean((-1, -2), keepdim=True) * self.ratio",
+        "compress/test_tpla.py::test_every_device_has_a_softmax_of_its_own",
+    ),
+    Mutation(
+        "the norm's weight is not folded before the latent is turned",
+        "compress/compressors/tpla.py",
+        "up.weight.double() * a.norm.double() @ turn_RR",
+        "up.weight.double() @ turn_RR",
+        "compress/test_tpla.py::test_latent_attention_is_the_papers_and_turning_it_changes_nothing",
+    ),
+    Mutation(
+        "hadamard slices keep the score of the whole",
+        "compress/compressors/tpla.py",
+        'boost = 1.0 if self.config.rotate == "pca" else float(self.config.ranks)',
+        "boost = 1.0",
+        "compress/test_tpla.py::test_every_device_has_a_softmax_of_its_own[hadamard]",
+    ),
     # compress and model: perp
     Mutation(
         "the reconstruction's gradient fills the zeros",

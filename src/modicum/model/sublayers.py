@@ -38,10 +38,12 @@ def run(block: Block, x_BTD: Tensor, rotation: Rotation, attend: Any) -> Tensor 
     if not fused.ready(x_BTD) or _has_any_global_hook():
         return None
     halves = _parts(block, x_BTD.dtype)
-    first = getattr(attend, "first_keys", lambda *_: None)(x_BTD.shape[1], block.attention.window)
-    if halves is None or first is None:
+    if halves is None:
         return None
     attention, mlp = halves
+    first = getattr(attend, "first_keys", lambda *_: None)(x_BTD.shape[1], block.attention.window)
+    if first is None:
+        return None
     if rotation is not None and not fused.can_rotate(x_BTD, rotation[0]):
         return None
     weight, eps = _norm(block.attention_norm)

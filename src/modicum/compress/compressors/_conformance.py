@@ -57,18 +57,24 @@ class _Killed(Exception):
 
 
 @contextmanager
-def _stored(layers: int = 3) -> Iterator[Path]:
-    """A folder with `model` and `text`, and room for what is made."""
+def _stored(key: str, layers: int = 3) -> Iterator[Path]:
+    """A folder with `model` and `text`, and room for what is made. A method that needs another kind of model says so:
+    TOY_SHAPE, fields of its config."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         tokenizer = Tokenizer.train([TEXT], 300)
         tokenizer.save(root / "tokenizer")
         config = llama_like(tokenizer.vocab_size, 48, layers, 4, kv_heads=2, mlp_width=80, context_length=64)
+        config = dataclasses.replace(config, **getattr(_module(key), "TOY_SHAPE", {}))
         model = Decoder(config, torch.Generator().manual_seed(0)).to(torch.bfloat16)
         save_model(model, root / "model", root / "tokenizer")
         documents = (Document(str(i), TEXT * (3 + i % 5)) for i in range(12))
         write_documents(root / "text" / "documents" / "train-00000.parquet", documents)
         yield root
+
+
+def _module(key: str) -> Any:
+    return registry.load("compressor", key, Compressor).module
 
 
 def _choice(key: str) -> Choice:
@@ -98,7 +104,7 @@ def _files(folder: Path) -> dict[str, str]:
 
 def check_a_killed_run_goes_on_to_the_same_files(key: str) -> None:
     """Killed after a block and started again, it computes only the rest and writes the same bytes."""
-    with _stored() as root:
+    with _stored(key) as root:
         _compress(root, key, "whole")
         first, second = _Quiet(stop=0), _Quiet()
         try:
@@ -117,7 +123,7 @@ def check_a_killed_run_goes_on_to_the_same_files(key: str) -> None:
 
 def check_what_it_leaves_is_what_it_says(key: str) -> None:
     """Forms, plain weights of the same shapes, or another architecture; what is stored loads and says its bytes."""
-    with _stored() as root:
+    with _stored(key) as root:
         result = _compress(root, key, "out")
         before, after = load_model(root / "model"), load_model(root / "out")
         forms, leaves = attach.forms(after), _method(key).leaves
@@ -133,7 +139,8 @@ def check_what_it_leaves_is_what_it_says(key: str) -> None:
             shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (before, after)]
             assert shapes[0] == shapes[1] and result.zeros > 0
         if leaves == "shape":
-            assert after.config != before.config and result.bytes < result.original_bytes
+            smaller_heads = after.config.head_dim < before.config.head_dim  # what a device has of the cache
+            assert after.config != before.config and (result.bytes < result.original_bytes or smaller_heads)
         assert bool(_logits(root / "out").isfinite().all())
         assert torch.equal(before.embed.weight, after.embed.weight), "the token embedding was changed"
 
@@ -142,7 +149,7 @@ def check_it_changes_only_its_targets(key: str) -> None:
     """With targets in one layer, matrices elsewhere keep their bits."""
     if _method(key).leaves == "shape":
         return
-    with _stored() as root:
+    with _stored(key) as root:
         _compress(root, key, "out", targets=["layers.1.mlp.*"])
         before, after = load_model(root / "model"), load_model(root / "out")
         changed = 0
@@ -157,7 +164,7 @@ def check_it_changes_only_its_targets(key: str) -> None:
 def check_text_is_read_where_it_is_required(key: str) -> None:
     """Without calibration text it is refused before anything is written, or it works and other text changes nothing."""
     loaded, choice = _method(key), _choice(key)
-    config = llama_like(300, 48, 1, 4)
+    config = dataclasses.replace(llama_like(300, 48, 1, 4), **getattr(_module(key), "TOY_SHAPE", {}))
     reads = "calibration_text" in loaded.capabilities(choice.config()).requires
     if reads:
         try:
@@ -166,7 +173,7 @@ def check_text_is_read_where_it_is_required(key: str) -> None:
             assert "\n" not in str(error)
         else:
             raise AssertionError("accepted without the text that it requires")
-    with _stored(layers=2) as root:
+    with _stored(key, layers=2) as root:
         _compress(root, key, "one")
         tokens = root / "other"
         write_documents(
@@ -180,7 +187,7 @@ def check_text_is_read_where_it_is_required(key: str) -> None:
 
 def check_blocks_in_memory_are_compressed_alike(key: str) -> None:
     """Benches compress a model in memory: the same logits as the folder's."""
-    with _stored(layers=2) as root:
+    with _stored(key, layers=2) as root:
         _compress(root, key, "out")
         tokens = calibration.sequences(calibration.texts(root / "text"), Tokenizer.load(root / "model"), 12, 32)
         made = compress_model(load_model(root / "model"), _choice(key), tokens, root / "work", _Quiet()).float()
