@@ -50,14 +50,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a row of a thinned piece sees those after it",
-        "serve/native/attention.h",
+        "serve/native/entries.h",
         "*last = evicted ? entries_before(evicted, head_index) + 1",
         "*last = evicted ? entries_before(evicted, head_index) + 2",
         "serve/test_watched.py::test_every_policy_says_the_same_by_the_kernels",
     ),
     Mutation(
         "windows are counted in entries where some are evicted",
-        "serve/native/attention.h",
+        "serve/native/entries.h",
         "if (!evicted) *first",
         "if (1) *first",
         "serve/test_watched.py::test_layers_with_windows_and_caps_thin_by_the_kernels",
@@ -264,7 +264,7 @@ MUTATIONS = (
     ),
     Mutation(
         "keys rotated as wide as the widest rotation",
-        "serve/native/attention.h",
+        "serve/native/entries.h",
         "half = cos_sin ? m->rope[l->rope].rotated / 2 : 0;",
         "half = cos_sin ? m->rotated / 2 : 0;",
         "serve/test_native.py::test_float32_shapes",

@@ -13,7 +13,8 @@ from test_native import decoder
 from modicum.core.errors import UserError
 from modicum.serve.backends import Runner, flex
 from modicum.serve.backends.flex import Flex
-from modicum.serve.backends.torch import PlannedAttend, Torch
+from modicum.serve.backends.planned import PlannedAttend
+from modicum.serve.backends.torch import Torch
 from modicum.serve.config import EngineConfig
 from modicum.serve.engine import Engine
 from modicum.serve.request import SamplingParams

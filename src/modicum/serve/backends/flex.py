@@ -25,7 +25,8 @@ from modicum.model.attention import AttentionPattern
 from modicum.model.decoder import Decoder
 from modicum.model.flex import FlexAttend
 from modicum.serve.backends import CannotRun
-from modicum.serve.backends.torch import PlannedAttend, Torch
+from modicum.serve.backends.planned import PlannedAttend
+from modicum.serve.backends.torch import Torch
 from modicum.serve.plan import BLOCKS, FRESH, AttentionPlan, Segment
 from modicum.serve.uneven import attend_for
 

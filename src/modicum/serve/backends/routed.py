@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modicum.model.decoder import Decoder
-from modicum.serve.backends.torch import PlannedAttend
+from modicum.serve.backends.planned import PlannedAttend
 from modicum.serve.plan import AttentionPlan
 from modicum.serve.work import Work, arrange
 
