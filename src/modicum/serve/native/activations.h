@@ -1,7 +1,8 @@
 /* Formats of activations as inputs of a product: float32; bfloat16; and for quantised weights, 16-bit fixed point split
  * into two planes of signed bytes, x ~ step * (256 high + low), so that byte products (AVX512-VNNI) are exact. With
  * step = max|x| / 32512 the error of x is at most step / 2, and the error of the whole vector is below that of
- * rounding it to bfloat16. Without such products (AVX2) the same fixed point stays in words of 16 bits. With int8 activations (W8A8, W4A8) they are one plane of signed bytes with a step for each
+ * rounding it to bfloat16. Without such products (AVX2) the same fixed point
+ * stays in words of 16 bits, but for nibbles. With int8 activations (W8A8, W4A8) they are one plane of signed bytes with a step for each
  * ACT_GROUP inputs, for the products of tiles.h.
  */
 #pragma once
@@ -13,7 +14,7 @@
 #define ACT_GROUP 64        /* inputs per step of int8 activations */
 
 typedef enum { AS_FLOAT32, AS_BFLOAT16, AS_BYTE_PLANES, AS_NIBBLE_PLANES, AS_INT8, AS_INT8_SPLIT,
-               AS_WORDS, AS_SPLIT_WORDS,
+               AS_WORDS,
                AS_QUARTER_PLANES, AS_QUARTER_WORDS } Format;
 
 typedef struct {
@@ -42,7 +43,7 @@ static Format format_for(const Matrix *m, int64_t rows, int64_t half, int64_t in
 #endif
 #ifndef __AVX512F__
     if (half && rows < MIN_ROWS_DECODED && m->kind == INT8) return AS_WORDS;
-    if (half && rows < MIN_ROWS_DECODED && m->kind == INT4) return AS_SPLIT_WORDS;
+    if (half && rows < MIN_ROWS_DECODED && m->kind == INT4) return AS_NIBBLE_PLANES;
     if (half && rows < MIN_ROWS_DECODED && m->kind >= TWO_BITS) return AS_QUARTER_WORDS;
 #endif
     (void)m, (void)rows, (void)half, (void)int8_activations;
@@ -137,12 +138,8 @@ static void convert_rows(Activations *a, Format format, const Matrix *m, const f
             __m512i low = _mm512_sub_epi32(code, _mm512_slli_epi32(high, 8));
             if (k < in) a->total[n * G + k / m->group] += (float)_mm512_reduce_add_epi32(code);
 #ifndef __AVX512F__
-            if (format == AS_WORDS || format == AS_SPLIT_WORDS) {
-                int16_t words[16], *start = (int16_t *)out + k / 32 * 32;
-                _mm256_storeu_si256((__m256i *)words, signed_words(code));
-                if (format == AS_WORDS) memcpy(start + k % 32, words, sizeof words);
-                else for (int i = 0; i < 16; i++)    /* of 32 inputs the even ones, then the odd ones: as in codes */
-                    start[k % 32 / 2 + i / 2 + 16 * (i % 2)] = words[i];
+            if (format == AS_WORDS) {
+                _mm256_storeu_si256((__m256i *)((int16_t *)out + k), signed_words(code));
                 continue;
             }
             if (format == AS_QUARTER_WORDS) {

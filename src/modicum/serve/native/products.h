@@ -247,13 +247,12 @@ INLINE void add_centers(const int M, const int N, const Activations *a, int64_t 
 }
 
 /* Codes widened to words times words of fixed point: 16 products and their sums by pairs in one instruction. */
-INLINE void word_kernel(const int M, const int N, const int AHEAD, const int NIBBLES, ARGS) {
+INLINE void byte_words(const int M, const int N, const int AHEAD, ARGS) {
     (void)from, (void)to, (void)next;
     const int64_t G = padded_groups(a->groups), ldx = a->stride / 2;
     const int16_t *x = (const int16_t *)((const int8_t *)a->data + at * a->stride);
-    const __m256i low = _mm256_set1_epi16(15);
     start_from_zeros(M, N, a, at, zero, out);
-    if (!NIBBLES) add_centers(M, N, a, at, scale, out);
+    add_centers(M, N, a, at, scale, out);
     for (int64_t g = 0; g < a->groups; g++) {
         const int64_t last = min_i64(a->in, (g + 1) * a->group);
         for (int64_t start = g * a->group; start < last; start += WORD_INPUTS) {
@@ -263,18 +262,12 @@ INLINE void word_kernel(const int M, const int N, const int AHEAD, const int NIB
             for (int64_t k = start; k < end; k += 32) {
                 __m256i one[4], two[4];
                 EACH_M {
-                    const char *p = w + m * ldw + (NIBBLES ? k / 2 : k);
+                    const char *p = w + m * ldw + k;
                     char some[32];                /* nothing past the row is read; x is 0 past its end */
-                    const int64_t left = NIBBLES ? (end - k) / 2 : end - k;
-                    if (left < (NIBBLES ? 16 : 32)) memset(some, 0, 32), memcpy(some, p, (size_t)left), p = some;
-                    if (NIBBLES) {
-                        __m256i pair = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
-                        one[m] = _mm256_and_si256(pair, low), two[m] = _mm256_srli_epi16(pair, 4);
-                    } else {
-                        one[m] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
-                        two[m] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p + 1));
-                    }
-                    PREFETCH(m, NIBBLES ? k / 2 : k);
+                    if (end - k < 32) memset(some, 0, 32), memcpy(some, p, (size_t)(end - k)), p = some;
+                    one[m] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+                    two[m] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p + 1));
+                    PREFETCH(m, k);
                 }
                 EACH_N {
                     __m256i x1 = _mm256_loadu_si256((const __m256i *)(x + n * ldx + k));
@@ -290,6 +283,50 @@ INLINE void word_kernel(const int M, const int N, const int AHEAD, const int NIB
         }
     }
 }
+
+/* Nibbles times the two planes of bytes, 64 inputs at a time: products of bytes, whose sums by pairs fit words; the high
+ * plane's are multiplied with 256 as their words are summed. A half of a vector holds 32 inputs of one group. */
+INLINE void nibble_planes(const int M, const int N, const int AHEAD, ARGS) {
+    (void)from, (void)to, (void)next;
+    const int64_t G = padded_groups(a->groups), plane = (a->stride - 64) / 2, used = a->in / 2;
+    const int8_t *x = (const int8_t *)a->data + at * a->stride;
+    const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), many = _mm256_set1_epi16(256);
+    const int halves = a->group == 32, interval = (int)max_i64(1, a->group / 64);
+    __m256 total[8];
+    start_from_zeros(M, N, a, at, zero, out);
+    EACH_M EACH_N total[n * M + m] = _mm256_setzero_ps();
+    for (int64_t k = 0, g = 0, elapsed = 0; k < used; k += 32) {
+        __m256i even[4], odd[4];
+        __m256 s[4];
+        EACH_M {
+            const char *p = w + m * ldw + k;
+            char some[32];                    /* nothing past the row is read; x is 0 past its end */
+            if (used - k < 32) memset(some, 0, 32), memcpy(some, p, (size_t)(used - k)), p = some;
+            __m256i b = _mm256_loadu_si256((const __m256i *)p);
+            PREFETCH(m, k);
+            even[m] = _mm256_and_si256(b, nibble), odd[m] = _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble);
+            s[m] = _mm256_set1_ps(scale[m * G + g]);
+            if (halves) s[m] = _mm256_blend_ps(s[m], _mm256_set1_ps(scale[m * G + g + 1]), 0xf0);
+        }
+        EACH_N {
+            const int8_t *p = x + n * a->stride + k;
+            const __m256i he = _mm256_loadu_si256((const __m256i *)p);
+            const __m256i ho = _mm256_loadu_si256((const __m256i *)(p + plane / 2));
+            const __m256i le = _mm256_loadu_si256((const __m256i *)(p + plane));
+            const __m256i lo = _mm256_loadu_si256((const __m256i *)(p + plane + plane / 2));
+            EACH_M {
+                __m256i h = _mm256_add_epi16(_mm256_maddubs_epi16(even[m], he), _mm256_maddubs_epi16(odd[m], ho));
+                __m256i l = _mm256_add_epi16(_mm256_maddubs_epi16(even[m], le), _mm256_maddubs_epi16(odd[m], lo));
+                __m256i both = _mm256_add_epi32(_mm256_madd_epi16(h, many), _mm256_madd_epi16(l, one));
+                total[n * M + m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(both), s[m], total[n * M + m]);
+            }
+        }
+        if (halves) g += 2;
+        else if (++elapsed == interval) elapsed = 0, g++;
+    }
+    EACH_M EACH_N out[n * M + m].a = _mm256_add_ps(out[n * M + m].a, total[n * M + m]);
+}
+
 /* Two or three bits: 64 inputs at a time, by input modulo 4. */
 INLINE void quarter_words(const int M, const int N, const int AHEAD, const int HIGH, ARGS) {
     (void)from, (void)to, (void)next;
@@ -338,12 +375,6 @@ INLINE void two_bit_words(const int M, const int N, const int AHEAD, ARGS) {
 }
 INLINE void three_bit_words(const int M, const int N, const int AHEAD, ARGS) {
     quarter_words(M, N, AHEAD, 1, w, ldw, a, at, scale, zero, next, from, to, out);
-}
-INLINE void byte_words(const int M, const int N, const int AHEAD, ARGS) {
-    word_kernel(M, N, AHEAD, 0, w, ldw, a, at, scale, zero, next, from, to, out);
-}
-INLINE void nibble_words(const int M, const int N, const int AHEAD, ARGS) {
-    word_kernel(M, N, AHEAD, 1, w, ldw, a, at, scale, zero, next, from, to, out);
 }
 #endif
 
@@ -427,7 +458,7 @@ PAIR_FAMILY(three_bit_kernel)
 #endif
 #ifndef __AVX512F__
 PAIR_FAMILY(byte_words)
-PAIR_FAMILY(nibble_words)
+PAIR_FAMILY(nibble_planes)
 PAIR_FAMILY(two_bit_words)
 PAIR_FAMILY(three_bit_words)
 #endif
@@ -529,8 +560,7 @@ static void blocks(const Matrix *m, const Activations *a, int64_t first, int64_t
                    const DecodeScratch *scratch) {
     const int coded = is_coded(m);
     const int direct = a->format == AS_BYTE_PLANES || a->format == AS_NIBBLE_PLANES || a->format == AS_WORDS
-                       || a->format == AS_SPLIT_WORDS || a->format == AS_QUARTER_PLANES
-                       || a->format == AS_QUARTER_WORDS;
+                       || a->format == AS_QUARTER_PLANES || a->format == AS_QUARTER_WORDS;
     const Block (*kernels)[4] = !coded && m->kind == BFLOAT16 ? widening_kernel_blocks : float_kernel_blocks;
     int64_t bytes = coded && !direct ? (a->format == AS_BFLOAT16 ? 2 : 4) * m->in : row_bytes(m);
     int64_t G = padded_groups(m->groups), width = direct ? 2 : 4;
@@ -544,7 +574,7 @@ static void blocks(const Matrix *m, const Activations *a, int64_t first, int64_t
 #endif
 #ifndef __AVX512F__
     if (a->format == AS_WORDS) kernels = byte_words_blocks;
-    if (a->format == AS_SPLIT_WORDS) kernels = nibble_words_blocks;
+    if (a->format == AS_NIBBLE_PLANES) kernels = nibble_planes_blocks;
     if (a->format == AS_QUARTER_WORDS) kernels = m->kind == TWO_BITS ? two_bit_words_blocks : three_bit_words_blocks;
 #endif
     const int streaming = a->rows < (direct ? 3 : 4), few = a->rows <= FEW_ROWS;
