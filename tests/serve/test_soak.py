@@ -89,12 +89,12 @@ def _red(model: Decoder, folder: str) -> Mapping[str, LinearForm]:
     return made
 
 
-def _client(number: int, url: str, end: float, counts: Counter[str], faults: list[str]) -> None:
-    """Asks until `end`; waits for the whole answer, reads a stream, leaves in its middle, or gives up early."""
+def _client(number: int, url: str, end: threading.Event, counts: Counter[str], faults: list[str]) -> None:
+    """Asks until `end` is set; waits for the whole answer, reads a stream, leaves in its middle, or gives up early."""
     rng = random.Random(number)
     try:
         with httpx.Client(timeout=PATIENCE) as http:
-            while time.monotonic() < end:
+            while not end.is_set():
                 body, habit = _body(rng), rng.choice(("whole", "stream", "leave", "give up"))
                 try:
                     if habit in ("whole", "give up"):
@@ -141,7 +141,15 @@ def _dying(worker: Any, counts: Counter[str]) -> None:
     raise Fault("soak: a worker thread dies")
 
 
+def _all_seen(made: Any, counts: Counter[str]) -> bool:
+    """Whether everything has happened that a soak is to have in it."""
+    wanted = ("whole", "stream", "leave", "give up", "failed on purpose", "refused", "steps that raised")
+    stats = made.stats()
+    return all(counts[w] for w in (*wanted, "listener raised")) and stats["preemptions"] and stats["cached_tokens"]
+
+
 def soak(seconds: float, kind: str) -> dict[str, Any]:
+    """`seconds` of requests; on a slow machine longer, up to six times, until all has been seen."""
     limits = {"cache": "640tok", "max_batch_tokens": 128, "max_sequences": 12, "max_length": 256}
     made = engine(**(limits | ENGINES[kind]))
     made.add_adapter("red", "", _red)
@@ -162,7 +170,7 @@ def soak(seconds: float, kind: str) -> dict[str, Any]:
     try:
         with BackgroundServer(made, ServerConfig(model="tiny", port=0)) as server:
             worker, began = server.server.worker, time.monotonic()
-            url, end = server.url + "/v1/completions", began + seconds
+            url, end = server.url + "/v1/completions", threading.Event()
             threads = [
                 threading.Thread(target=_client, args=(i, url, end, counts, faults), daemon=True)
                 for i in range(CLIENTS)
@@ -170,8 +178,11 @@ def soak(seconds: float, kind: str) -> dict[str, Any]:
             for thread in threads:
                 thread.start()
             due = began + seconds / 10
-            while time.monotonic() < end:
+            while not end.is_set():
                 time.sleep(0.1)
+                elapsed = time.monotonic() - began
+                if elapsed >= 6 * seconds or (elapsed >= seconds and _all_seen(made, counts)):
+                    end.set()
                 rss.append(process.memory_info().rss)
                 if time.monotonic() >= due:
                     due += seconds / 10 if seconds < 60 else rng.uniform(3, 9)
