@@ -29,8 +29,8 @@ def lists_of(index) -> dict[int, set[int]]:
     """Rows in each head's list, as read from the disk."""
     result = {}
     for h in range(len(index.head_H)):
-        words = index._read_lists(np.array([h]), index.dim + 1)
-        result[h] = set(words[:, 0].view(np.int32).tolist())
+        lists = index._read_lists(np.array([h]), index.dim + 1)
+        result[h] = {row for words in lists for row in words[:, 0].view(np.int32).tolist()}
     return result
 
 

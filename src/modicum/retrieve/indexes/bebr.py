@@ -85,8 +85,7 @@ class BEBR(Stored):
     def resident_bytes(self) -> int:
         """Codes, norms, network, ids; the vectors stay on disk, for rescoring and rebuilding."""
         network = 0 if self.network is None else sum(4 * p.numel() for p in self.network.parameters())
-        stored = (self.signs_NTW, self.norm_N, self.ids_N, self.row_N, self.tail_TD)
-        return int(network + sum(a.nbytes for a in stored))
+        return int(network + self.signs_NTW.nbytes + self.norm_N.nbytes + self.table_bytes())
 
     def _structure(self, flat_ND: np.ndarray) -> None:
         from modicum.retrieve.indexes import _binary

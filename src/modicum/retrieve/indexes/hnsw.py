@@ -39,6 +39,7 @@ class Config:
 
 
 TOY = Config(M=48, ef_construction=400, ef_search=1000, scan=0.05)
+EFFORT = "ef_search"  # the knob that trades time for recall
 
 
 class HNSW(Index):
@@ -47,7 +48,8 @@ class HNSW(Index):
     def __init__(self, config: Config):
         super().__init__(config)
         self.graph: Any = None  # its rows are nodes; `node_N` maps rows of ids_N to them
-        self.node_N = np.empty(0, np.int64)
+        self.node_N = np.empty(0, np.int64)  # rising
+        self.row_T: np.ndarray | None = None  # of every node, -1 where removed; None: node i is row i
 
     def cost(self, n_vectors: int, dim: int) -> Cost:
         # Lowest layer 2 M links, upper layers M / (M - 1) more on average, 4 bytes each; growth doubles once.
@@ -72,12 +74,21 @@ class HNSW(Index):
         self.node_N = np.concatenate([self.node_N, np.arange(first, first + len(ids_N))])
         self.ids_N = np.concatenate([self.ids_N, ids_N])
 
+    def _number(self) -> None:
+        """Rows of the nodes, counted once after a change and not in every search."""
+        self.row_T = None
+        if self.graph is not None and len(self.node_N) != self.graph.ntotal:
+            self.row_T = np.full(self.graph.ntotal, -1, np.int64)
+            self.row_T[self.node_N] = np.arange(len(self.node_N))
+
     def _build(self, stream: Iterator[Block]) -> None:
         for block in stream:
             self._insert(*block)
+        self._number()
 
     def _add(self, ids_N: np.ndarray, vectors_ND: np.ndarray) -> None:
         self._insert(ids_N, vectors_ND)
+        self._number()
 
     def _remove(self, gone_N: np.ndarray) -> None:
         self.ids_N, self.node_N = self.ids_N[~gone_N], self.node_N[~gone_N]
@@ -87,6 +98,7 @@ class HNSW(Index):
             for start in range(0, len(ids_N), 65536):
                 batch = slice(start, start + 65536)
                 self._insert(ids_N[batch], old.reconstruct_batch(nodes_N[batch]))
+        self._number()
 
     def _search(self, queries_QD: np.ndarray, k: int, rows_S: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         faiss: Any = importlib.import_module("faiss")  # its stubs lack what is used here
@@ -101,9 +113,9 @@ class HNSW(Index):
             mask[allowed_N] = True
             options["sel"] = faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
         scores_QK, nodes_QK = self.graph.search(queries_QD, k, params=faiss.SearchParametersHNSW(**options))
-        row_of = np.full(total, -1, np.int64)
-        row_of[self.node_N] = np.arange(len(self))
-        return np.where(nodes_QK < 0, -1, row_of[nodes_QK]), scores_QK
+        if self.row_T is not None:
+            nodes_QK = np.where(nodes_QK < 0, -1, self.row_T[nodes_QK])
+        return nodes_QK, scores_QK
 
     def _write(self, folder: Path) -> None:
         import faiss
@@ -121,3 +133,4 @@ class HNSW(Index):
         total = 0 if self.graph is None else self.graph.ntotal
         if len(self.node_N) != len(self) or (len(self) and self.node_N.max() >= total):
             raise CorruptError(f"{folder}: ids, nodes and graph do not belong together; build the index again")
+        self._number()

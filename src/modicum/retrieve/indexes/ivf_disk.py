@@ -34,6 +34,7 @@ class Config:
 
 
 TOY = Config(probes=10**6)
+EFFORT = "probes"  # the knob that trades time for recall
 SWEEP = ("probes=8", "probes=32")
 
 
@@ -49,7 +50,7 @@ class IVFDisk(InvertedFile):
     def resident_bytes(self) -> int:
         """Centres, the table of lists, ids; the lists lie in a memory-mapped file."""
         centres = 0 if self.file is None else self.file.nlist * (4 * self.file.d + 48)
-        return int(centres + self.ids_N.nbytes + self.row_N.nbytes + self.tail_TD.nbytes)
+        return int(centres + self.table_bytes())
 
     def _empty(self, quantizer: Any, dim: int, lists: int) -> Any:
         faiss: Any = importlib.import_module("faiss")

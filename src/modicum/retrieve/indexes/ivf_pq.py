@@ -35,6 +35,7 @@ class Config:
 
 
 TOY = Config(probes=10**6, bytes=4, rescore=10**6)
+EFFORT = "probes"  # the knob that trades time for recall
 SWEEP = ("bytes=16", "bytes=32,probes=32")
 
 
@@ -55,7 +56,7 @@ class IVFPQ(InvertedFile):
         if self.file is None:
             return 0
         codes = self.file.ntotal * (self.file.code_size + 8) + 4 * self.file.nlist * self.file.d + 4 * 256 * self.file.d
-        return int(codes + self.ids_N.nbytes + self.row_N.nbytes + self.tail_TD.nbytes)
+        return int(codes + self.table_bytes())
 
     def _empty(self, quantizer: Any, dim: int, lists: int) -> Any:
         faiss: Any = importlib.import_module("faiss")

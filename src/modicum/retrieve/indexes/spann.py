@@ -10,7 +10,8 @@ as near as the nearest, and compares exactly.
 d is the squared Euclidean distance. Inner products become distances by one more coordinate, sqrt(M^2 - |x|^2) with
 M the longest vector, 0 where all have length 1. Heads are the vectors nearest to the means of a hierarchical
 balanced clustering; they are in no list and join the result. A list over `pages` pages of 4 KiB keeps what is
-nearest to its head; small lists lie together in a page.
+nearest to its head; small lists lie together in a page. Heads are numbered in the order of the clustering, so that lists
+of near heads are neighbours in the file: a query's lists are asked for at once and read in a few runs.
 
 Chen et al. 2021, arXiv:2111.08566, section 3; defaults are the authors' for a billion vectors (SPTAG), with 12 pages
 for float32. Departs: a vector's last replica is never cut, where the authors' code lets some vectors go from
@@ -24,6 +25,7 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +39,7 @@ from modicum.retrieve.indexes._clusters import leaves, nearest_to_mean
 from modicum.retrieve.indexes._stored import BLOCK, Stored
 
 PAGE = 4096  # bytes
+GAP = 4 * PAGE  # bytes between two lists that are read as well, rather than with a second read
 UNEVEN = 1.35  # leaves come out smaller than the size at which they are no longer split
 UNIT = 1e-3  # lengths that differ less count as equal
 
@@ -58,6 +61,7 @@ class Config:
 
 
 TOY = Config(heads=0.2, replicas=3, candidates=16, pages=1, search_heads=10**6, ratio=1e9)
+EFFORT = "search_heads"  # the knob that trades time for recall
 
 
 class SPANN(Stored):
@@ -66,8 +70,7 @@ class SPANN(Stored):
     def __init__(self, config: Config):
         super().__init__(config)
         self.head_H = np.empty(0, np.int64)  # rows of the heads
-        self.head_HD = np.empty((0, 0), np.float32)
-        self.graph: Any = None  # over heads with their additional coordinate
+        self.graph: Any = None  # over heads with their additional coordinate; it stores their vectors
         self.start_H = np.empty(0, np.int64)  # byte where a list begins
         self.count_H = np.empty(0, np.int64)  # records of a list
         self.longest = 1.0  # M
@@ -76,7 +79,7 @@ class SPANN(Stored):
 
     def cost(self, n_vectors: int, dim: int) -> Cost:
         heads = int(n_vectors * self.config.heads) + 1
-        resident = heads * (4 * dim + 4 * (dim + 1) + 4 * (2 * self.config.M + 2) + 24) + 16 * n_vectors
+        resident = heads * (4 * (dim + 1) + 4 * (2 * self.config.M + 2) + 36) + 16 * n_vectors
         record = 4 * (dim + 1)
         lists = min(self.config.replicas * n_vectors * record, heads * self.config.pages * PAGE)
         closure = self.config.replicas * n_vectors * 20
@@ -88,8 +91,8 @@ class SPANN(Stored):
         if self.graph is not None:
             links = self.graph.hnsw
             graph = 4 * self.graph.d * self.graph.ntotal + 4 * links.neighbors.size() + 8 * links.offsets.size()
-        tables = (self.head_H, self.head_HD, self.start_H, self.count_H, self.ids_N, self.row_N, self.tail_TD)
-        return int(graph + sum(t.nbytes for t in tables))
+        heads = self.head_H.nbytes + self.start_H.nbytes + self.count_H.nbytes
+        return int(graph + heads + self.table_bytes())
 
     def nbytes(self) -> int:
         return super().nbytes() + (os.fstat(self.lists).st_size if self.lists >= 0 else 0)
@@ -101,13 +104,19 @@ class SPANN(Stored):
         squares = [np.einsum("nd,nd->n", b, b) for b in _blocks(flat_ND)]
         self.longest = float(np.sqrt(max(s.max() for s in squares)))
         groups = leaves(flat_ND, max(1, round(UNEVEN / c.heads)), c.branch, c.balance, c.seed)
-        self.head_H = np.sort(np.array([nearest_to_mean(flat_ND, rows) for rows in groups], np.int64))
-        self.head_HD = np.array(flat_ND[self.head_H], np.float32)
+        self.head_H = np.array([nearest_to_mean(flat_ND, rows) for rows in groups], np.int64)
         self.graph = faiss.IndexHNSWFlat(flat_ND.shape[1] + 1, c.M)
-        self.graph.add(self._lifted(self.head_HD))
+        for start in range(0, len(self.head_H), BLOCK):
+            self.graph.add(self._lifted(np.asarray(flat_ND[self.head_H[start : start + BLOCK]], np.float32)))
         rows_L, heads_L, distances_L = self._closure(flat_ND)
         kept = within_pages(rows_L, heads_L, distances_L, self._limit(flat_ND.shape[1]))
         self._lay_out(flat_ND, rows_L[kept], heads_L[kept], distances_L[kept])
+
+    def _heads_HE(self) -> np.ndarray:
+        """Vectors of the heads with their additional coordinate: the graph's own, not a copy."""
+        faiss: Any = importlib.import_module("faiss")
+        stored = faiss.downcast_index(self.graph.storage)
+        return faiss.rev_swig_ptr(stored.get_xb(), stored.ntotal * stored.d).reshape(stored.ntotal, stored.d)
 
     def _limit(self, dim: int) -> int:
         return max(1, self.config.pages * PAGE // (4 * (dim + 1)))
@@ -120,7 +129,7 @@ class SPANN(Stored):
 
     def _closure(self, flat_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rows, numbers of heads, distances) of all replicas of the vectors that are not heads."""
-        heads_HE = self._lifted(self.head_HD)
+        heads_HE = self._heads_HE()
         is_head_N = np.zeros(len(flat_ND), bool)
         is_head_N[self.head_H] = True
         parts = []
@@ -142,7 +151,7 @@ class SPANN(Stored):
         faiss: Any = importlib.import_module("faiss")  # its stubs lack what is used here
         heads = self.graph.ntotal
         if count >= heads:
-            distance_NC, near_NC = faiss.knn(x_NE, self._lifted(self.head_HD), heads, metric=faiss.METRIC_L2)
+            distance_NC, near_NC = faiss.knn(x_NE, self._heads_HE(), heads, metric=faiss.METRIC_L2)
         else:
             beam = faiss.SearchParametersHNSW(efSearch=max(self.config.ef_search, count))
             distance_NC, near_NC = self.graph.search(x_NE, count, params=beam)
@@ -157,9 +166,9 @@ class SPANN(Stored):
         record = 4 * (flat_ND.shape[1] + 1)
         self.start_H = page_starts(self.count_H * record)
         with tempfile.TemporaryFile() as file:
+            ends = np.cumsum(self.count_H)
             for first in range(0, len(self.head_H), 256):
                 last = min(first + 256, len(self.head_H))
-                ends = np.cumsum(self.count_H)
                 begin = int(ends[first] - self.count_H[first])
                 chunk = rows_L[begin : int(ends[last - 1])]
                 words_LW = np.empty((len(chunk), flat_ND.shape[1] + 1), np.float32)
@@ -193,30 +202,46 @@ class SPANN(Stored):
         near_QM, distance_QM = self._nearest_heads(np.hstack([queries_QD, zero_Q1]), count)
         rows_QK = np.full((len(queries_QD), k), -1, np.int64)
         scores_QK = np.full((len(queries_QD), k), -np.inf, np.float32)
+        heads_HE, width = self._heads_HE(), queries_QD.shape[1] + 1
         for q, query_D in enumerate(queries_QD):
-            near_M = near_QM[q][near_QM[q] >= 0]
-            within_M = distance_QM[q][: len(near_M)] <= c.ratio * distance_QM[q, 0]
-            words_LW = self._read_lists(near_M[within_M], len(query_D) + 1)
-            rows = np.concatenate([self.head_H[near_M], words_LW[:, 0].view(np.int32)])
-            scores = np.concatenate([self.head_HD[near_M] @ query_D, words_LW[:, 1:] @ query_D])
+            near_M = near_QM[q] if near_QM[q, -1] >= 0 else near_QM[q][near_QM[q] >= 0]
+            within = np.searchsorted(distance_QM[q, : len(near_M)], c.ratio * distance_QM[q, 0], side="right")
+            parts = self._read_lists(near_M[:within], width)
+            rows = np.concatenate([self.head_H[near_M], *(words_LW[:, 0].view(np.int32) for words_LW in parts)])
+            head_scores = heads_HE[near_M, : width - 1] @ query_D
+            scores = np.concatenate([head_scores, *(words_LW[:, 1:] @ query_D for words_LW in parts)])
             if alive_N is not None:
                 rows, scores = rows[alive_N[rows]], scores[alive_N[rows]]
             rows, scores = best_unique(rows, scores, k, c.replicas)
             rows_QK[q, : len(rows)], scores_QK[q, : len(rows)] = rows, scores
         return rows_QK, scores_QK
 
-    def _read_lists(self, heads: np.ndarray, width: int) -> np.ndarray:
-        """words_LW of these heads' lists: the row's number and its vector. One read for each list."""
-        sizes = self.count_H[heads] * 4 * width
-        data = bytearray(int(sizes.sum()))
-        view, at = memoryview(data), 0
-        for start, size in zip(self.start_H[heads].tolist(), sizes.tolist(), strict=True):
-            if size:
-                if os.preadv(self.lists, [view[at : at + size]], start) != size:
-                    raise CorruptError("the file of posting lists ends too early; build the index again")
-                self.pages_read += (start + size - 1) // PAGE - start // PAGE + 1
-                at += size
-        return np.frombuffer(data, np.float32).reshape(-1, width)
+    def _read_lists(self, heads: np.ndarray, width: int) -> list[np.ndarray]:
+        """words_LW of each of these heads' lists, the row's number and its vector; valid until the next call.
+
+        Lists that lie near each other come with one read; all reads are announced before the first one waits.
+        """
+        heads = heads[self.count_H[heads] > 0]
+        if not len(heads):
+            return []
+        order = np.argsort(self.start_H[heads])
+        starts, counts = self.start_H[heads][order].tolist(), self.count_H[heads][order].tolist()
+        runs = runs_of(starts, [4 * width * n for n in counts])
+        buffer = _scratch(sum(end - start for start, end in runs))
+        at, lists, n = 0, [], 0
+        for start, end in runs:
+            if len(runs) > 1:
+                os.posix_fadvise(self.lists, start, end - start, os.POSIX_FADV_WILLNEED)
+        for start, end in runs:
+            if os.preadv(self.lists, [buffer[at : at + end - start]], start) != end - start:
+                raise CorruptError("the file of posting lists ends too early; build the index again")
+            self.pages_read += (end - 1) // PAGE - start // PAGE + 1
+            while n < len(starts) and starts[n] < end:
+                words = np.frombuffer(buffer, np.float32, counts[n] * width, at + starts[n] - start)
+                lists.append(words.reshape(counts[n], width))
+                n += 1
+            at += end - start
+        return lists
 
     def _write_structure(self, folder: Path) -> None:
         import faiss
@@ -235,7 +260,6 @@ class SPANN(Stored):
         self.graph = faiss.read_index(str(folder / "heads.faiss"))
         self.head_H, self.start_H, self.count_H = np.load(folder / "heads.npy", allow_pickle=False)
         self.longest = float(np.load(folder / "longest.npy", allow_pickle=False)[0])
-        self.head_HD = np.array(self.flat_ND[self.head_H], np.float32)
         self._open(os.open(folder / "lists.bin", os.O_RDONLY))
 
 
@@ -284,12 +308,38 @@ def page_starts(sizes: np.ndarray) -> np.ndarray:
     return starts
 
 
+def runs_of(starts: list[int], sizes: list[int]) -> list[tuple[int, int]]:
+    """(first byte, end) of the reads that cover these stretches, given by rising start: over gaps up to `GAP`."""
+    runs = [(starts[0], starts[0] + sizes[0])]
+    for start, size in zip(starts[1:], sizes[1:], strict=True):
+        if start - runs[-1][1] <= GAP:
+            runs[-1] = (runs[-1][0], start + size)
+        else:
+            runs.append((start, start + size))
+    return runs
+
+
+_LOCAL = threading.local()
+
+
+def _scratch(size: int) -> memoryview:
+    """A buffer of this thread, used again by its next query: fresh memory costs more than what is read into it."""
+    buffer = getattr(_LOCAL, "buffer", None)
+    if buffer is None or len(buffer) < size:
+        buffer = _LOCAL.buffer = memoryview(bytearray(max(size, 1 << 20)))
+    return buffer
+
+
 def best_unique(rows: np.ndarray, scores: np.ndarray, k: int, most: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best rows, each once; a row occurs at most `most` times."""
     if len(rows) > (most + 1) * k:
         best = np.argpartition(-scores, (most + 1) * k - 1)[: (most + 1) * k]
         rows, scores = rows[best], scores[best]
     order = np.argsort(-scores, kind="stable")
-    _, first = np.unique(rows[order], return_index=True)
-    order = order[np.sort(first)][:k]
-    return rows[order], scores[order]
+    first: dict[int, int] = {}
+    for position, row in zip(order.tolist(), rows[order].tolist(), strict=True):
+        first.setdefault(row, position)
+        if len(first) == k:
+            break
+    kept = np.fromiter(first.values(), np.int64, len(first))
+    return rows[kept], scores[kept]
