@@ -337,6 +337,27 @@ MUTATIONS = (
         "retrieve/test_spann.py::test_the_rule_spares_heads_behind_a_nearer_one",
     ),
     Mutation(
+        "heads are numbered by row, so that lists of near heads lie anywhere",
+        "retrieve/indexes/spann.py",
+        "self.head_H = np.array([nearest_to_mean(flat_ND, rows) for rows in groups], np.int64)",
+        "self.head_H = np.sort(np.array([nearest_to_mean(flat_ND, rows) for rows in groups], np.int64))",
+        "retrieve/test_spann.py::test_near_lists_come_with_one_read",
+    ),
+    Mutation(
+        "fused scores are not taken between the least and the most of the query",
+        "retrieve/fusion.py",
+        "np.where(most_Q1 > least_Q1, above_QK / span_Q1, 1.0)",
+        "scores_QK",
+        "retrieve/test_bm25.py::test_scores_are_fused_between_the_least_and_the_most_of_each_query",
+    ),
+    Mutation(
+        "a ranking's scores are divided by the most alone",
+        "retrieve/fusion.py",
+        "above_QK / span_Q1",
+        "scores_QK / most_Q1",
+        "retrieve/test_bm25.py::test_scores_are_fused_between_the_least_and_the_most_of_each_query",
+    ),
+    Mutation(
         "a vector whose lists are all full is lost",
         "retrieve/indexes/spann.py",
         "    return kept_L | (lost & last_L)",

@@ -9,7 +9,7 @@ import pytest
 from modicum.core.errors import CorruptError
 from modicum.retrieve import metrics
 from modicum.retrieve.bm25 import BM25, tokenize
-from modicum.retrieve.fusion import fuse, reciprocal_rank
+from modicum.retrieve.fusion import fitted, fuse, fuse_ranks, normalized, reciprocal_rank
 from modicum.retrieve.indexes import Hits
 
 TEXTS = [
@@ -105,9 +105,37 @@ def test_reciprocal_rank_fusion_follows_the_formula():
     assert [i for i, _ in got] == [3, 7, 5, 9] and all(math.isclose(s, expected[i]) for i, s in got)
     x = Hits(np.array([a, [-1, -1, -1]]), np.zeros((2, 3), np.float32))
     y = Hits(np.array([b, [4, -1]]), np.zeros((2, 2), np.float32))
-    fused = fuse([x, y], 5)
+    fused = fuse_ranks([x, y], 5)
     assert fused.ids_QK.tolist() == [[3, 7, 5, 9, -1], [4, -1, -1, -1, -1]]
     assert np.isclose(fused.scores_QK[1, 0], 1 / 61) and np.isneginf(fused.scores_QK[1, 1:]).all()
+
+
+def hits(ids, scores) -> Hits:
+    return Hits(np.array(ids), np.array(scores, np.float32))
+
+
+def test_scores_are_fused_between_the_least_and_the_most_of_each_query():
+    inf = np.inf
+    a = hits([[7, 3, 9], [4, -1, -1]], [[12.0, 9.0, 2.0], [5.0, -inf, -inf]])
+    b = hits([[3, 5, 8], [-1, -1, -1]], [[0.9, 0.5, 0.1], [-inf, -inf, -inf]])
+    assert np.allclose(normalized(a), [[1, 0.7, 0], [1, 0, 0]]) and not normalized(b)[1].any()
+    fused = fuse([a, b], 5, [0.6, 0.4])
+    assert fused.ids_QK.tolist() == [[3, 7, 5, 9, 8], [4, -1, -1, -1, -1]]
+    assert np.allclose(fused.scores_QK[0], [0.6 * 0.7 + 0.4, 0.6, 0.4 * 0.5, 0, 0])
+    assert np.isclose(fused.scores_QK[1, 0], 0.6) and np.isneginf(fused.scores_QK[1, 1:]).all()
+    shifted = hits(a.ids_QK, 3 * a.scores_QK - 50)  # neither scale nor offset of a ranking matters
+    assert np.array_equal(fuse([shifted, b], 5, [0.6, 0.4]).ids_QK, fused.ids_QK)
+
+
+def test_the_weight_is_that_of_the_better_ranking():
+    """Of all queries one ranking has the right row first, the other a wrong one: that one may not weigh more."""
+    right = hits([[1, 2, 3]] * 30, [[3.0, 2.0, 1.0]] * 30)
+    wrong = hits([[5, 6, 1]] * 30, [[9.0, 8.0, 1.0]] * 30)
+    weights = fitted([wrong, right], [{1: 1.0}] * 30)
+    assert np.isclose(sum(weights), 1) and weights[1] > 0.5
+    assert fuse([wrong, right], 3, weights).ids_QK[0, 0] == 1
+    assert fitted([right, right], [{1: 1.0}] * 30) == [0.5, 0.5], "equals: nearest to equal weights"
+    assert len(fitted([right, wrong, wrong], [{1: 1.0}] * 30)) == 3
 
 
 def naive_metrics(ids: list[int], grades: dict[int, float], k: int) -> tuple[float, float, float]:

@@ -101,14 +101,27 @@ def test_bm25_is_its_formula_over_a_collection(beir):
 def test_what_is_missing_counts_as_missed(beir):
     result = evaluate(Collection.open(beir), ["bm25", "dense:encoder=lsa"], fuse=True)
     figures = result["retrievers"]
-    assert set(figures) == {"bm25", "dense:encoder=lsa", "fused"} and result["queries"] == 2
+    assert set(figures) == {"bm25", "dense:encoder=lsa", "fused", "fused-ranks"} and result["queries"] == 2
+    assert result["weights"] == {"bm25": 0.5, "dense:encoder=lsa": 0.5} and result["fitted_on"] == 0, "too few to fit"
     assert np.isclose(figures["bm25"]["recall@100"]["mean"], (1.0 + 0.5) / 2)
     assert figures["bm25"]["ndcg@10"]["low"] <= figures["bm25"]["ndcg@10"]["mean"] <= figures["bm25"]["ndcg@10"]["high"]
     assert {(p["a"], p["b"]) for p in result["paired"]} == {
         ("dense:encoder=lsa", "bm25"),
         ("fused", "bm25"),
         ("fused", "dense:encoder=lsa"),
+        ("fused-ranks", "bm25"),
+        ("fused", "fused-ranks"),
     }
+
+
+def test_weights_are_fitted_on_other_queries_than_those_judged():
+    """60 passages with a word each; queries are these words, and every second one is asked for in the judged half."""
+    words = [f"word{n}" for n in range(60)]
+    queries = [f"{w} word{(n + 1) % 60} word{(n + 1) % 60}" for n, w in enumerate(words)]
+    made = Collection("words", words, words, queries, [{n: 1.0} for n in range(60)])
+    result = evaluate(made, ["bm25", "bm25:b=0"], fuse=True)
+    assert result["fitted_on"] == 30 and result["queries"] == 30
+    assert set(result["weights"]) == {"bm25", "bm25:b=0"} and np.isclose(sum(result["weights"].values()), 1)
 
 
 def test_paired_tests_see_differences_and_no_others():

@@ -7,10 +7,11 @@ import pytest
 
 from modicum.core.errors import CorruptError
 from modicum.core.registry import build
+from modicum.retrieve import measure
 from modicum.retrieve.encoders import unit
 from modicum.retrieve.indexes import open_index
 from modicum.retrieve.indexes._clusters import distances, leaves
-from modicum.retrieve.indexes.spann import PAGE, best_unique, closure, page_starts, within_pages
+from modicum.retrieve.indexes.spann import GAP, PAGE, best_unique, closure, page_starts, runs_of, within_pages
 
 
 def clustered(n: int, dim: int = 16, seed: int = 0, spread: float = 0.3) -> np.ndarray:
@@ -100,6 +101,53 @@ def test_small_lists_lie_together_in_a_page():
     assert starts.tolist() == [0, 1000, PAGE, PAGE + 200, 2 * PAGE, 2 * PAGE + 9000]
     touched = [(s + n - 1) // PAGE - s // PAGE + 1 for s, n in zip(starts, sizes, strict=True) if n]
     assert touched == [-(-n // PAGE) for n in sizes if n], "no list touches more pages than it has to"
+
+
+def test_near_lists_come_with_one_read():
+    starts = [0, 1000, 5000 + GAP, 6000 + GAP + 4000 + GAP + 1]
+    assert runs_of(starts, [1000, 4000, 5000, 7]) == [(0, 10_000 + GAP), (starts[3], starts[3] + 7)]
+    x = clustered(4000, spread=0.1)
+    index = filled("spann:search_heads=16,ratio=1e9", x)
+    near_QM, _ = index._nearest_heads(index._lifted(clustered(30, seed=3, spread=0.1)), 16)
+    reads = []
+    for heads in near_QM:
+        heads = heads[index.count_H[heads] > 0]
+        order = np.argsort(index.start_H[heads])
+        lists = index._read_lists(heads, 17)
+        assert [len(words) for words in lists] == index.count_H[heads][order].tolist()
+        reads.append(len(runs_of(index.start_H[heads][order].tolist(), (68 * index.count_H[heads][order]).tolist())))
+    assert np.mean(reads) < 8, "lists of near heads are neighbours in the file"
+
+
+def test_a_search_of_a_saved_index_without_its_pages_gives_the_same(tmp_path):
+    x, q = clustered(2000), clustered(10, seed=4)
+    for choice in ("spann:ratio=1e9", "ivf-disk:lists=16,probes=4", "ivf-pq:lists=16,bytes=8"):
+        filled(choice, x).save(tmp_path / choice)
+        index = open_index(tmp_path / choice)
+        before = index.search(q, 10)
+        assert measure.cold_seconds(index, q, 10, tmp_path / choice) > 0
+        after = index.search(q, 10)
+        assert np.array_equal(before.ids_QK, after.ids_QK) and np.array_equal(before.scores_QK, after.scores_QK)
+    assert measure.recall(np.array([[1, 2], [3, 4]]), np.array([[2, 9], [-1, -1]])) == 0.5
+
+
+def test_the_bench_sets_the_least_effort_that_reaches_a_recall():
+    from modicum.bench.ports import index as bench
+
+    data = bench.material(None, bench.Scale(vectors=4000, queries=100, dimensions=16, clusters=40))
+    assert data.vectors_ND.shape == (4000, 16) and len(data.pool_PD) == 800
+    assert np.allclose(np.linalg.norm(data.vectors_ND, axis=1), 1, atol=1e-5)
+    queries = data.pool_PD[:100]
+    truth = bench.truth(data, queries)
+    scores = np.take_along_axis(queries @ data.vectors_ND.T, truth, 1)
+    assert np.allclose(scores, -np.sort(-(queries @ data.vectors_ND.T), axis=1)[:, :10], atol=1e-5)
+    index = filled("ivf-disk:lists=64", data.vectors_ND)
+    index.ids_N = index.ids_N - 7
+    effort = bench.fit_effort(index, "probes", queries, truth, 0.9)
+    assert 1 < effort < 64 and measure.recall(index.search(queries, 10).ids_QK, truth) >= 0.9
+    less = bench.EFFORTS[bench.EFFORTS.index(int(effort)) - 1]
+    index.config = type(index.config)(lists=64, probes=less)
+    assert measure.recall(index.search(queries, 10).ids_QK, truth) < 0.9
 
 
 def test_far_lists_are_not_read_and_all_lists_give_the_truth():

@@ -14,7 +14,9 @@ def retrieval(
         list[str] | None,
         typer.Argument(metavar="[RETRIEVER]...", help="KEY:knob=value (modicum ls retriever); the first is compared."),
     ] = None,
-    fuse: Annotated[bool, typer.Option("--fuse", help="Also their reciprocal-rank fusion.")] = False,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Also their fusion, fitted on half of the queries, judged on the rest.")
+    ] = False,
     split: Annotated[str, typer.Option(help="Of BEIR's qrels.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Queries, the first ones.")] = None,
     device: Annotated[str, typer.Option(help="Where encoders run: cpu or cuda.")] = "cpu",
@@ -32,6 +34,9 @@ def retrieval(
         print(json.dumps(result, indent=2))
         return
     print(f"{result['collection']}: {result['queries']} queries, {result['passages']} passages")
+    if "weights" in result:
+        shown = ", ".join(f"{name} {weight:.2g}" for name, weight in result["weights"].items())
+        print(f"weights of the fusion: {shown}; fitted on {result['fitted_on']} other queries")
     width = max(map(len, result["retrievers"]))
     for name, figures in result["retrievers"].items():
         shown = "  ".join(

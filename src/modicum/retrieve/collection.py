@@ -33,6 +33,7 @@ from modicum.retrieve.passages import indexed_text
 
 METRICS = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 DEPTH = 100  # results that a ranking keeps
+FIT = 40  # queries from which half of them is enough to fit weights on
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def evaluate(
     """Every retriever on all queries: figures with 95% intervals, and differences to the first one, paired.
 
     {"retrievers": {name: {metric: {mean, low, high}, "seconds_per_query", "bytes"}}, "paired": [{a, b, metric,
-    difference, low, high, p}]}. fuse: their reciprocal-rank fusion as one more, compared with each of them.
+    difference, low, high, p}]}. fuse: their fusion by scores (`fused`) and by ranks (`fused-ranks`) as well, compared
+    with each of them. The weights of the scores are fitted on a random half of the queries, and all figures are of the
+    other half; below `FIT` queries they are equal, and all queries count. "weights" says which, "fitted_on" how many.
     """
     rankings: dict[str, Hits] = {}
     extra: dict[str, dict[str, float]] = {}
@@ -122,17 +125,25 @@ def evaluate(
         rankings[name] = made.rank(collection.queries, DEPTH)
         taken = (time.perf_counter() - start) / len(collection.queries)
         extra[name] = {"seconds_per_query": taken, "bytes": float(made.nbytes())}
+    judged_J, fit = np.arange(len(collection.queries)), {}
     if fuse and len(rankings) > 1:
-        rankings["fused"] = fusion.fuse(list(rankings.values()), DEPTH)
-    values = {name: per_query(hits, collection.relevant) for name, hits in rankings.items()}
+        several, weights, others_F = list(rankings.values()), [1 / len(rankings)] * len(rankings), judged_J[:0]
+        if len(judged_J) >= FIT:
+            order = np.random.default_rng(seed).permutation(len(judged_J))
+            others_F, judged_J = np.sort(order[::2]), np.sort(order[1::2])
+            weights = fusion.fitted([_rows(h, others_F) for h in several], [collection.relevant[q] for q in others_F])
+        rankings |= {"fused": fusion.fuse(several, DEPTH, weights), "fused-ranks": fusion.fuse_ranks(several, DEPTH)}
+        fit = {"weights": dict(zip(rankings, weights, strict=False)), "fitted_on": len(others_F)}
+    relevant = [collection.relevant[q] for q in judged_J]
+    values = {name: per_query(_rows(hits, judged_J), relevant) for name, hits in rankings.items()}
     first, *others = values
     pairs = [(other, first) for other in others]
     if "fused" in values:
         pairs += [("fused", name) for name in others if name != "fused"]
-    return {
+    return fit | {
         "collection": collection.name,
         "passages": len(collection.texts),
-        "queries": len(collection.queries),
+        "queries": len(judged_J),
         "retrievers": {
             name: {metric: _interval(v, seed) for metric, v in by_metric.items()} | extra.get(name, {})
             for name, by_metric in values.items()
@@ -143,6 +154,10 @@ def evaluate(
             for metric in METRICS[:2]
         ],
     }
+
+
+def _rows(hits: Hits, rows_J: np.ndarray) -> Hits:
+    return Hits(hits.ids_QK[rows_J], hits.scores_QK[rows_J])
 
 
 def per_query(hits: Hits, relevant: metrics.Relevant) -> dict[str, np.ndarray]:

@@ -1,14 +1,14 @@
 """index: recall of the true nearest neighbours against queries per second, with bytes and build time.
 
 Vectors: passages of the corpus by latent semantic analysis (TF-IDF, then the leading singular vectors, as
-Deerwester et al. 1990), normalised. Or those of an array file: --data vectors.npy, float32 of shape (N, D). Or a mixture,
---scale clusters=2000: clusters of very unequal size, each on a subspace of few dimensions, any number of vectors.
+Deerwester et al. 1990), normalised. Or those of an array file: --data vectors.npy, float32 of shape (N, D). Or a
+mixture, --scale clusters=2000: clusters of very unequal size, each on a few directions, any number of vectors.
 Some rows are kept out of the index; the seed draws the queries from them, and the index is the same for all seeds.
 
 Queries are answered one by one on one thread, as a server does; the truth is the full matrix product. With
---scale recall=0.9 the method's own knob for it (`EFFORT` in its file) is first set to the least effort that reaches this
-recall on as many other queries; `effort` is what it was set to. `cold_p50_seconds` is of queries before each of which the
-pages of the index's files were taken from memory.
+--scale recall=0.9 the method's own knob for it (`EFFORT` in its file) is first set to the least effort that reaches
+this recall on as many other queries; `effort` is what it was set to. `cold_p50_seconds` is of queries before each of
+which the pages of the index's files were taken from memory.
 
 An index that took a minute or more to build is stored in the user's cache folder, under bench/index, so that its
 queries can be measured again; what lies there may be removed.
@@ -22,7 +22,6 @@ import functools
 import shutil
 import tempfile
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +115,8 @@ def truth(data: Material, queries_QD: np.ndarray) -> np.ndarray:
     """ids_QK of the true neighbours, by blocks of the vectors."""
     best_QK, scores_QK = np.empty((len(queries_QD), 0), np.int64), np.empty((len(queries_QD), 0), np.float32)
     for start in range(0, len(data.vectors_ND), 1 << 17):
-        rows_QK, found_QK = top_rows(queries_QD, np.ascontiguousarray(data.vectors_ND[start : start + (1 << 17)]), K)
-        rows_QC, scores_QC = np.hstack([best_QK, rows_QK + start]), np.hstack([scores_QK, found_QK])
+        rows_QK, inner_QK = top_rows(queries_QD, np.ascontiguousarray(data.vectors_ND[start : start + (1 << 17)]), K)
+        rows_QC, scores_QC = np.hstack([best_QK, rows_QK + start]), np.hstack([scores_QK, inner_QK])
         order_QK = np.argsort(-scores_QC, axis=1, kind="stable")[:, :K]
         best_QK, scores_QK = np.take_along_axis(rows_QC, order_QK, 1), np.take_along_axis(scores_QC, order_QK, 1)
     return best_QK
@@ -139,9 +138,9 @@ def stored(choice: Choice, data: Material, budget: Budget) -> tuple[Path, dict[s
         if (folder / "build.json").exists():
             return folder / "index", read_json(folder / "build.json")
     index = registry.build("index", choice)
-    with Meter() as meter, Watch(f"build {choice}", len(data.vectors_ND)) as watch:
+    with Meter() as spent, Watch(f"build {choice}", len(data.vectors_ND)) as watch:
         index.build(watch.blocks(data.vectors_ND), budget)
-    built = {"seconds": meter.seconds, "peak_bytes": float(meter.peak_bytes)}
+    built = {"seconds": spent.seconds, "peak_bytes": float(spent.peak_bytes)}
     folder = folders[built["seconds"] >= KEEP]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

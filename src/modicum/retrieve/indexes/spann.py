@@ -10,8 +10,8 @@ as near as the nearest, and compares exactly.
 d is the squared Euclidean distance. Inner products become distances by one more coordinate, sqrt(M^2 - |x|^2) with
 M the longest vector, 0 where all have length 1. Heads are the vectors nearest to the means of a hierarchical
 balanced clustering; they are in no list and join the result. A list over `pages` pages of 4 KiB keeps what is
-nearest to its head; small lists lie together in a page. Heads are numbered in the order of the clustering, so that lists
-of near heads are neighbours in the file: a query's lists are asked for at once and read in a few runs.
+nearest to its head; small lists lie together in a page. Heads are numbered in the order of the clustering, so that
+lists of near heads are neighbours in the file: a query's lists are asked for at once and read in a few runs.
 
 Chen et al. 2021, arXiv:2111.08566, section 3; defaults are the authors' for a billion vectors (SPTAG), with 12 pages
 for float32. Departs: a vector's last replica is never cut, where the authors' code lets some vectors go from
