@@ -337,10 +337,10 @@ MUTATIONS = (
         "retrieve/test_spann.py::test_the_rule_spares_heads_behind_a_nearer_one",
     ),
     Mutation(
-        "heads are numbered by row, so that lists of near heads lie anywhere",
+        "lists lie in the order of their heads' rows, those of near heads anywhere",
         "retrieve/indexes/spann.py",
-        "self.head_H = np.array([nearest_to_mean(flat_ND, rows) for rows in groups], np.int64)",
-        "self.head_H = np.sort(np.array([nearest_to_mean(flat_ND, rows) for rows in groups], np.int64))",
+        "rank_H[np.searchsorted(self.head_H, heads_H)] = np.arange(len(heads_H))",
+        "rank_H[:] = np.arange(len(heads_H))",
         "retrieve/test_spann.py::test_near_lists_come_with_one_read",
     ),
     Mutation(

@@ -235,7 +235,7 @@ def mixture(count: int, dimensions: int, clusters: int, seed: int = 0) -> np.nda
     spread_R = 0.35 * np.arange(1, 17) ** -0.35
     with tempfile.TemporaryFile() as file:
         file.truncate(4 * count * dimensions)
-        rows_ND = np.memmap(file, np.float32, "r+", shape=(count, dimensions))  # type: ignore[call-overload]
+        rows_ND = np.memmap(file, np.float32, "r+", shape=(count, dimensions))
         start = 0
         for c, size in enumerate(sizes_C.tolist()):
             basis_RD = rng.standard_normal((len(spread_R), dimensions)) / dimensions**0.5

@@ -10,8 +10,8 @@ as near as the nearest, and compares exactly.
 d is the squared Euclidean distance. Inner products become distances by one more coordinate, sqrt(M^2 - |x|^2) with
 M the longest vector, 0 where all have length 1. Heads are the vectors nearest to the means of a hierarchical
 balanced clustering; they are in no list and join the result. A list over `pages` pages of 4 KiB keeps what is
-nearest to its head; small lists lie together in a page. Heads are numbered in the order of the clustering, so that
-lists of near heads are neighbours in the file: a query's lists are asked for at once and read in a few runs.
+nearest to its head; small lists lie together in a page. Lists lie in the order of the clustering, so that those
+of near heads are neighbours in the file: a query's lists are asked for at once and read in a few runs.
 
 Chen et al. 2021, arXiv:2111.08566, section 3; defaults are the authors' for a billion vectors (SPTAG), with 12 pages
 for float32. Departs: a vector's last replica is never cut, where the authors' code lets some vectors go from
@@ -104,13 +104,17 @@ class SPANN(Stored):
         squares = [np.einsum("nd,nd->n", b, b) for b in _blocks(flat_ND)]
         self.longest = float(np.sqrt(max(s.max() for s in squares)))
         groups = leaves(flat_ND, max(1, round(UNEVEN / c.heads)), c.branch, c.balance, c.seed)
-        self.head_H = np.array([nearest_to_mean(flat_ND, rows) for rows in groups], np.int64)
+        heads_H = np.array([nearest_to_mean(flat_ND, rows) for rows in groups], np.int64)
+        self.head_H = np.sort(heads_H)  # into the graph by row: in the order of the clustering it would link badly
+        rank_H = np.empty(len(heads_H), np.int64)  # of every head in the clustering
+        rank_H[np.searchsorted(self.head_H, heads_H)] = np.arange(len(heads_H))
         self.graph = faiss.IndexHNSWFlat(flat_ND.shape[1] + 1, c.M)
         for start in range(0, len(self.head_H), BLOCK):
             self.graph.add(self._lifted(np.asarray(flat_ND[self.head_H[start : start + BLOCK]], np.float32)))
         rows_L, heads_L, distances_L = self._closure(flat_ND)
         kept = within_pages(rows_L, heads_L, distances_L, self._limit(flat_ND.shape[1]))
-        self._lay_out(flat_ND, rows_L[kept], heads_L[kept], distances_L[kept])
+        self._lay_out(flat_ND, rows_L[kept], rank_H[heads_L[kept]], distances_L[kept])
+        self.start_H, self.count_H = self.start_H[rank_H], self.count_H[rank_H]
 
     def _heads_HE(self) -> np.ndarray:
         """Vectors of the heads with their additional coordinate: the graph's own, not a copy."""
@@ -158,8 +162,7 @@ class SPANN(Stored):
         return near_NC, distance_NC
 
     def _lay_out(self, flat_ND: np.ndarray, rows_L: np.ndarray, heads_L: np.ndarray, distances_L: np.ndarray) -> None:
-        """Write the lists, nearest first, and the table of where each begins."""
-
+        """Write the lists, one after another, each nearest first, and the table of where each begins."""
         order = np.lexsort((distances_L, heads_L))
         rows_L, heads_L = rows_L[order], heads_L[order]
         self.count_H = np.bincount(heads_L, minlength=len(self.head_H))
