@@ -56,6 +56,7 @@ class Config:
     search_heads: Annotated[int, Field(ge=1)] = 32  # nearest heads of a query
     ratio: Annotated[float, Field(ge=1)] = 8.0  # lists are read up to this multiple of the nearest head's distance
     M: Annotated[int, Field(ge=2)] = 16  # links of a head in the graph
+    ef_construction: Annotated[int, Field(ge=1)] = 160  # candidates considered when a head is linked
     ef_search: Annotated[int, Field(ge=1)] = 64  # beam of the graph's search
     seed: int = 0
 
@@ -109,6 +110,7 @@ class SPANN(Stored):
         rank_H = np.empty(len(heads_H), np.int64)  # of every head in the clustering
         rank_H[np.searchsorted(self.head_H, heads_H)] = np.arange(len(heads_H))
         self.graph = faiss.IndexHNSWFlat(flat_ND.shape[1] + 1, c.M)
+        self.graph.hnsw.efConstruction = c.ef_construction
         for start in range(0, len(self.head_H), BLOCK):
             self.graph.add(self._lifted(np.asarray(flat_ND[self.head_H[start : start + BLOCK]], np.float32)))
         rows_L, heads_L, distances_L = self._closure(flat_ND)
