@@ -17,6 +17,7 @@ from modicum.core.errors import UserError
 from modicum.data.gguf_vocabulary import vocabulary
 from modicum.data.tokenizer import Tokenizer
 from modicum.model.attach import attach, merge
+from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
 from modicum.model.families import read_config
 from modicum.model.folder import load_model, save_model
@@ -280,7 +281,7 @@ def test_command_says_what_is_stored_how(
         (dict(type="q4_x"), "q4_"),
         (dict(tensor=["blk.9.*=q8_0"]), "no matrix is named like"),
         (dict(tensor=["q8_0"]), "GLOB=TYPE"),
-        (dict(format="onnx"), "gguf, hf, gptq or awq"),
+        (dict(format="onnx"), "gguf, hf, gptq, awq, compressed-tensors"),
     )
     for knobs, message in wrong:
         with pytest.raises(UserError, match=message):
@@ -353,3 +354,20 @@ def test_a_quantised_file_exported_again_has_the_same_bytes(kind: str, tmp_path:
         for n in "ab"
     )
     assert first == second
+
+
+@pytest.mark.parametrize("form", ["int4:group=64", "affine:bits=4,group=32"])
+def test_codes_of_four_bits_are_not_rounded_again(form: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A q4_1 file of them holds the same weights but for float16 steps and minima; rounded anew they would move."""
+    config = llama_like(tokenizer.vocab_size, 64, 2, 4, kv_heads=2, mlp_width=128, context_length=64)
+    model = Decoder(config, torch.Generator().manual_seed(0))
+    attach(model, {"layers.*": form})
+    save_model(model, tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    export(str(tmp_path / "model"), tmp_path / "out.gguf", type="q4_1")
+    merge(model)
+    read = load_model(tmp_path / "out.gguf", dtype="float32")
+    for name, weight in model.named_parameters():
+        if name.startswith("layers.") and weight.dim() == 2:
+            off = (read.get_parameter(name).float() - weight.float()).norm() / weight.float().norm()
+            assert float(off) < 2e-3, f"{name} moved by {float(off):.4f}"

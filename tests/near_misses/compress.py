@@ -3,6 +3,13 @@
 from near_misses import Mutation
 
 MUTATIONS = (
+    Mutation(
+        "codes of four bits are rounded again for a file of four bits",
+        "model/gguf/write.py",
+        'if item.type != "q4_1" or not names',
+        'if item.type == "q4_1" or not names',
+        "compress/test_export.py::test_codes_of_four_bits_are_not_rounded_again",
+    ),
     # compress: tpla
     Mutation(
         "one softmax over all slices' scores (grouped latents, not split ones: a head sees its own slice alone)",

@@ -70,7 +70,7 @@ def export(
         settings = write(loaded, out, source, kind)  # type: ignore[arg-type]
         print(json.dumps({"out": str(out), "quantization_config": settings}) if as_json else f"{out}: written")
         return
-    run.merged(loaded)
+    grids = run.merged(loaded)
     if shrink:
         from modicum.model.submodel import without_zeros
 
@@ -86,7 +86,7 @@ def export(
     if not as_json:
         _show(planned, types)
     if not dry_run:
-        run.write(loaded, out, types, planned, source.name)
+        run.write(loaded, out, types, planned, source.name, grids)
     if as_json:
         print(json.dumps({"out": str(out)} | planned.as_dict(), indent=2))
     elif not dry_run:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from modicum.core.errors import UserError
 from modicum.core.events import Progress
@@ -25,6 +26,8 @@ from modicum.model.gguf import architectures
 from modicum.model.gguf import write as gguf
 from modicum.model.gguf.quantize import TYPES
 from modicum.model.gguf.write import Stored, Types
+from modicum.model.linear.affine import Affine
+from modicum.model.linear.int4 import Int4
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,26 @@ class Row:
     why: str
 
 
-def merged(model: Decoder) -> list[str]:
-    """Merge every linear form of `model`; the names that changed. Raises `UserError` for forms that are not linear."""
+Grids = dict[str, tuple[Tensor, Tensor]]
+
+
+def merged(model: Decoder) -> Grids:
+    """Merge every linear form of `model`. Raises `UserError` for forms that are not linear.
+
+    Returned is, by parameter, the grid of those in four bits: step and minimum of each block of 32, (O, I / 32).
+    """
+    grids: Grids = {}
     with torch.no_grad():
-        return attach.merge(model)
+        for name, form in attach.forms(model).items():
+            four = isinstance(form, Int4) or (isinstance(form, Affine) and form.bits == 4)
+            if isinstance(form, Int4 | Affine) and four and form.group % 32 == 0 and form.in_features % 32 == 0:
+                step_OB, zero_OB = (
+                    x.float().repeat_interleave(form.group // 32, 1)[:, : form.in_features // 32].cpu()
+                    for x in (form.scale, form.zero)
+                )
+                grids[f"{name}.weight"] = step_OB, zero_OB - 8 * step_OB
+        attach.merge(model)
+    return grids
 
 
 def table(stored: Iterable[Stored]) -> list[Row]:
@@ -92,10 +111,10 @@ def plan(model: Decoder, types: Types, tokenizer: Path | None) -> Plan:
     return Plan(table(stored), words, notes)
 
 
-def write(model: Decoder, out: Path, types: Types, planned: Plan, name: str) -> None:
-    """Write the file that was planned, with a progress line."""
+def write(model: Decoder, out: Path, types: Types, planned: Plan, name: str, grids: Grids | None = None) -> None:
+    """Write the file that was planned, with a progress line; `grids` as `merged` gives them."""
     with Progress(f"export {out.name}", sum(row.weights for row in planned.rows), "weights") as progress:
-        gguf.write(model, out, types, vocabulary=planned.vocabulary, name=name, progress=progress.update)
+        gguf.write(model, out, types, vocabulary=planned.vocabulary, name=name, grids=grids, progress=progress.update)
 
 
 def write_folder(model: Decoder, out: Path, source: Path) -> None:

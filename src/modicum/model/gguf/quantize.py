@@ -144,6 +144,14 @@ def _affine(levels: int) -> Callable[[Tensor], Tensor]:
     return encode
 
 
+def on_grid(weight_OI: Tensor, d_OB: Tensor, low_OB: Tensor) -> Tensor:
+    """Q4_1 with the steps and minima that are given for each block of 32: what lies on that grid stays where it is."""
+    x_OBi = weight_OI.float().unflatten(1, (-1, 32))
+    d, low = (v.half().float()[..., None] for v in (d_OB, low_OB))
+    q = ((x_OBi - low) * _inverse(d) + 0.5).trunc().clamp_(0, 15).to(torch.uint8).flatten(0, 1)
+    return torch.cat([_half(d.flatten(0, 1)), _half(low.flatten(0, 1)), _nibbles(q)], dim=1).view(len(weight_OI), -1)
+
+
 def _q8_0(x_NB: Tensor) -> Tensor:
     d = x_NB.abs().amax(1, keepdim=True) / 127
     scaled = x_NB * _inverse(d)

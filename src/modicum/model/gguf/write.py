@@ -18,7 +18,7 @@ from modicum.model import attach
 from modicum.model.decoder import Decoder
 from modicum.model.families import Rule, stored_shape
 from modicum.model.gguf import architectures
-from modicum.model.gguf.quantize import TYPES, fits, quantize, tensor_type
+from modicum.model.gguf.quantize import TYPES, fits, on_grid, quantize, tensor_type
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 EMBEDDINGS = ("token_embd.weight", "output.weight")
@@ -129,12 +129,15 @@ def write(
     *,
     vocabulary: Mapping[str, Any] | None = None,
     name: str = "",
+    grids: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Stored]:
     """Write a model without linear forms (`attach.merge` them first) as one GGUF file; what was stored.
 
-    vocabulary: the tokenizer's metadata; None writes a file for prompts of token ids. progress is called with the
-    weights of each tensor when it is written. The file appears whole or not at all.
+    grids: by parameter, step and minimum (O, I / 32) of weights that lie on sixteen values in each block already; they
+    are taken over where the type is q4_1, so that nothing is rounded twice. vocabulary: the tokenizer's metadata; None
+    writes a file for prompts of token ids. progress is called with the weights of each tensor when it is written. The
+    file appears whole or not at all.
     """
     stored = plan(model, types)
     arch, parameters = architectures.require(model.config), _parameters(model)
@@ -151,7 +154,16 @@ def write(
     metadata |= architectures.metadata(model.config)
     metadata |= {"general.file_type": tensor_type(types.matrices).file_type, "general.quantization_version": 2}
     metadata |= vocabulary if vocabulary is not None else {"tokenizer.ggml.model": "no_vocab"}
-    items = [(s, (lambda s=s: quantize(tensor(s), s.type))) for s in stored]
+
+    def encoded(item: Stored) -> Tensor:
+        names = rules[item.name].ours if item.name in rules else ()
+        if item.type != "q4_1" or not names or not all(n in (grids or {}) for n in names):
+            return quantize(tensor(item), item.type)
+        columns = zip(*((grids or {})[n] for n in names), strict=True)  # steps of all, minima of all
+        step, low = (architectures.to_gguf(arch, model.config, rules[item.name], [*c]) for c in columns)
+        return on_grid(tensor(item), step, low)
+
+    items = [(s, (lambda s=s: encoded(s))) for s in stored]
     write_file(path, metadata, items, progress)
     return stored
 

@@ -45,7 +45,7 @@ class Export(Stage[Section]):
     def run(self, section: Section, inputs: Inputs, context: Context) -> dict[str, Any]:
         source = Path(inputs["model"]["folder"])
         model = load_model(source)
-        export.merged(model)
+        grids = export.merged(model)
         if section.format == "hf":
             out = context.folder / "model"
             export.write_folder(model, out, source)
@@ -54,7 +54,7 @@ class Export(Stage[Section]):
             types = Types(matrices=section.type, embeddings=section.embeddings, fallback=section.fallback)
             planned = export.plan(model, types, source)
             out = context.folder / "model.gguf"
-            export.write(model, out, types, planned, source.name)
+            export.write(model, out, types, planned, source.name, grids)
             size, what = out.stat().st_size, f"GGUF, {section.type}, {planned.bits:.2f} bits per weight"
         parameters = model.config.parameters()
         return {
