@@ -308,8 +308,8 @@ MUTATIONS = (
     Mutation(
         "a third bit counts two",
         "serve/native/products.h",
-        "high = _mm512_slli_epi16(some, 2);",
-        "high = _mm512_slli_epi16(some, 1);",
+        "_mm512_or_si512(_mm512_slli_epi16(some, 2), _mm512_slli_epi16(some, 6))",
+        "_mm512_or_si512(_mm512_slli_epi16(some, 1), _mm512_slli_epi16(some, 5))",
         "serve/test_native.py::test_rows_longer_than_a_step_of_coarse_codes",
     ),
     # serve: cache forms that are fitted
