@@ -24,7 +24,8 @@ from modicum.adapt.load import load_adapted
 from modicum.adapt.run import adapt
 from modicum.adapt.spec import AdaptSpec
 from modicum.bench import fixtures
-from modicum.bench.measurement import Settings
+from modicum.bench.measurement import Axes, Axis, Measurement, Settings
+from modicum.budget import Cost
 from modicum.core import registry
 from modicum.core.choice import Choice
 from modicum.core.errors import UserError
@@ -38,6 +39,7 @@ from modicum.model.config import llama_like
 from modicum.model.decoder import Decoder
 from modicum.model.folder import find_folder, save_model
 
+AXES = Axes(quality=Axis("accuracy", "higher"), cost=Axis("adapt_seconds", "lower", "s", against=""))
 CLASSES = 6  # at most
 DOCUMENT_BYTES = 4_000_000  # of the Python installation
 
@@ -56,9 +58,9 @@ class Size:
 QUICK = Size(per_class=2, tests=12, steps=2, row=128, model="")
 
 
-def compare(choice: Choice, seed: int, settings: Settings) -> tuple[dict[str, float], dict[str, Any], float]:
-    """Metrics, the data's record and seconds: adapted by `choice`, an objective, and by next-token prediction, each
-    with and without EDA's copies of the examples. `gain` and `eda_gain` are differences of accuracy."""
+def measure(choice: Choice, seed: int, settings: Settings) -> Measurement:
+    """Adapted by `choice`, an objective, and by next-token prediction, each with and without EDA's copies of the
+    examples. `gain` and `eda_gain` are differences of accuracy."""
     size = QUICK if settings.quick else Size()
     metrics: dict[str, float] = {}
     seconds = 0.0
@@ -72,7 +74,7 @@ def compare(choice: Choice, seed: int, settings: Settings) -> tuple[dict[str, fl
     name = Path(settings.data).name if settings.data else "first sentences of docstrings, by package"
     checksum = fingerprint([texts[:50], labels[:50]])
     record = {"name": name, "texts": len(texts), "classes": len(set(labels)), "checksum": checksum}
-    return metrics, record, seconds
+    return Measurement(metrics=metrics | {"adapt_seconds": seconds}, cost=Cost(seconds=seconds), data=record, axes=AXES)
 
 
 @functools.lru_cache(maxsize=64)

@@ -116,7 +116,7 @@ def sizes(layer: LayerConfig, width: int) -> tuple[int, int, int, int, int]:
 
 
 def shape(heads: int, latent: int, rotated: int, slices: int = 1, rope: Rope | None = None) -> dict[str, Any]:
-    """Fields of a `DecoderConfig` with this mixer: `llama_like(..., **shape(8, 64, 16))` less heads and family."""
+    """Fields of a `DecoderConfig` with this mixer: `replace(config, family="modicum", **shape(8, 64, 16))`."""
     if latent % slices:
         raise UserError(f"a latent of {latent} dimensions is not split in {slices}")
     head_dim = rotated + latent // slices
