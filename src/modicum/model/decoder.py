@@ -18,6 +18,7 @@ from modicum.model.layers import Block
 from modicum.model.mixers import Rotation
 from modicum.model.norms import RMSNorm, make_norm
 from modicum.model.rope import RopeTable
+from modicum.model.wide import widened
 
 
 class Decoder(nn.Module):
@@ -166,7 +167,8 @@ class Decoder(nn.Module):
 
     def head(self, h_BTD: Tensor) -> Tensor:
         """Logits of hidden states, with the family's softcap; any leading shape, so a loss may be chunked."""
-        logits = sublayers.projected(self.lm_head, h_BTD)
+        with widened(h_BTD):
+            logits = sublayers.projected(self.lm_head, h_BTD)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

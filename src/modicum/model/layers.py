@@ -18,6 +18,7 @@ from modicum.model.attend import Attend
 from modicum.model.config import DecoderConfig
 from modicum.model.mixers import Rotation
 from modicum.model.norms import RMSNorm, make_norm
+from modicum.model.wide import widened
 
 __all__ = ["ACTIVATION", "MLP", "Block", "RMSNorm", "make_norm"]
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
@@ -80,7 +81,8 @@ class Block(nn.Module):
             self.router = Router(config.width)
 
     def forward(self, x_BTD: Tensor, rotation: Rotation, attend: Attend, source_BTD: Tensor | None = None) -> Tensor:
-        y_BTD = self._whole(x_BTD, rotation, attend, source_BTD)
+        with widened(x_BTD):
+            y_BTD = self._whole(x_BTD, rotation, attend, source_BTD)
         router: Any = getattr(self, "router", None)
         if router is None or not router.soft:
             return y_BTD

@@ -160,16 +160,16 @@ class _Group:
         y = products.forward(x_ND, self.weight())
         if not self.updated:
             return y, None
-        inner = x_ND @ self._down().t()
-        return y.addmm_(inner, self._up().t()), inner
+        inner = products.forward(x_ND, self._down())
+        return products.add(y, inner, self._up()), inner
 
     def back(self, grad_NO: Tensor, wanted: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of x, if wanted, and of x A^T."""
-        inner = grad_NO @ self._up() if self.updated else None
+        inner = products.backward(grad_NO, self._up()) if self.updated else None
         if not wanted:
             return None, inner
         dx = products.backward(grad_NO, self.weight())
-        return (dx if inner is None else dx.addmm_(inner, self._down())), inner
+        return (dx if inner is None else products.add(dx, inner, self._down().t())), inner
 
     def gradients(
         self, x_ND: Tensor, inner_NR: Tensor | None, grad_NO: Tensor, dinner_NR: Tensor | None
@@ -181,7 +181,7 @@ class _Group:
             for (w, _, _), one in zip(self.index, whole, strict=True):
                 made[w] = one if self.needs[w] else None
         if inner_NR is not None and dinner_NR is not None:
-            down, up = dinner_NR.t() @ x_ND, grad_NO.t() @ inner_NR
+            down, up = products.weight_gradient(dinner_NR, x_ND), products.weight_gradient(grad_NO, inner_NR)
             for row, rank, scale, a, b in self._updates():
                 ranks = slice(rank, rank + len(self.tensors[a]))
                 made[a] = down[ranks] if self.needs[a] else None
