@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from modicum.model.wide import widened
+
 BLOCK = 128  # queries per block
 Options = tuple[float, bool, int | None, float | None, int]  # scale, causal, window, softcap, block
 
@@ -68,15 +70,16 @@ class _Tiled(torch.autograd.Function):
         dq = torch.empty(B, T, H, E, dtype=q.dtype, device=q.device).transpose(1, 2)
         wide = torch.promote_types(q.dtype, torch.float32)  # blocks add up here
         dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-        for rows, keys in _tiles(T, k.shape[2], ctx.options):
-            p, capped, q_rows = _weights(q, k, mask, rows, keys, ctx.options)
-            g = grad[:, :, rows].reshape(B, G, -1, E)
-            dv[:, :, keys] += p.transpose(-1, -2) @ g
-            ds = torch._softmax_backward_data(g @ v[:, :, keys].transpose(-1, -2), p, -1, p.dtype)
-            if capped is not None:
-                ds = ds * (1 - (capped / softcap).square())
-            dq[:, :, rows] = (ds @ k[:, :, keys]).mul_(scale).view(B, H, -1, E)
-            dk[:, :, keys] += ds.transpose(-1, -2) @ q_rows
+        with widened(grad):
+            for rows, keys in _tiles(T, k.shape[2], ctx.options):
+                p, capped, q_rows = _weights(q, k, mask, rows, keys, ctx.options)
+                g = grad[:, :, rows].reshape(B, G, -1, E)
+                dv[:, :, keys] += p.transpose(-1, -2) @ g
+                ds = torch._softmax_backward_data(g @ v[:, :, keys].transpose(-1, -2), p, -1, p.dtype)
+                if capped is not None:
+                    ds = ds * (1 - (capped / softcap).square())
+                dq[:, :, rows] = (ds @ k[:, :, keys]).mul_(scale).view(B, H, -1, E)
+                dk[:, :, keys] += ds.transpose(-1, -2) @ q_rows
         return dq, dk.mul_(scale).to(k.dtype), dv.to(v.dtype), None, None
 
 

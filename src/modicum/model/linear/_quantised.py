@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modicum.model.linear import LinearForm
+from modicum.model.wide import widened
 
 KERNEL_ROWS = 16  # up to here the fused kernels beat decoding the weight (measured on an AVX-512 CPU)
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -32,7 +33,8 @@ class _Decoded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        return grad @ ctx.form.decode(grad.dtype), None
+        with widened(grad):
+            return grad @ ctx.form.decode(grad.dtype), None
 
 
 class QuantisedForm(LinearForm):

@@ -44,6 +44,7 @@ from modicum.core.choice import Choice
 from modicum.core.errors import UserError
 from modicum.model.linear import LinearForm, LinearShape, lora
 from modicum.model.linear._adapter import Adapter
+from modicum.model.wide import widened
 
 CLAIM = {
     "figure": "better than LoRA and AdaLoRA at equal parameters, most of all with little data",
@@ -272,7 +273,8 @@ class _Ahead(torch.autograd.Function):
         (grad,) = grads
         z, b_OR = ctx.saved_tensors
         grad_NO, z_NR = grad.reshape(-1, grad.shape[-1]), z.reshape(-1, z.shape[-1])
-        return grad, ctx.scale * (grad @ b_OR), ctx.scale * (grad_NO.T @ z_NR), None
+        with widened(grad):
+            return grad, ctx.scale * (grad @ b_OR), ctx.scale * (grad_NO.T @ z_NR), None
 
 
 class _Watch(torch.autograd.Function):
@@ -289,7 +291,7 @@ class _Watch(torch.autograd.Function):
         (grad,) = grads
         (x,) = ctx.saved_tensors
         form: IncreLora = ctx.form
-        with torch.no_grad():
+        with torch.no_grad(), widened(grad):
             a_RI, b_OR, scaling = form.low_rank()
             grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
             rows = max(1, BLOCK // form.in_features)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from modicum.model.linear import LinearForm, LinearShape, check_rank
+from modicum.model.wide import widened
 
 CLAIM = {
     "figure": "perplexity 34.15 with 0.26 GB of parameters and optimizer state, dense 34.06 with 0.35, "
@@ -154,12 +155,13 @@ class _LowRankPlusSparse(torch.autograd.Function):
         needs_x, needs_B, needs_A, needs_V, *_ = ctx.needs_input_grad
         dy_NO, x_NI = grads[0].reshape(-1, B_OR.shape[0]), x.reshape(-1, A_RI.shape[1])
         dx = dB = dA = dV = None
-        if needs_x:
-            dx = (dy_NO @ compose(B_OR, A_RI, V_K, index_K, ctx.scaling)).view_as(x)
-        if needs_B:
-            dB = (dy_NO.T @ (x_NI @ A_RI.T)).mul_(ctx.scaling)
-        if needs_A:
-            dA = ((dy_NO @ B_OR).T @ x_NI).mul_(ctx.scaling)
-        if needs_V:
-            dV = (dy_NO.T @ x_NI).view(-1).index_select(0, index_K)
+        with widened(dy_NO):
+            if needs_x:
+                dx = (dy_NO @ compose(B_OR, A_RI, V_K, index_K, ctx.scaling)).view_as(x)
+            if needs_B:
+                dB = (dy_NO.T @ (x_NI @ A_RI.T)).mul_(ctx.scaling)
+            if needs_A:
+                dA = ((dy_NO @ B_OR).T @ x_NI).mul_(ctx.scaling)
+            if needs_V:
+                dV = (dy_NO.T @ x_NI).view(-1).index_select(0, index_K)
         return dx, dB, dA, dV, None, None

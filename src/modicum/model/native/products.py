@@ -80,11 +80,17 @@ def lacking() -> bool:
 
 
 def wide(*matrices: Tensor) -> bool:
-    """Whether products of these are better computed in float32."""
+    """Whether products of these are better computed in float32. Tensors without data, of a planner, are asked too."""
     return lacking() and all(
-        type(m) in (Tensor, torch.nn.Parameter) and m.dtype == torch.bfloat16 and m.device.type == "cpu"
-        for m in matrices
+        type(m) in _kinds() and m.dtype == torch.bfloat16 and m.device.type == "cpu" for m in matrices
     )
+
+
+@functools.cache
+def _kinds() -> tuple[type, ...]:
+    from torch._subclasses.fake_tensor import FakeTensor  # not at once: it takes a twentieth of a second
+
+    return Tensor, torch.nn.Parameter, FakeTensor
 
 
 def _parts(outputs: int, inputs: int) -> list[slice]:

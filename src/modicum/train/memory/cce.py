@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from modicum.budget.trace import has_data
 from modicum.core.errors import UserError
 from modicum.model.linear import LinearForm
+from modicum.model.wide import widened
 from modicum.train import loss as losses
 from modicum.train.memory import MemorySaver
 
@@ -137,7 +138,8 @@ class _CutCrossEntropy(torch.autograd.Function):
         if way is not None:
             outputs = (*way.lse(h_ND, weight_VD, bias_V, softcap, eps > 0), None)
         else:
-            outputs = _lse(h_ND, weight_VD, bias_V, softcap, config, eps > 0)
+            with widened(h_ND):
+                outputs = _lse(h_ND, weight_VD, bias_V, softcap, config, eps > 0)
         lse_N, mean_V, top_RV = outputs
         order_V = mean_V.argsort() if config.sort and mean_V is not None else None
         picked_N = (h_ND * weight_VD[targets_N]).sum(-1, dtype=lse_N.dtype)
@@ -158,7 +160,8 @@ class _CutCrossEntropy(torch.autograd.Function):
         if way is not None:
             grads = way.backward(h, weight, bias, targets, lse, order, softcap, eps, needs)
         else:
-            grads = _backward(h, weight, bias, targets, lse, order, top, softcap, config, eps, needs)
+            with widened(h):
+                grads = _backward(h, weight, bias, targets, lse, order, top, softcap, config, eps, needs)
         # Scaled in place, while still in the dtype they were summed in.
         scaled = (None if g is None else g.mul_(outer.to(g.dtype)) for g in grads)
         made = (None if g is None else g.to(x.dtype) for g, x in zip(scaled, (h, weight, bias), strict=True))
