@@ -29,6 +29,7 @@
 
 /* Kernels: add inputs from .. to - 1 to M outputs times N rows from `at` on, one vector each that is summed later.
  * (Those of codes take all inputs, and initialise the vectors.) */
+#ifdef __AVX512F__
 INLINE void float_kernel(const int M, const int N, const int AHEAD, ARGS) {
     const float *x = (const float *)a->data + at * a->stride;
     (void)scale, (void)zero, (void)next;
@@ -51,6 +52,46 @@ INLINE void widening_kernel(const int M, const int N, const int AHEAD, ARGS) {
     for (; k + 16 <= to; k += 16) SIXTEEN(widen(_mm256_loadu_si256((const __m256i *)(w + m * ldw + 2 * k))), 2);
     if (k < to) SIXTEEN(load_as_float(w + m * ldw, k, BFLOAT16, tail16(to - k)), 2);
 }
+#else
+/* A vector is two of sixteen registers here, so four outputs by four rows go two by two. The sums are the same. */
+#define SQUARE(LOAD, BYTES) do { \
+        __m512 w0, w1, v; \
+        { const int m = o; w0 = LOAD; if (r == 0) PREFETCH(m, BYTES * k); } \
+        if (two_outs) { const int m = o + 1; w1 = LOAD; if (r == 0) PREFETCH(m, BYTES * k); } \
+        v = _mm512_load_ps(x + r * a->stride + k); \
+        s00 = _mm512_fmadd_ps(w0, v, s00); \
+        if (two_outs) s01 = _mm512_fmadd_ps(w1, v, s01); \
+        if (two_rows) { \
+            v = _mm512_load_ps(x + (r + 1) * a->stride + k); \
+            s10 = _mm512_fmadd_ps(w0, v, s10); \
+            if (two_outs) s11 = _mm512_fmadd_ps(w1, v, s11); \
+        } \
+    } while (0)
+#define BY_SQUARES(WHOLE, REST, BYTES) \
+    const float *x = (const float *)a->data + at * a->stride; \
+    (void)scale, (void)zero, (void)next; \
+    UNROLL for (int o = 0; o < M; o += 2) UNROLL for (int r = 0; r < N; r += 2) { \
+        const int two_outs = o + 1 < M, two_rows = r + 1 < N, at00 = r * M + o, at10 = at00 + (two_rows ? M : 0); \
+        __m512 s00 = out[at00], s01 = out[at00 + two_outs], s10 = out[at10], s11 = out[at10 + two_outs]; \
+        int64_t k = from; \
+        for (; k + 16 <= to; k += 16) SQUARE(WHOLE, BYTES); \
+        if (k < to) SQUARE(REST, BYTES); \
+        out[at00] = s00; \
+        if (two_outs) out[at00 + 1] = s01; \
+        if (two_rows) out[at10] = s10; \
+        if (two_rows && two_outs) out[at10 + 1] = s11; \
+    }
+INLINE void float_kernel(const int M, const int N, const int AHEAD, ARGS) {
+    BY_SQUARES(_mm512_loadu_ps((const float *)(w + m * ldw) + k),
+               _mm512_maskz_loadu_ps(tail16(to - k), (const float *)(w + m * ldw) + k), 4)
+}
+
+/* bfloat16 weights with few rows; for more they are decoded first. */
+INLINE void widening_kernel(const int M, const int N, const int AHEAD, ARGS) {
+    BY_SQUARES(widen(_mm256_loadu_si256((const __m256i *)(w + m * ldw + 2 * k))),
+               load_as_float(w + m * ldw, k, BFLOAT16, tail16(to - k)), 2)
+}
+#endif
 
 #ifdef __AVX512BF16__
 INLINE void half_kernel(const int M, const int N, const int AHEAD, ARGS) {
@@ -512,6 +553,13 @@ static void look_up_nibbles(const Matrix *m, const uint8_t *row, const float *sc
 /* Row o of a matrix of codes as floats or bfloat16 (`as`), `scale` and `zero` as `read_scales` gave them. */
 static void decode(const Matrix *m, int64_t o, const float *scale, const float *zero, int64_t as, void *to) {
     const uint8_t *row = (const uint8_t *)m->weight + o * row_bytes(m);
+    if (m->kind == BFLOAT16) {
+        for (int64_t k = 0; k < m->in; k += 16) {
+            __mmask16 mask = tail16(m->in - k);
+            store_from_float(to, k, as, mask, load_as_float(row, k, BFLOAT16, mask));
+        }
+        return;
+    }
 #ifdef __AVX512BF16__
     if (as == BFLOAT16 && scale_after_sum(m)) { widen_bytes(row, m->in, to); return; }
     if (as == BFLOAT16 && m->kind == INT4) { look_up_nibbles(m, row, scale, zero, to); return; }
@@ -561,8 +609,11 @@ static void blocks(const Matrix *m, const Activations *a, int64_t first, int64_t
     const int coded = is_coded(m);
     const int direct = a->format == AS_BYTE_PLANES || a->format == AS_NIBBLE_PLANES || a->format == AS_WORDS
                        || a->format == AS_QUARTER_PLANES || a->format == AS_QUARTER_WORDS;
-    const Block (*kernels)[4] = !coded && m->kind == BFLOAT16 ? widening_kernel_blocks : float_kernel_blocks;
-    int64_t bytes = coded && !direct ? (a->format == AS_BFLOAT16 ? 2 : 4) * m->in : row_bytes(m);
+    /* Without products of bfloat16, bfloat16 weights of many rows are widened once, not once for each four rows. */
+    const int decoded = (coded && !direct)
+                        || (m->kind == BFLOAT16 && a->format == AS_FLOAT32 && a->rows >= MIN_ROWS_DECODED);
+    const Block (*kernels)[4] = !decoded && m->kind == BFLOAT16 ? widening_kernel_blocks : float_kernel_blocks;
+    int64_t bytes = decoded ? (a->format == AS_BFLOAT16 ? 2 : 4) * m->in : row_bytes(m);
     int64_t G = padded_groups(m->groups), width = direct ? 2 : 4;
 #ifdef __AVX512BF16__
     if (a->format == AS_BFLOAT16) kernels = half_kernel_blocks;
@@ -578,23 +629,23 @@ static void blocks(const Matrix *m, const Activations *a, int64_t first, int64_t
     if (a->format == AS_QUARTER_WORDS) kernels = m->kind == TWO_BITS ? two_bit_words_blocks : three_bit_words_blocks;
 #endif
     const int streaming = a->rows < (direct ? 3 : 4), few = a->rows <= FEW_ROWS;
-    const int64_t quads = few && !coded ? BLOCK_QUADS : 1;
+    const int64_t quads = few && !coded && !decoded ? BLOCK_QUADS : 1;
     const int64_t block_inputs = (few ? BLOCK_BYTES_FEW : BLOCK_BYTES_MANY) / (a->format == AS_BFLOAT16 ? 2 : 4);
     /* Of four outputs ahead, how many the earlier row blocks have prefetched. */
     const int64_t row_blocks = (a->rows + width - 1) / width, full = max_i64(1, a->rows / width);
     int fetched[MAX_ROW_BLOCKS + 1];
-    for (int64_t t = 0; t <= row_blocks; t++) fetched[t] = coded && !direct ? 0 : (int)(4 * min_i64(t, full) / full);
+    for (int64_t t = 0; t <= row_blocks; t++) fetched[t] = decoded ? 0 : (int)(4 * min_i64(t, full) / full);
     for (int64_t o = first, M; o < last; o += M) {
         const int streamed = streaming || last - o < 4;
         M = streamed ? min_i64(last - o, LANES / min_i64(width, a->rows)) : last - o < 4 * quads ? 4 : 4 * quads;
         const char *w = (const char *)m->weight + o * row_bytes(m);
-        if (coded) for (int64_t i = 0; i < M; i++) {
-            read_scales(m, o + i, scratch->scale + i * G, scratch->zero + i * G);
-            if (!direct) decode(m, o + i, scratch->scale + i * G, scratch->zero + i * G,
+        if (coded || decoded) for (int64_t i = 0; i < M; i++) {
+            if (coded) read_scales(m, o + i, scratch->scale + i * G, scratch->zero + i * G);
+            if (decoded) decode(m, o + i, scratch->scale + i * G, scratch->zero + i * G,
                                 a->format == AS_BFLOAT16 ? BFLOAT16 : FLOAT32, scratch->weight + i * bytes);
         }
-        if (coded && !direct) w = scratch->weight;
-        const int64_t k_block = streamed || coded ? a->in : block_inputs;
+        if (decoded) w = scratch->weight;
+        const int64_t k_block = streamed || coded || decoded ? a->in : block_inputs;
         const int64_t outs = streamed ? M : 4;
         for (int64_t from = 0; from < a->in; from += k_block) {
             BlockJob job = {a, bytes, ldy, from, min_i64(a->in, from + k_block), outs, scratch->scale, scratch->zero};
