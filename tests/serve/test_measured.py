@@ -44,7 +44,23 @@ def model():
     ],
 )
 def test_crossover_is_the_fewest_rows_from_which_the_library_always_wins(library, least):
-    assert crossover([Timing(r, 1.0, s) for r, s in zip((32, 128, 512), library, strict=True)]) == least
+    timings = [Timing(r, 1.0, s) for r, s in zip((32, 128, 512), library, strict=True)]
+    assert crossover(timings) == (None if least is None else ("torch", least))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "library", "faster"),
+    [
+        ((0.3, 0.3, 0.3), (0.5, 0.5, 0.5), ("tiles", 32)),
+        ((0.5, 0.5, 0.5), (0.3, 0.3, 0.3), ("torch", 32)),
+        ((0.3, 0.3, 0.5), (1.0, 0.5, 0.3), ("torch", 32)),  # the library at the largest size, something else before
+        ((1.0, 0.5, 0.3), (1.0, 1.0, 1.0), ("tiles", 128)),
+        ((0.95, 0.95, 0.95), (1.0, 1.0, 1.0), None),
+    ],
+)
+def test_tiles_of_the_kernels_are_another_way(tiles, library, faster):
+    timings = [Timing(r, 1.0, s, t) for r, s, t in zip((32, 128, 512), library, tiles, strict=True)]
+    assert crossover(timings) == faster
 
 
 def test_a_shorter_decoder_has_the_same_modules(model):
@@ -78,6 +94,33 @@ def test_it_is_measured_once_for_each_kind_of_model(model, home, monkeypatch):
     measured.timings(other, EngineConfig(), Engine)
     kept = json.loads((home / "backends.json").read_text())
     assert len(calls) == 2 and len(kept) == 2
+
+
+@needs_kernels
+def test_long_steps_take_tiles_where_those_are_fastest(model, monkeypatch):
+    monkeypatch.setenv("MODICUM_ISA", native.EMULATED)
+    if native.library() is None:
+        pytest.skip(native.reason())
+    half = model.to(torch.bfloat16)
+    assert [t.tiles is not None for t in _timed(half, monkeypatch)] == [True, True]
+    monkeypatch.setattr(measured, "timings", lambda *given: [Timing(40, 1.0, 0.9, 0.5), Timing(512, 1.0, 0.9, 0.5)])
+    prompts = [[*range(1, 41)], [5, 6, 7]]
+    logits = []
+    for fast in (False, True):
+        engine = Engine(half, None, EngineConfig(cache="512tok", fast_prefill=fast, prefix_cache=False))
+        assert engine.runner.backends[0].name == "native" and type(engine.runner).__name__ == "Runner"
+        inner, seen = engine.runner, []
+        engine.runner = lambda plan, rows, inner=inner, seen=seen: seen.append(inner(plan, rows)) or seen[-1]
+        engine.generate(prompts, GREEDY)
+        logits.append(seen)
+    assert not torch.equal(logits[0][0], logits[1][0])  # the prompts, 43 rows
+    assert float((logits[0][0] - logits[1][0]).abs().max()) < 0.05
+
+
+def _timed(model, monkeypatch):
+    with monkeypatch.context() as only:
+        only.setattr(measured, "ROWS", (4, 16))
+        return measured.timings(model, EngineConfig(), Engine)
 
 
 @needs_kernels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from serve_tools import engine, lively, tiny
-from torch import Tensor
+from kernel_tools import PROMPTS, SHAPES, coded, decoder, distance, exact, logits_of
+from serve_tools import engine, tiny
 
 from modicum.core import compiled
 from modicum.core.errors import ModicumError, UserError
 from modicum.model.attach import attach
-from modicum.model.config import Rope, by_layer, llama_like
-from modicum.model.decoder import Decoder
 from modicum.serve import native
 from modicum.serve.backends import Runner
 from modicum.serve.backends import native as runner_module
@@ -34,6 +31,8 @@ from modicum.serve.work import Work
 needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.reason()}")
 ISAS = [name for name, features in native.NEEDED.items() if native.abilities().issuperset(features)]
 on_each_isa = pytest.mark.usefixtures("isa")
+EIGHTS = ["amx", "avx512"] if set(native.USEFUL) <= native.abilities() else []
+in_eight_bits = pytest.mark.usefixtures("eights")
 
 
 @pytest.fixture(params=ISAS)
@@ -42,97 +41,12 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("MODICUM_ISA", request.param)
 
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "windows and caps": {
-        "overrides": by_layer(window=(None, 9)),
-        "attention_softcap": 5.0,
-        "logit_softcap": 8.0,
-        "norm_place": "sandwich",
-    },
-    "biases, half rotation": {
-        "qkv_bias": True,
-        "o_bias": True,
-        "mlp_bias": True,
-        "activation": "gelu_tanh",
-        "rope": Rope(fraction=0.5),
-    },
-    "norms of heads": {"qk_norm": "head", "norm": "rms_plus_one", "embed_scale": 3.0, "activation": "gelu"},
-    "norms of all heads": {"qk_norm": "full", "norm_place": "output", "activation": "relu"},
-    "no gate, odd sizes": {"gated": False, "head_dim": 20},
-    "long rows": {"mlp_width": 1700},
-    "two widths of rotation": {"overrides": by_layer(window=(None, 9), rope=(Rope(), Rope(theta=100.0, fraction=0.5)))},
-    "the wider rotation in windows": {
-        "overrides": by_layer(window=(None, 9), rope=(Rope(fraction=0.25), Rope(theta=50.0))),
-    },
-}
-
-
-def decoder(name: str = "plain", width: int = 128, **more: Any) -> Decoder:
-    given = SHAPES[name] | more
-    given = {"head_dim": 32, "context_length": 256, "tied": False, "mlp_width": 192} | given
-    rope = given.pop("rope", Rope())
-    shape = dataclasses.replace(llama_like(199, width, 2, 4, 2, **given), rope=rope)
-    model = lively(Decoder(shape, torch.Generator().manual_seed(0)), 2.0)
-    with torch.no_grad():
-        for name_, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name_))) * 0.2)
-    return model
-
-
-def logits_of(
-    model: Decoder, prompts: list[list[int]], steps: int = 3, dtype: str | None = None, **config: Any
-) -> tuple[Tensor, Any]:
-    """Logits of each step of all prompts at once, and the tokens that were fed; by the engine's own runner."""
-    e = Engine(model, None, EngineConfig(block_size=8, cache="2ktok", prefix_cache=False, dtype=dtype, **config))
-    caught: dict[int, list[Tensor]] = {}
-    runner = e.runner
-
-    def watched(plan: Any, rows: Any) -> Any:
-        logits = runner(plan, rows)
-        for w in plan.works:
-            if w.at + w.n - 1 in rows:
-                caught.setdefault(w.sample.request.id, []).append(logits[list(rows).index(w.at + w.n - 1)])
-        return logits
-
-    e.runner = watched  # type: ignore[assignment]
-    params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
-    tokens = [o.tokens for o in e.generate(prompts, params)]
-    assert isinstance(runner.backends[0], Native)
-    return torch.stack([torch.stack(caught[i]).double() for i in sorted(caught)]), tokens  # (prompts, steps, V)
-
-
-def to_eight_bits(module: torch.nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-    """What goes into a matrix, rounded as the kernels do it: a step for each 64 inputs, 127 of them the largest."""
-    x = given[0].unflatten(-1, (-1, 64))
-    step = x.abs().amax(-1, keepdim=True) / 127
-    return (torch.where(step > 0, torch.round(x / step) * step, 0.0).flatten(-2),)
-
-
-def exact(model: Decoder, prompts: list[list[int]], tokens: list[list[int]], eight: bool = False) -> Tensor:
-    """The same logits by the decoder in float64, codes decoded, each sequence whole and alone."""
-    from modicum.model.attach import forms
-
-    wide = Decoder(model.config, init=False).double()
-    state = {name: value for name, value in model.state_dict().items() if name in wide.state_dict()}
-    for name, form in forms(model).items():
-        state[f"{name}.weight"] = form.decode(torch.float64)  # type: ignore[operator]
-    wide.load_state_dict({name: value.double() for name, value in state.items()})
-    for name in (n for n in forms(model) if eight and n != "lm_head"):  # few rows want logits: exact as ever
-        wide.get_submodule(name).register_forward_pre_hook(to_eight_bits)  # type: ignore[arg-type]
-    rows = []
-    for prompt, said in zip(prompts, tokens, strict=True):
-        with torch.no_grad():
-            rows.append(wide(torch.tensor([prompt + said[:-1]]))[0, len(prompt) - 1 :])
-    return torch.stack(rows)
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    return float((got - want).norm() / want.norm())
-
-
-PROMPTS = [[5, 6, 7], list(range(40)), [9] * 17, list(range(90, 160)), [3]]
+@pytest.fixture(params=[*(name for name in EIGHTS if name in ISAS), native.EMULATED])
+def eights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with products of int8 activations, and tiles written out."""
+    monkeypatch.setenv("MODICUM_ISA", request.param)
+    if native.library() is None:
+        pytest.skip(native.reason())
 
 
 @needs_kernels
@@ -182,18 +96,7 @@ def test_rows_longer_than_a_step_of_coarse_codes(bits: int) -> None:
         assert distance(got, exact(model, PROMPTS[:1], tokens)) < 1e-2
 
 
-needs_eights = pytest.mark.skipif(
-    native.library() is None or not native.multiplies_in_eight_bits(), reason="no products in eight bits"
-)
-
-
-def coded(form: str, width: int = 128) -> Decoder:
-    model = decoder(width=width).to(torch.bfloat16)
-    attach(model, {"layers.*": form, "lm_head": form})
-    return model
-
-
-@needs_eights
+@in_eight_bits
 @pytest.mark.parametrize("form", ["int8", "int8:group=64", "int4:group=64", "int4:group=128", "affine:bits=8,group=64"])
 @pytest.mark.parametrize("width", [128, 320])
 def test_eight_bits_round_what_goes_in_and_nothing_else(form: str, width: int) -> None:
@@ -206,7 +109,7 @@ def test_eight_bits_round_what_goes_in_and_nothing_else(form: str, width: int) -
     assert 0.01 < distance(unrounded, want) < 0.05
 
 
-@needs_eights
+@in_eight_bits
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_eight_bits_depend_on_neither_company_nor_threads(form: str) -> None:
     model = coded(form)
@@ -221,7 +124,7 @@ def test_eight_bits_depend_on_neither_company_nor_threads(form: str) -> None:
         torch.set_num_threads(threads)
 
 
-@needs_eights
+@in_eight_bits
 def test_a_nan_survives_eight_bits() -> None:
     model = coded("int8")
     with torch.no_grad():
@@ -404,7 +307,13 @@ def test_a_machine_with_other_abilities_compiles_its_own(monkeypatch: pytest.Mon
 
 def test_the_instruction_set_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = frozenset((*native.NEEDED["avx512"], *native.NEEDED["avx2"], *native.USEFUL))
+    widest = wide | {*native.NEEDED["amx"]}
+    monkeypatch.setattr(native, "_tiles_granted", lambda: True)
     for features, limit, name in (
+        (widest, "", "amx"),
+        (widest, "avx512", "avx512"),
+        (wide, "amx", "avx512"),
+        (wide, native.EMULATED, native.EMULATED),
         (wide, "", "avx512"),
         (wide, "avx2", "avx2"),
         (wide, "none", None),
@@ -415,9 +324,13 @@ def test_the_instruction_set_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(native, "abilities", lambda features=features: features)
         monkeypatch.setenv("MODICUM_ISA", limit)
         assert native.instruction_set() == name
-        assert native.multiplies_in_eight_bits() == (name == "avx512")
+        assert native.multiplies_in_eight_bits() == (name in ("amx", "avx512", native.EMULATED))
+    monkeypatch.setattr(native, "abilities", lambda: widest)
+    monkeypatch.setattr(native, "_tiles_granted", lambda: False)
+    monkeypatch.setenv("MODICUM_ISA", "")
+    assert native.instruction_set() == "avx512"
     monkeypatch.setenv("MODICUM_ISA", "sse")
-    with pytest.raises(UserError, match="avx512, avx2, none or auto"):
+    with pytest.raises(UserError, match="amx, avx512, avx2, none or auto"):
         native.instruction_set()
 
 

@@ -111,6 +111,7 @@ def measured_prompts() -> dict[str, list[dict[str, Any]]]:
         if timings:
             rows[form] = [
                 {"rows": t.rows, "kernels": t.rows / t.native, "torch": t.rows / t.torch, "faster": t.faster}
+                | ({} if t.tiles is None else {"tiles": t.rows / t.tiles})
                 for t in timings
             ]
     return rows
@@ -118,11 +119,14 @@ def measured_prompts() -> dict[str, list[dict[str, Any]]]:
 
 def prompts(measured: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """A line for each stored form: what kernels and PyTorch reach, and which of them `--fast-prefill` takes."""
+    names = {"kernels": "kernels", "tiles": "tiles", "torch": "PyTorch"}
     for form, rows in measured.items():
-        each = ", ".join(f"{r['rows']}: {r['kernels']:,.0f} / {r['torch']:,.0f}" for r in rows)
-        first = next((r["rows"] for i, r in enumerate(rows) if all(x["faster"] == "torch" for x in rows[i:])), None)
-        choice = "kernels for all" if first is None else f"PyTorch from {first} tokens on with --fast-prefill"
-        yield f"{form}, tokens/s by kernels / PyTorch in steps of {each}: {choice}"
+        ways = [way for way in names if way in rows[0]]
+        each = ", ".join(f"{r['rows']}: " + " / ".join(f"{r[way]:,.0f}" for way in ways) for r in rows)
+        first = next((r["rows"] for i, r in enumerate(rows) if all(x["faster"] != "native" for x in rows[i:])), None)
+        which = names.get(rows[-1]["faster"], "")
+        choice = "kernels for all" if first is None else f"{which} from {first} tokens on with --fast-prefill"
+        yield f"{form}, tokens/s by {' / '.join(names[way] for way in ways)} in steps of {each}: {choice}"
 
 
 def bfloat16(cpu: dict[str, float]) -> str:

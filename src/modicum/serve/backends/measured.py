@@ -1,12 +1,12 @@
-"""Which backend is the faster one for steps of many rows: measured on this machine, once for each kind of model.
+"""How steps of many rows are computed fastest: measured on this machine, once for each kind of model.
 
 The project's kernels read weights where they lie and are hard to beat in steps of few rows, which memory bounds. A
-prompt is bound by products, and there the matrix library under PyTorch may know instructions that the kernels do not
-(AMX). So `timings` sends prompts of ROWS tokens through both, and `crossover` says from how many rows on the library is
-the faster one. What was measured is kept in the user's cache folder, by processor, instruction set, threads, version,
-and the model's shape and stored form; `modicum doctor` prints it.
+prompt is bound by products. There the kernels' tiles (AMX), where the processor has them, or the matrix library under
+PyTorch may be faster than vectors. So `timings` sends prompts of ROWS tokens through all of them, and `crossover` says
+which of the others is the faster one, and from how many rows on. What was measured is kept in the user's cache folder,
+by processor, instruction set, threads, version, and the model's shape and stored form; `modicum doctor` prints it.
 
-The two sum in another order. With `fast_prefill` a prompt's last bits therefore depend on how it was cut into steps.
+They sum in another order. With `fast_prefill` a prompt's last bits therefore depend on how it was cut into steps.
 """
 
 from __future__ import annotations
@@ -30,20 +30,25 @@ from modicum.serve.plan import AttentionPlan
 
 ROWS = (32, 128, 512)
 REPEATS, LAYERS = 3, 4
-MARGIN = 1.1  # so much faster the library must be: below it the kernels' exactness is worth more
+MARGIN = 1.1  # so much faster another must be: below it the kernels' exactness is worth more
+MOST_TILE_ROWS = 128  # the kernels compute this many rows at a time
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a step of `rows` prompt tokens by each backend, the best of REPEATS."""
+    """Seconds of a step of `rows` prompt tokens by each way, the best of REPEATS. `tiles`: of the kernels, or None."""
 
     rows: int
     native: float
     torch: float
+    tiles: float | None = None
 
     @property
     def faster(self) -> str:
-        return "torch" if self.torch * MARGIN < self.native else "native"
+        other, seconds = min(
+            [("torch", self.torch)] + ([("tiles", self.tiles)] if self.tiles is not None else []), key=lambda x: x[1]
+        )
+        return other if seconds * MARGIN < self.native else "native"
 
 
 class Measured(Runner):
@@ -58,14 +63,15 @@ class Measured(Runner):
         return self.backends[::-1] if many else self.backends
 
 
-def crossover(timings: Sequence[Timing]) -> int | None:
-    """The fewest rows from which on the library is faster at every size measured; None where it is not."""
-    least = None
+def crossover(timings: Sequence[Timing]) -> tuple[str, int] | None:
+    """What is faster than the kernels as they are, "torch" or "tiles" at the largest size, and the fewest rows from
+    which on something else is; None where they are the fastest there."""
+    which, least = "native", 0
     for timing in sorted(timings, key=lambda t: -t.rows):
-        if timing.faster != "torch":
+        if timing.faster == "native":
             break
-        least = timing.rows
-    return least
+        which, least = (timing.faster if which == "native" else which), timing.rows
+    return None if which == "native" else (which, least)
 
 
 def timings(model: Decoder, config: Any, engine: Any) -> list[Timing]:
@@ -115,16 +121,21 @@ def measure(model: Decoder, config: Any, engine_class: Any) -> list[Timing]:
     if len(engine.runner.backends) < 2:
         return []
     native, library = engine.runner, Runner(engine.runner.backends[-1])
+    first = native.backends[0]
+    ways = [("native", native), ("torch", library)] + ([("tiles", native)] if getattr(first, "tiles", False) else [])
     result = []
     for rows in sorted({min(rows, longest) for rows in ROWS}):
-        best = {"native": math.inf, "torch": math.inf}
+        best = {name: math.inf for name, _ in ways}
         for repeat in range(REPEATS + 1):
-            for name, runner in (("native", native), ("torch", library)):
+            for name, runner in ways:
                 engine.runner = runner
+                if len(ways) > 2:
+                    first.use_tiles(1 if name == "tiles" else 0)
+                    prompt(engine, rows)  # in working memory of its own, new
                 seconds = prompt(engine, rows)
                 if repeat:  # the first touches memory and warms caches
                     best[name] = min(best[name], seconds)
-        result.append(Timing(rows, best["native"], best["torch"]))
+        result.append(Timing(rows, best["native"], best["torch"], best.get("tiles")))
     return result
 
 
@@ -139,8 +150,15 @@ def prompt(engine: Any, rows: int) -> float:
 
 
 def choose(runner: Runner, model: Decoder, config: Any, engine: Any) -> Runner:
-    """`runner`, or one that sends long steps to the library where that was measured to be faster, with an `engine`."""
+    """`runner`, its kernels with tiles, or one that sends long steps to the library: what was measured to be faster
+    with an `engine`, the class."""
     if len(runner.backends) < 2 or model.device.type != "cpu":
         return runner
-    least = crossover(timings(model, replace(config, fast_prefill=False), engine))
-    return runner if least is None else Measured(least, *runner.backends)
+    faster = crossover(timings(model, replace(config, fast_prefill=False), engine))
+    if faster is None:
+        return runner
+    which, least = faster
+    if which == "torch":
+        return Measured(least, *runner.backends)
+    runner.backends[0].use_tiles(min(least, MOST_TILE_ROWS))  # type: ignore[attr-defined]
+    return runner

@@ -52,6 +52,7 @@ class Native:
         self._window = min((layer.window for layer in model.config.per_layer if layer.window), default=NO_WINDOW)
         self._x_TD: Tensor | None = None  # of the last step, before the final norm
         self._state = 0
+        self.tiles = bool(library.modicum_tiles())
         self._head_shape = native.Model.from_buffer_copy(self._shape)
         self._head_shape.layers = 0  # a step without layers: the final norm and the head
         self._head_state = 0
@@ -72,6 +73,11 @@ class Native:
         if plan.marked and plan.trees:
             return "weights of drafted tokens"
         return None
+
+    def use_tiles(self, rows: int) -> None:
+        """From so many rows on bfloat16 products go by tiles, which add in another order (`tiles`); 0: never."""
+        self._shape.tile_rows = self._head_shape.tile_rows = rows
+        self.threads = 0  # states have copies of it
 
     def __call__(self, plan: AttentionPlan, rows: Sequence[int]) -> Tensor | None:
         works, depth, table = plan.works, plan.depth, plan.table.numbers

@@ -23,14 +23,20 @@ from modicum.core.compiled import abilities
 from modicum.core.errors import UserError
 
 SOURCE = Path(__file__).parent / "step.c"
+AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")
+USEFUL = ("avx512_bf16", "avx512_vnni")  # with avx512
 NEEDED = {  # features by the instruction sets that the kernels are compiled for, the widest first
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"),
+    "amx": ("amx_tile", "amx_bf16", "amx_int8", *AVX512, *USEFUL),
+    "avx512": AVX512,
     "avx2": ("avx2", "fma", "f16c"),
 }
-USEFUL = ("avx512_bf16", "avx512_vnni")  # with avx512
+EMULATED = "emulated-amx"  # of MODICUM_ISA: tile instructions written out in C, for tests on any of these processors
+AVX2_FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c", *(f for f in compiled.FLAGS if f not in ("-O3", "-march=native")))
 FLAGS = {
+    "amx": (*compiled.FLAGS, "-DAMX=1"),
     "avx512": compiled.FLAGS,
-    "avx2": ("-O3", "-mavx2", "-mfma", "-mf16c", *(f for f in compiled.FLAGS if f not in ("-O3", "-march=native"))),
+    "avx2": AVX2_FLAGS,
+    EMULATED: (*AVX2_FLAGS, "-DAMX=2"),
 }
 I64, F32, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 FLOAT32, BFLOAT16, INT8, INT4, FLOAT16, TWO_BITS, THREE_BITS = range(7)
@@ -65,7 +71,7 @@ class Layer(ctypes.Structure):
 
 COUNTS = (
     *("layers", "width", "heads", "kv_heads", "head_dim", "mlp_width", "rotated", "activation", "qk_norm_full"),
-    *("half", "int8_activations", "ropes", "cache_kind", "block_size", "n_blocks", "threads"),
+    *("half", "int8_activations", "tile_rows", "ropes", "cache_kind", "block_size", "n_blocks", "threads"),
 )
 
 
@@ -109,13 +115,26 @@ def instruction_set() -> str | None:
     Raises `UserError` for another word in MODICUM_ISA.
     """
     limit = os.environ.get("MODICUM_ISA", "").lower()
-    if limit not in ("", "auto", "none", *NEEDED):
+    if limit not in ("", "auto", "none", EMULATED, *NEEDED):
         raise UserError(f"MODICUM_ISA={limit} is not known; write {', '.join(NEEDED)}, none or auto")
     if limit == "none":
         return None
+    if limit == EMULATED:
+        return EMULATED if abilities().issuperset(NEEDED["avx2"]) else None
     names = list(NEEDED)
     allowed = names[names.index(limit) :] if limit in names else names
-    return next((name for name in allowed if abilities().issuperset(NEEDED[name])), None)
+    able = (name for name in allowed if abilities().issuperset(NEEDED[name]))
+    return next((name for name in able if name != "amx" or _tiles_granted()), None)
+
+
+@functools.cache
+def _tiles_granted() -> bool:
+    """Whether Linux lets this process use the tile registers (they are off until asked for)."""
+    try:
+        call = ctypes.CDLL(None).syscall
+    except (OSError, AttributeError):
+        return False
+    return bool(call(158, 0x1023, 18) == 0)  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 
 
 def processor() -> tuple[str, ...]:
@@ -123,12 +142,13 @@ def processor() -> tuple[str, ...]:
     name = instruction_set()
     if name is None:
         return ()
-    return tuple(flag for flag in (*NEEDED[name], *(USEFUL if name == "avx512" else ())) if flag in abilities())
+    wanted = (*NEEDED["avx2" if name == EMULATED else name], *(USEFUL if name == "avx512" else ()))
+    return tuple(flag for flag in wanted if flag in abilities())
 
 
 def multiplies_in_eight_bits() -> bool:
-    """Whether there are products with int8 activations; they need VNNI and bfloat16 products."""
-    return {"avx512_vnni", "avx512_bf16"} <= set(processor())
+    """Whether there are products with int8 activations; they need tiles, or VNNI and bfloat16 products."""
+    return instruction_set() in ("amx", EMULATED) or set(USEFUL) <= set(processor())
 
 
 def library() -> ctypes.CDLL | None:
@@ -153,7 +173,13 @@ def _load(wanted: str, name: str | None) -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "no C compiler found; install gcc or clang, or name one in CC"
     try:
-        path = build(compiler, name)
+        try:
+            path = build(compiler, name)
+        except subprocess.SubprocessError:
+            if name != "amx":
+                raise
+            name = "avx512"  # a compiler from before tiles
+            path = build(compiler, name)
         import torch  # noqa: F401  its OpenMP runtime first: one thread team for both
 
         loaded = ctypes.CDLL(str(path))
@@ -163,13 +189,14 @@ def _load(wanted: str, name: str | None) -> tuple[ctypes.CDLL | None, str]:
     loaded.modicum_open.argtypes = (ctypes.POINTER(Model),)
     loaded.modicum_close.argtypes = (POINTER,)
     loaded.modicum_step.argtypes = (POINTER, ctypes.POINTER(Step))
-    loaded.modicum_layout.restype = I64
+    loaded.modicum_layout.restype = loaded.modicum_tiles.restype = I64
     loaded.modicum_layout.argtypes = (I64,)
     for i, kind in enumerate((Matrix, Rope, Layer, Model, Step, EvictedPages, Marks)):
         if loaded.modicum_layout(i) != ctypes.sizeof(kind):
             return None, f"the compiled {kind.__name__} has another size than Python's"
     more = ", ".join(f for f in USEFUL if f in processor()) or "plain"
-    return loaded, f"AVX-512 ({more}), {path}" if name == "avx512" else f"AVX2, {path}"
+    words = {"amx": "AVX-512 and AMX tiles", "avx512": f"AVX-512 ({more})", EMULATED: "AVX2, emulated tiles"}
+    return loaded, f"{words.get(name, 'AVX2')}, {path}"
 
 
 def build(compiler: str, name: str) -> Path:

@@ -15,7 +15,10 @@
 
 typedef enum { AS_FLOAT32, AS_BFLOAT16, AS_BYTE_PLANES, AS_NIBBLE_PLANES, AS_INT8, AS_INT8_SPLIT,
                AS_WORDS,
-               AS_QUARTER_PLANES, AS_QUARTER_WORDS } Format;
+               AS_QUARTER_PLANES, AS_QUARTER_WORDS,
+               AS_HALF_TILES, AS_INT8_TILES, AS_INT8_SPLIT_TILES } Format;    /* those of amx.h */
+
+INLINE int is_tiled(Format format) { return format >= AS_HALF_TILES; }
 
 typedef struct {
     Format format;
@@ -28,7 +31,14 @@ typedef struct {
 INLINE int64_t padded_groups(int64_t groups) { return round_up(groups, 16) + 16; }
 
 /* Of weights of two or three bits four codes lie in a byte, so inputs are parted by their number modulo 4. */
-static Format format_for(const Matrix *m, int64_t rows, int64_t half, int64_t int8_activations) {
+static Format format_for(const Matrix *m, int64_t rows, int64_t half, int64_t int8_activations, int64_t tile_rows) {
+#ifdef AMX
+    if (m->kind == FLOAT32) return AS_FLOAT32;
+    if (int8_activations && rows >= MIN_ROWS_INT8 && (m->kind == INT8 || m->kind == INT4) && m->in % ACT_GROUP == 0
+        && (m->groups == 1 || m->group % ACT_GROUP == 0))
+        return m->kind == INT8 ? AS_INT8_TILES : AS_INT8_SPLIT_TILES;
+    if (tile_rows && rows >= tile_rows && m->in % 32 == 0 && (half || m->kind == BFLOAT16)) return AS_HALF_TILES;
+#endif
 #ifdef __AVX512BF16__
     if (m->kind == FLOAT32) return AS_FLOAT32;
     if (m->kind == BFLOAT16) return AS_BFLOAT16;
@@ -46,7 +56,7 @@ static Format format_for(const Matrix *m, int64_t rows, int64_t half, int64_t in
     if (half && rows < MIN_ROWS_DECODED && m->kind == INT4) return AS_NIBBLE_PLANES;
     if (half && rows < MIN_ROWS_DECODED && m->kind >= TWO_BITS) return AS_QUARTER_WORDS;
 #endif
-    (void)m, (void)rows, (void)half, (void)int8_activations;
+    (void)m, (void)rows, (void)half, (void)int8_activations, (void)tile_rows;
     return AS_FLOAT32;
 }
 
@@ -73,14 +83,18 @@ INLINE __m512i fixed16(const float *x, int64_t k, int64_t n, __m512 inverse) {
 
 /* int8: x ~ step * code within each ACT_GROUP inputs. A NaN makes the step NaN, and with it the sums. */
 static void convert_rows_int8(Activations *a, const float *x, int64_t ldx, int64_t from, int64_t to) {
-    int64_t G = padded_groups(a->in / ACT_GROUP);
+    const int64_t groups = a->in / ACT_GROUP, G = padded_groups(groups);
+    const int tiled = is_tiled(a->format), split_codes = a->format == AS_INT8_SPLIT || a->format == AS_INT8_SPLIT_TILES;
     a->stride = a->in + 64;
     /* even inputs of eight, then odd ones: the two are packed in the same bytes of the weight */
     const __m128i split = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     for (int64_t n = from; n < to; n++) {
         int8_t *out = (int8_t *)a->data + n * a->stride;
+        /* Of tiles: (rows / 16, groups, 16 words of four codes, 16 rows), and of steps and totals (rows / 16, G, 16). */
+        char *tile = (char *)a->data + n / 16 * groups * 1024 + n % 16 * 4;
+        const int64_t at = tiled ? n / 16 * 16 * G + n % 16 : n * G, next = tiled ? 16 : 1;
         float row_total = 0;
-        for (int64_t g = 0; g < a->in / ACT_GROUP; g++) {
+        for (int64_t g = 0; g < groups; g++) {
             __m512 v[4], top = _mm512_setzero_ps();
             __mmask16 odd = 0;
             UNROLL for (int i = 0; i < 4; i++) {
@@ -95,13 +109,37 @@ static void convert_rows_int8(Activations *a, const float *x, int64_t ldx, int64
                 __m512i code = code16(_mm512_mul_ps(v[i], inverse));
                 __m128i bytes = _mm512_cvtepi32_epi8(code);
                 sum = _mm512_add_epi32(sum, code);
-                if (a->format == AS_INT8_SPLIT) bytes = _mm_shuffle_epi8(bytes, split);
-                _mm_store_si128((__m128i *)(out + g * ACT_GROUP + 16 * i), bytes);
+                if (split_codes) bytes = _mm_shuffle_epi8(bytes, split);
+                if (!tiled) {
+                    _mm_store_si128((__m128i *)(out + g * ACT_GROUP + 16 * i), bytes);
+                    continue;
+                }
+                int32_t word[4];
+                _mm_storeu_si128((__m128i *)word, bytes);
+                for (int j = 0; j < 4; j++) memcpy(tile + g * 1024 + (4 * i + j) * 64, word + j, 4);
             }
-            a->step[n * G + g] = step;
-            row_total += a->total[n * G + g] = step * (float)_mm512_reduce_add_epi32(sum);
+            a->step[at + g * next] = step;
+            row_total += a->total[at + g * next] = step * (float)_mm512_reduce_add_epi32(sum);
         }
-        a->total[n * G + a->in / ACT_GROUP] = row_total;
+        a->total[at + groups * next] = row_total;
+    }
+}
+
+/* bfloat16 for tiles: (rows / 16, inputs / 32, 16 pairs, 16 rows); `from` is a multiple of 16, rows past the last are 0. */
+static void convert_rows_to_tiles(Activations *a, const float *x, int64_t ldx, int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; n += 16) {
+        char *tile = (char *)a->data + n / 16 * (a->in / 32) * 1024;
+        for (int64_t k = 0; k < a->in; k += 32, tile += 1024) {
+            uint16_t pairs[16][32] __attribute__((aligned(64))) = {{0}};
+            __m512 rows[16], transposed[16];
+            for (int64_t i = 0; i < min_i64(16, to - n); i++) UNROLL for (int j = 0; j < 2; j++) {
+                __m512 v = _mm512_maskz_loadu_ps(0xffff, x + (n + i) * ldx + k + 16 * j);
+                _mm256_storeu_si256((__m256i *)(pairs[i] + 16 * j), narrow(v));
+            }
+            UNROLL for (int i = 0; i < 16; i++) rows[i] = _mm512_load_ps((const float *)pairs[i]);
+            transpose16(rows, transposed);
+            UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_ps((float *)(tile + 64 * i), transposed[i]);
+        }
     }
 }
 
@@ -121,7 +159,8 @@ static void convert_rows(Activations *a, Format format, const Matrix *m, const f
             }
         return;
     }
-    if (format == AS_INT8 || format == AS_INT8_SPLIT) { convert_rows_int8(a, x, ldx, from, to); return; }
+    if (format == AS_HALF_TILES) { convert_rows_to_tiles(a, x, ldx, from, to); return; }
+    if (format == AS_INT8 || format == AS_INT8_SPLIT || is_tiled(format)) { convert_rows_int8(a, x, ldx, from, to); return; }
     int64_t plane = round_up(in, format == AS_QUARTER_PLANES ? 256 : 128), G = padded_groups(m->groups);
     a->stride = 2 * plane + 64;
     for (int64_t n = from; n < to; n++) {

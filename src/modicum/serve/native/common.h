@@ -43,7 +43,7 @@ typedef struct {
 typedef struct {
     int64_t layers, width, heads, kv_heads, head_dim, mlp_width;
     int64_t rotated;                          /* maximum over ropes */
-    int64_t activation, qk_norm_full, half, int8_activations, ropes;
+    int64_t activation, qk_norm_full, half, int8_activations, tile_rows, ropes;    /* tile_rows: see amx.h; 0: never */
     int64_t cache_kind, block_size, n_blocks, threads;
     float eps, softcap;
     const Layer *layer;

@@ -135,10 +135,11 @@ static const Activations *prepare_activations(State *s, Thread *thread, const Ma
                                               int threads) {
     const int shared = threads > 1 && rows >= MIN_SHARED_ROWS;
     Activations *act = shared ? &s->act : &thread->act;
-    Format format = format_for(m, rows, s->m.half, s->m.int8_activations);
+    Format format = format_for(m, rows, s->m.half, s->m.int8_activations, s->m.tile_rows);
     if (before && before->in == m->in && before->group == m->group && act->format == format) return act;
     if (before && shared) barrier_wait(&s->barrier, threads);    /* another thread may still be multiplying */
     int64_t from = shared ? rows * id / threads : 0, to = shared ? rows * (id + 1) / threads : rows;
+    if (shared && is_tiled(format)) thread_range(rows, id, threads, &from, &to);    /* whole tiles */
     if (norm) {
         int64_t D = s->m.width;
         for (int64_t n = from; n < to; n++)
@@ -329,6 +330,14 @@ int modicum_step(State *s, const Step *step) {
             tile(s, step, from, min_i64(ROW_TILE, step->rows - from), id, threads);
     }
     return 0;
+}
+
+int64_t modicum_tiles(void) {                 /* 0: none, 1: AMX, 2: written out, for tests */
+#ifdef AMX
+    return AMX;
+#else
+    return 0;
+#endif
 }
 
 int64_t modicum_layout(int64_t which) {    /* sizes, against which Python checks its ctypes structures */

@@ -4,7 +4,7 @@
  * group, so results are batch-invariant and independent of the number of threads.
  */
 #pragma once
-#include "activations.h"
+#include "decode.h"
 
 #define TILE_OUTPUTS 32           /* outputs of a tile */
 #define TILE_ROWS 6            /* rows of it: 12 sums of integers, 12 of floats */
