@@ -102,10 +102,18 @@ INLINE void x2_mask_storeu_ps(void *p, __mmask16 mask, Float16 x) {
     _mm256_maskstore_ps((float *)p, lanes8(mask), x.a);
     _mm256_maskstore_ps((float *)p + 8, lanes8(mask >> 8), x.b);
 }
+/* The first n of 16 (or 32) numbers: all are read at once where that does not touch another page of memory. */
+static const int16_t first_words[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+static const int8_t first_bytes[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+INLINE int within_page(const void *p, unsigned bytes) { return ((uintptr_t)p & 4095) <= 4096 - bytes; }
 INLINE __m256i y_maskz_loadu_epi16(__mmask16 mask, const void *p) {
     if (mask == 0xffff) return _mm256_loadu_si256((const __m256i *)p);
+    const int n = __builtin_popcount(mask);
+    if (n && within_page(p, 32))
+        return _mm256_and_si256(_mm256_loadu_si256((const __m256i *)p),
+                                _mm256_loadu_si256((const __m256i *)(first_words + 16 - n)));
     uint16_t some[16] = {0};
-    memcpy(some, p, 2 * (size_t)__builtin_popcount(mask));
+    memcpy(some, p, 2 * (size_t)n);
     return _mm256_loadu_si256((const __m256i *)some);
 }
 INLINE void y_mask_storeu_epi16(void *p, __mmask16 mask, __m256i x) {
@@ -116,8 +124,12 @@ INLINE void y_mask_storeu_epi16(void *p, __mmask16 mask, __m256i x) {
 }
 INLINE __m128i x_maskz_loadu_epi8(__mmask16 mask, const void *p) {
     if (mask == 0xffff) return _mm_loadu_si128((const __m128i *)p);
+    const int n = __builtin_popcount(mask);
+    if (n && within_page(p, 16))
+        return _mm_and_si128(_mm_loadu_si128((const __m128i *)p),
+                             _mm_loadu_si128((const __m128i *)(first_bytes + 16 - n)));
     uint8_t some[16] = {0};
-    memcpy(some, p, (size_t)__builtin_popcount(mask));
+    memcpy(some, p, (size_t)n);
     return _mm_loadu_si128((const __m128i *)some);
 }
 

@@ -18,6 +18,16 @@ static void read_scales(const Matrix *m, int64_t o, float *scale, float *zero) {
     }
 }
 
+/* The same for M <= 16 outputs with one scale each: the first of G numbers of an output; the others stay finite. */
+static void read_scales_of_rows(const Matrix *m, int64_t o, int64_t M, int64_t G, float *scale, float *zero) {
+    float steps[16], starts[16];
+    const __mmask16 mask = tail16(M);
+    __m512 s = load_scales(m, m->scale, o, mask), base = m->zero ? load_scales(m, m->zero, o, mask) : _mm512_setzero_ps();
+    _mm512_storeu_ps(steps, s);
+    _mm512_storeu_ps(starts, _mm512_fnmadd_ps(s, _mm512_set1_ps((float)m->center), base));
+    for (int64_t i = 0; i < M; i++) scale[i * G] = steps[i], zero[i * G] = starts[i];
+}
+
 /* With one scale per row, bfloat16 products use the codes themselves, and the sums are scaled. */
 INLINE int scale_after_sum(const Matrix *m) {
 #ifdef __AVX512BF16__

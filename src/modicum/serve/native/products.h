@@ -299,25 +299,26 @@ INLINE void byte_words(const int M, const int N, const int AHEAD, ARGS) {
             const int64_t end = min_i64(last, start + WORD_INPUTS);
             __m256i sum[8];
             EACH_M EACH_N sum[n * M + m] = _mm256_setzero_si256();
-            for (int64_t k = start; k < end; k += 32) {
-                __m256i one[4], two[4];
-                EACH_M {
-                    const char *p = w + m * ldw + k;
-                    char some[32];                /* nothing past the row is read; x is 0 past its end */
-                    if (end - k < 32) memset(some, 0, 32), memcpy(some, p, (size_t)(end - k)), p = some;
-                    one[m] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
-                    two[m] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p + 1));
-                    PREFETCH(m, k);
-                }
-                EACH_N {
-                    __m256i x1 = _mm256_loadu_si256((const __m256i *)(x + n * ldx + k));
-                    __m256i x2 = _mm256_loadu_si256((const __m256i *)(x + n * ldx + k + 16));
-                    EACH_M {
-                        __m256i both = _mm256_add_epi32(_mm256_madd_epi16(one[m], x1), _mm256_madd_epi16(two[m], x2));
-                        sum[n * M + m] = _mm256_add_epi32(sum[n * M + m], both);
-                    }
-                }
-            }
+            int64_t k = start;
+#define WORDS(REST) do { \
+        __m256i one[4], two[4]; \
+        EACH_M { \
+            const char *p = w + m * ldw + k; \
+            char some[32];                    /* nothing past the row is read; x is 0 past its end */ \
+            if (REST) memset(some, 0, 32), memcpy(some, p, (size_t)(end - k)), p = some; \
+            one[m] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); \
+            two[m] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p + 1)); \
+            PREFETCH(m, k); \
+        } \
+        EACH_N { \
+            const __m256i *at_k = (const __m256i *)(x + n * ldx + k); \
+            __m256i x1 = _mm256_loadu_si256(at_k), x2 = _mm256_loadu_si256(at_k + 1); \
+            EACH_M sum[n * M + m] = _mm256_add_epi32(sum[n * M + m], _mm256_add_epi32( \
+                _mm256_madd_epi16(one[m], x1), _mm256_madd_epi16(two[m], x2))); \
+        } \
+    } while (0)
+            _Pragma("GCC unroll 2") for (; k + 32 <= end; k += 32) WORDS(0);
+            if (k < end) WORDS(1);
             EACH_M EACH_N out[n * M + m].a = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[n * M + m]),
                                                              _mm256_set1_ps(scale[m * G + g]), out[n * M + m].a);
         }
@@ -335,35 +336,38 @@ INLINE void nibble_planes(const int M, const int N, const int AHEAD, ARGS) {
     __m256 total[8];
     start_from_zeros(M, N, a, at, zero, out);
     EACH_M EACH_N total[n * M + m] = _mm256_setzero_ps();
-    for (int64_t k = 0, g = 0, elapsed = 0; k < used; k += 32) {
-        __m256i even[4], odd[4];
-        __m256 s[4];
-        EACH_M {
-            const char *p = w + m * ldw + k;
-            char some[32];                    /* nothing past the row is read; x is 0 past its end */
-            if (used - k < 32) memset(some, 0, 32), memcpy(some, p, (size_t)(used - k)), p = some;
-            __m256i b = _mm256_loadu_si256((const __m256i *)p);
-            PREFETCH(m, k);
-            even[m] = _mm256_and_si256(b, nibble), odd[m] = _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble);
-            s[m] = _mm256_set1_ps(scale[m * G + g]);
-            if (halves) s[m] = _mm256_blend_ps(s[m], _mm256_set1_ps(scale[m * G + g + 1]), 0xf0);
-        }
-        EACH_N {
-            const int8_t *p = x + n * a->stride + k;
-            const __m256i he = _mm256_loadu_si256((const __m256i *)p);
-            const __m256i ho = _mm256_loadu_si256((const __m256i *)(p + plane / 2));
-            const __m256i le = _mm256_loadu_si256((const __m256i *)(p + plane));
-            const __m256i lo = _mm256_loadu_si256((const __m256i *)(p + plane + plane / 2));
-            EACH_M {
-                __m256i h = _mm256_add_epi16(_mm256_maddubs_epi16(even[m], he), _mm256_maddubs_epi16(odd[m], ho));
-                __m256i l = _mm256_add_epi16(_mm256_maddubs_epi16(even[m], le), _mm256_maddubs_epi16(odd[m], lo));
-                __m256i both = _mm256_add_epi32(_mm256_madd_epi16(h, many), _mm256_madd_epi16(l, one));
-                total[n * M + m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(both), s[m], total[n * M + m]);
-            }
-        }
-        if (halves) g += 2;
-        else if (++elapsed == interval) elapsed = 0, g++;
-    }
+    int64_t k = 0, g = 0, elapsed = 0;
+#define NIBBLES_64(REST) do { \
+        __m256i even[4], odd[4]; \
+        __m256 s[4]; \
+        EACH_M { \
+            const char *p = w + m * ldw + k; \
+            char some[32];                    /* nothing past the row is read; x is 0 past its end */ \
+            if (REST) memset(some, 0, 32), memcpy(some, p, (size_t)(used - k)), p = some; \
+            __m256i b = _mm256_loadu_si256((const __m256i *)p); \
+            PREFETCH(m, k); \
+            even[m] = _mm256_and_si256(b, nibble), odd[m] = _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble); \
+            s[m] = _mm256_set1_ps(scale[m * G + g]); \
+            if (halves) s[m] = _mm256_blend_ps(s[m], _mm256_set1_ps(scale[m * G + g + 1]), 0xf0); \
+        } \
+        EACH_N { \
+            const int8_t *p = x + n * a->stride + k; \
+            const __m256i he = _mm256_loadu_si256((const __m256i *)p); \
+            const __m256i ho = _mm256_loadu_si256((const __m256i *)(p + plane / 2)); \
+            const __m256i le = _mm256_loadu_si256((const __m256i *)(p + plane)); \
+            const __m256i lo = _mm256_loadu_si256((const __m256i *)(p + plane + plane / 2)); \
+            EACH_M { \
+                __m256i h = _mm256_add_epi16(_mm256_maddubs_epi16(even[m], he), _mm256_maddubs_epi16(odd[m], ho)); \
+                __m256i l = _mm256_add_epi16(_mm256_maddubs_epi16(even[m], le), _mm256_maddubs_epi16(odd[m], lo)); \
+                __m256i both = _mm256_add_epi32(_mm256_madd_epi16(h, many), _mm256_madd_epi16(l, one)); \
+                total[n * M + m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(both), s[m], total[n * M + m]); \
+            } \
+        } \
+        if (halves) g += 2; \
+        else if (++elapsed == interval) elapsed = 0, g++; \
+    } while (0)
+    for (; k + 32 <= used; k += 32) NIBBLES_64(0);
+    if (k < used) NIBBLES_64(1);
     EACH_M EACH_N out[n * M + m].a = _mm256_add_ps(out[n * M + m].a, total[n * M + m]);
 }
 
@@ -538,8 +542,9 @@ static void blocks(const Matrix *m, const Activations *a, int64_t first, int64_t
         const int streamed = streaming || last - o < 4;
         M = streamed ? min_i64(last - o, LANES / min_i64(width, a->rows)) : last - o < 4 * quads ? 4 : 4 * quads;
         const char *w = (const char *)m->weight + o * row_bytes(m);
+        if (coded && m->groups == 1) read_scales_of_rows(m, o, M, G, scratch->scale, scratch->zero);
         if (coded || decoded) for (int64_t i = 0; i < M; i++) {
-            if (coded) read_scales(m, o + i, scratch->scale + i * G, scratch->zero + i * G);
+            if (coded && m->groups > 1) read_scales(m, o + i, scratch->scale + i * G, scratch->zero + i * G);
             if (decoded) decode(m, o + i, scratch->scale + i * G, scratch->zero + i * G,
                                 a->format == AS_BFLOAT16 ? BFLOAT16 : FLOAT32, scratch->weight + i * bytes);
         }

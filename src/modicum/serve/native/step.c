@@ -95,6 +95,10 @@ State *modicum_open(const Model *model) {
         alloc_activations(&thread->act, max_in, G, &failed);
         thread->decode.scale = alloc_aligned(4 * TILE_OUTPUTS * G, &failed);
         thread->decode.zero = alloc_aligned(4 * TILE_OUTPUTS * G, &failed);
+        if (!failed) {                        /* see `read_scales_of_rows` */
+            memset(thread->decode.scale, 0, 4 * TILE_OUTPUTS * G);
+            memset(thread->decode.zero, 0, 4 * TILE_OUTPUTS * G);
+        }
         thread->decode.weight = alloc_aligned(4 * LANES * round_up(max_in, 128), &failed);
         thread->decode.carry = alloc_aligned(ROW_TILE / 4 * BLOCK_QUADS * LANES * sizeof(__m512), &failed);
         thread->attn.keys = alloc_aligned(4 * KEY_BLOCK * round_up(E, 32), &failed);
