@@ -130,4 +130,18 @@ MUTATIONS = (
         "return between((vi){0}, (int32_t)key - (vi){0}, s->query[n]);",
         "model/test_fused.py::test_attention",
     ),
+    Mutation(
+        "only the last part of a widened weight gives a gradient",
+        "model/native/products.py",
+        "total_NI.addmm_(grad_NO[:, part].float(), weight_OI[part].float())",
+        "total_NI = grad_NO[:, part].float() @ weight_OI[part].float()",
+        "model/test_wide.py::test_each_product_is_the_exact_one_rounded_once",
+    ),
+    Mutation(
+        "widened products of a layer forget its bias",
+        "model/wide.py",
+        "return y if bias_O is None else y + bias_O",
+        "return y",
+        "model/test_wide.py::test_gradients_inside_are_those_of_float32",
+    ),
 )

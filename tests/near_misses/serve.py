@@ -427,4 +427,32 @@ MUTATIONS = (
         "scale.float()).to",
         "serve/test_fireq.py::test_codes_are_those_of_numbers_one_by_one",
     ),
+    Mutation(
+        "tiles take steps of any number of rows",
+        "serve/native/activations.h",
+        "if (tile_rows && rows >= tile_rows && m->in",
+        "if (rows >= tile_rows && m->in",
+        "serve/test_tiles.py::test_steps_of_fewer_rows_than_allowed_stay_with_vectors",
+    ),
+    Mutation(
+        "a tile's outputs past the last are stored",
+        "serve/native/amx.h",
+        "_mm512_mask_storeu_ps(y + n * ldy, tail16(outs), of_row[n])",
+        "_mm512_storeu_ps(y + n * ldy, of_row[n])",
+        "serve/test_tiles.py::test_they_are_no_further_from_exact_than_the_decoder",
+    ),
+    Mutation(
+        "codes of tiles are signed",
+        "serve/native/amx.h",
+        "to[k] = row[k] ^ 0x80;",
+        "to[k] = row[k];",
+        "serve/test_native.py::test_eight_bits_round_what_goes_in_and_nothing_else",
+    ),
+    Mutation(
+        "scales of rows are those of the first one",
+        "serve/native/decode.h",
+        "scale[i * G] = steps[i]",
+        "scale[i * G] = steps[0]",
+        "serve/test_native.py::test_codes_are_multiplied_as_they_decode",
+    ),
 )
