@@ -3,8 +3,8 @@
 A compiled file is named by a hash of its sources, the flags, the compiler and the processor's features, so that a cache
 used by several machines, or an upgrade, stays consistent.
 
-Environment: MODICUM_NATIVE=0 turns kernels off; MODICUM_ISA=amx, avx512, avx2 or none limits the instructions that serving
-kernels use; CC names the compiler; MODICUM_HOME or XDG_CACHE_HOME moves the cache.
+Environment: MODICUM_NATIVE=0 turns kernels off; MODICUM_ISA=amx, avx512, avx2 or none limits the instructions that
+serving kernels use; CC names the compiler; MODICUM_HOME or XDG_CACHE_HOME moves the cache.
 """
 
 from __future__ import annotations
