@@ -62,6 +62,15 @@ def test_a_linear_layer_inside_takes_it_and_one_outside_does_not(monkeypatch):
     assert len(taken) == 1
 
 
+def test_words_are_heard_as_outside():
+    a, b = draw(16, 8), draw(8, 16, seed=1)
+    want, out = exact(a, b), torch.empty(16, 16).bfloat16()
+    with wide.widened(a):
+        assert torch.matmul(a, b, out=out) is out and close(out, want)
+        assert close(torch.matmul(input=a, other=b), want) and close(a @ b, want)
+        assert close(F.linear(input=a, weight=b.t()), want) and close(F.linear(a, weight=b.t()), want)
+
+
 def test_gradients_inside_are_those_of_float32():
     x, weight, bias = (t.requires_grad_() for t in (draw(16, 24), draw(40, 24, seed=1), draw(40, seed=2)))
     with wide.widened(x):

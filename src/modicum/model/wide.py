@@ -23,17 +23,22 @@ MATRIX_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Ten
 
 
 def widened(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """In which products of bfloat16 go through float32, if `x`, a tensor that takes part in them, calls for it."""
-    return _Widened() if products.wide(x) and not torch.compiler.is_compiling() else contextlib.nullcontext()
+    """In which products of bfloat16 go through float32, if `x`, a tensor that takes part in them, calls for it.
+
+    A step of one token of a sequence, say, has too few rows to pay for it.
+    """
+    called_for = products.wide(x) and _rows(x) >= products.LEAST_WIDE and not torch.compiler.is_compiling()
+    return _Widened() if called_for else contextlib.nullcontext()
 
 
 class _Widened(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.linear and products.wide(*args[:2]):
+        if func is F.linear and len(args) > 1 and products.wide(*args[:2]):
             return _linear(*args, **(kwargs or {}))
-        if func in MATRIX_PRODUCTS and products.wide(*args[:2]) and _rows(args[0]) >= products.LEAST_WIDE:
+        plain = func in MATRIX_PRODUCTS and len(args) == 2 and not kwargs  # no `out`
+        if plain and products.wide(*args) and _rows(args[0]) >= products.LEAST_WIDE:
             return torch.matmul(args[0].float(), args[1].float()).to(args[0].dtype)
         return func(*args, **(kwargs or {}))
 

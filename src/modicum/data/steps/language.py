@@ -20,6 +20,8 @@ from modicum.core.errors import MissingExtra
 from modicum.data.document import Document, Drop
 from modicum.data.steps import Step
 
+SWEEP = ("keep=[en]",)  # by default it only names languages
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
