@@ -62,7 +62,7 @@ def test_a_linear_layer_inside_takes_it_and_one_outside_does_not(monkeypatch):
     assert len(taken) == 1
 
 
-def test_words_are_heard_as_outside():
+def test_keywords_and_out_mean_what_they_do_outside():
     a, b = draw(16, 8), draw(8, 16, seed=1)
     want, out = exact(a, b), torch.empty(16, 16).bfloat16()
     with wide.widened(a):
