@@ -241,7 +241,8 @@ def test_one_run_suffices_with_borrowed_exponents(tmp_path):
     for knobs in ("", f",transfer={path}"):
         law = registry.build("law", f"hitchhikers-laws:cut=0,draws=60{knobs}")
         error[bool(knobs)] = abs(law.predict(law.fit(new), at).mean[0] / truth - 1)
-    assert error[True] < 0.015 and error[True] < error[False], error
+    # Where the older family's fit ends depends on the processor: below 1.5 % on one, 1.9 % on another.
+    assert error[True] < 0.03 and error[True] < 0.6 * error[False], error
     with pytest.raises(UserError, match="no fit at"):
         registry.build("law", "hitchhikers-laws:cut=0,transfer=nowhere.json").fit(new)
 
