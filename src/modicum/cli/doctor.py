@@ -133,6 +133,8 @@ def bfloat16(cpu: dict[str, float]) -> str:
     """Whether bfloat16 is worth using, from CPU flags and measured rates."""
     import torch
 
+    from modicum.model.native import products
+
     flags: list[str] = []
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -143,6 +145,8 @@ def bfloat16(cpu: dict[str, float]) -> str:
     ratio = cpu["matmul_bfloat16_flop_per_s"] / cpu["matmul_float32_flop_per_s"]
     gpu = f"; gpu {'yes' if torch.cuda.is_bf16_supported() else 'no'}" if torch.cuda.is_available() else ""
     kind = "yes, " + "/".join(native) if native else "without native instructions"
+    if products.lacking():
+        kind += ", a model's products go through float32"
     return f"cpu {kind} ({ratio:.2g}x float32){gpu}"
 
 
