@@ -16,6 +16,9 @@ from modicum.core.choice import Choice
 AXES = Axes(quality=Axis("bits_per_byte"), cost=Axis("train_seconds", "lower", "s"))
 LIMITS = training.LIMITS
 TIER = "laptop"
+NOT_MEASURABLE = {
+    "first": "held-out text is scored by all layers; its routers leave layers out in answers, and are counted there"
+}
 Scale = training.Scale
 QUICK = Scale(**training.QUICK)
 PACKING = "concat:mask=true"
