@@ -228,21 +228,20 @@ def test_the_warm_up_must_be_cut_by_tokens():
 
 def test_one_run_suffices_with_borrowed_exponents(tmp_path):
     """A new family with another floor: with (a, alpha) of an older one a single run gives E and beta."""
-    rng = np.random.default_rng(2)
+    rng, within = np.random.default_rng(2), 0.0002  # with ten times as much noise the older fit differs by processor
     other = registry.build("law", "chinchilla:draws=60").fit(
-        [r for r in family(rng, 0.0, sizes=(3e7, 1e8, 3e8, 1e9, 3e9)) if r["tokens"] >= 5e9]
+        [r for r in family(rng, 0.0, within, sizes=(3e7, 1e8, 3e8, 1e9, 3e9)) if r["tokens"] >= 5e9]
     )
     path = tmp_path / "fit.json"
     path.write_text(json.dumps(other.as_dict()))
-    new = family(rng, 0.0, sizes=(2e8,), floor=1.2)
+    new = family(rng, 0.0, within, sizes=(2e8,), floor=1.2)
     at = {"parameters": [2e9], "tokens": [1e11]}
     truth = 1.2 + 406.4 / 2e9**0.34 + 410.7 / 1e11**0.28
     error = {}
     for knobs in ("", f",transfer={path}"):
         law = registry.build("law", f"hitchhikers-laws:cut=0,draws=60{knobs}")
         error[bool(knobs)] = abs(law.predict(law.fit(new), at).mean[0] / truth - 1)
-    # Where the older family's fit ends depends on the processor: below 1.5 % on one, 1.9 % on another.
-    assert error[True] < 0.03 and error[True] < 0.6 * error[False], error
+    assert error[True] < 0.015 and error[True] < 0.6 * error[False], error
     with pytest.raises(UserError, match="no fit at"):
         registry.build("law", "hitchhikers-laws:cut=0,transfer=nowhere.json").fit(new)
 
